@@ -1,0 +1,22 @@
+"""pisces_rl: reinforcement-learning post-training of text-to-video diffusion models, in TRL's idiom.
+
+Any text-to-video pipeline of diffusers is a policy, any callable is a reward, LoRA adapters come out.
+"""
+
+import importlib
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
+    "RewardError": "rewards", "RewardPanel": "rewards",
+    "VideoGRPOConfig": "trainers", "VideoGRPOTrainer": "trainers", "load_pipeline": "trainers",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    """Load submodules on first use: importing the package costs nothing."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

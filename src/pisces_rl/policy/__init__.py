@@ -1,0 +1,27 @@
+"""Any diffusers text-to-video pipeline as a stochastic policy.
+
+What: `VideoPolicy(pipeline).sample(...)` gives videos, states and log-probs; `.replay(...)` gives the log-probs again
+with gradients. Why: no code per model, so nothing of the model can be re-implemented wrongly. How: the pipeline's own
+`__call__` runs both times; only its scheduler's step is ours. Gotcha: outside these two calls the pipeline is exactly
+what the user passed in.
+"""
+
+from .lora import (
+    adapters_off,
+    add_lora,
+    check_saved_lora,
+    default_lora_config,
+    load_lora,
+    load_lora_state,
+    lora_parameters,
+    save_lora,
+    without_adapters,
+)
+from .rollout import Rollout
+from .scheduler import PolicyError
+from .video_policy import ReplayStep, VideoPolicy
+
+__all__ = [
+    "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora", "check_saved_lora",
+    "default_lora_config", "load_lora", "load_lora_state", "lora_parameters", "save_lora", "without_adapters",
+]

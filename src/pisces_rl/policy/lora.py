@@ -1,0 +1,268 @@
+"""LoRA in, LoRA out: adapters on a pipeline's denoisers, saved so that plain diffusers loads them."""
+
+import contextlib
+import copy
+import inspect
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+# Attention and feed-forward projections of the denoising blocks, by their diffusers names.
+ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
+FEED_FORWARD = r"(net\.0\.proj|net\.2)"
+BLOCKS = r"(blocks|transformer_blocks|single_transformer_blocks|temporal_transformer_blocks|down_blocks|mid_block|up_blocks)"
+DEFAULT_TARGETS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
+
+
+def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
+    """LoRA on every attention and feed-forward projection of the denoising blocks; alpha = r, no dropout.
+
+    The pattern is anchored to the blocks, so that token refiners and pooled-text attention stay untouched (a suffix
+    such as `to_q` matches those too).
+    """
+    return LoraConfig(r=r, lora_alpha=lora_alpha or r, lora_dropout=0.0, bias="none",
+                      target_modules=target_modules or DEFAULT_TARGETS)
+
+
+def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
+    """Names of the linear and convolutional modules that the config's `target_modules` selects."""
+    targets = config.target_modules
+    candidates = [name for name, module in denoiser.named_modules()
+                  if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                  and not _discarded(denoiser, name)]
+    if targets == "all-linear":
+        return [n for n in candidates if isinstance(denoiser.get_submodule(n), nn.Linear)]
+    if isinstance(targets, str):
+        return [name for name in candidates if re.fullmatch(targets, name)]
+    return [name for name in candidates if any(name == t or name.endswith(f".{t}") for t in targets or ())]
+
+
+def _discarded(denoiser: nn.Module, name: str) -> bool:
+    """Text queries whose attention output is thrown away (the last block of Mochi): an adapter there never learns."""
+    parent, _, child = name.rpartition(".")
+    return child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None
+
+
+def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig) -> dict[str, int]:
+    """Freeze the denoisers and add one trainable fp32 adapter to each.
+
+    Returns:
+        {denoiser: number of adapted modules}.
+
+    Raises:
+        ValueError: a target matches nothing, or the config asks for dropout or is not made for denoisers.
+    """
+    if config.lora_dropout:
+        raise ValueError(f"lora_dropout={config.lora_dropout}: dropout makes log-probs irreproducible; set it to 0.")
+    if config.task_type is not None:
+        raise ValueError(f"task_type={config.task_type!r} is for language models; leave it None for a denoiser.")
+    counts = {}
+    for name, denoiser in denoisers.items():
+        chosen = matched_modules(denoiser, config)
+        unmatched = [] if chosen else [config.target_modules]
+        if not isinstance(config.target_modules, str):
+            unmatched = [t for t in config.target_modules or ()
+                         if not any(n == t or n.endswith(f".{t}") for n in chosen)]
+        if unmatched:
+            raise ValueError(
+                f"LoRA target {unmatched} matches no module of {name} ({type(denoiser).__name__}). Its projections "
+                f"are named like {_examples(denoiser)}; choose target_modules among them, or leave the default."
+            )
+        denoiser.requires_grad_(False)
+        own = copy.copy(config)
+        own.target_modules = set(chosen)
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(own)
+        else:
+            inject_adapter_in_model(own, denoiser)
+            denoiser.peft_config = {"default": own}
+        for key, parameter in denoiser.named_parameters():
+            if "lora_" in key:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+        counts[name] = len(chosen)
+    return counts
+
+
+def _examples(denoiser: nn.Module) -> list[str]:
+    suffixes = {}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear):
+            suffixes.setdefault(re.sub(r"\.\d+\.", ".N.", name), None)
+    return list(suffixes)[:8]
+
+
+def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The trainable adapter parameters, named `denoiser.module...`, in a fixed order."""
+    return {f"{name}.{key}": parameter for name, denoiser in denoisers.items()
+            for key, parameter in denoiser.named_parameters() if parameter.requires_grad}
+
+
+@contextlib.contextmanager
+def adapters_off(module: nn.Module) -> Iterator[None]:
+    """Inside, the adapters are off: the reference policy, without a second model."""
+    layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
+    """Whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
+    return hasattr(pipeline, "save_lora_weights") and all(
+        f"{name}_lora_layers" in inspect.signature(pipeline.save_lora_weights).parameters
+        and hasattr(component, "load_lora_adapter") for name, component in _adapted(pipeline).items())
+
+
+def _adapted(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    return {name: component for name, component in pipeline.components.items()
+            if isinstance(component, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in component.modules())}
+
+
+def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
+    """Write the adapters of a pipeline.
+
+    Pipelines with a LoRA loader get diffusers' layout, `pytorch_lora_weights.safetensors` with the adapter's
+    metadata, which `pipe.load_lora_weights(folder)` reads. The others get peft's layout in one subfolder a denoiser
+    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here reads.
+
+    Returns:
+        The files written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    adapted = _adapted(pipeline)
+    states = {name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
+              for name, d in adapted.items()}
+    configs = {name: json.loads(json.dumps(d.peft_config["default"].to_dict(), default=_plain))
+               for name, d in adapted.items()}
+    if has_lora_loader(pipeline):
+        arguments = {f"{name}_lora_layers": state for name, state in states.items()}
+        metadata = {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
+        accepted = inspect.signature(pipeline.save_lora_weights).parameters
+        pipeline.save_lora_weights(folder, **arguments, **{k: v for k, v in metadata.items() if k in accepted})
+        return [folder / "pytorch_lora_weights.safetensors"]
+    files = []
+    for name, state in states.items():
+        (folder / name).mkdir(exist_ok=True)
+        save_file(state, folder / name / "adapter_model.safetensors")
+        (folder / name / "adapter_config.json").write_text(json.dumps(configs[name], indent=2, sort_keys=True))
+        files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
+    return files
+
+
+def _plain(value):
+    """JSON for what peft configs hold: sets as sorted lists, everything else by its value or name."""
+    return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
+
+
+def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Load what `save_lora` wrote into a pipeline without adapters."""
+    folder = Path(folder)
+    if (folder / "pytorch_lora_weights.safetensors").exists():
+        pipeline.load_lora_weights(folder)
+        return
+    found = [path.parent for path in folder.glob("*/adapter_config.json")]
+    if not found:
+        raise ValueError(f"{folder} holds no adapter: neither pytorch_lora_weights.safetensors nor */adapter_config.json.")
+    for path in found:
+        denoiser = getattr(pipeline, path.name)
+        config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))
+        inject_adapter_in_model(config, denoiser)
+        _strict(set_peft_model_state_dict(denoiser, load_file(path / "adapter_model.safetensors")), path)
+
+
+def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Copy a saved adapter's weights into the adapters the pipeline already has (to resume training).
+
+    Raises:
+        ValueError: the saved adapter has other modules or shapes, so it belongs to another model or LoRA config.
+    """
+    folder = Path(folder)
+    for name, denoiser in _adapted(pipeline).items():
+        own = get_peft_model_state_dict(denoiser)
+        flat = folder / "pytorch_lora_weights.safetensors"
+        if flat.exists():
+            state = {k.removeprefix(f"{name}."): v for k, v in load_file(flat).items() if k.startswith(f"{name}.")}
+        else:
+            state = load_file(folder / name / "adapter_model.safetensors")
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        if wrong:
+            raise ValueError(
+                f"the adapter in {folder} does not fit {name} of this model: {len(wrong)} tensors are missing, extra "
+                f"or of another shape, e.g. {wrong[0]!r}. Resume with the model and the LoRA settings of that run."
+            )
+        _strict(set_peft_model_state_dict(denoiser, state), folder)
+
+
+def _strict(result, folder: Path) -> None:
+    if result is not None and result.unexpected_keys:
+        raise ValueError(f"{folder} holds weights the model has no place for: {result.unexpected_keys[:3]}.")
+
+
+def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A fresh pipeline of the same class on the same base weights (shared, not copied), with no adapter."""
+    components = {}
+    for name, component in pipeline.components.items():
+        if isinstance(component, nn.Module) and name in _adapted(pipeline):
+            shared = {id(t): t for t in [*component.parameters(), *component.buffers()]}
+            component = copy.deepcopy(component, shared)
+            for path, module in list(component.named_modules()):
+                if isinstance(module, BaseTunerLayer):
+                    parent, _, child = path.rpartition(".")
+                    setattr(component.get_submodule(parent), child, module.get_base_layer())
+            vars(component).pop("peft_config", None)
+            component._hf_peft_config_loaded = False
+        components[name] = component
+    optional = {k: v for k, v in pipeline.config.items()
+                if k in inspect.signature(type(pipeline).__init__).parameters and k not in components}
+    return type(pipeline)(**components, **optional)
+
+
+def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict, tolerance: float) -> float:
+    """Load the saved adapter into a fresh pipeline as plain diffusers does, sample, and compare the latents.
+
+    Args:
+        pipeline: the trained pipeline.
+        folder: where its adapter was saved.
+        call: arguments of one short sampling call, without generator and output_type.
+        tolerance: largest allowed relative difference of the latents (max abs difference / max abs value).
+
+    Returns:
+        The measured difference.
+
+    Raises:
+        RuntimeError: the reloaded adapter gives other videos.
+    """
+    fresh = without_adapters(pipeline)
+    load_lora(fresh, folder)
+    latents = []
+    for pipe in (pipeline, fresh):
+        bar = vars(pipe).get("_progress_bar_config")
+        pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
+        latents.append(pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent").frames.float())
+        if bar is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = bar
+    difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-8))
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the adapter saved in {folder} does not reproduce the trained model: latents differ by {difference:.2g} "
+            f"(allowed {tolerance:g}). The files were kept; please report this with the pipeline's class name."
+        )
+    return difference

@@ -1,0 +1,69 @@
+"""Prompt embeddings, computed once per prompt."""
+
+import inspect
+from collections import OrderedDict
+from typing import Any
+
+import torch
+
+
+class PromptMemo:
+    """Stands in for a pipeline's `encode_prompt` and remembers what it returned for each prompt.
+
+    Prompts are encoded one at a time, so that an embedding depends on its prompt alone: not on the batch it first
+    appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already carry embeddings,
+    or whose outputs do not stack (different lengths), go to the pipeline as they are.
+
+    Args:
+        encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
+        size: number of prompts to remember, least recently used first out.
+    """
+
+    def __init__(self, encode_prompt, size: int = 256):
+        self.encode_prompt, self.size = encode_prompt, size
+        self.signature = inspect.signature(encode_prompt)
+        self.memory: OrderedDict[Any, Any] = OrderedDict()
+
+    def __call__(self, *args, **kwargs):
+        bound = self.signature.bind(*args, **kwargs).arguments
+        prompt = bound.get("prompt")
+        has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
+        if not isinstance(prompt, list) or has_embeddings:
+            return self.encode_prompt(*args, **kwargs)
+        negative = bound.get("negative_prompt")
+        outputs = []
+        for row, text in enumerate(prompt):
+            one = dict(bound, prompt=[text])
+            if isinstance(negative, list):
+                one["negative_prompt"] = [negative[row]]
+            outputs.append(self._encode_one(one))
+        stacked = _stack(outputs)
+        return self.encode_prompt(*args, **kwargs) if stacked is None else stacked
+
+    def _encode_one(self, arguments: dict):
+        key = repr(sorted((name, value) for name, value in arguments.items()))
+        if key not in self.memory:
+            with torch.no_grad():
+                self.memory[key] = self.encode_prompt(**arguments)
+            while len(self.memory) > self.size:
+                self.memory.popitem(last=False)
+        self.memory.move_to_end(key)
+        return self.memory[key]
+
+
+def _stack(outputs: list):
+    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit."""
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.cat(outputs) if all(o.shape[1:] == first.shape[1:] for o in outputs) else None
+    if not isinstance(first, tuple):
+        return None
+    joined = []
+    for column in zip(*outputs):
+        stacked = None if column[0] is None else _stack(list(column))
+        if stacked is None and column[0] is not None:
+            return None
+        joined.append(stacked)
+    return tuple(joined)

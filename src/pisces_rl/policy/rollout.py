@@ -1,0 +1,60 @@
+"""What a policy remembers of its samples: enough to score them again, and no more."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Rollout:
+    """B sampled videos with the states of their trained denoising steps.
+
+    Attributes:
+        prompts: B prompts.
+        noise_seeds: B seeds of the start noise, from which the pipeline draws it again at replay.
+        videos: (B, F, 3, H, W) fp32 in [0, 1]; None where decoding was not asked for.
+        steps: indices of the K trained denoising steps, ascending.
+        states: {i: (B * rows_per_video, ...)} latents in the pipeline's layout, fp32, for every trained step i and
+            the state after it, i + 1.
+        means: {i: as states} mean of each trained transition under the sampling policy.
+        log_probs: (B, K) fp32, log p of each trained transition under the sampling policy.
+        rows_per_video: rows of `states` that belong to one video.
+    """
+
+    prompts: list[str]
+    noise_seeds: list[int]
+    videos: Tensor | None
+    steps: list[int]
+    states: dict[int, Tensor] = field(default_factory=dict)
+    means: dict[int, Tensor] = field(default_factory=dict)
+    log_probs: Tensor | None = None
+    rows_per_video: int = 1
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def state_rows(self, rows: Sequence[int]) -> list[int]:
+        """Rows of `states` and `means` that hold the videos `rows`."""
+        n = self.rows_per_video
+        return [row * n + k for row in rows for k in range(n)]
+
+    @staticmethod
+    def cat(rollouts: Sequence["Rollout"]) -> "Rollout":
+        """One rollout of all rows, in order; all parts must have the same trained steps."""
+        first = rollouts[0]
+        if any(r.steps != first.steps for r in rollouts):
+            raise ValueError(f"rollouts with different steps cannot be joined: {[r.steps for r in rollouts]}.")
+        if len(rollouts) == 1:
+            return first
+        return Rollout(
+            prompts=[p for r in rollouts for p in r.prompts],
+            noise_seeds=[s for r in rollouts for s in r.noise_seeds],
+            videos=None if first.videos is None else torch.cat([r.videos for r in rollouts]),
+            steps=first.steps,
+            states={i: torch.cat([r.states[i] for r in rollouts]) for i in first.states},
+            means={i: torch.cat([r.means[i] for r in rollouts]) for i in first.means},
+            log_probs=None if first.log_probs is None else torch.cat([r.log_probs for r in rollouts]),
+            rows_per_video=first.rows_per_video,
+        )

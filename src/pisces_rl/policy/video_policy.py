@@ -1,0 +1,436 @@
+"""An unmodified diffusers pipeline as a stochastic policy, by teacher-forced replay.
+
+Sampling runs the pipeline's own `__call__`; its scheduler hands every step to a transition kernel, which draws x' and
+scores it. Replay runs the same `__call__` again from the same start noise, on any rows of the batch: at each trained
+step the kernel scores the RECORDED x' under the new prediction and hands the log-probability to a visitor, which may
+call backward at once, so that one step's graph lives at a time. Guidance, expert boundaries, dynamic shifts and dtypes
+are the pipeline's own in both passes, hence equal by construction. No code here knows a model.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ..transitions import log_prob
+from .prompts import PromptMemo
+from .rollout import Rollout
+from .scheduler import (
+    PolicyError,
+    find_transition,
+    kernel_moments,
+    stochastic,
+    training_scheduler,
+)
+
+
+@dataclass
+class ReplayStep:
+    """One trained denoising step of a replay, as a visitor receives it.
+
+    Attributes:
+        index: the step's index in the schedule.
+        log_prob: (B,) fp32 log p(x' | x) under the current weights; carries gradients.
+        prediction: the denoiser's output after guidance, fp32, latents' layout; carries gradients.
+        mean: mean of the transition, fp32; carries gradients.
+        std: scalar standard deviation of the transition.
+        gain: |d mean / d prediction|, a scalar: by how much the step amplifies the prediction.
+        step_size: |s' - s| of a flow schedule, 1 / N of an alpha-bar schedule; a scalar.
+    """
+
+    index: int
+    log_prob: Tensor
+    prediction: Tensor
+    mean: Tensor
+    std: Tensor
+    gain: Tensor
+    step_size: Tensor
+
+
+class _LeavePipeline(BaseException):
+    """Raised inside `step` when the rest of the pipeline is not needed."""
+
+
+class VideoPolicy(nn.Module):
+    """A text-to-video pipeline of diffusers as a policy: `sample` and `replay`.
+
+    Args:
+        pipeline: any text-to-video `DiffusionPipeline` with one scheduler step per denoising step.
+        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching and `ddim` otherwise.
+        noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
+        num_inference_steps: denoising steps N.
+        sde_window_size: how many consecutive steps are stochastic and trained; the others are ODE steps. None
+            makes all steps but the last stochastic.
+        sde_window_range: (low, high), the steps [low, high) in which a window may lie; None is all but the last.
+        pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
+        autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
+
+    Raises:
+        PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
+                 num_inference_steps: int = 16, sde_window_size: int | None = None,
+                 sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
+                 autocast_dtype: torch.dtype | None = None):
+        super().__init__()
+        self.pipeline = pipeline
+        self.denoiser = nn.ModuleDict(_denoisers(pipeline))
+        self.scheduler = training_scheduler(pipeline.scheduler)
+        self.transition = find_transition(transition, self.scheduler)
+        self.noise_level = self.transition.noise_level if noise_level is None else noise_level
+        self.num_inference_steps = num_inference_steps
+        self.sde_window_size = sde_window_size
+        self.sde_window_range = _checked_window(sde_window_size, sde_window_range, num_inference_steps)
+        self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
+        self.autocast_dtype = autocast_dtype
+        self.prompt_memo = PromptMemo(pipeline.encode_prompt)
+        self._skipped_outputs: dict[str, tuple] = {}  # denoiser -> (its output on the meta device, videos in it)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    def train(self, mode: bool = True):
+        """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
+        return super().train(False)
+
+    def enable_gradient_checkpointing(self) -> None:
+        for module in self.denoiser.values():
+            module.enable_gradient_checkpointing()
+
+    def draw_window(self, seed: int) -> list[int]:
+        """The trained steps of one rollout; a random position where a window is smaller than its range."""
+        low, high = self.sde_window_range
+        if self.sde_window_size is None:
+            return list(range(low, high))
+        starts = high - low - self.sde_window_size + 1
+        start = low + int(torch.randint(starts, (1,), generator=torch.Generator().manual_seed(seed)))
+        return list(range(start, start + self.sde_window_size))
+
+    # --- sampling ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step_seeds: Sequence[int] | None = None,
+               steps: Sequence[int] = (), output_type: str = "pt") -> Rollout:
+        """Sample one video a prompt.
+
+        All randomness of a video comes from its own two seeds, so that neither its batch-mates nor the number of
+        processes change it.
+
+        Args:
+            prompts: B prompts.
+            noise_seeds: B seeds of the start noise; equal seeds start from equal noise.
+            step_seeds: B seeds of the transitions' noise; needed with `steps`.
+            steps: the stochastic steps to record; empty for deterministic sampling.
+            output_type: "pt" for videos, "latent" to skip decoding.
+        """
+        if steps and step_seeds is None:
+            raise ValueError("step_seeds must be given when steps are stochastic: one integer a prompt.")
+        session = _Sampling(self, prompts, step_seeds, steps)
+        output = self._call(session, list(prompts), list(noise_seeds), output_type)
+        session.check_finished()
+        frames = getattr(output, "frames", None)
+        videos = None
+        if output_type == "pt":
+            if not isinstance(frames, Tensor) or frames.ndim != 5:
+                raise PolicyError(
+                    f"{type(self.pipeline).__name__} returned no video tensor for output_type='pt' "
+                    f"({type(frames).__name__}); a policy needs output.frames of shape (B, F, 3, H, W)."
+                )
+            videos = frames.float()
+        return session.rollout(videos, list(noise_seeds))
+
+    def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
+               grad: bool = True) -> None:
+        """Score the recorded transitions of the videos `rows` under the current weights.
+
+        Args:
+            rollout: what `sample` returned.
+            rows: indices of videos in the rollout.
+            visitor: called once per trained step, in order; it may call backward.
+            grad: build graphs at the trained steps.
+        """
+        session = _Replay(self, rollout, list(rows), visitor, grad)
+        grad_mode = torch.is_grad_enabled()
+        try:
+            with torch.no_grad():
+                self._call(session, [rollout.prompts[r] for r in rows], [rollout.noise_seeds[r] for r in rows],
+                           "latent")
+        except _LeavePipeline:
+            pass
+        finally:
+            torch.set_grad_enabled(grad_mode)
+        session.check_finished()
+
+    def _call(self, session: "_Session", prompts: list[str], noise_seeds: list[int], output_type: str):
+        generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
+        call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
+        with self._swapped(session):
+            return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type,
+                        num_inference_steps=self.num_inference_steps, **self.pipeline_kwargs)
+
+    @contextlib.contextmanager
+    def _swapped(self, session: "_Session") -> Iterator[None]:
+        """The pipeline with our scheduler, prompt memo and denoiser entry; as it was on leaving."""
+        pipeline = self.pipeline
+        scheduler = pipeline.scheduler
+        own_encoder, own_bar = vars(pipeline).get("encode_prompt"), vars(pipeline).get("_progress_bar_config")
+        own_forwards = {name: vars(module).get("forward") for name, module in self.denoiser.items()}
+        pipeline.scheduler = stochastic(self.scheduler, session)
+        pipeline.encode_prompt = self.prompt_memo
+        pipeline.set_progress_bar_config(**(own_bar or {}) | {"disable": True})
+        for name, module in self.denoiser.items():
+            module.forward = self._entry(name, module.forward, session)
+        try:
+            yield
+        finally:
+            pipeline.scheduler = scheduler
+            for owner, attribute, value in [
+                (pipeline, "encode_prompt", own_encoder),
+                (pipeline, "_progress_bar_config", own_bar),
+                *((module, "forward", own_forwards[name]) for name, module in self.denoiser.items()),
+            ]:
+                delattr(owner, attribute) if value is None else setattr(owner, attribute, value)
+
+    def _entry(self, name: str, forward: Callable, session: "_Session") -> Callable:
+        """The denoiser's forward, skipped where the session has no use for its output."""
+
+        def entry(*args, **kwargs):
+            if not session.needs_prediction and name in self._skipped_outputs:
+                meta, videos = self._skipped_outputs[name]
+                return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
+            if self.autocast_dtype is None:
+                output = forward(*args, **kwargs)
+            else:
+                with torch.autocast(self.device.type, self.autocast_dtype):
+                    output = forward(*args, **kwargs)
+            if name not in self._skipped_outputs:
+                to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
+                self._skipped_outputs[name] = to_meta, len(session.prompts)
+            return output
+
+        return entry
+
+
+class _Session:
+    """One run of the pipeline: what happens at each scheduler step."""
+
+    def __init__(self, policy: VideoPolicy, prompts: Sequence[str]):
+        self.policy, self.prompts = policy, list(prompts)
+        self.scheduler, self.index = None, 0
+
+    needs_prediction = True
+
+    def begin(self, scheduler) -> None:
+        self.scheduler, self.index = scheduler, 0
+
+    def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+        return kernel_moments(self.scheduler, self.policy.transition, self.index, prediction, x, noise_level)
+
+    def check_step(self) -> None:
+        if self.index >= len(self.scheduler.timesteps):
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} calls scheduler.step more than once per timestep; a policy "
+                "needs one step per denoising step. Use a pipeline or scheduler of first order."
+            )
+
+
+class _Sampling(_Session):
+    """Draws x' at the stochastic steps and records them; ODE steps elsewhere."""
+
+    def __init__(self, policy: VideoPolicy, prompts: Sequence[str], step_seeds: Sequence[int] | None,
+                 steps: Sequence[int]):
+        super().__init__(policy, prompts)
+        self.steps = sorted(steps)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
+        self.states, self.means, self.log_probs = {}, {}, {}
+        self.stds: dict[int, Tensor] = {}
+        self.rows_per_video = 1
+        self.returned: Tensor | None = None
+
+    def begin(self, scheduler) -> None:
+        super().begin(scheduler)
+        if self.steps and self.steps[-1] >= len(scheduler.timesteps):
+            raise ValueError(f"steps={self.steps} but the schedule has only {len(scheduler.timesteps)} steps.")
+
+    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
+        self.check_step()
+        i = self.index
+        if self.returned is not None:
+            self._accept_rounding(x)
+        stochastic_step = i in self.steps
+        mean, std = self.moments(prediction, x, self.policy.noise_level if stochastic_step else 0.0)
+        if not stochastic_step:
+            self.returned = mean.to(x.dtype)
+        else:
+            if not float(std) > 0:
+                raise PolicyError(
+                    f"step {i} of {len(self.scheduler.timesteps)} has standard deviation {float(std):g}: it is "
+                    "deterministic and cannot be trained. Leave it out of sde_window_range, or raise noise_level."
+                )
+            if x.shape[0] % len(self.prompts):
+                raise PolicyError(
+                    f"the pipeline's latents have {x.shape[0]} rows for {len(self.prompts)} prompts; a policy needs "
+                    "a whole number of rows a video (num_videos_per_prompt must be 1)."
+                )
+            self.rows_per_video = x.shape[0] // len(self.prompts)
+            noise = torch.cat([
+                torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
+            ]).to(x.device)
+            self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
+            self.states[i], self.means[i], self.stds[i] = x.float(), mean, std
+            self._record(i, self.returned)
+        self.index += 1
+        return self.returned
+
+    def _record(self, i: int, x_next: Tensor) -> None:
+        self.states[i + 1] = x_next.float()
+        self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
+
+    def _accept_rounding(self, x: Tensor) -> None:
+        """Pipelines may round the latents between steps (Mochi in bf16): then the rounded x' is what was sampled."""
+        if torch.equal(x, self.returned):
+            return
+        rounded = any(torch.equal(x, self.returned.to(d).to(x.dtype)) for d in (torch.bfloat16, torch.float16))
+        if not rounded:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (step "
+                f"{self.index}); the density of such a transition is unknown. Remove callbacks and options that edit "
+                "latents (FreeInit, callback_on_step_end)."
+            )
+        if self.index - 1 in self.means:
+            self._record(self.index - 1, x)
+
+    def check_finished(self) -> None:
+        if self.scheduler is None or self.index == 0:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
+                "work on a copy); a policy needs pipeline.scheduler.step once per denoising step."
+            )
+        if self.index != len(self.scheduler.timesteps):
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
+                f"{len(self.scheduler.timesteps)} timesteps; a policy needs exactly one each."
+            )
+
+    def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
+        log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
+        return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
+                       self.rows_per_video)
+
+
+class _Replay(_Session):
+    """Scores the recorded x' of the trained steps, and leaves after the last."""
+
+    def __init__(self, policy: VideoPolicy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
+        super().__init__(policy, [rollout.prompts[r] for r in rows])
+        self.recorded, self.visitor, self.grad = rollout, visitor, grad
+        self.rows = rollout.state_rows(rows)
+        self.steps = set(rollout.steps)
+
+    @property
+    def needs_prediction(self) -> bool:
+        return self.index in self.steps
+
+    def begin(self, scheduler) -> None:
+        super().begin(scheduler)
+        torch.set_grad_enabled(self.grad and 0 in self.steps)
+
+    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
+        self.check_step()
+        i, recorded = self.index, self.recorded
+        if i in self.steps:
+            state = recorded.states[i][self.rows].to(x.device)
+            if not torch.equal(state, x.float()):
+                raise PolicyError(
+                    f"at step {i} the replay reached a state that differs from the recorded one by "
+                    f"{float((state - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
+                    "reproducible from its generators. Pass generators through, and drop options that edit latents."
+                )
+            mean, std = self.moments(prediction, x, self.policy.noise_level)
+            one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+            gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
+            x_next = recorded.states[i + 1][self.rows].to(x.device)
+            score = log_prob(x_next, mean, std, recorded.rows_per_video)
+            if self.policy.transition.family == "flow":
+                step_size = (self.scheduler.sigmas[i + 1] - self.scheduler.sigmas[i]).abs()
+            else:
+                step_size = one / len(self.scheduler.timesteps)
+            self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size))
+        self.index += 1
+        if i == max(self.steps):
+            raise _LeavePipeline
+        torch.set_grad_enabled(self.grad and self.index in self.steps)
+        following = recorded.states.get(self.index)
+        return x.detach() if following is None else following[self.rows].to(device=x.device, dtype=x.dtype)
+
+    def check_finished(self) -> None:
+        if self.index <= max(self.steps):
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
+                f"trained step {max(self.steps)}."
+            )
+
+
+def _zeros(template, videos: int, recorded_videos: int, device: torch.device):
+    """Zeros in the place of a skipped denoiser output, with as many rows as the batch asks for."""
+    if not isinstance(template, Tensor):
+        return template
+    rows = template.shape[0] * videos // recorded_videos
+    return torch.zeros((rows, *template.shape[1:]), dtype=template.dtype, device=device)
+
+
+def _denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    found = {
+        name: component for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and name.split("_")[0] in ("transformer", "unet")
+    }
+    if not found:
+        raise PolicyError(
+            f"{type(pipeline).__name__} has no component named transformer or unet (it has "
+            f"{sorted(pipeline.components)}); a policy needs a denoiser."
+        )
+    for need in ("scheduler", "encode_prompt"):
+        if not hasattr(pipeline, need):
+            raise PolicyError(f"{type(pipeline).__name__} has no {need}; a policy needs one.")
+    return found
+
+
+def _checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
+    """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
+    known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    for name, value in kwargs.items():
+        if name not in known:
+            raise PolicyError(
+                f"{type(pipeline).__name__} takes no argument {name!r}; it takes {sorted(set(known) - {'self'})}."
+            )
+        if name in ("callback_on_step_end", "callback", "latents", "generator") and value is not None:
+            raise PolicyError(f"pipeline argument {name!r} would change the policy's latents or noise; leave it out.")
+        if name.startswith("num_") and name.endswith("_per_prompt") and value != 1:
+            raise PolicyError(f"{name}={value}: repeat the prompt instead, one row a video.")
+    for name in ("prompt", "generator", "output_type", "num_inference_steps"):
+        if name not in known:
+            raise PolicyError(f"{type(pipeline).__name__}.__call__ has no argument {name!r}; a policy needs it.")
+    return kwargs
+
+
+def _checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:
+    """[low, high) of the steps that may be trained; the last step is never stochastic."""
+    if num_steps < 2:
+        raise PolicyError(f"num_inference_steps={num_steps}: a policy needs at least 2, the last is deterministic.")
+    low, high = (0, num_steps - 1) if window is None else (int(window[0]), int(window[1]))
+    if not 0 <= low < high <= num_steps - 1:
+        raise PolicyError(
+            f"sde_window_range={[low, high]} must satisfy 0 <= low < high <= {num_steps - 1} "
+            f"(num_inference_steps - 1: noise drawn at the last step would stay in the video)."
+        )
+    if size is not None and not 1 <= size <= high - low:
+        raise PolicyError(f"sde_window_size={size} must be between 1 and {high - low}, the length of its range.")
+    return low, high

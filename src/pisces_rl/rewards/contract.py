@@ -1,0 +1,68 @@
+"""The reward contract: any callable that maps prompts and videos to numbers.
+
+    def reward(prompts, videos, trainer_state=None, log_extra=None, log_metric=None, **columns):
+        return [float(...) for video in videos]
+
+`prompts` is a list of B strings, `videos` a float32 tensor (B, F, 3, H, W) in [0, 1], every further column of the data
+set a list of B values. The callable returns B numbers (list, NumPy array or tensor); None where it does not apply. It
+may be `async def`. `log_extra(name, values)` records B per-sample values, `log_metric(name, value)` one scalar. A
+reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+RewardFunc = Callable[..., Sequence[float | None] | Tensor]
+
+
+class RewardError(RuntimeError):
+    """A reward failed; the message names the reward, the prompt and the mend. The run's checkpoints are whole."""
+
+
+def reward_name(func: RewardFunc) -> str:
+    """The name under which a reward is logged."""
+    name = getattr(func, "__name__", None)
+    if name is None or name == "<lambda>":
+        name = type(func).__name__ if name is None else "lambda"
+    return name
+
+
+def accepted_arguments(func: RewardFunc, offered: dict) -> dict:
+    """The offered keyword arguments that a callable takes; all of them if it takes **kwargs."""
+    parameters = inspect.signature(func).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return offered
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
+    """A reward's return value as (B,) fp32 on the CPU, NaN where it returned None.
+
+    Raises:
+        RewardError: not B numbers, or a value that is NaN or infinite.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().flatten().tolist()
+    try:
+        values = [None if value is None else float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"reward {name!r} returned {type(values).__name__}, which is not a list of numbers: {error}. Return one "
+            "float (or None) per video."
+        ) from error
+    if len(values) != len(prompts):
+        raise RewardError(
+            f"reward {name!r} returned {len(values)} values for {len(prompts)} videos; return one float (or None) "
+            "per video, in order."
+        )
+    for row, value in enumerate(values):
+        if value is not None and not math.isfinite(value):
+            raise RewardError(
+                f"reward {name!r} returned {value} for sample {row}, prompt {prompts[row]!r}. Training stops before "
+                "it learns from that; return None where the reward does not apply, and mend the reward otherwise."
+            )
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)

@@ -1,0 +1,109 @@
+"""Several rewards asked together."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .contract import RewardError, RewardFunc, accepted_arguments, checked_values, reward_name
+
+
+@dataclass
+class RewardTable:
+    """What a panel returned for B samples.
+
+    Attributes:
+        values: (B, number of rewards) fp32 on the CPU, NaN where a reward does not apply.
+        extras: {name: B values} per-sample values the rewards recorded.
+        metrics: {name: scalars} the rewards recorded.
+        seconds: {reward: wall-clock seconds}.
+    """
+
+    values: Tensor
+    extras: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class RewardPanel:
+    """Calls every reward on a batch; async rewards run at the same time.
+
+    Args:
+        funcs: a reward callable or a list of them, see `pisces_rl.rewards.contract`.
+
+    Raises:
+        ValueError: an element is not callable. `RewardError` on calls, naming the reward that failed.
+    """
+
+    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None):
+        self.funcs = [] if funcs is None else [funcs] if callable(funcs) else list(funcs)
+        for func in self.funcs:
+            if not callable(func):
+                raise ValueError(
+                    f"reward {func!r} is not callable; pass functions f(prompts, videos, **columns) -> list of floats."
+                )
+        names = [reward_name(func) for func in self.funcs]
+        self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
+
+    def __len__(self) -> int:
+        return len(self.funcs)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> RewardTable:
+        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
+
+        def log_extra(name: str, values: Sequence) -> None:
+            if len(values) != len(prompts):
+                raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
+            table.extras[name] = list(values)
+
+        def log_metric(name: str, value: float) -> None:
+            table.metrics.setdefault(name, []).append(float(value))
+
+        offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
+                       log_metric=log_metric)
+        pending = {}
+        for i, (name, func) in enumerate(zip(self.names, self.funcs)):
+            start = time.perf_counter()
+            with _named(name):
+                values = func(**accepted_arguments(func, offered))
+            if inspect.isawaitable(values):
+                pending[i] = values
+            else:
+                table.values[:, i] = checked_values(name, values, prompts)
+            table.seconds[name] = time.perf_counter() - start
+        if pending:
+            start = time.perf_counter()
+            for i, values in zip(pending, asyncio.run(self._await_all(pending))):
+                table.values[:, i] = checked_values(self.names[i], values, prompts)
+                table.seconds[self.names[i]] += time.perf_counter() - start
+        return table
+
+    async def _await_all(self, pending: dict) -> list:
+        async def one(i: int, awaitable):
+            with _named(self.names[i]):
+                return await awaitable
+
+        return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
+
+
+class _named:
+    """Turns whatever a reward raises into a RewardError that names it."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if isinstance(error, Exception) and not isinstance(error, RewardError):
+            raise RewardError(
+                f"reward {self.name!r} raised {kind.__name__}: {error}. Nothing is lost: mend the reward and resume "
+                "from the last checkpoint."
+            ) from error
+        return False

@@ -1,0 +1,529 @@
+"""What every trainer of video policies shares: loading, evaluation, what a run leaves, save and resume."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from rich.console import Console
+from torch import Tensor, nn
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+
+from .. import assets, hub, media
+from ..policy import (
+    VideoPolicy,
+    adapters_off,
+    add_lora,
+    check_saved_lora,
+    default_lora_config,
+    load_lora_state,
+    lora_parameters,
+    save_lora,
+)
+from ..rewards import RewardPanel
+from ._trl import _BaseTrainer, identity
+from .callbacks import AdapterEMA, StageProgress
+from .checkpoint import load_tree, random_state, restore_random_state, save_tree
+from .report import compare, markdown_comparison, print_comparison
+
+
+def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
+    """A pipeline by name: an embedded model ("tiny-wan"), a folder, or a Hub id. A pipeline passes through.
+
+    Args:
+        dtype: dtype of the weights; modules that a model keeps in fp32 stay so. None leaves it to diffusers.
+    """
+    if isinstance(model, DiffusionPipeline):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"model={model!r} must be a diffusers pipeline, a Hub id, a folder or one of {assets.available()}.")
+    path = assets.asset_path(model) if model in assets.available() else model
+    try:
+        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    except OSError as error:
+        raise ValueError(
+            f"model={str(model)!r} is neither a folder with a diffusers pipeline, nor a Hub id that could be read, nor "
+            f"one of the embedded models {assets.available()}: {error}"
+        ) from error
+
+
+def check_dataset(name: str, dataset) -> None:
+    """A data set of prompts, or a ValueError that says what is missing."""
+    if isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part)
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset with a `prompt` column.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one prompt.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name} row {row}: prompt is {prompt!r}; every prompt must be a string.")
+
+
+def sample_seed(*parts: int) -> int:
+    """One 63-bit seed from integers, the same on every machine and number of processes."""
+    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class VideoPolicyTrainer(_BaseTrainer):
+    """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
+
+    Args:
+        model: a text-to-video pipeline of diffusers, a Hub id, a folder, or an embedded model's name.
+        reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
+        args: a config.
+        train_dataset: prompts in a column `prompt`; every other column reaches the rewards.
+        eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
+        judge_funcs: reward callables that are only measured, on the evaluation set.
+        peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
+        callbacks: further callbacks.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config: LoraConfig | None = None, callbacks: list | None = None):
+        check_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            check_dataset("eval_dataset", eval_dataset)
+        self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
+        if not len(self.rewards):
+            raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns) -> list.")
+        weights = args.reward_weights or [1.0] * len(self.rewards)
+        if len(weights) != len(self.rewards):
+            raise ValueError(f"reward_weights has {len(weights)} values for {len(self.rewards)} rewards; give one each.")
+        self.reward_weights = torch.tensor(weights, dtype=torch.float32)
+        if eval_dataset is None:
+            args.eval_on_start = False
+            if args.eval_strategy != "no":
+                raise ValueError(f"eval_strategy={str(args.eval_strategy)!r} needs an eval_dataset.")
+        if args.load_best_model_at_end and args.metric_for_best_model == "loss":
+            args.metric_for_best_model = "reward"
+        self._checked_checkpoint(args, args.resume_from_checkpoint)
+
+        set_seed(args.seed)  # the same LoRA initialisation on every process
+        self.model_name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
+        self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
+        self._freeze()
+        self.policy = VideoPolicy(
+            self.pipeline, transition=args.transition, noise_level=args.noise_level,
+            num_inference_steps=args.num_inference_steps, sde_window_size=args.sde_window_size,
+            sde_window_range=args.sde_window_range, pipeline_kwargs=args.policy_kwargs(),
+            autocast_dtype=torch.bfloat16 if args.bf16 else None,
+        )
+        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
+        self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
+        if args.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+        args.gradient_checkpointing = args.activation_checkpointing = False  # done; nothing left for Trainer to do
+        args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
+
+        self.progress = StageProgress()
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._evaluated_at: int | None = None
+        self.first_evaluation: dict | None = None
+        self.last_evaluation: dict | None = None
+        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
+        for bar in (ProgressCallback, PrinterCallback):
+            self.remove_callback(bar)
+        self.pipeline.to(self.accelerator.device)
+        # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
+        # may call its denoisers as it likes.
+        prepare_model = self.accelerator.prepare_model
+        self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(model, **kwargs | {"evaluation_mode": True})
+        self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        self.console = Console(stderr=False)
+        if self.is_world_process_zero():
+            total = sum(p.numel() for p in self.adapter.values())
+            self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
+            for leftover in Path(args.output_dir).glob(".incomplete-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _freeze(self) -> None:
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False).eval()
+        for parameter in self.pipeline.vae.parameters() if hasattr(self.pipeline, "vae") else ():
+            if parameter.ndim == 5:  # the same numbers, twice as fast on CPUs
+                parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
+
+    def _send_telemetry(self) -> None:
+        """TRL's reads a language model's config; a diffusion policy has none."""
+
+    def _wrap_model(self, model, training=True, dataloader=None):
+        return model
+
+    @contextlib.contextmanager
+    def stage(self, name: str):
+        """Names what is being done on the progress bar, and logs its seconds."""
+        self.progress.stage(name)
+        start = time.perf_counter()
+        yield
+        self._metrics["train"][f"seconds/{name}"].append(time.perf_counter() - start)
+
+    # --- many processes ----------------------------------------------------------------------------------------------
+
+    def all_reduce_gradients(self) -> None:
+        """Average the adapter's gradients over processes, in one message."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.adapter.values():
+            if parameter.grad is None:  # every sample of this process had advantage 0
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
+        flat = self.accelerator.reduce(flat, reduction="mean")
+        offset = 0
+        for parameter in self.adapter.values():
+            parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
+            offset += parameter.numel()
+
+    def check_equal_weights(self) -> None:
+        """All processes must hold the same adapter; a RuntimeError names the ranks that do not."""
+        if self.accelerator.num_processes == 1:
+            return
+        digest = hashlib.sha256(torch.cat([p.detach().flatten().cpu() for p in self.adapter.values()]).numpy())
+        digests = gather_object([digest.hexdigest()])
+        different = [rank for rank, d in enumerate(digests) if d != digests[0]]
+        if different:
+            raise RuntimeError(f"ranks {different} hold other adapter weights than rank 0: gradients were not shared.")
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
+
+        Returns:
+            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, and `eval_{extra}/mean` for
+            per-sample values that rewards recorded; with several data sets, `eval_{set}_...`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_dataset("eval_dataset", dataset)
+        sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
+        metrics, evaluation = {}, {}
+        with self.ema or contextlib.nullcontext():
+            for name, part in sets.items():
+                prompts, scores = self._evaluate_set(name, part)
+                evaluation[name] = {"prompts": prompts, "scores": scores}
+                prefix = f"{metric_key_prefix}_{name}" if isinstance(dataset, dict) else metric_key_prefix
+                for score, values in scores.items():
+                    known = [v for v in values if v is not None]
+                    if known:
+                        suffix = "" if score == "reward" else "/mean"
+                        metrics[f"{prefix}_{score}{suffix}"] = float(np.mean(known))
+        if isinstance(dataset, dict):
+            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in sets]
+            metrics[f"{metric_key_prefix}_reward"] = float(np.mean(rewards))
+        if eval_dataset is None:
+            self._evaluated_at = self.state.global_step
+            self.last_evaluation = evaluation
+            self.first_evaluation = self.first_evaluation or evaluation
+            self._write_json(f"evaluations/step_{self.state.global_step:06d}.json",
+                             {"step": self.state.global_step, "sets": evaluation})
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _evaluate_set(self, name: str, dataset: Dataset) -> tuple[list[str], dict[str, list]]:
+        """Scores of one data set, in its order; every process takes a consecutive share."""
+        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        share = -(-len(dataset) // ranks)
+        own = list(range(min(rank * share, len(dataset)), min((rank + 1) * share, len(dataset))))
+        batch = self.args.per_device_eval_batch_size
+        rows, kept = [], []
+        for start in range(0, len(own), batch):
+            self.progress.stage(f"evaluation {name} {100 * start // max(len(own), 1)}%")
+            indices = own[start:start + batch]
+            part = dataset[indices]
+            prompts = part.pop("prompt")
+            rollout = self.policy.sample(prompts, noise_seeds=[self._eval_noise(i) for i in indices])
+            scores = self._score_evaluation(prompts, rollout.videos, part)
+            rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
+            if rank == 0 and len(kept) < self.args.num_sample_videos:
+                kept += list(rollout.videos.cpu()[:self.args.num_sample_videos - len(kept)])
+        rows = sorted(gather_object(rows), key=lambda r: r["row"])
+        names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
+        scores = {key: [row.get(key) for row in rows] for key in names}
+        if self.is_world_process_zero() and kept:
+            prompts = dataset["prompt"][:len(kept)]
+            self._write_samples(f"samples/step_{self.state.global_step:06d}/{name}", torch.stack(kept), list(prompts),
+                                {k: v[:len(kept)] for k, v in scores.items()}, tag=f"eval/{name}")
+        return list(dataset["prompt"]), scores
+
+    def _eval_noise(self, row: int) -> int:
+        return sample_seed(self.args.eval_seed, row)
+
+    def _score_evaluation(self, prompts: list[str], videos: Tensor, columns: dict) -> dict[str, list]:
+        """Per-sample scores: the weighted reward, each reward, each judge, and what they recorded."""
+        table = self.rewards(prompts, videos, columns, self.state)
+        total = (table.values * self.reward_weights).nansum(1).masked_fill(table.values.isnan().all(1), torch.nan)
+        scores = {"reward": _with_none(total)}
+        scores |= {f"rewards/{n}": _with_none(table.values[:, i]) for i, n in enumerate(self.rewards.names)}
+        extras = dict(table.extras)
+        if len(self.judges):
+            judged = self.judges(prompts, videos, columns, self.state)
+            scores |= {f"judges/{n}": _with_none(judged.values[:, i]) for i, n in enumerate(self.judges.names)}
+            extras |= judged.extras
+        for key, values in extras.items():
+            if all(v is None or isinstance(v, (bool, int, float)) for v in values):
+                scores[key] = [None if v is None else float(v) for v in values]
+        return scores
+
+    # --- what a run leaves -------------------------------------------------------------------------------------------
+
+    def _write_json(self, name: str, content) -> None:
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(content))
+            os.replace(temporary, path)
+
+    def _write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str) -> None:
+        """mp4 files, a contact sheet, the scores, and videos for TensorBoard."""
+        folder = Path(self.args.output_dir) / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for row, video in enumerate(videos):
+            media.save_video(video, folder / f"{row:03d}.mp4", fps=self.args.fps)
+        rewards = scores.get("reward", [None] * len(prompts))
+        captions = [p if r is None else f"{p}  [reward {r:.2f}]" for p, r in zip(prompts, rewards)]
+        media.contact_sheet(videos, captions, folder / "sheet.png")
+        self._write_json(f"{name}/rewards.json", {"prompts": prompts, "scores": scores})
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                media.add_gif(callback.tb_writer, tag, videos, self.state.global_step, fps=self.args.fps)
+
+    def _finish(self) -> None:
+        """The last evaluation, and before against after."""
+        if self.eval_dataset is None:
+            return
+        if self._evaluated_at != self.state.global_step:
+            self.evaluate()
+        if not self.is_world_process_zero():
+            self._wait()
+            return
+        first = sorted((Path(self.args.output_dir) / "evaluations").glob("step_*.json"))[0]
+        before = json.loads(first.read_text())
+        if before["step"] < self.state.global_step:
+            comparison = compare(before["sets"], self.last_evaluation)
+            self._write_json("report.json", {"from_step": before["step"], "to_step": self.state.global_step,
+                                             "comparison": comparison})
+            (Path(self.args.output_dir) / "report.md").write_text(markdown_comparison(comparison))
+            self._before_after_sheets(before["sets"])
+            print_comparison(comparison, f"step {before['step']} -> {self.state.global_step}", self.console)
+        self._wait()
+
+    def _before_after_sheets(self, before: dict) -> None:
+        """The base model and the trained one on the same prompts and noise, side by side."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
+        for name, dataset in sets.items():
+            count = min(self.args.num_sample_videos, len(dataset))
+            prompts = list(dataset["prompt"][:count])
+            seeds = [self._eval_noise(i) for i in range(count)]
+            with adapters_off(self.policy):
+                base = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+            with self.ema or contextlib.nullcontext():
+                trained = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+            path = Path(self.args.output_dir) / "samples" / f"before_after_{name}.png"
+            media.before_after_sheet(
+                base, trained, prompts, path,
+                before_scores=before[name]["scores"]["reward"][:count],
+                after_scores=self.last_evaluation[name]["scores"]["reward"][:count],
+            )
+
+    def _wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    # --- train, save, resume -----------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
+        checkpoint = self._checked_checkpoint(self.args, resume_from_checkpoint or self.args.resume_from_checkpoint)
+        if checkpoint is not None:
+            self._check_same_model(checkpoint)
+            self.args.eval_on_start = False
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except KeyboardInterrupt:
+            last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+            advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
+            if self.is_world_process_zero():
+                self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
+            raise
+        self._finish()
+        return output
+
+    @staticmethod
+    def _checked_checkpoint(args, checkpoint: str | bool | None) -> str | None:
+        """The folder to resume from; a ValueError where there is none, or it is not a checkpoint."""
+        if checkpoint in (None, False, "", "False", "false"):
+            return None
+        if checkpoint in (True, "True", "true"):
+            last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+            if last is None:
+                raise ValueError(f"resume_from_checkpoint=True, but output_dir={args.output_dir!r} holds no checkpoint.")
+            return last
+        if not os.path.isfile(os.path.join(checkpoint, "policy.json")):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is not a checkpoint of this package (no policy.json in it); "
+                "pass an output_dir/checkpoint-N folder, or True for the last one."
+            )
+        return str(checkpoint)
+
+    def _policy_identity(self) -> dict:
+        """What a checkpoint must agree with: the pipeline and its denoisers' architecture."""
+        return {
+            "model": self.model_name,
+            "pipeline": type(self.pipeline).__name__,
+            "denoisers": {name: hashlib.sha256(json.dumps(dict(m.config), sort_keys=True, default=str).encode()).hexdigest()
+                          for name, m in self.policy.denoiser.items()},
+        }
+
+    def _check_same_model(self, checkpoint: str) -> None:
+        saved = json.loads((Path(checkpoint) / "policy.json").read_text())
+        own = self._policy_identity()
+        if (saved["pipeline"], saved["denoisers"]) != (own["pipeline"], own["denoisers"]):
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
+                f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
+            )
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write into a staging folder and rename it: what is named checkpoint-N is always complete."""
+        self.check_equal_weights()
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        staging = final.with_name(f".incomplete-{final.name}")
+        if self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(final)
+        error = None
+        with self.stage("saving"):
+            try:
+                self._write_checkpoint(staging)
+            except OSError as caught:
+                error = f"rank {self.accelerator.process_index}: {caught}"
+            errors = [e for e in gather_object([error]) if e]
+            if errors:
+                if self.args.should_save:
+                    shutil.rmtree(staging, ignore_errors=True)
+                last = get_last_checkpoint(self.args.output_dir) or "none"
+                raise OSError(
+                    f"checkpoint {final} could not be written ({'; '.join(errors)}). Earlier checkpoints are whole "
+                    f"(the last: {last}); free some space, or lower save_total_limit, and resume from it."
+                )
+            if self.args.should_save:
+                shutil.rmtree(final, ignore_errors=True)
+                os.replace(staging, final)
+                rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit,
+                                   best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+            self._wait()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
+        if not self.args.should_save:
+            return
+        with self.ema or contextlib.nullcontext():
+            save_lora(self.pipeline, folder)
+        if not self.args.save_only_model:
+            save_tree(self.optimizer.state_dict(), folder / "optimizer")
+            save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
+        save_tree(self._extra_state(), folder / "trainer")
+        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
+            self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+        (folder / "policy.json").write_text(json.dumps(self._policy_identity(), indent=2))
+
+    def _extra_state(self) -> dict:
+        """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
+        return {"ema": None if self.ema is None else self.ema.state_dict()}
+
+    def _load_extra_state(self, state: dict) -> None:
+        if self.ema is not None and state["ema"] is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        load_lora_state(self.pipeline, resume_from_checkpoint)
+        self._load_extra_state(load_tree(Path(resume_from_checkpoint) / "trainer"))
+
+    def _load_best_model(self) -> None:
+        load_lora_state(self.pipeline, self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        if not (folder / "optimizer.json").exists():
+            raise ValueError(f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from.")
+        self.optimizer.load_state_dict(load_tree(folder / "optimizer"))
+        self.lr_scheduler.load_state_dict(load_tree(folder / "scheduler"))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        path = None if checkpoint is None else Path(checkpoint) / f"random_{self.accelerator.process_index}"
+        if path is not None and path.with_suffix(".json").exists():
+            restore_random_state(load_tree(path))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter to a folder (output_dir by default), reload it in a fresh pipeline and compare its output.
+
+        With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if self.is_world_process_zero():
+            with self.ema or contextlib.nullcontext():
+                save_lora(self.pipeline, folder)
+                call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
+                difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if self.args.bf16 else 1e-4)
+            self.create_model_card()
+            self.console.print(f"adapter in {folder}; reloaded in a fresh pipeline, relative difference {difference:.1e}")
+        self._wait()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
+        if not self.is_world_process_zero():
+            return
+        report = Path(self.args.output_dir) / "report.json"
+        comparison = json.loads(report.read_text())["comparison"] if report.exists() else None
+        card = hub.model_card(
+            base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
+            settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
+        )
+        (Path(self.args.output_dir) / "README.md").write_text(card)
+
+    def _card_settings(self) -> dict:
+        names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
+        return {"rewards": ", ".join(self.rewards.names)} | {n: getattr(self.args, n) for n in names} | {
+            "transition": f"{self.policy.transition.kernel.__name__}, noise level {self.policy.noise_level}"}
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
+        """Upload adapter, model card and sample videos from output_dir; returns the repository's address."""
+        url = None
+        if self.is_world_process_zero():
+            url = hub.push_adapter(
+                self.args.output_dir, self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
+                private=self.args.hub_private_repo, token=self.args.hub_token, commit_message=commit_message,
+                revision=self.args.hub_revision,
+            )
+        return broadcast_object_list([url])[0]
+
+
+def _with_none(values: Tensor) -> list[float | None]:
+    return [None if v != v else v for v in values.tolist()]

@@ -1,0 +1,301 @@
+"""GRPO for text-to-video policies.
+
+Each iteration has two stages.
+
+1. Rollout. For every prompt a group of G videos is sampled, with noise at the trained denoising steps; rewards score
+   them, and each video's advantage is its reward against its group's.
+2. Update. The recorded transitions are scored again under the current adapter, step by step; each step's clipped loss
+   is back-propagated at once, so that one step's graph lives at a time. Gradients are averaged over processes once
+   per optimizer step.
+
+The method is Flow-GRPO's (arXiv 2505.05470) and DanceGRPO's (arXiv 2505.07818); with `transition="ddim"` it is DDPO's
+policy gradient (arXiv 2305.13301) with group advantages. The structure and names follow TRL's `GRPOTrainer`.
+"""
+
+import contextlib
+import time
+
+import torch
+from accelerate.utils import gather_object
+
+from ..policy import ReplayStep, Rollout, adapters_off
+from ._trl import EpochRepeatSampler
+from .advantages import PromptStatistics, group_advantages, nanstd
+from .base import VideoPolicyTrainer, sample_seed
+from .losses import (
+    clip_fractions,
+    clipped_policy_loss,
+    guarded_log_ratio,
+    kl_to_reference,
+    prediction_distance,
+    step_weight,
+)
+
+NOISE, STEP, WINDOW, SHUFFLE = range(4)  # what a seed is for
+
+
+class VideoGRPOTrainer(VideoPolicyTrainer):
+    r"""Trains a LoRA adapter of a text-to-video pipeline by group-relative policy optimisation.
+
+    For a group of G videos of one prompt with rewards r_i, A_i = (r_i - mean) / (std + 1e-4); for each trained
+    denoising step t, with rho = p(x' | x) / p_old(x' | x),
+
+        L = mean over samples and steps of  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + beta KL(p || p_ref)
+
+    The reference policy is the model with its adapter switched off.
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
+
+    def brightness(prompts, videos, **columns):
+        return videos.mean(dim=(1, 2, 3, 4)).tolist()
+
+    trainer = VideoGRPOTrainer(
+        model="tiny-wan",
+        reward_funcs=brightness,
+        args=VideoGRPOConfig(output_dir="bright", max_steps=10, height=64, width=64, num_frames=17),
+        train_dataset=Dataset.from_dict({"prompt": ["a red circle", "two blue squares"]}),
+    )
+    trainer.train()
+    ```
+
+    Arguments are those of `VideoPolicyTrainer`; `args` is a `VideoGRPOConfig`.
+    """
+
+    _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
+    _name = "Video GRPO"
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config=None, callbacks=None):
+        prompts_per_rollout = args.generation_batch_size // args.num_generations
+        if train_dataset is not None and 0 < len(train_dataset) < prompts_per_rollout:
+            raise ValueError(
+                f"a rollout takes {prompts_per_rollout} different prompts (generation_batch_size "
+                f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
+                f"{len(train_dataset)}; add prompts, or lower the batch size."
+            )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
+        self._step = 0  # micro-batches so far
+        self._rollout: Rollout | None = None
+        self._advantages: torch.Tensor | None = None
+        self._micro_batches: list[list[int]] = []
+        self.prompt_statistics = PromptStatistics(
+            args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
+        ) if args.per_prompt_stat_tracking else None
+
+    # --- data: every prompt G times, every rollout's prompts for as many micro-batches as it is used -----------------
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            self.train_dataset, "Training", self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler, is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset=None):
+        args = self.args
+        sampler = EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset, mini_repeat_count=args.num_generations,
+            batch_size=args.generation_batch_size // args.num_generations,
+            repeat_count=args.num_iterations * args.steps_per_generation, shuffle=args.shuffle_dataset, seed=args.seed,
+        )
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        return sampler
+
+    @property
+    def _uses_per_rollout(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    # --- stage 1: rollout --------------------------------------------------------------------------------------------
+
+    def _generate_and_score(self, inputs: list[dict]) -> None:
+        args, generation = self.args, self._step // self._uses_per_rollout
+        prompts = [row["prompt"] for row in inputs]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        first_row = self.accelerator.process_index * len(prompts)
+        ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
+        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
+        noise_seeds = [sample_seed(args.seed, generation, NOISE, i) for i in noise_ids]
+        step_seeds = [sample_seed(args.seed, generation, STEP, i) for i in ids]
+        steps = self.policy.draw_window(sample_seed(args.seed, generation, WINDOW))
+
+        parts, chunk = [], args.rollout_batch_size or len(prompts)
+        with self.stage("rollout"):
+            for start in range(0, len(prompts), chunk):
+                part = slice(start, start + chunk)
+                parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
+                                                step_seeds=step_seeds[part], steps=steps))
+        self._rollout = Rollout.cat(parts)
+        with self.stage("rewards"):
+            table = self.rewards(prompts, self._rollout.videos, columns, self.state)
+        if args.log_completions and self.is_world_process_zero() and self.state.global_step % args.logging_steps == 0:
+            count = min(args.num_sample_videos, len(prompts))
+            self._write_samples(
+                f"samples/rollout_{self.state.global_step:06d}", self._rollout.videos[:count].cpu(), prompts[:count],
+                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, tag="rollout",
+            )
+        self._rollout.videos = None  # scored; the update needs the states only
+
+        values = self.accelerator.gather(table.values.to(self.accelerator.device)).cpu()
+        all_prompts = gather_object(prompts)
+        self._check_groups(all_prompts)
+        advantages, rewards, group_std = group_advantages(
+            values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
+            aggregation=args.multi_objective_aggregation,
+        )
+        if self.prompt_statistics is not None:
+            advantages = self.prompt_statistics.advantages(all_prompts, rewards)
+        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
+        self._advantages = advantages[first_row:first_row + len(prompts)].to(self.accelerator.device)
+
+        order = torch.arange(len(prompts))
+        if args.steps_per_generation > 1:
+            seed = sample_seed(args.seed, generation, SHUFFLE, self.accelerator.process_index)
+            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+        self._micro_batches = [rows.tolist() for rows in order.chunk(args.steps_per_generation)]
+        self._log_rollout(table, values, rewards, group_std)
+        self.check_equal_weights()
+
+    def _check_groups(self, prompts: list[str]) -> None:
+        size = self.args.num_generations
+        for start in range(0, len(prompts), size):
+            if len(set(prompts[start:start + size])) != 1:
+                raise RuntimeError(f"group {start // size} mixes prompts {set(prompts[start:start + size])}.")
+
+    def _log_rollout(self, table, values, rewards, group_std) -> None:
+        metrics = self._metrics["train"]
+        for i, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
+            metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
+            metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
+        metrics["reward"].append(rewards.nanmean().item())
+        metrics["reward_std"].append(group_std.mean().item())
+        metrics["frac_reward_zero_std"].append((group_std < 1e-8).float().mean().item())
+        for name, recorded in table.metrics.items():
+            metrics[name] += recorded
+        for name, recorded in table.extras.items():
+            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
+            if known:
+                metrics[f"{name}/mean"].append(sum(known) / len(known))
+
+    # --- stage 2: update ---------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        start = time.perf_counter()
+        use = self._step % self._uses_per_rollout
+        if use == 0 or self._rollout is None:
+            self._generate_and_score(inputs)
+        rows = self._micro_batches[self._step % self.args.steps_per_generation]
+        with self.stage("update"):
+            loss = self._update(rows, before_first_step=use < self.args.gradient_accumulation_steps)
+            if self.accelerator.sync_gradients:
+                self.all_reduce_gradients()
+        self._step += 1
+        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
+        return loss
+
+    def _update(self, rows: list[int], before_first_step: bool) -> torch.Tensor:
+        """Back-propagate the loss of one micro-batch, one denoising step at a time; returns its value."""
+        args, rollout, metrics = self.args, self._rollout, self._metrics["train"]
+        batch_size = len(rows)
+        if not args.beta:  # without a KL term a sample of advantage 0 has no gradient
+            rows = [r for r in rows if self._advantages[r] != 0]
+        total = torch.zeros((), device=self.accelerator.device)
+        if not rows:
+            return total
+        advantage = self._advantages[rows]
+        state_rows = rollout.state_rows(rows)
+        reference = self._reference_steps(rows) if args.beta else {}
+        epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        share = len(rows) / batch_size
+
+        def visit(step: ReplayStep) -> None:
+            nonlocal total
+            k = rollout.steps.index(step.index)
+            log_ratio = step.log_prob - rollout.log_probs[rows, k]
+            if before_first_step:
+                self._check_replay(log_ratio, step.index)
+            weight = step_weight(args.step_weighting, step.std, step.gain, step.step_size)
+            if args.step_weighting == "guard":
+                log_ratio = guarded_log_ratio(log_ratio, step.mean, rollout.means[step.index][state_rows], step.std,
+                                              rollout.rows_per_video)
+            loss = weight * clipped_policy_loss(log_ratio, advantage, args.epsilon, epsilon_high)
+            if args.beta:
+                expected = reference[step.index]
+                if args.kl_space == "x":
+                    kl = kl_to_reference(step.mean, expected.mean, step.std, rollout.rows_per_video)
+                else:
+                    kl = prediction_distance(step.prediction, expected.prediction, rollout.rows_per_video)
+                loss = loss + args.beta * kl
+                metrics["kl"].append(kl.detach().mean().item())
+            loss = loss.sum() / (batch_size * len(rollout.steps) * self.current_gradient_accumulation_steps)
+            with self._logged_gradient(step.index):
+                self.accelerator.backward(loss)
+            total = total + loss.detach()
+            low, high = clip_fractions(log_ratio, advantage, args.epsilon, epsilon_high)
+            metrics["clip_ratio/low_mean"].append(low.item() * share)
+            metrics["clip_ratio/high_mean"].append(high.item() * share)
+            metrics["clip_ratio/region_mean"].append((low + high).item() * share)
+            metrics["ratio/mean"].append(log_ratio.detach().exp().mean().item())
+            metrics["ratio/max_deviation"].append((log_ratio.detach().exp() - 1).abs().max().item())
+
+        self.policy.replay(rollout, rows, visit)
+        return total
+
+    def _reference_steps(self, rows: list[int]) -> dict[int, ReplayStep]:
+        """The trained steps under the reference policy: the adapter off, no gradients."""
+        steps: dict[int, ReplayStep] = {}
+        with adapters_off(self.policy):
+            self.policy.replay(self._rollout, rows, lambda step: steps.__setitem__(step.index, step), grad=False)
+        return steps
+
+    def _check_replay(self, log_ratio: torch.Tensor, index: int) -> None:
+        """Before the first optimizer step the ratio must be 1: rollout and update are the same computation."""
+        error = log_ratio.detach().abs().max().item()
+        self._metrics["train"]["replay/max_log_prob_error"].append(error)
+        if not error <= self.args.replay_tolerance:
+            raise RuntimeError(
+                f"denoising step {index}: log p differs by {error:.3g} between sampling and update, before any "
+                f"optimizer step (replay_tolerance {self.args.replay_tolerance:g}). The update would follow numerical "
+                "noise. Use the same attention backend and compilation in both, fp32 or bf16 throughout, and no "
+                "feature cache; or raise replay_tolerance if this error is small beside the clip range."
+            )
+
+    @contextlib.contextmanager
+    def _logged_gradient(self, index: int):
+        """Logs the norm of the gradient that one denoising step contributes."""
+        parameters = list(self.adapter.values())
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        fresh = [p.grad for p in parameters if p.grad is not None]
+        if fresh:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fresh)))
+            self._metrics["train"][f"grad_norm/step_{index}"].append(norm.item())
+        for parameter, earlier in zip(parameters, before):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
+
+    # --- log, resume -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(key.startswith("eval") for key in logs):
+            kept = {"replay/max_log_prob_error": max, "ratio/max_deviation": max}
+            for name, values in self._metrics["train"].items():
+                if values:
+                    logs[name] = kept[name](values) if name in kept else sum(values) / len(values)
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+
+    def _extra_state(self) -> dict:
+        statistics = None if self.prompt_statistics is None else self.prompt_statistics.state_dict()
+        return super()._extra_state() | {"prompt_statistics": statistics, "micro_batches": self._step}
+
+    def _load_extra_state(self, state: dict) -> None:
+        super()._load_extra_state(state)
+        self._step, self._rollout = state["micro_batches"], None
+        if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
+            self.prompt_statistics.load_state_dict(state["prompt_statistics"])
