@@ -9,6 +9,7 @@ are the pipeline's own in both passes, hence equal by construction. No code here
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,8 +103,13 @@ class VideoPolicy(nn.Module):
         return super().train(False)
 
     def enable_gradient_checkpointing(self) -> None:
-        for module in self.denoiser.values():
-            module.enable_gradient_checkpointing()
+        """Checkpoint activations in every denoiser; a class that cannot (UNet3DConditionModel) warns and goes on."""
+        for name, module in self.denoiser.items():
+            if module._supports_gradient_checkpointing:
+                module.enable_gradient_checkpointing()
+            else:
+                warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
+                              "keeps all activations of one denoising step.", stacklevel=2)
 
     def draw_window(self, seed: int) -> list[int]:
         """The trained steps of one rollout; a random position where a window is smaller than its range."""

@@ -14,14 +14,13 @@ import torch
 from .grammar import BACKGROUNDS
 from .specs import HELD_OUT_COLORS_OF_SHAPE, HELD_OUT_MOTIONS_OF_SHAPE, SceneSpecs
 
-
 UNITS = 32
 DURATION = 16.0
 RADII = (2.8, 4.8)  # small, large: radius of the circle of equal area
 SPEED_OF_WORD = (0.35, 0.9)  # slowly, quickly
 GROWTH = 1.8  # last radius over first radius of a growing shape, and its inverse for a shrinking one
 DIRECTIONS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0))  # of `MOTIONS`; y points down
-EXTENTS = (1.0, 1.0, 1.5, 1.19)  # half-width of the box around a shape, over its radius
+REACH = (1.0, 1.2533, 1.5551, 1.2533)  # of `SHAPES`: radius of the circle around the shape, over its radius
 
 _GROWING, _SHRINKING = 5, 6
 _CANDIDATES = 64  # positions tried per round
@@ -88,6 +87,18 @@ def lay_out(specs: SceneSpecs, generator: torch.Generator | None = None) -> Layo
     Raises:
         ValueError: a scene has no legal layout; the message names its prompt.
     """
+    layout, legal = search_layout(specs, generator)
+    if not legal.all():
+        prompt = specs[(~legal).nonzero()[:1, 0]].scenes()[0].prompt()
+        raise ValueError(
+            f"prompt={prompt!r} has no layout in which its objects fit the frame, do not touch and keep their "
+            "relation; ask for fewer or smaller objects, or for slower motion."
+        )
+    return layout
+
+
+def search_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -> tuple[Layout, torch.Tensor]:
+    """`try_layout` until every scene has a legal layout or has used its rounds: the layouts, and (N,) bool, legal."""
     parts = []
     for first in range(0, len(specs), _ROWS):
         chunk = specs[first : first + _ROWS]
@@ -98,14 +109,8 @@ def lay_out(specs: SceneSpecs, generator: torch.Generator | None = None) -> Layo
                 break
             again, legal[rows] = try_layout(chunk[rows], generator)
             layout.set(rows, again.with_slots(layout.present.shape[1]))
-        else:
-            prompt = chunk[rows[:1]].scenes()[0].prompt()
-            raise ValueError(
-                f"prompt={prompt!r} has no layout in which its objects fit the frame, do not touch and keep their "
-                "relation; ask for fewer or smaller objects, or for slower motion."
-            )
-        parts.append(layout)
-    return Layout.cat(parts)
+        parts.append((layout, legal))
+    return Layout.cat([layout for layout, _ in parts]), torch.cat([legal for _, legal in parts])
 
 
 def try_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -> tuple[Layout, torch.Tensor]:
@@ -182,8 +187,8 @@ def _fill(specs: SceneSpecs, generator: torch.Generator | None) -> tuple[Layout,
 
 def _reach(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
     """(N, K, 2) lowest and highest start at which an object stays inside the frame for the whole clip."""
-    extent = torch.tensor(EXTENTS, device=layout.shape.device)[layout.shape]
-    room = (layout.radius * layout.growth.clamp(min=1) * extent)[..., None] + 0.3
+    around = torch.tensor(REACH, device=layout.shape.device)[layout.shape]
+    room = (layout.radius * layout.growth.clamp(min=1) * around)[..., None] + 0.3
     way = layout.velocity * DURATION
     return room + (-way).clamp(min=0), UNITS - 1 - room - way.clamp(min=0)
 
@@ -195,8 +200,8 @@ def _instants(device) -> torch.Tensor:
 def _apart(layout: Layout, starts: torch.Tensor) -> torch.Tensor:
     """(N, C) bool: no two objects come closer than one unit, measured between the circles around them."""
     t = _instants(starts.device)
-    extent = torch.tensor(EXTENTS, device=starts.device)[layout.shape]
-    reach = (layout.radius * extent)[..., None] * (1 + (layout.growth[..., None] - 1) * t / DURATION)  # (N, K, t)
+    reach = torch.tensor(REACH, device=starts.device)[layout.shape]
+    reach = (layout.radius * reach)[..., None] * (1 + (layout.growth[..., None] - 1) * t / DURATION)  # (N, K, t)
     good = torch.ones(starts.shape[:2], dtype=torch.bool, device=starts.device)
     for a in range(starts.shape[2]):
         for b in range(a):
@@ -222,5 +227,3 @@ def _related(relation: torch.Tensor, layout: Layout, group: torch.Tensor, starts
             asked = layout.present[:, b] & (group[:, a] == 0) & (group[:, b] == 1) & (relation > 0)
             good &= ((along > 5) & (along > across - 2)) | ~asked[:, None]
     return good
-
-

@@ -19,7 +19,6 @@ from .grammar import SHAPES, Scene
 from .layout import DURATION, UNITS, Layout, lay_out
 from .specs import SceneSpecs
 
-
 #: RGB in [0, 1] of `COLORS` and of `BACKGROUNDS`.
 COLOR_RGB = torch.tensor(
     [
@@ -37,7 +36,7 @@ BACKGROUND_RGB = torch.tensor([[0.02, 0.02, 0.02], [0.5, 0.5, 0.5], [0.98, 0.98,
 _SQUARE = math.sqrt(math.pi) / 2  # half a side
 _TRIANGLE = math.sqrt(math.pi / (3 * math.sqrt(3)))  # radius of the inscribed circle
 _CROSS = 1.189  # half the length of an arm, three times half its width
-_ROWS = 32  # clips drawn at once on a CPU, for its caches
+_ROWS = 8  # clips drawn at once on a CPU, for its caches
 
 
 def coverage(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, scale: float = 1.0) -> torch.Tensor:

@@ -21,7 +21,6 @@ from .grammar import (
     Scene,
 )
 
-
 #: (4 shapes, 6 colors) and (4 shapes, 7 motions): True where training must never see the pair.
 HELD_OUT_COLORS_OF_SHAPE = torch.tensor([[(c, s) in HELD_OUT_COLOR_SHAPE for c in COLORS] for s in SHAPES])
 HELD_OUT_MOTIONS_OF_SHAPE = torch.tensor([[(s, m) in HELD_OUT_SHAPE_MOTION for m in MOTIONS] for s in SHAPES])

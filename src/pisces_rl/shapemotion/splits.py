@@ -25,10 +25,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .grammar import Scene, held_out
+from .grammar import Scene
 from .layout import Layout, try_layout
 from .specs import SceneSpecs
-
 
 FAMILIES = (
     "object_class",

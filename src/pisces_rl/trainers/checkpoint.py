@@ -27,7 +27,7 @@ def save_tree(tree: Any, path: str | os.PathLike) -> None:
         if isinstance(value, dict):
             return {"dict": [[encode(k), encode(v)] for k, v in value.items()]}
         if isinstance(value, (tuple, list)):
-            return {type(value).__name__: [encode(v) for v in value]}
+            return {"tuple" if isinstance(value, tuple) else "list": [encode(v) for v in value]}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
         if isinstance(value, np.generic):

@@ -283,10 +283,11 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval") for key in logs):
-            kept = {"replay/max_log_prob_error": max, "ratio/max_deviation": max}
             for name, values in self._metrics["train"].items():
-                if values:
-                    logs[name] = kept[name](values) if name in kept else sum(values) / len(values)
+                if values and "/max" in name:
+                    logs[name] = max(values)
+                elif values:  # seconds are totals since the last log, everything else is a mean
+                    logs[name] = sum(values) / (1 if name.startswith("seconds/") else len(values))
             self._metrics["train"].clear()
         super().log(logs, start_time)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0.95, seed: int = 0) -> dict:
@@ -64,9 +65,8 @@ def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console
             if not row["n"]:
                 continue
             colour = "green" if row["low"] > 0 else "red" if row["high"] < 0 else "default"
-            table.add_row(score, str(row["n"]), f"{row['before']:.3f}", f"{row['after']:.3f}",
-                          f"[{colour}]{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}][/]".replace(
-                              " [" + f"{row['low']:+.3f}", " \\[" + f"{row['low']:+.3f}"))
+            difference = Text(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", style=colour)
+            table.add_row(score, str(row["n"]), f"{row['before']:.3f}", f"{row['after']:.3f}", difference)
         console.print(table)
 
 

@@ -12,8 +12,8 @@ def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level:
         x0^ = x - s v,   e^ = x + (1 - s) v,   std = s' sin(a pi / 2)
         mean = (1 - s') x0^ + sqrt(s'^2 - std^2) e^
 
-    It does not keep the marginal in the limit of many steps: a Gaussian of standard deviation .300 comes out as .253
-    at 1,000 steps. Flow-CPS scores with the unscaled -(x' - m)^2; here log p is the Gaussian's, as for every
+    It does not keep the marginal in the limit of many steps: at a = 0.7 a Gaussian of standard deviation .300 comes
+    out as .253 after 1,000 steps. Flow-CPS scores with the unscaled -(x' - m)^2; here log p is the Gaussian's, as for every
     transition, so clip ranges mean the same thing everywhere. Arguments as in `flow_sde`.
     """
     std = sigma_next * math.sin(noise_level * math.pi / 2)

@@ -1,0 +1,52 @@
+# Each target installs what it needs into .venv on its first call; after that it starts at once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# Idle OpenMP threads must sleep: spinning ones nearly stop a run where processes share cores.
+export OMP_WAIT_POLICY = passive
+export TOKENIZERS_PARALLELISM = false
+
+# One process per GPU, or one on the CPU with a thread per core. All of it is what plain `accelerate launch` does,
+# said aloud so that it does not warn about its defaults.
+PROCESSES = $$($(BIN)/python -c "import torch; print(max(1, torch.cuda.device_count()))")
+THREADS = $$(getconf _NPROCESSORS_ONLN)
+LAUNCH = $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_processes $(PROCESSES) --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$(THREADS)}
+
+.PHONY: help install demo test test-slow lint real-check clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+install: $(STAMP)  ## create .venv and install the tested versions
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make needs Python 3.11 or newer for \
+	constraints.txt, and $(PYTHON) is older: say 'make PYTHON=python3.11 ...', or install without it: pip install -e ."; \
+	exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[test]'
+	@touch $@
+
+demo: $(STAMP)  ## improve the embedded text-to-video model with GRPO, in minutes on two CPU cores
+	$(LAUNCH) examples/grpo_t2v.py --config recipes/shapemotion_grpo.yaml $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+test-slow: $(STAMP)  ## run the tests that take longer, too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+
+lint: $(STAMP)  ## check style
+	$(BIN)/ruff check .
+
+real-check: $(STAMP)  ## on a GPU, with the Hub: one short GRPO run of Wan 2.1 1.3B, with its figures
+	$(BIN)/python benchmarks/real_check.py $(ARGS)
+
+clean:  ## remove caches and build files; .venv and outputs/ stay
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(STAMP)
+	find src tests examples benchmarks assets_src -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,150 @@
+"""What the scripts in examples/ share: arguments from YAML and the command line, prompts and rewards by name."""
+
+import difflib
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from datasets import Dataset, load_dataset
+from transformers import HfArgumentParser
+
+
+def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) -> tuple:
+    """Dataclasses from `--config file.yaml` and command-line overrides, the command line first.
+
+    Args:
+        dataclasses: one or more dataclass types; no two may share a field.
+        arguments: the command line without the program's name; None takes `sys.argv`.
+
+    Returns:
+        One instance each.
+
+    Raises:
+        SystemExit: an argument or a key of the YAML file is unknown; the message names the nearest known one.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(dataclasses, allow_abbrev=False)  # an abbreviation is a typo that trains
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
+    path = _config_path(arguments)
+    if path is not None:
+        settings = _read_yaml(parser, path)
+        for key in settings:
+            if key not in known:
+                parser.error(f"{path}: unknown key {key!r}{_nearest(key, known)}")
+        parser.set_defaults(**settings)
+        for action in parser._actions:  # a required option that the file gives is not required any more
+            if action.dest in settings:
+                action.required = False
+    *instances, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
+    for argument in rest:
+        name = argument.lstrip("-").split("=")[0].replace("-", "_")
+        parser.error(f"unknown argument {argument!r}{_nearest(name, known)}")
+    return tuple(instances[:len(dataclasses)])
+
+
+def _config_path(arguments: list[str]) -> str | None:
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith("--config="):
+            return argument.partition("=")[2]
+    return None
+
+
+def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
+    if not os.path.isfile(path):
+        parser.error(f"--config {path}: no such file; recipes lie in recipes/.")
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"--config {path} is not YAML: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"--config {path} must hold `name: value` lines.")
+    for key, value in settings.items():  # YAML 1.1 reads 1e-3 as a string
+        if isinstance(value, str):
+            try:
+                settings[key] = float(value) if "e-" in value.lower() else value
+            except ValueError:
+                pass
+    return settings
+
+
+def _nearest(name: str, known: set[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt") -> Dataset:
+    """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
+
+    Args:
+        source: a path or a Hub id.
+        split: split of a Hub data set.
+        column: the column that holds the text; it is renamed to `prompt`.
+
+    Raises:
+        ValueError: the file is missing or empty, or has no such column.
+    """
+    kind = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(source).suffix.lower())
+    if kind is not None:
+        if not os.path.isfile(source):
+            raise ValueError(f"dataset={source!r}: no such file.")
+        if kind == "text":
+            lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+            dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
+        elif os.path.getsize(source) == 0:
+            dataset = Dataset.from_dict({"prompt": []})
+        else:
+            dataset = load_dataset(kind, data_files=source, split="train")
+    else:
+        try:
+            dataset = load_dataset(source, split=split)
+        except Exception as error:  # datasets raises many kinds; each means the same to the user
+            raise ValueError(
+                f"dataset={source!r} is neither a .txt, .csv, .json or .jsonl file nor a data set that could be "
+                f"loaded (split {split!r}): {error}"
+            ) from error
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"dataset={source!r} has columns {dataset.column_names} but none named {column!r}; name the text column "
+            "with --dataset_column."
+        )
+    if column != "prompt":
+        dataset = dataset.rename_column(column, "prompt")
+    if len(dataset) == 0:
+        raise ValueError(f"dataset={source!r} holds no prompt; it needs at least one.")
+    return dataset
+
+
+def load_callable(name: str, known: Sequence[Callable] = ()) -> Callable:
+    """A reward by name: one of `known`, or `file.py:function`, or `package.module:function`.
+
+    Raises:
+        ValueError: there is no such function; the nearest known name is given.
+    """
+    by_name = {func.__name__: func for func in known}
+    if name in by_name:
+        return by_name[name]
+    location, _, attribute = name.rpartition(":")
+    if not location:
+        raise ValueError(
+            f"reward {name!r} is unknown{_nearest(name, set(by_name))} Known: {sorted(by_name)}; your own is named "
+            "file.py:function or package.module:function."
+        )
+    if location.endswith(".py"):
+        if not os.path.isfile(location):
+            raise ValueError(f"reward {name!r}: no file {location!r}.")
+        spec = importlib.util.spec_from_file_location(Path(location).stem, location)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(location)
+    if not callable(getattr(module, attribute, None)):
+        raise ValueError(f"reward {name!r}: {location} has no function {attribute!r}.")
+    return getattr(module, attribute)

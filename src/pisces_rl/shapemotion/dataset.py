@@ -1,0 +1,66 @@
+"""Prompts as a `datasets.Dataset`, ready for a trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import datasets
+import torch
+
+from .grammar import Scene
+from .splits import family_of, sample_layouts
+
+_TEXT, _TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
+_FEATURES = datasets.Features(
+    {
+        "prompt": _TEXT,
+        "split": _TEXT,
+        "family": _TEXT,
+        "shapes": _TEXTS,
+        "counts": datasets.List(datasets.Value("int64")),
+        "sizes": _TEXTS,
+        "colors": _TEXTS,
+        "motions": _TEXTS,
+        "speeds": _TEXTS,
+        "relation": _TEXT,
+        "background": _TEXT,
+    }
+)
+
+
+def load_prompts(split: str, n: int, seed: int = 0, families: Sequence[str] | None = None) -> datasets.Dataset:
+    """Draw n prompts of one split; the same arguments give the same prompts, and each can be rendered.
+
+    Args:
+        split: one of `SPLITS`: "train", "test_seen", "test_color_shape", "test_shape_motion", "test_both".
+        n: how many, at least 1. Prompts may repeat: there are only four of the kind "a circle".
+        seed: of the draw.
+        families: names of `FAMILIES` that the split has; None draws from all of them alike.
+
+    Returns:
+        A dataset with the column `prompt`, and what the prompt says: `split`, `family`, the lists `shapes`, `counts`,
+        `sizes`, `colors`, `motions`, `speeds` with one entry for each group, `relation` and `background`. None says
+        that the prompt is silent.
+
+    Raises:
+        ValueError: an unknown split or family (the nearest name is suggested), or n below 1.
+    """
+    scenes = sample_layouts(n, split, families, torch.Generator().manual_seed(seed))[0].scenes()
+    return datasets.Dataset.from_list([_row(scene, split) for scene in scenes], features=_FEATURES)
+
+
+def _row(scene: Scene, split: str) -> dict:
+    groups = scene.groups
+    return {
+        "prompt": scene.prompt(),
+        "split": split,
+        "family": family_of(scene),
+        "shapes": [group.shape for group in groups],
+        "counts": [group.count for group in groups],
+        "sizes": [group.size for group in groups],
+        "colors": [group.color for group in groups],
+        "motions": [group.motion for group in groups],
+        "speeds": [group.speed for group in groups],
+        "relation": scene.relation,
+        "background": scene.background,
+    }

@@ -1,0 +1,28 @@
+"""Shared settings: offline, one thread a process, tiny real pipelines."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+torch.set_num_threads(1)
+
+PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
+
+
+@pytest.fixture(scope="session")
+def parity_results():
+    """Rows of the replay-parity suite, written as JSON when the session ends."""
+    rows = []
+    yield rows
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+    PARITY_FILE.mkdir(parents=True, exist_ok=True)
+    (PARITY_FILE / f"{worker}.json").write_text(json.dumps(rows, indent=1))

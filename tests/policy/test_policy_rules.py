@@ -1,0 +1,165 @@
+"""What cannot be a policy says which rule it breaks and what to do; conversions of schedulers."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from tiny_pipelines import BUILD, CALLS, quiet
+
+from pisces_rl.policy import PolicyError, VideoPolicy
+from pisces_rl.policy.scheduler import training_scheduler
+
+
+@pytest.fixture(scope="module")
+def wan():
+    return quiet(BUILD["wan"]())
+
+
+def policy(pipe, **settings):
+    return VideoPolicy(pipe, **dict(num_inference_steps=4, pipeline_kwargs=CALLS["wan"]) | settings)
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"transition": "ddim"}, "'ddim' does not fit .*use one of .*flow_sde"),
+    ({"transition": "euler"}, "'euler' does not fit"),
+    ({"num_inference_steps": 1}, "num_inference_steps=1"),
+    ({"sde_window_range": (0, 4)}, r"sde_window_range=\[0, 4\].*<= 3"),
+    ({"sde_window_size": 9}, "sde_window_size=9 must be between 1 and 3"),
+    ({"pipeline_kwargs": {"hieght": 16}}, "takes no argument 'hieght'"),
+    ({"pipeline_kwargs": {"latents": torch.zeros(1)}}, "'latents' would change"),
+    ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2"),
+])
+def test_settings_that_do_not_fit(wan, settings, message):
+    with pytest.raises(PolicyError, match=message):
+        policy(wan, **settings)
+
+
+def test_clipping_and_stochastic_schedulers_are_refused():
+    with pytest.raises(PolicyError, match="clip_sample=True.*clip_sample=False"):
+        training_scheduler(DDIMScheduler(clip_sample=True))
+    with pytest.raises(PolicyError, match="thresholding=True"):
+        training_scheduler(DDIMScheduler(clip_sample=False, thresholding=True))
+    with pytest.raises(PolicyError, match="stochastic_sampling"):
+        training_scheduler(FlowMatchEulerDiscreteScheduler(stochastic_sampling=True))
+
+
+def test_multistep_schedulers_become_first_order():
+    unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    ours = training_scheduler(unipc)
+    assert isinstance(ours, FlowMatchEulerDiscreteScheduler) and ours.config.shift == 5.0
+    assert isinstance(training_scheduler(DPMSolverMultistepScheduler()), DDIMScheduler)
+    assert training_scheduler(DPMSolverMultistepScheduler()).config.clip_sample is False
+    assert isinstance(training_scheduler(CogVideoXDPMScheduler()), CogVideoXDDIMScheduler)
+
+
+def broken(step):
+    """A Wan pipeline class whose loop does something else with the scheduler."""
+    from diffusers import WanPipeline
+
+    class Broken(WanPipeline):
+        def __call__(self, prompt, generator=None, output_type="pt", num_inference_steps=4, **kwargs):
+            return step(self, prompt, generator, num_inference_steps, kwargs)
+
+    return Broken
+
+
+def run(pipe_class, wan):
+    pipe = pipe_class(**{k: v for k, v in wan.components.items() if not k.endswith("_2")})
+    return policy(pipe, pipeline_kwargs={}).sample(["a"], noise_seeds=[0], step_seeds=[0], steps=[1])
+
+
+def test_pipelines_that_break_a_rule(wan):
+    def never(self, prompt, generator, n, kwargs):
+        return None
+
+    def copied(self, prompt, generator, n, kwargs):
+        scheduler = copy.deepcopy(self.scheduler)
+        return scheduler
+
+    def twice(self, prompt, generator, n, kwargs):
+        self.scheduler.set_timesteps(n)
+        x = torch.randn(1, 2, generator=generator[0])
+        for t in self.scheduler.timesteps:
+            for _ in range(2):
+                x = self.scheduler.step(x, t, x, return_dict=False)[0]
+
+    def edits(self, prompt, generator, n, kwargs):
+        self.scheduler.set_timesteps(n)
+        x = torch.randn(1, 2, generator=generator[0])
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(x, t, x, return_dict=False)[0] + 0.1
+
+    def few(self, prompt, generator, n, kwargs):
+        self.scheduler.set_timesteps(n)
+        x = torch.randn(1, 2, generator=generator[0])
+        for t in self.scheduler.timesteps[:2]:
+            x = self.scheduler.step(x, t, x, return_dict=False)[0]
+
+    for step, message in ((never, "never called"), (copied, "never called"), (twice, "more than once per timestep"),
+                          (edits, "changes the latents"), (few, "took 2 scheduler steps for 4")):
+        with pytest.raises(PolicyError, match=message):
+            run(broken(step), wan)
+
+
+def test_start_noise_that_is_not_from_the_generators(wan):
+    from diffusers import WanPipeline
+
+    class Careless(WanPipeline):
+        def prepare_latents(self, *args, **kwargs):
+            return torch.randn_like(super().prepare_latents(*args, **kwargs))
+
+    pipe = Careless(**{k: v for k, v in wan.components.items() if not k.endswith("_2")})
+    careless = policy(quiet(pipe))
+    rollout = careless.sample(["a"], noise_seeds=[0], step_seeds=[0], steps=[0])
+    with pytest.raises(PolicyError, match="not reproducible from its generators"):
+        careless.replay(rollout, [0], lambda step: None)
+
+
+def test_deterministic_steps_cannot_be_trained(wan):
+    with pytest.raises(PolicyError, match="standard deviation 0"):
+        policy(wan, noise_level=0.0).sample(["a"], noise_seeds=[0], step_seeds=[0], steps=[1])
+    with pytest.raises(ValueError, match="step_seeds must be given"):
+        policy(wan).sample(["a"], noise_seeds=[0], steps=[1])
+
+
+def test_windows_lie_in_their_range(wan):
+    p = policy(wan, num_inference_steps=10, sde_window_size=2, sde_window_range=(1, 6))
+    windows = {tuple(p.draw_window(seed)) for seed in range(200)}
+    assert windows == {(i, i + 1) for i in range(1, 5)}
+    assert policy(wan).draw_window(0) == [0, 1, 2]
+
+
+def test_latents_rounded_by_the_pipeline_are_scored_as_rounded():
+    """Mochi keeps bf16 latents between fp32 scheduler steps."""
+    pipe = quiet(BUILD["mochi"]())
+    pipe.transformer.to(torch.bfloat16), pipe.text_encoder.to(torch.bfloat16), pipe.vae.to(torch.bfloat16)
+    p = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["mochi"])
+    rollout = p.sample(["a", "b"], noise_seeds=[0, 1], step_seeds=[0, 1], steps=[0, 1, 2], output_type="latent")
+    assert torch.equal(rollout.states[1], rollout.states[1].bfloat16().float())
+    found = []
+    p.replay(rollout, [0, 1], lambda s: found.append((s.log_prob - rollout.log_probs[:, s.index]).abs().max()))
+    assert max(found) == 0
+
+
+def test_prompts_are_encoded_once_and_alone(wan):
+    p = policy(wan)
+    calls = []
+    original = p.prompt_memo.encode_prompt
+
+    def counted(*args, **kwargs):
+        calls.append(kwargs["prompt"])
+        return original(*args, **kwargs)
+
+    p.prompt_memo.encode_prompt = counted
+    first = p.sample(["x", "y", "x", ""], noise_seeds=[0, 1, 0, 2]).videos
+    p.sample(["y"], noise_seeds=[1])
+    assert calls == [["x"], ["y"], [""]]
+    torch.testing.assert_close(first[0], first[2])

@@ -1,0 +1,201 @@
+"""Replayed log-probs equal the sampling pass's, for seven families, every transition that fits, guidance on and off."""
+
+import functools
+import math
+
+import pytest
+import torch
+from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE, quiet
+
+from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
+
+FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")
+CASES = [(family, transition) for family in BUILD for transition in (FLOW_TRANSITIONS if family in FLOW else ("ddim",))]
+PROMPTS = ["a fish", "a bird in the snow"]
+
+
+@functools.cache
+def adapted(family: str):
+    """A family's tiny pipeline with a LoRA whose B is not zero."""
+    pipe = quiet(BUILD[family]())
+    denoisers = {n: c for n, c in pipe.components.items() if n in ("transformer", "unet")}
+    torch.manual_seed(0)
+    add_lora(denoisers, default_lora_config(4))
+    for name, parameter in lora_parameters(denoisers).items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return pipe
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("guided", [True, False], ids=["guided", "unguided"])
+@pytest.mark.parametrize("family, transition", CASES)
+def test_replay_equals_sampling(family, transition, guided, checkpointing, parity_results):
+    pipe = adapted(family)
+    call = CALLS[family] | GUIDANCE[family][0 if guided else 1]
+    policy = VideoPolicy(pipe, transition=transition, num_inference_steps=4, pipeline_kwargs=call)
+    if checkpointing and family == "t2v_sd":
+        with pytest.warns(UserWarning, match="does not support gradient checkpointing"):
+            policy.enable_gradient_checkpointing()
+    elif checkpointing:
+        policy.enable_gradient_checkpointing()
+    else:
+        for denoiser in policy.denoiser.values():
+            if denoiser._supports_gradient_checkpointing:
+                denoiser.disable_gradient_checkpointing()
+    parameters = lora_parameters(dict(policy.denoiser.items()))
+    for parameter in parameters.values():
+        parameter.grad = None
+
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1, 2])
+    assert rollout.videos.shape[:1] + rollout.videos.shape[2:3] == (2, 3)
+    assert 0 <= float(rollout.videos.min()) and float(rollout.videos.max()) <= 1
+    assert rollout.log_probs.shape == (2, 3) and torch.isfinite(rollout.log_probs).all()
+
+    errors = {"whole": 0.0, "slice": 0.0}
+
+    def visitor(kind, rows):
+        def visit(step):
+            old = rollout.log_probs[rows, rollout.steps.index(step.index)]
+            errors[kind] = max(errors[kind], float((step.log_prob.detach() - old).abs().max()))
+            step.log_prob.sum().backward()  # one step's graph at a time
+        return visit
+
+    policy.replay(rollout, [0, 1], visitor("whole", [0, 1]))
+    reached = sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in parameters.values())
+    policy.replay(rollout, [1], visitor("slice", [1]))
+
+    parity_results.append({"family": family, "pipeline": type(pipe).__name__, "transition": transition,
+                           "guided": guided, "checkpointed": checkpointing, "whole_batch": errors["whole"],
+                           "slice": errors["slice"], "adapter_tensors": len(parameters), "with_gradient": reached})
+    assert errors["whole"] == 0.0
+    assert errors["slice"] <= 1e-5
+    assert reached == len(parameters)
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_log_prob_is_the_gaussian_density_of_the_recorded_states(family):
+    pipe = adapted(family)
+    policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS[family])
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[1])
+    seen = []
+    policy.replay(rollout, [0, 1], seen.append, grad=False)
+    (step,) = seen
+    density = torch.distributions.Normal(step.mean, step.std).log_prob(rollout.states[2])
+    torch.testing.assert_close(rollout.log_probs[:, 0], density.reshape(2, -1).mean(1), rtol=1e-5, atol=1e-5)
+    residual = (rollout.states[2] - step.mean) / step.std
+    assert float(residual.std()) == pytest.approx(1, abs=5 / math.sqrt(2 * residual.numel()))
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_deterministic_sampling_is_the_unmodified_pipeline(family):
+    """With no stochastic step the policy draws what the pipeline draws by itself, and leaves it as it was."""
+    pipe = adapted(family)
+    policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS[family])
+    scheduler, attributes = pipe.scheduler, set(vars(pipe))
+    ours = policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="pt").videos
+    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
+    theirs = pipe(prompt=PROMPTS, generator=generators, num_inference_steps=4, output_type="pt", **CALLS[family]).frames
+    torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=2e-4)
+    assert pipe.scheduler is scheduler and set(vars(pipe)) == attributes
+    assert all("forward" not in vars(d) for d in policy.denoiser.values())
+
+
+def test_one_graph_equals_one_backward_per_step():
+    pipe = adapted("wan")
+    policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
+    parameters = lora_parameters(dict(policy.denoiser.items()))
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 2])
+
+    def gradients(visit, finish=lambda: None):
+        for parameter in parameters.values():
+            parameter.grad = None
+        policy.replay(rollout, [0, 1], visit)
+        finish()
+        return torch.cat([p.grad.flatten() for p in parameters.values()])
+
+    kept = []
+    stepwise = gradients(lambda step: step.log_prob.sum().backward())
+    joint = gradients(lambda step: kept.append(step.log_prob.sum()), lambda: sum(kept).backward())
+    torch.testing.assert_close(stepwise, joint)
+
+
+def test_gradient_equals_finite_difference():
+    pipe = adapted("wan")
+    policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[1])
+    policy.denoiser.double()
+    pipe.text_encoder.double()
+    try:
+        policy.prompt_memo.memory.clear()
+        parameters = list(lora_parameters(dict(policy.denoiser.items())).values())
+        direction = [torch.randn_like(p) for p in parameters]
+
+        def total(move=0.0):
+            values = []
+            with torch.no_grad():
+                for p, d in zip(parameters, direction):
+                    p.add_(d, alpha=move)
+            policy.replay(rollout, [0, 1], lambda step: values.append(step.log_prob.sum()), grad=move == 0.0)
+            with torch.no_grad():
+                for p, d in zip(parameters, direction):
+                    p.sub_(d, alpha=move)
+            return values[0]
+
+        for parameter in parameters:
+            parameter.grad = None
+        total().backward()
+        slope = float(sum((p.grad * d).sum() for p, d in zip(parameters, direction)))
+        h = 1e-3
+        difference = float(total(h) - total(-h)) / (2 * h)
+        assert difference == pytest.approx(slope, rel=2e-2)
+    finally:
+        policy.denoiser.float()
+        pipe.text_encoder.float()
+
+
+def test_a_sample_depends_on_its_own_seeds_only():
+    policy = VideoPolicy(adapted("wan"), num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
+    both = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1])
+    alone = policy.sample(PROMPTS[1:], noise_seeds=[2], step_seeds=[4], steps=[0, 1])
+    torch.testing.assert_close(both.videos[1:], alone.videos, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both.log_probs[1:], alone.log_probs, rtol=1e-4, atol=1e-5)
+
+
+def test_joined_rollouts_replay_like_their_parts():
+    policy = VideoPolicy(adapted("t2v_sd"), num_inference_steps=3, pipeline_kwargs=CALLS["t2v_sd"])
+    parts = [policy.sample([p], noise_seeds=[i], step_seeds=[i + 5], steps=[0, 1]) for i, p in enumerate(PROMPTS)]
+    joined = type(parts[0]).cat(parts)
+    assert joined.rows_per_video == CALLS["t2v_sd"]["num_frames"]
+    values = {}
+    policy.replay(joined, [1, 0], lambda s: values.__setitem__(s.index, s.log_prob.detach()), grad=False)
+    for k, index in enumerate(joined.steps):
+        torch.testing.assert_close(values[index], joined.log_probs[[1, 0], k], rtol=1e-5, atol=1e-5)
+
+
+def test_untrained_steps_skip_the_denoiser():
+    policy = VideoPolicy(adapted("wan"), num_inference_steps=4, pipeline_kwargs=CALLS["wan"] | {"guidance_scale": 1.0})
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[2])
+    calls = []
+    block = policy.denoiser["transformer"].blocks[0]
+    handle = block.register_forward_hook(lambda *a: calls.append(1))
+    policy.replay(rollout, [0, 1], lambda s: None)
+    handle.remove()
+    assert len(calls) == 1 and sorted(rollout.states) == [2, 3]
+
+
+def test_an_exception_in_the_visitor_leaves_the_pipeline_whole():
+    pipe = adapted("wan")
+    policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[1])
+    scheduler = pipe.scheduler
+
+    def visit(step):
+        raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        policy.replay(rollout, [0, 1], visit)
+    assert pipe.scheduler is scheduler and torch.is_grad_enabled()
+    with torch.no_grad():
+        policy.replay(rollout, [0, 1], lambda s: None)
+        assert not torch.is_grad_enabled()

@@ -1,0 +1,232 @@
+"""Arguments from YAML and the command line, prompts and rewards by name."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from pisces_rl import VideoGRPOConfig
+from pisces_rl.cli import load_callable, load_prompt_dataset, parse_arguments
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Settings:
+    model: str = field(default="tiny-wan", metadata={"help": "Model."})
+    rewards: list[str] = field(default_factory=lambda: ["score"], metadata={"help": "Rewards."})
+    rank: int | None = field(default=None, metadata={"help": "Rank."})
+    scale: float = field(default=1.0, metadata={"help": "Scale."})
+    shuffle: bool = field(default=True, metadata={"help": "Shuffle."})
+    quiet: bool = field(default=False, metadata={"help": "Quiet."})
+    label: str | None = field(default=None, metadata={"help": "Label."})
+
+
+@dataclass
+class Needed:
+    folder: str = field(metadata={"help": "Required."})
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(text):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def parsed(arguments, *types):
+    return parse_arguments(*(types or (Settings,)), arguments=arguments)
+
+
+def refused(capsys, arguments, *types) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        parsed(arguments, *types)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- arguments ---
+
+
+def test_defaults_and_command_line():
+    assert parsed([]) == (Settings(),)
+    (settings,) = parsed(["--rewards", "a", "b", "--rank", "8", "--scale=1e-3", "--shuffle", "false", "--quiet"])
+    assert settings == Settings(rewards=["a", "b"], rank=8, scale=1e-3, shuffle=False, quiet=True)
+
+
+def test_yaml(recipe):
+    path = recipe("rewards: [a, b]\nrank: 4\nscale: 1e-3\nshuffle: false\nquiet: true\nlabel: null\n")
+    (settings,) = parsed(["--config", path])
+    assert settings == Settings(rewards=["a", "b"], rank=4, scale=1e-3, shuffle=False, quiet=True)
+    assert parsed([f"--config={path}"]) == (settings,)
+
+
+def test_the_command_line_overrides_the_file(recipe):
+    path = recipe("rewards: [a, b]\nrank: 4\nscale: 2\nshuffle: false\n")
+    for order in (["--config", path, "--rank", "9"], ["--rank", "9", "--config", path]):
+        (settings,) = parsed([*order, "--rewards", "c", "--shuffle", "true"])
+        assert settings == Settings(rewards=["c"], rank=9, scale=2.0, shuffle=True)
+
+
+def test_several_dataclasses_and_required_fields(recipe, capsys):
+    path = recipe("folder: here\nrank: 3\n")
+    assert parsed(["--config", path], Settings, Needed) == (Settings(rank=3), Needed("here"))
+    assert parsed(["--config", path, "--folder", "there"], Settings, Needed)[1] == Needed("there")
+    assert "--folder" in refused(capsys, [], Settings, Needed)
+
+
+@pytest.mark.parametrize("text, types", [("1e-3", float), ("5E-4", float), ("1.5e-5", float), ("2e3", float),
+                                         ("0.001", float), ("7", float)])
+def test_floats_of_yaml(recipe, text, types):
+    """YAML 1.1 reads 1e-3 as a string."""
+    (settings,) = parsed(["--config", recipe(f"scale: {text}\n")])
+    assert isinstance(settings.scale, (types, int)) and settings.scale == float(text)
+
+
+def test_text_that_looks_like_a_number_stays_text(recipe):
+    (settings,) = parsed(["--config", recipe("label: 1e-3\nmodel: some-e-name\n")])
+    assert settings.label == "1e-3" and settings.model == "some-e-name"
+
+
+@pytest.mark.parametrize("line, name", [("rank: eight", "rank"), ("rank: 2.5", "rank"), ("shuffle: perhaps", "shuffle"),
+                                        ("scale: [1, 2]", "scale"), ("rank: true", "rank")])
+def test_values_of_the_wrong_type_in_yaml(recipe, capsys, line, name):
+    assert name in refused(capsys, ["--config", recipe(line + "\n")])
+
+
+@pytest.mark.parametrize("arguments, wrong, near", [
+    (["--rewrds", "a"], "--rewrds", "rewards"), (["--rank=3", "--scal=2"], "--scal=2", "scale"),
+    (["--qiet"], "--qiet", "quiet"), (["--no-such-thing", "1"], "--no-such-thing", None),
+])
+def test_an_unknown_argument_names_the_nearest(capsys, arguments, wrong, near):
+    message = refused(capsys, arguments)
+    assert f"unknown argument {wrong!r}" in message and "did you mean" in message
+    assert near is None or f"did you mean {near!r}" in message
+
+
+def test_an_abbreviation_of_config_is_not_silently_dropped(recipe, capsys):
+    assert "unknown argument" in refused(capsys, ["--conf", recipe("rank: 4\n")])
+
+
+def test_an_unknown_key_names_the_nearest(recipe, capsys):
+    message = refused(capsys, ["--config", recipe("num_generatons: 8\n")], VideoGRPOConfig)
+    assert "unknown key 'num_generatons'" in message and "did you mean 'num_generations'" in message
+
+
+def test_bad_files(recipe, tmp_path, capsys):
+    assert "no such file" in refused(capsys, ["--config", str(tmp_path / "none.yaml")])
+    assert "is not YAML" in refused(capsys, ["--config", recipe("a: [1\nb: }")])
+    assert "must hold `name: value` lines" in refused(capsys, ["--config", recipe("- a\n- b\n")])
+    assert "expected one argument" in refused(capsys, ["--config"])
+    assert parsed(["--config", recipe("")]) == (Settings(),)
+    assert parsed(["--config", recipe("# a comment only\n")]) == (Settings(),)
+
+
+def test_the_trainers_config(recipe, tmp_path):
+    path = recipe(
+        f"output_dir: {tmp_path}\nsde_window_range: [0, 5]\nsde_window_size: 2\nlearning_rate: 1e-3\n"
+        "reward_weights: [1, 0.5]\npipeline_kwargs: {max_sequence_length: 24}\nuse_cpu: true\nshuffle_dataset: false\n"
+        "scale_rewards: batch\nreport_to: none\nguidance_scale: 1\n"
+    )
+    settings, config = parsed(["--config", path, "--learning_rate", "2e-3", "--num_inference_steps", "8"], Settings,
+                              VideoGRPOConfig)
+    assert config.learning_rate == 2e-3 and config.num_inference_steps == 8 and config.sde_window_range == [0, 5]
+    assert config.pipeline_kwargs == {"max_sequence_length": 24} and config.reward_weights == [1, 0.5]
+    assert config.shuffle_dataset is False and config.scale_rewards == "batch"
+    config = parsed(["--output_dir", str(tmp_path), "--pipeline_kwargs", '{"max_sequence_length": 3}', "--use_cpu",
+                     "--sde_window_range", "1", "4"], VideoGRPOConfig)[0]
+    assert config.pipeline_kwargs == {"max_sequence_length": 3} and config.sde_window_range == [1, 4]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_recipes_parse(path):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from grpo_t2v import ScriptArguments
+    finally:
+        sys.path.remove(str(ROOT / "examples"))
+    script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, VideoGRPOConfig)
+    assert config.num_generations >= 2 and script.model
+
+
+def test_help_of_the_example():
+    result = subprocess.run([sys.executable, str(ROOT / "examples" / "grpo_t2v.py"), "--help"], capture_output=True,
+                            text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
+    assert result.returncode == 0, result.stderr
+    for name in ("--config", "--model", "--dataset", "--rewards", "--num_generations", "--sde_window_size"):
+        assert name in result.stdout
+
+
+# --- prompts ---
+
+
+def test_text_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\ufeffa red circle\n\n  zwei gr\u00fcne Quadrate  \n", encoding="utf-8")
+    assert load_prompt_dataset(str(path))["prompt"][:] == ["a red circle", "zwei gr\u00fcne Quadrate"]
+
+
+def test_csv_and_jsonl(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,colour\n"a circle, red",red\na square,blue\n')
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a circle", "n": 1}\n{"prompt": "a square", "n": 2}\n')
+    (tmp_path / "a.json").write_text('[{"caption": "a circle"}]')
+    data = load_prompt_dataset(str(tmp_path / "a.csv"))
+    assert data["prompt"][:] == ["a circle, red", "a square"] and data["colour"][:] == ["red", "blue"]
+    assert load_prompt_dataset(str(tmp_path / "a.jsonl"))["n"][:] == [1, 2]
+    assert load_prompt_dataset(str(tmp_path / "a.json"), column="caption")["prompt"][:] == ["a circle"]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("none.txt", None, "no such file"), ("none.csv", None, "no such file"),
+    ("empty.txt", "", "holds no prompt"), ("blank.txt", "\n \n", "holds no prompt"),
+    ("empty.csv", "", "holds no prompt"), ("empty.jsonl", "", "holds no prompt"), ("head.csv", "prompt\n", "holds no prompt"),
+    ("other.csv", "text\na circle\n", "none named 'prompt'"),
+    ("broken.jsonl", '{"prompt": "a"\n[oops', "could not be read"),
+    ("folder", None, "could not be loaded"),
+])
+def test_bad_prompt_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_prompt_dataset(str(path))
+    assert str(path) in str(caught.value)
+
+
+# --- rewards by name ---
+
+
+def score(prompts, **kwargs):
+    return [0.0] * len(prompts)
+
+
+def test_known_files_and_modules(tmp_path):
+    assert load_callable("score", [score]) is score
+    (tmp_path / "mine.py").write_text("def f(prompts, **k):\n    return [7.0] * len(prompts)\n\nx = 3\n")
+    assert load_callable(f"{tmp_path}/mine.py:f")(["a"]) == [7.0]
+    from pisces_rl.rewards import exposure
+
+    assert load_callable("pisces_rl.rewards:exposure") is exposure
+
+
+@pytest.mark.parametrize("name, message", [
+    ("scor", "did you mean 'score'"), ("nowhere.py:f", "no file 'nowhere.py'"),
+    ("pisces_rl.rewards:exposur", "has no function 'exposur'"), ("no_such_package:f", "no module 'no_such_package'"),
+    ("pisces_rl.rewards:__name__", "has no function"),
+])
+def test_unknown_rewards(name, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_callable(name, [score])
+    assert repr(name) in str(caught.value)
+
+
+def test_an_error_inside_the_users_file_shows_itself(tmp_path):
+    (tmp_path / "mine.py").write_text("import a_package_that_is_missing\n")
+    with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
+        load_callable(f"{tmp_path}/mine.py:f")
