@@ -52,19 +52,33 @@ class ScriptArguments:
 
 
 def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, dict[str, Dataset] | None]:
-    """Training prompts, and held-out sets: fresh prompts, and compositions never trained."""
+    """Training prompts, and held-out sets."""
     count = script.eval_prompts
-    if script.dataset != "shapemotion":
-        prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column)
-        if not count or len(prompts) < 2 * count:
-            return prompts, None
-        parts = prompts.train_test_split(test_size=count, seed=seed)
-        return parts["train"], {"held_out": parts["test"]}
-    train = load_prompts("train", n=2048, seed=seed)
-    if not count:
-        return train, None
-    halves = [load_prompts(split, n=count // 2, seed=1) for split in ("test_color_shape", "test_shape_motion")]
-    return train, {"test_seen": load_prompts("test_seen", n=count, seed=1), "held_out": concatenate_datasets(halves)}
+    if script.dataset == "shapemotion":
+        train = load_prompts("train", n=2048, seed=seed)
+        if not count:
+            return train, None
+        halves = [shapemotion_prompts(s, count // 2, seed=1) for s in ("test_color_shape", "test_shape_motion")]
+        return train, {
+            "test_seen": shapemotion_prompts("test_seen", count, seed=1),  # fresh prompts of trained compositions
+            "held_out": concatenate_datasets(halves),  # color-shape and shape-motion pairs that are never trained
+            "relation": shapemotion_prompts("test_seen", count // 4, seed=1, directed=True),
+        }
+    prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column)
+    if not count or len(prompts) < 2 * count:
+        return prompts, None
+    parts = prompts.train_test_split(test_size=count, seed=seed)
+    return parts["train"], {"held_out": parts["test"]}
+
+
+def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = False) -> Dataset:
+    """ShapeMotion prompts without a directed relation ("above", "to the left of"), or only such.
+
+    tiny-wan knows the axis of a relation but not which object comes first, so these prompts are measured apart.
+    """
+    prompts = load_prompts(split, n=8 * count + 64, seed=seed)
+    keep = [row for row, relation in enumerate(prompts["relation"]) if (relation not in (None, "and")) == directed]
+    return prompts.select(keep[:count])
 
 
 def main() -> None:

@@ -48,7 +48,7 @@ def refused(capsys, arguments, *types) -> str:
     with pytest.raises(SystemExit) as stopped:
         parsed(arguments, *types)
     assert stopped.value.code == 2
-    return capsys.readouterr().err
+    return capsys.readouterr().err.partition("error:")[2]
 
 
 # --- arguments ---
@@ -94,10 +94,19 @@ def test_text_that_looks_like_a_number_stays_text(recipe):
     assert settings.label == "1e-3" and settings.model == "some-e-name"
 
 
-@pytest.mark.parametrize("line, name", [("rank: eight", "rank"), ("rank: 2.5", "rank"), ("shuffle: perhaps", "shuffle"),
-                                        ("scale: [1, 2]", "scale"), ("rank: true", "rank")])
+@pytest.mark.parametrize("line, name", [
+    ("rank: eight", "rank"), ("rank: 2.5", "rank"), ("shuffle: perhaps", "shuffle"), ("scale: [1, 2]", "scale"),
+    ("rank: true", "rank"),
+])
 def test_values_of_the_wrong_type_in_yaml(recipe, capsys, line, name):
     assert name in refused(capsys, ["--config", recipe(line + "\n")])
+
+
+def test_empty_lists_and_a_bare_no(recipe, tmp_path):
+    """YAML 1.1 reads a bare no as false."""
+    path = recipe(f"rewards: []\noutput_dir: {tmp_path}\nsave_strategy: no\neval_strategy: no\nuse_cpu: yes\n")
+    settings, config = parsed(["--config", path], Settings, VideoGRPOConfig)
+    assert settings.rewards == [] and config.save_strategy == "no" and config.eval_strategy == "no" and config.use_cpu
 
 
 @pytest.mark.parametrize("arguments, wrong, near", [
@@ -185,10 +194,11 @@ def test_csv_and_jsonl(tmp_path):
 @pytest.mark.parametrize("name, content, message", [
     ("none.txt", None, "no such file"), ("none.csv", None, "no such file"),
     ("empty.txt", "", "holds no prompt"), ("blank.txt", "\n \n", "holds no prompt"),
-    ("empty.csv", "", "holds no prompt"), ("empty.jsonl", "", "holds no prompt"), ("head.csv", "prompt\n", "holds no prompt"),
+    ("empty.csv", "", "holds no prompt"), ("empty.jsonl", "", "holds no prompt"),
+    ("head.csv", "prompt\n", "holds no prompt"),
     ("other.csv", "text\na circle\n", "none named 'prompt'"),
     ("broken.jsonl", '{"prompt": "a"\n[oops', "could not be read"),
-    ("folder", None, "could not be loaded"),
+    ("folder", None, "a data set that could be loaded"),
 ])
 def test_bad_prompt_files(tmp_path, name, content, message):
     path = tmp_path / name

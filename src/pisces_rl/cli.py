@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -36,11 +37,8 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) 
         settings = _read_yaml(parser, path)
         for key in settings:
             if key not in known:
-                parser.error(f"{path}: unknown key {key!r}{_nearest(key, known)}")
-        parser.set_defaults(**settings)
-        for action in parser._actions:  # a required option that the file gives is not required any more
-            if action.dest in settings:
-                action.required = False
+                parser.error(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+        arguments = _as_arguments(parser, path, settings) + arguments
     *instances, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
@@ -66,18 +64,34 @@ def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
         parser.error(f"--config {path} is not YAML: {error}")
     if not isinstance(settings, dict):
         parser.error(f"--config {path} must hold `name: value` lines.")
-    for key, value in settings.items():  # YAML 1.1 reads 1e-3 as a string
-        if isinstance(value, str):
-            try:
-                settings[key] = float(value) if "e-" in value.lower() else value
-            except ValueError:
-                pass
     return settings
+
+
+def _as_arguments(parser: HfArgumentParser, path: str, settings: dict) -> list[str]:
+    """The settings of a file as a command line, so that both are converted and checked alike."""
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for key, value in settings.items():
+        action = actions[key]
+        if value is None or value == []:  # no command line says these
+            parser.set_defaults(**{key: value})
+            action.required = False
+        elif isinstance(value, list):
+            if action.nargs not in ("+", "*"):
+                parser.error(f"{path}: {key} takes one value, not the list {value}.")
+            arguments += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments.append(f"--{key}={json.dumps(value)}")
+        elif value is False and "no" in (action.choices or ()):  # YAML 1.1 reads a bare no as false
+            arguments.append(f"--{key}=no")
+        else:
+            arguments.append(f"--{key}={value}")
+    return arguments
 
 
 def _nearest(name: str, known: set[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    return f"; did you mean {match[0]!r}?" if match else "."
 
 
 def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt") -> Dataset:
@@ -96,12 +110,12 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
         if not os.path.isfile(source):
             raise ValueError(f"dataset={source!r}: no such file.")
         if kind == "text":
-            lines = [line.strip() for line in Path(source).read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in Path(source).read_text(encoding="utf-8-sig").splitlines()]
             dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
         elif os.path.getsize(source) == 0:
             dataset = Dataset.from_dict({"prompt": []})
         else:
-            dataset = load_dataset(kind, data_files=source, split="train")
+            dataset = _read_table(kind, source)
     else:
         try:
             dataset = load_dataset(source, split=split)
@@ -120,6 +134,15 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
     if len(dataset) == 0:
         raise ValueError(f"dataset={source!r} holds no prompt; it needs at least one.")
     return dataset
+
+
+def _read_table(kind: str, source: str) -> Dataset:
+    try:
+        return load_dataset(kind, data_files=source, split="train")
+    except Exception as error:  # as above
+        if "corresponds to no data" in str(error):  # a header and no rows
+            return Dataset.from_dict({"prompt": []})
+        raise ValueError(f"dataset={source!r} could not be read as {kind}: {error.__cause__ or error}") from error
 
 
 def load_callable(name: str, known: Sequence[Callable] = ()) -> Callable:
@@ -144,7 +167,13 @@ def load_callable(name: str, known: Sequence[Callable] = ()) -> Callable:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     else:
-        module = importlib.import_module(location)
+        try:
+            module = importlib.import_module(location)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{location}.".startswith(f"{error.name}."):
+                raise  # something that the module itself imports
+            raise ValueError(f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
+                             ) from error
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"reward {name!r}: {location} has no function {attribute!r}.")
     return getattr(module, attribute)

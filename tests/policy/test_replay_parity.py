@@ -36,9 +36,9 @@ def test_replay_equals_sampling(family, transition, guided, checkpointing, parit
     policy = VideoPolicy(pipe, transition=transition, num_inference_steps=4, pipeline_kwargs=call)
     if checkpointing and family == "t2v_sd":
         with pytest.warns(UserWarning, match="does not support gradient checkpointing"):
-            policy.enable_gradient_checkpointing()
+            policy.activation_checkpointing_enable()
     elif checkpointing:
-        policy.enable_gradient_checkpointing()
+        policy.activation_checkpointing_enable()
     else:
         for denoiser in policy.denoiser.values():
             if denoiser._supports_gradient_checkpointing:

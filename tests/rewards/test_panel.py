@@ -82,7 +82,8 @@ def test_arguments_that_a_reward_does_not_name_are_not_passed():
         seen["kwargs"] = set(kwargs)
         return [0.0] * 3
 
-    table = ask([only_videos, one_column, everything], {"color": ["r", "g", "b"], "size": [1, 2, 3]}, trainer_state="s")
+    columns = {"color": ["r", "g", "b"], "size": [1, 2, 3]}
+    table = ask([only_videos, one_column, everything], columns, trainer_state="s")
     torch.testing.assert_close(table.values[:, 0], VIDEOS.mean(dim=(1, 2, 3, 4)))
     assert seen["color"] == ["r", "g", "b"] and seen["state"] == "s" and seen["prompts"] == PROMPTS
     assert seen["kwargs"] == {"color", "size", "trainer_state", "log_extra", "log_metric"}

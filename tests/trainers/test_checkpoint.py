@@ -86,7 +86,8 @@ def test_adamw_and_its_schedule_continue_to_the_bit(kind, tmp_path):
 
 def test_random_states_reproduce_their_draws(tmp_path):
     def draws():
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(3).tolist(), torch.rand(2).tolist()]
+        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(3).tolist(),
+                torch.rand(2).tolist()]
 
     random.gauss(0, 1), np.random.randn()  # leaves a second normal in both generators' pockets
     save_tree(random_state(), tmp_path / "random")

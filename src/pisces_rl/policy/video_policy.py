@@ -102,14 +102,27 @@ class VideoPolicy(nn.Module):
         """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
-    def enable_gradient_checkpointing(self) -> None:
-        """Checkpoint activations in every denoiser; a class that cannot (UNet3DConditionModel) warns and goes on."""
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None,
+                                        every_n_layers: int = 1, offload: bool = False) -> None:
+        """Checkpoint activations in every denoiser, as diffusers does it; transformers' Trainer calls this by name.
+
+        A class that cannot (UNet3DConditionModel) warns and goes on.
+        """
+        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+            raise ValueError(
+                f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "
+                f"every_n_layers={every_n_layers}, offload={offload}; leave gradient_checkpointing_kwargs unset."
+            )
         for name, module in self.denoiser.items():
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing()
             else:
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """The same by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def draw_window(self, seed: int) -> list[int]:
         """The trained steps of one rollout; a random position where a window is smaller than its range."""

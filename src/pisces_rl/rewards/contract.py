@@ -9,10 +9,12 @@ may be `async def`. `log_extra(name, values)` records B per-sample values, `log_
 reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +26,9 @@ class RewardError(RuntimeError):
 
 
 def reward_name(func: RewardFunc) -> str:
-    """The name under which a reward is logged."""
+    """The name under which a reward is logged; a partial has its function's."""
+    while isinstance(func, functools.partial):
+        func = func.func
     name = getattr(func, "__name__", None)
     if name is None or name == "<lambda>":
         name = type(func).__name__ if name is None else "lambda"
@@ -45,24 +49,28 @@ def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
     Raises:
         RewardError: not B numbers, or a value that is NaN or infinite.
     """
-    if isinstance(values, Tensor):
-        values = values.detach().flatten().tolist()
+    given = type(values).__name__
     try:
+        if isinstance(values, (str, bytes, dict)):
+            raise TypeError("its elements are not one number per video")
+        if isinstance(values, (Tensor, np.ndarray)):
+            values = torch.as_tensor(values).detach().flatten().tolist()
         values = [None if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
         raise RewardError(
-            f"reward {name!r} returned {type(values).__name__}, which is not a list of numbers: {error}. Return one "
-            "float (or None) per video."
+            f"reward {name!r} returned {given}, which is not a list of numbers: {error}. Return one float (or None) "
+            "per video."
         ) from error
     if len(values) != len(prompts):
         raise RewardError(
             f"reward {name!r} returned {len(values)} values for {len(prompts)} videos; return one float (or None) "
             "per video, in order."
         )
+    numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
     for row, value in enumerate(values):
-        if value is not None and not math.isfinite(value):
+        if value is not None and not numbers[row].isfinite():
             raise RewardError(
                 f"reward {name!r} returned {value} for sample {row}, prompt {prompts[row]!r}. Training stops before "
                 "it learns from that; return None where the reward does not apply, and mend the reward otherwise."
             )
-    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    return numbers

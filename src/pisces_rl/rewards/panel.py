@@ -4,8 +4,10 @@ import asyncio
 import inspect
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,13 +55,14 @@ class RewardPanel:
         return len(self.funcs)
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> RewardTable:
+    def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+                 trainer_state=None) -> RewardTable:
         table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
 
         def log_extra(name: str, values: Sequence) -> None:
             if len(values) != len(prompts):
                 raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
-            table.extras[name] = list(values)
+            table.extras[name] = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
 
         def log_metric(name: str, value: float) -> None:
             table.metrics.setdefault(name, []).append(float(value))
@@ -78,17 +81,27 @@ class RewardPanel:
             table.seconds[name] = time.perf_counter() - start
         if pending:
             start = time.perf_counter()
-            for i, values in zip(pending, asyncio.run(self._await_all(pending))):
+            for i, values in zip(pending, self._await_all(pending)):
                 table.values[:, i] = checked_values(self.names[i], values, prompts)
                 table.seconds[self.names[i]] += time.perf_counter() - start
         return table
 
-    async def _await_all(self, pending: dict) -> list:
+    def _await_all(self, pending: dict) -> list:
+        """The values of all awaitables, in a thread of their own: a notebook's has a running event loop already."""
+
         async def one(i: int, awaitable):
             with _named(self.names[i]):
                 return await awaitable
 
-        return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
+        async def together():
+            return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
+
+        @torch.no_grad()
+        def run() -> list:
+            return asyncio.run(together())
+
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(run).result()
 
 
 class _named:

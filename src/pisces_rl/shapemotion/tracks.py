@@ -70,7 +70,7 @@ class Tracks:
         return _line(self.x, self.present)[1], _line(self.y, self.present)[1]
 
     def steadiness(self) -> np.ndarray:
-        """(N + 1,) share of the centroid's variance that the velocity explains: near 1 for a motion, 0 for a wobble."""
+        """(N + 1,) share of the centroid's variance that the velocity explains: 1 for a motion, 0 for a wobble."""
         explained = sum(v**2 for v in self.velocity()) * _variance(_times(self.present), self.present)
         total = _variance(self.x, self.present) + _variance(self.y, self.present)
         return explained / np.maximum(total, 1e-6)

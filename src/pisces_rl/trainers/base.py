@@ -1,6 +1,7 @@
 """What every trainer of video policies shares: loading, evaluation, what a run leaves, save and resume."""
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -14,11 +15,13 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
+from huggingface_hub.errors import HFValidationError
 from peft import LoraConfig
 from rich.console import Console
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from .. import assets, hub, media
@@ -36,7 +39,7 @@ from ..rewards import RewardPanel
 from ._trl import _BaseTrainer, identity
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
-from .report import compare, markdown_comparison, print_comparison
+from .report import compare, markdown_comparison, print_comparison, read_evaluation
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -48,20 +51,22 @@ def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = No
     if isinstance(model, DiffusionPipeline):
         return model
     if not isinstance(model, (str, os.PathLike)):
-        raise ValueError(f"model={model!r} must be a diffusers pipeline, a Hub id, a folder or one of {assets.available()}.")
+        raise ValueError(
+            f"model={model!r} must be a diffusers pipeline, a Hub id, a folder or one of {assets.available()}."
+        )
     path = assets.asset_path(model) if model in assets.available() else model
     try:
-        return DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
-    except OSError as error:
+        return DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    except (OSError, HFValidationError) as error:
         raise ValueError(
-            f"model={str(model)!r} is neither a folder with a diffusers pipeline, nor a Hub id that could be read, nor "
-            f"one of the embedded models {assets.available()}: {error}"
+            f"model={str(model)!r} is neither a folder with a diffusers pipeline, nor a Hub id that could be read, "
+            f"nor one of the embedded models {assets.available()}: {error}"
         ) from error
 
 
-def check_dataset(name: str, dataset) -> None:
-    """A data set of prompts, or a ValueError that says what is missing."""
-    if isinstance(dataset, dict):
+def check_dataset(name: str, dataset, several: bool = False) -> None:
+    """A data set of prompts (where `several` may be: or a dict of them), or a ValueError that says what is missing."""
+    if several and isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(f"{name}[{key!r}]", part)
         return
@@ -77,8 +82,12 @@ def check_dataset(name: str, dataset) -> None:
 
 
 def sample_seed(*parts: int) -> int:
-    """One 63-bit seed from integers, the same on every machine and number of processes."""
-    return int(np.random.SeedSequence([p & 0xFFFFFFFF for p in parts]).generate_state(1, np.uint64)[0] >> 1)
+    """One 63-bit seed from integers, the same on every machine and number of processes.
+
+    Their number is hashed too: SeedSequence takes [1], [1, 0] and [1, 0, 0] for the same.
+    """
+    entropy = [len(parts), *(p & 0xFFFFFFFF for p in parts)]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
 
 
 class VideoPolicyTrainer(_BaseTrainer):
@@ -96,31 +105,36 @@ class VideoPolicyTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = True
+    _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None):
+        args = copy.copy(args)  # the caller's serves another trainer
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
-            check_dataset("eval_dataset", eval_dataset)
+            check_dataset("eval_dataset", eval_dataset, several=True)
         self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
         if not len(self.rewards):
-            raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns) -> list.")
+            raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
         weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(weights) != len(self.rewards):
-            raise ValueError(f"reward_weights has {len(weights)} values for {len(self.rewards)} rewards; give one each.")
+            raise ValueError(
+                f"reward_weights has {len(weights)} values for {len(self.rewards)} rewards; give one each."
+            )
         self.reward_weights = torch.tensor(weights, dtype=torch.float32)
         if eval_dataset is None:
             args.eval_on_start = False
             if args.eval_strategy != "no":
-                raise ValueError(f"eval_strategy={str(args.eval_strategy)!r} needs an eval_dataset.")
+                raise ValueError(f"eval_strategy={str(args.eval_strategy.value)!r} needs an eval_dataset.")
         if args.load_best_model_at_end and args.metric_for_best_model == "loss":
-            args.metric_for_best_model = "reward"
+            args.metric_for_best_model, args.greater_is_better = "reward", True
         self._checked_checkpoint(args, args.resume_from_checkpoint)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
-        self.model_name = model if isinstance(model, str) else getattr(model, "name_or_path", "") or type(model).__name__
+        self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
+            getattr(model, "name_or_path", "") or type(model).__name__)
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
-        self._freeze()
+        self._freeze(args.device)
         self.policy = VideoPolicy(
             self.pipeline, transition=args.transition, noise_level=args.noise_level,
             num_inference_steps=args.num_inference_steps, sde_window_size=args.sde_window_size,
@@ -129,14 +143,12 @@ class VideoPolicyTrainer(_BaseTrainer):
         )
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
-        if args.gradient_checkpointing:
-            self.policy.enable_gradient_checkpointing()
-        args.gradient_checkpointing = args.activation_checkpointing = False  # done; nothing left for Trainer to do
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._evaluated_at: int | None = None
+        self._best_step: int | None = None  # set when the best checkpoint replaces the last
         self.first_evaluation: dict | None = None
         self.last_evaluation: dict | None = None
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
@@ -147,23 +159,26 @@ class VideoPolicyTrainer(_BaseTrainer):
         # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
         # may call its denoisers as it likes.
         prepare_model = self.accelerator.prepare_model
-        self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(model, **kwargs | {"evaluation_mode": True})
+        self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
+            model, **kwargs | {"evaluation_mode": True})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
-        self.console = Console(stderr=False)
+        self.console = Console()
+        if not self.console.is_terminal:
+            self.console = Console(width=120)
         if self.is_world_process_zero():
             total = sum(p.numel() for p in self.adapter.values())
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
             for leftover in Path(args.output_dir).glob(".incomplete-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def _freeze(self) -> None:
+    def _freeze(self, device: torch.device) -> None:
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.requires_grad_(False).eval()
         for parameter in self.pipeline.vae.parameters() if hasattr(self.pipeline, "vae") else ():
-            if parameter.ndim == 5:  # the same numbers, twice as fast on CPUs
+            if parameter.ndim == 5 and device.type == "cpu":  # the same numbers, decoded twice as fast
                 parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)
 
     def _send_telemetry(self) -> None:
@@ -216,7 +231,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             per-sample values that rewards recorded; with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        check_dataset("eval_dataset", dataset)
+        check_dataset("eval_dataset", dataset, several=True)
         sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
         metrics, evaluation = {}, {}
         with self.ema or contextlib.nullcontext():
@@ -230,8 +245,10 @@ class VideoPolicyTrainer(_BaseTrainer):
                         suffix = "" if score == "reward" else "/mean"
                         metrics[f"{prefix}_{score}{suffix}"] = float(np.mean(known))
         if isinstance(dataset, dict):
-            rewards = [metrics[f"{metric_key_prefix}_{name}_reward"] for name in sets]
-            metrics[f"{metric_key_prefix}_reward"] = float(np.mean(rewards))
+            keys = [f"{metric_key_prefix}_{name}_reward" for name in sets]
+            rewards = [metrics[key] for key in keys if key in metrics]  # a reward may apply to no prompt of a set
+            if rewards:
+                metrics[f"{metric_key_prefix}_reward"] = float(np.mean(rewards))
         if eval_dataset is None:
             self._evaluated_at = self.state.global_step
             self.last_evaluation = evaluation
@@ -303,9 +320,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         folder.mkdir(parents=True, exist_ok=True)
         for row, video in enumerate(videos):
             media.save_video(video, folder / f"{row:03d}.mp4", fps=self.args.fps)
-        rewards = scores.get("reward", [None] * len(prompts))
-        captions = [p if r is None else f"{p}  [reward {r:.2f}]" for p, r in zip(prompts, rewards)]
-        media.contact_sheet(videos, captions, folder / "sheet.png")
+        media.contact_sheet(videos, prompts, folder / "sheet.png", scores=next(iter(scores.values())))
         self._write_json(f"{name}/rewards.json", {"prompts": prompts, "scores": scores})
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
@@ -322,19 +337,27 @@ class VideoPolicyTrainer(_BaseTrainer):
             return
         first = sorted((Path(self.args.output_dir) / "evaluations").glob("step_*.json"))[0]
         before = json.loads(first.read_text())
-        if before["step"] < self.state.global_step:
-            comparison = compare(before["sets"], self.last_evaluation)
-            self._write_json("report.json", {"from_step": before["step"], "to_step": self.state.global_step,
+        same = {name: part for name, part in before["sets"].items()  # an earlier run here may have had other prompts
+                if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]}
+        if same and before["step"] < self._weights_step:
+            comparison = compare(same, self.last_evaluation)
+            self._write_json("report.json", {"from_step": before["step"], "to_step": self._weights_step,
                                              "comparison": comparison})
             (Path(self.args.output_dir) / "report.md").write_text(markdown_comparison(comparison))
-            self._before_after_sheets(before["sets"])
-            print_comparison(comparison, f"step {before['step']} -> {self.state.global_step}", self.console)
+            self._before_after_sheets(same)
+            print_comparison(comparison, f"step {before['step']} -> {self._weights_step}", self.console)
         self._wait()
+
+    @property
+    def _weights_step(self) -> int:
+        """The optimizer step whose weights the adapter holds."""
+        return self.state.global_step if self._best_step is None else self._best_step
 
     def _before_after_sheets(self, before: dict) -> None:
         """The base model and the trained one on the same prompts and noise, side by side."""
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for name, dataset in sets.items():
+        for name in before if self.args.num_sample_videos else ():
+            dataset = sets[name]
             count = min(self.args.num_sample_videos, len(dataset))
             prompts = list(dataset["prompt"][:count])
             seeds = [self._eval_noise(i) for i in range(count)]
@@ -356,6 +379,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
+        self._best_step = None
         checkpoint = self._checked_checkpoint(self.args, resume_from_checkpoint or self.args.resume_from_checkpoint)
         if checkpoint is not None:
             self._check_same_model(checkpoint)
@@ -371,6 +395,12 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._finish()
         return output
 
+    def _run_epoch(self, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     @staticmethod
     def _checked_checkpoint(args, checkpoint: str | bool | None) -> str | None:
         """The folder to resume from; a ValueError where there is none, or it is not a checkpoint."""
@@ -379,7 +409,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if checkpoint in (True, "True", "true"):
             last = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
             if last is None:
-                raise ValueError(f"resume_from_checkpoint=True, but output_dir={args.output_dir!r} holds no checkpoint.")
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but output_dir={args.output_dir!r} holds no checkpoint."
+                )
             return last
         if not os.path.isfile(os.path.join(checkpoint, "policy.json")):
             raise ValueError(
@@ -389,12 +421,12 @@ class VideoPolicyTrainer(_BaseTrainer):
         return str(checkpoint)
 
     def _policy_identity(self) -> dict:
-        """What a checkpoint must agree with: the pipeline and its denoisers' architecture."""
+        """What a checkpoint must agree with: the pipeline, its denoisers' architecture, and how data is counted."""
         return {
             "model": self.model_name,
             "pipeline": type(self.pipeline).__name__,
-            "denoisers": {name: hashlib.sha256(json.dumps(dict(m.config), sort_keys=True, default=str).encode()).hexdigest()
-                          for name, m in self.policy.denoiser.items()},
+            "denoisers": {name: _architecture(module) for name, module in self.policy.denoiser.items()},
+            "batches": {name: getattr(self.args, name) for name in self._position_settings},
         }
 
     def _check_same_model(self, checkpoint: str) -> None:
@@ -405,6 +437,12 @@ class VideoPolicyTrainer(_BaseTrainer):
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
                 f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
             )
+        for name, value in own["batches"].items():
+            if saved["batches"][name] != value:
+                raise ValueError(
+                    f"{name}={value}, but resume_from_checkpoint={checkpoint!r} was saved with "
+                    f"{saved['batches'][name]}: the position in the data would be another. Keep it, or start anew."
+                )
 
     def _save_checkpoint(self, model, trial) -> None:
         """Write into a staging folder and rename it: what is named checkpoint-N is always complete."""
@@ -417,7 +455,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         with self.stage("saving"):
             try:
                 self._write_checkpoint(staging)
-            except OSError as caught:
+            except (OSError, SafetensorError) as caught:
                 error = f"rank {self.accelerator.process_index}: {caught}"
             errors = [e for e in gather_object([error]) if e]
             if errors:
@@ -446,7 +484,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             save_tree(self.optimizer.state_dict(), folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
         save_tree(self._extra_state(), folder / "trainer")
-        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
+        own = [*self.callback_handler.callbacks, self.control]
+        for callback in [c for c in own if isinstance(c, ExportableState)]:
             self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
         (folder / "policy.json").write_text(json.dumps(self._policy_identity(), indent=2))
@@ -458,6 +497,8 @@ class VideoPolicyTrainer(_BaseTrainer):
     def _load_extra_state(self, state: dict) -> None:
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
+        elif self.ema is not None:
+            self.ema.restart()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_lora_state(self.pipeline, resume_from_checkpoint)
@@ -465,13 +506,22 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         load_lora_state(self.pipeline, self.state.best_model_checkpoint)
+        if self.ema is not None:  # what was saved there is the average
+            self.ema.restart()
+        self._best_step = self.state.best_global_step
+        if self.is_world_process_zero():
+            self.last_evaluation = read_evaluation(
+                Path(self.args.output_dir) / "evaluations" / f"step_{self._best_step:06d}.json"
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
         folder = Path(checkpoint)
         if not (folder / "optimizer.json").exists():
-            raise ValueError(f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from.")
+            raise ValueError(
+                f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
+            )
         self.optimizer.load_state_dict(load_tree(folder / "optimizer"))
         self.lr_scheduler.load_state_dict(load_tree(folder / "scheduler"))
 
@@ -492,7 +542,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                 call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
                 difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if self.args.bf16 else 1e-4)
             self.create_model_card()
-            self.console.print(f"adapter in {folder}; reloaded in a fresh pipeline, relative difference {difference:.1e}")
+            self.console.print(
+                f"adapter in {folder}; reloaded in a fresh pipeline, relative difference {difference:.1e}")
         self._wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
@@ -523,6 +574,12 @@ class VideoPolicyTrainer(_BaseTrainer):
                 revision=self.args.hub_revision,
             )
         return broadcast_object_list([url])[0]
+
+
+def _architecture(module: nn.Module) -> str:
+    """A digest of a module's config, without where it was loaded from."""
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _with_none(values: Tensor) -> list[float | None]:

@@ -58,6 +58,10 @@ class AdapterEMA(TrainerCallback):
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach().to(self.average[name]), 1 - decay)
 
+    def restart(self) -> None:
+        """Average anew from the present weights."""
+        self.updates, self.average = 0, {name: p.detach().clone() for name, p in self.parameters.items()}
+
     def __enter__(self):
         """Inside, the adapter is the average."""
         self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}

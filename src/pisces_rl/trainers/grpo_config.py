@@ -1,5 +1,6 @@
 """Configuration of `VideoGRPOTrainer`."""
 
+import json
 import warnings
 from dataclasses import dataclass, field
 
@@ -14,7 +15,8 @@ class VideoGRPOConfig(_BaseConfig):
 
     Names and defaults are those of `trl.GRPOConfig` where they mean the same. Deliberate differences: `epsilon`
     (per-step Gaussian log-ratios are small next to a token's), `learning_rate` (an adapter, not a language model),
-    `bf16` only where CUDA supports it, `remove_unused_columns=False`, `logging_steps=1`, `save_only_model=False`.
+    `bf16` only where CUDA supports it, `logging_steps=1`, `report_to="tensorboard"` (videos go there), and
+    `eval_on_start=True` (the "before" of the report). There is no `loss_type`: all videos have as many steps.
 
     How much is sampled and updated: every `steps_per_generation * num_iterations` micro-batches one rollout of
     `generation_batch_size` videos is drawn, in groups of `num_generations` per prompt; each optimizer step uses
@@ -28,7 +30,8 @@ class VideoGRPOConfig(_BaseConfig):
                   "epsilon- and v-prediction. Unset: flow_sde or ddim, by the pipeline's scheduler."},
     )
     noise_level: float | None = field(
-        default=None, metadata={"help": "Noise of the transition (a, or eta). Unset: the value of the kernel's authors."}
+        default=None,
+        metadata={"help": "Noise of the transition (a, or eta). Unset: the value of the kernel's authors."},
     )
     sde_window_size: int | None = field(
         default=None,
@@ -78,14 +81,15 @@ class VideoGRPOConfig(_BaseConfig):
                                                "0 skips the reference pass."})
     kl_space: str = field(
         default="x",
-        metadata={"help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the predictions, "
-                  "the better one when training without guidance."},
+        metadata={"help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the "
+                  "predictions, the better one when training without guidance."},
     )
     epsilon: float = field(default=1e-3, metadata={"help": "Lower clip range of the per-step ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Unset: epsilon."})
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by nothing."},
+        metadata={"help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by "
+                  "nothing."},
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
@@ -143,14 +147,25 @@ class VideoGRPOConfig(_BaseConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
-        if isinstance(self.pipeline_kwargs, str):
-            import json
-
-            self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+        with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+            super().__post_init__()
+        self._read_pipeline_kwargs()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_choices()
         self._check_batches()
+
+    def _read_pipeline_kwargs(self) -> None:
+        if isinstance(self.pipeline_kwargs, str):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"pipeline_kwargs={self.pipeline_kwargs!r} is not JSON ({error}); write it like "
+                    "'{\"max_sequence_length\": 226}'."
+                ) from error
+        if not isinstance(self.pipeline_kwargs, dict | None):
+            raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of the pipeline's arguments.")
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -167,6 +182,8 @@ class VideoGRPOConfig(_BaseConfig):
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
         if self.epsilon <= 0 or (self.epsilon_high is not None and self.epsilon_high <= 0):
             raise ValueError(f"epsilon={self.epsilon} and epsilon_high={self.epsilon_high} must be positive.")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta} must not be negative: it weights the KL term; 0 leaves it out.")
         if self.sde_window_range is not None and len(self.sde_window_range) != 2:
             raise ValueError(f"sde_window_range={self.sde_window_range} must be two integers, low and high.")
         if self.auto_find_batch_size:

@@ -21,7 +21,8 @@ from accelerate.utils import gather_object
 from ..policy import ReplayStep, Rollout, adapters_off
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, nanstd
-from .base import VideoPolicyTrainer, sample_seed
+from .base import VideoPolicyTrainer, check_dataset, sample_seed
+from .grpo_config import VideoGRPOConfig
 from .losses import (
     clip_fractions,
     clipped_policy_loss,
@@ -67,11 +68,15 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
+    _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
+                          "gradient_accumulation_steps", "num_iterations")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config=None, callbacks=None):
+        args = VideoGRPOConfig() if args is None else args
+        check_dataset("train_dataset", train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
-        if train_dataset is not None and 0 < len(train_dataset) < prompts_per_rollout:
+        if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
                 f"a rollout takes {prompts_per_rollout} different prompts (generation_batch_size "
                 f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
@@ -80,11 +85,17 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
         self._step = 0  # micro-batches so far
         self._rollout: Rollout | None = None
+        self._rollout_at = -1  # optimizer step at which it was drawn
         self._advantages: torch.Tensor | None = None
         self._micro_batches: list[list[int]] = []
         self.prompt_statistics = PromptStatistics(
             args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
         ) if args.per_prompt_stat_tracking else None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        self._rollout = None
+        self._step += -self._step % self._uses_per_rollout  # a second train() begins with a rollout of its own
+        return super().train(resume_from_checkpoint, **kwargs)
 
     # --- data: every prompt G times, every rollout's prompts for as many micro-batches as it is used -----------------
 
@@ -187,9 +198,10 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         use = self._step % self._uses_per_rollout
         if use == 0 or self._rollout is None:
             self._generate_and_score(inputs)
+            self._rollout_at = self.state.global_step
         rows = self._micro_batches[self._step % self.args.steps_per_generation]
         with self.stage("update"):
-            loss = self._update(rows, before_first_step=use < self.args.gradient_accumulation_steps)
+            loss = self._update(rows, before_first_step=self.state.global_step == self._rollout_at)
             if self.accelerator.sync_gradients:
                 self.all_reduce_gradients()
         self._step += 1

@@ -1,0 +1,291 @@
+"""The model card of a trained adapter, and its upload to the Hub.
+
+TRL's own card speaks of text generation and loads a language model, so this one is ours.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+#: What `push_adapter` uploads, as globs under the folder: never a checkpoint, an optimizer state or an event file.
+PATTERNS = (
+    "README.md",
+    "pytorch_lora_weights.safetensors",
+    "*/adapter_model.safetensors",
+    "*/adapter_config.json",
+    "report.md",
+    "samples/**/*.mp4",
+    "samples/**/*.png",
+)
+_ADAPTERS = PATTERNS[1:3]
+_EMBEDDED = Path(__file__).parent / "assets"
+_SHOWN_VIDEOS = 4
+
+_CITATIONS = {
+    "pisces": (
+        "PISCES, whose optimal-transport rewards this library is built around",
+        "@inproceedings{pisces2026,\n"
+        "  title = {{PISCES}: Annotation-free Text-to-Video Post-Training via Optimal Transport-Aligned Rewards},\n"
+        "  booktitle = {ICML},\n  year = {2026},\n  eprint = {2602.01624},\n  archivePrefix = {arXiv}\n}",
+    ),
+    "grpo": (
+        "Group relative policy optimization",
+        "@article{deepseekmath2024,\n"
+        "  title = {{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models},\n"
+        "  year = {2024},\n  eprint = {2402.03300},\n  archivePrefix = {arXiv}\n}",
+    ),
+    "flow_sde": (
+        "Flow-GRPO, the source of the transition and of GRPO on flow matching",
+        "@article{flowgrpo2025,\n  title = {{Flow-GRPO}: Training Flow Matching Models via Online {RL}},\n"
+        "  year = {2025},\n  eprint = {2505.05470},\n  archivePrefix = {arXiv}\n}",
+    ),
+    "dance_sde": (
+        "DanceGRPO, the source of the transition",
+        "@article{dancegrpo2025,\n  title = {{DanceGRPO}: Unleashing {GRPO} on Visual Generation},\n"
+        "  year = {2025},\n  eprint = {2505.07818},\n  archivePrefix = {arXiv}\n}",
+    ),
+    "ddim": (
+        "DDPO, the source of the transition",
+        "@article{ddpo2023,\n  title = {Training Diffusion Models with Reinforcement Learning},\n"
+        "  year = {2023},\n  eprint = {2305.13301},\n  archivePrefix = {arXiv}\n}",
+    ),
+}
+
+
+def model_card(
+    base_model: str,
+    trainer: str,
+    pipeline_class: str,
+    settings: dict,
+    comparison: dict[str, dict[str, dict]] | None = None,
+    folder: str | Path | None = None,
+    repo_id: str | None = None,
+    call: dict | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
+
+    Args:
+        base_model: Hub id, folder or embedded name of the model that was trained. A folder is shown by its last name
+            only, since a card goes out to others.
+        trainer: name of the method, for instance "Video GRPO"; a name with GRPO in it adds the tag and the citations.
+        pipeline_class: name of the diffusers class, for instance "WanPipeline".
+        settings: of training, shown as a table in this order. `transition` decides which papers are cited.
+        comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as report.json has
+            it; None leaves the table out.
+        folder: where the run was saved. Pictures and videos under its `samples/` are shown by their relative paths,
+            and its layout decides how the snippet loads the adapter. None shows none.
+        repo_id: where the adapter will be, for the snippet; None writes a placeholder.
+        call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
+        tags: further tags.
+
+    Returns:
+        Markdown whose YAML front matter the Hub reads.
+    """
+    grpo = "grpo" in trainer.lower()
+    folder = Path(folder) if folder is not None else None
+    name = _shown_name(base_model)
+    videos = _videos(folder)
+    front = {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-video",
+        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", "text-to-video", *tags])),
+    }
+    if _is_hub_id(base_model):
+        front = {"base_model": base_model, "base_model_relation": "adapter"} | front
+    if videos:
+        front["widget"] = [{"text": prompt, "output": {"url": path}} for path, prompt in videos]
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
+        f"# {_text(name)}, LoRA trained with {_text(trainer)}",
+        f"A LoRA adapter for `{name}`, trained by reinforcement learning with pisces_rl ({_text(trainer)}). Plain "
+        "diffusers loads it.",
+        "## Use\n\n```python\n" + _snippet(base_model, pipeline_class, repo_id, folder, call or {}) + "\n```",
+    ]
+    if comparison:
+        parts.append("## Before and after\n\n" + _evaluation(comparison))
+    sheets = _sheets(folder)
+    if sheets or videos:
+        pictures = [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in sheets]
+        links = "\n".join(f"- [{_text(prompt)}]({path})" for path, prompt in videos)
+        parts.append("\n\n".join(["## Samples", *pictures, *([links] if links else [])]))
+    rows = [f"| {_text(key)} | {_text(value)} |" for key, value in settings.items() if value is not None]
+    parts.append("\n".join(["## Training\n", "| setting | value |", "|---|---|", *rows]))
+    parts.append("## Citation\n\n" + _citations(grpo, str(settings.get("transition", ""))))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] = PATTERNS,
+    endpoint: str | None = None,
+) -> str:
+    """Upload an adapter with its model card and samples, in one commit, and return the repository's address.
+
+    Args:
+        folder: where the trainer saved.
+        repo_id: "name" or "namespace/name"; made if it does not exist.
+        private: whether a new repository is private; None leaves it to the account's default.
+        token: of the Hub; None takes the one that is logged in.
+        commit_message: of the commit.
+        revision: branch, made if it does not exist; None is the main one.
+        allow_patterns: globs under the folder. Checkpoint folders (`checkpoint-*`) and hidden files stay behind in any
+            case.
+        endpoint: of another Hub; None takes HF_ENDPOINT or the public one.
+
+    Raises:
+        ValueError: the folder holds no adapter, or repo_id is no valid name. Nothing was sent.
+        RuntimeError: the Hub refused, or could not be reached. The files are still in the folder; the message says so.
+    """
+    folder = Path(folder)
+    if not any(_found(folder, pattern) for pattern in _ADAPTERS):
+        raise ValueError(
+            f"folder={str(folder)!r} holds no adapter: neither pytorch_lora_weights.safetensors nor "
+            "*/adapter_model.safetensors. Give the output_dir of a run that has saved (trainer.save_model())."
+        )
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id={repo_id!r} is no name of a repository; allowed: 'name' or 'you/name'. {error}"
+        ) from None
+    files = sorted({path for pattern in allow_patterns for path in _found(folder, pattern)})
+    api = HfApi(endpoint=endpoint, token=token)
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        commit = api.create_commit(
+            repo_id,
+            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            commit_message=commit_message or "Upload adapter",
+            revision=revision,
+        )
+    except Exception as error:  # the Hub's client has no common base class, and every failure needs the same word
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        said = " ".join(str(error).split())
+        raise RuntimeError(
+            f"the upload to {repo_id!r} failed ({_reason(status)}). Nothing is lost: the adapter, the model card and "
+            f"the samples are in {str(folder)!r}. Try again with "
+            f"pisces_rl.hub.push_adapter({str(folder)!r}, {repo_id!r}). "
+            f"The Hub's client said: {type(error).__name__}: {said}"
+        ) from error
+    return str(commit.repo_url)
+
+
+def _reason(status: int | None) -> str:
+    known = {
+        401: "401: no valid token; log in with `hf auth login`, or set hub_token",
+        403: "403: the token may not write there; use one with write access, or a namespace of yours",
+        404: "404: not found, or hidden from this token",
+        409: "409: the repository changed meanwhile",
+        429: "429: too many requests; wait a while",
+    }
+    if status is None:
+        return "the Hub was not reached, or its client refused"
+    return known.get(status, f"HTTP {status}")
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """Files that match a glob and are neither hidden nor in a checkpoint."""
+    found = []
+    for path in folder.glob(pattern):
+        parts = path.relative_to(folder).parts
+        if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in parts):
+            found.append(path)
+    return found
+
+
+def _is_hub_id(base_model: str) -> bool:
+    looks = re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith(".")
+    return bool(looks) and not Path(base_model).exists()
+
+
+def _shown_name(base_model: str) -> str:
+    return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
+
+
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict) -> str:
+    own = repo_id or "you/this-adapter"
+    lines = ["import torch", f"from diffusers import {pipeline_class}", "from diffusers.utils import export_to_video"]
+    name, dtype = _shown_name(base_model), "torch.bfloat16"
+    if not _is_hub_id(base_model) and (_EMBEDDED / name).is_dir():
+        lines.append("from pisces_rl.assets import asset_path  # the base model ships with pisces_rl")
+        model, dtype = f'asset_path("{name}")', "torch.float32"
+    elif _is_hub_id(base_model):
+        model = f'"{base_model}"'
+    else:
+        model = f'"path/to/{name}"'
+    lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
+    peft_files = _found(folder, _ADAPTERS[1]) if folder is not None else []
+    if peft_files and not (folder / _ADAPTERS[0]).exists():
+        component = peft_files[0].parent.name
+        lines = ["from peft import PeftModel", *lines]
+        load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
+        lines.append(f"pipe.{component} = {load}")
+    else:
+        lines.append(f'pipe.load_lora_weights("{own}")')
+    plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
+    arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
+    lines.append(f'video = pipe("your prompt"{arguments}).frames[0]')
+    lines.append('export_to_video(video, "video.mp4")')
+    return "\n".join(lines)
+
+
+def _videos(folder: Path | None) -> list[tuple[str, str]]:
+    """(relative path, prompt) of a few videos of the last evaluation."""
+    steps = sorted(folder.glob("samples/step_*")) if folder is not None else []
+    if not steps:
+        return []
+    shown = []
+    for path in sorted(steps[-1].glob("**/*.mp4"))[:_SHOWN_VIDEOS]:
+        listed = path.parent / "rewards.json"
+        prompts = json.loads(listed.read_text())["prompts"] if listed.exists() else []
+        row = int(path.stem) if path.stem.isdigit() else len(prompts)
+        prompt = str(prompts[row]) if row < len(prompts) else path.stem
+        shown.append((path.relative_to(folder).as_posix(), prompt))
+    return shown
+
+
+def _sheets(folder: Path | None) -> list[str]:
+    paths = sorted(folder.glob("samples/before_after*.png")) if folder is not None else []
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def _evaluation(comparison: dict[str, dict[str, dict]]) -> str:
+    lines = ["| prompts | score | n | before | after | difference (95 % interval) |", "|---|---|---|---|---|---|"]
+    for name, scores in comparison.items():
+        for score, row in scores.items():
+            if row.get("n"):
+                lines.append(
+                    f"| {_text(name)} | {_text(score)} | {row['n']} | {row['before']:.3f} | {row['after']:.3f} | "
+                    f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] |"
+                )
+    lines += ["", "The same prompts and noise before and after; differences are paired, intervals bootstrapped."]
+    return "\n".join(lines)
+
+
+def _citations(grpo: bool, transition: str) -> str:
+    keys = ["pisces"]
+    if grpo:
+        keys.append("grpo")
+    keys += [key for key in ("flow_sde", "dance_sde", "ddim") if key in transition]
+    return "\n\n".join(f"{_CITATIONS[key][0]}:\n\n```bibtex\n{_CITATIONS[key][1]}\n```" for key in keys)
+
+
+def _text(value) -> str:
+    """A value inside a Markdown table or heading."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return re.sub(r"([|\[\]<>`])", r"\\\1", text.replace("\n", " "))

@@ -1,0 +1,100 @@
+"""Two real processes (torchrun, gloo, CPU) equal one."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+
+import scenarios
+from tiny_runs import largest_difference
+
+TOGETHER = ["whole_groups", "split_group", "accumulated", "idle_rank", "resumed", "evaluated", "unequal_weights"]
+
+
+def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
+    """Two processes; all of them are ended when time runs out, so that a hang is a failure and not a hang."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+               str(Path(scenarios.__file__)), str(folder), *names]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+        raise AssertionError(f"two processes did not end within {timeout} s:\n{output[-3000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    result = torchrun(folder, *TOGETHER, timeout=400)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder
+
+
+def numbers(folder: Path, name: str, rank: int = 0) -> dict:
+    return json.loads((folder / f"{name}_{rank}.json").read_text())
+
+
+@pytest.mark.parametrize("name", [n for n in TOGETHER if n != "unequal_weights"])
+def test_ranks_hold_equal_weights(two, name):
+    first, second = (load_file(two / f"{name}_{rank}.safetensors") for rank in (0, 1))
+    assert largest_difference(first, second) == 0
+
+
+@pytest.mark.parametrize("name", ["whole_groups", "split_group", "accumulated", "idle_rank"])
+def test_two_processes_equal_one(two, tmp_path, name):
+    """The same videos are drawn, and the gradient is that of the gathered batch."""
+    one = scenarios.run(name, tmp_path)
+    weights = load_file(two / f"{name}_0.safetensors")
+    assert largest_difference(one["weights"], weights) < 1e-6
+    start = scenarios.tiny_runs.weights(scenarios.made(tmp_path / "start"))
+    assert largest_difference(one["weights"], start) > 1e-4
+    for key in scenarios.METRICS:
+        assert numbers(two, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-6), key
+
+
+def test_resumed_equals_uninterrupted(two):
+    for rank in (0, 1):
+        result = numbers(two, "resumed", rank)
+        assert result["difference"] == 0 and result["rewards"][0] == result["rewards"][1]
+    assert result["files"] == ["checkpoint-2"]
+    (folder,) = two.glob("resumed_2/broken/checkpoint-2")
+    assert {p.name for p in folder.glob("random_*.json")} == {"random_0.json", "random_1.json"}
+
+
+def test_evaluation_equals_that_of_one_process(two, tmp_path):
+    one = scenarios.run("evaluated", tmp_path)
+    for rank in (0, 1):
+        result = numbers(two, "evaluated", rank)
+        assert result["metrics"].keys() == one["metrics"].keys()
+        for key, value in one["metrics"].items():
+            assert result["metrics"][key] == pytest.approx(value, rel=1e-5), key
+        for name, count in (("five", 5), ("one", 1)):
+            ours, theirs = result["scores"][name], one["scores"][name]
+            assert ours["prompts"] == theirs["prompts"] and len(ours["prompts"]) == count
+            assert ours["scores"]["number"] == theirs["scores"]["number"]  # in the data set's order
+            assert ours["scores"]["reward"] == pytest.approx(theirs["scores"]["reward"], rel=1e-5)
+    run = two / "evaluated_2"
+    assert (run / "pytorch_lora_weights.safetensors").exists() and (run / "report.md").exists()
+
+
+def test_unequal_weights_are_found(two):
+    assert "ranks [1] hold other adapter weights than rank 0" in numbers(two, "unequal_weights")["message"]
+
+
+def test_a_reward_that_fails_on_one_rank_ends_the_run(tmp_path):
+    result = torchrun(tmp_path, "failing_rank", timeout=150)
+    assert result.returncode != 0
+    assert "reward 'fails' raised RuntimeError: the server of this rank is gone" in result.stdout
+    assert not list(tmp_path.glob("*.json"))

@@ -1,0 +1,189 @@
+"""Model card and upload. The upload runs the real client in its own process against a Hub on this machine."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from fake_hub import client_environment, running_hub
+from safetensors.torch import save_file
+
+from pisces_rl import hub
+
+COMPARISON = {
+    "test_seen": {
+        "reward": {"n": 64, "before": 1.234, "after": 1.5, "difference": 0.266, "low": 0.1, "high": 0.4},
+        "nothing": {"n": 0, "before": 0.0, "after": 0.0, "difference": 0.0, "low": 0.0, "high": 0.0},
+    }
+}
+SETTINGS = {"rewards": "verifier", "learning_rate": 2e-3, "transition": "flow_sde, noise level 0.7", "x": None}
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """What a run leaves: adapter, samples, and much that must stay at home."""
+    folder = tmp_path / "run"
+    samples = folder / "samples" / "step_000030" / "test_seen"
+    for old in ("step_000000", "step_000030"):
+        (folder / "samples" / old / "test_seen").mkdir(parents=True)
+    save_file({"transformer.a.lora_A.weight": torch.rand(4, 8)}, str(folder / "pytorch_lora_weights.safetensors"))
+    for i in range(6):
+        (samples / f"{i:03d}.mp4").write_bytes(bytes([i]) * 1000)
+    (samples / "sheet.png").write_bytes(b"png")
+    (samples / "rewards.json").write_text(json.dumps({"prompts": [f"a [red] circle: {i}" for i in range(6)]}))
+    (folder / "samples" / "before_after_test_seen.png").write_bytes(b"sheet")
+    (folder / "README.md").write_text("---\nlibrary_name: diffusers\n---\n# card\n")
+    (folder / "report.md").write_text("| a |\n|---|\n")
+    for secret in ("checkpoint-10/optimizer.safetensors", "checkpoint-10/pytorch_lora_weights.safetensors",
+                   "checkpoint-10/transformer/adapter_model.safetensors", "checkpoint-10/samples/a.mp4",
+                   "events/events.out.tfevents.1", ".checkpoint-20/pytorch_lora_weights.safetensors",
+                   "checkpoint-10/README.md", "training_args.json", "samples/.a.mp4.tmp"):
+        (folder / secret).parent.mkdir(parents=True, exist_ok=True)
+        (folder / secret).write_bytes(b"stays")
+    return folder
+
+
+def front_matter(card: str) -> dict:
+    match = re.match(r"---\n(.*?)\n---\n", card, re.S)
+    assert match, card[:200]
+    return yaml.safe_load(match[1])
+
+
+def card(base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", **changes):
+    arguments = {"trainer": "Video GRPO", "pipeline_class": "WanPipeline", "settings": SETTINGS} | changes
+    return hub.model_card(base_model, **arguments)
+
+
+def test_front_matter_says_what_it_is(run_folder):
+    front = front_matter(card(folder=run_folder, comparison=COMPARISON))
+    assert front["library_name"] == "diffusers" and front["pipeline_tag"] == "text-to-video"
+    assert front["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    assert set(front["tags"]) >= {"lora", "grpo", "pisces_rl", "text-to-video"}
+    assert [w["output"]["url"] for w in front["widget"]] == [
+        f"samples/step_000030/test_seen/{i:03d}.mp4" for i in range(4)
+    ]
+    assert front["widget"][1]["text"] == "a [red] circle: 1"
+
+
+def test_huggingface_hub_reads_the_card(run_folder):
+    from huggingface_hub import ModelCard
+
+    read = ModelCard(card(folder=run_folder))
+    assert read.data.library_name == "diffusers" and read.data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+
+
+def test_card_shows_settings_scores_and_samples(run_folder):
+    text = card(folder=run_folder, comparison=COMPARISON)
+    assert "| learning_rate | 0.002 |" in text and "| x |" not in text
+    assert "| test_seen | reward | 64 | 1.234 | 1.500 | +0.266 [+0.100, +0.400] |" in text and "nothing" not in text
+    assert "![before after test seen](samples/before_after_test_seen.png)" in text
+    assert r"[a \[red\] circle: 2](samples/step_000030/test_seen/002.mp4)" in text
+    for number in ("2602.01624", "2402.03300", "2505.05470"):
+        assert number in text
+    for path in re.findall(r"\]\((samples/[^)]+)\)", text):
+        assert (run_folder / path).exists()
+
+
+def test_card_cites_what_was_used():
+    text = card(trainer="Video reward backpropagation", settings={"transition": "ddim"})
+    assert "grpo" not in front_matter(text)["tags"] and "2402.03300" not in text and "2505.05470" not in text
+    assert "2602.01624" in text and "2305.13301" in text
+
+
+def test_card_says_no_path_of_this_machine(tmp_path):
+    model = tmp_path / "secret-place" / "my-model"
+    model.mkdir(parents=True)
+    text = card(str(model))
+    assert "secret-place" not in text and "my-model" in text and "base_model" not in front_matter(text)
+
+
+@pytest.mark.parametrize("base_model", ["tiny-wan", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "somewhere/not/a/hub/id"])
+def test_snippet_is_python(base_model):
+    text = card(base_model, repo_id="me/mine", call={"height": 64, "guidance_scale": 1.0, "callback": print})
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    compile(code, "snippet", "exec")
+    assert 'pipe("your prompt", height=64, guidance_scale=1.0).frames[0]' in code
+    assert 'pipe.load_lora_weights("me/mine")' in code
+    assert ('asset_path("tiny-wan")' in code) == (base_model == "tiny-wan")
+
+
+def test_snippet_for_peft_layout(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "adapter_model.safetensors").write_bytes(b"x")
+    code = re.search(r"```python\n(.*?)```", card(folder=tmp_path), re.S)[1]
+    compile(code, "snippet", "exec")
+    assert "PeftModel.from_pretrained(pipe.unet" in code and "load_lora_weights" not in code
+
+
+PUSH = """
+import json, sys
+from pisces_rl.hub import push_adapter
+try:
+    print("URL", push_adapter(**json.loads(sys.argv[1])))
+except Exception as error:
+    print("ERROR", type(error).__name__, error)
+"""
+
+
+def push(hub_server, home, **arguments) -> str:
+    environment = client_environment(hub_server, os.environ, home)
+    done = subprocess.run([sys.executable, "-c", PUSH, json.dumps(arguments)], env=environment, capture_output=True,
+                          text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_push_sends_adapter_card_and_samples_in_one_commit(run_folder, tmp_path):
+    with running_hub() as server:
+        said = push(server, tmp_path, folder=str(run_folder), repo_id="me/mine", private=True, commit_message="done")
+        again = push(server, tmp_path, folder=str(run_folder), repo_id="mine", revision="v2")
+    assert said == f"URL {server.url}/me/mine" and again == said
+    assert server.repos["me/mine"].get("private") is True or server.repos["me/mine"].get("visibility") == "private"
+    first, second = server.commits
+    assert (first["repo"], first["revision"], first["message"]) == ("me/mine", "main", "done")
+    assert second["revision"] == "v2" and server.branches == [("me/mine", "v2")]
+    wanted = {"README.md", "report.md", "pytorch_lora_weights.safetensors", "samples/before_after_test_seen.png",
+              "samples/step_000030/test_seen/sheet.png"}
+    wanted |= {f"samples/step_000030/test_seen/{i:03d}.mp4" for i in range(6)}
+    assert set(first["files"]) == wanted
+    for path, content in first["files"].items():
+        assert content == (run_folder / path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("refuse", "token", "wanted"),
+    [
+        ({"/api/repos/create": 403}, None, "403: the token may not write there"),
+        ({"/commit/": 403}, None, "403"),
+        ({}, "hf_wrong", "401: no valid token"),
+    ],
+)
+def test_a_refusal_says_where_the_files_are(run_folder, tmp_path, refuse, token, wanted):
+    with running_hub() as server:
+        server.refuse = refuse
+        said = push(server, tmp_path, folder=str(run_folder), repo_id="me/mine", token=token)
+    assert said.startswith("ERROR RuntimeError") and wanted in said
+    assert "Nothing is lost" in said and str(run_folder) in said
+    assert not server.commits
+    assert (run_folder / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_offline_says_where_the_files_are(run_folder):
+    with pytest.raises(RuntimeError, match="Nothing is lost"):
+        hub.push_adapter(run_folder, "me/mine", endpoint="http://127.0.0.1:9", token="hf_x")
+
+
+def test_no_adapter(tmp_path):
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-10" / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="holds no adapter.*save_model"):
+        hub.push_adapter(tmp_path, "me/mine")
+
+
+def test_bad_name(run_folder):
+    with pytest.raises(ValueError, match="repo_id='a b/c'.*allowed"):
+        hub.push_adapter(run_folder, "a b/c")
