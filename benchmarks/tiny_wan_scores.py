@@ -91,8 +91,7 @@ def main() -> None:
 
 
 def show(rows: list[dict], per_dimension: bool, name: str) -> None:
-    # tables keep their width when they are written to a file
-    console = Console() if Console().is_terminal else Console(width=200)
+    console = Console()
     table = Table(title=f"{name}: n = {rows[0]['n']} prompts a row", title_justify="left")
     for heading in ("split", "guidance", "steps", "correct", "alignment", "quality"):
         table.add_column(heading, justify="left" if heading == "split" else "right")
@@ -102,15 +101,17 @@ def show(rows: list[dict], per_dimension: bool, name: str) -> None:
     console.print(table)
     if not per_dimension:
         return
-    dimensions = Table(title="per dimension (means over the prompts that ask)", title_justify="left")
-    dimensions.add_column("dimension")
-    for row in rows:
-        dimensions.add_column(f"{row['split']}\ng {row['guidance']:g}, {row['steps']} steps", justify="right")
-    for dimension in (*ALIGNMENT, *QUALITY):
-        values = [row["dimensions"].get(dimension) for row in rows]
-        if any(value is not None for value in values):
-            dimensions.add_row(dimension, *("" if value is None else f"{value:.3f}" for value in values))
-    console.print(dimensions)
+    for split in dict.fromkeys(row["split"] for row in rows):
+        shown = [row for row in rows if row["split"] == split]
+        dimensions = Table(title=f"{split}: means over the prompts that ask", title_justify="left")
+        dimensions.add_column("dimension", no_wrap=True)
+        for row in shown:
+            dimensions.add_column(f"guidance {row['guidance']:g}\n{row['steps']} steps", justify="right")
+        for dimension in (*ALIGNMENT, *QUALITY):
+            values = [row["dimensions"].get(dimension) for row in shown]
+            if any(value is not None for value in values):
+                dimensions.add_row(dimension, *("" if value is None else f"{value:.3f}" for value in values))
+        console.print(dimensions)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ def redness(prompts, videos, **columns):
 
 
 if __name__ == "__main__":
-    shapes, motions = ["circle", "square", "triangle", "cross"], ["moving left", "moving up", "growing", "staying still"]
+    motions = ["moving left", "moving up", "growing", "staying still"]
+    shapes = ["circle", "square", "triangle", "cross"]
     prompts = Dataset.from_dict({"prompt": [f"a {shape} {motion}" for shape in shapes for motion in motions]})
     trainer = VideoGRPOTrainer(
         model="tiny-wan",  # or any Hub id of a text-to-video pipeline

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import tiny_runs  # noqa: E402
 
-METRICS = ("reward", "reward_std", "loss", "grad_norm", "kl", "ratio/mean", "clip_ratio/region_mean", "seen/mean")
+METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
+           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
@@ -51,7 +52,7 @@ def accumulated(folder) -> dict:
 
 
 def idle_rank(folder) -> dict:
-    """One prompt's rewards are all equal, so that one process has nothing to learn from: it must not hang."""
+    """One prompt's rewards are all equal: one process has nothing to learn from, and must not hang."""
     def only_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
@@ -66,8 +67,9 @@ def resumed(folder) -> dict:
     made(folder / "broken", callbacks=[tiny_runs.StopAt(2)], **settings).train()
     torch.manual_seed(RANK)
     again = trained(made(folder / "broken", **settings), resume_from_checkpoint=True)
-    return {"weights": again["weights"], "difference": tiny_runs.largest_difference(whole["weights"], again["weights"]),
-            "rewards": [whole["reward"], again["reward"]], "files": tiny_runs.checkpoints(folder / "broken")}
+    difference = tiny_runs.largest_difference(whole["weights"], again["weights"])
+    return {"weights": again["weights"], "difference": difference, "rewards": [whole["reward"], again["reward"]],
+            "files": tiny_runs.checkpoints(folder / "broken")}
 
 
 def evaluated(folder) -> dict:

@@ -35,10 +35,16 @@ def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedP
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
+def launched(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """All scenarios in one launch; the last of them ends it with an error."""
     folder = tmp_path_factory.mktemp("two")
-    result = torchrun(folder, *TOGETHER, timeout=400)
-    assert result.returncode == 0, result.stdout[-5000:]
+    return folder, torchrun(folder, *TOGETHER, "failing_rank", timeout=400)
+
+
+@pytest.fixture(scope="module")
+def two(launched) -> Path:
+    folder, result = launched
+    assert (folder / f"{TOGETHER[-1]}_1.json").exists(), result.stdout[-5000:]
     return folder
 
 
@@ -61,7 +67,7 @@ def test_two_processes_equal_one(two, tmp_path, name):
     start = scenarios.tiny_runs.weights(scenarios.made(tmp_path / "start"))
     assert largest_difference(one["weights"], start) > 1e-4
     for key in scenarios.METRICS:
-        assert numbers(two, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-6), key
+        assert numbers(two, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
 
 
 def test_resumed_equals_uninterrupted(two):
@@ -93,8 +99,8 @@ def test_unequal_weights_are_found(two):
     assert "ranks [1] hold other adapter weights than rank 0" in numbers(two, "unequal_weights")["message"]
 
 
-def test_a_reward_that_fails_on_one_rank_ends_the_run(tmp_path):
-    result = torchrun(tmp_path, "failing_rank", timeout=150)
+def test_a_reward_that_fails_on_one_rank_ends_the_run(two, launched):
+    _, result = launched
     assert result.returncode != 0
     assert "reward 'fails' raised RuntimeError: the server of this rank is gone" in result.stdout
-    assert not list(tmp_path.glob("*.json"))
+    assert not list(two.glob("failing_rank_*.json"))

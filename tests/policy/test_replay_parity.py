@@ -1,4 +1,4 @@
-"""Replayed log-probs equal the sampling pass's, for seven families, every transition that fits, guidance on and off."""
+"""Replayed log-probs equal the sampling pass's: seven families, every transition that fits, guidance on and off."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE, quiet
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
 
 FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")
-CASES = [(family, transition) for family in BUILD for transition in (FLOW_TRANSITIONS if family in FLOW else ("ddim",))]
+CASES = [(family, name) for family in BUILD for name in (FLOW_TRANSITIONS if family in FLOW else ("ddim",))]
 PROMPTS = ["a fish", "a bird in the snow"]
 
 
@@ -95,7 +95,8 @@ def test_deterministic_sampling_is_the_unmodified_pipeline(family):
     scheduler, attributes = pipe.scheduler, set(vars(pipe))
     ours = policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="pt").videos
     generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    theirs = pipe(prompt=PROMPTS, generator=generators, num_inference_steps=4, output_type="pt", **CALLS[family]).frames
+    call = dict(generator=generators, num_inference_steps=4, output_type="pt", **CALLS[family])
+    theirs = pipe(prompt=PROMPTS, **call).frames
     torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=2e-4)
     assert pipe.scheduler is scheduler and set(vars(pipe)) == attributes
     assert all("forward" not in vars(d) for d in policy.denoiser.values())

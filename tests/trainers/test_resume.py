@@ -49,15 +49,15 @@ def state_of(made) -> dict:
 ], ids=["constant", "epoch", "ema", "statistics", "iterations", "window"])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
     """Shuffled data over several epochs; the checkpoint lies between two rollouts."""
-    whole = trainer(tmp_path / "whole", max_steps=7, **settings)
+    whole = trainer(tmp_path / "whole", max_steps=6, **settings)
     whole.train()
-    broken = trainer(tmp_path / "broken", max_steps=7, callbacks=[StopAt(stop)], **settings)
+    broken = trainer(tmp_path / "broken", max_steps=6, callbacks=[StopAt(stop)], **settings)
     broken.train()
     assert broken.state.global_step == stop
     torch.manual_seed(999)  # another process has another past
-    resumed = trainer(tmp_path / "broken", max_steps=7, **settings)
+    resumed = trainer(tmp_path / "broken", max_steps=6, **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 7
+    assert resumed.state.global_step == 6
     assert largest_difference(weights(whole), weights(resumed)) == 0
     assert largest_difference(state_of(whole), state_of(resumed)) == 0
     if whole.prompt_statistics is not None:
@@ -165,7 +165,8 @@ def test_not_a_checkpoint(tmp_path, saved):
     with pytest.raises(ValueError, match="resume_from_checkpoint=True, but output_dir=.* holds no checkpoint"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="is not a checkpoint of this package"):  # before any model is loaded
-        VideoGRPOTrainer("no such model", brightness, config(tmp_path, resume_from_checkpoint=str(tmp_path)), prompts())
+        args = config(tmp_path, resume_from_checkpoint=str(tmp_path))
+        VideoGRPOTrainer("no such model", brightness, args, prompts())
 
 
 def test_another_model(tmp_path, saved):

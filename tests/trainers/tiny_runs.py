@@ -39,8 +39,8 @@ def prompts(count: int = 3, **columns) -> Dataset:
 
 
 def brightness(prompts, videos, **columns):
-    """Thousandths of brightness: a random model's clips differ by about one of them."""
-    return 1000 * videos.mean(dim=(1, 2, 3, 4))
+    """Thousandths of brightness, from grey: a random model's clips differ by about one of them."""
+    return 1000 * (videos.double() - 0.5).mean(dim=(1, 2, 3, 4))
 
 
 def redness(prompts, videos, **columns):

@@ -88,7 +88,7 @@ def test_ddim_equals_diffusers(prediction_type, eta):
     scheduler = DDIMScheduler(clip_sample=False, prediction_type=prediction_type, timestep_spacing="trailing")
     scheduler.set_timesteps(10)
     x, out, noise = torch.randn(3, 2, 4, 4, 4).unbind(0)
-    for i, t in enumerate(scheduler.timesteps.tolist()):
+    for t in scheduler.timesteps.tolist():
         a, prev = scheduler.alphas_cumprod[t], t - 100
         a_next = scheduler.alphas_cumprod[prev] if prev >= 0 else scheduler.final_alpha_cumprod
         mean, std = ddim(x, out, a, a_next, noise_level=eta, prediction_type=prediction_type)

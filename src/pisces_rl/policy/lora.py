@@ -20,7 +20,7 @@ from torch import nn
 # Attention and feed-forward projections of the denoising blocks, by their diffusers names.
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
 FEED_FORWARD = r"(net\.0\.proj|net\.2)"
-BLOCKS = r"(blocks|transformer_blocks|single_transformer_blocks|temporal_transformer_blocks|down_blocks|mid_block|up_blocks)"
+BLOCKS = r"(blocks|(single_|temporal_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
 DEFAULT_TARGETS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
 
 
@@ -178,7 +178,7 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
         return
     found = [path.parent for path in folder.glob("*/adapter_config.json")]
     if not found:
-        raise ValueError(f"{folder} holds no adapter: neither pytorch_lora_weights.safetensors nor */adapter_config.json.")
+        raise ValueError(f"{folder} holds no adapter: no pytorch_lora_weights.safetensors, no */adapter_config.json.")
     for path in found:
         denoiser = getattr(pipeline, path.name)
         config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))

@@ -120,9 +120,9 @@ class VideoPolicy(nn.Module):
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """The same by its older name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """The same by its older name, which transformers before 5.18 call."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def draw_window(self, seed: int) -> list[int]:
         """The trained steps of one rollout; a random position where a window is smaller than its range."""

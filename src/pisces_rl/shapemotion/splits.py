@@ -3,7 +3,7 @@
 | split | its prompts |
 |---|---|
 | `train` | no held-out pair, and not in `test_seen` |
-| `test_seen` | no held-out pair; an eighth of those prompts, chosen by a hash of the scene, never drawn for `train` |
+| `test_seen` | no held-out pair; a third of those prompts, chosen by a hash of the scene, never drawn for `train` |
 | `test_color_shape` | a held-out pair of color and shape (a red triangle), none of shape and motion |
 | `test_shape_motion` | a held-out pair of shape and motion (a circle moving up), none of color and shape |
 | `test_both` | both |
@@ -49,7 +49,7 @@ SPLITS = {
     "test_shape_motion": ("motion", "speed", "full"),
     "test_both": ("motion", "speed", "full"),
 }
-_TEST_SEEN_ONE_IN = 8
+_TEST_SEEN_ONE_IN = 3
 
 
 def split_of(scene: Scene) -> str:

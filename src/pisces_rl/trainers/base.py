@@ -556,6 +556,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
+            call=self.policy.pipeline_kwargs,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 

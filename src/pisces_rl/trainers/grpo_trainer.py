@@ -14,6 +14,7 @@ policy gradient (arXiv 2305.13301) with group advantages. The structure and name
 
 import contextlib
 import time
+from collections import defaultdict
 
 import torch
 from accelerate.utils import gather_object
@@ -141,7 +142,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._rollout = Rollout.cat(parts)
         with self.stage("rewards"):
             table = self.rewards(prompts, self._rollout.videos, columns, self.state)
-        if args.log_completions and self.is_world_process_zero() and self.state.global_step % args.logging_steps == 0:
+        if args.log_completions and self.is_world_process_zero() and self.state.global_step % self.state.logging_steps == 0:
             count = min(args.num_sample_videos, len(prompts))
             self._write_samples(
                 f"samples/rollout_{self.state.global_step:06d}", self._rollout.videos[:count].cpu(), prompts[:count],
@@ -182,7 +183,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
             metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
         metrics["reward"].append(rewards.nanmean().item())
-        metrics["reward_std"].append(group_std.mean().item())
+        metrics["reward_std"].append(nanstd(rewards).item())
         metrics["frac_reward_zero_std"].append((group_std < 1e-8).float().mean().item())
         for name, recorded in table.metrics.items():
             metrics[name] += recorded
@@ -216,6 +217,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             rows = [r for r in rows if self._advantages[r] != 0]
         total = torch.zeros((), device=self.accelerator.device)
         if not rows:
+            for name in ("low_mean", "high_mean", "region_mean"):
+                metrics[f"clip_ratio/{name}"] += [0.0] * len(rollout.steps)
             return total
         advantage = self._advantages[rows]
         state_rows = rollout.state_rows(rows)
@@ -295,11 +298,17 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval") for key in logs):
-            for name, values in self._metrics["train"].items():
+            own = dict(self._metrics["train"]) | ({"loss": [logs["loss"]]} if "loss" in logs else {})
+            merged = defaultdict(list)  # over all processes
+            for metrics in gather_object([own]):
+                for name, values in metrics.items():
+                    merged[name] += values
+            processes = self.accelerator.num_processes
+            for name, values in merged.items():
                 if values and "/max" in name:
                     logs[name] = max(values)
-                elif values:  # seconds are totals since the last log, everything else is a mean
-                    logs[name] = sum(values) / (1 if name.startswith("seconds/") else len(values))
+                elif values:  # seconds are a process's total since the last log, everything else is a mean
+                    logs[name] = sum(values) / (processes if name.startswith("seconds/") else len(values))
             self._metrics["train"].clear()
         super().log(logs, start_time)
 

@@ -13,8 +13,8 @@ def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level:
         mean = (1 - s') x0^ + sqrt(s'^2 - std^2) e^
 
     It does not keep the marginal in the limit of many steps: at a = 0.7 a Gaussian of standard deviation .300 comes
-    out as .253 after 1,000 steps. Flow-CPS scores with the unscaled -(x' - m)^2; here log p is the Gaussian's, as for every
-    transition, so clip ranges mean the same thing everywhere. Arguments as in `flow_sde`.
+    out as .253 after 1,000 steps. Flow-CPS scores with the unscaled -(x' - m)^2; here log p is the Gaussian's, as for
+    every transition, so clip ranges mean the same thing everywhere. Arguments as in `flow_sde`.
     """
     std = sigma_next * math.sin(noise_level * math.pi / 2)
     x0, noise = x - sigma * v, x + (1 - sigma) * v
