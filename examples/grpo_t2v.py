@@ -62,7 +62,7 @@ def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, dict[str
         return train, {
             "test_seen": shapemotion_prompts("test_seen", count, seed=1),  # fresh prompts of trained compositions
             "held_out": concatenate_datasets(halves),  # color-shape and shape-motion pairs that are never trained
-            "relation": shapemotion_prompts("test_seen", count // 4, seed=1, directed=True),
+            "relation": shapemotion_prompts("test_seen", count // 8, seed=1, directed=True),
         }
     prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column)
     if not count or len(prompts) < 2 * count:

@@ -86,7 +86,7 @@ def test_pixels_cost_quality(name, quality, correct, falls, scenes):
     result, means = scores(name, scenes)
     assert result.quality.mean() < quality and result.quality_dimensions[falls].mean() < 0.8
     assert result.correct.mean() >= correct and result.alignment.mean() >= 0.92
-    assert all(value >= 0.93 for k, value in means.items() if k not in ("object_class", "multiple_objects"))
+    assert all(value >= 0.9 for k, value in means.items() if k not in ("object_class", "multiple_objects"))
 
 
 def test_freezing_is_not_a_fault_of_quality(scenes):

@@ -142,7 +142,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._rollout = Rollout.cat(parts)
         with self.stage("rewards"):
             table = self.rewards(prompts, self._rollout.videos, columns, self.state)
-        if args.log_completions and self.is_world_process_zero() and self.state.global_step % self.state.logging_steps == 0:
+        logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
+        if logs_now and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
             self._write_samples(
                 f"samples/rollout_{self.state.global_step:06d}", self._rollout.videos[:count].cpu(), prompts[:count],
