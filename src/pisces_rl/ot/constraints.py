@@ -1,0 +1,78 @@
+"""What the marginals of a plan must satisfy: one class a kind.
+
+A plan is P_ij = alpha_i beta_j exp((f_i + g_j + l - C_ij) / eps) for reference weights alpha and beta. Block ascent of the
+dual sets one potential after the other; in units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
+
+    f_i / eps = update(log(a_i / alpha_i) - log r_i)
+
+and `update` is all that differs between kinds. `residual` is the L1 distance of a marginal from what optimality asks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Balanced:
+    """P 1 = a and P^T 1 = b."""
+
+    mass: None = None
+
+    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+        return candidate
+
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+        return (marginal - weights).abs().sum(1)
+
+    def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
+        return (weights * potential).sum(1)
+
+
+@dataclass(frozen=True)
+class Penalised:
+    """rho KL(P 1 | a) + rho KL(P^T 1 | b): at the optimum P 1 = a exp(-f / rho)."""
+
+    rho: float
+    mass: None = None
+
+    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+        return candidate * (self.rho / (self.rho + eps))
+
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+        return (marginal - weights * (-scaled * (eps / self.rho)).exp()).abs().sum(1)
+
+    def translation(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+        """(B, 1): the t that makes (x + t, y - t) best. The plan stays; without it large rho converges slowly.
+
+        Source: Sejourne et al. (arXiv 2201.00730), section 3.
+        """
+        share = eps / self.rho
+        of_a = (a.log() - share * x).logsumexp(1, keepdim=True)
+        of_b = (b.log() - share * y).logsumexp(1, keepdim=True)
+        step = (of_a - of_b) / (2 * share)
+        return torch.where(step.isfinite(), step, 0.0)
+
+    def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
+        return -self.rho * (weights * torch.expm1(-potential / self.rho)).sum(1)
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """P 1 <= a, P^T 1 <= b and sum P = mass, (B,): f <= 0, and a row with f < 0 meets its bound."""
+
+    mass: Tensor
+
+    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+        return candidate.clamp_max(0)
+
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+        excess = marginal - weights
+        return torch.where(scaled < 0, excess.abs(), excess.clamp_min(0)).sum(1)
+
+    def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
+        return (weights * potential).sum(1)
+
+
+Constraint = Balanced | Penalised | Bounded

@@ -1,0 +1,142 @@
+"""The debiased Sinkhorn divergence of groups of points from a fixed bank, with each point's share of it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.costs import as_float, squared_cost
+from pisces_rl.ot.plans import TransportPlan, check_positive, transport_plan
+from pisces_rl.ot.solver import full_precision
+
+CHUNK_CELLS = 2**26  # costs that the bank's own term holds at once: 256 MiB in fp32
+
+
+class BankDivergence:
+    """S(x, bank) = OT(x, bank) - OT(x, x) / 2 - OT(bank, bank) / 2 for groups x of points.
+
+    OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (rho = reach^2 if penalised),
+    solved to its tolerance: no annealing schedule and no diameter enter, so the same group has the same divergence in any
+    batch. Equal to geomloss's `SamplesLoss(p=2, blur=, reach=, debias=True)` as its `scaling` approaches 1.
+
+    OT(bank, bank) is solved once, on creation, in chunks of rows: memory grows with the bank, not with its square.
+
+    A group of n points is at a distance from the bank even if it was drawn from it, the larger the smaller n is.
+    `calibrate` measures that floor and `relative` divides by it.
+
+    Args:
+        bank: (M, D), without gradients. weights: (M,), of total 1; unset: uniform.
+        blur: length > 0 below which points are not told apart, in units of the points.
+        reach: length above which mass is rather created than moved; None: all mass is moved.
+        tolerance: L1 marginal error of every term. max_iterations: of every term.
+
+    Source: Feydy et al. 2019 (arXiv 1810.08278); Sejourne et al. 2019 (arXiv 1910.12958) for `reach`.
+    """
+
+    def __init__(
+        self, bank: Tensor, *, blur: float, reach: float | None = None, weights: Tensor | None = None,
+        tolerance: float = 1e-5, max_iterations: int = 5000,
+    ):  # fmt: skip
+        check_positive(blur=blur, tolerance=tolerance)
+        if reach is not None:
+            check_positive(reach=reach)
+        if bank.ndim != 2 or 0 in bank.shape or not bank.isfinite().all():
+            raise ValueError(f"bank: expected finite points (M, D), got {tuple(bank.shape)}.")
+        self.bank = as_float(bank.detach())
+        self.weights = torch.full_like(self.bank[:, 0], 1 / len(bank)) if weights is None else weights.to(self.bank)
+        if self.weights.shape != (len(bank),) or not (self.weights >= 0).all() or not self.weights.sum() > 0:
+            raise ValueError(f"weights: expected ({len(bank)},) numbers >= 0, got {tuple(self.weights.shape)}.")
+        self.weights = self.weights / self.weights.sum()
+        self.settings = dict(
+            reg=blur**2, reach=None if reach is None else reach**2, tolerance=tolerance, max_iterations=max_iterations
+        )
+        self.self_potential, self.self_value, self.self_error = self._solve_bank()
+        self.floor: dict[int, tuple[float, float]] = {}
+
+    def __call__(self, x: Tensor, a: Tensor | None = None) -> Tensor:
+        """(B,) for groups x (B, n, D), or a scalar for (n, D); differentiable with respect to x.
+
+        Args: a: (B, n) or (n,), weights of the points; zero is padding. Unset: uniform.
+        """
+        groups, a, batched = self._groups(x, a)
+        across, within = self._plans(groups, a)
+        value = across.value - within.value / 2 - self.self_value / 2
+        return value if batched else value[0]
+
+    def per_sample(self, x: Tensor, a: Tensor | None = None) -> Tensor:
+        """(B, n) or (n,): F_i = f_xy(x_i) - f_xx(x_i), the divergence's first variation at each point.
+
+        Balanced potentials are given up to a constant; here it makes the mean of F, weighted by a, equal to S.
+        """
+        groups, a, batched = self._groups(x.detach(), a)
+        across, within = self._plans(groups, a)
+        credit = across.potential_a - within.potential_a
+        if self.settings["reach"] is None:
+            value = across.value - within.value / 2 - self.self_value / 2
+            credit = credit + (value - (a * credit).sum(1))[:, None]
+        credit = torch.where(a > 0, credit, 0.0)
+        return credit if batched else credit[0]
+
+    def calibrate(self, real: Tensor, group_size: int, draws: int = 64, seed: int = 0) -> tuple[float, float]:
+        """Mean and deviation of S over random groups of real points, (n, D), that are not in the bank."""
+        if not 1 <= group_size <= len(real):
+            raise ValueError(f"group_size={group_size}: expected 1 to {len(real)}, the number of real points.")
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.stack([torch.randperm(len(real), generator=generator)[:group_size] for _ in range(draws)])
+        with torch.no_grad():
+            values = self(as_float(real)[rows.to(real.device)])
+        self.floor[group_size] = float(values.mean()), float(values.std())
+        return self.floor[group_size]
+
+    def relative(self, x: Tensor) -> Tensor:
+        """S(x) over the mean S of equally many real points: 1 is as close to the bank as real points are."""
+        size = x.shape[-2]
+        if size not in self.floor:
+            raise RuntimeError(f"relative: no floor for groups of {size}; call calibrate(real, {size}) first.")
+        return self(x) / self.floor[size][0]
+
+    def _groups(self, x: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor, bool]:
+        if x.ndim not in (2, 3) or x.shape[-1] != self.bank.shape[1] or 0 in x.shape:
+            raise ValueError(f"x: expected points (B, n, {self.bank.shape[1]}), got {tuple(x.shape)}.")
+        groups = as_float(x if x.ndim == 3 else x[None]).to(self.bank.device)
+        if a is None:
+            a = torch.full_like(groups[..., 0].detach(), 1 / groups.shape[1])
+        elif a.shape != x.shape[:-1]:
+            raise ValueError(f"a: expected {tuple(x.shape[:-1])}, got {tuple(a.shape)}.")
+        return groups, a.to(groups.device, groups.dtype).reshape(groups.shape[:2]), x.ndim == 3
+
+    def _plans(self, groups: Tensor, a: Tensor) -> tuple[TransportPlan, TransportPlan]:
+        across = transport_plan(squared_cost(groups, self.bank), a, self.weights, **self.settings)
+        return across, transport_plan(squared_cost(groups, groups), a, a, **self.settings)
+
+    def _solve_bank(self) -> tuple[Tensor, Tensor, float]:
+        """Potential (M,), value and marginal error of OT(bank, bank), by the averaged symmetric iteration."""
+        y, reg, rho = self.bank, self.settings["reg"], self.settings["reach"]
+        with full_precision(y.device):
+            log_b = self.weights.log()
+            h = torch.zeros_like(self.weights)
+            eps = max(float((y.amax(0) - y.amin(0)).square().sum()) / 2, reg)
+            error = math.inf
+            for _ in range(self.settings["max_iterations"]):
+                new = self._softmin(h, log_b, eps)
+                if eps == reg:
+                    target = 1.0 if rho is None else (-h / rho).exp()
+                    sums = ((h - new) / eps).exp()
+                    error = float((self.weights * (sums - target)).abs().sum())
+                    if error <= self.settings["tolerance"]:
+                        break
+                h = (h + new * (1.0 if rho is None else rho / (rho + eps))) / 2
+                eps = max(eps / 2, reg)
+            moved = (self.weights * ((h - new) / eps).exp()).sum()
+            if rho is None:
+                value = 2 * (self.weights * h).sum()
+            else:
+                value = -2 * rho * (self.weights * torch.expm1(-h / rho)).sum()
+        return h, value - reg * (moved - 1), error
+
+    def _softmin(self, h: Tensor, log_b: Tensor, eps: float) -> Tensor:
+        """-eps LSE_j(log b_j + (h_j - C_ij) / eps) of every point of the bank, some rows at a time."""
+        rows = max(1, CHUNK_CELLS // len(self.bank))
+        shift = (log_b + h / eps)[None]
+        chunks = self.bank.split(rows)
+        return torch.cat([-eps * (shift - squared_cost(x, self.bank) / eps).logsumexp(1) for x in chunks])

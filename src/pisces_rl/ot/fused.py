@@ -1,0 +1,193 @@
+"""Plans on a CUDA device: one kernel launch for a whole batch, in Triton.
+
+A program solves one problem. An iteration is one pass over its costs, tile by tile of columns with all rows at once: the
+tile's column update, g_j = -LSE_i(f_i + log a_i - C_ij / eps), then its share of the row sums r of the plan that those
+potentials give, which are both the error and the next row update, f_i += log a_i - log r_i. So costs are read once an
+iteration, the plan is written once, nothing waits for the host, and each problem stops by its own error.
+
+It serves where the numbers allow: fp32, product reference, at most `MAX_ROWS` rows or columns. Whatever it could not
+solve, because its costs span too many eps to converge in `MAX_ITERATIONS` without annealing or because its input is
+bad, has an error above the tolerance or NaN, and goes to the solver of solver.py, which anneals and says what is wrong.
+"""
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.constraints import Balanced, Constraint, Penalised
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+MAX_ROWS = 128
+MAX_ITERATIONS = 100
+
+
+def serves(cost: Tensor, tolerance: float) -> bool:
+    """Whether the kernel can try this batch."""
+    return (
+        triton is not None
+        and cost.device.type == "cuda"
+        and cost.dtype == torch.float32
+        and min(cost.shape[1:]) <= MAX_ROWS
+        and tolerance >= 5e-6
+    )
+
+
+def solve(
+    cost: Tensor, a: Tensor, b: Tensor, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """plan (B, N, M), f / reg (B, N), g / reg (B, M), and (B, 3): error, iterations, value / reg."""
+    batch, rows, columns = cost.shape
+    plan = torch.empty(batch, rows, columns, device=cost.device, dtype=cost.dtype)
+    f, g = cost.new_empty(batch, rows), cost.new_empty(batch, columns)
+    statistics = cost.new_empty(batch, 3)
+    ours, theirs = (a, f, 1), (b, g, 2)
+    if rows > columns:  # the kernel's rows are the shorter axis
+        ours, theirs = theirs, ours
+    (first, x, n_axis), (second, y, m_axis) = ours, theirs
+    block_n = max(16, triton.next_power_of_2(x.shape[1]))
+    kind = 0 if isinstance(constraint, Balanced) else 1 if isinstance(constraint, Penalised) else 2
+    rho = constraint.rho if kind == 1 else 1.0
+    _sinkhorn[(batch,)](
+        cost, first, second, constraint.mass if kind == 2 else statistics, plan, x, y, statistics,
+        x.shape[1], y.shape[1], cost.stride(0), cost.stride(n_axis), cost.stride(m_axis),
+        plan.stride(0), plan.stride(n_axis), plan.stride(m_axis),
+        first.stride(0), first.stride(1), second.stride(0), second.stride(1),
+        1.0 / reg, rho / (rho + reg) if kind == 1 else 1.0, reg / rho, tolerance, min(max_iterations, MAX_ITERATIONS),
+        BLOCK_N=block_n, BLOCK_M=max(16, 4096 // block_n), KIND=kind, num_warps=8,
+    )  # fmt: skip
+    return plan, f, g, statistics
+
+
+if triton is not None:
+
+    @triton.jit
+    def _sinkhorn(
+        cost, a, b, masses, plan, f_out, g_out, statistics,
+        n, m, cost_b, cost_n, cost_m, plan_b, plan_n, plan_m, a_b, a_n, b_b, b_m,
+        inverse_reg, damping, reg_over_rho, tolerance, max_iterations,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
+    ):  # fmt: skip
+        """KIND 0: balanced. 1: penalised. 2: bounded, with a mass. f, g, shift in units of reg; see constraints.py."""
+        problem = tl.program_id(0).to(tl.int64)
+        i = tl.arange(0, BLOCK_N)
+        cost += problem * cost_b
+        plan += problem * plan_b
+        b += problem * b_b
+        g_out += problem * m
+        weight_a = tl.load(a + problem * a_b + i * a_n, mask=i < n, other=0.0)
+        valid_a = weight_a > 0
+        log_a = tl.where(valid_a, tl.log(tl.where(valid_a, weight_a, 1.0)), float("-inf"))
+        mass_a = tl.sum(weight_a, 0)
+        bad = tl.sum(tl.where((weight_a >= 0) & (weight_a < float("inf")), 0.0, 1.0), 0)
+
+        # the first row update, f_i = -LSE_j(log b_j - C_ij / eps), with a running maximum
+        high = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        mass_b = 0.0
+        for start in range(0, m, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
+            cells = valid_a[:, None] & (weight_b > 0)[None, :]
+            c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
+            mass_b += tl.sum(weight_b, 0)
+            bad += tl.sum(tl.where((weight_b >= 0) & (weight_b < float("inf")), 0.0, 1.0), 0)
+            bad += tl.sum(tl.sum(tl.where(tl.abs(c) < float("inf"), 0.0, 1.0), 0), 0)
+            log_b = tl.log(tl.where(weight_b > 0, weight_b, 1.0))
+            e = tl.where(cells, log_b[None, :] - c * inverse_reg, float("-inf"))
+            top = tl.maximum(high, tl.max(e, 1))
+            safe = tl.where(top == float("-inf"), 0.0, top)
+            total = total * tl.exp(high - safe) + tl.sum(tl.exp(e - safe[:, None]), 1)
+            high = top
+        empty = (mass_a == 0) | (mass_b == 0)
+        rows = valid_a & (total > 0)
+        log_sums = tl.where(rows, high + tl.log(tl.where(rows, total, 1.0)), 0.0)
+        balance = 0.0
+        shift = 0.0
+        mass = 0.0
+        if KIND == 0:  # masses that differ by rounding are made equal
+            bad += tl.where(empty | (tl.abs(mass_a - mass_b) <= 1e-4 * tl.maximum(mass_a, mass_b)), 0.0, 1.0)
+            balance = tl.log(tl.where(empty, 1.0, mass_a / mass_b))
+        if KIND == 2:
+            mass = tl.load(masses + problem)
+            f = tl.zeros((BLOCK_N,), tl.float32)
+            of_rows = tl.where(rows, log_sums + log_a, float("-inf"))
+            peak = tl.where(empty, 0.0, tl.max(of_rows, 0))
+            whole = peak + tl.log(tl.where(empty, 1.0, tl.sum(tl.exp(of_rows - peak), 0)))
+            shift = tl.log(tl.where(empty, 1.0, mass)) - whole
+        else:
+            f = tl.where(rows, -damping * (balance + log_sums), 0.0)
+
+        largest = tl.maximum(mass_a, mass_b)
+        iteration = 0
+        error = tl.where(bad > 0, float("nan"), tl.where(empty, 0.0, 1e30))
+        moved = 0.0
+        dual_b = 0.0
+        while (iteration < max_iterations) & (error > tolerance):
+            sums = tl.zeros((BLOCK_N,), tl.float32)
+            dual_b = 0.0
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
+                valid_b = weight_b > 0
+                log_b = tl.log(tl.where(valid_b, weight_b, 1.0)) + balance
+                cells = valid_a[:, None] & valid_b[None, :]
+                c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
+                e = tl.where(cells, (f + log_a)[:, None] - c * inverse_reg, float("-inf"))
+                top = tl.max(e, 0)
+                top = tl.where(top == float("-inf"), 0.0, top)
+                q = tl.exp(e - top[None, :])
+                column = tl.where(valid_b, tl.sum(q, 0), 1.0)
+                g = -damping * (top + tl.log(column)) - shift
+                if KIND == 2:
+                    g = tl.minimum(g, 0.0)
+                tl.store(g_out + j, tl.where(valid_b, g, 0.0), mask=j < m)
+                sums += tl.sum(q * tl.where(valid_b, tl.exp(log_b + g + top + shift), 0.0)[None, :], 1)
+                if KIND == 1:
+                    dual_b += tl.sum(tl.where(valid_b, weight_b * (1 - tl.exp(-g * reg_over_rho)), 0.0), 0)
+                else:
+                    dual_b += tl.sum(tl.where(valid_b, weight_b * g, 0.0), 0)
+            moved = tl.sum(sums, 0)
+            excess = sums - weight_a
+            if KIND == 0:
+                error = tl.sum(tl.abs(excess), 0) / largest
+            if KIND == 1:
+                error = tl.sum(tl.abs(sums - weight_a * tl.exp(-f * reg_over_rho)), 0) / largest
+            if KIND == 2:
+                error = tl.sum(tl.where(f < 0, tl.abs(excess), tl.maximum(excess, 0.0)), 0) + tl.abs(moved - mass)
+                error = error / largest
+            iteration += 1
+            if (error > tolerance) & (iteration < max_iterations):
+                step = tl.where(rows, log_a - tl.log(tl.maximum(sums, 1e-37)), 0.0)
+                if KIND == 2:
+                    new = tl.minimum(f + step, 0.0)
+                    shift += tl.log(mass / tl.sum(sums * tl.exp(new - f), 0))
+                    f = new
+                else:
+                    f = damping * (f + step)
+
+        for start in range(0, m, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
+            valid_b = weight_b > 0
+            log_b = tl.log(tl.where(valid_b, weight_b, 1.0)) + balance
+            cells = valid_a[:, None] & valid_b[None, :]
+            c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
+            g = tl.load(g_out + j, mask=(j < m) & valid_b, other=0.0)
+            e = (f + log_a)[:, None] + (g + log_b + shift)[None, :] - c * inverse_reg
+            p = tl.where(cells, tl.exp(tl.where(cells, e, 0.0)), 0.0)
+            tl.store(plan + i[:, None] * plan_n + j[None, :] * plan_m, p, mask=(i < n)[:, None] & (j < m)[None, :])
+
+        if KIND == 1:
+            dual_a = tl.sum(tl.where(rows, weight_a * (1 - tl.exp(-f * reg_over_rho)), 0.0), 0)
+            value = (dual_a + dual_b) / reg_over_rho
+        else:
+            value = tl.sum(tl.where(rows, weight_a * f, 0.0), 0) + dual_b + mass * shift
+        tl.store(f_out + problem * n + i, tl.where(valid_a, f + shift, 0.0), mask=i < n)
+        out = statistics + problem * 3
+        tl.store(out + 0, error)
+        tl.store(out + 1, iteration.to(tl.float32))
+        tl.store(out + 2, tl.where(empty, 0.0, value - (moved - mass_a * mass_b)))

@@ -1,0 +1,88 @@
+"""The maps that need no training: identity, mean shift, and the linear map between Gaussians."""
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.maps.base import TransportMap
+
+
+class IdentityMap(TransportMap):
+    """T(x) = x: what any other map must beat."""
+
+    kind = "identity"
+
+
+class MeanShiftMap(TransportMap):
+    """T(x) = x + mean(target) - mean(source)."""
+
+    kind = "mean_shift"
+
+    def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"shift": target.mean(0) - source.mean(0)}
+
+    def _map(self, x: Tensor) -> Tensor:
+        return x + self.tensor("shift", x)
+
+
+class LinearMap(TransportMap):
+    """The optimal map between Gaussians with the means and (shrunk) covariances of source and target.
+
+        T(x) = m_t + A (x - m_s),    A = S_s^-1/2 (S_s^1/2 S_t S_s^1/2)^1/2 S_s^-1/2
+
+    Args:
+        shrinkage: s in S <- (1 - s) S + s (tr S / D) I. Unset: the share that Ledoit and Wolf estimate, for each side.
+
+    Source: Bures; Peyre and Cuturi, Computational Optimal Transport, remark 2.31; Ledoit and Wolf 2004.
+    """
+
+    kind = "linear"
+    settings = ("shrinkage",)
+
+    def __init__(self, shrinkage: float | None = None, **kwargs):
+        super().__init__(**kwargs)
+        if shrinkage is not None and not 0 <= shrinkage <= 1:
+            raise ValueError(f"shrinkage={shrinkage}: expected a number in [0, 1], or None.")
+        self.shrinkage = shrinkage
+
+    def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        covariance_s, share_s = shrunk_covariance(source, self.shrinkage)
+        covariance_t, share_t = shrunk_covariance(target, self.shrinkage)
+        self.report = {"shrinkage_source": share_s, "shrinkage_target": share_t}
+        matrix = bures_matrix(covariance_s, covariance_t)
+        return {"matrix": matrix, "source_mean": source.mean(0), "target_mean": target.mean(0)}
+
+    def _map(self, x: Tensor) -> Tensor:
+        return (x - self.tensor("source_mean", x)) @ self.tensor("matrix", x).T + self.tensor("target_mean", x)
+
+
+def shrunk_covariance(x: Tensor, shrinkage: float | None = None) -> tuple[Tensor, float]:
+    """(D, D) covariance of points (n, D), shrunk towards a multiple of the identity, and the share of the identity.
+
+    Unset: Ledoit and Wolf's share, the squared error of S over its squared distance from the identity's multiple.
+    """
+    x = x - x.mean(0)
+    n, d = x.shape
+    covariance = x.T @ x / n
+    scale = covariance.trace() / d
+    identity = torch.eye(d, dtype=x.dtype)
+    if shrinkage is None:
+        spread = (covariance - scale * identity).square().sum()
+        noise = (x.square().sum(1).square().sum() / n - covariance.square().sum()) / n
+        shrinkage = float((noise / spread.clamp_min(1e-300)).clamp(0, 1))
+    return (1 - shrinkage) * covariance + shrinkage * scale * identity, shrinkage
+
+
+def bures_matrix(source: Tensor, target: Tensor) -> Tensor:
+    """The symmetric A with A source A = target; directions in which the source has no variance are left at 0."""
+    root, inverse = _roots(source)
+    middle, _ = _roots(root @ target @ root)
+    return inverse @ middle @ inverse
+
+
+def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Square root and pseudo-inverse square root of a positive semi-definite matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    values = values.clamp_min(0).sqrt()
+    small = values <= values.max() * 1e-7
+    inverse = torch.where(small, 0.0, 1 / torch.where(small, 1.0, values))
+    return (vectors * values) @ vectors.T, (vectors * inverse) @ vectors.T

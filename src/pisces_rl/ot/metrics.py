@@ -1,0 +1,129 @@
+"""How good a map is: against a known map, against the target's distribution, and by what it keeps of neighbourhoods.
+
+Each returns an `Estimate` with a 95 % bootstrap interval over points.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.divergence import BankDivergence
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+class Estimate(NamedTuple):
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
+
+
+def l2_uvp(mapped: Tensor, truth: Tensor, seed: int = 0) -> Estimate:
+    """100 E|T(x) - T*(x)|^2 / Var T*(x), per cent: 0 is T*, 100 the best constant. (n, D) each, paired.
+
+    Source: Korotin et al. 2021 (arXiv 2106.01954).
+    """
+    mapped, truth = _paired(mapped, truth)
+    variance = truth.var(0, unbiased=False).sum()
+    return bootstrap(lambda error: 100 * error.mean(0) / variance, (mapped - truth).square().sum(1), seed)
+
+
+def displacement_cosine(x: Tensor, mapped: Tensor, truth: Tensor, seed: int = 0) -> Estimate:
+    """Cosine of the displacements T(x) - x and T*(x) - x in L2 of the source: 1 is the right direction."""
+    x, mapped = _paired(x, mapped)
+    _, truth = _paired(x, truth)
+    ours, true = mapped - x, truth - x
+    rows = torch.stack([(ours * true).sum(1), ours.square().sum(1), true.square().sum(1)], 1)
+    return bootstrap(lambda r: r[..., 0].mean(0) / (r[..., 1].mean(0) * r[..., 2].mean(0)).sqrt(), rows, seed)
+
+
+def divergence_from(mapped: Tensor, target: Tensor, *, blur: float, seed: int = 0) -> Estimate:
+    """Debiased Sinkhorn divergence of mapped points (n, D) from target points (m, D) that no map was fitted on.
+
+    The interval resamples the first variation: S = mean F + mean G over both sets, to first order.
+    """
+    bank = BankDivergence(target.detach(), blur=blur, tolerance=1e-4)
+    mapped = mapped.detach().to(bank.bank)
+    with torch.no_grad():
+        value = float(bank(mapped))
+        of_mapped = bank.per_sample(mapped)
+        of_target = BankDivergence(mapped, blur=blur, tolerance=1e-4).per_sample(bank.bank)
+    # each alone averages to S; halves of the value, with each set's own spread
+    first = bootstrap(lambda f: f.mean(0), of_mapped.double().cpu(), seed)
+    second = bootstrap(lambda f: f.mean(0), of_target.double().cpu(), seed + 1)
+    low = ((first.value - first.low) ** 2 + (second.value - second.low) ** 2) ** 0.5
+    high = ((first.high - first.value) ** 2 + (second.high - second.value) ** 2) ** 0.5
+    return Estimate(value, value - low, value + high)
+
+
+def mutual_knn(x: Tensor, y: Tensor, k: int = 10, seed: int = 0) -> Estimate:
+    """Mean share of the k nearest neighbours that each point has in common in both spaces; (n, D), (n, E), paired.
+
+    Source: Huh et al. 2024 (arXiv 2405.07987); the PISCES paper's measure with k = 10.
+    """
+    if len(x) != len(y) or not 1 <= k < len(x):
+        raise ValueError(f"k={k}: expected paired points and 1 <= k < n, got {len(x)} and {len(y)} points.")
+    shared = (_neighbours(x, k)[:, :, None] == _neighbours(y, k)[:, None, :]).any(2).double().mean(1)
+    return bootstrap(lambda s: s.mean(0), shared, seed)
+
+
+def distance_spearman(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
+    """Spearman correlation of the pairwise distances within x and within y; (n, D), (n, E), paired.
+
+    The interval is a jackknife over 20 blocks of points: resampling with repeats would add distances of 0.
+    """
+    if len(x) != len(y) or len(x) < 40:
+        raise ValueError(f"x, y: expected 40 or more paired points, got {len(x)} and {len(y)}.")
+    x, y = torch.cdist(x.double(), x.double()), torch.cdist(y.double(), y.double())
+    value = _spearman(x, y)
+    blocks = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).chunk(20)
+    keeps = [torch.ones(len(x), dtype=torch.bool).index_fill(0, block, False).nonzero()[:, 0] for block in blocks]
+    left = torch.tensor([_spearman(x[keep][:, keep], y[keep][:, keep]) for keep in keeps])
+    half = 1.96 * float(((len(left) - 1) / len(left) * (left - left.mean()).square().sum()).sqrt())
+    return Estimate(value, value - half, value + half)
+
+
+def paired_recall(mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 10), seed: int = 0) -> dict[int, Estimate]:
+    """Share of mapped points whose own target is among the k most similar (cosine) of all targets; (n, D), paired."""
+    mapped, target = _paired(mapped, target)
+    similarity = torch.nn.functional.normalize(mapped, dim=1) @ torch.nn.functional.normalize(target, dim=1).T
+    own = similarity.diagonal()[:, None]
+    rank = (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2  # ties count half
+    return {k: bootstrap(lambda hit: hit.mean(0), (rank < k).double(), seed) for k in ks}
+
+
+def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0) -> Estimate:
+    """`statistic` of rows (n, ...) and the percentile interval over resampled rows; it reduces axis 0.
+
+    It is called with rows (n, ...) and with (n, RESAMPLES, ...).
+    """
+    rows = rows.double().cpu()
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(rows), (len(rows), RESAMPLES), generator=generator)
+    draws = statistic(rows[picks])
+    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.double)
+    low, high = draws.quantile(edges).tolist()
+    return Estimate(float(statistic(rows)), low, high)
+
+
+def _paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    if x.ndim != 2 or x.shape != y.shape:
+        raise ValueError(f"expected paired points of one shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
+    return x.detach().double().cpu(), y.detach().double().cpu()
+
+
+def _neighbours(x: Tensor, k: int) -> Tensor:
+    distance = torch.cdist(x.detach().double().cpu(), x.detach().double().cpu())
+    return distance.fill_diagonal_(float("inf")).topk(k, largest=False).indices
+
+
+def _spearman(x: Tensor, y: Tensor) -> float:
+    above = torch.triu_indices(*x.shape, offset=1)
+    ranks = [d[above[0], above[1]].argsort().argsort().double() for d in (x, y)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])

@@ -1,0 +1,252 @@
+"""Entropic transport plans between weighted points, batched: balanced, KL-unbalanced, and of partial mass.
+
+Throughout, B problems of N x M cells: cost C (B, N, M), weights a (B, N) and b (B, M) that are >= 0. A weight of zero is
+padding: its row or column of the cost may hold anything, and changes nothing. KL(P | R) = sum P log(P / R) - P + R.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot import fused
+from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
+from pisces_rl.ot.costs import as_float
+from pisces_rl.ot.solver import annealing_stages, full_precision, solve, start
+
+MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
+RESOLUTION = {torch.float32: 1e5, torch.float64: 1e12}  # largest range of costs / reg whose exponents mean anything
+
+
+class ConvergenceWarning(UserWarning):
+    """A plan misses its tolerance; `marginal_error` says by how much."""
+
+
+@dataclass(frozen=True)
+class TransportPlan:
+    """A batch of solved problems (without the batch axis if the cost had none).
+
+    Attributes:
+        plan: (B, N, M), P_ij, without gradients.
+        value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
+        marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of the mass.
+        iterations: (B,), updates of both potentials at the final `reg`.
+        potential_a, potential_b: (B, N), (B, M), f and g in units of cost; 0 at zero weights.
+        tolerance: the marginal error that was asked for.
+    """
+
+    plan: Tensor
+    value: Tensor
+    marginal_error: Tensor
+    iterations: Tensor
+    potential_a: Tensor
+    potential_b: Tensor
+    tolerance: float
+
+    @property
+    def converged(self) -> Tensor:
+        return self.marginal_error <= self.tolerance
+
+
+class _DualValue(torch.autograd.Function):
+    """A value that was computed from the cost, with the plan as its gradient (envelope theorem)."""
+
+    @staticmethod
+    def forward(ctx, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
+        ctx.save_for_backward(plan)
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        (plan,) = ctx.saved_tensors
+        return gradient[:, None, None] * plan, None, None
+
+
+def transport_plan(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    reg: float,
+    reach: float | None = None,
+    tolerance: float = 1e-5,
+    max_iterations: int = 5000,
+) -> TransportPlan:
+    """Entropic optimal transport, balanced or KL-unbalanced.
+
+        min_P <P, C> + reg KL(P | a b^T)                                      with P 1 = a, P^T 1 = b      (reach None)
+        min_P <P, C> + reg KL(P | a b^T) + reach KL(P 1 | a) + reach KL(P^T 1 | b)
+
+    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, <a, f> + <b, g> - reg (|P| - |a| |b|) if
+    balanced; for probability weights that is <a, f> + <b, g>. Computed in fp32 (fp64 for an fp64 cost) with autocast
+    and TF32 off; each problem is iterated until its own error is below the tolerance.
+
+    Args:
+        cost: (B, N, M) or (N, M), finite where both weights are positive.
+        a, b: (B, N), (B, M), or without B for all problems alike; unset: uniform, of total 1. A problem with no weight at
+            all in a or in b (an empty prompt) has a zero plan.
+        reg: entropic regularisation eps > 0, in units of cost.
+        reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
+        tolerance: L1 marginal error to stop at, as a share of the mass. max_iterations: at the final reg.
+
+    Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the tolerance.
+    Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv 1810.08278).
+    """
+    check_positive(reg=reg, tolerance=tolerance)
+    if reach is not None:
+        check_positive(reach=reach)
+    problems = _Problems.of(cost, a, b)
+    constraint = Balanced() if reach is None else Penalised(float(reach))
+    return problems.solve(float(reg), constraint, tolerance, max_iterations)
+
+
+def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
+    """<C, P> with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
+
+    The derivative of <C, P(C)> itself also has a term through P; this function leaves it out on purpose.
+    """
+    return (as_float(cost) * plan.detach()).sum((-1, -2))
+
+
+@dataclass
+class _Problems:
+    """Inputs of the right shapes: cost (B, N, M) with its gradient history, a (B, N), b (B, M)."""
+
+    cost: Tensor
+    a: Tensor
+    b: Tensor
+    batched: bool
+
+    @staticmethod
+    def of(cost: Tensor, a: Tensor | None, b: Tensor | None) -> "_Problems":
+        if not isinstance(cost, Tensor) or cost.ndim not in (2, 3) or 0 in cost.shape:
+            found = tuple(cost.shape) if isinstance(cost, Tensor) else type(cost).__name__
+            raise ValueError(f"cost: expected a tensor (B, N, M) or (N, M) with no empty axis, got {found}.")
+        batched = cost.ndim == 3
+        cost = as_float(cost if batched else cost[None])
+        a, b = _weights("a", a, cost, cost.shape[1]), _weights("b", b, cost, cost.shape[2])
+        return _Problems(cost, a, b, batched)
+
+    def solve(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> TransportPlan:
+        """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
+        if not fused.serves(self.cost, tolerance):
+            return self.finish(*solve_checked(self.masked(), reg, constraint, tolerance, max_iterations), tolerance)
+        with full_precision(self.cost.device):
+            cost = self.cost.detach()
+            plan, f, g, statistics = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
+            error, iterations, value = statistics.unbind(1)
+            fields = [plan, value * reg, error, iterations.long(), f * reg, g * reg]
+            left = (~(statistics[:, 0].cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
+            if len(left):
+                rest = _Problems(cost[left], self.a[left], self.b[left], True)
+                part = constraint if constraint.mass is None else Bounded(constraint.mass[left])
+                solved = solve_checked(rest.masked(), reg, part, tolerance, max_iterations)
+                fields = [all_.index_copy(0, left, some) for all_, some in zip(fields, solved)]
+        return self.finish(*fields, tolerance)
+
+    def masked(self) -> "Masked":
+        return Masked.of(self.cost.detach(), self.a, self.b)
+
+    def finish(self, plan: Tensor, value: Tensor, *rest: Tensor) -> TransportPlan:
+        *rest, tolerance = rest
+        fields = (plan, _DualValue.apply(self.cost, value, plan), *rest)
+        return TransportPlan(*(x if self.batched else x[0] for x in fields), tolerance)
+
+
+@dataclass
+class Masked:
+    """Problems with infinite costs where there is no cell, their reference weights, and what may be wrong with them.
+
+    flags: messages of errors with bools on the device, read once.
+    """
+
+    cost: Tensor
+    a: Tensor
+    b: Tensor
+    alpha: Tensor
+    beta: Tensor
+    empty: Tensor
+    flags: dict[str, Tensor]
+
+    @staticmethod
+    @torch.no_grad()
+    def of(cost: Tensor, a: Tensor, b: Tensor) -> "Masked":
+        cells = (a > 0)[:, :, None] & (b > 0)[:, None, :]
+        flags = {
+            "a: weights must be finite and >= 0.": ~((a >= 0) & a.isfinite()).all(),
+            "b: weights must be finite and >= 0.": ~((b >= 0) & b.isfinite()).all(),
+            "cost: NaN or infinite where both weights are positive.": (cells & ~cost.isfinite()).any(),
+        }
+        empty = ~((a > 0).any(1) & (b > 0).any(1))
+        return Masked(torch.where(cells, cost, math.inf), a, b, a, b, empty, flags)
+
+    def check(self, *extra: Tensor) -> list[float]:
+        """Raise the first error that was flagged; the values of further scalars, read in the same wait."""
+        values = torch.stack([*(flag.to(self.a) for flag in self.flags.values()), *extra]).tolist()
+        for text, wrong in zip(self.flags, values):
+            if wrong:
+                raise ValueError(text)
+        return values[len(self.flags) :]
+
+
+def solve_checked(
+    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of `TransportPlan` by the general solver, for any reference and any pattern of cells."""
+    cost, a, b, live = problems.cost, problems.a, problems.b, ~problems.empty
+    with full_precision(cost.device):
+        if isinstance(constraint, Balanced):
+            of_a, of_b = a.sum(1), b.sum(1)
+            text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
+            gap = (of_a - of_b).abs() > MASS_TOLERANCE * torch.maximum(of_a, of_b)
+            problems.flags[text] = (gap & live).any()
+            b = b * torch.where(live, of_a / of_b, 1.0)[:, None]
+        *offsets, span = start(cost, constraint)
+        stages, ratio = problems.check(annealing_stages(span, reg).amax(), span.amax() / reg)
+        if ratio > RESOLUTION[cost.dtype]:
+            raise ValueError(
+                f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} resolves: "
+                "raise reg, rescale the cost, or pass it in float64."
+            )
+        alpha, beta = problems.alpha, problems.beta
+        solution = solve(
+            cost, a, b, alpha, beta, reg, constraint, tuple(offsets), span, int(stages), tolerance, max_iterations
+        )
+        plan = torch.where(live[:, None, None], solution.plan, 0.0)
+        error = torch.where(live, solution.error, 0.0)
+        f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
+        g = torch.where((b > 0) & live[:, None], solution.g, 0.0)
+        value = constraint.dual(a, f) + constraint.dual(b, g)
+        if constraint.mass is not None:
+            value = value + constraint.mass * solution.shift
+            f = f + solution.shift[:, None] * (a > 0)
+        value = torch.where(live, value - reg * (plan.sum((1, 2)) - alpha.sum(1) * beta.sum(1)), 0.0)
+    if not solution.converged:
+        warnings.warn(
+            f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, at worst "
+            f"{float(error.max()):.1e} after {max_iterations} iterations: raise reg or max_iterations.",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    return plan, value, error, solution.iterations, f, g
+
+
+def _weights(name: str, weights: Tensor | None, cost: Tensor, n: int) -> Tensor:
+    batch = cost.shape[0]
+    if weights is None:
+        return cost.new_full((batch, n), 1 / n)
+    if not isinstance(weights, Tensor) or tuple(weights.shape) not in ((n,), (batch, n)):
+        found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"{name}: expected {(batch, n)} or {(n,)} for a cost of {tuple(cost.shape)}, got {found}.")
+    if weights.requires_grad:
+        raise ValueError(f"{name}: gradients flow to the cost only; pass {name}.detach().")
+    return weights.to(cost).expand(batch, n)
+
+
+def check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{name}={value!r}: expected a finite number > 0.")

@@ -1,0 +1,251 @@
+"""The batched solver under every plan: Sinkhorn's iteration on an absorbed kernel, with annealing where eps is small.
+
+Potentials are f = f0 + eps x, g = g0 + eps y, l = l0 + eps z. The offsets f0, g0, l0 are absorbed into the kernel
+K_ij = exp((f0_i + g0_j + l0 - C_ij) / eps), so that x, y, z stay near 0 (Schmitzer, arXiv 1610.06519). An iteration is
+two batched matrix-vector products:
+
+    x = update(log(a / alpha) - log(K (beta e^y)) - z)      y likewise with K^T      z so that the mass is right, if given
+
+Where the costs, less their c-transform, span more than `EXP_RANGE` eps, the kernel would underflow: those problems are
+annealed, eps 4^k, ..., 4 eps, eps, each stage beginning with iterations in the log domain.
+
+Every problem of a batch runs its own schedule and stops by its own error, so what it shares a batch with does not
+change its result. Errors are read every `BLOCK` iterations; one read is one wait for the device.
+"""
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
+
+EXP_RANGE = 60.0  # e^-60 times any weight that matters is far above the smallest float
+REBUILD = 30.0  # absorb once a rest exceeds this many eps
+STAGE_FACTOR = 4.0
+STAGE_ITERATIONS = 6
+BLOCK = 5
+RELAX_EVERY = 20
+RELAX_LIMIT = 0.9995
+
+
+@dataclass
+class Solution:
+    """plan (B, N, M); f (B, N), g (B, M), shift (B,) in units of cost; error, iterations (B,); all converged?"""
+
+    plan: Tensor
+    f: Tensor
+    g: Tensor
+    shift: Tensor
+    error: Tensor
+    iterations: Tensor
+    converged: bool
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """No autocast, no TF32 or bf16 inside products, no gradients; everything as it was afterwards, also on an error."""
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@dataclass
+class _Problem:
+    cost: Tensor  # (B, N, M), inf where there is no cell
+    a: Tensor
+    b: Tensor
+    alpha: Tensor  # reference weights
+    beta: Tensor
+    constraint: Constraint
+
+    def __post_init__(self):
+        self.log_alpha, self.log_beta = self.alpha.log(), self.beta.log()
+        self.ratio_a = torch.where(self.a > 0, (self.a / self.alpha).log(), 0.0)
+        self.ratio_b = torch.where(self.b > 0, (self.b / self.beta).log(), 0.0)
+        self.tiny = torch.finfo(self.cost.dtype).tiny
+
+
+@dataclass
+class _State:
+    f0: Tensor
+    g0: Tensor
+    l0: Tensor  # (B, 1)
+    x: Tensor
+    y: Tensor
+    z: Tensor  # (B, 1)
+
+    def absorb(self, eps: Tensor) -> None:
+        self.f0, self.g0, self.l0 = self.f0 + eps * self.x, self.g0 + eps * self.y, self.l0 + eps * self.z
+        self.x, self.y, self.z = torch.zeros_like(self.x), torch.zeros_like(self.y), torch.zeros_like(self.z)
+
+    def exponent(self, cost: Tensor, eps: Tensor) -> Tensor:
+        return (self.f0[:, :, None] + (self.g0 + self.l0)[:, None, :] - cost) / eps[:, :, None]
+
+
+def _log_rows(problem: _Problem, kernel: Tensor, y: Tensor, log_domain: bool) -> Tensor:
+    """(B, N): log sum_j beta_j K_ij e^{y_j}; the kernel is given as its exponent in the log domain."""
+    if log_domain:
+        return (kernel + (problem.log_beta + y)[:, None, :]).logsumexp(2).clamp_min(-1e30)
+    weights = (problem.beta * y.exp())[:, :, None]
+    return torch.bmm(kernel, weights)[:, :, 0].clamp_min(problem.tiny).log()
+
+
+def _log_columns(problem: _Problem, kernel: Tensor, x: Tensor, log_domain: bool) -> Tensor:
+    if log_domain:
+        return (kernel + (problem.log_alpha + x)[:, :, None]).logsumexp(1).clamp_min(-1e30)
+    weights = (problem.alpha * x.exp())[:, None, :]
+    return torch.bmm(weights, kernel)[:, 0, :].clamp_min(problem.tiny).log()
+
+
+def _iterate(
+    problem: _Problem, kernel: Tensor, state: _State, eps: Tensor, active: Tensor, log_domain: bool,
+    relaxation: Tensor | float = 1.0,
+) -> None:  # fmt: skip
+    """One update of each potential of the active problems, (B, 1) bool."""
+    update = problem.constraint.update
+    candidate = problem.ratio_a - _log_rows(problem, kernel, state.y, log_domain)
+    x = update(candidate + state.f0 / eps - state.z, eps) - state.f0 / eps
+    state.x = torch.where(active & (problem.a > 0), state.x + relaxation * (x - state.x), state.x)
+    log_columns = _log_columns(problem, kernel, state.x, log_domain)
+    y = update(problem.ratio_b - log_columns + state.g0 / eps - state.z, eps) - state.g0 / eps
+    state.y = torch.where(active & (problem.b > 0), state.y + relaxation * (y - state.y), state.y)
+    if isinstance(problem.constraint, Penalised):
+        step = problem.constraint.translation(
+            problem.a, state.x + state.f0 / eps, problem.b, state.y + state.g0 / eps, eps
+        )
+        state.x, state.y = state.x + torch.where(active, step, 0.0), state.y - torch.where(active, step, 0.0)
+    if problem.constraint.mass is not None:
+        log_mass = (problem.log_beta + state.y + log_columns).logsumexp(1, keepdim=True)
+        z = problem.constraint.mass.clamp_min(problem.tiny).log()[:, None] - log_mass
+        state.z = torch.where(active & log_mass.isfinite(), z, state.z)
+
+
+def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: Tensor) -> Tensor:
+    """(B,): L1 distance of both marginals from what optimality asks, as a share of the mass."""
+    rows = problem.alpha * (state.x + state.z + _log_rows(problem, kernel, state.y, False)).exp()
+    columns = problem.beta * (state.y + state.z + _log_columns(problem, kernel, state.x, False)).exp()
+    constraint = problem.constraint
+    error = constraint.residual(rows, problem.a, state.x + state.f0 / eps, eps)
+    error = error + constraint.residual(columns, problem.b, state.y + state.g0 / eps, eps)
+    if constraint.mass is not None:
+        error = error + (rows.sum(1) - constraint.mass).abs()
+    return error / torch.maximum(problem.a.sum(1), problem.b.sum(1)).clamp_min(problem.tiny)
+
+
+def start(cost: Tensor, constraint: Constraint) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Offsets f0, g0, l0 with kernel entries of at most 1, and (B,) the span of what is left of the costs.
+
+    For balanced and penalised plans the c-transform: each row and each column keeps a cell of reduced cost 0.
+    """
+    finite = cost.isfinite()
+    if isinstance(constraint, Bounded):
+        low = torch.where(finite, cost, math.inf).amin((1, 2))
+        low = torch.where(low.isfinite(), low, 0.0)[:, None]
+        f0, g0, l0 = torch.zeros_like(cost[:, :, 0]), torch.zeros_like(cost[:, 0, :]), low
+    else:
+        f0 = cost.amin(2)
+        f0 = torch.where(f0.isfinite(), f0, 0.0)
+        g0 = (cost - f0[:, :, None]).amin(1)
+        g0 = torch.where(g0.isfinite(), g0, 0.0)
+        l0 = torch.zeros_like(cost[:, 0, :1])
+    reduced = cost - f0[:, :, None] - (g0 + l0)[:, None, :]
+    return f0, g0, l0, torch.where(finite, reduced, 0.0).amax((1, 2))
+
+
+def solve(
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    reg: float,
+    constraint: Constraint,
+    offsets: tuple[Tensor, Tensor, Tensor],
+    span: Tensor,
+    stages: int,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
+    """Solve B problems; `stages` is the largest number of annealing stages that any of them needs."""
+    problem = _Problem(cost, a, b, alpha, beta, constraint)
+    state = _State(*offsets, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(offsets[2]))
+    own_stages = annealing_stages(span, reg)[:, None]
+    everywhere = torch.ones_like(own_stages, dtype=torch.bool)
+    for stage in range(stages, 0, -1):
+        _stage(problem, state, reg * STAGE_FACTOR**stage, own_stages >= stage, STAGE_ITERATIONS)
+    if stages:
+        _stage(problem, state, reg, own_stages > 0, 0)
+    return _finish(problem, state, reg, everywhere, tolerance, max_iterations)
+
+
+def annealing_stages(span: Tensor, reg: float) -> Tensor:
+    """(B,): how often eps starts a factor of `STAGE_FACTOR` higher, 0 where the kernel does not underflow at `reg`."""
+    stages = (span / (reg * EXP_RANGE / STAGE_FACTOR)).clamp_min(1).log() / math.log(STAGE_FACTOR)
+    return torch.where(span > EXP_RANGE * reg, stages.ceil(), torch.zeros_like(stages))
+
+
+def _stage(problem: _Problem, state: _State, eps: float, active: Tensor, iterations: int) -> None:
+    """Iterations at one eps: the first in the log domain, which brings every row and column within reach."""
+    scale = torch.full_like(state.z, eps)
+    kernel = state.exponent(problem.cost, scale)
+    for _ in range(1 if iterations else 2):
+        _iterate(problem, kernel, state, scale, active, log_domain=True)
+    state.absorb(scale)
+    if iterations:
+        kernel = state.exponent(problem.cost, scale).clamp_max_(REBUILD * 2).exp_()
+        for _ in range(iterations):
+            _iterate(problem, kernel, state, scale, active, log_domain=False)
+        state.absorb(scale)
+
+
+def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
+    """The over-relaxation w of balanced iterations from the error's rate of decrease q under the present w.
+
+    Near the solution Sinkhorn's iteration is block Gauss-Seidel, so with t its own rate (Young 1954)
+    (q + w - 1)^2 = q w^2 t, and the best w is 2 / (1 + sqrt(1 - t)). An error that grows brings w nearer to 1. Source:
+    Thibault et al. (arXiv 1711.01851), Lehmann et al. (arXiv 2012.12562).
+    """
+    own = (rate + relaxation - 1).square() / (rate * relaxation.square()).clamp_min(1e-12)
+    best = 2 / (1 + (1 - own.clamp(0, RELAX_LIMIT)).sqrt())
+    slow = rate > relaxation - 1 + 1e-3
+    return torch.where(rate < 1, torch.where(slow, torch.maximum(best, relaxation), relaxation), 1 + 0.9 * (relaxation - 1))
+
+
+def _finish(
+    problem: _Problem, state: _State, reg: float, active: Tensor, tolerance: float, max_iterations: int
+) -> Solution:
+    """Iterate at eps = reg until each problem's error is below the tolerance."""
+    eps = torch.full_like(state.z, reg)
+    kernel = state.exponent(problem.cost, eps).exp_()
+    iterations = torch.zeros_like(active[:, 0], dtype=torch.long)
+    error = torch.full_like(state.z[:, 0], math.inf)
+    relaxation = torch.ones_like(state.z)
+    go_on, last = True, error
+    for done in range(0, max_iterations, BLOCK):
+        for _ in range(BLOCK):
+            _iterate(problem, kernel, state, eps, active, False, relaxation)
+        error = torch.where(active[:, 0], _residual(problem, kernel, state, eps), error)
+        iterations = torch.where(active[:, 0], done + BLOCK, iterations)
+        if isinstance(problem.constraint, Balanced) and (done + BLOCK) % RELAX_EVERY == 0:
+            if done > RELAX_EVERY:
+                relaxation = relax(relaxation, (error / last)[:, None] ** (1 / RELAX_EVERY))
+            last = error
+        active = active & ~(error <= tolerance)[:, None]
+        largest = torch.maximum(state.x.abs().amax(1), state.y.abs().amax(1)) > REBUILD
+        go_on, rebuild = torch.stack([active.any(), (largest & active[:, 0]).any()]).tolist()
+        if not go_on:
+            break
+        if rebuild:
+            state.absorb(eps)
+            kernel = state.exponent(problem.cost, eps).exp_()
+    plan = kernel.mul_((problem.alpha * (state.x + state.z).exp())[:, :, None])
+    plan = plan.mul_((problem.beta * state.y.exp())[:, None, :])
+    state.absorb(eps)
+    return Solution(plan, state.f0, state.g0, state.l0[:, 0], error, iterations, not go_on)
