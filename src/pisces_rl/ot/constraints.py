@@ -20,10 +20,10 @@ class Balanced:
 
     mass: None = None
 
-    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+    def update(self, candidate: Tensor, eps: float) -> Tensor:
         return candidate
 
-    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
         return (marginal - weights).abs().sum(1)
 
     def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
@@ -37,13 +37,13 @@ class Penalised:
     rho: float
     mass: None = None
 
-    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+    def update(self, candidate: Tensor, eps: float) -> Tensor:
         return candidate * (self.rho / (self.rho + eps))
 
-    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
         return (marginal - weights * (-scaled * (eps / self.rho)).exp()).abs().sum(1)
 
-    def translation(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, eps: Tensor) -> Tensor:
+    def translation(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, eps: float) -> Tensor:
         """(B, 1): the t that makes (x + t, y - t) best. The plan stays; without it large rho converges slowly.
 
         Source: Sejourne et al. (arXiv 2201.00730), section 3.
@@ -64,10 +64,10 @@ class Bounded:
 
     mass: Tensor
 
-    def update(self, candidate: Tensor, eps: Tensor) -> Tensor:
+    def update(self, candidate: Tensor, eps: float) -> Tensor:
         return candidate.clamp_max(0)
 
-    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: Tensor) -> Tensor:
+    def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
         excess = marginal - weights
         return torch.where(scaled < 0, excess.abs(), excess.clamp_min(0)).sum(1)
 

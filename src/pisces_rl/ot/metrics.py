@@ -98,6 +98,12 @@ def paired_recall(mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 1
     return {k: bootstrap(lambda hit: hit.mean(0), (rank < k).double(), seed) for k in ks}
 
 
+def default_blur(target: Tensor) -> float:
+    """A blur at which eps is a twentieth of the mean cost |y - y'|^2 / 2 between points of the target (n, D)."""
+    target = target.detach().double()
+    return float((0.05 * target.var(0, unbiased=False).sum()).sqrt())
+
+
 def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0) -> Estimate:
     """`statistic` of rows (n, ...) and the percentile interval over resampled rows; it reduces axis 0.
 

@@ -85,7 +85,7 @@ def dummy_point_transport_plan(
     cost = torch.nn.functional.pad(masked.cost, (0, 1, 0, 1), value=math.inf)
     cost[:, :-1, -1] = torch.where((masked.a > 0) & (b[:, -1:] > 0), 0.0, math.inf)
     cost[:, -1, :-1] = torch.where((masked.b > 0) & (a[:, -1:] > 0), 0.0, math.inf)
-    extended = Masked(cost, a, b, a, b, masked.empty, masked.flags)
+    extended = Masked(cost, a, b, a, b, masked.empty, False, masked.flags)
     plan, value, error, iterations, f, g = solve_checked(extended, float(reg), Balanced(), tolerance, max_iterations)
     plan, f, g = plan[:, :rows, :columns], f[:, :rows], g[:, :columns]
     return problems.finish(plan, value, error, iterations, f, g, tolerance)

@@ -14,8 +14,9 @@ from torch import Tensor
 from pisces_rl.ot import fused
 from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
 from pisces_rl.ot.costs import as_float
-from pisces_rl.ot.solver import annealing_stages, full_precision, solve, start
+from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
 
+BAD_COST = "cost: NaN or infinite where both weights are positive."
 MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
 RESOLUTION = {torch.float32: 1e5, torch.float64: 1e12}  # largest range of costs / reg whose exponents mean anything
 
@@ -160,7 +161,7 @@ class _Problems:
 class Masked:
     """Problems with infinite costs where there is no cell, their reference weights, and what may be wrong with them.
 
-    flags: messages of errors with bools on the device, read once.
+    empty: (B,), no cell at all. full: no cell is missing. flags: messages of errors with bools on the device, read once.
     """
 
     cost: Tensor
@@ -169,19 +170,23 @@ class Masked:
     alpha: Tensor
     beta: Tensor
     empty: Tensor
+    full: bool
     flags: dict[str, Tensor]
 
     @staticmethod
     @torch.no_grad()
     def of(cost: Tensor, a: Tensor, b: Tensor) -> "Masked":
-        cells = (a > 0)[:, :, None] & (b > 0)[:, None, :]
+        real_a, real_b = a > 0, b > 0
         flags = {
             "a: weights must be finite and >= 0.": ~((a >= 0) & a.isfinite()).all(),
             "b: weights must be finite and >= 0.": ~((b >= 0) & b.isfinite()).all(),
-            "cost: NaN or infinite where both weights are positive.": (cells & ~cost.isfinite()).any(),
         }
-        empty = ~((a > 0).any(1) & (b > 0).any(1))
-        return Masked(torch.where(cells, cost, math.inf), a, b, a, b, empty, flags)
+        full = bool(real_a.all() & real_b.all())
+        if not full:
+            cells = real_a[:, :, None] & real_b[:, None, :]
+            flags[BAD_COST] = (cells & ~cost.isfinite()).any()
+            cost = torch.where(cells, cost, math.inf)
+        return Masked(cost, a, b, a, b, ~(real_a.any(1) & real_b.any(1)), full, flags)
 
     def check(self, *extra: Tensor) -> list[float]:
         """Raise the first error that was flagged; the values of further scalars, read in the same wait."""
@@ -203,9 +208,10 @@ def solve_checked(
             text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
             gap = (of_a - of_b).abs() > MASS_TOLERANCE * torch.maximum(of_a, of_b)
             problems.flags[text] = (gap & live).any()
-            b = b * torch.where(live, of_a / of_b, 1.0)[:, None]
-        *offsets, span = start(cost, constraint)
-        stages, ratio = problems.check(annealing_stages(span, reg).amax(), span.amax() / reg)
+            b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
+        begin = Start.of(cost, constraint, reg, problems.full)
+        problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
+        stages, ratio = problems.check(annealing_stages(begin.span, reg).amax(), begin.span.amax() / reg)
         if ratio > RESOLUTION[cost.dtype]:
             raise ValueError(
                 f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} resolves: "
@@ -213,17 +219,18 @@ def solve_checked(
             )
         alpha, beta = problems.alpha, problems.beta
         solution = solve(
-            cost, a, b, alpha, beta, reg, constraint, tuple(offsets), span, int(stages), tolerance, max_iterations
+            cost, a, b, alpha, beta, reg, constraint, begin, int(stages), tolerance, max_iterations
         )
-        plan = torch.where(live[:, None, None], solution.plan, 0.0)
+        plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
         error = torch.where(live, solution.error, 0.0)
         f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
         g = torch.where((b > 0) & live[:, None], solution.g, 0.0)
         value = constraint.dual(a, f) + constraint.dual(b, g)
+        moved = b.sum(1) if isinstance(constraint, Balanced) else plan.sum((1, 2))
         if constraint.mass is not None:
             value = value + constraint.mass * solution.shift
             f = f + solution.shift[:, None] * (a > 0)
-        value = torch.where(live, value - reg * (plan.sum((1, 2)) - alpha.sum(1) * beta.sum(1)), 0.0)
+        value = torch.where(live, value - reg * (moved - alpha.sum(1) * beta.sum(1)), 0.0)
     if not solution.converged:
         warnings.warn(
             f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, at worst "

@@ -27,6 +27,7 @@ REBUILD = 30.0  # absorb once a rest exceeds this many eps
 STAGE_FACTOR = 4.0
 STAGE_ITERATIONS = 6
 BLOCK = 5
+SCALING_ITERATIONS = 40
 RELAX_EVERY = 20
 RELAX_LIMIT = 0.9995
 
@@ -74,27 +75,49 @@ class _Problem:
 
 @dataclass
 class _State:
-    f0: Tensor
+    f0: Tensor  # offsets are fp64: where costs span many eps, fp32 would lose the digits that count
     g0: Tensor
     l0: Tensor  # (B, 1)
     x: Tensor
     y: Tensor
     z: Tensor  # (B, 1)
+    precise: bool  # build kernels in fp64
 
-    def absorb(self, eps: Tensor) -> None:
-        self.f0, self.g0, self.l0 = self.f0 + eps * self.x, self.g0 + eps * self.y, self.l0 + eps * self.z
-        self.x, self.y, self.z = torch.zeros_like(self.x), torch.zeros_like(self.y), torch.zeros_like(self.z)
+    def absorb(self, eps: float, which: Tensor | None = None) -> None:
+        """Move the rests into the offsets, of all problems or of those in `which`, (B, 1) bool."""
+        which = torch.ones_like(self.z, dtype=torch.bool) if which is None else which
+        for offset, rest in (("f0", "x"), ("g0", "y"), ("l0", "z")):
+            old, change = getattr(self, offset), getattr(self, rest)
+            setattr(self, offset, torch.where(which, old + eps * change, old))
+            setattr(self, rest, torch.where(which, 0.0, change))
 
-    def exponent(self, cost: Tensor, eps: Tensor) -> Tensor:
-        return (self.f0[:, :, None] + (self.g0 + self.l0)[:, None, :] - cost) / eps[:, :, None]
+    def exponent(self, cost: Tensor, eps: float) -> Tensor:
+        if self.precise:
+            offsets = self.f0[:, :, None] + (self.g0 + self.l0)[:, None, :]
+            return ((offsets - cost) / eps).to(cost)
+        exponent = torch.add(self.rows(eps)[:, :, None], cost, alpha=-1 / eps)
+        return exponent.add_(((self.g0 + self.l0) / eps).to(cost)[:, None, :])
+
+    def rows(self, eps: float) -> Tensor:
+        """f0 / eps, (B, N)."""
+        return (self.f0 / eps).to(self.x)
+
+    def columns(self, eps: float) -> Tensor:
+        return (self.g0 / eps).to(self.y)
+
+
+def _times(kernel: Tensor, weights: Tensor) -> Tensor:
+    """(B, N): K w. On a CPU, torch.bmm of rows with a vector runs at a sixth of the memory's speed."""
+    if kernel.device.type == "cpu":
+        return (kernel * weights[:, None, :]).sum(2)
+    return torch.bmm(kernel, weights[:, :, None])[:, :, 0]
 
 
 def _log_rows(problem: _Problem, kernel: Tensor, y: Tensor, log_domain: bool) -> Tensor:
     """(B, N): log sum_j beta_j K_ij e^{y_j}; the kernel is given as its exponent in the log domain."""
     if log_domain:
         return (kernel + (problem.log_beta + y)[:, None, :]).logsumexp(2).clamp_min(-1e30)
-    weights = (problem.beta * y.exp())[:, :, None]
-    return torch.bmm(kernel, weights)[:, :, 0].clamp_min(problem.tiny).log()
+    return _times(kernel, problem.beta * y.exp()).clamp_min_(problem.tiny).log_()
 
 
 def _log_columns(problem: _Problem, kernel: Tensor, x: Tensor, log_domain: bool) -> Tensor:
@@ -105,20 +128,20 @@ def _log_columns(problem: _Problem, kernel: Tensor, x: Tensor, log_domain: bool)
 
 
 def _iterate(
-    problem: _Problem, kernel: Tensor, state: _State, eps: Tensor, active: Tensor, log_domain: bool,
+    problem: _Problem, kernel: Tensor, state: _State, eps: float, active: Tensor, log_domain: bool,
     relaxation: Tensor | float = 1.0,
 ) -> None:  # fmt: skip
     """One update of each potential of the active problems, (B, 1) bool."""
     update = problem.constraint.update
     candidate = problem.ratio_a - _log_rows(problem, kernel, state.y, log_domain)
-    x = update(candidate + state.f0 / eps - state.z, eps) - state.f0 / eps
+    x = update(candidate + state.rows(eps) - state.z, eps) - state.rows(eps)
     state.x = torch.where(active & (problem.a > 0), state.x + relaxation * (x - state.x), state.x)
     log_columns = _log_columns(problem, kernel, state.x, log_domain)
-    y = update(problem.ratio_b - log_columns + state.g0 / eps - state.z, eps) - state.g0 / eps
+    y = update(problem.ratio_b - log_columns + state.columns(eps) - state.z, eps) - state.columns(eps)
     state.y = torch.where(active & (problem.b > 0), state.y + relaxation * (y - state.y), state.y)
     if isinstance(problem.constraint, Penalised):
         step = problem.constraint.translation(
-            problem.a, state.x + state.f0 / eps, problem.b, state.y + state.g0 / eps, eps
+            problem.a, state.x + state.rows(eps), problem.b, state.y + state.columns(eps), eps
         )
         state.x, state.y = state.x + torch.where(active, step, 0.0), state.y - torch.where(active, step, 0.0)
     if problem.constraint.mass is not None:
@@ -127,36 +150,50 @@ def _iterate(
         state.z = torch.where(active & log_mass.isfinite(), z, state.z)
 
 
-def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: Tensor) -> Tensor:
+def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: float) -> Tensor:
     """(B,): L1 distance of both marginals from what optimality asks, as a share of the mass."""
     rows = problem.alpha * (state.x + state.z + _log_rows(problem, kernel, state.y, False)).exp()
     columns = problem.beta * (state.y + state.z + _log_columns(problem, kernel, state.x, False)).exp()
     constraint = problem.constraint
-    error = constraint.residual(rows, problem.a, state.x + state.f0 / eps, eps)
-    error = error + constraint.residual(columns, problem.b, state.y + state.g0 / eps, eps)
+    error = constraint.residual(rows, problem.a, state.x + state.rows(eps), eps)
+    error = error + constraint.residual(columns, problem.b, state.y + state.columns(eps), eps)
     if constraint.mass is not None:
         error = error + (rows.sum(1) - constraint.mass).abs()
     return error / torch.maximum(problem.a.sum(1), problem.b.sum(1)).clamp_min(problem.tiny)
 
 
-def start(cost: Tensor, constraint: Constraint) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Offsets f0, g0, l0 with kernel entries of at most 1, and (B,) the span of what is left of the costs.
+@dataclass
+class Start:
+    """Offsets f0 (B, N), g0 (B, M), l0 (B, 1), and (B,) the span of the reduced costs C - f0 - g0 - l0 >= 0.
 
-    For balanced and penalised plans the c-transform: each row and each column keeps a cell of reduced cost 0.
+    Where the c-transform is needed to keep the kernel from underflow (and allowed: not under a bound), each row and each
+    column keeps a cell of reduced cost 0; else each problem's smallest cost is the offset.
     """
-    finite = cost.isfinite()
-    if isinstance(constraint, Bounded):
-        low = torch.where(finite, cost, math.inf).amin((1, 2))
-        low = torch.where(low.isfinite(), low, 0.0)[:, None]
-        f0, g0, l0 = torch.zeros_like(cost[:, :, 0]), torch.zeros_like(cost[:, 0, :]), low
-    else:
-        f0 = cost.amin(2)
-        f0 = torch.where(f0.isfinite(), f0, 0.0)
-        g0 = (cost - f0[:, :, None]).amin(1)
-        g0 = torch.where(g0.isfinite(), g0, 0.0)
-        l0 = torch.zeros_like(cost[:, 0, :1])
-    reduced = cost - f0[:, :, None] - (g0 + l0)[:, None, :]
-    return f0, g0, l0, torch.where(finite, reduced, 0.0).amax((1, 2))
+
+    f0: Tensor
+    g0: Tensor
+    l0: Tensor
+    span: Tensor
+
+    @staticmethod
+    def of(cost: Tensor, constraint: Constraint, reg: float, full: bool) -> "Start":
+        """full: there is a cell everywhere; a cost that is not finite then makes the span not finite."""
+        f0, g0 = torch.zeros_like(cost[:, :, 0]), torch.zeros_like(cost[:, 0])
+        low = _finite(cost.amin((1, 2)), full)
+        high = (cost if full else torch.where(cost.isfinite(), cost, -math.inf)).amax((1, 2))
+        span = high - low if full else _finite(high, full) - low
+        if isinstance(constraint, Bounded) or not bool((span > EXP_RANGE * reg).any()):
+            return Start(f0, g0, low[:, None], span)
+        f0 = _finite(cost.amin(2), full)
+        reduced = cost - f0[:, :, None]
+        g0 = _finite(reduced.amin(1), full)
+        reduced -= g0[:, None, :]
+        span = (reduced if full else torch.where(reduced.isfinite(), reduced, 0.0)).amax((1, 2))
+        return Start(f0, g0, torch.zeros_like(low)[:, None], span)
+
+
+def _finite(x: Tensor, full: bool) -> Tensor:
+    return x if full else torch.where(x.isfinite(), x, 0.0)
 
 
 def solve(
@@ -167,22 +204,24 @@ def solve(
     beta: Tensor,
     reg: float,
     constraint: Constraint,
-    offsets: tuple[Tensor, Tensor, Tensor],
-    span: Tensor,
+    begin: Start,
     stages: int,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
     """Solve B problems; `stages` is the largest number of annealing stages that any of them needs."""
     problem = _Problem(cost, a, b, alpha, beta, constraint)
-    state = _State(*offsets, torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(offsets[2]))
-    own_stages = annealing_stages(span, reg)[:, None]
-    everywhere = torch.ones_like(own_stages, dtype=torch.bool)
+    offsets = (offset.double() for offset in (begin.f0, begin.g0, begin.l0))
+    rests = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(begin.l0)
+    state = _State(*offsets, *rests, precise=stages > 0)
+    if isinstance(constraint, (Balanced, Penalised)):  # only bounded plans have a multiplier of the mass
+        state.f0, state.l0 = state.f0 + state.l0, torch.zeros_like(state.l0)
+    own_stages = annealing_stages(begin.span, reg)[:, None]
     for stage in range(stages, 0, -1):
         _stage(problem, state, reg * STAGE_FACTOR**stage, own_stages >= stage, STAGE_ITERATIONS)
     if stages:
         _stage(problem, state, reg, own_stages > 0, 0)
-    return _finish(problem, state, reg, everywhere, tolerance, max_iterations)
+    return _finish(problem, state, reg, tolerance, max_iterations)
 
 
 def annealing_stages(span: Tensor, reg: float) -> Tensor:
@@ -193,16 +232,15 @@ def annealing_stages(span: Tensor, reg: float) -> Tensor:
 
 def _stage(problem: _Problem, state: _State, eps: float, active: Tensor, iterations: int) -> None:
     """Iterations at one eps: the first in the log domain, which brings every row and column within reach."""
-    scale = torch.full_like(state.z, eps)
-    kernel = state.exponent(problem.cost, scale)
+    kernel = state.exponent(problem.cost, eps)
     for _ in range(1 if iterations else 2):
-        _iterate(problem, kernel, state, scale, active, log_domain=True)
-    state.absorb(scale)
+        _iterate(problem, kernel, state, eps, active, log_domain=True)
+    state.absorb(eps)
     if iterations:
-        kernel = state.exponent(problem.cost, scale).clamp_max_(REBUILD * 2).exp_()
+        kernel = state.exponent(problem.cost, eps).clamp_max_(REBUILD * 2).exp_()
         for _ in range(iterations):
-            _iterate(problem, kernel, state, scale, active, log_domain=False)
-        state.absorb(scale)
+            _iterate(problem, kernel, state, eps, active, log_domain=False)
+        state.absorb(eps)
 
 
 def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
@@ -218,34 +256,65 @@ def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
     return torch.where(rate < 1, torch.where(slow, torch.maximum(best, relaxation), relaxation), 1 + 0.9 * (relaxation - 1))
 
 
-def _finish(
-    problem: _Problem, state: _State, reg: float, active: Tensor, tolerance: float, max_iterations: int
-) -> Solution:
-    """Iterate at eps = reg until each problem's error is below the tolerance."""
-    eps = torch.full_like(state.z, reg)
+def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_iterations: int) -> Solution:
+    """Iterate at the final eps until each problem's error is below the tolerance."""
     kernel = state.exponent(problem.cost, eps).exp_()
+    active = torch.ones_like(state.z, dtype=torch.bool)
     iterations = torch.zeros_like(active[:, 0], dtype=torch.long)
     error = torch.full_like(state.z[:, 0], math.inf)
     relaxation = torch.ones_like(state.z)
-    go_on, last = True, error
-    for done in range(0, max_iterations, BLOCK):
+    done, go_on, last = 0, True, error
+    if isinstance(problem.constraint, Balanced):
+        done = min(SCALING_ITERATIONS, max_iterations)
+        active, error, iterations = _scale(problem, kernel, state, tolerance, done)
+        go_on = bool(active.any())
+    while go_on and done < max_iterations:
         for _ in range(BLOCK):
             _iterate(problem, kernel, state, eps, active, False, relaxation)
+        done += BLOCK
         error = torch.where(active[:, 0], _residual(problem, kernel, state, eps), error)
-        iterations = torch.where(active[:, 0], done + BLOCK, iterations)
-        if isinstance(problem.constraint, Balanced) and (done + BLOCK) % RELAX_EVERY == 0:
-            if done > RELAX_EVERY:
+        iterations = torch.where(active[:, 0], done, iterations)
+        if isinstance(problem.constraint, Balanced) and done % RELAX_EVERY == 0:
+            if done > SCALING_ITERATIONS + RELAX_EVERY:
                 relaxation = relax(relaxation, (error / last)[:, None] ** (1 / RELAX_EVERY))
             last = error
         active = active & ~(error <= tolerance)[:, None]
-        largest = torch.maximum(state.x.abs().amax(1), state.y.abs().amax(1)) > REBUILD
-        go_on, rebuild = torch.stack([active.any(), (largest & active[:, 0]).any()]).tolist()
-        if not go_on:
-            break
-        if rebuild:
-            state.absorb(eps)
+        large = active & (torch.maximum(state.x.abs().amax(1), state.y.abs().amax(1)) > REBUILD)[:, None]
+        go_on, rebuild = torch.stack([active.any(), large.any()]).tolist()
+        if go_on and rebuild:
+            state.absorb(eps, large)
             kernel = state.exponent(problem.cost, eps).exp_()
     plan = kernel.mul_((problem.alpha * (state.x + state.z).exp())[:, :, None])
     plan = plan.mul_((problem.beta * state.y.exp())[:, None, :])
     state.absorb(eps)
-    return Solution(plan, state.f0, state.g0, state.l0[:, 0], error, iterations, not go_on)
+    f, g, shift = (offset.to(problem.cost) for offset in (state.f0, state.g0, state.l0[:, 0]))
+    return Solution(plan, f, g, shift, error, iterations, not go_on)
+
+
+def _scale(
+    problem: _Problem, kernel: Tensor, state: _State, tolerance: float, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Up to `count` iterations of a balanced problem as plain matrix scaling, q = a / (K w), w = b / (K^T q): most solves
+    end here. Since w makes the columns exact, q (K w) - a is the whole error. Returns active, error, iterations.
+    """
+    a, b, total = problem.a, problem.b, problem.a.sum(1).clamp_min(problem.tiny)
+    limit = math.exp(REBUILD)
+    q, w = problem.alpha * state.x.exp(), problem.beta * state.y.exp()
+    active = torch.ones_like(state.z, dtype=torch.bool)
+    error, iterations = torch.full_like(total, math.inf), torch.zeros_like(total, dtype=torch.long)
+    every = 1 if kernel.device.type == "cpu" else BLOCK
+    for done in range(count + 1):
+        sums = _times(kernel, w)
+        if done and (done % every == 0 or done == count):
+            error = torch.where(active[:, 0], (q * sums - a).abs_().sum(1) / total, error)
+            iterations = torch.where(active[:, 0], done, iterations)
+            active = active & ~(error <= tolerance)[:, None]
+            if done == count or not bool(active.any()):
+                break
+        new = a / sums.clamp_min_(problem.tiny)
+        q = torch.where(active & (new < limit), new, q)
+        new = b / torch.bmm(q[:, None, :], kernel)[:, 0].clamp_min_(problem.tiny)
+        w = torch.where(active & (new < limit), new, w)
+    state.x = torch.where(a > 0, (q / problem.alpha).log(), 0.0)
+    state.y = torch.where(b > 0, (w / problem.beta).log(), 0.0)
+    return active, error, iterations

@@ -1,0 +1,183 @@
+"""The table of maps in docs/ot.md: every map against a known one, and on 2,000 points a side.
+
+    python benchmarks/ot_maps.py --seeds 5                                   # closed forms and entropic, minutes on a CPU
+    python benchmarks/ot_maps.py --neural 120 --seeds 5 --problems nonlinear # the neural ones, 120 s each
+    python benchmarks/ot_maps.py --curve 900                                 # the published neural map, its curve
+
+Problems in 64 dimensions, with fresh points for each seed:
+    gaussian   source N(m0, S0), T*(x) = m1 + A (x - m0): the linear map is exact
+    nonlinear  source a mixture of six Gaussians, T* the gradient of a convex function: A x + b + sum of sigmoids
+    small      nonlinear, with 2,000 points a side where the others have 8,192
+L2-UVP is in per cent of T*'s variance (0 exact, 100 a constant) on 4,096 unseen points; the divergence is of mapped from
+unseen target points; recall@1 among 1,024. Means over seeds, [least, most].
+"""
+
+import argparse
+import time
+import warnings
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.divergence import BankDivergence
+from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MeanShiftMap, NeuralMap, TransportMap
+from pisces_rl.ot.maps.closed_form import bures_matrix
+from pisces_rl.ot.metrics import default_blur, displacement_cosine, l2_uvp, paired_recall
+
+D = 64
+DOUBLE = torch.float64
+
+
+class Problem:
+    """A source, a known map, and points of both that are not paired."""
+
+    def __init__(self, name: str, seed: int):
+        self.nonlinear = name != "gaussian"
+        self.points = 2000 if name == "small" else 8192
+        g = self.generator = torch.Generator().manual_seed(1234 + seed)
+        self.source_root, target_covariance = self._root(), self._covariance()
+        self.mean, self.target_mean = (0.3 * torch.randn(D, generator=g, dtype=DOUBLE) for _ in range(2))
+        self.matrix = bures_matrix(self.source_root @ self.source_root.T, target_covariance)
+        self.w = torch.nn.functional.normalize(torch.randn(32, D, generator=g, dtype=DOUBLE), dim=1)
+        self.b, self.c = 0.5 * torch.randn(32, generator=g, dtype=DOUBLE), 3 * torch.rand(32, generator=g, dtype=DOUBLE)
+        self.centers = torch.randn(6, D, generator=g, dtype=DOUBLE)
+
+    def _covariance(self) -> Tensor:
+        q, _ = torch.linalg.qr(torch.randn(D, D, generator=self.generator, dtype=DOUBLE))
+        return (q * torch.logspace(0, -1, D, dtype=DOUBLE)) @ q.T
+
+    def _root(self) -> Tensor:
+        return torch.linalg.cholesky(self._covariance())
+
+    def source(self, n: int) -> Tensor:
+        x = torch.randn(n, D, generator=self.generator, dtype=DOUBLE) @ self.source_root.T + self.mean
+        if self.nonlinear:
+            x = 0.6 * x + self.centers[torch.randint(0, 6, (n,), generator=self.generator)]
+        return x
+
+    def truth(self, x: Tensor) -> Tensor:
+        y = (x - self.mean) @ self.matrix.T + self.target_mean
+        if self.nonlinear:
+            y = 0.3 * y + 1.5 * (torch.sigmoid(5 * (x @ self.w.T + self.b)) * self.c) @ self.w
+        return y
+
+
+def candidates(args) -> dict:
+    if args.neural:
+        common = dict(steps=args.steps, evaluate_every=250, patience=10**6)
+        return {
+            "neural, as published": lambda: NeuralMap(**common),
+            "neural on linear": lambda: NeuralMap(skip="linear", **common),
+        }
+    return {
+        "identity": IdentityMap,
+        "mean shift": MeanShiftMap,
+        "linear": LinearMap,
+        "entropic on linear": lambda: EntropicMap(),
+        "entropic, debiased": lambda: EntropicMap(linear=False),
+    }
+
+
+def barycentric(source: Tensor, target: Tensor):
+    """The plain entropic projection, for comparison: what the debiased map mends."""
+    inner = EntropicMap(linear=False).fit(source, target)
+
+    def mapped(x: Tensor) -> Tensor:
+        z = inner.tensors["z"].to(x)
+        y, g, eps = inner.tensors["y"].to(x), inner.tensors["g"].to(x), float(inner.tensors["eps"])
+        assert z.shape[1] == x.shape[1]
+        return ((g - (x[:, None] - y[None]).square().sum(2) / 2) / eps).softmax(1) @ y
+
+    return lambda x: torch.cat([mapped(part) for part in x.float().split(64)]).double()
+
+
+def fit(make, source: Tensor, target: Tensor, budget: float) -> tuple[TransportMap, float]:
+    start = time.perf_counter()
+    map_ = make()
+    if isinstance(map_, NeuralMap):
+        map_ = limited(map_, budget)
+        map_.fit(source, target, progress=False)
+    else:
+        map_.fit(source, target)
+    return map_, time.perf_counter() - start
+
+
+def limited(map_: NeuralMap, budget: float) -> NeuralMap:
+    """The steps that the budget of seconds allows, measured, so that the rate's cosine ends with the time."""
+    probe = NeuralMap(skip=map_.skip, steps=60, evaluate_every=60)
+    points = torch.randn(2000, D)
+    probe.fit(points, points, progress=False)
+    start = time.perf_counter()
+    probe.fit(points, points, progress=False)
+    per_step = (time.perf_counter() - start) / 60
+    map_.steps = max(60, int(budget / per_step * 0.95))
+    map_.evaluate_every = max(1, map_.steps // 20)
+    return map_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", default=["gaussian", "nonlinear", "small"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--neural", type=float, default=0, help="seconds a neural map; 0 fits the others instead")
+    parser.add_argument("--steps", type=int, default=160_000)
+    parser.add_argument("--curve", type=float, default=0, help="seconds of one published neural map, with its curve")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    if args.curve:
+        return curve(args)
+    print("| problem | map | L2-UVP % | cosine | divergence | recall@1 | seconds |\n|---|---|---|---|---|---|---|")
+    for name in args.problems:
+        makers = candidates(args)
+        rows = {label: [] for label in makers}
+        if not args.neural:
+            rows["entropic, plain"] = []
+        for seed in range(args.seeds):
+            problem = Problem(name, seed)
+            source, target = problem.source(problem.points), problem.truth(problem.source(problem.points))
+            test = problem.source(4096)
+            truth, unseen = problem.truth(test), problem.truth(problem.source(4096))
+            blur = default_blur(unseen)
+            bank = BankDivergence(unseen.float(), blur=blur, tolerance=1e-4)
+            for label in rows:
+                if label == "entropic, plain":
+                    start = time.perf_counter()
+                    map_ = barycentric(source, target)
+                    seconds = time.perf_counter() - start
+                else:
+                    map_, seconds = fit(makers[label], source, target, args.neural)
+                with torch.no_grad():
+                    mapped = map_(test).double()
+                    divergence = float(bank(mapped.float()))
+                rows[label].append((
+                    l2_uvp(mapped, truth).value, displacement_cosine(test, mapped, truth).value, divergence,
+                    paired_recall(mapped[:1024], truth[:1024])[1].value, seconds,
+                ))  # fmt: skip
+        for label, values in rows.items():
+            columns = torch.tensor(values).T
+            cells = [f"{c.mean():.3g} [{c.min():.3g}, {c.max():.3g}]" for c in columns[:4]]
+            print(f"| {name} | {label} | " + " | ".join(cells) + f" | {columns[4].mean():.1f} |", flush=True)
+
+
+def curve(args) -> None:
+    problem = Problem("nonlinear", 0)
+    test = problem.source(4096)
+    truth = problem.truth(test)
+    source, target = problem.source(200_000), problem.truth(problem.source(200_000))
+    linear = LinearMap().fit(source, target)
+    print(f"linear: L2-UVP {l2_uvp(linear(test), truth)}")
+    map_ = limited(NeuralMap(patience=10**6), args.curve)
+    held_out = problem.source(1024), problem.truth(problem.source(1024))
+    map_.fit(source, target, held_out=held_out, progress=False)
+    print(f"{map_.steps} steps; held-out divergence of the linear map "
+          f"{float(BankDivergence(held_out[1].float(), blur=default_blur(held_out[1]))(linear(held_out[0]).float())):.4g}")
+    print("| step | held-out divergence |\n|---|---|")
+    for step, value in map_.report["curve"]:
+        print(f"| {step} | {value:.4g} |")
+    with torch.no_grad():
+        mapped = map_(test)
+    print(f"neural, as published: L2-UVP {l2_uvp(mapped, truth)}, cosine {displacement_cosine(test, mapped, truth)}")
+
+
+if __name__ == "__main__":
+    main()

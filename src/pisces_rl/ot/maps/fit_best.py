@@ -1,0 +1,98 @@
+"""Fit several maps, score all of them on points that none was fitted on, and keep the best."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot.maps.base import TransportMap
+from pisces_rl.ot.maps.closed_form import IdentityMap, LinearMap, MeanShiftMap
+from pisces_rl.ot.maps.entropic import EntropicMap
+from pisces_rl.ot.metrics import Estimate, default_blur, divergence_from, paired_recall
+
+BASELINES = ("identity", "mean_shift", "linear")
+
+
+class MapWarning(UserWarning):
+    """A map is no better on held-out data than a simpler one."""
+
+
+@dataclass(frozen=True)
+class BestMap:
+    """map: the winner. table: name, held-out divergence and, for paired points, recall of every map, best first."""
+
+    map: TransportMap
+    table: list[dict]
+
+    def __str__(self) -> str:
+        names = list(self.table[0])
+        lines = ["| " + " | ".join(names) + " |", "|---" * len(names) + "|"]
+        return "\n".join(lines + ["| " + " | ".join(str(row[n]) for n in names) + " |" for row in self.table])
+
+
+def fit_best(
+    source: Tensor,
+    target: Tensor,
+    *,
+    maps: Sequence[TransportMap] | None = None,
+    paired: bool = False,
+    held_out: float = 0.2,
+    blur: float | None = None,
+    seed: int = 0,
+    encoder: str = "",
+    normalise: str = "none",
+) -> BestMap:
+    """The map with the smallest debiased Sinkhorn divergence between mapped and target points, both held out.
+
+    Identity, mean shift and linear are always among those scored. The winner is as fitted on the rest of the points, so
+    that its scores are its own. Warns (`MapWarning`) of every map that does not beat the linear one.
+
+    Args:
+        source (n, D), target (m, D): points.
+        maps: unfitted maps. Unset: the entropic one on top of the linear one.
+        paired: row i of source and target belong together (n = m): they are held out together, and recall at 1, 5 and 10
+            is reported. Unpaired transport cannot see a rotation of the whole; recall can.
+        held_out: share of the points. blur: of the divergence; unset: `metrics.default_blur` of the target.
+        seed: of the split. encoder, normalise: of the baselines, and of `maps` if unset.
+    """
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out={held_out}: expected a share in (0, 1).")
+    if paired and len(source) != len(target):
+        raise ValueError(f"paired: expected equally many points, got {len(source)} and {len(target)}.")
+    shared = dict(encoder=encoder, normalise=normalise)
+    maps = [EntropicMap(**shared)] if maps is None else list(maps)
+    asked = {(type(m), m.normalise) for m in maps}
+    baselines = [kind(**shared) for kind in (IdentityMap, MeanShiftMap, LinearMap) if (kind, normalise) not in asked]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(source), generator=generator)
+    other = order if paired else torch.randperm(len(target), generator=generator)
+    cut, other_cut = round(len(source) * (1 - held_out)), round(len(target) * (1 - held_out))
+    if min(cut, other_cut, len(source) - cut, len(target) - other_cut) < 2:
+        raise ValueError(f"held_out={held_out}: leaves fewer than two points of {len(source)} and {len(target)} on a side.")
+    fit_source, test_source = source[order[:cut]], source[order[cut:]]
+    fit_target, test_target = target[other[:other_cut]], target[other[other_cut:]]
+    rows = []
+    for candidate in (*baselines, *maps):
+        candidate.fit(fit_source, fit_target)
+        goal = candidate.points("target", test_target)
+        with torch.no_grad():
+            mapped = candidate(test_source.detach().cpu()).double()
+        scale = default_blur(goal) if blur is None else blur
+        row = {"map": candidate.kind, "divergence": divergence_from(mapped, goal, blur=scale, seed=seed)}
+        if paired:
+            row |= {f"recall@{k}": value for k, value in paired_recall(mapped, goal, seed=seed).items()}
+        candidate.report["held_out"] = {k: list(v) for k, v in row.items() if isinstance(v, Estimate)}
+        rows.append((row, candidate))
+    linear = next(row["divergence"].value for row, candidate in rows if candidate.kind == "linear")
+    for row, candidate in rows:
+        if candidate.kind not in BASELINES and row["divergence"].value >= linear:
+            warnings.warn(
+                f"the {candidate.kind} map does not beat the linear one on held-out points: divergence "
+                f"{row['divergence']} against {linear:.4g}. Use the linear map, or more data.",
+                MapWarning,
+                stacklevel=2,
+            )
+    rows.sort(key=lambda pair: pair[0]["divergence"].value)
+    return BestMap(rows[0][1], [row for row, _ in rows])
