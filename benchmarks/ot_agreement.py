@@ -1,4 +1,4 @@
-"""How closely the plans, partial plans and divergences agree with other solvers, closed forms and fp64: docs/ot.md's table.
+"""How closely plans and divergences agree with other solvers and closed forms: a table of docs/ot.md.
 
     python benchmarks/ot_agreement.py                 # CPU
     python benchmarks/ot_agreement.py --device cuda   # the fused kernel where it serves
@@ -196,7 +196,10 @@ def main() -> None:
         ("plan, fp32, padded with NaN against unpadded", padded(single, device, seeds)),
         ("unbalanced, fp64, eps .05, rho .2, against POT", unbalanced(double, device, 0.05, 0.2, seeds)),
         ("unbalanced, fp32, eps .05, rho .2, against POT", unbalanced(single, device, 0.05, 0.2, seeds)),
-        ("partial, uniform reference, fp64, eps .05, m .6, against POT", partial_uniform(double, device, 0.05, 0.6, seeds)),
+        (
+            "partial, uniform reference, fp64, eps .05, m .6, against POT",
+            partial_uniform(double, device, 0.05, 0.6, seeds),
+        ),
         ("partial, dummy point, fp64, eps .05, m .6, against POT's extended", dummy(double, device, 0.05, 0.6, seeds)),
         ("partial, dummy point, fp32, eps .05, m .6, against POT's extended", dummy(single, device, 0.05, 0.6, seeds)),
         ("published iteration, row-normalised, against unbalanced", published(device)),

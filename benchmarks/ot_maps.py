@@ -1,26 +1,28 @@
 """The table of maps in docs/ot.md: every map against a known one, and on 2,000 points a side.
 
-    python benchmarks/ot_maps.py --seeds 5                                   # closed forms and entropic, minutes on a CPU
-    python benchmarks/ot_maps.py --neural 120 --seeds 5 --problems nonlinear # the neural ones, 120 s each
-    python benchmarks/ot_maps.py --curve 900                                 # the published neural map, its curve
+    python benchmarks/ot_maps.py                          # closed forms and entropic, 20 minutes on two CPU cores
+    python benchmarks/ot_maps.py --neural 40 --jobs 15    # the neural ones, 40 s each, 15 at a time on one GPU
+    python benchmarks/ot_maps.py --curve 900              # the published neural map for 900 s, its curve
 
 Problems in 64 dimensions, with fresh points for each seed:
     gaussian   source N(m0, S0), T*(x) = m1 + A (x - m0): the linear map is exact
     nonlinear  source a mixture of six Gaussians, T* the gradient of a convex function: A x + b + sum of sigmoids
     small      nonlinear, with 2,000 points a side where the others have 8,192
-L2-UVP is in per cent of T*'s variance (0 exact, 100 a constant) on 4,096 unseen points; the divergence is of mapped from
-unseen target points; recall@1 among 1,024. Means over seeds, [least, most].
+L2-UVP is in per cent of T*'s variance (0 exact, 100 a constant) on 4,096 unseen points; the divergence is of mapped
+from unseen target points; recall@1 among 1,024. Means over seeds, [least, most].
 """
 
 import argparse
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import torch
 from torch import Tensor
 
 from pisces_rl.ot.divergence import BankDivergence
-from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MeanShiftMap, NeuralMap, TransportMap
+from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MeanShiftMap, NeuralMap
 from pisces_rl.ot.maps.closed_form import bures_matrix
 from pisces_rl.ot.metrics import default_blur, displacement_cosine, l2_uvp, paired_recall
 
@@ -39,7 +41,10 @@ class Problem:
         self.mean, self.target_mean = (0.3 * torch.randn(D, generator=g, dtype=DOUBLE) for _ in range(2))
         self.matrix = bures_matrix(self.source_root @ self.source_root.T, target_covariance)
         self.w = torch.nn.functional.normalize(torch.randn(32, D, generator=g, dtype=DOUBLE), dim=1)
-        self.b, self.c = 0.5 * torch.randn(32, generator=g, dtype=DOUBLE), 3 * torch.rand(32, generator=g, dtype=DOUBLE)
+        self.b, self.c = (
+            0.5 * torch.randn(32, generator=g, dtype=DOUBLE),
+            3 * torch.rand(32, generator=g, dtype=DOUBLE),
+        )
         self.centers = torch.randn(6, D, generator=g, dtype=DOUBLE)
 
     def _covariance(self) -> Tensor:
@@ -62,20 +67,18 @@ class Problem:
         return y
 
 
-def candidates(args) -> dict:
-    if args.neural:
-        common = dict(steps=args.steps, evaluate_every=250, patience=10**6)
-        return {
-            "neural, as published": lambda: NeuralMap(**common),
-            "neural on linear": lambda: NeuralMap(skip="linear", **common),
-        }
-    return {
-        "identity": IdentityMap,
-        "mean shift": MeanShiftMap,
-        "linear": LinearMap,
-        "entropic on linear": lambda: EntropicMap(),
-        "entropic, debiased": lambda: EntropicMap(linear=False),
-    }
+PLAIN = "entropic, plain"
+CLOSED = {
+    "identity": IdentityMap,
+    "mean shift": MeanShiftMap,
+    "linear": LinearMap,
+    "entropic on linear": EntropicMap,
+    "entropic, debiased": lambda: EntropicMap(linear=False),
+}
+NEURAL = {
+    "neural, as published": lambda: NeuralMap(patience=10**6),
+    "neural on linear": lambda: NeuralMap(skip="linear", patience=10**6),
+}
 
 
 def barycentric(source: Tensor, target: Tensor):
@@ -91,15 +94,30 @@ def barycentric(source: Tensor, target: Tensor):
     return lambda x: torch.cat([mapped(part) for part in x.float().split(64)]).double()
 
 
-def fit(make, source: Tensor, target: Tensor, budget: float) -> tuple[TransportMap, float]:
+def measure(task: tuple[str, str, int, float]) -> tuple[float, ...]:
+    """L2-UVP, cosine, divergence, recall@1 and seconds of one map on one problem."""
+    name, label, seed, budget = task
+    warnings.simplefilter("ignore")
+    problem = Problem(name, seed)
+    source, target = problem.source(problem.points), problem.truth(problem.source(problem.points))
+    test = problem.source(4096)
+    truth, unseen = problem.truth(test), problem.truth(problem.source(4096))
     start = time.perf_counter()
-    map_ = make()
-    if isinstance(map_, NeuralMap):
-        map_ = limited(map_, budget)
-        map_.fit(source, target, progress=False)
+    if label == PLAIN:
+        map_ = barycentric(source, target)
+    elif label in CLOSED:
+        map_ = CLOSED[label]().fit(source, target)
     else:
-        map_.fit(source, target)
-    return map_, time.perf_counter() - start
+        map_ = limited(NEURAL[label](), budget)
+        start = time.perf_counter()
+        map_.fit(source, target, progress=False)
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        mapped = map_(test).double()
+        divergence = BankDivergence(unseen.float(), blur=default_blur(unseen), tolerance=1e-4)(mapped.float())
+    recall = paired_recall(mapped[:1024], truth[:1024])[1].value
+    cosine = displacement_cosine(test, mapped, truth).value
+    return l2_uvp(mapped, truth).value, cosine, float(divergence), recall, seconds
 
 
 def limited(map_: NeuralMap, budget: float) -> NeuralMap:
@@ -120,41 +138,20 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=["gaussian", "nonlinear", "small"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--neural", type=float, default=0, help="seconds a neural map; 0 fits the others instead")
-    parser.add_argument("--steps", type=int, default=160_000)
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--curve", type=float, default=0, help="seconds of one published neural map, with its curve")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.curve:
         return curve(args)
+    labels = list(NEURAL) if args.neural else [*CLOSED, PLAIN]
+    rows = [(name, label) for name in args.problems for label in labels]
+    tasks = [(*row, seed, args.neural) for row in rows for seed in range(args.seeds)]
     print("| problem | map | L2-UVP % | cosine | divergence | recall@1 | seconds |\n|---|---|---|---|---|---|---|")
-    for name in args.problems:
-        makers = candidates(args)
-        rows = {label: [] for label in makers}
-        if not args.neural:
-            rows["entropic, plain"] = []
-        for seed in range(args.seeds):
-            problem = Problem(name, seed)
-            source, target = problem.source(problem.points), problem.truth(problem.source(problem.points))
-            test = problem.source(4096)
-            truth, unseen = problem.truth(test), problem.truth(problem.source(4096))
-            blur = default_blur(unseen)
-            bank = BankDivergence(unseen.float(), blur=blur, tolerance=1e-4)
-            for label in rows:
-                if label == "entropic, plain":
-                    start = time.perf_counter()
-                    map_ = barycentric(source, target)
-                    seconds = time.perf_counter() - start
-                else:
-                    map_, seconds = fit(makers[label], source, target, args.neural)
-                with torch.no_grad():
-                    mapped = map_(test).double()
-                    divergence = float(bank(mapped.float()))
-                rows[label].append((
-                    l2_uvp(mapped, truth).value, displacement_cosine(test, mapped, truth).value, divergence,
-                    paired_recall(mapped[:1024], truth[:1024])[1].value, seconds,
-                ))  # fmt: skip
-        for label, values in rows.items():
-            columns = torch.tensor(values).T
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        results = pool.map(measure, tasks)
+        for name, label in rows:
+            columns = torch.tensor([next(results) for _ in range(args.seeds)]).T
             cells = [f"{c.mean():.3g} [{c.min():.3g}, {c.max():.3g}]" for c in columns[:4]]
             print(f"| {name} | {label} | " + " | ".join(cells) + f" | {columns[4].mean():.1f} |", flush=True)
 
@@ -169,8 +166,8 @@ def curve(args) -> None:
     map_ = limited(NeuralMap(patience=10**6), args.curve)
     held_out = problem.source(1024), problem.truth(problem.source(1024))
     map_.fit(source, target, held_out=held_out, progress=False)
-    print(f"{map_.steps} steps; held-out divergence of the linear map "
-          f"{float(BankDivergence(held_out[1].float(), blur=default_blur(held_out[1]))(linear(held_out[0]).float())):.4g}")
+    bank = BankDivergence(held_out[1].float(), blur=default_blur(held_out[1]))
+    print(f"{map_.steps} steps; held-out divergence of the linear map {float(bank(linear(held_out[0]).float())):.4g}")
     print("| step | held-out divergence |\n|---|---|")
     for step, value in map_.report["curve"]:
         print(f"| {step} | {value:.4g} |")

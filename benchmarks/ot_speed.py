@@ -1,19 +1,21 @@
-"""Milliseconds of a batch of balanced plans at equal marginal error: ours, geomloss, a compiled loop, POT. docs/ot.md's table.
+"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': a table of docs/ot.md.
 
     python benchmarks/ot_speed.py                    # on the GPU if there is one
     python benchmarks/ot_speed.py --shapes 8x32x513 --device cpu
 
-Costs are 1 - cos of random 64-dimensional points, brought to [0, 1] in each problem; "with build" counts that, too. Every
-solver runs at the fewest iterations with which its L1 marginal error, both sides together, is at most the tolerance for
-every problem. Times are medians of repeats after a warm-up; errors are L1 distances of the plan from an fp64 solution to
-1e-11; memory is the peak above the cost.
+Costs are 1 - cos of random 64-dimensional points, brought to [0, 1] in each problem; "with build" counts that, too.
+Every solver runs at the fewest iterations with which its L1 marginal error, both sides together, is at most the
+tolerance for every problem. Times are medians of repeats after a warm-up; errors are L1 distances of the plan from an
+fp64 solution to 1e-11; memory is the peak above the cost.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from geomloss import ot as geomloss_ot
@@ -79,6 +81,33 @@ def clock(run: Callable, device: torch.device, repeats: int) -> float:
     return statistics.median(times)
 
 
+def solvers(reg: float, tolerance: float, step: Callable) -> dict[str, Callable[[Tensor, int], Tensor]]:
+    """Name to a function of cost and number of iterations."""
+
+    def geomloss(cost: Tensor, count: int) -> Tensor:
+        a, b = weights(cost)
+        return geomloss_ot.solve_batch(cost, a=a, b=b, reg=reg, max_iter=count).plan
+
+    return {
+        "ours": lambda cost, count: transport_plan(cost, reg=reg, tolerance=tolerance).plan,
+        "compiled log-domain loop": lambda cost, count: alternating(cost, reg, count, step),
+        "geomloss solve_batch": geomloss,
+        "POT solve_batch, sinkhorn": lambda cost, count: pot(cost, reg, count, "sinkhorn"),
+        "POT solve_batch, log_sinkhorn": lambda cost, count: pot(cost, reg, count, "log_sinkhorn"),
+    }
+
+
+def measure(solve: Callable, x: Tensor, y: Tensor, count: int, exact: Tensor, repeats: int) -> str:
+    """The row's figures for a solver at its number of iterations."""
+    cost = build(x, y)
+    plan = solve(cost, count)
+    memory = peak(lambda: solve(cost, count), cost.device)
+    alone = clock(lambda: solve(cost, count), cost.device, repeats)
+    with_build = clock(lambda: solve(build(x, y), count), cost.device, repeats)
+    error = float((plan.double() - exact).abs().sum((1, 2)).max())
+    return f"{count} | {alone:.2f} | {with_build:.2f} | {marginal_error(plan):.1e} | {error:.1e} | {memory}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -91,45 +120,33 @@ def main() -> None:
     warnings.simplefilter("ignore")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}\n")
-    print("| B x N x M | eps | tolerance | solver | iterations | ms | ms with build | marginal error | plan error | MiB |")
-    print("|---" * 10 + "|")
-    compiled = torch.compile(log_step, dynamic=False)
-    for shape in args.shapes:
+    headings = "B x N x M, eps, tolerance, solver, iterations, ms, ms with build, marginal error, plan error, MiB"
+    print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
+    step = torch.compile(log_step, dynamic=False)
+    for shape, reg, tolerance in itertools.product(args.shapes, args.reg, args.tolerance):
         batch, n, m = (int(s) for s in shape.split("x"))
         generator = torch.Generator().manual_seed(0)
         x, y = (torch.randn(batch, size, 64, generator=generator).to(device) for size in (n, m))
         cost = build(x, y)
-        for reg in args.reg:
-            exact = transport_plan(cost.double(), reg=reg, tolerance=1e-11, max_iterations=20_000).plan
-            for tolerance in args.tolerance:
-                a, b = torch.full_like(cost[:, :, 0], 1 / n), torch.full_like(cost[:, 0], 1 / m)
-                solvers = {
-                    "ours": lambda c, k: transport_plan(c, reg=reg, tolerance=tolerance).plan,
-                    "compiled log-domain loop": lambda c, k: alternating(c, reg, k, compiled),
-                    "geomloss solve_batch": lambda c, k: geomloss_ot.solve_batch(c, a=a, b=b, reg=reg, max_iter=k).plan,
-                    "POT solve_batch, sinkhorn": lambda c, k: pot(c, a, b, reg, k, "sinkhorn"),
-                    "POT solve_batch, log_sinkhorn": lambda c, k: pot(c, a, b, reg, k, "log_sinkhorn"),
-                }
-                for label, solve in solvers.items():
-                    count = 0 if label == "ours" else fewest(lambda k: solve(cost, k), tolerance)
-                    if count is None:
-                        print(f"| {shape} | {reg:g} | {tolerance:g} | {label} | > 4096 | | | | | |", flush=True)
-                        continue
-                    plan = solve(cost, count)
-                    memory = peak(lambda: solve(cost, count), device)
-                    seconds = clock(lambda: solve(cost, count), device, args.repeats)
-                    with_build = clock(lambda: solve(build(x, y), count), device, args.repeats)
-                    shown = int(transport_plan(cost, reg=reg, tolerance=tolerance).iterations.max()) if count == 0 else count
-                    error = float((plan.double() - exact).abs().sum((1, 2)).max())
-                    print(
-                        f"| {shape} | {reg:g} | {tolerance:g} | {label} | {shown} | {seconds:.2f} | {with_build:.2f} | "
-                        f"{marginal_error(plan):.1e} | {error:.1e} | {memory} |",
-                        flush=True,
-                    )
+        exact = transport_plan(cost.double(), reg=reg, tolerance=1e-11, max_iterations=20_000).plan
+        for label, solve in solvers(reg, tolerance, step).items():
+            if label == "ours":
+                count = int(transport_plan(cost, reg=reg, tolerance=tolerance).iterations.max())
+            else:
+                count = fewest(partial(solve, cost), tolerance)
+            figures = "> 4096 | | | | |" if count is None else measure(solve, x, y, count, exact, args.repeats)
+            print(f"| {shape} | {reg:g} | {tolerance:g} | {label} | {figures} |", flush=True)
 
 
-def pot(cost: Tensor, a: Tensor, b: Tensor, reg: float, iterations: int, method: str) -> Tensor:
-    return solve_batch(cost, reg=reg, a=a, b=b, max_iter=iterations, tol=1e-12, method=method, grad="detach").plan
+def weights(cost: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.full_like(cost[:, :, 0], 1 / cost.shape[1]), torch.full_like(cost[:, 0], 1 / cost.shape[2])
+
+
+def pot(cost: Tensor, reg: float, iterations: int, method: str) -> Tensor:
+    a, b = weights(cost)
+    with torch.device(cost.device):  # POT creates its first scaling on the default device
+        result = solve_batch(cost, reg=reg, a=a, b=b, max_iter=iterations, tol=1e-12, method=method, grad="detach")
+    return result.plan
 
 
 def peak(run: Callable, device: torch.device) -> str:

@@ -16,7 +16,9 @@ def test_value_and_gradient_are_geomlosss(reach):
     """geomloss scales unbalanced gradients by (rho + eps / 2) / (rho + eps); ours match finite differences below."""
     x, bank = points(8, shift=0.3, seed=1).requires_grad_(), points(60)
     ours = BankDivergence(bank, blur=3.0, reach=reach, tolerance=1e-10, max_iterations=100_000)(x)
-    loss = SamplesLoss("sinkhorn", p=2, blur=3.0, reach=reach, debias=True, diameter=20.0, scaling=0.9999, backend="tensorized")
+    loss = SamplesLoss(
+        "sinkhorn", p=2, blur=3.0, reach=reach, debias=True, diameter=20.0, scaling=0.9999, backend="tensorized"
+    )
     theirs = loss(x, bank)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5 if reach is None else 1e-4)
     (gradient,), (reference,) = torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x)

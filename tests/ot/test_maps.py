@@ -9,7 +9,16 @@ import pytest
 import torch
 
 from pisces_rl.ot import maps
-from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MapWarning, MeanShiftMap, NeuralMap, TransportMap, fit_best
+from pisces_rl.ot.maps import (
+    EntropicMap,
+    IdentityMap,
+    LinearMap,
+    MapWarning,
+    MeanShiftMap,
+    NeuralMap,
+    TransportMap,
+    fit_best,
+)
 from pisces_rl.ot.maps.closed_form import bures_matrix, shrunk_covariance
 from pisces_rl.ot.metrics import l2_uvp
 
@@ -52,7 +61,10 @@ def test_ledoit_wolf_against_scikit_learns_definition():
     """More points, less shrinkage; the identity's share is 1 for isotropic data's limit of few points."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.linspace(0.1, 3, 10, dtype=torch.float64)
-    shares = [shrunk_covariance(torch.randn(n, 10, generator=generator, dtype=torch.float64) * scales)[1] for n in (20, 200, 5000)]
+    shares = [
+        shrunk_covariance(torch.randn(n, 10, generator=generator, dtype=torch.float64) * scales)[1]
+        for n in (20, 200, 5000)
+    ]
     assert 1 > shares[0] > shares[1] > shares[2] > 0
     assert shrunk_covariance(torch.randn(15, 10, generator=generator, dtype=torch.float64))[1] > 0.5
 
@@ -158,7 +170,9 @@ def test_neural_with_a_linear_skip_is_never_worse_than_linear_where_it_stops_ear
 
 def test_neural_stops_early(clouds):
     x, y = clouds
-    fitted = NeuralMap(**(TINY | dict(skip="linear", steps=400, learning_rate=0.5, patience=2))).fit(x, y, progress=False)
+    fitted = NeuralMap(**(TINY | dict(skip="linear", steps=400, learning_rate=0.5, patience=2))).fit(
+        x, y, progress=False
+    )
     assert fitted.report["steps_done"] < 400
 
 
@@ -179,7 +193,9 @@ def test_neural_from_a_stream(clouds, tmp_path):
     again = NeuralMap(**TINY)
     again.steps = 8
     again.fit(Chunks(x), Chunks(y), held_out=held_out, folder=tmp_path, progress=False)
-    (tmp_path / "training.json").write_text((tmp_path / "training.json").read_text().replace('"steps": 8', '"steps": 12'))
+    (tmp_path / "training.json").write_text(
+        (tmp_path / "training.json").read_text().replace('"steps": 8', '"steps": 12')
+    )
     assert fitted(x).isfinite().all() and len(fitted.report["curve"]) == 4
     with pytest.raises(ValueError, match="empty, or can be iterated only once"):
         NeuralMap(**TINY).fit(iter([]), Chunks(y), held_out=held_out, progress=False)

@@ -65,3 +65,12 @@ def test_bootstrap_covers():
         estimate = metrics.bootstrap(lambda r: r.mean(0), rows, seed)
         hits += estimate.low <= 0 <= estimate.high
     assert hits >= 33
+
+
+def test_the_default_blur_does_not_prefer_collapsed_points():
+    """At a small blur it does: in 64 dimensions even the mean is nearer to a sample than another sample is."""
+    x, y = (torch.randn(512, 64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    blur = metrics.default_blur(y)
+    assert metrics.divergence_from(x, y, blur=blur).value < metrics.divergence_from(x * 0.1, y, blur=blur).value
+    small = blur / 10**0.5
+    assert metrics.divergence_from(x, y, blur=small).value > metrics.divergence_from(x * 0.1, y, blur=small).value

@@ -27,7 +27,9 @@ def inputs():
 @pytest.mark.parametrize("mass", [0.3, 0.9])
 def test_uniform_reference_is_pots_entropic_partial(inputs, reg, mass):
     cost, a, b = inputs
-    ours = partial_transport_plan(cost, a, b, mass=mass, reg=reg, reference="uniform", tolerance=1e-11, max_iterations=50_000)
+    ours = partial_transport_plan(
+        cost, a, b, mass=mass, reg=reg, reference="uniform", tolerance=1e-11, max_iterations=50_000
+    )
     for k in range(2):
         theirs = ot.partial.entropic_partial_wasserstein(
             a[k].numpy(), b[k].numpy(), cost[k].numpy(), reg, m=mass, numItermax=100_000, stopThr=1e-15
@@ -59,7 +61,9 @@ def test_small_reg_is_the_linear_programme(inputs, solve):
         ).fun  # fmt: skip
         assert float(transport_cost(cost[k], plan[k])) == pytest.approx(exact, abs=6e-3)
         assert exact == pytest.approx(
-            (ot.partial.partial_wasserstein(a[k].numpy(), b[k].numpy(), cost[k].numpy(), m=0.6) * cost[k].numpy()).sum(),
+            (
+                ot.partial.partial_wasserstein(a[k].numpy(), b[k].numpy(), cost[k].numpy(), m=0.6) * cost[k].numpy()
+            ).sum(),
             abs=1e-8,
         )
 

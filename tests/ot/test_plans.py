@@ -184,7 +184,7 @@ def test_inputs_of_any_layout_and_dtype():
     cost, a, b = problem(3, 6, 10, dtype=torch.float32)
     plain = transport_plan(cost, a, b, reg=0.1).plan
     strided = cost.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(transport_plan(strided, a, b, reg=0.1).plan, plain)
+    assert (transport_plan(strided, a, b, reg=0.1).plan - plain).abs().max() < 1e-7
     assert (transport_plan(cost.transpose(1, 2), b, a, reg=0.1).plan.transpose(1, 2) - plain).abs().max() < 1e-5
     half = cost.bfloat16()
     result = transport_plan(half, a, b, reg=0.1)
@@ -195,7 +195,9 @@ def test_inputs_of_any_layout_and_dtype():
         points = torch.randn(2, 4, 8)
         assert cosine_cost(points, points).dtype == squared_cost(points, points).dtype == torch.float32
     assert transport_plan(cost[0], a[0], b[0], reg=0.1).plan.shape == (6, 10)
-    assert torch.equal(transport_plan(cost, a[0], b[0], reg=0.1).plan[0], transport_plan(cost[:1], a[0], b[0], reg=0.1).plan[0])
+    assert torch.equal(
+        transport_plan(cost, a[0], b[0], reg=0.1).plan[0], transport_plan(cost[:1], a[0], b[0], reg=0.1).plan[0]
+    )
 
 
 @pytest.mark.parametrize("enabled", [True, False])

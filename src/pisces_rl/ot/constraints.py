@@ -1,7 +1,7 @@
 """What the marginals of a plan must satisfy: one class a kind.
 
-A plan is P_ij = alpha_i beta_j exp((f_i + g_j + l - C_ij) / eps) for reference weights alpha and beta. Block ascent of the
-dual sets one potential after the other; in units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
+A plan is P_ij = alpha_i beta_j exp((f_i + g_j + l - C_ij) / eps) for reference weights alpha and beta. Block ascent
+of the dual sets one potential after the other; in units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
 
     f_i / eps = update(log(a_i / alpha_i) - log r_i)
 

@@ -12,8 +12,8 @@ def as_float(x: Tensor) -> Tensor:
 def squared_cost(x: Tensor, y: Tensor) -> Tensor:
     """C_ij = |x_i - y_j|^2 / 2, (..., N, M) for points (..., N, D) and (..., M, D): geomloss's cost for p = 2.
 
-    Computed from inner products, after both sets are centred on the mean of y, and clamped at 0: exact to about 1e-6 of
-    the largest squared norm.
+    Computed from inner products, after both sets are centred on the mean of y, and clamped at 0: exact to about 1e-6
+    of the largest squared norm.
     """
     device = x.device.type
     with torch.autocast(device, enabled=False):

@@ -15,9 +15,10 @@ CHUNK_CELLS = 2**26  # costs that the bank's own term holds at once: 256 MiB in 
 class BankDivergence:
     """S(x, bank) = OT(x, bank) - OT(x, x) / 2 - OT(bank, bank) / 2 for groups x of points.
 
-    OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (rho = reach^2 if penalised),
-    solved to its tolerance: no annealing schedule and no diameter enter, so the same group has the same divergence in any
-    batch. Equal to geomloss's `SamplesLoss(p=2, blur=, reach=, debias=True)` as its `scaling` approaches 1.
+    OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (rho = reach^2 if
+    penalised),
+    solved to its tolerance: no annealing schedule and no diameter enter, so the same group has the same divergence in
+    any batch. Equal to geomloss's `SamplesLoss(p=2, blur=, reach=, debias=True)` as its `scaling` approaches 1.
 
     OT(bank, bank) is solved once, on creation, in chunks of rows: memory grows with the bank, not with its square.
 

@@ -1,13 +1,15 @@
 """Plans on a CUDA device: one kernel launch for a whole batch, in Triton.
 
-A program solves one problem. An iteration is one pass over its costs, tile by tile of columns with all rows at once: the
-tile's column update, g_j = -LSE_i(f_i + log a_i - C_ij / eps), then its share of the row sums r of the plan that those
-potentials give, which are both the error and the next row update, f_i += log a_i - log r_i. So costs are read once an
-iteration, the plan is written once, nothing waits for the host, and each problem stops by its own error.
+A program solves one problem. An iteration is one pass over its costs, tile by tile of columns with all rows at once.
+The kernel entries of the present potentials, k_ij = a_i exp((f_i + g_j - C_ij) / eps), give the column update g_j -=
+eps log sum_i k_ij; the entries so corrected are the plan's, and their row sums r_i are both the error and the next
+row update, f_i += eps (log a_i - log r_i). So costs are read once an iteration, the plan is written once, nothing
+waits for the host, and each problem stops by its own error.
 
 It serves where the numbers allow: fp32, product reference, at most `MAX_ROWS` rows or columns. Whatever it could not
 solve, because its costs span too many eps to converge in `MAX_ITERATIONS` without annealing or because its input is
-bad, has an error above the tolerance or NaN, and goes to the solver of solver.py, which anneals and says what is wrong.
+bad, has an error above the tolerance or NaN, and goes to the solver of solver.py, which anneals and says what is
+wrong.
 """
 
 import torch
@@ -39,11 +41,11 @@ def serves(cost: Tensor, tolerance: float) -> bool:
 def solve(
     cost: Tensor, a: Tensor, b: Tensor, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """plan (B, N, M), f / reg (B, N), g / reg (B, M), and (B, 3): error, iterations, value / reg."""
+    """plan (B, N, M), f (B, N) and g (B, M) in units of cost, and (3, B): error, iterations, value."""
     batch, rows, columns = cost.shape
     plan = torch.empty(batch, rows, columns, device=cost.device, dtype=cost.dtype)
     f, g = cost.new_empty(batch, rows), cost.new_empty(batch, columns)
-    statistics = cost.new_empty(batch, 3)
+    statistics = cost.new_empty(3, batch)
     ours, theirs = (a, f, 1), (b, g, 2)
     if rows > columns:  # the kernel's rows are the shorter axis
         ours, theirs = theirs, ours
@@ -56,8 +58,9 @@ def solve(
         x.shape[1], y.shape[1], cost.stride(0), cost.stride(n_axis), cost.stride(m_axis),
         plan.stride(0), plan.stride(n_axis), plan.stride(m_axis),
         first.stride(0), first.stride(1), second.stride(0), second.stride(1),
-        1.0 / reg, rho / (rho + reg) if kind == 1 else 1.0, reg / rho, tolerance, min(max_iterations, MAX_ITERATIONS),
-        BLOCK_N=block_n, BLOCK_M=max(16, 4096 // block_n), KIND=kind, num_warps=8,
+        reg, 1.0 / reg, rho / (rho + reg) if kind == 1 else 1.0, reg / rho,
+        tolerance, min(max_iterations, MAX_ITERATIONS),
+        BLOCK_N=block_n, BLOCK_M=(4096 if block_n <= 64 else 8192) // block_n, KIND=kind, num_warps=16,
     )  # fmt: skip
     return plan, f, g, statistics
 
@@ -68,7 +71,7 @@ if triton is not None:
     def _sinkhorn(
         cost, a, b, masses, plan, f_out, g_out, statistics,
         n, m, cost_b, cost_n, cost_m, plan_b, plan_n, plan_m, a_b, a_n, b_b, b_m,
-        inverse_reg, damping, reg_over_rho, tolerance, max_iterations,
+        reg, inverse_reg, damping, reg_over_rho, tolerance, max_iterations,
         BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
     ):  # fmt: skip
         """KIND 0: balanced. 1: penalised. 2: bounded, with a mass. f, g, shift in units of reg; see constraints.py."""
@@ -97,6 +100,7 @@ if triton is not None:
             bad += tl.sum(tl.where((weight_b >= 0) & (weight_b < float("inf")), 0.0, 1.0), 0)
             bad += tl.sum(tl.sum(tl.where(tl.abs(c) < float("inf"), 0.0, 1.0), 0), 0)
             log_b = tl.log(tl.where(weight_b > 0, weight_b, 1.0))
+            tl.store(g_out + j, tl.zeros((BLOCK_M,), tl.float32), mask=j < m)
             e = tl.where(cells, log_b[None, :] - c * inverse_reg, float("-inf"))
             top = tl.maximum(high, tl.max(e, 1))
             safe = tl.where(top == float("-inf"), 0.0, top)
@@ -127,29 +131,29 @@ if triton is not None:
         moved = 0.0
         dual_b = 0.0
         while (iteration < max_iterations) & (error > tolerance):
-            sums = tl.zeros((BLOCK_N,), tl.float32)
-            dual_b = 0.0
+            shares = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            duals = tl.zeros((BLOCK_M,), tl.float32)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
                 weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
                 valid_b = weight_b > 0
-                log_b = tl.log(tl.where(valid_b, weight_b, 1.0)) + balance
                 cells = valid_a[:, None] & valid_b[None, :]
                 c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
-                e = tl.where(cells, (f + log_a)[:, None] - c * inverse_reg, float("-inf"))
-                top = tl.max(e, 0)
-                top = tl.where(top == float("-inf"), 0.0, top)
-                q = tl.exp(e - top[None, :])
-                column = tl.where(valid_b, tl.sum(q, 0), 1.0)
-                g = -damping * (top + tl.log(column)) - shift
+                old = tl.load(g_out + j, mask=j < m, other=0.0)
+                e = (f + log_a)[:, None] + (old + shift)[None, :] - c * inverse_reg
+                k = tl.where(cells, tl.exp(tl.where(cells, e, 0.0)), 0.0)
+                g = damping * (old - tl.log(tl.maximum(tl.sum(k, 0), 1e-37)))
                 if KIND == 2:
                     g = tl.minimum(g, 0.0)
-                tl.store(g_out + j, tl.where(valid_b, g, 0.0), mask=j < m)
-                sums += tl.sum(q * tl.where(valid_b, tl.exp(log_b + g + top + shift), 0.0)[None, :], 1)
+                g = tl.where(valid_b, g, 0.0)
+                tl.store(g_out + j, g, mask=j < m)
+                shares += k * (weight_b * tl.exp(g - old + balance))[None, :]
                 if KIND == 1:
-                    dual_b += tl.sum(tl.where(valid_b, weight_b * (1 - tl.exp(-g * reg_over_rho)), 0.0), 0)
+                    duals += weight_b * (1 - tl.exp(-g * reg_over_rho))
                 else:
-                    dual_b += tl.sum(tl.where(valid_b, weight_b * g, 0.0), 0)
+                    duals += weight_b * g
+            sums = tl.sum(shares, 1)
+            dual_b = tl.sum(duals, 0)
             moved = tl.sum(sums, 0)
             excess = sums - weight_a
             if KIND == 0:
@@ -179,6 +183,8 @@ if triton is not None:
             g = tl.load(g_out + j, mask=(j < m) & valid_b, other=0.0)
             e = (f + log_a)[:, None] + (g + log_b + shift)[None, :] - c * inverse_reg
             p = tl.where(cells, tl.exp(tl.where(cells, e, 0.0)), 0.0)
+            tl.debug_barrier()  # every thread has read g
+            tl.store(g_out + j, reg * g, mask=j < m)
             tl.store(plan + i[:, None] * plan_n + j[None, :] * plan_m, p, mask=(i < n)[:, None] & (j < m)[None, :])
 
         if KIND == 1:
@@ -186,8 +192,8 @@ if triton is not None:
             value = (dual_a + dual_b) / reg_over_rho
         else:
             value = tl.sum(tl.where(rows, weight_a * f, 0.0), 0) + dual_b + mass * shift
-        tl.store(f_out + problem * n + i, tl.where(valid_a, f + shift, 0.0), mask=i < n)
-        out = statistics + problem * 3
-        tl.store(out + 0, error)
-        tl.store(out + 1, iteration.to(tl.float32))
-        tl.store(out + 2, tl.where(empty, 0.0, value - (moved - mass_a * mass_b)))
+        tl.store(f_out + problem * n + i, tl.where(valid_a, reg * (f + shift), 0.0), mask=i < n)
+        problems = tl.num_programs(0)
+        tl.store(statistics + problem, error)
+        tl.store(statistics + problems + problem, iteration.to(tl.float32))
+        tl.store(statistics + 2 * problems + problem, tl.where(empty, 0.0, reg * (value - (moved - mass_a * mass_b))))

@@ -89,7 +89,9 @@ def distance_spearman(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     return Estimate(value, value - half, value + half)
 
 
-def paired_recall(mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 10), seed: int = 0) -> dict[int, Estimate]:
+def paired_recall(
+    mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 10), seed: int = 0
+) -> dict[int, Estimate]:
     """Share of mapped points whose own target is among the k most similar (cosine) of all targets; (n, D), paired."""
     mapped, target = _paired(mapped, target)
     similarity = torch.nn.functional.normalize(mapped, dim=1) @ torch.nn.functional.normalize(target, dim=1).T
@@ -99,9 +101,14 @@ def paired_recall(mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 1
 
 
 def default_blur(target: Tensor) -> float:
-    """A blur at which eps is a twentieth of the mean cost |y - y'|^2 / 2 between points of the target (n, D)."""
+    """A blur at which eps is half the mean cost |y - y'|^2 / 2 between points of the target (n, D).
+
+    Much smaller ones mislead in high dimension: at a twentieth, among 2,048 points of a Gaussian in 64 dimensions,
+    points collapsed to the mean come out nearer to the target than points of the target itself (7.8 against 10.7; at
+    a half, 0.30 against 0.03), since few points of a sample have a neighbour within the blur.
+    """
     target = target.detach().double()
-    return float((0.05 * target.var(0, unbiased=False).sum()).sqrt())
+    return float((0.5 * target.var(0, unbiased=False).sum()).sqrt())
 
 
 def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0) -> Estimate:

@@ -30,9 +30,9 @@ def partial_transport_plan(
 
         min_P <P, C> + reg KL(P | R)    with P 1 <= a, P^T 1 <= b, sum P = mass
 
-    by block ascent of its dual in f <= 0, g <= 0 and the multiplier l of the mass, which is Dykstra's algorithm in the log
-    domain. P_ij = R_ij exp((f_i + g_j + l - C_ij) / reg); `potential_a` holds f + l. Other arguments, errors and warnings
-    as `transport_plan`.
+    by block ascent of its dual in f <= 0, g <= 0 and the multiplier l of the mass, which is Dykstra's algorithm in the
+    log domain. P_ij = R_ij exp((f_i + g_j + l - C_ij) / reg); `potential_a` holds f + l. Other arguments, errors and
+    warnings as `transport_plan`.
 
     Args:
         mass: a number or (B,), at most min(|a|, |b|), in units of the weights.
@@ -71,8 +71,8 @@ def dummy_point_transport_plan(
 
         min_P <P, C> + reg KL(P' | a' b'^T)    with P' 1 = a', P'^T 1 = b', P the real block of P'
 
-    The entropy also counts what each point leaves to the dummy, which `partial_transport_plan` leaves free; at reg -> 0
-    both solve the same problem. `plan`, potentials and gradient are of the real block, the value is the extended
+    The entropy also counts what each point leaves to the dummy, which `partial_transport_plan` leaves free; at reg ->
+    0 both solve the same problem. `plan`, potentials and gradient are of the real block, the value is the extended
     problem's. Arguments as `partial_transport_plan`. Source: Chapel et al. 2020 (arXiv 2002.08276) for the extension.
     """
     check_positive(reg=reg, tolerance=tolerance)
@@ -106,11 +106,11 @@ def pisces_plan(
         log u <- mass (log a - LSE_j(-C / reg + log v)),   log v <- mass (log b - LSE_i(-C / reg + log u)),
         P = u exp(-C / reg) v
 
-    from log v = 0, until log u moves by less than the tolerance. It does NOT transport the mass `mass`: what it solves is
-    KL-unbalanced transport with counting reference and penalties rho = reg mass / (1 - mass), whose total mass can exceed
-    1; at mass 1 it is Sinkhorn's iteration. Neither marginals nor total are guaranteed. Row-normalised it equals the
-    row-normalised `transport_plan(reach=rho)` of product reference. Weights and errors as `transport_plan`; without
-    gradients. Source: arXiv 2602.01624, section 4.2.
+    from log v = 0, until log u moves by less than the tolerance. It does NOT transport the mass `mass`: what it
+    solves is KL-unbalanced transport with counting reference and penalties rho = reg mass / (1 - mass), whose total
+    mass can exceed 1; at mass 1 it is Sinkhorn's iteration. Neither marginals nor total are guaranteed.
+    Row-normalised it equals the row-normalised `transport_plan(reach=rho)` of product reference. Weights and errors
+    as `transport_plan`; without gradients. Source: arXiv 2602.01624, section 4.2.
     """
     check_positive(reg=reg, tolerance=tolerance, mass=mass)
     if mass > 1:

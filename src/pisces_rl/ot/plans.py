@@ -1,7 +1,7 @@
 """Entropic transport plans between weighted points, batched: balanced, KL-unbalanced, and of partial mass.
 
-Throughout, B problems of N x M cells: cost C (B, N, M), weights a (B, N) and b (B, M) that are >= 0. A weight of zero is
-padding: its row or column of the cost may hold anything, and changes nothing. KL(P | R) = sum P log(P / R) - P + R.
+Throughout, B problems of N x M cells: cost C (B, N, M), weights a (B, N) and b (B, M) that are >= 0. A weight of zero
+is padding: its row or column of the cost may hold anything, and changes nothing. KL(P | R) = sum P log(P / R) - P + R.
 """
 
 import math
@@ -33,7 +33,8 @@ class TransportPlan:
         plan: (B, N, M), P_ij, without gradients.
         value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
         marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of the mass.
-        iterations: (B,), updates of both potentials at the final `reg`.
+        iterations: (B,), updates of both potentials at the final `reg`, counted from the start of the last solver
+        tried.
         potential_a, potential_b: (B, N), (B, M), f and g in units of cost; 0 at zero weights.
         tolerance: the marginal error that was asked for.
     """
@@ -87,14 +88,15 @@ def transport_plan(
 
     Args:
         cost: (B, N, M) or (N, M), finite where both weights are positive.
-        a, b: (B, N), (B, M), or without B for all problems alike; unset: uniform, of total 1. A problem with no weight at
-            all in a or in b (an empty prompt) has a zero plan.
+        a, b: (B, N), (B, M), or without B for all problems alike; unset: uniform, of total 1. A problem with no
+            weight at all in a or in b (an empty prompt) has a zero plan.
         reg: entropic regularisation eps > 0, in units of cost.
         reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
         tolerance: L1 marginal error to stop at, as a share of the mass. max_iterations: at the final reg.
 
-    Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the tolerance.
-    Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv 1810.08278).
+    Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
+    tolerance. Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv
+    1810.08278).
     """
     check_positive(reg=reg, tolerance=tolerance)
     if reach is not None:
@@ -138,14 +140,14 @@ class _Problems:
         with full_precision(self.cost.device):
             cost = self.cost.detach()
             plan, f, g, statistics = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
-            error, iterations, value = statistics.unbind(1)
-            fields = [plan, value * reg, error, iterations.long(), f * reg, g * reg]
-            left = (~(statistics[:, 0].cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
+            error, iterations, value = statistics
+            fields = [plan, value, error, iterations, f, g]
+            left = (~(error.cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
             if len(left):
                 rest = _Problems(cost[left], self.a[left], self.b[left], True)
                 part = constraint if constraint.mass is None else Bounded(constraint.mass[left])
                 solved = solve_checked(rest.masked(), reg, part, tolerance, max_iterations)
-                fields = [all_.index_copy(0, left, some) for all_, some in zip(fields, solved)]
+                fields = [all_.index_copy(0, left, some.to(all_)) for all_, some in zip(fields, solved)]
         return self.finish(*fields, tolerance)
 
     def masked(self) -> "Masked":
@@ -161,7 +163,8 @@ class _Problems:
 class Masked:
     """Problems with infinite costs where there is no cell, their reference weights, and what may be wrong with them.
 
-    empty: (B,), no cell at all. full: no cell is missing. flags: messages of errors with bools on the device, read once.
+    empty: (B,), no cell at all. full: no cell is missing. flags: messages of errors with bools on the device, read
+    once.
     """
 
     cost: Tensor
@@ -214,13 +217,11 @@ def solve_checked(
         stages, ratio = problems.check(annealing_stages(begin.span, reg).amax(), begin.span.amax() / reg)
         if ratio > RESOLUTION[cost.dtype]:
             raise ValueError(
-                f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} resolves: "
-                "raise reg, rescale the cost, or pass it in float64."
+                f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} "
+                "resolves: raise reg, rescale the cost, or pass it in float64."
             )
         alpha, beta = problems.alpha, problems.beta
-        solution = solve(
-            cost, a, b, alpha, beta, reg, constraint, begin, int(stages), tolerance, max_iterations
-        )
+        solution = solve(cost, a, b, alpha, beta, reg, constraint, begin, int(stages), tolerance, max_iterations)
         plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
         error = torch.where(live, solution.error, 0.0)
         f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
@@ -233,8 +234,8 @@ def solve_checked(
         value = torch.where(live, value - reg * (moved - alpha.sum(1) * beta.sum(1)), 0.0)
     if not solution.converged:
         warnings.warn(
-            f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, at worst "
-            f"{float(error.max()):.1e} after {max_iterations} iterations: raise reg or max_iterations.",
+            f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, "
+            f"at worst {float(error.max()):.1e} after {max_iterations} iterations: raise reg or max_iterations.",
             ConvergenceWarning,
             stacklevel=4,
         )

@@ -4,7 +4,7 @@ Potentials are f = f0 + eps x, g = g0 + eps y, l = l0 + eps z. The offsets f0, g
 K_ij = exp((f0_i + g0_j + l0 - C_ij) / eps), so that x, y, z stay near 0 (Schmitzer, arXiv 1610.06519). An iteration is
 two batched matrix-vector products:
 
-    x = update(log(a / alpha) - log(K (beta e^y)) - z)      y likewise with K^T      z so that the mass is right, if given
+    x = update(log(a / alpha) - log(K (beta e^y)) - z),   y likewise with K^T,   z so that a given mass is right
 
 Where the costs, less their c-transform, span more than `EXP_RANGE` eps, the kernel would underflow: those problems are
 annealed, eps 4^k, ..., 4 eps, eps, each stage beginning with iterations in the log domain.
@@ -47,7 +47,7 @@ class Solution:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """No autocast, no TF32 or bf16 inside products, no gradients; everything as it was afterwards, also on an error."""
+    """No autocast, no TF32 or bf16 in products, no gradients; everything as it was afterwards, also on an error."""
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
@@ -166,8 +166,8 @@ def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: float) -> T
 class Start:
     """Offsets f0 (B, N), g0 (B, M), l0 (B, 1), and (B,) the span of the reduced costs C - f0 - g0 - l0 >= 0.
 
-    Where the c-transform is needed to keep the kernel from underflow (and allowed: not under a bound), each row and each
-    column keeps a cell of reduced cost 0; else each problem's smallest cost is the offset.
+    Where the c-transform is needed to keep the kernel from underflow (and allowed: not under a bound), each row and
+    each column keeps a cell of reduced cost 0; else each problem's smallest cost is the offset.
     """
 
     f0: Tensor
@@ -253,7 +253,9 @@ def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
     own = (rate + relaxation - 1).square() / (rate * relaxation.square()).clamp_min(1e-12)
     best = 2 / (1 + (1 - own.clamp(0, RELAX_LIMIT)).sqrt())
     slow = rate > relaxation - 1 + 1e-3
-    return torch.where(rate < 1, torch.where(slow, torch.maximum(best, relaxation), relaxation), 1 + 0.9 * (relaxation - 1))
+    return torch.where(
+        rate < 1, torch.where(slow, torch.maximum(best, relaxation), relaxation), 1 + 0.9 * (relaxation - 1)
+    )
 
 
 def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_iterations: int) -> Solution:
@@ -294,8 +296,9 @@ def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_
 def _scale(
     problem: _Problem, kernel: Tensor, state: _State, tolerance: float, count: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `count` iterations of a balanced problem as plain matrix scaling, q = a / (K w), w = b / (K^T q): most solves
-    end here. Since w makes the columns exact, q (K w) - a is the whole error. Returns active, error, iterations.
+    """Up to `count` iterations of a balanced problem as plain matrix scaling, q = a / (K w), w = b / (K^T q): most
+    solves end here. Since w makes the columns exact, q (K w) - a is the whole error. Returns active, error,
+    iterations.
     """
     a, b, total = problem.a, problem.b, problem.a.sum(1).clamp_min(problem.tiny)
     limit = math.exp(REBUILD)

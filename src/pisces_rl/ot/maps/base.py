@@ -108,7 +108,9 @@ class TransportMap:
         except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder}: the map is truncated or damaged ({error}).") from error
         if card.get("format") != FORMAT or card.get("kind") not in TransportMap._kinds:
-            raise ValueError(f"{folder}: a map of kind {card.get('kind')!r}, format {card.get('format')}, is not known.")
+            raise ValueError(
+                f"{folder}: a map of kind {card.get('kind')!r}, format {card.get('format')}, is not known."
+            )
         if encoder is not None and card["encoder"] != encoder:
             raise ValueError(f"{folder}: encoder: the map is for {card['encoder']!r}, not for {encoder!r}.")
         loaded = TransportMap._kinds[card["kind"]](

@@ -14,11 +14,12 @@ CHUNK_CELLS = 2**26
 class EntropicMap(TransportMap):
     """z + E[target | z] - E[source | z] under entropic plans, z being the point or its linear image.
 
-        T(x) = z + sum_j softmax_j((g_j - |z - y_j|^2 / 2) / eps) y_j - sum_i softmax_i((h_i - |z - z_i|^2 / 2) / eps) z_i
+        T(x) = z + sum_j softmax_j((g_j - |z - y_j|^2 / 2) / eps) y_j
+                 - sum_i softmax_i((h_i - |z - z_i|^2 / 2) / eps) z_i
 
-    with z = L(x) for the linear map L, potentials g of the plan from the z_i to the targets y_j and h of the plan of the
-    z_i with themselves. The second sum removes the pull to the mean that an entropic plan has: as eps -> infinity, T is L
-    and a mean shift, where the plain barycentric projection would be a constant.
+    with z = L(x) for the linear map L, potentials g of the plan from the z_i to the targets y_j and h of the plan of
+    the z_i with themselves. The second sum removes the pull to the mean that an entropic plan has: as eps ->
+    infinity, T is L and a mean shift, where the plain barycentric projection would be a constant.
 
     Args:
         reg: eps as a share of the mean cost. linear: put it on top of `LinearMap`. points: of each side that are kept,
@@ -31,7 +32,7 @@ class EntropicMap(TransportMap):
     settings = ("reg", "linear", "points_kept", "seed", "tolerance")
 
     def __init__(
-        self, reg: float = 0.05, linear: bool = True, points_kept: int = 4096, seed: int = 0, tolerance: float = 1e-3,
+        self, reg: float = 0.1, linear: bool = True, points_kept: int = 4096, seed: int = 0, tolerance: float = 1e-3,
         **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)

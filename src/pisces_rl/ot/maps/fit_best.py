@@ -46,14 +46,14 @@ def fit_best(
 ) -> BestMap:
     """The map with the smallest debiased Sinkhorn divergence between mapped and target points, both held out.
 
-    Identity, mean shift and linear are always among those scored. The winner is as fitted on the rest of the points, so
-    that its scores are its own. Warns (`MapWarning`) of every map that does not beat the linear one.
+    Identity, mean shift and linear are always among those scored. The winner is as fitted on the rest of the points,
+    so that its scores are its own. Warns (`MapWarning`) of every map that does not beat the linear one.
 
     Args:
         source (n, D), target (m, D): points.
         maps: unfitted maps. Unset: the entropic one on top of the linear one.
-        paired: row i of source and target belong together (n = m): they are held out together, and recall at 1, 5 and 10
-            is reported. Unpaired transport cannot see a rotation of the whole; recall can.
+        paired: row i of source and target belong together (n = m): they are held out together, and recall at 1, 5 and
+            10 is reported. Unpaired transport cannot see a rotation of the whole; recall can.
         held_out: share of the points. blur: of the divergence; unset: `metrics.default_blur` of the target.
         seed: of the split. encoder, normalise: of the baselines, and of `maps` if unset.
     """
@@ -70,7 +70,9 @@ def fit_best(
     other = order if paired else torch.randperm(len(target), generator=generator)
     cut, other_cut = round(len(source) * (1 - held_out)), round(len(target) * (1 - held_out))
     if min(cut, other_cut, len(source) - cut, len(target) - other_cut) < 2:
-        raise ValueError(f"held_out={held_out}: leaves fewer than two points of {len(source)} and {len(target)} on a side.")
+        raise ValueError(
+            f"held_out={held_out}: leaves fewer than two points of {len(source)} and {len(target)} on a side."
+        )
     fit_source, test_source = source[order[:cut]], source[order[cut:]]
     fit_target, test_target = target[other[:other_cut]], target[other[other_cut:]]
     rows = []

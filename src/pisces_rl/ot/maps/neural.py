@@ -27,19 +27,20 @@ class NeuralMap(TransportMap):
     """A network T trained against a critic f:  sup_f inf_T  E_target f + E_source [ |x - T(x)|^2 - f(T(x)) ].
 
     One step: `inner_steps` of Adam on mean[|x - T(x)|^2 - f(T(x))], then one on mean f(T(x)) - mean f(y). T is Linear
-    D-hidden, ReLU, LayerNorm, hidden-hidden, ReLU, LayerNorm, hidden-D; f the same with one output. The defaults are the
-    published ones. The guards: with `skip="linear"` T is `LinearMap` plus the network, which starts at 0; the map is a
-    moving average of T; every `evaluate_every` steps its debiased Sinkhorn divergence from held-out target points is
-    measured, the best one is kept, and training ends after `patience` measures without a better one.
+    D-hidden, ReLU, LayerNorm, hidden-hidden, ReLU, LayerNorm, hidden-D; f the same with one output. The defaults are
+    the published ones. The guards: with `skip="linear"` T is `LinearMap` plus the network, which starts at 0; the map
+    is a moving average of T; every `evaluate_every` steps its debiased Sinkhorn divergence from held-out target
+    points is measured, the best one is kept, and training ends after `patience` measures without a better one.
 
-    Under torch.distributed each rank draws its own share of every batch and gradients are averaged, so the effective batch
-    stays `batch_size`; ranks stay equal.
+    Under torch.distributed each rank draws its own share of every batch and gradients are averaged, so the effective
+    batch stays `batch_size`; ranks stay equal.
 
     Args:
         hidden: width. skip: "none", as published, or "linear". steps: of f, at most. inner_steps: of T per step of f.
-        batch_size: points a side and step, over all ranks. learning_rate, weight_decay: Adam's; the rate follows a cosine
-            down to a twentieth. max_grad_norm: of T and of f. ema_decay: of the moving average. evaluate_every, patience:
-            steps, and measures. seed: of weights and batches. device: unset, CUDA if there is one.
+        batch_size: points a side and step, over all ranks. learning_rate, weight_decay: Adam's; the rate follows a
+            cosine down to a twentieth. max_grad_norm: of T and of f. ema_decay: of the moving average.
+            evaluate_every, patience: steps, and measures. seed: of weights and batches. device: unset, CUDA if there
+            is one.
 
     Source: arXiv 2602.01624, section 4.1, and the settings that its authors published; Korotin et al. 2023
     (arXiv 2201.12220).
@@ -65,7 +66,13 @@ class NeuralMap(TransportMap):
         for name, value in counts.items():
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{name}={value!r}: expected an integer > 0.")
-        self.hidden, self.skip, self.steps, self.inner_steps, self.batch_size = hidden, skip, steps, inner_steps, batch_size
+        self.hidden, self.skip, self.steps, self.inner_steps, self.batch_size = (
+            hidden,
+            skip,
+            steps,
+            inner_steps,
+            batch_size,
+        )
         self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
         self.ema_decay, self.evaluate_every, self.patience, self.seed = ema_decay, evaluate_every, patience, seed
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -85,17 +92,21 @@ class NeuralMap(TransportMap):
             source, target: points (n, D), or for data larger than memory an iterable of (b, D) tensors that can be
                 iterated again and again in the same, shuffled, order (a DataLoader with a fixed seed, say).
             held_out: points of both sides to stop early by. Unset: up to a tenth, at most 1,024, are set apart.
-            folder: where the state of training is kept, at each evaluation; a later call with the same arguments goes on
-                from there to the same map.
+            folder: where the state of training is kept, at each evaluation; a later call with the same arguments goes
+                on from there to the same map.
             progress: show a bar, on the first rank.
         """
-        rank, world = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        rank, world = (
+            (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+        )
         if self.batch_size % world:
             raise ValueError(f"batch_size={self.batch_size}: expected a multiple of the {world} processes.")
         source, held_source = self._split("source", source, None if held_out is None else held_out[0])
         target, held_target = self._split("target", target, None if held_out is None else held_out[1])
         if held_source.shape[1] != held_target.shape[1]:
-            raise ValueError(f"target: expected points of {held_source.shape[1]} dimensions, got {held_target.shape[1]}.")
+            raise ValueError(
+                f"target: expected points of {held_source.shape[1]} dimensions, got {held_target.shape[1]}."
+            )
         training = _Training(self, source, target, held_source, held_target, rank, world)
         if folder is not None:
             training.resume(Path(folder))
@@ -150,7 +161,9 @@ class NeuralMap(TransportMap):
 class _Training:
     """The state of one fit: networks, optimizers, moving average, and what has been measured."""
 
-    def __init__(self, map_: NeuralMap, source, target, held_source: Tensor, held_target: Tensor, rank: int, world: int):
+    def __init__(
+        self, map_: NeuralMap, source, target, held_source: Tensor, held_target: Tensor, rank: int, world: int
+    ):
         self.map, self.rank, self.world, device = map_, rank, world, map_.device
         dimension = held_source.shape[1]
         share = map_.batch_size // world
@@ -169,7 +182,9 @@ class _Training:
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.best_weights = copy.deepcopy(self.network.state_dict())
         self.optimizers = [
-            torch.optim.Adam(m.parameters(), map_.learning_rate, weight_decay=map_.weight_decay, fused=device.type == "cuda")
+            torch.optim.Adam(
+                m.parameters(), map_.learning_rate, weight_decay=map_.weight_decay, fused=device.type == "cuda"
+            )
             for m in (self.network, self.critic)
         ]
         self.held_source = held_source.float().to(device)
@@ -260,7 +275,9 @@ class _Training:
         state = json.loads((folder / PROGRESS).read_text())
         differ = [k for k, v in self.arguments().items() if state["arguments"].get(k) != v]
         if differ:
-            raise ValueError(f"folder: {folder} holds a training with other {', '.join(differ)}; choose another folder.")
+            raise ValueError(
+                f"folder: {folder} holds a training with other {', '.join(differ)}; choose another folder."
+            )
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in load_file(folder / state["file"], device=str(self.map.device)).items():
             part, key = name.split("/", 1)
