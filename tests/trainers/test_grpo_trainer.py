@@ -363,6 +363,7 @@ def test_extras_and_metrics_are_logged(tmp_path):
     row = next(r for r in made.state.log_history if "reward" in r)
     assert row["double/mean"] == pytest.approx(2 * row["reward"]) and row["calls"] == 1.0
     assert logged(made, "eval_double/mean")[0] == pytest.approx(2 * logged(made, "eval_reward")[0])
+    assert logged(made, "eval_calls")[0] == 1.0
 
 
 def test_judges_never_influence_training(tmp_path):

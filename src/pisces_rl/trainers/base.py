@@ -227,8 +227,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
 
         Returns:
-            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, and `eval_{extra}/mean` for
-            per-sample values that rewards recorded; with several data sets, `eval_{set}_...`.
+            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for per-sample
+            values that rewards recorded and `eval_{metric}` for their scalars (means over calls, weighted by their
+            videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_dataset("eval_dataset", dataset, several=True)
@@ -236,9 +237,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         metrics, evaluation = {}, {}
         with self.ema or contextlib.nullcontext():
             for name, part in sets.items():
-                prompts, scores = self._evaluate_set(name, part)
+                prompts, scores, recorded = self._evaluate_set(name, part)
                 evaluation[name] = {"prompts": prompts, "scores": scores}
                 prefix = f"{metric_key_prefix}_{name}" if isinstance(dataset, dict) else metric_key_prefix
+                metrics |= {f"{prefix}_{key}": value for key, value in recorded.items()}
                 for score, values in scores.items():
                     known = [v for v in values if v is not None]
                     if known:
@@ -259,20 +261,21 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _evaluate_set(self, name: str, dataset: Dataset) -> tuple[list[str], dict[str, list]]:
-        """Scores of one data set, in its order; every process takes a consecutive share."""
+    def _evaluate_set(self, name: str, dataset: Dataset) -> tuple[list[str], dict[str, list], dict[str, float]]:
+        """Prompts and scores of one data set, in its order, and metrics; every process takes a consecutive share."""
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = -(-len(dataset) // ranks)
         own = list(range(min(rank * share, len(dataset)), min((rank + 1) * share, len(dataset))))
         batch = self.args.per_device_eval_batch_size
-        rows, kept = [], []
+        rows, kept, recorded = [], [], []
         for start in range(0, len(own), batch):
             self.progress.stage(f"evaluation {name} {100 * start // max(len(own), 1)}%")
             indices = own[start:start + batch]
             part = dataset[indices]
             prompts = part.pop("prompt")
             rollout = self.policy.sample(prompts, noise_seeds=[self._eval_noise(i) for i in indices])
-            scores = self._score_evaluation(prompts, rollout.videos, part)
+            scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
+            recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < self.args.num_sample_videos:
                 kept += list(rollout.videos.cpu()[:self.args.num_sample_videos - len(kept)])
@@ -283,26 +286,32 @@ class VideoPolicyTrainer(_BaseTrainer):
             prompts = dataset["prompt"][:len(kept)]
             self._write_samples(f"samples/step_{self.state.global_step:06d}/{name}", torch.stack(kept), list(prompts),
                                 {k: v[:len(kept)] for k, v in scores.items()}, tag=f"eval/{name}")
-        return list(dataset["prompt"]), scores
+        totals: dict[str, list[float]] = {}
+        for key, value, count in gather_object(recorded):
+            total = totals.setdefault(key, [0.0, 0.0])
+            total[0] += value * count
+            total[1] += count
+        return list(dataset["prompt"]), scores, {key: total / count for key, (total, count) in totals.items()}
 
     def _eval_noise(self, row: int) -> int:
         return sample_seed(self.args.eval_seed, row)
 
-    def _score_evaluation(self, prompts: list[str], videos: Tensor, columns: dict) -> dict[str, list]:
-        """Per-sample scores: the weighted reward, each reward, each judge, and what they recorded."""
+    def _score_evaluation(self, prompts: list[str], videos: Tensor, columns: dict) -> tuple[dict, dict]:
+        """Per-sample scores: the weighted reward, each reward, each judge, and what they recorded; and their metrics."""
         table = self.rewards(prompts, videos, columns, self.state)
         total = (table.values * self.reward_weights).nansum(1).masked_fill(table.values.isnan().all(1), torch.nan)
         scores = {"reward": _with_none(total)}
         scores |= {f"rewards/{n}": _with_none(table.values[:, i]) for i, n in enumerate(self.rewards.names)}
-        extras = dict(table.extras)
+        extras, metrics = dict(table.extras), dict(table.metrics)
         if len(self.judges):
             judged = self.judges(prompts, videos, columns, self.state)
             scores |= {f"judges/{n}": _with_none(judged.values[:, i]) for i, n in enumerate(self.judges.names)}
             extras |= judged.extras
+            metrics |= judged.metrics
         for key, values in extras.items():
             if all(v is None or isinstance(v, (bool, int, float)) for v in values):
                 scores[key] = [None if v is None else float(v) for v in values]
-        return scores
+        return scores, metrics
 
     # --- what a run leaves -------------------------------------------------------------------------------------------
 
