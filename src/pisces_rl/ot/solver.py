@@ -306,18 +306,22 @@ def _scale(
     active = torch.ones_like(state.z, dtype=torch.bool)
     error, iterations = torch.full_like(total, math.inf), torch.zeros_like(total, dtype=torch.long)
     every = 1 if kernel.device.type == "cpu" else BLOCK
+    whole = True  # no problem has converged yet: nothing needs to be masked
     for done in range(count + 1):
         sums = _times(kernel, w)
         if done and (done % every == 0 or done == count):
-            error = torch.where(active[:, 0], (q * sums - a).abs_().sum(1) / total, error)
-            iterations = torch.where(active[:, 0], done, iterations)
-            active = active & ~(error <= tolerance)[:, None]
-            if done == count or not bool(active.any()):
-                break
-        new = a / sums.clamp_min_(problem.tiny)
-        q = torch.where(active & (new < limit), new, q)
-        new = b / torch.bmm(q[:, None, :], kernel)[:, 0].clamp_min_(problem.tiny)
-        w = torch.where(active & (new < limit), new, w)
+            present = (q * sums).sub_(a).abs_().sum(1).div_(total)
+            if not whole or done == count or not bool((present > tolerance).all()):
+                whole = False
+                error = torch.where(active[:, 0], present, error)
+                iterations = torch.where(active[:, 0], done, iterations)
+                active = active & ~(error <= tolerance)[:, None]
+                if done == count or not bool(active.any()):
+                    break
+        new = (a / sums.clamp_min_(problem.tiny)).clamp_max_(limit)
+        q = new if whole else torch.where(active, new, q)
+        new = (b / torch.bmm(q[:, None, :], kernel)[:, 0].clamp_min_(problem.tiny)).clamp_max_(limit)
+        w = new if whole else torch.where(active, new, w)
     state.x = torch.where(a > 0, (q / problem.alpha).log(), 0.0)
     state.y = torch.where(b > 0, (w / problem.beta).log(), 0.0)
     return active, error, iterations

@@ -227,9 +227,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
 
         Returns:
-            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for per-sample
-            values that rewards recorded and `eval_{metric}` for their scalars (means over calls, weighted by their
-            videos); with several data sets, `eval_{set}_...`.
+            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
+            per-sample values that rewards recorded and `eval_{metric}` for their scalars (over calls, weighted by
+            their videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_dataset("eval_dataset", dataset, several=True)
@@ -297,7 +297,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         return sample_seed(self.args.eval_seed, row)
 
     def _score_evaluation(self, prompts: list[str], videos: Tensor, columns: dict) -> tuple[dict, dict]:
-        """Per-sample scores: the weighted reward, each reward, each judge, and what they recorded; and their metrics."""
+        """Per-sample scores: weighted reward, each reward, each judge, and what they recorded; and their metrics."""
         table = self.rewards(prompts, videos, columns, self.state)
         total = (table.values * self.reward_weights).nansum(1).masked_fill(table.values.isnan().all(1), torch.nan)
         scores = {"reward": _with_none(total)}
