@@ -168,6 +168,17 @@ def test_neural_with_a_linear_skip_is_never_worse_than_linear_where_it_stops_ear
     assert fitted.report["best_divergence"] <= fitted.report["curve"][0][1]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("skip", ["none", "linear"])
+def test_neural_replayed_from_a_graph_is_neural_step_by_step(clouds, monkeypatch, skip):
+    x, y = clouds
+    settings = TINY | dict(steps=40, skip=skip, device="cuda")
+    replayed = NeuralMap(**settings).fit(x, y, progress=False)
+    monkeypatch.setattr(maps.neural, "WARM_UP", 10**6)
+    by_step = NeuralMap(**settings).fit(x, y, progress=False)
+    torch.testing.assert_close(replayed(x), by_step(x), rtol=1e-4, atol=1e-4)
+
+
 def test_neural_stops_early(clouds):
     x, y = clouds
     fitted = NeuralMap(**(TINY | dict(skip="linear", steps=400, learning_rate=0.5, patience=2))).fit(

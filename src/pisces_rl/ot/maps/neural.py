@@ -4,7 +4,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from pisces_rl.ot.metrics import default_blur
 
 SKIPS = ("none", "linear")
 HELD_OUT = 1024  # points a side for early stopping, if none are given
+WARM_UP = 3  # steps before a step is recorded as a CUDA graph
 STATE, PROGRESS = "training.safetensors", "training.json"
 
 
@@ -33,7 +34,7 @@ class NeuralMap(TransportMap):
     points is measured, the best one is kept, and training ends after `patience` measures without a better one.
 
     Under torch.distributed each rank draws its own share of every batch and gradients are averaged, so the effective
-    batch stays `batch_size`; ranks stay equal.
+    batch stays `batch_size`; ranks stay equal. On one GPU a step is replayed from a CUDA graph.
 
     Args:
         hidden: width. skip: "none", as published, or "linear". steps: of f, at most. inner_steps: of T per step of f.
@@ -96,6 +97,12 @@ class NeuralMap(TransportMap):
                 on from there to the same map.
             progress: show a bar, on the first rank.
         """
+        for _ in self._fit_by_steps(source, target, held_out, folder, progress):
+            pass
+        return self
+
+    def _fit_by_steps(self, source, target, held_out=None, folder=None, progress=False) -> Iterator[int]:
+        """`fit`, yielding after each step."""
         rank, world = (
             (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         )
@@ -120,10 +127,10 @@ class NeuralMap(TransportMap):
                 bar.set_postfix(divergence=f"{training.evaluate():.4g}", best=f"{training.best:.4g}")
                 if folder is not None and rank == 0:
                     training.save(Path(folder))
+            yield training.step
         bar.close()
         self.tensors = training.result()
         self.report = {"steps_done": training.step, "best_divergence": training.best, "curve": training.curve}
-        return self
 
     def _split(self, name: str, data: Tensor | Iterable[Tensor], held: Tensor | None) -> tuple:
         """The training data, and held-out points."""
@@ -181,12 +188,15 @@ class _Training:
         self.network.to(device), self.critic.to(device)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.best_weights = copy.deepcopy(self.network.state_dict())
+        cuda = device.type == "cuda"
         self.optimizers = [
             torch.optim.Adam(
-                m.parameters(), map_.learning_rate, weight_decay=map_.weight_decay, fused=device.type == "cuda"
+                m.parameters(), torch.tensor(map_.learning_rate, device=device) if cuda else map_.learning_rate,
+                weight_decay=map_.weight_decay, fused=cuda, capturable=cuda,
             )
             for m in (self.network, self.critic)
-        ]
+        ]  # fmt: skip
+        self.records, self.warm_up, self.graph = cuda and world == 1, WARM_UP, None
         self.held_source = held_source.float().to(device)
         blur = default_blur(held_target)
         self.divergence = BankDivergence(held_target.float().to(device), blur=blur, tolerance=1e-4)
@@ -197,23 +207,57 @@ class _Training:
 
     def advance(self) -> None:
         """`inner_steps` of the map, one of the critic, and the moving average."""
-        map_optimizer, critic_optimizer = self.optimizers
         share = (1 + math.cos(math.pi * self.step / self.map.steps)) / 2
         for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = self.map.learning_rate * (0.05 + 0.95 * share)
-        self.critic.requires_grad_(False)
-        for _ in range(self.map.inner_steps):
-            x = self.sources.draw()
-            moved = self.transport(self.network, x)
-            self._update(map_optimizer, ((x - moved).square().sum(1) - self.critic(moved)[:, 0]).mean())
-        self.critic.requires_grad_(True)
-        with torch.no_grad():
-            moved = self.transport(self.network, self.sources.draw())
-        self._update(critic_optimizer, self.critic(moved).mean() - self.critic(self.targets.draw()).mean())
+            group, rate = optimizer.param_groups[0], self.map.learning_rate * (0.05 + 0.95 * share)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        sources, targets = self.sources.draw(self.map.inner_steps + 1), self.targets.draw(1)
+        if self.records and self.warm_up == 0:
+            self._replay(sources, targets)
+        elif self.records:
+            self._warm_up(sources, targets)
+        else:
+            self._alternate(sources, targets)
         with torch.no_grad():
             decay = min(self.map.ema_decay, (self.step + 1) / (self.step + 10))
             torch._foreach_lerp_(list(self.average.parameters()), list(self.network.parameters()), 1 - decay)
         self.step += 1
+
+    def _alternate(self, sources: Tensor, targets: Tensor) -> None:
+        """Step the map on each batch of sources but the last, then the critic on that one and on the targets."""
+        map_optimizer, critic_optimizer = self.optimizers
+        self.critic.requires_grad_(False)
+        for x in sources[:-1]:
+            moved = self.transport(self.network, x)
+            self._update(map_optimizer, ((x - moved).square().sum(1) - self.critic(moved)[:, 0]).mean())
+        self.critic.requires_grad_(True)
+        with torch.no_grad():
+            moved = self.transport(self.network, sources[-1])
+        self._update(critic_optimizer, self.critic(moved).mean() - self.critic(targets[0]).mean())
+
+    def _warm_up(self, sources: Tensor, targets: Tensor) -> None:
+        """A step on a side stream: what is made by the first steps must not be made while one is recorded."""
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            self._alternate(sources, targets)
+        current.wait_stream(side)
+        self.warm_up -= 1
+
+    def _replay(self, sources: Tensor, targets: Tensor) -> None:
+        if self.graph is None:
+            self.inputs = sources.clone(), targets.clone()
+            for optimizer in self.optimizers:
+                optimizer.zero_grad()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=torch.cuda.Stream()):
+                self._alternate(*self.inputs)
+        for kept, new in zip(self.inputs, (sources, targets)):
+            kept.copy_(new)
+        self.graph.replay()
 
     def _update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
@@ -294,8 +338,8 @@ class _Training:
                 whole["state"].setdefault(int(index), {})[field] = value
             optimizer.load_state_dict(whole)
         self.step, self.stale, self.best, self.curve = (state[k] for k in ("step", "stale", "best", "curve"))
-        self.sources.skip(state["step"] * (self.map.inner_steps + 1))
-        self.targets.skip(state["step"])
+        self.sources.skip(state["step"], self.map.inner_steps + 1)
+        self.targets.skip(state["step"], 1)
 
 
 class _Batches:
@@ -311,23 +355,25 @@ class _Batches:
         else:
             self.iterator, self.rest = iter(()), None
 
-    def draw(self) -> Tensor:
+    def draw(self, batches: int) -> Tensor:
+        """(batches, batch, D)."""
         self.drawn += 1
         if isinstance(self.data, Tensor):
             # seeded by its number, so that resuming needs no state of a generator
             self.generator.manual_seed((self.seed * 1_000_003 + self.drawn) * 4099 + self.rank)
-            rows = torch.randint(len(self.data), (self.batch,), generator=self.generator, device=self.data.device)
-            return self.data[rows]
-        whole = self._read(self.batch * self.world)
-        points = whole[self.rank * self.batch : (self.rank + 1) * self.batch]
-        return self.map._normalised(points.float().to(self.map.device))
+            shape = (batches, self.batch)
+            return self.data[torch.randint(len(self.data), shape, generator=self.generator, device=self.data.device)]
+        whole = self._read(batches * self.batch * self.world)
+        points = whole.unflatten(0, (batches, self.world, self.batch))[:, self.rank].flatten(0, 1)
+        return self.map._normalised(points.float().to(self.map.device)).unflatten(0, (batches, self.batch))
 
-    def skip(self, count: int) -> None:
+    def skip(self, count: int, batches: int) -> None:
+        """What `count` draws of so many batches would take."""
         if isinstance(self.data, Tensor):
             self.drawn = count
         else:
             for _ in range(count):
-                self._read(self.batch * self.world)
+                self._read(batches * self.batch * self.world)
 
     def sample(self, held_out: Tensor) -> Tensor:
         """Points for a closed-form fit: all of a tensor, the held-out ones of a stream."""
