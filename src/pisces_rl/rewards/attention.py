@@ -1,0 +1,45 @@
+"""Cross-attention whose weights a reward may change, for any model behind transformers' attention interface.
+
+A layer calls `fused_attention`; given a `fusion`, its weights are softmax(logits + bias), times a gate per word:
+
+    fusion(layer, query, key, logits) -> bias (B, H, N, M), gate (B, H, N) or None
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "pisces_rl_fused"
+
+
+def fused_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, fusion=None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention of query (B, H, N, d) to key and value (B, H, M, d), as (B, N, H, d)."""
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if fusion is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
+        )
+    with torch.autocast(query.device.type, enabled=False):
+        logits = (query.float() @ key.float().mT) * scaling
+    bias, gate = fusion(module.layer_idx, query, key, logits)
+    logits = logits + bias
+    if attention_mask is not None:
+        logits = logits + attention_mask
+    weights = logits.softmax(-1)
+    if gate is not None:
+        weights = weights * gate[..., None]
+    return (weights.to(value) @ value).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, fused_attention)
+
+
+def route(module: nn.Module) -> None:
+    """Send one attention module through `fused_attention`, whatever its model's other layers do."""
+    config = module.config.__class__.from_dict(module.config.to_dict())
+    config._attn_implementation = NAME
+    module.config = config

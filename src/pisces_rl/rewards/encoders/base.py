@@ -1,0 +1,162 @@
+"""What a video-text model gives to the rewards, and what all of them share: frames, sizes, tokens."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+
+Fusion = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class TextFeatures:
+    """pooled (B, D); tokens (B, N, d); mask (B, N) bool, False is padding; words (B, N) bool, True where the token is
+    part of the prompt, not padding and not special; pieces: the tokens as text, B lists of N."""
+
+    pooled: Tensor
+    tokens: Tensor
+    mask: Tensor
+    words: Tensor
+    pieces: list[list[str]]
+
+    def __getitem__(self, rows: slice) -> "TextFeatures":
+        return TextFeatures(self.pooled[rows], self.tokens[rows], self.mask[rows], self.words[rows], self.pieces[rows])
+
+
+@dataclass
+class VideoFeatures:
+    """pooled (B, D); tokens (B, M, d); positions (M, 3): frame, row and column of each token, in units of tokens; NaN
+    for a token without a place (a class token)."""
+
+    pooled: Tensor
+    tokens: Tensor
+    positions: Tensor
+
+    def __getitem__(self, rows: slice) -> "VideoFeatures":
+        return VideoFeatures(self.pooled[rows], self.tokens[rows], self.positions)
+
+
+class VideoTextEncoder(nn.Module, ABC):
+    """A frozen model of videos and texts.
+
+    Attributes:
+        name: what maps and caches are bound to; two encoders of equal name have equal weights.
+        resolution: (height, width) of the frames it sees; num_frames: how many of them; mean, std: of its pixels.
+        crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
+        dimension: of pooled features. max_text_tokens: special tokens included.
+        cross_layers: numbers of the text layers that attend to the video, for models that match; else empty.
+        offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is.
+    """
+
+    name: str
+    resolution: tuple[int, int]
+    num_frames: int
+    mean: Sequence[float] = (0.0, 0.0, 0.0)
+    std: Sequence[float] = (1.0, 1.0, 1.0)
+    crop: bool = False
+    dimension: int
+    max_text_tokens: int
+    cross_layers: Sequence[int] = ()
+    offload: str | torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def matches(self) -> bool:
+        return len(self.cross_layers) > 0
+
+    @abstractmethod
+    def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
+        """An empty prompt has no words, and the features of the special tokens alone. A prompt longer than the text
+        tower is cut, with a warning."""
+
+    @abstractmethod
+    def encode_video(self, videos: Tensor) -> VideoFeatures:
+        """Videos (B, F, 3, H, W) in [0, 1], of any size and number of frames; differentiable."""
+
+    def match(self, text: TextFeatures, video: VideoFeatures, fusion: Fusion | None = None) -> Tensor:
+        """(B, 2) logits of "differs" and "matches". `fusion`: see `pisces_rl.rewards.attention`."""
+        raise ValueError(f"{self.name} has no matching head; the semantic reward needs an encoder that has one.")
+
+    def prepare(self, videos: Tensor) -> Tensor:
+        """(B, num_frames, 3, *resolution), normalised, on the model's device and in fp32.
+
+        Frames are taken evenly, first and last included; a video shorter than the model's count repeats the nearest
+        ones. Resizing is bicubic with antialiasing. Pixels up to 0.1 beyond [0, 1] are clamped.
+
+        Raises ValueError for other shapes, for values further out and for those that are NaN, naming the video.
+        """
+        if not isinstance(videos, Tensor) or videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
+            found = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
+            raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), got {found}.")
+        videos = videos.to(self.device, torch.float32)
+        low, high = videos.detach().flatten(1).aminmax(dim=1)
+        fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
+        if not bool(fine.all()):
+            row = int((~fine).nonzero()[0])
+            raise ValueError(
+                f"videos: video {row} has values from {float(low[row]):.3g} to {float(high[row]):.3g}; expected "
+                "finite pixels in [0, 1]."
+            )
+        count, size = len(videos), self.resolution
+        frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
+        videos = videos[:, frames].clamp(0, 1).flatten(0, 1)
+        if self.crop:
+            videos = _cut(videos, size[0] / size[1])
+        if videos.shape[-2:] != size:
+            videos = F.interpolate(videos, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        mean, std = (videos.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return ((videos - mean) / std).unflatten(0, (count, self.num_frames))
+
+
+def _cut(frames: Tensor, aspect: float) -> Tensor:
+    """The middle of frames (n, 3, H, W) that has an aspect H / W."""
+    height, width = frames.shape[-2:]
+    rows, columns = min(height, round(width * aspect)), min(width, round(height / aspect))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    return frames[..., top : top + rows, left : left + columns]
+
+
+def grid(frames: int, rows: int, columns: int, class_tokens: int = 0) -> Tensor:
+    """(class_tokens + frames rows columns, 3) positions, frame by frame and row by row, after tokens without place."""
+    axes = [torch.arange(n, dtype=torch.float32) for n in (frames, rows, columns)]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
+    return torch.cat([torch.full((class_tokens, 3), torch.nan), places])
+
+
+def tokenize(tokenizer, prompts: Sequence[str], max_length: int, device, fixed: bool = False) -> tuple:
+    """Token numbers (B, N), attention mask (B, N) bool, words (B, N) bool, and the pieces as text.
+
+    Padding is to the longest prompt, or with `fixed` to `max_length`.
+    """
+    if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts: expected a list of strings, got {prompts!r}.")
+    whole = tokenizer(list(prompts), add_special_tokens=True, verbose=False)["input_ids"]
+    long = [i for i, ids in enumerate(whole) if len(ids) > max_length]
+    if long:
+        warnings.warn(
+            f"{len(long)} of {len(prompts)} prompts are longer than the {max_length} tokens of the text tower and are "
+            f"cut: {prompts[long[0]]!r} has {len(whole[long[0]])}.",
+            stacklevel=3,
+        )
+    batch = tokenizer(
+        list(prompts), padding="max_length" if fixed else True, truncation=True, max_length=max_length,
+        return_tensors="pt", return_attention_mask=True, return_special_tokens_mask=True,
+    )  # fmt: skip
+    mask = batch["attention_mask"].bool()
+    words = mask & ~batch["special_tokens_mask"].bool()
+    pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in batch["input_ids"].tolist()]
+    return batch["input_ids"].to(device), mask.to(device), words.to(device), pieces
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, 1, N): 0 where the mask is True, the smallest number elsewhere."""
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]

@@ -1,0 +1,81 @@
+"""Each video encoded once per encoder, however many rewards look at it."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
+
+MICRO_BATCH = 16
+
+_scope: contextvars.ContextVar["_Encodings | None"] = contextvars.ContextVar("encodings", default=None)
+
+
+class _Encodings:
+    """What has been encoded in one call of a panel. Inputs are kept, so that their identity stays theirs."""
+
+    def __init__(self):
+        self.known: dict[tuple, tuple] = {}
+        self.encoders: dict[int, VideoTextEncoder] = {}
+
+
+@contextlib.contextmanager
+def shared_encodings() -> Iterator[None]:
+    """Inside, features are computed once for each encoder and input; afterwards, encoders with `offload` go back to
+    the CPU. Inside another such block it does nothing."""
+    if _scope.get() is not None:
+        yield
+        return
+    token = _scope.set(_Encodings())
+    try:
+        yield
+    finally:
+        for encoder in _scope.get().encoders.values():
+            if encoder.offload is not None:
+                encoder.to("cpu")
+        _scope.reset(token)
+
+
+def text_features(encoder: VideoTextEncoder, prompts: Sequence[str]) -> TextFeatures:
+    """Of all prompts, each distinct one encoded once."""
+    key = (id(encoder), tuple(prompts), torch.is_grad_enabled())
+    return _once(encoder, key, prompts, lambda: _distinct(encoder, list(prompts)))
+
+
+def video_features(
+    encoder: VideoTextEncoder, videos: Tensor, micro_batch: int = MICRO_BATCH
+) -> VideoFeatures:
+    """Of all videos, `micro_batch` at a time."""
+
+    def encode() -> VideoFeatures:
+        parts = [encoder.encode_video(part) for part in videos.split(micro_batch)]
+        pooled, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "tokens"))
+        return VideoFeatures(pooled, tokens, parts[0].positions)
+
+    key = (id(encoder), id(videos), videos._version, torch.is_grad_enabled())
+    return _once(encoder, key, videos, encode)
+
+
+def _once(encoder: VideoTextEncoder, key: tuple, owner, encode):
+    scope = _scope.get()
+    if scope is None:
+        return encode()
+    if encoder.offload is not None:
+        encoder.to(encoder.offload)
+    scope.encoders[id(encoder)] = encoder
+    if key not in scope.known:
+        scope.known[key] = (encode(), owner)
+    return scope.known[key][0]
+
+
+def _distinct(encoder: VideoTextEncoder, prompts: list[str]) -> TextFeatures:
+    distinct = list(dict.fromkeys(prompts))
+    features = encoder.encode_text(distinct)
+    if len(distinct) == len(prompts):
+        return features
+    rows = [distinct.index(prompt) for prompt in prompts]
+    parts = (features.pooled[rows], features.tokens[rows], features.mask[rows], features.words[rows])
+    return TextFeatures(*parts, [features.pieces[row] for row in rows])

@@ -1,0 +1,190 @@
+"""Cross-attention fused with a transport plan between words and video tokens: the inside of the semantic reward.
+
+For one layer, with A (B, H, N, M) the attention of H heads, y_i and x_j the projected queries and keys with all heads
+side by side, t_j and s_j the frame and the place of video token j:
+
+    C_ij = [1 - cos(y_i, x_j)] + gamma |tau_i - t_j| + eta |pi_i - s_j|
+    tau_i = sum_k A_ik t_k,  pi_i = sum_k A_ik s_k
+
+Each term is brought to [0, 1] by its range in the plan, then C is. Words that are padding or special tokens, and video
+tokens without a place, have no part in the plan and keep their attention. Source: arXiv 2602.01624, section 4.2.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pisces_rl.ot import cosine_cost, partial_transport_plan, pisces_plan, transport_plan
+
+PLANS = ("paper", "partial", "unbalanced", "balanced")
+FUSIONS = ("log", "arithmetic", "gated")
+
+
+@dataclass
+class Drawing:
+    """One layer's attention (B, H, N, M) before, after, and its plan, for pictures."""
+
+    layer: int
+    attention: Tensor
+    plan: Tensor
+    fused: Tensor
+
+
+@dataclass
+class OTAttention:
+    """A fusion for `pisces_rl.rewards.attention`: bound to a batch by `bind`, called by each cross-attention layer.
+
+    Attributes:
+        plan: "partial" moves exactly the share `mass` of the words' weight; "unbalanced" penalises marginals with
+            rho = reg mass / (1 - mass); "balanced" moves all; "paper" is the published iteration, in the log fusion
+            one with "unbalanced".
+        fusion: "log": A~ proportional to A P along each row, over the video tokens of the plan, which together keep
+            the attention that they had. In it the scale of P's rows cancels: a word cannot stay unmatched.
+            "gated": the same, then times the share of its weight that the word moves, N sum_j P_ij, at most 1.
+            "arithmetic": (A + N P) / 2, whose rows sum to less than 1 where a word moves less than its weight.
+        mass: m in (0, 1]. reg: eps, for costs in [0, 1]. temporal, spatial: gamma and eta.
+        layers, heads: those that are fused, as the model counts them; None: all.
+        floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product.
+        class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
+        tolerance: of the plans' marginals. drawings: a list that each call is appended to, or None.
+
+    The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True.
+    """
+
+    plan: str = "partial"
+    fusion: str = "log"
+    mass: float = 0.9
+    reg: float = 0.05
+    temporal: float = 0.2
+    spatial: float = 0.2
+    layers: Sequence[int] | None = None
+    heads: Sequence[int] | None = None
+    floor: float = 0.0
+    class_tokens: bool = False
+    tolerance: float = 1e-3
+    drawings: list[Drawing] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        for name, value, allowed in (("plan", self.plan, PLANS), ("fusion", self.fusion, FUSIONS)):
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
+        if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
+            raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
+        if not self.reg > 0:
+            raise ValueError(f"reg={self.reg!r}: expected a number > 0.")
+        for name in ("temporal", "spatial", "floor"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 0.")
+
+    def bind(self, words: Tensor, positions: Tensor) -> "BoundOTAttention":
+        """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3)."""
+        return BoundOTAttention(self, words, positions)
+
+
+@dataclass
+class BoundOTAttention:
+    settings: OTAttention
+    words: Tensor
+    positions: Tensor
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The bias (B, H, N, M) of the logits and the gate (B, H, N) of one layer."""
+        settings = self.settings
+        if settings.layers is not None and layer not in settings.layers:
+            return torch.zeros_like(logits), None
+        attention = logits.softmax(-1)
+        placed = self.positions.isfinite().all(1)
+        columns = torch.ones_like(placed) if settings.class_tokens else placed
+        with torch.no_grad():
+            cost = self.cost(query, key, attention, columns)
+            plan = self.solve(cost, columns)
+        bias, gate = self.fuse(attention, logits, plan, columns)
+        if settings.heads is not None:
+            fused = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            fused[list(settings.heads)] = True
+            bias = torch.where(fused[:, None, None], bias, 0.0)
+            gate = None if gate is None else torch.where(fused[:, None], gate, 1.0)
+        if settings.drawings is not None:
+            after = (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
+            settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in (attention, plan, after))))
+        return bias, gate
+
+    def cost(self, query: Tensor, key: Tensor, attention: Tensor, columns: Tensor) -> Tensor:
+        """(B, H, N, M) in [0, 1] over words and `columns`."""
+        cells = self.words[:, None, :, None] & columns
+        y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
+        cost = _to_unit_range(cosine_cost(y, x)[:, None], cells)
+        frame, place = self.places(attention.dtype)
+        if self.settings.temporal:
+            distance = ((attention @ frame)[..., None] - frame).abs()
+            cost = cost + self.settings.temporal * _to_unit_range(distance, cells)
+        if self.settings.spatial:
+            distance = torch.cdist(attention @ place, place.expand(*attention.shape[:2], -1, -1))
+            cost = cost + self.settings.spatial * _to_unit_range(distance, cells)
+        return _to_unit_range(cost, cells).expand_as(attention)
+
+    def places(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Frames (M,) and places (M, 2); tokens without one are frame -1, in the middle."""
+        placed = self.positions.isfinite().all(1)
+        middle = self.positions[placed].mean(0)
+        frame = torch.where(placed, self.positions[:, 0], -1.0)
+        place = torch.where(placed[:, None], self.positions[:, 1:], middle[1:])
+        return frame.to(dtype), place.to(dtype)
+
+    def solve(self, cost: Tensor, columns: Tensor) -> Tensor:
+        """(B, H, N, M), all problems of the layer in one batch; the words of a text have weight 1 together, as have
+        the video tokens. A text without words has a zero plan."""
+        s, heads = self.settings, cost.shape[1]
+        a = self.words.to(cost) / self.words.sum(1, keepdim=True).clamp_min(1)
+        b = (columns.to(cost) / columns.sum()).expand(len(cost), -1)
+        a, b = (weights.repeat_interleave(heads, 0) for weights in (a, b))
+        cost = cost.flatten(0, 1)
+        if s.plan == "paper":
+            plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance)
+        elif s.plan == "partial":
+            mass = s.mass * a.sum(1)
+            plan = partial_transport_plan(cost, a, b, mass=mass, reg=s.reg, tolerance=s.tolerance).plan
+        else:
+            reach = s.reg * s.mass / (1 - s.mass) if s.plan == "unbalanced" else None
+            plan = transport_plan(cost, a, b, reg=s.reg, reach=reach, tolerance=s.tolerance).plan
+        return plan.unflatten(0, (-1, heads))
+
+    def fuse(self, attention: Tensor, logits: Tensor, plan: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What to add to the logits, and the gate."""
+        s, tiny = self.settings, torch.finfo(attention.dtype).tiny
+        cells = self.words[:, None, :, None] & columns
+        log_attention = logits.log_softmax(-1)
+        moved = plan.sum(-1, keepdim=True)
+        share = moved * self.words.sum(1)[:, None, None, None]  # of the word's weight, 1 where all of it is moved
+        if s.fusion == "arithmetic":
+            inside = torch.where(columns, attention, 0.0).sum(-1, keepdim=True)
+            count = self.words.sum(1)[:, None, None, None]
+            fused = (attention + torch.where(cells, inside * count * plan, torch.where(columns, 0.0, attention))) / 2
+            total = fused.sum(-1, keepdim=True)
+            bias = (fused / total).clamp_min(tiny).log() - log_attention
+            rows = self.words[:, None, :, None]
+            return torch.where(rows, bias, 0.0), torch.where(rows, total, 1.0)[..., 0]
+        rows_of_plan = plan / moved.clamp_min(tiny)
+        log_fused = log_attention + rows_of_plan.clamp_min(tiny).log()
+        if s.floor:
+            log_fused = (attention + s.floor).log() + (rows_of_plan + s.floor).log()
+        before = _logsumexp(log_attention, columns)
+        after = _logsumexp(log_fused, columns)
+        bias = torch.where(cells, log_fused - log_attention + before - after, 0.0)
+        if s.fusion == "log":
+            return bias, None
+        return bias, torch.where(self.words[:, None], share[..., 0].clamp_max(1), 1.0)
+
+
+def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:
+    return x.masked_fill(~columns, torch.finfo(x.dtype).min).logsumexp(-1, keepdim=True)
+
+
+def _to_unit_range(x: Tensor, cells: Tensor) -> Tensor:
+    """Each plan's cells to [0, 1] by their range, 0 where they are all alike; 0 outside."""
+    low = x.masked_fill(~cells, torch.inf).amin((-1, -2), keepdim=True)
+    high = x.masked_fill(~cells, -torch.inf).amax((-1, -2), keepdim=True)
+    scaled = (x - low) / (high - low).clamp_min(1e-12)
+    return torch.where(cells & (high > low), scaled, 0.0)

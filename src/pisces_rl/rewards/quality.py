@@ -1,0 +1,79 @@
+"""The distributional reward: is the video where real videos of such a text are?"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pisces_rl.ot import BankDivergence
+from pisces_rl.ot.maps import TransportMap
+from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
+
+
+class OTQualityReward:
+    """How near a video's embedding x is to that of real videos.
+
+        R_q = cosine_weight cos(T(y), x) - divergence_weight F(x)
+
+    y is the text's embedding, T a map of text embeddings onto those of real videos. F(x) is the video's share of the
+    debiased Sinkhorn divergence between all videos of the call and a bank of real ones (`BankDivergence.per_sample`);
+    it asks whether the videos together look real, and does not look at the prompts.
+
+    Args:
+        encoder: whose pooled features are compared.
+        ot_map: T, bound to this encoder; None: the identity, the raw cosine.
+        bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; needed for a divergence weight.
+        cosine_weight, divergence_weight: the terms; a weight of 0 leaves its term out.
+        blur: of the bank's divergence; None: `pisces_rl.ot.metrics.default_blur` of the bank.
+        micro_batch: videos encoded at once. name: under which it is logged.
+
+    A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,), differentiable: the gradient of the
+    divergence term's sum is that of B times the divergence. Source: arXiv 2602.01624, section 4.1.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self, encoder: VideoTextEncoder, ot_map: TransportMap | None = None, *, bank: Tensor | BankDivergence | None =
+        None, cosine_weight: float = 1.0, divergence_weight: float = 0.0, blur: float | None = None,
+        micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
+    ):  # fmt: skip
+        if ot_map is not None and ot_map.encoder != encoder.name:
+            raise ValueError(
+                f"ot_map: it is bound to the encoder {ot_map.encoder!r}, not to {encoder.name!r}; fit one for it."
+            )
+        if not (cosine_weight or divergence_weight):
+            raise ValueError("cosine_weight, divergence_weight: at least one must differ from 0.")
+        if divergence_weight and bank is None:
+            raise ValueError("bank: a divergence weight needs the features of real videos.")
+        self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
+        self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
+        self.bank = bank
+        if divergence_weight and not isinstance(bank, BankDivergence):
+            from pisces_rl.ot.metrics import default_blur
+
+            self.bank = BankDivergence(bank.to(encoder.device), blur=default_blur(bank) if blur is None else blur)
+        self.__name__ = name
+
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+        with shared_encodings():
+            x = video_features(self.encoder, videos, self.micro_batch).pooled.float()
+            reward = torch.zeros_like(x[:, 0])
+            if self.cosine_weight:
+                y = text_features(self.encoder, prompts).pooled.float()
+                target = y if self.ot_map is None else self.ot_map(y)
+                reward = reward + self.cosine_weight * F.cosine_similarity(target, x, dim=-1)
+            if self.divergence_weight:
+                reward = reward - self.divergence_weight * self._credit(x)
+        return reward.to(videos.device)
+
+    def _credit(self, x: Tensor) -> Tensor:
+        """(B,): each video's share of the divergence, with B times the divergence's gradient."""
+        credit = self.bank.per_sample(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return credit
+        features = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(len(x) * self.bank(features), features)
+        return credit + (slope * (x - x.detach())).sum(1)

@@ -1,0 +1,74 @@
+"""The token-level reward: does the matching model, its attention fused with transport plans, call it a match?"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
+from pisces_rl.rewards.ot_attention import Drawing, OTAttention
+
+
+class OTSemanticReward:
+    """P(match) of a video-text matching model whose cross-attention is fused with transport plans.
+
+        R_s = softmax(VTM(A~ x))[match]
+
+    Args:
+        matcher: an encoder with a matching head.
+        attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability.
+        micro_batch: videos matched at once.
+        name: under which it is logged.
+
+    A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,) in [0, 1], differentiable. A prompt
+    without words is matched without a plan. Source: arXiv 2602.01624, section 4.2.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self, matcher: VideoTextEncoder, attention: OTAttention | None = None, *, micro_batch: int = MICRO_BATCH,
+        name: str = "ot_semantic",
+    ):  # fmt: skip
+        if not matcher.matches:
+            raise ValueError(f"matcher: {matcher.name} has no matching head.")
+        unknown = set() if attention is None or attention.layers is None else set(attention.layers)
+        unknown -= set(matcher.cross_layers)
+        if unknown:
+            raise ValueError(
+                f"attention: layers {sorted(unknown)} of {matcher.name} do not attend to the video; those that do: "
+                f"{list(matcher.cross_layers)}."
+            )
+        self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
+        self.__name__ = name
+
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+        return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)
+
+    def logits(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
+        """(B, 2) of "differs" and "matches"."""
+        with shared_encodings():
+            text = text_features(self.encoder, prompts)
+            video = video_features(self.encoder, videos, self.micro_batch)
+            parts = []
+            for start in range(0, len(prompts), self.micro_batch):
+                rows = slice(start, start + self.micro_batch)
+                part = text[rows]
+                fusion = None if self.attention is None else self.attention.bind(part.words, video.positions)
+                parts.append(self.encoder.match(part, video[rows], fusion))
+            return torch.cat(parts)
+
+    @torch.no_grad()
+    def draw(self, prompts: Sequence[str], videos: Tensor) -> tuple[list[list[str]], Tensor, list[Drawing]]:
+        """The pieces of each prompt, the video tokens' positions (M, 3), and each layer's attention and plan."""
+        if self.attention is None:
+            raise ValueError("attention: there are no plans to draw without one.")
+        self.attention.drawings = []
+        try:
+            with shared_encodings():
+                text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
+                self.encoder.match(text, video, self.attention.bind(text.words, video.positions))
+            return text.pieces, video.positions.cpu(), self.attention.drawings
+        finally:
+            self.attention.drawings = None
