@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pisces_rl.ot.costs import as_float
+
 NAME = "pisces_rl_fused"
 
 
@@ -24,7 +26,7 @@ def fused_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
         )
     with torch.autocast(query.device.type, enabled=False):
-        logits = (query.float() @ key.float().mT) * scaling
+        logits = (as_float(query) @ as_float(key).mT) * scaling
     bias, gate = fusion(module.layer_idx, query, key, logits)
     logits = logits + bias
     if attention_mask is not None:

@@ -59,10 +59,10 @@ class OTQualityReward:
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
         with shared_encodings():
-            x = video_features(self.encoder, videos, self.micro_batch).pooled.float()
+            x = video_features(self.encoder, videos, self.micro_batch).pooled
             reward = torch.zeros_like(x[:, 0])
             if self.cosine_weight:
-                y = text_features(self.encoder, prompts).pooled.float()
+                y = text_features(self.encoder, prompts).pooled
                 target = y if self.ot_map is None else self.ot_map(y)
                 reward = reward + self.cosine_weight * F.cosine_similarity(target, x, dim=-1)
             if self.divergence_weight:

@@ -1,6 +1,16 @@
-"""Video-text models behind one small protocol, `VideoTextEncoder`: one file a model."""
+"""Video-text models behind one small protocol, `VideoTextEncoder`: one file a model.
+
+| file | model | matches |
+|---|---|---|
+| tiny_vtm.py | tiny-vtm, shipped, of ShapeMotion | yes |
+| internvideo2.py | InternVideo2 stage 2, the paper's | yes |
+| blip.py | BLIP over frames | yes |
+| frames.py | CLIP, SigLIP over frames | no |
+| xclip.py, videoprism.py, pe_video.py | X-CLIP, VideoPrism, PE-Video | no |
+"""
 
 from .base import TextFeatures, VideoFeatures, VideoTextEncoder
+from .loading import load_encoder
 from .tiny_vtm import TinyVTM, TinyVTMConfig
 
-__all__ = ["TextFeatures", "TinyVTM", "TinyVTMConfig", "VideoFeatures", "VideoTextEncoder"]
+__all__ = ["TextFeatures", "TinyVTM", "TinyVTMConfig", "VideoFeatures", "VideoTextEncoder", "load_encoder"]

@@ -70,6 +70,15 @@ class VideoTextEncoder(nn.Module, ABC):
         return next(self.parameters()).device
 
     @property
+    def precision(self) -> torch.dtype:
+        """Of pixels and pooled features: fp32, or fp64 for a model in fp64."""
+        return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
+
+    def unit(self, x: Tensor) -> Tensor:
+        """To length 1, in `precision`."""
+        return F.normalize(x.to(self.precision), dim=-1)
+
+    @property
     def matches(self) -> bool:
         return len(self.cross_layers) > 0
 
@@ -87,7 +96,7 @@ class VideoTextEncoder(nn.Module, ABC):
         raise ValueError(f"{self.name} has no matching head; the semantic reward needs an encoder that has one.")
 
     def prepare(self, videos: Tensor) -> Tensor:
-        """(B, num_frames, 3, *resolution), normalised, on the model's device and in fp32.
+        """(B, num_frames, 3, *resolution), normalised, on the model's device and in its `precision`.
 
         Frames are taken evenly, first and last included; a video shorter than the model's count repeats the nearest
         ones. Resizing is bicubic with antialiasing. Pixels up to 0.1 beyond [0, 1] are clamped.
@@ -97,7 +106,7 @@ class VideoTextEncoder(nn.Module, ABC):
         if not isinstance(videos, Tensor) or videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
             found = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
             raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), got {found}.")
-        videos = videos.to(self.device, torch.float32)
+        videos = videos.to(self.device, self.precision)
         low, high = videos.detach().flatten(1).aminmax(dim=1)
         fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
         if not bool(fine.all()):
@@ -159,4 +168,6 @@ def tokenize(tokenizer, prompts: Sequence[str], max_length: int, device, fixed: 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 1, 1, N): 0 where the mask is True, the smallest number elsewhere."""
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)[:, None, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
+        :, None, None
+    ]

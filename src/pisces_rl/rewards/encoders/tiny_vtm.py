@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerFast
@@ -91,7 +90,7 @@ class TinyVTM(VideoTextEncoder):
         x = self.patch(x.reshape(len(videos), t, h * w, -1)) + self.time_position + self.space_position
         x = torch.cat([self.class_token.expand(len(videos), -1, -1), x.flatten(1, 2)], 1)
         tokens = self.video_layers(x)
-        pooled = F.normalize(self.video_projection(tokens[:, 0]).float(), dim=-1)
+        pooled = self.unit(self.video_projection(tokens[:, 0]))
         return VideoFeatures(pooled, tokens, grid(t, h, w, class_tokens=1).to(tokens.device))
 
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
@@ -100,12 +99,12 @@ class TinyVTM(VideoTextEncoder):
 
     def encode_tokens(self, tokens: Tensor, mask: Tensor, words: Tensor, pieces: list[list[str]]) -> TextFeatures:
         hidden = self.text.read(tokens, mask)
-        pooled = F.normalize(self.text_projection(hidden[:, 0]).float(), dim=-1)
+        pooled = self.unit(self.text_projection(hidden[:, 0]))
         return TextFeatures(pooled, hidden, mask, words, pieces)
 
     def match(self, text: TextFeatures, video: VideoFeatures, fusion: Fusion | None = None) -> Tensor:
         hidden = self.text.cross(text.tokens, text.mask, video.tokens, fusion)
-        return self.matching_head(hidden[:, 0]).float()
+        return self.matching_head(hidden[:, 0]).to(self.precision)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16, **card) -> None:
         """config.json (with `card`), model.safetensors and the tokenizer."""

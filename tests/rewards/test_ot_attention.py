@@ -1,0 +1,247 @@
+"""The fusion of attention and plans, and the rewards built on it."""
+
+import itertools
+
+import pytest
+import torch
+from rewards.tiny_encoders import MATCHERS, build
+
+from pisces_rl.ot import BankDivergence
+from pisces_rl.ot.maps import LinearMap
+from pisces_rl.rewards.encodings import shared_encodings
+from pisces_rl.rewards.ot_attention import FUSIONS, PLANS, OTAttention
+from pisces_rl.rewards.quality import OTQualityReward
+from pisces_rl.rewards.semantic import OTSemanticReward
+
+PROMPTS = ["a red circle moving left", "two blue squares on black", ""]
+
+
+@pytest.fixture(scope="module")
+def videos():
+    return torch.rand(3, 5, 3, 24, 24, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def layer():
+    """Words, positions, query, key and logits of one layer: 2 texts of 6 tokens, 1 + 2 x 3 x 3 video tokens."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 1, 1, 0, 0, 0]]).bool()
+    axes = torch.meshgrid(torch.arange(2.0), torch.arange(3.0), torch.arange(3.0), indexing="ij")
+    positions = torch.cat([torch.full((1, 3), torch.nan), torch.stack(axes, -1).flatten(0, 2)])
+    query, key = (torch.randn(2, 4, n, 8, generator=generator) for n in (6, 19))
+    return words, positions, query, key, query @ key.mT / 8**0.5
+
+
+def fused(settings, words, positions, query, key, logits):
+    bias, gate = settings.bind(words, positions)(0, query, key, logits)
+    return (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
+
+
+@pytest.mark.parametrize("plan, fusion", itertools.product(PLANS, FUSIONS))
+def test_special_tokens_keep_their_attention(layer, plan, fusion):
+    words, *_, logits = layer
+    after = fused(OTAttention(plan=plan, fusion=fusion), *layer)
+    attention = logits.softmax(-1)
+    rows = ~words[:, None, :, None].expand_as(after)
+    torch.testing.assert_close(after[rows], attention[rows], rtol=1e-5, atol=1e-7)
+    if fusion == "log":
+        torch.testing.assert_close(after[..., 0], attention[..., 0], rtol=1e-4, atol=1e-6)  # the class token's column
+        torch.testing.assert_close(after.sum(-1), torch.ones(2, 4, 6))
+
+
+def test_log_fusion_is_the_product_with_the_plan(layer):
+    words, positions, query, key, logits = layer
+    settings = OTAttention(class_tokens=True)
+    bound = settings.bind(words, positions)
+    attention, columns = logits.softmax(-1), torch.ones(19, dtype=torch.bool)
+    plan = bound.solve(bound.cost(query, key, attention, columns), columns)
+    product = attention * plan
+    expected = product / product.sum(-1, keepdim=True)
+    rows = words[:, None, :, None].expand_as(expected)
+    torch.testing.assert_close(fused(settings, *layer)[rows], expected[rows], rtol=1e-4, atol=1e-7)
+
+
+def test_the_published_floor(layer):
+    words, positions, query, key, logits = layer
+    settings = OTAttention(plan="paper", floor=1e-3, class_tokens=True)
+    bound = settings.bind(words, positions)
+    attention, columns = logits.softmax(-1), torch.ones(19, dtype=torch.bool)
+    plan = bound.solve(bound.cost(query, key, attention, columns), columns)
+    product = (attention + 1e-3) * (plan / plan.sum(-1, keepdim=True) + 1e-3)
+    expected = product / product.sum(-1, keepdim=True)
+    rows = words[:, None, :, None].expand_as(expected)
+    torch.testing.assert_close(fused(settings, *layer)[rows], expected[rows], rtol=1e-4, atol=1e-7)
+
+
+def test_the_published_plan_is_the_unbalanced_one_in_the_log_fusion(layer):
+    paper, unbalanced = (fused(OTAttention(plan=plan, tolerance=1e-6), *layer) for plan in ("paper", "unbalanced"))
+    torch.testing.assert_close(paper, unbalanced, rtol=1e-3, atol=1e-6)
+
+
+def test_the_mass_of_partial_plans(layer):
+    words, positions, query, key, logits = layer
+    bound = OTAttention(mass=0.6, tolerance=1e-6).bind(words, positions)
+    columns = positions.isfinite().all(1)
+    plan = bound.solve(bound.cost(query, key, logits.softmax(-1), columns), columns)
+    torch.testing.assert_close(plan.sum((-1, -2)), torch.full((2, 4), 0.6), rtol=1e-4, atol=0)
+    share = plan.sum(-1) * words.sum(1)[:, None, None]
+    assert share.max() < 1 + 1e-3 and share[words[:, None].expand_as(share)].std() > 0.01
+    gated = fused(OTAttention(mass=0.6, fusion="gated", tolerance=1e-6), *layer).sum(-1)
+    rows = words[:, None].expand_as(share)
+    torch.testing.assert_close(gated[rows], share[rows], rtol=1e-3, atol=1e-5)
+    halves = fused(OTAttention(mass=0.6, fusion="arithmetic", tolerance=1e-6), *layer).sum(-1)
+    inside = logits.softmax(-1)[..., 1:].sum(-1)
+    torch.testing.assert_close(halves[rows], ((1 + 1 - inside + inside * share) / 2)[rows], rtol=1e-3, atol=1e-5)
+
+
+def test_costs_are_in_the_unit_interval_and_know_time_and_space(layer):
+    words, positions, query, key, logits = layer
+    columns = positions.isfinite().all(1)
+    attention = logits.softmax(-1)
+    costs = {}
+    for temporal, spatial in ((0, 0), (5, 0), (0, 5)):
+        bound = OTAttention(temporal=temporal, spatial=spatial).bind(words, positions)
+        cost = costs[temporal, spatial] = bound.cost(query, key, attention, columns)
+        cells = cost[words[:, None, :, None] & columns & torch.ones_like(cost, dtype=torch.bool)]
+        assert cells.min() == 0 and cells.max() == pytest.approx(1)
+    assert not torch.allclose(costs[5, 0], costs[0, 5])
+
+
+def test_layers_and_heads(layer):
+    logits = layer[-1]
+    assert not fused(OTAttention(layers=[1]), *layer).sub(logits.softmax(-1)).abs().max() > 1e-6
+    one = fused(OTAttention(heads=[2], fusion="gated"), *layer)
+    torch.testing.assert_close(one[:, [0, 1, 3]], logits.softmax(-1)[:, [0, 1, 3]])
+    torch.testing.assert_close(one[:, 2], fused(OTAttention(fusion="gated"), *layer)[:, 2])
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+@pytest.mark.parametrize(
+    "plan, fusion", [("partial", "log"), ("partial", "gated"), ("paper", "arithmetic"), (None, None)]
+)
+def test_semantic_reward_is_independent_of_batch_and_padding(name, plan, fusion, videos):
+    encoder = build(name)
+    attention = None if plan is None else OTAttention(plan=plan, fusion=fusion)
+    reward = OTSemanticReward(encoder, attention, micro_batch=2)
+    together = reward(PROMPTS, videos)
+    assert together.shape == (3,) and together.min() >= 0 and together.max() <= 1
+    for row, prompt in enumerate(PROMPTS):
+        alone = reward([prompt], videos[row : row + 1])
+        torch.testing.assert_close(alone[0], together[row], rtol=2e-3, atol=1e-4)
+    plain = OTSemanticReward(encoder)(PROMPTS, videos)
+    torch.testing.assert_close(together[2], plain[2], rtol=1e-4, atol=1e-6)  # no words, no plan
+    if plan is not None:
+        assert (together[:2] - plain[:2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", MATCHERS)
+def test_gradients_of_the_semantic_reward(name):
+    """The plan is a constant to gradients, so the finite difference holds it fixed, too."""
+    encoder = build(name, torch.float64)
+    generator = torch.Generator().manual_seed(3)
+    videos = 0.2 + 0.6 * torch.rand(2, 3, 3, 16, 16, generator=generator, dtype=torch.float64)
+    direction = torch.randn(videos.shape, generator=generator, dtype=torch.float64)
+    settings = OTAttention(fusion="gated", tolerance=1e-6)
+    kept = []
+
+    class Held(type(settings.bind(torch.ones(1, 1).bool(), torch.zeros(1, 3)))):
+        def solve(self, cost, columns):
+            kept.append(super().solve(cost, columns)) if recording else None
+            return kept[next(index)]
+
+    def value(x):
+        text, video = encoder.encode_text(PROMPTS[:2]), encoder.encode_video(x)
+        return encoder.match(text, video, Held(settings, text.words, video.positions)).softmax(1)[:, 1].sum()
+
+    recording, index = True, itertools.count()
+    videos.requires_grad_()
+    (gradient,) = torch.autograd.grad(value(videos), videos)
+    (own,) = torch.autograd.grad(OTSemanticReward(encoder, settings)(PROMPTS[:2], videos).sum(), videos)
+    torch.testing.assert_close(own, gradient)
+    recording, slopes = False, []
+    for sign in (1, -1):
+        index = itertools.count()
+        with torch.no_grad():
+            slopes.append(value(videos + sign * 1e-5 * direction))
+    slope = float(slopes[0] - slopes[1]) / 2e-5
+    assert float((gradient * direction).sum()) == pytest.approx(slope, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0, "noise", 0.5])
+@pytest.mark.parametrize("plan", PLANS)
+def test_rewards_and_gradients_are_finite_on_odd_videos(plan, fill):
+    encoder = build("tiny_vtm")
+    videos = torch.rand(2, 5, 3, 16, 16) if fill == "noise" else torch.full((2, 5, 3, 16, 16), fill)
+    videos.requires_grad_()
+    bank = torch.nn.functional.normalize(torch.randn(20, 10), dim=1)
+    semantic = OTSemanticReward(encoder, OTAttention(plan=plan, fusion="gated"))
+    quality = OTQualityReward(encoder, bank=bank, divergence_weight=1.0)
+    for reward in (semantic, quality):
+        values = reward(PROMPTS[:2], videos)
+        (gradient,) = torch.autograd.grad(values.sum(), videos)
+        assert values.isfinite().all() and gradient.isfinite().all()
+
+
+def test_drawings(videos):
+    encoder = build("tiny_vtm")
+    reward = OTSemanticReward(encoder, OTAttention())
+    pieces, positions, drawings = reward.draw(PROMPTS[:2], videos[:2])
+    assert [d.layer for d in drawings] == list(encoder.cross_layers) and pieces[0][1:3] == ["a", "red"]
+    assert drawings[0].plan.shape == drawings[0].attention.shape == (2, 2, 7, len(positions))
+    assert reward.attention.drawings is None
+
+
+def test_bad_settings():
+    for settings, text in (
+        (dict(plan="exact"), "plan='exact'"), (dict(fusion="sum"), "fusion='sum'"), (dict(mass=0), "mass=0"),
+        (dict(mass=1.2), "mass=1.2"), (dict(plan="unbalanced", mass=1.0), "mass=1.0"), (dict(reg=0), "reg=0"),
+        (dict(temporal=-1), "temporal=-1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=text):
+            OTAttention(**settings)
+    with pytest.raises(ValueError, match="matcher: clip has no matching head"):
+        OTSemanticReward(build("clip"))
+    with pytest.raises(ValueError, match=r"layers \[0\] of tiny-vtm do not attend to the video; .* \[1, 2\]"):
+        OTSemanticReward(build("tiny_vtm"), OTAttention(layers=[0, 1]))
+
+
+def test_quality_is_the_cosine_with_the_mapped_text(videos):
+    encoder = build("clip")
+    text, video = encoder.encode_text(PROMPTS).pooled, encoder.encode_video(videos).pooled
+    raw = OTQualityReward(encoder)(PROMPTS, videos)
+    torch.testing.assert_close(raw, (text * video).sum(1), rtol=1e-4, atol=1e-6)
+    ot_map = LinearMap(encoder=encoder.name).fit(torch.randn(50, 10), 2 * torch.randn(50, 10) + 1)
+    mapped = torch.nn.functional.cosine_similarity(ot_map(text), video)
+    torch.testing.assert_close(OTQualityReward(encoder, ot_map)(PROMPTS, videos), mapped, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="ot_map: it is bound to the encoder 'other', not to 'clip'"):
+        OTQualityReward(encoder, LinearMap(encoder="other"))
+    with pytest.raises(ValueError, match="bank: a divergence weight needs"):
+        OTQualityReward(encoder, divergence_weight=1.0)
+    with pytest.raises(ValueError, match="at least one must differ from 0"):
+        OTQualityReward(encoder, cosine_weight=0.0)
+
+
+def test_quality_credits_are_the_divergence(videos):
+    encoder = build("tiny_vtm", torch.float64)
+    bank = torch.nn.functional.normalize(torch.randn(30, 10, dtype=torch.float64), dim=1)
+    divergence = BankDivergence(bank, blur=0.5, tolerance=1e-9)
+    reward = OTQualityReward(encoder, bank=divergence, cosine_weight=0.0, divergence_weight=2.0)
+    x = videos.double().requires_grad_()
+    values = reward(PROMPTS, x)
+    whole = divergence(encoder.encode_video(x).pooled)
+    torch.testing.assert_close(values.mean(), -2 * whole)
+    (ours,), (theirs,) = torch.autograd.grad(values.sum(), x), torch.autograd.grad(-6 * whole, x)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_each_video_is_encoded_once_for_each_encoder(videos, monkeypatch):
+    encoder, calls = build("tiny_vtm"), []
+    encode = type(encoder).encode_video
+    monkeypatch.setattr(type(encoder), "encode_video", lambda self, x: calls.append(len(x)) or encode(self, x))
+    rewards = [OTQualityReward(encoder), OTSemanticReward(encoder, OTAttention()), OTSemanticReward(encoder)]
+    with shared_encodings():
+        shared = [reward(PROMPTS, videos) for reward in rewards]
+    assert calls == [3]
+    for reward, value in zip(rewards, shared):
+        torch.testing.assert_close(reward(PROMPTS, videos), value)
+    assert len(calls) == 4
