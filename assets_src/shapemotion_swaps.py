@@ -5,6 +5,7 @@ from torch import Tensor
 
 from pisces_rl.shapemotion import Layout, SceneSpecs
 from pisces_rl.shapemotion.layout import DURATION
+from pisces_rl.shapemotion.splits import SPLITS, split_index
 
 ATTRIBUTES = ("shape", "color", "size", "motion", "speed", "count", "relation", "scene", "binding")
 WEIGHTS = (1.0, 1.0, 1.5, 1.5, 2.0, 1.5, 3.0, 0.7, 2.0)  # how often each is swapped, where it can be
@@ -12,13 +13,14 @@ _OPPOSITE_RELATION = (0, 2, 1, 4, 3)
 
 
 def swap(
-    specs: SceneSpecs, generator: torch.Generator, attribute: str | None = None, held_out: bool = False
+    specs: SceneSpecs, generator: torch.Generator, attribute: str | None = None, split: str | None = None
 ) -> tuple[SceneSpecs, Tensor, Tensor]:
     """N captions that each differ from the given ones in one attribute, so that no clip of the first fits the second.
 
     Args:
         attribute: one of `ATTRIBUTES`; None draws one for each caption among those that it names.
-        held_out: whether the result may name a held-out composition.
+        split: that the new captions must be of, too. Were captions of other splits among the wrong ones of training,
+            a model could learn that those are never true.
 
     Returns:
         The captions, (N,) index into `ATTRIBUTES`, and (N,) bool, whether there was anything to swap.
@@ -66,9 +68,8 @@ def swap(
     new.background[pick] = ((specs.background + 1 + draw(2)) % 3)[pick]
     pick = valid & (chosen == ATTRIBUTES.index("binding"))
     new.color[pick] = specs.color[pick].flip(1)
-    if not held_out:
-        color_shape, shape_motion = new.held_out()
-        valid = valid & ~color_shape & ~shape_motion
+    if split is not None:
+        valid = valid & (split_index(new) == list(SPLITS).index(split))
     new.set(~valid, specs[~valid])
     return new, chosen, valid
 

@@ -101,7 +101,7 @@ class Bank:
     @staticmethod
     def _part(n: int, tokenizer, device: torch.device, generator: torch.Generator, split: str) -> tuple:
         specs, layout = sample_layouts(n, split, generator=generator)
-        swapped = [swap(specs, generator, held_out=split != "train") for _ in range(SWAPS)]
+        swapped = [swap(specs, generator, split=split) for _ in range(SWAPS)]
         videos = (render_layout(layout, size=TinyVTMConfig.resolution) * 255).round().byte()
         tokens = tokenise(tokenizer, specs).to(device)
         wrong = torch.stack([tokenise(tokenizer, other) for other, _, _ in swapped], 1).to(device)
@@ -267,7 +267,7 @@ def scores(model: TinyVTM, args: argparse.Namespace, tokenizer, device: torch.de
         videos = render_layout(layout, size=model.config.resolution) * 2 - 1
         table[split] = {}
         for attribute in ATTRIBUTES:
-            wrong, _, valid = swap(specs, generator, attribute, held_out=True)
+            wrong, _, valid = swap(specs, generator, attribute, split)
             rows = valid.nonzero()[:, 0]
             if not len(rows):
                 continue

@@ -1,10 +1,12 @@
 """The divergence to a bank: against geomloss, finite differences, and what grouping must not change."""
 
+import math
+
 import pytest
 import torch
 from geomloss import SamplesLoss
 
-from pisces_rl.ot import BankDivergence, divergence
+from pisces_rl.ot import BankDivergence, ConvergenceWarning, divergence
 
 
 def points(n, d=16, shift=0.0, seed=0, dtype=torch.float64):
@@ -62,6 +64,42 @@ def test_shares_of_points_average_to_the_divergence_and_find_the_outlier():
     assert credit.argmax() == 5
 
 
+@pytest.mark.parametrize("reach", [None, 1.5])
+def test_shares_of_points_are_derivatives_in_their_weights(reach):
+    """Balanced, weights must keep their sum: the difference of two shares."""
+    bank = BankDivergence(points(50), blur=2.0, reach=reach, tolerance=1e-12, max_iterations=100_000)
+    x, a = points(6, seed=3), torch.tensor([0.1, 0.3, 0.1, 0.2, 0.2, 0.1], dtype=torch.float64)
+    step = torch.zeros(6, dtype=torch.float64)
+    step[1] = 1e-5
+    if reach is None:
+        step[4] = -1e-5
+    numeric = float(bank(x, a + step) - bank(x, a - step)) / 2e-5
+    credit = bank.per_sample(x, a)
+    assert float((credit * step).sum() / 1e-5) == pytest.approx(numeric, rel=1e-6)
+
+
+def test_a_penalised_divergence_is_not_negative_whatever_the_mass():
+    bank = BankDivergence(points(40), blur=2.0, reach=1.5, tolerance=1e-10, max_iterations=50_000)
+    for mass in (0.5, 1.0, 1.5):
+        assert float(bank(points(40), torch.full((40,), mass / 40, dtype=torch.float64))) >= -1e-9
+
+
+def test_padding_of_any_value_and_an_empty_group():
+    bank = BankDivergence(points(50, dtype=torch.float32), blur=2.0)
+    x = points(6, seed=1, dtype=torch.float32)
+    weights = torch.tensor([0.25] * 4 + [0.0] * 2)
+    for filling in (1e6, float("nan")):
+        padded = torch.cat([x[:4], torch.full((2, 16), filling)])
+        torch.testing.assert_close(bank(padded, weights), bank(x[:4]), rtol=1e-5, atol=1e-5)
+    assert bank(x, torch.zeros(6)) == 0 and bank.per_sample(x, torch.zeros(6)).abs().max() == 0
+
+
+def test_a_bank_short_of_its_tolerance_says_so():
+    with pytest.warns(ConvergenceWarning, match="the bank's own term"):
+        bank = BankDivergence(points(50), blur=2.0, tolerance=1e-12, max_iterations=2)
+    assert math.isfinite(bank.self_value)
+
+
 def test_memory_is_bounded_by_chunks(monkeypatch):
     whole = BankDivergence(points(70), blur=2.0)
     monkeypatch.setattr(divergence, "CHUNK_CELLS", 500)
@@ -88,6 +126,8 @@ def test_relative_to_real_groups_of_the_same_size():
         (dict(bank=torch.zeros(3, 2), blur=0.0), "blur=0.0"),
         (dict(bank=torch.zeros(3, 2), reach=-1.0), "reach=-1.0"),
         (dict(bank=torch.zeros(3, 2), weights=torch.tensor([1.0, -1, 2])), "weights: expected"),
+        (dict(bank=torch.zeros(3, 2), weights=torch.tensor([1.0, float("inf"), 2])), "weights: expected"),
+        (dict(bank=torch.zeros(3, 2), max_iterations=0), "max_iterations=0"),
     ],
 )
 def test_bad_banks(arguments, message):
@@ -99,7 +139,7 @@ def test_bad_groups():
     bank = BankDivergence(points(10), blur=1.0)
     with pytest.raises(ValueError, match="x: expected"):
         bank(points(4, d=3))
-    with pytest.raises(ValueError, match="cost: NaN"):
+    with pytest.raises(ValueError, match="x: NaN"):
         bank(points(4) * float("nan"))
     with pytest.raises(ValueError, match="group_size=11"):
         bank.calibrate(points(10), 11)

@@ -114,6 +114,15 @@ def test_files_that_do_not_fit_are_refused(clouds, tmp_path):
     (tmp_path / "map.json").write_text(json.dumps(card | {"kind": "cubic"}))
     with pytest.raises(ValueError, match="kind 'cubic'"):
         TransportMap.load(tmp_path)
+    for broken in ({k: v for k, v in card.items() if k != "settings"}, [card], card | {"settings": {"size": 3}}):
+        (tmp_path / "map.json").write_text(json.dumps(broken))
+        with pytest.raises(ValueError, match="truncated or damaged"):
+            TransportMap.load(tmp_path)
+    other = tmp_path / "other"
+    MeanShiftMap().fit(x, y).save(other)
+    (tmp_path / "map.json").write_text((other / "map.json").read_text())
+    with pytest.raises(ValueError, match="truncated or damaged.*shift"):
+        TransportMap.load(tmp_path)
     (tmp_path / "map.json").write_text(json.dumps(card))
     weights = tmp_path / "map.safetensors"
     weights.write_bytes(weights.read_bytes()[:-20])
@@ -138,8 +147,15 @@ def test_bad_input_names_the_argument(clouds):
         EntropicMap(reg=0)
     with pytest.raises(ValueError, match="skip='bilinear'"):
         NeuralMap(skip="bilinear")
-    with pytest.raises(ValueError, match="steps=0"):
-        NeuralMap(steps=0)
+    for wrong, message in (
+        (dict(steps=0), "steps=0"), (dict(ema_decay=1.5), "ema_decay=1.5"), (dict(seed=-1), "seed=-1"),
+        (dict(learning_rate=-1.0), "learning_rate"), (dict(max_grad_norm=0.0), "max_grad_norm"),
+        (dict(weight_decay=float("nan")), "weight_decay"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            NeuralMap(**wrong)
+    with pytest.raises(ValueError, match="target: all points"):
+        EntropicMap(linear=False).fit(torch.ones(9, 3), torch.ones(9, 3))
 
 
 def test_neural_resumes_to_the_same_map(clouds, tmp_path, monkeypatch):
@@ -160,6 +176,27 @@ def test_neural_resumes_to_the_same_map(clouds, tmp_path, monkeypatch):
     assert torch.equal(resumed(x), whole(x)) and resumed.report == whole.report
     with pytest.raises(ValueError, match="other hidden"):
         NeuralMap(**(TINY | {"hidden": 8})).fit(x, y, folder=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="other data"):
+        NeuralMap(**TINY).fit(x + 1, y, folder=tmp_path, progress=False)
+    state = next(tmp_path.glob("*.safetensors"))
+    state.write_bytes(state.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="folder: .* damaged"):
+        NeuralMap(**TINY).fit(x, y, folder=tmp_path, progress=False)
+
+
+def test_a_neural_map_that_is_no_longer_finite_ends_with_the_best(clouds, monkeypatch):
+    x, y = clouds
+    advance = maps.neural._Training.advance
+
+    def breaking(training):
+        advance(training)
+        if training.step == 6:
+            training.average[0].weight.data.fill_(float("nan"))
+
+    monkeypatch.setattr(maps.neural._Training, "advance", breaking)
+    with pytest.warns(UserWarning, match="no longer finite after 8 steps"):
+        fitted = NeuralMap(**TINY).fit(x, y, progress=False)
+    assert fitted(x).isfinite().all() and fitted.report["steps_done"] == 8
 
 
 def test_neural_with_a_linear_skip_is_never_worse_than_linear_where_it_stops_early(clouds):
@@ -197,19 +234,27 @@ class Chunks:
         return iter(self.x.split(37))
 
 
-def test_neural_from_a_stream(clouds, tmp_path):
+def test_neural_from_a_stream(clouds, tmp_path, monkeypatch):
     x, y = clouds
     held_out = x[:50], y[:50]
-    fitted = NeuralMap(**TINY).fit(Chunks(x), Chunks(y), held_out=held_out, progress=False)
-    again = NeuralMap(**TINY)
+    settings = TINY | dict(skip="linear")
+    fitted = NeuralMap(**settings).fit(Chunks(x), Chunks(y), held_out=held_out, progress=False)
+    again = NeuralMap(**settings)
     again.steps = 8
     again.fit(Chunks(x), Chunks(y), held_out=held_out, folder=tmp_path, progress=False)
     (tmp_path / "training.json").write_text(
         (tmp_path / "training.json").read_text().replace('"steps": 8', '"steps": 12')
     )
     assert fitted(x).isfinite().all() and len(fitted.report["curve"]) == 4
-    with pytest.raises(ValueError, match="empty, or can be iterated only once"):
-        NeuralMap(**TINY).fit(iter([]), Chunks(y), held_out=held_out, progress=False)
+    with pytest.raises(ValueError, match="none besides the held-out ones"):
+        NeuralMap(**TINY).fit(Chunks(x), Chunks(y), progress=False)
+    monkeypatch.setattr(maps.neural, "HELD_OUT", 64)
+    without = NeuralMap(**settings).fit(Chunks(x), Chunks(y), progress=False)  # held out: the first points
+    assert without(x).isfinite().all()
+    for wrong, message in ((iter([x]), "source: an iterator ends"), ([], "source: the iterable has no"),
+                           ([x * float("nan")], "source: expected batches of finite")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            NeuralMap(**TINY).fit(wrong, Chunks(y), held_out=held_out, progress=False)
 
 
 def test_neural_on_two_processes_keeps_ranks_equal(tmp_path):

@@ -51,6 +51,24 @@ def test_paired_recall(x):
     assert constant[10].value == 0
 
 
+def test_distance_spearman_of_ties_is_scipys(x):
+    x, y = x.round(), (x + 0.3).round()
+    reference = spearmanr(torch.pdist(x).numpy(), torch.pdist(y).numpy()).statistic
+    assert metrics.distance_spearman(x, y).value == pytest.approx(reference, abs=1e-9)
+
+
+def test_points_without_a_meaning_are_errors(x):
+    broken = x.clone()
+    broken[3, 2] = float("nan")
+    for measure in (metrics.l2_uvp, metrics.mutual_knn, metrics.distance_spearman, metrics.paired_recall):
+        with pytest.raises(ValueError, match="finite points"):
+            measure(broken, x)
+    with pytest.raises(ValueError, match="do not vary"):
+        metrics.l2_uvp(x, torch.ones_like(x))
+    with pytest.raises(ValueError, match="not all one"):
+        metrics.default_blur(torch.ones(5, 3))
+
+
 def test_divergence_from_covers_zero_for_one_distribution_and_not_for_two(x):
     y = torch.randn(300, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     blur = metrics.default_blur(y)

@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from pisces_rl.ot import ConvergenceWarning, cosine_cost, squared_cost, transport_cost, transport_plan
+from pisces_rl.ot import (
+    ConvergenceWarning,
+    cosine_cost,
+    dummy_point_transport_plan,
+    partial_transport_plan,
+    pisces_plan,
+    squared_cost,
+    transport_cost,
+    transport_plan,
+)
 
 
 def problem(batch, n, m, seed=0, dtype=torch.float64):
@@ -216,6 +225,74 @@ def test_modes_are_what_they_were(enabled):
     finally:
         torch.set_float32_matmul_precision(before)
     assert torch.equal(exact.plan, transport_plan(cost, a, b, reg=0.05).plan)
+
+
+@pytest.mark.parametrize("reach", [None, 0.5])
+def test_a_mate_that_is_annealed_changes_nothing(reach):
+    cost, a, b = problem(3, 8, 20, dtype=torch.float32)
+    cost[1] *= 60
+    together = transport_plan(cost, a, b, reg=0.05, reach=reach)
+    for k in range(3):
+        alone = transport_plan(cost[k], a[k], b[k], reg=0.05, reach=reach)
+        assert (alone.plan - together.plan[k]).abs().max() < 1e-6
+        assert alone.iterations == together.iterations[k]
+
+
+@pytest.mark.parametrize("reach", [None, 500.0])
+def test_a_large_constant_in_the_costs_loses_no_digits(reach):
+    """Of integers, so that fp32 holds the costs exactly."""
+    generator = torch.Generator().manual_seed(0)
+    cost = torch.randint(0, 40, (2, 6, 9), generator=generator).float() + (2**20 if reach is None else 1024)
+    single = transport_plan(cost, reg=1.0, reach=reach, max_iterations=50_000)
+    double = transport_plan(cost.double(), reg=1.0, reach=reach, max_iterations=50_000)
+    assert (single.plan.double() - double.plan).abs().max() < 1e-6
+    torch.testing.assert_close(single.value.double(), double.value, rtol=1e-6, atol=0)
+
+
+def test_a_large_reach_is_the_balanced_plan():
+    cost, a, b = problem(2, 8, 20, dtype=torch.float32)
+    balanced = transport_plan(cost, a, b, reg=0.05)
+    assert (transport_plan(cost, a, b, reg=0.05, reach=1e8).plan - balanced.plan).abs().max() < 1e-5
+
+
+def test_weights_in_half_precision_balance():
+    cost, a, b = problem(2, 8, 50, dtype=torch.float32)
+    plan = transport_plan(cost, a.bfloat16(), b.bfloat16(), reg=0.05).plan
+    assert (plan - transport_plan(cost, a, b, reg=0.05).plan).abs().sum() < 2e-2
+
+
+def test_precisions_that_the_user_set_are_what_they_were():
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    cost, a, b = problem(1, 4, 5, dtype=torch.float32)
+    try:
+        backend.fp32_precision = "tf32"
+        transport_plan(cost, a, b, reg=0.05)
+        squared_cost(cost, cost)
+        with pytest.raises(ValueError):
+            transport_plan(cost * float("nan"), a, b, reg=0.05)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda c: transport_plan(c, reg=0.1),
+        lambda c: transport_plan(c, reg=0.1, reach=1.0),
+        lambda c: partial_transport_plan(c, reg=0.1, mass=0.5),
+        lambda c: partial_transport_plan(c, reg=0.1, mass=0.5, reference="uniform"),
+        lambda c: dummy_point_transport_plan(c, reg=0.1, mass=0.5),
+        lambda c: pisces_plan(c, reg=0.1, mass=0.5),
+    ],
+)
+def test_costs_that_are_not_finite_are_an_error_of_every_plan(solve, bad):
+    cost = problem(2, 4, 5, dtype=torch.float32)[0]
+    cost[1, 2, 3] = bad
+    with pytest.raises(ValueError, match="cost: NaN or infinite"):
+        solve(cost)
 
 
 COST, A, B = problem(2, 4, 5)

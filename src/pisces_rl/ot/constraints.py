@@ -3,9 +3,10 @@
 A plan is P_ij = alpha_i beta_j exp((f_i + g_j + l - C_ij) / eps) for reference weights alpha and beta. Block ascent
 of the dual sets one potential after the other; in units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
 
-    f_i / eps = update(log(a_i / alpha_i) - log r_i)
+    f_i / eps = step(log(a_i / alpha_i) - log r_i)
 
-and `update` is all that differs between kinds. `residual` is the L1 distance of a marginal from what optimality asks.
+and `update`, all that differs between kinds, gives the new f_i / eps less a `rest` from that candidate less the same
+rest, so that a large rest costs no digits. `residual` is the L1 distance of a marginal from what optimality asks.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,10 @@ class Balanced:
 
     mass: None = None
 
-    def update(self, candidate: Tensor, eps: float) -> Tensor:
+    def __getitem__(self, rows: Tensor) -> "Balanced":
+        return self
+
+    def update(self, candidate: Tensor, rest: Tensor, eps: float) -> Tensor:
         return candidate
 
     def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
@@ -37,8 +41,11 @@ class Penalised:
     rho: float
     mass: None = None
 
-    def update(self, candidate: Tensor, eps: float) -> Tensor:
-        return candidate * (self.rho / (self.rho + eps))
+    def __getitem__(self, rows: Tensor) -> "Penalised":
+        return self
+
+    def update(self, candidate: Tensor, rest: Tensor, eps: float) -> Tensor:
+        return (self.rho * candidate - eps * rest) / (self.rho + eps)
 
     def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
         return (marginal - weights * (-scaled * (eps / self.rho)).exp()).abs().sum(1)
@@ -49,10 +56,10 @@ class Penalised:
         Source: Sejourne et al. (arXiv 2201.00730), section 3.
         """
         share = eps / self.rho
-        of_a = (a.log() - share * x).logsumexp(1, keepdim=True)
-        of_b = (b.log() - share * y).logsumexp(1, keepdim=True)
-        step = (of_a - of_b) / (2 * share)
-        return torch.where(step.isfinite(), step, 0.0)
+        of_a = (a.double().log() - share * x.double()).logsumexp(1, keepdim=True)
+        of_b = (b.double().log() - share * y.double()).logsumexp(1, keepdim=True)
+        step = (of_a - of_b) / (2 * share)  # a small difference over a small share: fp64
+        return torch.where(step.isfinite(), step, 0.0).to(x)
 
     def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
         return -self.rho * (weights * torch.expm1(-potential / self.rho)).sum(1)
@@ -64,8 +71,12 @@ class Bounded:
 
     mass: Tensor
 
-    def update(self, candidate: Tensor, eps: float) -> Tensor:
-        return candidate.clamp_max(0)
+    def __getitem__(self, rows: Tensor) -> "Bounded":
+        """For some of the problems."""
+        return Bounded(self.mass[rows])
+
+    def update(self, candidate: Tensor, rest: Tensor, eps: float) -> Tensor:
+        return torch.minimum(candidate, -rest)
 
     def residual(self, marginal: Tensor, weights: Tensor, scaled: Tensor, eps: float) -> Tensor:
         excess = marginal - weights

@@ -1,7 +1,24 @@
 """Costs between two batches of points, in fp32 (fp64 stays fp64), differentiable."""
 
+import contextlib
+
 import torch
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device):
+    """No autocast, no TF32 or bf16 in products; everything as it was afterwards, also on an error."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, precision in zip(backends, before):
+            backend.fp32_precision = precision
 
 
 def as_float(x: Tensor) -> Tensor:
@@ -15,8 +32,7 @@ def squared_cost(x: Tensor, y: Tensor) -> Tensor:
     Computed from inner products, after both sets are centred on the mean of y, and clamped at 0: exact to about 1e-6
     of the largest squared norm.
     """
-    device = x.device.type
-    with torch.autocast(device, enabled=False):
+    with exact_products(x.device):
         x, y = as_float(x), as_float(y)
         center = y.detach().mean(-2, keepdim=True)
         x, y = x - center, y - center
@@ -27,7 +43,7 @@ def squared_cost(x: Tensor, y: Tensor) -> Tensor:
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """C_ij = 1 - cos(x_i, y_j), (..., N, M); a zero vector is at right angles to all. Equal to `squared_cost` of unit
     vectors."""
-    with torch.autocast(x.device.type, enabled=False):
+    with exact_products(x.device):
         x, y = as_float(x), as_float(y)
         x = torch.nn.functional.normalize(x, dim=-1)
         y = torch.nn.functional.normalize(y, dim=-1)

@@ -1,19 +1,22 @@
 """The debiased Sinkhorn divergence of groups of points from a fixed bank, with each point's share of it."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
 
 from pisces_rl.ot.costs import as_float, squared_cost
-from pisces_rl.ot.plans import TransportPlan, check_positive, transport_plan
+from pisces_rl.ot.plans import ConvergenceWarning, TransportPlan, check_positive, transport_plan
 from pisces_rl.ot.solver import full_precision
 
 CHUNK_CELLS = 2**26  # costs that the bank's own term holds at once: 256 MiB in fp32
 
 
 class BankDivergence:
-    """S(x, bank) = OT(x, bank) - OT(x, x) / 2 - OT(bank, bank) / 2 for groups x of points.
+    """S(x, bank) = OT(x, bank) - OT(x, x) / 2 - OT(bank, bank) / 2 + eps (|a| - 1)^2 / 2 for groups x of points.
+
+    The last term is 0 but for penalised groups whose weights a do not sum to the bank's 1.
 
     OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (rho = reach^2 if
     penalised),
@@ -41,12 +44,17 @@ class BankDivergence:
         check_positive(blur=blur, tolerance=tolerance)
         if reach is not None:
             check_positive(reach=reach)
+        if not (isinstance(max_iterations, int) and max_iterations > 0):
+            raise ValueError(f"max_iterations={max_iterations!r}: expected an integer > 0.")
         if bank.ndim != 2 or 0 in bank.shape or not bank.isfinite().all():
             raise ValueError(f"bank: expected finite points (M, D), got {tuple(bank.shape)}.")
         self.bank = as_float(bank.detach())
         self.weights = torch.full_like(self.bank[:, 0], 1 / len(bank)) if weights is None else weights.to(self.bank)
-        if self.weights.shape != (len(bank),) or not (self.weights >= 0).all() or not self.weights.sum() > 0:
-            raise ValueError(f"weights: expected ({len(bank)},) numbers >= 0, got {tuple(self.weights.shape)}.")
+        fine = self.weights.shape == (len(bank),) and self.weights.isfinite().all() and (self.weights >= 0).all()
+        if not fine or not self.weights.sum() > 0:
+            raise ValueError(
+                f"weights: expected ({len(bank)},) finite numbers >= 0, not all 0, got {tuple(self.weights.shape)}."
+            )
         self.weights = self.weights / self.weights.sum()
         self.settings = dict(
             reg=blur**2, reach=None if reach is None else reach**2, tolerance=tolerance, max_iterations=max_iterations
@@ -60,32 +68,40 @@ class BankDivergence:
         Args: a: (B, n) or (n,), weights of the points; zero is padding. Unset: uniform.
         """
         groups, a, batched = self._groups(x, a)
-        across, within = self._plans(groups, a)
-        value = across.value - within.value / 2 - self.self_value / 2
+        value = self._value(a, *self._plans(groups, a))
         return value if batched else value[0]
 
-    def per_sample(self, x: Tensor, a: Tensor | None = None) -> Tensor:
-        """(B, n) or (n,): F_i = f_xy(x_i) - f_xx(x_i), the divergence's first variation at each point.
+    def _value(self, a: Tensor, across: TransportPlan, within: TransportPlan) -> Tensor:
+        mass = a.sum(1)
+        value = across.value - within.value / 2 - self.self_value / 2 + self.settings["reg"] * (mass - 1) ** 2 / 2
+        return torch.where(mass > 0, value, 0.0)
 
-        Balanced potentials are given up to a constant; here it makes the mean of F, weighted by a, equal to S.
+    def per_sample(self, x: Tensor, a: Tensor | None = None) -> Tensor:
+        """(B, n) or (n,): F_i, the divergence's first variation dS / da_i at each point.
+
+        Balanced, F = f_xy - f_xx, given up to a constant, which makes the mean of F, weighted by a, equal to S.
+        Penalised, F = (rho + eps) (exp(-f_xx / rho) - exp(-f_xy / rho)).
         """
         groups, a, batched = self._groups(x.detach(), a)
         across, within = self._plans(groups, a)
-        credit = across.potential_a - within.potential_a
-        if self.settings["reach"] is None:
-            value = across.value - within.value / 2 - self.self_value / 2
-            credit = credit + (value - (a * credit).sum(1))[:, None]
+        rho = self.settings["reach"]
+        if rho is None:
+            credit = across.potential_a - within.potential_a
+            credit = credit + (self._value(a, across, within) - (a * credit).sum(1))[:, None]
+        else:
+            parts = (torch.expm1(-plan.potential_a / rho) for plan in (within, across))
+            credit = (rho + self.settings["reg"]) * (next(parts) - next(parts))
         credit = torch.where(a > 0, credit, 0.0)
         return credit if batched else credit[0]
 
     def calibrate(self, real: Tensor, group_size: int, draws: int = 64, seed: int = 0) -> tuple[float, float]:
-        """Mean and deviation of S over random groups of real points, (n, D), that are not in the bank."""
+        """Mean and deviation of S over random groups of real points, (n, D), that are not in the bank; kept."""
         if not 1 <= group_size <= len(real):
             raise ValueError(f"group_size={group_size}: expected 1 to {len(real)}, the number of real points.")
         generator = torch.Generator().manual_seed(seed)
         rows = torch.stack([torch.randperm(len(real), generator=generator)[:group_size] for _ in range(draws)])
         with torch.no_grad():
-            values = self(as_float(real)[rows.to(real.device)])
+            values = torch.cat([self(as_float(real)[part.to(real.device)]) for part in rows.split(8)])
         self.floor[group_size] = float(values.mean()), float(values.std())
         return self.floor[group_size]
 
@@ -99,12 +115,17 @@ class BankDivergence:
     def _groups(self, x: Tensor, a: Tensor | None) -> tuple[Tensor, Tensor, bool]:
         if x.ndim not in (2, 3) or x.shape[-1] != self.bank.shape[1] or 0 in x.shape:
             raise ValueError(f"x: expected points (B, n, {self.bank.shape[1]}), got {tuple(x.shape)}.")
-        groups = as_float(x if x.ndim == 3 else x[None]).to(self.bank.device)
+        groups = (x if x.ndim == 3 else x[None]).to(self.bank)
         if a is None:
             a = torch.full_like(groups[..., 0].detach(), 1 / groups.shape[1])
         elif a.shape != x.shape[:-1]:
             raise ValueError(f"a: expected {tuple(x.shape[:-1])}, got {tuple(a.shape)}.")
-        return groups, a.to(groups.device, groups.dtype).reshape(groups.shape[:2]), x.ndim == 3
+        a = a.to(groups).reshape(groups.shape[:2])
+        real = (a > 0)[..., None]
+        if not bool((groups.isfinite() | ~real).all()):
+            raise ValueError("x: NaN or infinite points of positive weight.")
+        # padding may hold anything, so it is put where it cannot widen the cost
+        return torch.where(real, groups, self.bank.mean(0)), a, x.ndim == 3
 
     def _plans(self, groups: Tensor, a: Tensor) -> tuple[TransportPlan, TransportPlan]:
         across = transport_plan(squared_cost(groups, self.bank), a, self.weights, **self.settings)
@@ -117,17 +138,22 @@ class BankDivergence:
             log_b = self.weights.log()
             h = torch.zeros_like(self.weights)
             eps = max(float((y.amax(0) - y.amin(0)).square().sum()) / 2, reg)
-            error = math.inf
-            for _ in range(self.settings["max_iterations"]):
+            halvings = math.ceil(math.log2(eps / reg))
+            for iteration in range(halvings + self.settings["max_iterations"]):
+                eps = max(eps / 2, reg) if 0 < iteration <= halvings else eps
                 new = self._softmin(h, log_b, eps)
-                if eps == reg:
-                    target = 1.0 if rho is None else (-h / rho).exp()
-                    sums = ((h - new) / eps).exp()
-                    error = float((self.weights * (sums - target)).abs().sum())
-                    if error <= self.settings["tolerance"]:
-                        break
-                h = (h + new * (1.0 if rho is None else rho / (rho + eps))) / 2
-                eps = max(eps / 2, reg)
+                target = 1.0 if rho is None else (-h / rho).exp()
+                error = float((self.weights * (((h - new) / eps).exp() - target).abs()).sum())
+                if iteration >= halvings and error <= self.settings["tolerance"]:
+                    break
+                last, h = h, (h + new * (1.0 if rho is None else rho / (rho + eps))) / 2
+            else:
+                h = last
+                warnings.warn(
+                    f"the bank's own term misses the marginal error of {self.settings['tolerance']:g}: {error:.1e} "
+                    f"after {self.settings['max_iterations']} iterations; raise blur or max_iterations.",
+                    ConvergenceWarning, stacklevel=3,
+                )  # fmt: skip
             moved = (self.weights * ((h - new) / eps).exp()).sum()
             if rho is None:
                 value = 2 * (self.weights * h).sum()

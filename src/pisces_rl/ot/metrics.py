@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from pisces_rl.ot.divergence import BankDivergence
@@ -31,6 +32,8 @@ def l2_uvp(mapped: Tensor, truth: Tensor, seed: int = 0) -> Estimate:
     """
     mapped, truth = _paired(mapped, truth)
     variance = truth.var(0, unbiased=False).sum()
+    if not variance > 0:
+        raise ValueError("truth: the points do not vary, so there is nothing to compare an error with.")
     return bootstrap(lambda error: 100 * error.mean(0) / variance, (mapped - truth).square().sum(1), seed)
 
 
@@ -54,7 +57,7 @@ def divergence_from(mapped: Tensor, target: Tensor, *, blur: float, seed: int = 
         value = float(bank(mapped))
         of_mapped = bank.per_sample(mapped)
         of_target = BankDivergence(mapped, blur=blur, tolerance=1e-4).per_sample(bank.bank)
-    # each alone averages to S; halves of the value, with each set's own spread
+    # each averages to S; what they spread is added as that of independent sets
     first = bootstrap(lambda f: f.mean(0), of_mapped.double().cpu(), seed)
     second = bootstrap(lambda f: f.mean(0), of_target.double().cpu(), seed + 1)
     low = ((first.value - first.low) ** 2 + (second.value - second.low) ** 2) ** 0.5
@@ -80,7 +83,7 @@ def distance_spearman(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
     """
     if len(x) != len(y) or len(x) < 40:
         raise ValueError(f"x, y: expected 40 or more paired points, got {len(x)} and {len(y)}.")
-    x, y = torch.cdist(x.double(), x.double()), torch.cdist(y.double(), y.double())
+    x, y = (torch.cdist(z, z) for z in (_points(x), _points(y)))
     value = _spearman(x, y)
     blocks = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).chunk(20)
     keeps = [torch.ones(len(x), dtype=torch.bool).index_fill(0, block, False).nonzero()[:, 0] for block in blocks]
@@ -107,8 +110,10 @@ def default_blur(target: Tensor) -> float:
     points collapsed to the mean come out nearer to the target than points of the target itself (7.8 against 10.7; at
     a half, 0.30 against 0.03), since few points of a sample have a neighbour within the blur.
     """
-    target = target.detach().double()
-    return float((0.5 * target.var(0, unbiased=False).sum()).sqrt())
+    blur = float((0.5 * target.detach().double().var(0, unbiased=False).sum()).sqrt())
+    if not blur > 0:
+        raise ValueError("target: expected finite points that are not all one; give a blur instead.")
+    return blur
 
 
 def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0) -> Estimate:
@@ -125,18 +130,27 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0
     return Estimate(float(statistic(rows)), low, high)
 
 
+def _points(x: Tensor) -> Tensor:
+    """Finite points (n, D) in fp64 on the CPU."""
+    if x.ndim != 2 or not x.isfinite().all():
+        raise ValueError(f"expected finite points (n, D), got {tuple(x.shape)}, of them NaN or infinite: "
+                         f"{int((~x.isfinite()).sum())}.")  # fmt: skip
+    return x.detach().double().cpu()
+
+
 def _paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 2 or x.shape != y.shape:
         raise ValueError(f"expected paired points of one shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
-    return x.detach().double().cpu(), y.detach().double().cpu()
+    return _points(x), _points(y)
 
 
 def _neighbours(x: Tensor, k: int) -> Tensor:
-    distance = torch.cdist(x.detach().double().cpu(), x.detach().double().cpu())
+    x = _points(x)
+    distance = torch.cdist(x, x)
     return distance.fill_diagonal_(float("inf")).topk(k, largest=False).indices
 
 
 def _spearman(x: Tensor, y: Tensor) -> float:
     above = torch.triu_indices(*x.shape, offset=1)
-    ranks = [d[above[0], above[1]].argsort().argsort().double() for d in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+    ranks = [torch.from_numpy(rankdata(d[above[0], above[1]].numpy())) for d in (x, y)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])  # NaN where all distances are one

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pisces_rl.ot.constraints import Balanced, Bounded
-from pisces_rl.ot.plans import Masked, TransportPlan, _Problems, check_positive, solve_checked
+from pisces_rl.ot.plans import BAD_COST, Masked, TransportPlan, _Problems, check_positive, solve_checked
 from pisces_rl.ot.solver import full_precision
 
 REFERENCES = ("product", "uniform")
@@ -67,7 +67,7 @@ def dummy_point_transport_plan(
     """Partial transport through one dummy point a side: balanced entropic transport of the extended problem.
 
     The dummy row has weight |b| - mass, the dummy column |a| - mass, both at cost 0 to every point; dummy to dummy is
-    forbidden, so exactly `mass` moves between real points:
+    forbidden, so `mass` moves between real points, to within the tolerance times the total weight:
 
         min_P <P, C> + reg KL(P' | a' b'^T)    with P' 1 = a', P'^T 1 = b', P the real block of P'
 
@@ -78,6 +78,7 @@ def dummy_point_transport_plan(
     check_positive(reg=reg, tolerance=tolerance)
     problems = _Problems.of(cost, a, b)
     masked = problems.masked()
+    masked.flags.setdefault(BAD_COST, ~masked.cost.isfinite().all())
     mass = _mass(masked, mass)
     _, rows, columns = masked.cost.shape
     a = torch.cat([masked.a, (masked.b.sum(1) - mass).clamp_min(0)[:, None]], 1)
@@ -85,7 +86,7 @@ def dummy_point_transport_plan(
     cost = torch.nn.functional.pad(masked.cost, (0, 1, 0, 1), value=math.inf)
     cost[:, :-1, -1] = torch.where((masked.a > 0) & (b[:, -1:] > 0), 0.0, math.inf)
     cost[:, -1, :-1] = torch.where((masked.b > 0) & (a[:, -1:] > 0), 0.0, math.inf)
-    extended = Masked(cost, a, b, a, b, masked.empty, False, masked.flags)
+    extended = Masked(cost, a, b, a, b, masked.empty, False, masked.flags, masked.slack)
     plan, value, error, iterations, f, g = solve_checked(extended, float(reg), Balanced(), tolerance, max_iterations)
     plan, f, g = plan[:, :rows, :columns], f[:, :rows], g[:, :columns]
     return problems.finish(plan, value, error, iterations, f, g, tolerance)
@@ -117,6 +118,7 @@ def pisces_plan(
         raise ValueError(f"mass={mass}: expected a share of at most 1.")
     problems = _Problems.of(cost, a, b)
     batch = problems.masked()
+    batch.flags.setdefault(BAD_COST, ~batch.cost.isfinite().all())
     batch.check()
     with full_precision(batch.cost.device):
         log_kernel = -batch.cost / reg

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from pisces_rl.ot import fused
-from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
+from pisces_rl.ot.constraints import Balanced, Constraint, Penalised
 from pisces_rl.ot.costs import as_float
 from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
 
 BAD_COST = "cost: NaN or infinite where both weights are positive."
 MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
+HALF_TOLERANCE = 1e-2  # the same for weights that came in fp16 or bf16
+FAR = 64.0  # a smallest cost of more reg than this is subtracted before anything is divided by reg
 RESOLUTION = {torch.float32: 1e5, torch.float64: 1e12}  # largest range of costs / reg whose exponents mean anything
 
 
@@ -122,6 +124,7 @@ class _Problems:
     a: Tensor
     b: Tensor
     batched: bool
+    slack: float = MASS_TOLERANCE
 
     @staticmethod
     def of(cost: Tensor, a: Tensor | None, b: Tensor | None) -> "_Problems":
@@ -130,8 +133,9 @@ class _Problems:
             raise ValueError(f"cost: expected a tensor (B, N, M) or (N, M) with no empty axis, got {found}.")
         batched = cost.ndim == 3
         cost = as_float(cost if batched else cost[None])
+        half = any(isinstance(w, Tensor) and w.dtype in (torch.float16, torch.bfloat16) for w in (a, b))
         a, b = _weights("a", a, cost, cost.shape[1]), _weights("b", b, cost, cost.shape[2])
-        return _Problems(cost, a, b, batched)
+        return _Problems(cost, a, b, batched, HALF_TOLERANCE if half else MASS_TOLERANCE)
 
     def solve(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> TransportPlan:
         """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
@@ -144,14 +148,13 @@ class _Problems:
             fields = [plan, value, error, iterations, f, g]
             left = (~(error.cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
             if len(left):
-                rest = _Problems(cost[left], self.a[left], self.b[left], True)
-                part = constraint if constraint.mass is None else Bounded(constraint.mass[left])
-                solved = solve_checked(rest.masked(), reg, part, tolerance, max_iterations)
+                rest = _Problems(cost[left], self.a[left], self.b[left], True, self.slack)
+                solved = solve_checked(rest.masked(), reg, constraint[left], tolerance, max_iterations)
                 fields = [all_.index_copy(0, left, some.to(all_)) for all_, some in zip(fields, solved)]
         return self.finish(*fields, tolerance)
 
     def masked(self) -> "Masked":
-        return Masked.of(self.cost.detach(), self.a, self.b)
+        return Masked.of(self.cost.detach(), self.a, self.b, self.slack)
 
     def finish(self, plan: Tensor, value: Tensor, *rest: Tensor) -> TransportPlan:
         *rest, tolerance = rest
@@ -175,10 +178,11 @@ class Masked:
     empty: Tensor
     full: bool
     flags: dict[str, Tensor]
+    slack: float = MASS_TOLERANCE
 
     @staticmethod
     @torch.no_grad()
-    def of(cost: Tensor, a: Tensor, b: Tensor) -> "Masked":
+    def of(cost: Tensor, a: Tensor, b: Tensor, slack: float = MASS_TOLERANCE) -> "Masked":
         real_a, real_b = a > 0, b > 0
         flags = {
             "a: weights must be finite and >= 0.": ~((a >= 0) & a.isfinite()).all(),
@@ -189,7 +193,11 @@ class Masked:
             cells = real_a[:, :, None] & real_b[:, None, :]
             flags[BAD_COST] = (cells & ~cost.isfinite()).any()
             cost = torch.where(cells, cost, math.inf)
-        return Masked(cost, a, b, a, b, ~(real_a.any(1) & real_b.any(1)), full, flags)
+        return Masked(cost, a, b, a, b, ~(real_a.any(1) & real_b.any(1)), full, flags, slack)
+
+    def __getitem__(self, rows: Tensor) -> "Masked":
+        parts = (x[rows] for x in (self.cost, self.a, self.b, self.alpha, self.beta, self.empty))
+        return Masked(*parts, self.full, {}, self.slack)
 
     def check(self, *extra: Tensor) -> list[float]:
         """Raise the first error that was flagged; the values of further scalars, read in the same wait."""
@@ -204,42 +212,57 @@ def solve_checked(
     problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `TransportPlan` by the general solver, for any reference and any pattern of cells."""
-    cost, a, b, live = problems.cost, problems.a, problems.b, ~problems.empty
-    with full_precision(cost.device):
-        if isinstance(constraint, Balanced):
-            of_a, of_b = a.sum(1), b.sum(1)
-            text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
-            gap = (of_a - of_b).abs() > MASS_TOLERANCE * torch.maximum(of_a, of_b)
-            problems.flags[text] = (gap & live).any()
-            b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
-        begin = Start.of(cost, constraint, reg, problems.full)
-        problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
-        stages, ratio = problems.check(annealing_stages(begin.span, reg).amax(), begin.span.amax() / reg)
-        if ratio > RESOLUTION[cost.dtype]:
-            raise ValueError(
-                f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} "
-                "resolves: raise reg, rescale the cost, or pass it in float64."
-            )
-        alpha, beta = problems.alpha, problems.beta
-        solution = solve(cost, a, b, alpha, beta, reg, constraint, begin, int(stages), tolerance, max_iterations)
-        plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
-        error = torch.where(live, solution.error, 0.0)
-        f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
-        g = torch.where((b > 0) & live[:, None], solution.g, 0.0)
-        value = constraint.dual(a, f) + constraint.dual(b, g)
-        moved = b.sum(1) if isinstance(constraint, Balanced) else plan.sum((1, 2))
-        if constraint.mass is not None:
-            value = value + constraint.mass * solution.shift
-            f = f + solution.shift[:, None] * (a > 0)
-        value = torch.where(live, value - reg * (moved - alpha.sum(1) * beta.sum(1)), 0.0)
-    if not solution.converged:
+    with full_precision(problems.cost.device):
+        fields, converged = _solve_checked(problems, reg, constraint, tolerance, max_iterations)
+    if not converged:
+        error = fields[2]
         warnings.warn(
             f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, "
             f"at worst {float(error.max()):.1e} after {max_iterations} iterations: raise reg or max_iterations.",
             ConvergenceWarning,
             stacklevel=4,
         )
-    return plan, value, error, solution.iterations, f, g
+    return fields
+
+
+def _solve_checked(
+    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
+) -> tuple[tuple[Tensor, ...], bool]:
+    cost, a, b, live = problems.cost, problems.a, problems.b, ~problems.empty
+    if isinstance(constraint, Balanced):
+        of_a, of_b = a.sum(1), b.sum(1)
+        text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
+        gap = (of_a - of_b).abs() > problems.slack * torch.maximum(of_a, of_b)
+        problems.flags[text] = (gap & live).any()
+        b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
+    begin = Start.of(cost, constraint, reg, problems.full)
+    problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
+    own_stages = annealing_stages(begin.span, reg)
+    extremes = own_stages.amax(), own_stages.amin(), begin.span.amax() / reg, begin.l0.abs().amax() / reg
+    stages, fewest, ratio, distance = problems.check(*extremes)
+    if ratio > RESOLUTION[cost.dtype]:
+        raise ValueError(
+            f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} "
+            "resolves: raise reg, rescale the cost, or pass it in float64."
+        )
+    if stages and not fewest:  # those that anneal apart from those that need not, so that neither changes the other
+        parts = [(own_stages == 0).nonzero()[:, 0], (own_stages > 0).nonzero()[:, 0]]
+        solved = [_solve_checked(problems[rows], reg, constraint[rows], tolerance, max_iterations) for rows in parts]
+        order = torch.cat(parts).argsort()
+        return tuple(torch.cat(f)[order] for f in zip(*(f for f, _ in solved))), all(done for _, done in solved)
+    alpha, beta, far = problems.alpha, problems.beta, distance > FAR
+    solution = solve(cost, a, b, alpha, beta, reg, constraint, begin, int(stages), far, tolerance, max_iterations)
+    plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
+    error = torch.where(live, solution.error, 0.0)
+    f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
+    g = torch.where((b > 0) & live[:, None], solution.g, 0.0)
+    value = constraint.dual(a, f) + constraint.dual(b, g)
+    moved = b.sum(1) if isinstance(constraint, Balanced) else plan.sum((1, 2))
+    if constraint.mass is not None:
+        value = value + constraint.mass * solution.shift
+        f = f + solution.shift[:, None] * (a > 0)
+    value = torch.where(live, value - reg * (moved - alpha.sum(1) * beta.sum(1)), 0.0)
+    return (plan, value, error, solution.iterations, f, g), solution.converged
 
 
 def _weights(name: str, weights: Tensor | None, cost: Tensor, n: int) -> Tensor:

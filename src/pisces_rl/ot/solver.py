@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
+from pisces_rl.ot.costs import exact_products
 
 EXP_RANGE = 60.0  # e^-60 times any weight that matters is far above the smallest float
 REBUILD = 30.0  # absorb once a rest exceeds this many eps
@@ -48,14 +49,9 @@ class Solution:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """No autocast, no TF32 or bf16 in products, no gradients; everything as it was afterwards, also on an error."""
-    precision = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    """`exact_products` without gradients."""
+    with exact_products(device), torch.no_grad():
+        yield
 
 
 @dataclass
@@ -98,6 +94,7 @@ class _State:
     z: Tensor  # (B, 1)
     precise: bool  # build kernels in fp64
     flat: bool  # g0 and l0 are 0
+    base: Tensor  # (B, 1): part of f and of g that is in neither offset, since the costs were lowered by the sum
 
     def absorb(self, eps: float, which: Tensor | None = None) -> None:
         """Move the rests into the offsets, of all problems or of those in `which`, (B, 1) bool."""
@@ -112,15 +109,15 @@ class _State:
         if self.precise:
             offsets = self.f0[:, :, None] + (self.g0 + self.l0)[:, None, :]
             return ((offsets - cost) / eps).to(cost)
-        exponent = torch.add(self.rows(eps)[:, :, None], cost, alpha=-1 / eps)
+        exponent = torch.add((self.f0 / eps).to(cost)[:, :, None], cost, alpha=-1 / eps)
         return exponent if self.flat else exponent.add_(((self.g0 + self.l0) / eps).to(cost)[:, None, :])
 
     def rows(self, eps: float) -> Tensor:
-        """f0 / eps, (B, N)."""
-        return (self.f0 / eps).to(self.x)
+        """f / eps without the rest x, (B, N)."""
+        return ((self.f0 + self.base) / eps).to(self.x)
 
     def columns(self, eps: float) -> Tensor:
-        return (self.g0 / eps).to(self.y)
+        return ((self.g0 + self.base) / eps).to(self.y)
 
 
 def _times(kernel: Tensor, weights: Tensor) -> Tensor:
@@ -151,10 +148,10 @@ def _iterate(
     """One update of each potential of the active problems, (B, 1) bool."""
     update = problem.constraint.update
     candidate = problem.ratio_a - _log_rows(problem, kernel, state.y, log_domain)
-    x = update(candidate + state.rows(eps) - state.z, eps) - state.rows(eps)
+    x = update(candidate - state.z, state.rows(eps), eps)
     state.x = torch.where(active & (problem.a > 0), state.x + relaxation * (x - state.x), state.x)
     log_columns = _log_columns(problem, kernel, state.x, log_domain)
-    y = update(problem.ratio_b - log_columns + state.columns(eps) - state.z, eps) - state.columns(eps)
+    y = update(problem.ratio_b - log_columns - state.z, state.columns(eps), eps)
     state.y = torch.where(active & (problem.b > 0), state.y + relaxation * (y - state.y), state.y)
     if isinstance(problem.constraint, Penalised):
         step = problem.constraint.translation(
@@ -223,15 +220,24 @@ def solve(
     constraint: Constraint,
     begin: Start,
     stages: int,
+    far: bool,
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Solve B problems; `stages` is the largest number of annealing stages that any of them needs."""
+    """Solve B problems; `stages` is the largest number of annealing stages that any of them needs, `far` whether
+    smallest costs are many eps from 0."""
+    bounded = isinstance(constraint, Bounded)
+    base = torch.zeros_like(begin.l0, dtype=torch.float64)
+    if stages == 0 and far:
+        # exact where costs are alike; their quotients by eps, taken one by one, would not be
+        cost, base = cost - begin.l0[:, :, None], begin.l0.double()
+        begin = Start(begin.f0, begin.g0, torch.zeros_like(begin.l0), begin.span)
     problem = _Problem(cost, a, b, alpha, beta, constraint)
     offsets = (offset.double() for offset in (begin.f0, begin.g0, begin.l0))
     rests = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(begin.l0)
-    bounded = isinstance(constraint, Bounded)
-    state = _State(*offsets, *rests, precise=stages > 0, flat=stages == 0 and not bounded)
+    flat = stages == 0 and not bounded
+    half = torch.zeros_like(base) if bounded else base / 2
+    state = _State(*offsets, *rests, precise=stages > 0, flat=flat, base=half)
     if not bounded:  # only bounded plans have a multiplier of the mass
         state.f0, state.l0 = state.f0 + state.l0, torch.zeros_like(state.l0)
     own_stages = annealing_stages(begin.span, reg)[:, None]
@@ -239,7 +245,13 @@ def solve(
         _stage(problem, state, reg * STAGE_FACTOR**stage, own_stages >= stage, STAGE_ITERATIONS)
     if stages:
         _stage(problem, state, reg, own_stages > 0, 0)
-    return _finish(problem, state, reg, tolerance, max_iterations)
+    solution = _finish(problem, state, reg, tolerance, max_iterations)
+    if bounded:
+        solution.shift += base[:, 0].to(solution.shift)
+    else:
+        solution.f += half.to(solution.f)
+        solution.g += half.to(solution.g)
+    return solution
 
 
 def annealing_stages(span: Tensor, reg: float) -> Tensor:

@@ -54,7 +54,7 @@ _TEST_SEEN_ONE_IN = 3
 
 def split_of(scene: Scene) -> str:
     """The split that a scene belongs to, by its prompt alone."""
-    return list(SPLITS)[int(_split_index(SceneSpecs.from_scenes([scene])))]
+    return list(SPLITS)[int(split_index(SceneSpecs.from_scenes([scene])))]
 
 
 def family_of(scene: Scene) -> str:
@@ -118,11 +118,11 @@ def sample_layouts(
     specs = _propose(family, generator)
     layout, legal = try_layout(specs, generator)
     layout = layout.with_slots(3)
-    legal &= _split_index(specs) == index
+    legal &= split_index(specs) == index
     # a rejected scene is drawn again in its own family, so that rejection does not change how families are mixed
     while len(rows := (~legal).nonzero()[:, 0]):
         proposed = _propose(family[rows], generator)
-        inside = _split_index(proposed) == index
+        inside = split_index(proposed) == index
         rows, proposed = rows[inside], proposed[inside]
         if not len(rows):
             continue
@@ -159,7 +159,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else ";"
 
 
-def _split_index(specs: SceneSpecs) -> torch.Tensor:
+def split_index(specs: SceneSpecs) -> torch.Tensor:
     """(N,) index into `SPLITS`."""
     color_shape, shape_motion = specs.held_out()
     bare = (specs.color < 0) & (specs.size < 0) & (specs.motion < 0)

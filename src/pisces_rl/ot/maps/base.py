@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pisces_rl.ot.costs import exact_products
+
 FORMAT = 1
 NORMALISATIONS = ("none", "l2")
 WEIGHTS, CARD = "map.safetensors", "map.json"
@@ -55,7 +57,7 @@ class TransportMap:
         dimension = int(self.tensors["dimension"])
         if x.shape[-1:] != (dimension,):
             raise ValueError(f"x: expected (..., {dimension}), got {tuple(x.shape)}.")
-        with torch.autocast(x.device.type, enabled=False):
+        with exact_products(x.device):
             x = self._normalised(x if x.dtype == torch.float64 else x.float())
             return self._map(x.reshape(-1, dimension)).reshape(x.shape)
 
@@ -105,16 +107,19 @@ class TransportMap:
         try:
             card = json.loads((folder / CARD).read_text())
             tensors = load_file(folder / WEIGHTS)
-        except (json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-            raise ValueError(f"{folder}: the map is truncated or damaged ({error}).") from error
-        if card.get("format") != FORMAT or card.get("kind") not in TransportMap._kinds:
-            raise ValueError(
-                f"{folder}: a map of kind {card.get('kind')!r}, format {card.get('format')}, is not known."
-            )
-        if encoder is not None and card["encoder"] != encoder:
-            raise ValueError(f"{folder}: encoder: the map is for {card['encoder']!r}, not for {encoder!r}.")
-        loaded = TransportMap._kinds[card["kind"]](
-            encoder=card["encoder"], normalise=card["normalise"], **card["settings"]
-        )
-        loaded.tensors, loaded.report = tensors, card["report"]
+            kind, version, own_encoder = str(card["kind"]), card["format"], card["encoder"]
+            settings = card["settings"] | {"encoder": own_encoder, "normalise": card["normalise"]}
+            report = dict(card["report"])
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+            raise ValueError(f"{folder}: the map is truncated or damaged ({error!r}).") from error
+        if version != FORMAT or kind not in TransportMap._kinds:
+            raise ValueError(f"{folder}: a map of kind {kind!r}, format {version}, is not known.")
+        if encoder is not None and own_encoder != encoder:
+            raise ValueError(f"{folder}: encoder: the map is for {own_encoder!r}, not for {encoder!r}.")
+        try:
+            loaded = TransportMap._kinds[kind](**settings)
+            loaded.tensors, loaded.report = tensors, report
+            loaded(torch.zeros(1, int(tensors["dimension"])))
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise ValueError(f"{folder}: the map is truncated or damaged ({error!r}).") from error
         return loaded

@@ -55,6 +55,8 @@ class EntropicMap(TransportMap):
         y = target[torch.randperm(len(target), generator=generator)[: self.points_kept]].float()
         cost = squared_cost(z, y)
         eps = self.reg * float(cost.mean())
+        if not eps > 0:
+            raise ValueError("target: all points of both sides are one point; no entropic map can be fitted.")
         across = transport_plan(cost, reg=eps, tolerance=self.tolerance)
         within = transport_plan(squared_cost(z, z), reg=eps, tolerance=self.tolerance)
         g, h = across.potential_b, (within.potential_a + within.potential_b) / 2

@@ -1,14 +1,17 @@
 """Neural optimal transport as the PISCES paper trains it, with guards that the paper does not have."""
 
 import copy
+import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -17,9 +20,11 @@ from pisces_rl.ot.divergence import BankDivergence
 from pisces_rl.ot.maps.base import TransportMap
 from pisces_rl.ot.maps.closed_form import LinearMap
 from pisces_rl.ot.metrics import default_blur
+from pisces_rl.ot.plans import check_positive
 
 SKIPS = ("none", "linear")
 HELD_OUT = 1024  # points a side for early stopping, if none are given
+SAMPLE = 16_384  # points of a stream that the linear skip is fitted on
 WARM_UP = 3  # steps before a step is recorded as a CUDA graph
 STATE, PROGRESS = "training.safetensors", "training.json"
 
@@ -40,8 +45,8 @@ class NeuralMap(TransportMap):
         hidden: width. skip: "none", as published, or "linear". steps: of f, at most. inner_steps: of T per step of f.
         batch_size: points a side and step, over all ranks. learning_rate, weight_decay: Adam's; the rate follows a
             cosine down to a twentieth. max_grad_norm: of T and of f. ema_decay: of the moving average.
-            evaluate_every, patience: steps, and measures. seed: of weights and batches. device: unset, CUDA if there
-            is one.
+            evaluate_every, patience: steps, and measures. seed: of weights and batches. device: unset, the
+            process's CUDA device if there is one.
 
     Source: arXiv 2602.01624, section 4.1, and the settings that its authors published; Korotin et al. 2023
     (arXiv 2201.12220).
@@ -67,16 +72,19 @@ class NeuralMap(TransportMap):
         for name, value in counts.items():
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{name}={value!r}: expected an integer > 0.")
-        self.hidden, self.skip, self.steps, self.inner_steps, self.batch_size = (
-            hidden,
-            skip,
-            steps,
-            inner_steps,
-            batch_size,
-        )
-        self.learning_rate, self.weight_decay, self.max_grad_norm = learning_rate, weight_decay, max_grad_norm
-        self.ema_decay, self.evaluate_every, self.patience, self.seed = ema_decay, evaluate_every, patience, seed
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        check_positive(learning_rate=learning_rate, max_grad_norm=max_grad_norm)
+        if not 0 <= weight_decay < math.inf:
+            raise ValueError(f"weight_decay={weight_decay!r}: expected a finite number >= 0.")
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay={ema_decay!r}: expected a number in [0, 1).")
+        if not (isinstance(seed, int) and 0 <= seed < 2**31):
+            raise ValueError(f"seed={seed!r}: expected an integer in [0, 2^31).")
+        self.hidden, self.skip, self.steps, self.inner_steps = hidden, skip, steps, inner_steps
+        self.batch_size, self.learning_rate, self.weight_decay = batch_size, learning_rate, weight_decay
+        self.max_grad_norm, self.ema_decay = max_grad_norm, ema_decay
+        self.evaluate_every, self.patience, self.seed = evaluate_every, patience, seed
+        rank = os.environ.get("LOCAL_RANK", "0")
+        self.device = torch.device(device or (f"cuda:{rank}" if torch.cuda.is_available() else "cpu"))
 
     def fit(
         self,
@@ -134,6 +142,8 @@ class NeuralMap(TransportMap):
 
     def _split(self, name: str, data: Tensor | Iterable[Tensor], held: Tensor | None) -> tuple:
         """The training data, and held-out points."""
+        if not isinstance(data, Tensor) and iter(data) is data:
+            raise ValueError(f"{name}: an iterator ends after one pass; pass an iterable, a DataLoader for instance.")
         if held is not None:
             held = self.points(f"held_out {name}", held)
             return (self.points(name, data) if isinstance(data, Tensor) else data), held
@@ -150,6 +160,8 @@ class NeuralMap(TransportMap):
             count += len(batch)
             if count >= HELD_OUT:
                 break
+        if not held:
+            raise ValueError(f"{name}: the iterable has no points.")
         return _Skip(data, len(held)), self.points(name, torch.cat(held)[:HELD_OUT])
 
     def _map(self, x: Tensor) -> Tensor:
@@ -174,14 +186,18 @@ class _Training:
         self.map, self.rank, self.world, device = map_, rank, world, map_.device
         dimension = held_source.shape[1]
         share = map_.batch_size // world
-        self.sources = _Batches(source, share, map_, 2 * map_.seed, rank, world)
-        self.targets = _Batches(target, share, map_, 2 * map_.seed + 1, rank, world)
+        self.sources = _Batches("source", source, share, map_, 2 * map_.seed, rank, world)
+        self.targets = _Batches("target", target, share, map_, 2 * map_.seed + 1, rank, world)
+        data = hashlib.sha256()
+        for points in (held_source, held_target, self.sources.first(), self.targets.first()):
+            data.update(points.double().cpu().numpy().tobytes())
+        self.data = data.hexdigest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(map_.seed)
             self.network, self.critic = _body(dimension, map_.hidden, dimension), _body(dimension, map_.hidden, 1)
         self.constants: dict[str, Tensor] = {"dimension": torch.tensor(dimension)}
         if map_.skip == "linear":
-            self.constants |= LinearMap()._fit(self.sources.sample(held_source), self.targets.sample(held_target))
+            self.constants |= LinearMap()._fit(self.sources.sample(), self.targets.sample())
             nn.init.zeros_(self.network[-1].weight)
             nn.init.zeros_(self.network[-1].bias)
         self.constants = {k: v.float().to(device) if v.is_floating_point() else v for k, v in self.constants.items()}
@@ -273,13 +289,24 @@ class _Training:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Measure the moving average on held-out points; the same on every rank."""
-        value = float(self.divergence(self.transport(self.average, self.held_source)))
+        """Measure the moving average on held-out points, on the first rank for all; a map that broke ends training."""
+        moved = self.transport(self.average, self.held_source)
+        whole = bool(moved.isfinite().all())
+        value = torch.tensor(float(self.divergence(moved)) if whole else math.inf, device=self.map.device)
+        if self.world > 1:
+            distributed.broadcast(value, 0)
+        value = float(value)
         self.curve.append([self.step, value])
         if value < self.best:
             self.best, self.stale, self.best_weights = value, 0, copy.deepcopy(self.average.state_dict())
         else:
             self.stale += 1
+        if value == math.inf:
+            self.stale = self.map.patience
+            warnings.warn(
+                f"the neural map is no longer finite after {self.step} steps: training ends, and the best map so far "
+                "is kept. Lower learning_rate or max_grad_norm.", stacklevel=4,
+            )  # fmt: skip
         return value
 
     def result(self) -> dict[str, Tensor]:
@@ -310,20 +337,26 @@ class _Training:
                 old.unlink()
 
     def arguments(self) -> dict:
-        return {name: getattr(self.map, name) for name in self.map.settings} | {"normalise": self.map.normalise}
+        of_map = {name: getattr(self.map, name) for name in (*self.map.settings, "normalise")}
+        return of_map | {"processes": self.world, "data": self.data}
 
     def resume(self, folder: Path) -> None:
         """Go on from a folder that `save` wrote; a folder without a state is where one will be written."""
         if not (folder / PROGRESS).is_file():
             return
-        state = json.loads((folder / PROGRESS).read_text())
-        differ = [k for k, v in self.arguments().items() if state["arguments"].get(k) != v]
+        try:
+            state = json.loads((folder / PROGRESS).read_text())
+            arguments = state["arguments"]
+            tensors = load_file(folder / state["file"], device=str(self.map.device))
+        except (KeyError, TypeError, OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
+            raise ValueError(f"folder: {folder} holds a training that is damaged ({error!r}).") from error
+        differ = [k for k, v in self.arguments().items() if arguments.get(k) != v]
         if differ:
             raise ValueError(
                 f"folder: {folder} holds a training with other {', '.join(differ)}; choose another folder."
             )
         parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in load_file(folder / state["file"], device=str(self.map.device)).items():
+        for name, value in tensors.items():
             part, key = name.split("/", 1)
             parts.setdefault(part, {})[key] = value
         self.network.load_state_dict(parts["network"])
@@ -345,8 +378,8 @@ class _Training:
 class _Batches:
     """Batches of normalised points on the device: drawn at random from a tensor, or read in turn from an iterable."""
 
-    def __init__(self, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int):
-        self.data, self.batch, self.map, self.drawn = data, batch, map_, 0
+    def __init__(self, name: str, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int):
+        self.name, self.data, self.batch, self.map, self.drawn = name, data, batch, map_, 0
         self.rank, self.world = rank, world
         if isinstance(data, Tensor):
             self.data = data.float().to(map_.device)
@@ -375,9 +408,21 @@ class _Batches:
             for _ in range(count):
                 self._read(batches * self.batch * self.world)
 
-    def sample(self, held_out: Tensor) -> Tensor:
-        """Points for a closed-form fit: all of a tensor, the held-out ones of a stream."""
-        return self.data.double().cpu() if isinstance(self.data, Tensor) else held_out
+    def first(self) -> Tensor:
+        """A few of the points."""
+        return self.data[:16] if isinstance(self.data, Tensor) else self._checked(next(iter(self.data), None))[:16]
+
+    def sample(self) -> Tensor:
+        """Points for a closed-form fit: all of a tensor, the first of a stream."""
+        if isinstance(self.data, Tensor):
+            return self.data.double().cpu()
+        points, count = [], 0
+        for batch in self.data:
+            points.append(self.map.points(self.name, batch))
+            count += len(batch)
+            if count >= SAMPLE:
+                break
+        return torch.cat(points)
 
     def _read(self, count: int) -> Tensor:
         while self.rest is None or len(self.rest) < count:
@@ -385,11 +430,18 @@ class _Batches:
             if batch is None:
                 self.iterator = iter(self.data)
                 batch = next(self.iterator, None)
-                if batch is None:
-                    raise ValueError("an iterable of points is empty, or can be iterated only once.")
+            batch = self._checked(batch)
             self.rest = batch if self.rest is None else torch.cat([self.rest, batch])
         points, self.rest = self.rest[:count], self.rest[count:]
         return points
+
+    def _checked(self, batch: Tensor | None) -> Tensor:
+        if batch is None:
+            raise ValueError(f"{self.name}: the iterable has no points, or none besides the held-out ones.")
+        if not isinstance(batch, Tensor) or batch.ndim != 2 or not batch.isfinite().all():
+            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(f"{self.name}: expected batches of finite points (b, D), got {found}.")
+        return batch
 
 
 class _Skip:
