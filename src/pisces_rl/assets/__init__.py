@@ -5,20 +5,20 @@ from importlib import resources
 from pathlib import Path
 
 
-def available() -> list[str]:
-    """Names of the embedded models."""
+def available(card: str = "model_index.json") -> list[str]:
+    """Names of the embedded models whose folder has a file `card`: pipelines by default, encoders "config.json"."""
     root = resources.files(__name__)
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("_"))
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.joinpath(card).is_file())
 
 
-def asset_path(name: str) -> Path:
-    """The folder of an embedded model, for instance `asset_path("tiny-wan")`.
+def asset_path(name: str, card: str = "model_index.json") -> Path:
+    """The folder of an embedded model, for instance `asset_path("tiny-wan")`; card: as for `available`.
 
     Raises:
         ValueError: no embedded model has that name; the nearest one is named.
     """
-    if name not in available():
-        nearest = difflib.get_close_matches(name, available(), n=1, cutoff=0)
+    if name not in available(card):
+        nearest = difflib.get_close_matches(name, available(card), n=1, cutoff=0)
         raise ValueError(f"{name!r} is not an embedded model; did you mean {nearest[0] if nearest else None!r}? "
-                         f"Available: {available()}.")
+                         f"Available: {available(card)}.")
     return Path(str(resources.files(__name__).joinpath(name)))

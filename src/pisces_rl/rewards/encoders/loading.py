@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from pisces_rl.assets import asset_path, available
 from pisces_rl.rewards.encoders.base import VideoTextEncoder
-from pisces_rl.rewards.encoders.tiny_vtm import TinyVTM
+from pisces_rl.rewards.encoders.tiny_vtm import CARD, TinyVTM
 
 KINDS = ("blip", "clip", "internvideo2", "pe_video", "siglip", "tiny_vtm", "videoprism", "xclip")
 
@@ -28,8 +28,8 @@ def load_encoder(
     if isinstance(name, VideoTextEncoder):
         return name if device is None else name.to(device)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name in available():
-        return TinyVTM.load(asset_path(name), name=name).to(device, dtype)
+    if name in available(CARD):
+        return TinyVTM.load(asset_path(name, CARD), name=name).to(device, dtype)
     kind = _kind(name)
     if kind not in KINDS:
         raise ValueError(f"encoder {name!r} is a {kind!r}; expected one of {', '.join(KINDS)}.")
