@@ -7,12 +7,13 @@
 Without --model and --dataset it trains the embedded tiny-wan on ShapeMotion, offline, on a CPU or a GPU.
 """
 
+import functools
 from dataclasses import dataclass, field
 
 from datasets import Dataset, concatenate_datasets
 
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
-from pisces_rl.cli import load_callable, load_prompt_dataset, parse_arguments
+from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
 from pisces_rl.policy import default_lora_config
 from pisces_rl.rewards import exposure, motion_amount, temporal_smoothness
 from pisces_rl.shapemotion import (
@@ -39,10 +40,17 @@ class ScriptArguments:
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
         default_factory=lambda: ["shapemotion_reward"],
-        metadata={"help": "Rewards to train on: known names, file.py:function or package.module:function."},
+        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function or "
+                  "package.module:function."},
     )
     judges: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}
+    )
+    reward_encoder: str = field(
+        default="tiny-vtm", metadata={"help": "Encoder of the rewards ot_quality, ot_semantic, cosine and matching."}
+    )
+    ot_map: str | None = field(
+        default=None, metadata={"help": "Folder that fit_ot_map.py wrote, for ot_quality. Unset: tiny-vtm's."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
@@ -84,10 +92,12 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 def main() -> None:
     script, config = parse_arguments(ScriptArguments, VideoGRPOConfig)
     train_dataset, eval_dataset = load_datasets(script, config.seed)
+    ot = {"encoder": script.reward_encoder, "ot_map": script.ot_map}
+    load = functools.partial(load_reward_function, known=KNOWN_REWARDS, **ot)
     trainer = VideoGRPOTrainer(
         model=script.model,
-        reward_funcs=[load_callable(name, KNOWN_REWARDS) for name in script.rewards],
-        judge_funcs=[load_callable(name, KNOWN_REWARDS) for name in script.judges],
+        reward_funcs=[load(name) for name in script.rewards],
+        judge_funcs=[load(name) for name in script.judges],
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

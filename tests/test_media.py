@@ -174,3 +174,16 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         media.save_video(moving_square(color=(0, 0, 1)), path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
+
+
+def test_a_saved_video_is_read_again(tmp_path):
+    video = moving_square()
+    media.save_video(video, tmp_path / "a.mp4", min_size=0)
+    read = media.load_video(tmp_path / "a.mp4")
+    assert read.shape == video.shape and (read - video).abs().mean() < 0.03
+    few = media.load_video(tmp_path / "a.mp4", frames=3)
+    assert torch.equal(few, read[[0, round((len(read) - 1) / 2), -1]])
+    (tmp_path / "b.mp4").write_text("no video")
+    for name in ("b.mp4", "c.mp4"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as a video"):
+            media.load_video(tmp_path / name)

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -145,8 +145,18 @@ def _read_table(kind: str, source: str) -> Dataset:
         raise ValueError(f"dataset={source!r} could not be read as {kind}: {error.__cause__ or error}") from error
 
 
-def load_callable(name: str, known: Sequence[Callable] = ()) -> Callable:
+def load_reward_function(name: str, known: Sequence[Callable] = (), **options) -> Callable:
+    """A reward by name: one of `pisces_rl.rewards.REWARDS`, built with `options`, or as `load_callable` finds it."""
+    from pisces_rl.rewards import REWARDS, load_reward
+
+    return load_reward(name, **options) if name in REWARDS else load_callable(name, known, also=REWARDS)
+
+
+def load_callable(name: str, known: Sequence[Callable] = (), also: Iterable[str] = ()) -> Callable:
     """A reward by name: one of `known`, or `file.py:function`, or `package.module:function`.
+
+    Args:
+        also: names that the caller knows besides, for the message.
 
     Raises:
         ValueError: there is no such function; the nearest known name is given.
@@ -155,9 +165,10 @@ def load_callable(name: str, known: Sequence[Callable] = ()) -> Callable:
     if name in by_name:
         return by_name[name]
     location, _, attribute = name.rpartition(":")
+    names = {*by_name, *also}
     if not location:
         raise ValueError(
-            f"reward {name!r} is unknown{_nearest(name, set(by_name))} Known: {sorted(by_name)}; your own is named "
+            f"reward {name!r} is unknown{_nearest(name, names)} Known: {sorted(names)}; your own is named "
             "file.py:function or package.module:function."
         )
     if location.endswith(".py"):

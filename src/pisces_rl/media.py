@@ -23,6 +23,26 @@ _MARGIN, _GAP, _FONT_SIZE = 12, 4, 15
 _PAPER, _INK, _FAINT, _BETTER, _WORSE = "#e9ecf1", "#1b1f24", "#6b7480", "#127a3a", "#b3261e"
 
 
+def load_video(path: str | Path, frames: int | None = None) -> Tensor:
+    """A video file as (F, 3, H, W) float in [0, 1].
+
+    Args:
+        frames: keep this many, evenly spread from first to last; None keeps all. A shorter video keeps all.
+
+    Raises ValueError for a file that is no video or has no frames.
+    """
+    try:
+        with av.open(str(path)) as container:
+            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    except (av.FFmpegError, OSError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be read as a video ({error}).") from error
+    if not decoded:
+        raise ValueError(f"{path}: the video has no frames.")
+    if frames is not None and frames < len(decoded):
+        decoded = [decoded[i] for i in np.linspace(0, len(decoded) - 1, frames).round().astype(int)]
+    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
+
+
 def save_video(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 256) -> Path:
     """Write one video as mp4 (H.264 with yuv420p where PyAV has an encoder for it, else MPEG-4).
 

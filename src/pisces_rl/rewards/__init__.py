@@ -1,8 +1,20 @@
 """Rewards: any callable f(prompts, videos, **columns) -> numbers. See `contract` for the rules."""
 
+import importlib
+
 from .contract import RewardError, reward_name
 from .motion import exposure, motion_amount, temporal_smoothness
 from .panel import RewardPanel, RewardTable
 
+_HOME = {"OTAttention": "ot_attention", "OTQualityReward": "quality", "OTSemanticReward": "semantic",
+         "REWARDS": "loading", "cache_features": "features", "load_features": "features",
+         "load_reward": "loading"}  # fmt: skip
 __all__ = ["RewardError", "RewardPanel", "RewardTable", "exposure", "motion_amount", "reward_name",
-           "temporal_smoothness"]
+           "temporal_smoothness", *_HOME]
+
+
+def __getattr__(name: str):
+    """What needs transformers is loaded on first use."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

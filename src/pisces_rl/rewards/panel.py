@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .contract import RewardError, RewardFunc, accepted_arguments, checked_values, reward_name
+from .encodings import shared_encodings
 
 
 @dataclass
@@ -32,7 +33,8 @@ class RewardTable:
 
 
 class RewardPanel:
-    """Calls every reward on a batch; async rewards run at the same time.
+    """Calls every reward on a batch; async rewards run at the same time. Rewards that share an encoder have it encode
+    each video once.
 
     Args:
         funcs: a reward callable or a list of them, see `pisces_rl.rewards.contract`.
@@ -70,15 +72,16 @@ class RewardPanel:
         offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
                        log_metric=log_metric)
         pending = {}
-        for i, (name, func) in enumerate(zip(self.names, self.funcs)):
-            start = time.perf_counter()
-            with _named(name):
-                values = func(**accepted_arguments(func, offered))
-            if inspect.isawaitable(values):
-                pending[i] = values
-            else:
-                table.values[:, i] = checked_values(name, values, prompts)
-            table.seconds[name] = time.perf_counter() - start
+        with shared_encodings():
+            for i, (name, func) in enumerate(zip(self.names, self.funcs)):
+                start = time.perf_counter()
+                with _named(name):
+                    values = func(**accepted_arguments(func, offered))
+                if inspect.isawaitable(values):
+                    pending[i] = values
+                else:
+                    table.values[:, i] = checked_values(name, values, prompts)
+                table.seconds[name] = time.perf_counter() - start
         if pending:
             start = time.perf_counter()
             for i, values in zip(pending, self._await_all(pending)):
