@@ -16,6 +16,7 @@ from pisces_rl.ot.maps import (
     MapWarning,
     MeanShiftMap,
     NeuralMap,
+    RegressedMap,
     TransportMap,
     fit_best,
 )
@@ -307,3 +308,12 @@ def test_fit_best_bad_input(clouds):
         fit_best(x, y, held_out=1.5)
     with pytest.raises(ValueError, match="fewer than two points"):
         fit_best(x[:4], y[:4])
+
+
+def test_regression_is_least_squares(clouds):
+    x, y = clouds
+    design = torch.cat([x, torch.ones(len(x), 1)], 1).double()
+    expected = design @ torch.linalg.lstsq(design, y.double()).solution
+    torch.testing.assert_close(RegressedMap(ridge=0.0).fit(x, y)(x.double()), expected, atol=1e-9, rtol=0)
+    with pytest.raises(ValueError, match="target: a regression needs pairs"):
+        RegressedMap().fit(x, y[:-1])

@@ -1,4 +1,4 @@
-"""The maps that need no training: identity, mean shift, and the linear map between Gaussians."""
+"""The maps in closed form: identity, mean shift, the linear map between Gaussians, and least squares over pairs."""
 
 import torch
 from torch import Tensor
@@ -50,6 +50,39 @@ class LinearMap(TransportMap):
         self.report = {"shrinkage_source": share_s, "shrinkage_target": share_t}
         matrix = bures_matrix(covariance_s, covariance_t)
         return {"matrix": matrix, "source_mean": source.mean(0), "target_mean": target.mean(0)}
+
+    def _map(self, x: Tensor) -> Tensor:
+        return (x - self.tensor("source_mean", x)) @ self.tensor("matrix", x).T + self.tensor("target_mean", x)
+
+
+class RegressedMap(TransportMap):
+    """T(x) = W x + b of least squares over pairs, with which transport is compared. It does not keep the spread.
+
+    Args:
+        ridge: r in min mean |W x + b - y|^2 + r tr(S_s) / D |W|^2.
+
+    `fit` needs as many targets as sources, row i of both belonging together.
+    """
+
+    kind = "regressed"
+    settings = ("ridge",)
+
+    def __init__(self, ridge: float = 1e-3, **kwargs):
+        super().__init__(**kwargs)
+        if not ridge >= 0:
+            raise ValueError(f"ridge={ridge}: expected a number >= 0.")
+        self.ridge = ridge
+
+    def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        if len(source) != len(target):
+            raise ValueError(f"target: a regression needs pairs, got {len(source)} and {len(target)} points.")
+        mean_s, mean_t = source.mean(0), target.mean(0)
+        x, y = source - mean_s, target - mean_t
+        covariance = x.T @ x / len(x)
+        identity = torch.eye(x.shape[1], dtype=x.dtype)
+        ridge = self.ridge * covariance.trace() / x.shape[1]
+        matrix = torch.linalg.lstsq(covariance + ridge * identity, x.T @ y / len(x)).solution.T
+        return {"matrix": matrix, "source_mean": mean_s, "target_mean": mean_t}
 
     def _map(self, x: Tensor) -> Tensor:
         return (x - self.tensor("source_mean", x)) @ self.tensor("matrix", x).T + self.tensor("target_mean", x)
