@@ -7,7 +7,7 @@ from .motion import exposure, motion_amount, temporal_smoothness
 from .panel import RewardPanel, RewardTable
 
 _HOME = {"OTAttention": "ot_attention", "OTQualityReward": "quality", "OTSemanticReward": "semantic",
-         "REWARDS": "loading", "cache_features": "features", "load_features": "features",
+         "REWARDS": "loading", "VLMJudge": "vlm_judge", "cache_features": "features", "load_features": "features",
          "load_reward": "loading"}  # fmt: skip
 __all__ = ["RewardError", "RewardPanel", "RewardTable", "exposure", "motion_amount", "reward_name",
            "temporal_smoothness", *_HOME]

@@ -1,0 +1,82 @@
+"""A vision-language model that is asked for a score: a reward for real videos, through transformers."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt"
+
+
+class VLMJudge:
+    """The score that a chat model gives a video and its prompt, as an expectation over its answer's first token.
+
+        r = (sum_k k p(k) - k_min) / (k_max - k_min),   p(k) the model's probability of the digit k among `scores`
+
+    in [0, 1]; no text is sampled, so a video's score is always the same. The video is shown as images, its frames in
+    order, which every chat model with several images understands. VideoAlign (arXiv 2501.13918) asks such a model.
+
+    Args:
+        model: a chat model that `AutoModelForImageTextToText` loads and that takes several images (Qwen2.5-VL, say),
+            or its Hub id or folder. processor: the model's, with a chat template; unset for a name.
+        question: file whose text is asked, with {prompt} where the video's prompt belongs.
+        scores: the answers, digits of one token each, ascending. frames: per video, evenly spread.
+        batch_size: videos asked at once. dtype, device: of a model given by name. name: under which it is logged.
+    """
+
+    def __init__(
+        self, model: str | nn.Module, processor=None, *, question: str | Path = PROMPT,
+        scores: Sequence[int] = (1, 2, 3, 4, 5), frames: int = 8, batch_size: int = 4,
+        dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None, name: str = "vlm_judge",
+    ):  # fmt: skip
+        if isinstance(model, str):
+            processor = AutoProcessor.from_pretrained(model) if processor is None else processor
+            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device)
+        if processor is None:
+            raise ValueError("processor: a model object needs its processor.")
+        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.question = question.read_text() if hasattr(question, "read_text") else Path(question).read_text()
+        if "{prompt}" not in self.question:
+            raise ValueError(f"question: {question} does not say {{prompt}}.")
+        tokens = [processor.tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
+        if (
+            len(scores) < 2
+            or list(scores) != sorted(set(scores))
+            or any(len(token) != 1 or token[0] == processor.tokenizer.unk_token_id for token in tokens)
+        ):
+            raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
+        self.tokens = [token[0] for token in tokens]
+        self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
+        self.__name__ = name
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:
+        rows = range(0, len(prompts), self.batch_size)
+        parts = [self._ask(prompts[i : i + self.batch_size], videos[i : i + self.batch_size]) for i in rows]
+        return torch.cat(parts).tolist()
+
+    def _ask(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
+        picks = torch.linspace(0, videos.shape[1] - 1, min(self.frames, videos.shape[1])).round().long()
+        frames = (videos[:, picks].clamp(0, 1) * 255).round().byte().cpu()
+        images = [[to_image(frame) for frame in clip] for clip in frames]
+        texts = [self.processor.apply_chat_template(
+            [{"role": "user", "content": [*[{"type": "image"}] * len(picks), {"type": "text", "text": text}]}],
+            add_generation_prompt=True, tokenize=False) for text in map(self._text, prompts)]  # fmt: skip
+        self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
+        inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.model.device)).logits[:, -1, self.tokens].float().cpu()
+        expected = logits.softmax(-1) @ self.scores
+        return (expected - self.scores[0]) / (self.scores[-1] - self.scores[0])
+
+    def _text(self, prompt: str) -> str:
+        return self.question.replace("{prompt}", prompt)
+
+
+def to_image(frame: Tensor) -> Image.Image:
+    """(3, H, W) bytes."""
+    return Image.fromarray(frame.permute(1, 2, 0).numpy())

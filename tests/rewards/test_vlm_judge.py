@@ -1,0 +1,83 @@
+"""The vision-language judge with a tiny random LLaVA."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from pisces_rl.rewards import RewardPanel
+from pisces_rl.rewards.vlm_judge import PROMPT, VLMJudge
+
+TEMPLATE = (
+    "{% for m in messages %}<user> {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} "
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    words = "<pad> <unk> <image> <user> <assistant> a red blue circle square 1 2 3 4 5".split()
+    words += sorted({*PROMPT.read_text().split()} - {*words})
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        additional_special_tokens=["<image>", "<user>", "<assistant>"],
+    )  # fmt: skip
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer,
+        patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE, image_token="<image>",
+        num_additional_image_tokens=1,
+    )  # fmt: skip
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
+        text_config=LlamaConfig(vocab_size=len(words), pad_token_id=0, **sizes), image_token_index=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return VLMJudge(LlavaForConditionalGeneration(config), processor, batch_size=2, frames=4)
+
+
+@pytest.fixture
+def videos():
+    return torch.rand(3, 8, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+PROMPTS = ["a red circle", "a blue square", "a red red red circle square"]
+
+
+def test_scores_do_not_depend_on_the_batch(judge, videos):
+    together = judge(PROMPTS, videos)
+    alone = [judge([prompt], video[None])[0] for prompt, video in zip(PROMPTS, videos)]
+    assert together == pytest.approx(alone, abs=1e-4) and all(0 < score < 1 for score in together)
+    assert len(set(together)) == 3
+
+
+def test_scores_know_video_and_prompt(judge, videos):
+    same_video = judge(PROMPTS[:2], videos[:1].expand(2, -1, -1, -1, -1))
+    same_prompt = judge(PROMPTS[:1] * 2, videos[:2])
+    assert same_video[0] != same_video[1] and same_prompt[0] != same_prompt[1]
+
+
+def test_it_is_a_reward(judge, videos):
+    table = RewardPanel(judge)([*PROMPTS[:2], ""], videos, {})
+    assert table.values.shape == (3, 1) and table.values.isfinite().all() and "vlm_judge" in table.seconds
+
+
+def test_bad_settings(judge, tmp_path):
+    for scores in ((1,), (2, 1), (1, 10)):
+        with pytest.raises(ValueError, match="scores="):
+            VLMJudge(judge.model, judge.processor, scores=scores)
+    with pytest.raises(ValueError, match="processor: a model object"):
+        VLMJudge(judge.model)
+    (tmp_path / "question.txt").write_text("How good?")
+    with pytest.raises(ValueError, match="question: .* does not say"):
+        VLMJudge(judge.model, judge.processor, question=tmp_path / "question.txt")
