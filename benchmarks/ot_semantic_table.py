@@ -12,6 +12,7 @@ t-interval over seeds.
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -35,24 +36,25 @@ from pisces_rl.shapemotion import render_layout, sample_layouts, verify
 SETS = ("relation", "binding", "unseen", "samples")
 SEEN, UNSEEN = "test_seen", ("test_color_shape", "test_shape_motion")
 NO_PLACE = dict(temporal=0.0, spatial=0.0)
+PARTIAL = functools.partial(OTAttention, plan="partial")
 TABLE = {
     "vanilla": None,
     "balanced, log": OTAttention(plan="balanced", **NO_PLACE),
     "unbalanced, log (= published plan)": OTAttention(plan="unbalanced", **NO_PLACE),
-    "partial .9, log": OTAttention(**NO_PLACE),
-    "partial .9, log, spatial": OTAttention(temporal=0.0),
-    "partial .9, log, temporal": OTAttention(spatial=0.0),
-    "partial .9, log, both": OTAttention(),
+    "partial .9, log": PARTIAL(**NO_PLACE),
+    "partial .9, log, spatial": PARTIAL(temporal=0.0),
+    "partial .9, log, temporal": PARTIAL(spatial=0.0),
+    "partial .9, log, both": PARTIAL(),
     "unbalanced, log, both": OTAttention(plan="unbalanced"),
     "as published: floor 1e-6, class token, both": OTAttention(plan="unbalanced", floor=1e-6, class_tokens=True),
-    "partial .7, log, both": OTAttention(mass=0.7),
-    "partial .5, log, both": OTAttention(mass=0.5),
-    "partial .9, arithmetic, both": OTAttention(fusion="arithmetic"),
-    "partial .5, arithmetic, both": OTAttention(fusion="arithmetic", mass=0.5),
-    "partial .9, gated, both": OTAttention(fusion="gated"),
-    "partial .5, gated, both": OTAttention(fusion="gated", mass=0.5),
-    "partial .9, log, both, eps 1": OTAttention(reg=1.0),
-    "partial .9, log, both, last layer": OTAttention(layers=(3,)),
+    "partial .7, log, both": PARTIAL(mass=0.7),
+    "partial .5, log, both": PARTIAL(mass=0.5),
+    "partial .9, arithmetic, both": PARTIAL(fusion="arithmetic"),
+    "partial .5, arithmetic, both": PARTIAL(fusion="arithmetic", mass=0.5),
+    "partial .9, gated, both": PARTIAL(fusion="gated"),
+    "partial .5, gated, both": PARTIAL(fusion="gated", mass=0.5),
+    "partial .9, log, both, eps 1": PARTIAL(reg=1.0),
+    "partial .9, log, both, last layer": PARTIAL(layers=(3,)),
 }
 SWEEP = {"vanilla": None} | {
     f"{fusion}, gamma {gamma}, eta {eta}, eps {reg}, m {mass}": OTAttention(

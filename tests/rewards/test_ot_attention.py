@@ -80,16 +80,16 @@ def test_the_published_plan_is_the_unbalanced_one_in_the_log_fusion(layer):
 
 def test_the_mass_of_partial_plans(layer):
     words, positions, query, key, logits = layer
-    bound = OTAttention(mass=0.6, tolerance=1e-6).bind(words, positions)
+    bound = OTAttention(plan="partial", mass=0.6, tolerance=1e-6).bind(words, positions)
     columns = positions.isfinite().all(1)
     plan = bound.solve(bound.cost(query, key, logits.softmax(-1), columns), columns)
     torch.testing.assert_close(plan.sum((-1, -2)), torch.full((2, 4), 0.6), rtol=1e-4, atol=0)
     share = plan.sum(-1) * words.sum(1)[:, None, None]
     assert share.max() < 1 + 1e-3 and share[words[:, None].expand_as(share)].std() > 0.01
-    gated = fused(OTAttention(mass=0.6, fusion="gated", tolerance=1e-6), *layer).sum(-1)
+    gated = fused(OTAttention(plan="partial", mass=0.6, fusion="gated", tolerance=1e-6), *layer).sum(-1)
     rows = words[:, None].expand_as(share)
     torch.testing.assert_close(gated[rows], share[rows], rtol=1e-3, atol=1e-5)
-    halves = fused(OTAttention(mass=0.6, fusion="arithmetic", tolerance=1e-6), *layer).sum(-1)
+    halves = fused(OTAttention(plan="partial", mass=0.6, fusion="arithmetic", tolerance=1e-6), *layer).sum(-1)
     inside = logits.softmax(-1)[..., 1:].sum(-1)
     torch.testing.assert_close(halves[rows], ((1 + 1 - inside + inside * share) / 2)[rows], rtol=1e-3, atol=1e-5)
 
