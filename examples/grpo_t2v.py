@@ -4,11 +4,14 @@
     accelerate launch examples/grpo_t2v.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dataset prompts.txt \
         --rewards my_rewards.py:score --height 240 --width 416 --num_frames 33 --output_dir outputs/wan
 
-Without --model and --dataset it trains the embedded tiny-wan on ShapeMotion, offline, on a CPU or a GPU.
+Without --config and --model it follows recipes/shapemotion_ot.yaml: the embedded tiny-wan on ShapeMotion, trained on
+the optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU.
 """
 
 import functools
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
 
@@ -27,6 +30,7 @@ from pisces_rl.shapemotion import (
 
 KNOWN_REWARDS = [shapemotion_reward, shapemotion_correct, shapemotion_alignment, shapemotion_quality,
                  shapemotion_product, temporal_smoothness, motion_amount, exposure]
+RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_ot.yaml"
 
 
 @dataclass
@@ -39,7 +43,7 @@ class ScriptArguments:
     dataset_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
-        default_factory=lambda: ["shapemotion_reward"],
+        default_factory=lambda: ["ot_quality", "ot_semantic"],
         metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function or "
                   "package.module:function."},
     )
@@ -89,8 +93,15 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
     return prompts.select(keep[:count])
 
 
+def arguments() -> list[str]:
+    """The command line, with the default recipe where it names neither a recipe nor a model."""
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(RECIPE)]
+    return [*default, *sys.argv[1:]]
+
+
 def main() -> None:
-    script, config = parse_arguments(ScriptArguments, VideoGRPOConfig)
+    script, config = parse_arguments(ScriptArguments, VideoGRPOConfig, arguments=arguments())
     train_dataset, eval_dataset = load_datasets(script, config.seed)
     ot = {"encoder": script.reward_encoder, "ot_map": script.ot_map}
     load = functools.partial(load_reward_function, known=KNOWN_REWARDS, **ot)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pisces_rl import VideoGRPOConfig
-from pisces_rl.cli import load_callable, load_prompt_dataset, parse_arguments
+from pisces_rl.cli import load_callable, load_prompt_dataset, load_reward_function, parse_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -162,6 +162,27 @@ def test_the_recipes_parse(path):
         sys.path.remove(str(ROOT / "examples"))
     script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, VideoGRPOConfig)
     assert config.num_generations >= 2 and script.model
+
+
+def test_the_example_has_a_default_recipe(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import grpo_t2v
+
+    def arguments(*given):
+        monkeypatch.setattr(sys, "argv", ["grpo_t2v.py", *given])
+        return grpo_t2v.arguments()
+
+    assert arguments("--seed", "1") == ["--config", str(grpo_t2v.RECIPE), "--seed", "1"]
+    assert grpo_t2v.RECIPE.is_file()
+    for given in (["--model=a"], ["--model", "a"], ["--config", "b.yaml"], ["--help"]):
+        assert arguments(*given) == given
+
+
+def test_rewards_by_name():
+    reward = load_reward_function("ot_semantic", encoder="tiny-vtm")
+    assert reward.__name__ == "ot_semantic"
+    with pytest.raises(ValueError, match="reward 'ot_semantik' is unknown; did you mean 'ot_semantic'"):
+        load_reward_function("ot_semantik")
 
 
 def test_help_of_the_example():
