@@ -78,6 +78,8 @@ def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, dict[str
         }
     prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column)
     if not count or len(prompts) < 2 * count:
+        if count:
+            print(f"{len(prompts)} prompts are too few to evaluate on {count}, so none is: lower --eval_prompts.")
         return prompts, None
     parts = prompts.train_test_split(test_size=count, seed=seed)
     return parts["train"], {"held_out": parts["test"]}

@@ -231,10 +231,10 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
     lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
     peft_files = _found(folder, _ADAPTERS[1]) if folder is not None else []
     if peft_files and not (folder / _ADAPTERS[0]).exists():
-        component = peft_files[0].parent.name
         lines = ["from peft import PeftModel", *lines]
-        load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
-        lines.append(f"pipe.{component} = {load}")
+        for component in (file.parent.name for file in peft_files):
+            load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
+            lines.append(f"pipe.{component} = {load}")
     else:
         lines.append(f'pipe.load_lora_weights("{own}")')
     plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}

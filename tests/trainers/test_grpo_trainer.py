@@ -207,6 +207,48 @@ def test_without_kl_equal_rewards_train_nothing(tmp_path):
     assert logged(made, "clip_ratio/region_mean") == [0.0]
 
 
+def test_a_step_without_advantages_is_a_step_of_the_momentum(tmp_path):
+    """As it is where several processes share gradients, and in TRL."""
+    calls = []
+
+    def once(prompts, videos, **columns):
+        calls.append(None)
+        return brightness(prompts, videos) if len(calls) == 1 else [0.0] * len(prompts)
+
+    class Keep(TrainerCallback):
+        steps = []
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.steps.append({name: value.clone() for name, value in weights(made).items()})
+
+    made = trainer(tmp_path, once, alive=True, max_steps=2, callbacks=[Keep()])
+    made.train()
+    assert largest_difference(*Keep.steps) > 0
+
+
+def test_a_reward_may_be_called_max(tmp_path):
+    def max_brightness(prompts, videos, **columns):
+        return brightness(prompts, videos)
+
+    made = trainer(tmp_path, max_brightness, alive=True, max_steps=2, logging_steps=2)
+    made.train()
+    (mean,) = logged(made, "rewards/max_brightness/mean")
+    assert mean == pytest.approx(logged(made, "reward")[0])
+
+
+def test_an_earlier_run_in_the_same_folder_is_set_aside(tmp_path):
+    first = trainer(tmp_path, max_steps=3, save_strategy="steps", save_steps=1)
+    first.train()
+    second = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    second.train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert len(list((tmp_path / "earlier-1").glob("checkpoint-*"))) == 3
+    resumed = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+    assert not (tmp_path / "earlier-2").exists()
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
@@ -537,6 +579,11 @@ def test_the_report(finished):
         assert "judges/redness" in report["comparison"][name]
     text = (folder / "report.md").read_text()
     assert "| seen | reward | 3 |" in text and "| new | judges/redness | 2 |" in text
+
+
+def test_the_card_samples_as_the_run_did(finished):
+    made, folder = finished
+    assert "num_inference_steps=3" in (folder / "README.md").read_text()
 
 
 def test_the_adapter_loads_into_plain_diffusers(finished):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -172,6 +173,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
             for leftover in Path(args.output_dir).glob(".incomplete-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            self._earlier_run = [*Path(args.output_dir).glob("checkpoint-*"),
+                                 *Path(args.output_dir).glob("evaluations")]  # fmt: skip
 
     def _freeze(self, device: torch.device) -> None:
         for component in self.pipeline.components.values():
@@ -198,12 +201,16 @@ class VideoPolicyTrainer(_BaseTrainer):
     # --- many processes ----------------------------------------------------------------------------------------------
 
     def all_reduce_gradients(self) -> None:
-        """Average the adapter's gradients over processes, in one message."""
+        """Average the adapter's gradients over processes, in one message.
+
+        Where every sample had advantage 0 there is none, and it becomes 0: the optimizer then takes the same step
+        (of its momentum) on one process as on several.
+        """
+        for parameter in self.adapter.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes == 1:
             return
-        for parameter in self.adapter.values():
-            if parameter.grad is None:  # every sample of this process had advantage 0
-                parameter.grad = torch.zeros_like(parameter)
         flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
         flat = self.accelerator.reduce(flat, reduction="mean")
         offset = 0
@@ -393,6 +400,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if checkpoint is not None:
             self._check_same_model(checkpoint)
             self.args.eval_on_start = False
+        elif self.is_world_process_zero():
+            self._set_aside_earlier_run()
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -403,6 +412,19 @@ class VideoPolicyTrainer(_BaseTrainer):
             raise
         self._finish()
         return output
+
+    def _set_aside_earlier_run(self) -> None:
+        """A run that is not resumed must not find another's checkpoints and evaluations beside its own."""
+        earlier, self._earlier_run = [path for path in self._earlier_run if path.exists()], []
+        if not earlier:
+            return
+        output = Path(self.args.output_dir)
+        number = next(i for i in itertools.count(1) if not (output / f"earlier-{i}").exists())
+        aside = output / f"earlier-{number}"
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        self.console.print(f"{output} holds an earlier run: its checkpoints and evaluations are in {aside} now.")
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
@@ -476,8 +498,11 @@ class VideoPolicyTrainer(_BaseTrainer):
                     f"(the last: {last}); free some space, or lower save_total_limit, and resume from it."
                 )
             if self.args.should_save:
-                shutil.rmtree(final, ignore_errors=True)
+                old = final.with_name(f".incomplete-old-{final.name}")
+                if final.exists():  # resumed from an earlier one
+                    os.replace(final, old)
                 os.replace(staging, final)
+                shutil.rmtree(old, ignore_errors=True)
                 rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit,
                                    best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
             self._wait()
@@ -549,7 +574,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             with self.ema or contextlib.nullcontext():
                 save_lora(self.pipeline, folder)
                 call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
-                difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if self.args.bf16 else 1e-4)
+                dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
+                half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
+                difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if half else 1e-4)
             self.create_model_card()
             self.console.print(
                 f"adapter in {folder}; reloaded in a fresh pipeline, relative difference {difference:.1e}")
@@ -565,7 +592,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
-            call=self.policy.pipeline_kwargs,
+            call={"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 

@@ -188,6 +188,11 @@ class VideoGRPOConfig(_BaseConfig):
             raise ValueError(f"sde_window_range={self.sde_window_range} must be two integers, low and high.")
         if self.auto_find_batch_size:
             raise ValueError("auto_find_batch_size would break groups apart; lower per_device_train_batch_size.")
+        if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
+            raise ValueError(
+                f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
+                f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
+            )
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
 

@@ -143,7 +143,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         with self.stage("rewards"):
             table = self.rewards(prompts, self._rollout.videos, columns, self.state)
         logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
-        if logs_now and self.is_world_process_zero():
+        if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
             self._write_samples(
                 f"samples/rollout_{self.state.global_step:06d}", self._rollout.videos[:count].cpu(), prompts[:count],
@@ -306,7 +306,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                     merged[name] += values
             processes = self.accelerator.num_processes
             for name, values in merged.items():
-                if values and "/max" in name:
+                if values and name.rsplit("/", 1)[-1].startswith("max_"):
                     logs[name] = max(values)
                 elif values:  # seconds are a process's total since the last log, everything else is a mean
                     logs[name] = sum(values) / (processes if name.startswith("seconds/") else len(values))
