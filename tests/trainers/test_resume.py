@@ -26,6 +26,7 @@ from tiny_runs import (
 from transformers import TrainerCallback
 
 from pisces_rl import VideoGRPOTrainer, load_pipeline
+from pisces_rl.policy import default_lora_config
 
 
 def state_of(made) -> dict:
@@ -167,6 +168,15 @@ def test_not_a_checkpoint(tmp_path, saved):
     with pytest.raises(ValueError, match="is not a checkpoint of this package"):  # before any model is loaded
         args = config(tmp_path, resume_from_checkpoint=str(tmp_path))
         VideoGRPOTrainer("no such model", brightness, args, prompts())
+
+
+def test_other_base_weights_and_another_alpha(tmp_path, saved):
+    refused(tmp_path, saved / "checkpoint-2", "was trained on other base weights", model=tiny_runs.pipeline(1))
+    made = VideoGRPOTrainer(
+        tiny_runs.pipeline(), brightness, config(tmp_path), prompts(), peft_config=default_lora_config(4, 64)
+    )
+    with pytest.raises(ValueError, match="another lora_alpha"):
+        made.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
 
 
 def test_another_model(tmp_path, saved):

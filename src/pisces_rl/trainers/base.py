@@ -457,6 +457,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             "model": self.model_name,
             "pipeline": type(self.pipeline).__name__,
             "denoisers": {name: _architecture(module) for name, module in self.policy.denoiser.items()},
+            "weights": {name: _weights_digest(module) for name, module in self.policy.denoiser.items()},
+            "lora_scale": {name: _lora_scale(module) for name, module in self.policy.denoiser.items()},
             "batches": {name: getattr(self.args, name) for name in self._position_settings},
         }
 
@@ -468,6 +470,12 @@ class VideoPolicyTrainer(_BaseTrainer):
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
                 f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
             )
+        for key, what in (("weights", "other base weights"), ("lora_scale", "another lora_alpha")):
+            if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
+                raise ValueError(
+                    f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
+                    f"mean something else. It was made from {saved['model']!r}."
+                )
         for name, value in own["batches"].items():
             if saved["batches"][name] != value:
                 raise ValueError(
@@ -617,6 +625,18 @@ def _architecture(module: nn.Module) -> str:
     """A digest of a module's config, without where it was loaded from."""
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """A digest of some of a module's own weights, the same in fp32 and bf16."""
+    weights = [p for name, p in sorted(module.named_parameters()) if "lora_" not in name]
+    some = weights[:: max(1, len(weights) // 8)]
+    parts = [p.detach().flatten()[:256].float().cpu().bfloat16().float() for p in some]
+    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()
+
+
+def _lora_scale(module: nn.Module) -> list[float]:
+    return sorted({config.lora_alpha / config.r for config in getattr(module, "peft_config", {}).values()})
 
 
 def _with_none(values: Tensor) -> list[float | None]:
