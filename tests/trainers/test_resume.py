@@ -190,7 +190,7 @@ def test_another_rank_or_target(tmp_path, saved):
     refused(tmp_path, saved / "checkpoint-2", "does not fit transformer of this model: .*Resume with .* LoRA settings",
             rank=8)
     made = VideoGRPOTrainer(tiny_runs.pipeline(), brightness, config(tmp_path), prompts(), callbacks=[NoTraining()],
-                            peft_config=LoraConfig(r=4, target_modules=["to_q"]))
+                            peft_config=LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="does not fit transformer of this model"):
         made.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
 
