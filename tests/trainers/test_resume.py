@@ -293,6 +293,28 @@ def test_full_disk(tmp_path):
     assert resumed.state.global_step == 2
 
 
+def save_on_a_full_disk(folder, result):
+    made = trainer(folder, max_steps=1, alive=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    try:
+        made.save_model()
+    except BaseException as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        result.write_text(json.dumps([isinstance(error, OSError), str(error)]))
+        raise
+
+
+def test_a_full_disk_does_not_take_the_adapter_that_was_there(tmp_path):
+    folder = tmp_path / "run"
+    trainer(folder).save_model()
+    adapter = folder / "pytorch_lora_weights.safetensors"
+    before = adapter.read_bytes()
+    assert in_child(save_on_a_full_disk, folder, tmp_path / "error.json") == 1
+    is_os_error, message = json.loads((tmp_path / "error.json").read_text())
+    assert is_os_error and "the adapter could not be written" in message
+    assert adapter.read_bytes() == before and not list(folder.glob(".incomplete-*"))
+
+
 def run_and_be_interrupted(folder, output):
     """Ctrl-C in the middle of the third step."""
     def reward(prompts, videos, trainer_state, **columns):

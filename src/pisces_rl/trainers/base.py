@@ -580,7 +580,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.is_world_process_zero():
             with self.ema or contextlib.nullcontext():
-                save_lora(self.pipeline, folder)
+                self._write_adapter(folder)
                 call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
                 dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
                 half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
@@ -591,6 +591,22 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()
+
+    def _write_adapter(self, folder: Path) -> None:
+        """Files appear whole or not at all: an earlier adapter in the folder is not lost to a full disk."""
+        staging = folder / ".incomplete-adapter"
+        try:
+            for path in save_lora(self.pipeline, staging):
+                final = folder / path.relative_to(staging)
+                final.parent.mkdir(exist_ok=True)
+                os.replace(path, final)
+        except (OSError, SafetensorError) as error:
+            raise OSError(
+                f"the adapter could not be written to {folder} ({error}). What was there before is whole, and so are "
+                "the checkpoints; free some space and call save_model again, or resume."
+            ) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
         if not self.is_world_process_zero():
