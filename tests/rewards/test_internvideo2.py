@@ -1,9 +1,13 @@
 """InternVideo2 stage 2: official names of weights, loading, interpolated time, saving."""
 
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 from rewards.tiny_encoders import build, tokenizer
 
+from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.rewards.encoders.internvideo2 import InternVideo2, InternVideo2Config, _positions_for
 
 OFFICIAL = """
@@ -76,3 +80,20 @@ def test_it_saves_and_loads(tmp_path):
     torch.testing.assert_close(again.encode_text(["a red circle", "two squares"]).pooled, text.pooled)
     torch.testing.assert_close(again.match(text, again.encode_video(videos)), model.match(text, video))
     assert again.name == model.name
+
+
+def test_the_converter_makes_a_folder_that_loads(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "examples")
+    from convert_internvideo2 import convert
+
+    source = build("internvideo2")
+    torch.save({"module": {"model": source.state_dict()}}, tmp_path / "official.pt")
+    convert(tmp_path / "official.pt", tmp_path / "folder", tokenizer(), source.config)
+    loaded = load_encoder(str(tmp_path / "folder"), device="cpu")
+    videos = torch.rand(1, 3, 3, 16, 16)
+    torch.testing.assert_close(
+        loaded.encode_video(videos).pooled, source.encode_video(videos).pooled, rtol=1e-2, atol=1e-2
+    )
+    torch.save({"weights": object}, tmp_path / "code.pt")
+    with pytest.raises(pickle.UnpicklingError):
+        convert(tmp_path / "code.pt", tmp_path / "other", tokenizer(), source.config)
