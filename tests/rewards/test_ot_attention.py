@@ -37,7 +37,7 @@ def fused(settings, words, positions, query, key, logits):
     return (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
 
 
-@pytest.mark.parametrize("plan, fusion", itertools.product(PLANS, FUSIONS))
+@pytest.mark.parametrize("plan, fusion", list(itertools.product(PLANS, FUSIONS)))
 def test_special_tokens_keep_their_attention(layer, plan, fusion):
     words, *_, logits = layer
     after = fused(OTAttention(plan=plan, fusion=fusion), *layer)
@@ -182,6 +182,35 @@ def test_rewards_and_gradients_are_finite_on_odd_videos(plan, fill):
         assert values.isfinite().all() and gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", MATCHERS)
+def test_plans_of_the_last_layer_cannot_reach_the_match(name, videos):
+    encoder, attention = build(name), OTAttention(fusion="gated")
+    text, video = encoder.encode_text(PROMPTS), encoder.encode_video(videos)
+    *some, last = encoder.cross_layers
+    assert list(encoder.fused_layers) == some
+
+    def match(layers):
+        return encoder.match(text, video, attention.bind(text.words, video.positions, layers))
+
+    torch.testing.assert_close(match([last]), encoder.match(text, video), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(match(some), match(None), rtol=1e-4, atol=1e-5)
+    assert (match(some) - match([]))[:2].abs().max() > 1e-4
+    torch.testing.assert_close(OTSemanticReward(encoder, attention).logits(PROMPTS, videos), match(some))
+
+
+@pytest.mark.parametrize("plan, fusion", list(itertools.product(PLANS, FUSIONS)))
+def test_heads_share_a_plan_where_nothing_tells_them_apart(layer, plan, fusion):
+    settings = OTAttention(plan=plan, fusion=fusion, temporal=0, spatial=0)
+    bound = settings.bind(*layer[:2])
+    solve, shapes = bound.solve, []
+    bound.solve = lambda cost, columns: shapes.append(cost.shape) or solve(cost, columns)
+    shared = bound(0, *layer[2:])
+    assert shapes == [(2, 1, 6, 19)]
+    bound.solve = lambda cost, columns: solve(cost.expand(-1, 4, -1, -1), columns)
+    for ours, own in zip(shared, bound(0, *layer[2:]), strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
+
+
 def test_drawings(videos):
     encoder = build("tiny_vtm")
     reward = OTSemanticReward(encoder, OTAttention())
@@ -203,6 +232,8 @@ def test_bad_settings():
         OTSemanticReward(build("clip"))
     with pytest.raises(ValueError, match=r"layers \[0\] of tiny-vtm do not attend to the video; .* \[1, 2\]"):
         OTSemanticReward(build("tiny_vtm"), OTAttention(layers=[0, 1]))
+    with pytest.raises(ValueError, match=r"plans in layers \[2\] cannot reach the match of tiny-vtm, .*: \[1\]"):
+        OTSemanticReward(build("tiny_vtm"), OTAttention(layers=[2]))
 
 
 def test_quality_is_the_cosine_with_the_mapped_text(videos):

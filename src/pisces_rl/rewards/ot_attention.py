@@ -78,9 +78,9 @@ class OTAttention:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 0.")
 
-    def bind(self, words: Tensor, positions: Tensor) -> "BoundOTAttention":
-        """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3)."""
-        return BoundOTAttention(self, words, positions)
+    def bind(self, words: Tensor, positions: Tensor, layers: Sequence[int] | None = None) -> "BoundOTAttention":
+        """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3); at most in `layers`."""
+        return BoundOTAttention(self, words, positions, layers)
 
 
 @dataclass
@@ -88,11 +88,12 @@ class BoundOTAttention:
     settings: OTAttention
     words: Tensor
     positions: Tensor
+    layers: Sequence[int] | None = None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The bias (B, H, N, M) of the logits and the gate (B, H, N) of one layer."""
         settings = self.settings
-        if settings.layers is not None and layer not in settings.layers:
+        if any(layers is not None and layer not in layers for layers in (settings.layers, self.layers)):
             return torch.zeros_like(logits), None
         attention = logits.softmax(-1)
         placed = self.positions.isfinite().all(1)
@@ -108,11 +109,12 @@ class BoundOTAttention:
             gate = None if gate is None else torch.where(fused[:, None], gate, 1.0)
         if settings.drawings is not None:
             after = (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
-            settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in (attention, plan, after))))
+            drawn = (attention, plan.expand_as(attention), after)
+            settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in drawn)))
         return bias, gate
 
     def cost(self, query: Tensor, key: Tensor, attention: Tensor, columns: Tensor) -> Tensor:
-        """(B, H, N, M) in [0, 1] over words and `columns`."""
+        """(B, H, N, M) in [0, 1] over words and `columns`; (B, 1, N, M) if nothing in it differs by head."""
         cells = self.words[:, None, :, None] & columns
         y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
         cost = _to_unit_range(cosine_cost(y, x)[:, None], cells)
@@ -123,7 +125,7 @@ class BoundOTAttention:
         if self.settings.spatial:
             distance = torch.cdist(attention @ place, place.expand(*attention.shape[:2], -1, -1))
             cost = cost + self.settings.spatial * _to_unit_range(distance, cells)
-        return _to_unit_range(cost, cells).expand_as(attention)
+        return _to_unit_range(cost, cells)
 
     def places(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Frames (M,) and places (M, 2); tokens without one are frame -1, in the middle."""
@@ -134,7 +136,7 @@ class BoundOTAttention:
         return frame.to(dtype), place.to(dtype)
 
     def solve(self, cost: Tensor, columns: Tensor) -> Tensor:
-        """(B, H, N, M), all problems of the layer in one batch; the words of a text have weight 1 together, as have
+        """Plans of the shape of the costs, all problems of the layer in one batch; the words of a text have weight 1 together, as have
         the video tokens. A text without words has a zero plan."""
         s, heads = self.settings, cost.shape[1]
         a = self.words.to(cost) / self.words.sum(1, keepdim=True).clamp_min(1)
@@ -175,7 +177,8 @@ class BoundOTAttention:
         bias = torch.where(cells, log_fused - log_attention + before - after, 0.0)
         if s.fusion == "log":
             return bias, None
-        return bias, torch.where(self.words[:, None], share[..., 0].clamp_max(1), 1.0)
+        gate = torch.where(self.words[:, None], share[..., 0].clamp_max(1), 1.0)
+        return bias, gate.expand(logits.shape[:3])
 
 
 def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:

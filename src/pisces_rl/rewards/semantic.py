@@ -17,7 +17,8 @@ class OTSemanticReward:
 
     Args:
         matcher: an encoder with a matching head.
-        attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability.
+        attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability. Of the
+            matcher's layers it changes `fused_layers`: plans of the last one cannot reach the match.
         micro_batch: videos matched at once.
         name: under which it is logged.
 
@@ -40,6 +41,11 @@ class OTSemanticReward:
                 f"attention: layers {sorted(unknown)} of {matcher.name} do not attend to the video; those that do: "
                 f"{list(matcher.cross_layers)}."
             )
+        if attention is not None and not set(matcher.fused_layers) & set(attention.layers or matcher.fused_layers):
+            raise ValueError(
+                f"attention: plans in layers {list(attention.layers or matcher.cross_layers)} cannot reach the match of "
+                f"{matcher.name}, whose head reads the class token; those that can: {list(matcher.fused_layers)}."
+            )
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
 
@@ -55,7 +61,9 @@ class OTSemanticReward:
             for start in range(0, len(prompts), self.micro_batch):
                 rows = slice(start, start + self.micro_batch)
                 part = text[rows]
-                fusion = None if self.attention is None else self.attention.bind(part.words, video.positions)
+                fusion = None
+                if self.attention is not None:
+                    fusion = self.attention.bind(part.words, video.positions, self.encoder.fused_layers)
                 parts.append(self.encoder.match(part, video[rows], fusion))
             return torch.cat(parts)
 

@@ -82,6 +82,12 @@ class VideoTextEncoder(nn.Module, ABC):
     def matches(self) -> bool:
         return len(self.cross_layers) > 0
 
+    @property
+    def fused_layers(self) -> Sequence[int]:
+        """Those of `cross_layers` where what a word attends to can still reach the match. The head reads the class
+        token, which reads words in the layers that follow: none does after the last."""
+        return self.cross_layers[:-1]
+
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
         """An empty prompt has no words, and the features of the special tokens alone. A prompt longer than the text
