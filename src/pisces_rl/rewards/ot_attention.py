@@ -136,8 +136,8 @@ class BoundOTAttention:
         return frame.to(dtype), place.to(dtype)
 
     def solve(self, cost: Tensor, columns: Tensor) -> Tensor:
-        """Plans of the shape of the costs, all problems of the layer in one batch; the words of a text have weight 1 together, as have
-        the video tokens. A text without words has a zero plan."""
+        """Plans of the shape of the costs, all problems of the layer in one batch; the words of a text have weight 1
+        together, as have the video tokens. A text without words has a zero plan."""
         s, heads = self.settings, cost.shape[1]
         a = self.words.to(cost) / self.words.sum(1, keepdim=True).clamp_min(1)
         b = (columns.to(cost) / columns.sum()).expand(len(cost), -1)

@@ -41,10 +41,11 @@ class OTSemanticReward:
                 f"attention: layers {sorted(unknown)} of {matcher.name} do not attend to the video; those that do: "
                 f"{list(matcher.cross_layers)}."
             )
-        if attention is not None and not set(matcher.fused_layers) & set(attention.layers or matcher.fused_layers):
+        asked = matcher.cross_layers if attention is None or attention.layers is None else attention.layers
+        if attention is not None and not set(asked) & set(matcher.fused_layers):
             raise ValueError(
-                f"attention: plans in layers {list(attention.layers or matcher.cross_layers)} cannot reach the match of "
-                f"{matcher.name}, whose head reads the class token; those that can: {list(matcher.fused_layers)}."
+                f"attention: plans in layers {list(asked)} cannot reach the match of {matcher.name}, whose head reads "
+                f"the class token; those that can: {list(matcher.fused_layers)}."
             )
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
