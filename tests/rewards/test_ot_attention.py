@@ -53,8 +53,7 @@ def test_log_fusion_is_the_product_with_the_plan(layer):
     words, positions, query, key, logits = layer
     settings = OTAttention(class_tokens=True)
     bound = settings.bind(words, positions)
-    attention, columns = logits.softmax(-1), torch.ones(19, dtype=torch.bool)
-    plan = bound.solve(bound.cost(query, key, attention, columns), columns)
+    attention, plan = logits.softmax(-1), bound.solve(bound.cost(query, key, logits))
     product = attention * plan
     expected = product / product.sum(-1, keepdim=True)
     rows = words[:, None, :, None].expand_as(expected)
@@ -65,8 +64,7 @@ def test_the_published_floor(layer):
     words, positions, query, key, logits = layer
     settings = OTAttention(plan="paper", floor=1e-3, class_tokens=True)
     bound = settings.bind(words, positions)
-    attention, columns = logits.softmax(-1), torch.ones(19, dtype=torch.bool)
-    plan = bound.solve(bound.cost(query, key, attention, columns), columns)
+    attention, plan = logits.softmax(-1), bound.solve(bound.cost(query, key, logits))
     product = (attention + 1e-3) * (plan / plan.sum(-1, keepdim=True) + 1e-3)
     expected = product / product.sum(-1, keepdim=True)
     rows = words[:, None, :, None].expand_as(expected)
@@ -81,8 +79,7 @@ def test_the_published_plan_is_the_unbalanced_one_in_the_log_fusion(layer):
 def test_the_mass_of_partial_plans(layer):
     words, positions, query, key, logits = layer
     bound = OTAttention(plan="partial", mass=0.6, tolerance=1e-6).bind(words, positions)
-    columns = positions.isfinite().all(1)
-    plan = bound.solve(bound.cost(query, key, logits.softmax(-1), columns), columns)
+    plan = bound.solve(bound.cost(query, key, logits))
     torch.testing.assert_close(plan.sum((-1, -2)), torch.full((2, 4), 0.6), rtol=1e-4, atol=0)
     share = plan.sum(-1) * words.sum(1)[:, None, None]
     assert share.max() < 1 + 1e-3 and share[words[:, None].expand_as(share)].std() > 0.01
@@ -96,12 +93,10 @@ def test_the_mass_of_partial_plans(layer):
 
 def test_costs_are_in_the_unit_interval_and_know_time_and_space(layer):
     words, positions, query, key, logits = layer
-    columns = positions.isfinite().all(1)
-    attention = logits.softmax(-1)
-    costs = {}
+    columns, costs = positions.isfinite().all(1), {}
     for temporal, spatial in ((0, 0), (5, 0), (0, 5)):
         bound = OTAttention(temporal=temporal, spatial=spatial).bind(words, positions)
-        cost = costs[temporal, spatial] = bound.cost(query, key, attention, columns)
+        cost = costs[temporal, spatial] = bound.cost(query, key, logits)
         cells = cost[words[:, None, :, None] & columns & torch.ones_like(cost, dtype=torch.bool)]
         assert cells.min() == 0 and cells.max() == pytest.approx(1)
     assert not torch.allclose(costs[5, 0], costs[0, 5])
@@ -109,7 +104,8 @@ def test_costs_are_in_the_unit_interval_and_know_time_and_space(layer):
 
 def test_layers_and_heads(layer):
     logits = layer[-1]
-    assert not fused(OTAttention(layers=[1]), *layer).sub(logits.softmax(-1)).abs().max() > 1e-6
+    bound = OTAttention(layers=[1, 2]).bind(*layer[:2], layers=[0, 1])
+    assert [bound.changes(i) for i in range(3)] == [False, True, False]
     one = fused(OTAttention(heads=[2], fusion="gated"), *layer)
     torch.testing.assert_close(one[:, [0, 1, 3]], logits.softmax(-1)[:, [0, 1, 3]])
     torch.testing.assert_close(one[:, 2], fused(OTAttention(fusion="gated"), *layer)[:, 2])
@@ -145,8 +141,8 @@ def test_gradients_of_the_semantic_reward(name):
     kept = []
 
     class Held(type(settings.bind(torch.ones(1, 1).bool(), torch.zeros(1, 3)))):
-        def solve(self, cost, columns):
-            kept.append(super().solve(cost, columns)) if recording else None
+        def solve(self, cost):
+            kept.append(super().solve(cost)) if recording else None
             return kept[next(index)]
 
     def value(x):
@@ -203,10 +199,10 @@ def test_heads_share_a_plan_where_nothing_tells_them_apart(layer, plan, fusion):
     settings = OTAttention(plan=plan, fusion=fusion, temporal=0, spatial=0)
     bound = settings.bind(*layer[:2])
     solve, shapes = bound.solve, []
-    bound.solve = lambda cost, columns: shapes.append(cost.shape) or solve(cost, columns)
+    bound.solve = lambda cost: shapes.append(cost.shape) or solve(cost)
     shared = bound(0, *layer[2:])
     assert shapes == [(2, 1, 6, 19)]
-    bound.solve = lambda cost, columns: solve(cost.expand(-1, 4, -1, -1), columns)
+    bound.solve = lambda cost: solve(cost.expand(-1, 4, -1, -1))
     for ours, own in zip(shared, bound(0, *layer[2:]), strict=True):
         torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-5)
 

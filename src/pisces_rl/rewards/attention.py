@@ -1,9 +1,10 @@
 """Cross-attention whose weights a reward may change, for any model behind transformers' attention interface.
 
-A layer calls `fused_attention`; given a `fusion`, its weights are softmax(logits + bias), times a gate per word:
-
-    fusion(layer, query, key, logits) -> bias (B, H, N, M), gate (B, H, N) or None
+A layer calls `fused_attention`; where its `fusion` changes it, its weights are softmax(logits + bias), times a gate of
+each word.
 """
+
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,24 @@ from pisces_rl.ot.costs import as_float
 NAME = "pisces_rl_fused"
 
 
+class Fusion(Protocol):
+    """How attention is changed, bound to a batch of texts and videos."""
+
+    def changes(self, layer: int) -> bool:
+        """Whether it changes this layer at all."""
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of query (B, H, N, d), key (B, H, M, d) and their logits: a bias (B, H, N, M), and a gate (B, H, N) or
+        None."""
+
+
 def fused_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, fusion=None, **kwargs,
+    scaling: float | None = None, dropout: float = 0.0, fusion: Fusion | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention of query (B, H, N, d) to key and value (B, H, M, d), as (B, N, H, d)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if fusion is None:
+    if fusion is None or not fusion.changes(module.layer_idx):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
         )

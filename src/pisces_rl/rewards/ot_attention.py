@@ -12,11 +12,13 @@ tokens without a place, have no part in the plan and keep their attention. Sourc
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pisces_rl.ot import cosine_cost, partial_transport_plan, pisces_plan, transport_plan
+from pisces_rl.rewards import fused_ot_attention as fused
 
 PLANS = ("paper", "partial", "unbalanced", "balanced")
 FUSIONS = ("log", "arithmetic", "gated")
@@ -90,58 +92,83 @@ class BoundOTAttention:
     positions: Tensor
     layers: Sequence[int] | None = None
 
+    def changes(self, layer: int) -> bool:
+        """Whether this layer's attention is fused at all."""
+        return all(layers is None or layer in layers for layers in (self.settings.layers, self.layers))
+
     def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The bias (B, H, N, M) of the logits and the gate (B, H, N) of one layer."""
         settings = self.settings
-        if any(layers is not None and layer not in layers for layers in (settings.layers, self.layers)):
-            return torch.zeros_like(logits), None
-        attention = logits.softmax(-1)
-        placed = self.positions.isfinite().all(1)
-        columns = torch.ones_like(placed) if settings.class_tokens else placed
         with torch.no_grad():
-            cost = self.cost(query, key, attention, columns)
-            plan = self.solve(cost, columns)
-        bias, gate = self.fuse(attention, logits, plan, columns)
+            plan = self.solve(self.cost(query, key, logits))
+        bias, gate = self.fuse(logits, plan)
         if settings.heads is not None:
-            fused = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            fused[list(settings.heads)] = True
-            bias = torch.where(fused[:, None, None], bias, 0.0)
-            gate = None if gate is None else torch.where(fused[:, None], gate, 1.0)
+            chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+            chosen[list(settings.heads)] = True
+            bias = torch.where(chosen[:, None, None], bias, 0.0)
+            gate = None if gate is None else torch.where(chosen[:, None], gate, 1.0)
         if settings.drawings is not None:
             after = (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
-            drawn = (attention, plan.expand_as(attention), after)
+            drawn = (logits.softmax(-1), plan.expand_as(logits), after)
             settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in drawn)))
         return bias, gate
 
-    def cost(self, query: Tensor, key: Tensor, attention: Tensor, columns: Tensor) -> Tensor:
-        """(B, H, N, M) in [0, 1] over words and `columns`; (B, 1, N, M) if nothing in it differs by head."""
-        cells = self.words[:, None, :, None] & columns
-        y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
-        cost = _to_unit_range(cosine_cost(y, x)[:, None], cells)
-        frame, place = self.places(attention.dtype)
-        if self.settings.temporal:
-            distance = ((attention @ frame)[..., None] - frame).abs()
-            cost = cost + self.settings.temporal * _to_unit_range(distance, cells)
-        if self.settings.spatial:
-            distance = torch.cdist(attention @ place, place.expand(*attention.shape[:2], -1, -1))
-            cost = cost + self.settings.spatial * _to_unit_range(distance, cells)
-        return _to_unit_range(cost, cells)
+    @cached_property
+    def columns(self) -> Tensor:
+        """(M,): video tokens that have a part in the plan."""
+        placed = self.positions.isfinite().all(1)
+        return torch.ones_like(placed) if self.settings.class_tokens else placed
 
-    def places(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
         """Frames (M,) and places (M, 2); tokens without one are frame -1, in the middle."""
         placed = self.positions.isfinite().all(1)
         middle = self.positions[placed].mean(0)
-        frame = torch.where(placed, self.positions[:, 0], -1.0)
-        place = torch.where(placed[:, None], self.positions[:, 1:], middle[1:])
-        return frame.to(dtype), place.to(dtype)
+        return (
+            torch.where(placed, self.positions[:, 0], -1.0),
+            torch.where(placed[:, None], self.positions[:, 1:], middle[1:]),
+        )
 
-    def solve(self, cost: Tensor, columns: Tensor) -> Tensor:
-        """Plans of the shape of the costs, all problems of the layer in one batch; the words of a text have weight 1
-        together, as have the video tokens. A text without words has a zero plan."""
+    @cached_property
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """(B, N), (B, M): the words of a text have weight 1 together, as have the video tokens."""
+        a = self.words.to(self.positions) / self.words.sum(1, keepdim=True).clamp_min(1)
+        b = self.columns.to(a) / self.columns.sum()
+        return a, b.expand(len(a), -1)
+
+    def cost(self, query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
+        """(B, H, N, M) in [0, 1] over words and `columns`; (B, 1, N, M) if nothing in it differs by head."""
+        settings = self.settings
+        y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
+        cosine = cosine_cost(y, x)
+        alike = not settings.temporal and not settings.spatial
+        frame, place = (z.to(logits) for z in self.places)
+        if fused.serves(logits):
+            seen = logits[:, :1] if alike else logits
+            return fused.costs(
+                cosine, seen, self.words, self.columns, frame, place, settings.temporal, settings.spatial
+            )
+        cells = self.words[:, None, :, None] & self.columns
+        cost = _to_unit_range(cosine[:, None], cells)
+        if alike:
+            return _to_unit_range(cost, cells)
+        attention = logits.softmax(-1)
+        if settings.temporal:
+            distance = ((attention @ frame)[..., None] - frame).abs()
+            cost = cost + settings.temporal * _to_unit_range(distance, cells)
+        if settings.spatial:
+            place = place.expand(*attention.shape[:2], -1, -1)
+            distance = torch.cdist(attention @ place, place, compute_mode="donot_use_mm_for_euclid_dist")
+            cost = cost + settings.spatial * _to_unit_range(distance, cells)
+        return _to_unit_range(cost, cells)
+
+    def solve(self, cost: Tensor) -> Tensor:
+        """Plans of the shape of the costs, all problems of the layer in one batch. A text without words has a zero
+        plan."""
         s, heads = self.settings, cost.shape[1]
-        a = self.words.to(cost) / self.words.sum(1, keepdim=True).clamp_min(1)
-        b = (columns.to(cost) / columns.sum()).expand(len(cost), -1)
-        a, b = (weights.repeat_interleave(heads, 0) for weights in (a, b))
+        a, b = self.weights
+        if heads > 1:
+            a, b = (weights.repeat_interleave(heads, 0) for weights in (a, b))
         cost = cost.flatten(0, 1)
         if s.plan == "paper":
             plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance)
@@ -153,19 +180,22 @@ class BoundOTAttention:
             plan = transport_plan(cost, a, b, reg=s.reg, reach=reach, tolerance=s.tolerance).plan
         return plan.unflatten(0, (-1, heads))
 
-    def fuse(self, attention: Tensor, logits: Tensor, plan: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
         """What to add to the logits, and the gate."""
-        s, tiny = self.settings, torch.finfo(attention.dtype).tiny
+        s, columns, tiny = self.settings, self.columns, torch.finfo(logits.dtype).tiny
+        if s.fusion != "arithmetic" and not s.floor and not logits.requires_grad and fused.serves(logits):
+            bias, gate = fused.log_fusion(logits, plan, self.words, columns)
+            return bias, gate if s.fusion == "gated" else None
         cells = self.words[:, None, :, None] & columns
         log_attention = logits.log_softmax(-1)
+        attention = log_attention.exp()
         moved = plan.sum(-1, keepdim=True)
-        share = moved * self.words.sum(1)[:, None, None, None]  # of the word's weight, 1 where all of it is moved
+        count = self.words.sum(1)[:, None, None, None]
         if s.fusion == "arithmetic":
             inside = torch.where(columns, attention, 0.0).sum(-1, keepdim=True)
-            count = self.words.sum(1)[:, None, None, None]
-            fused = (attention + torch.where(cells, inside * count * plan, torch.where(columns, 0.0, attention))) / 2
-            total = fused.sum(-1, keepdim=True)
-            bias = (fused / total).clamp_min(tiny).log() - log_attention
+            mixed = (attention + torch.where(cells, inside * count * plan, torch.where(columns, 0.0, attention))) / 2
+            total = mixed.sum(-1, keepdim=True)
+            bias = (mixed / total).clamp_min(tiny).log() - log_attention
             rows = self.words[:, None, :, None]
             return torch.where(rows, bias, 0.0), torch.where(rows, total, 1.0)[..., 0]
         rows_of_plan = plan / moved.clamp_min(tiny)
@@ -177,8 +207,8 @@ class BoundOTAttention:
         bias = torch.where(cells, log_fused - log_attention + before - after, 0.0)
         if s.fusion == "log":
             return bias, None
-        gate = torch.where(self.words[:, None], share[..., 0].clamp_max(1), 1.0)
-        return bias, gate.expand(logits.shape[:3])
+        share = (moved * count)[..., 0].clamp_max(1)  # of the word's weight, 1 where all of it is moved
+        return bias, torch.where(self.words[:, None], share, 1.0).expand(logits.shape[:3])
 
 
 def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:

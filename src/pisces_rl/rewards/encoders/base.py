@@ -2,16 +2,16 @@
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+from pisces_rl.rewards.attention import Fusion
 
-Fusion = Callable[..., tuple[Tensor, Tensor | None]]
+OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
 
 
 @dataclass

@@ -1,0 +1,70 @@
+"""The CUDA kernels against plain torch: on a GPU, or by Triton's interpreter where only triton is installed."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+SCRIPT = """
+    import sys
+    import torch
+    from pisces_rl.rewards import fused_ot_attention as fused
+    from pisces_rl.rewards.ot_attention import OTAttention
+    device = sys.argv[1]
+    on_device = fused.serves if device == "cuda" else lambda logits: logits.dtype == torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def both(call):
+        results = []
+        for serves in (lambda logits: False, on_device):
+            fused.serves = serves
+            results.append(call())
+        return results
+
+    def close(ours, plain):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-5)
+
+    for n, (frames, rows, columns) in ((7, (5, 3, 3)), (1, (1, 1, 1)), (19, (4, 9, 8))):
+        words = torch.rand(3, n, generator=generator) < 0.7
+        words[0] = True
+        words[1] = False  # an empty prompt
+        axes = torch.meshgrid(*(torch.arange(float(k)) for k in (frames, rows, columns)), indexing="ij")
+        positions = torch.cat([torch.full((1, 3), torch.nan), torch.stack(axes, -1).flatten(0, 2)])
+        query, key = (torch.randn(3, 4, k, 8, generator=generator) for k in (n, len(positions)))
+        words, positions, query, key = (x.to(device) for x in (words, positions, query, key))
+        logits = 3 * query @ key.mT / 8**0.5
+        for settings in (
+            dict(), dict(temporal=0), dict(spatial=0), dict(temporal=0, spatial=0), dict(class_tokens=True),
+            dict(fusion="gated", plan="partial", mass=0.5), dict(temporal=0, spatial=0, fusion="gated"),
+        ):
+            bound = OTAttention(**settings).bind(words, positions)
+            close(*both(lambda: bound.cost(query, key, logits)))
+            plan = bound.solve(bound.cost(query, key, logits))
+            ours, plain = both(lambda: bound.fuse(logits, plan))
+            close(ours[0], plain[0])
+            assert (ours[1] is None) == (plain[1] is None)
+            if ours[1] is not None:
+                close(ours[1], plain[1])
+    logits[2, 3, 2] = float("nan")
+    words[2, 2] = True
+    bound = OTAttention().bind(words, positions)
+    for bias, _ in both(lambda: bound(0, query, key, logits)):  # the plan is solved, and the NaN goes on to the reward
+        assert bias[0].isfinite().all() and (logits + bias).softmax(-1)[2, 3, 2].isnan().all()
+    print("agree")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which torch for CUDA brings")
+def test_the_kernels_agree_with_plain_torch(tmp_path):
+    script = tmp_path / "agree.py"
+    script.write_text(textwrap.dedent(SCRIPT))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, str(script), device], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert "agree" in done.stdout, done.stderr[-3000:]
