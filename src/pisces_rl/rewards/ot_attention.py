@@ -157,8 +157,8 @@ class BoundOTAttention:
             distance = ((attention @ frame)[..., None] - frame).abs()
             cost = cost + settings.temporal * _to_unit_range(distance, cells)
         if settings.spatial:
-            place = place.expand(*attention.shape[:2], -1, -1)
-            distance = torch.cdist(attention @ place, place, compute_mode="donot_use_mm_for_euclid_dist")
+            looks = attention @ place
+            distance = torch.hypot(looks[..., :1] - place[:, 0], looks[..., 1:] - place[:, 1])
             cost = cost + settings.spatial * _to_unit_range(distance, cells)
         return _to_unit_range(cost, cells)
 
