@@ -38,14 +38,15 @@ from pisces_rl.shapemotion import render_layout, sample_layouts, verify
 SETS = ("relation", "binding", "unseen", "samples")
 SEEN, UNSEEN = "test_seen", ("test_color_shape", "test_shape_motion")
 NO_PLACE = dict(temporal=0.0, spatial=0.0)
-PARTIAL = functools.partial(OTAttention, plan="partial")
+LOG = functools.partial(OTAttention, fusion="log")
+PARTIAL = functools.partial(LOG, plan="partial")
 TABLE = {
     "vanilla": None,
-    "balanced, log": OTAttention(plan="balanced", **NO_PLACE),
-    "balanced, log, both": OTAttention(plan="balanced"),
-    "unbalanced, log (= published plan)": OTAttention(plan="unbalanced", **NO_PLACE),
-    "unbalanced, log, both": OTAttention(plan="unbalanced"),
-    "as published: floor 1e-6, class token, both": OTAttention(plan="unbalanced", floor=1e-6, class_tokens=True),
+    "balanced, log": LOG(plan="balanced", **NO_PLACE),
+    "balanced, log, both": LOG(plan="balanced"),
+    "unbalanced, log (= published plan)": LOG(plan="unbalanced", **NO_PLACE),
+    "unbalanced, log, both": LOG(plan="unbalanced"),
+    "as published: floor 1e-6, class token, both": LOG(plan="unbalanced", floor=1e-6, class_tokens=True),
     "unbalanced, arithmetic, both": OTAttention(plan="unbalanced", fusion="arithmetic"),
     "unbalanced, gated, both": OTAttention(plan="unbalanced", fusion="gated"),
     "partial .9, log": PARTIAL(**NO_PLACE),

@@ -38,8 +38,10 @@ SCRIPT = """
         words, positions, query, key = (x.to(device) for x in (words, positions, query, key))
         logits = 3 * query @ key.mT / 8**0.5
         for settings in (
-            dict(), dict(temporal=0), dict(spatial=0), dict(temporal=0, spatial=0), dict(class_tokens=True),
+            dict(fusion="log"), dict(fusion="arithmetic"), dict(temporal=0), dict(spatial=0),
+            dict(temporal=0, spatial=0), dict(class_tokens=True, fusion="log"),
             dict(fusion="gated", plan="partial", mass=0.5), dict(temporal=0, spatial=0, fusion="gated"),
+            dict(plan="partial", mass=0.5, class_tokens=True, fusion="arithmetic"),
         ):
             bound = OTAttention(**settings).bind(words, positions)
             close(*both(lambda: bound.cost(query, key, logits)))

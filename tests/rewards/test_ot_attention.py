@@ -51,7 +51,7 @@ def test_special_tokens_keep_their_attention(layer, plan, fusion):
 
 def test_log_fusion_is_the_product_with_the_plan(layer):
     words, positions, query, key, logits = layer
-    settings = OTAttention(class_tokens=True)
+    settings = OTAttention(fusion="log", class_tokens=True)
     bound = settings.bind(words, positions)
     attention, plan = logits.softmax(-1), bound.solve(bound.cost(query, key, logits))
     product = attention * plan
@@ -62,7 +62,7 @@ def test_log_fusion_is_the_product_with_the_plan(layer):
 
 def test_the_published_floor(layer):
     words, positions, query, key, logits = layer
-    settings = OTAttention(plan="paper", floor=1e-3, class_tokens=True)
+    settings = OTAttention(plan="paper", fusion="log", floor=1e-3, class_tokens=True)
     bound = settings.bind(words, positions)
     attention, plan = logits.softmax(-1), bound.solve(bound.cost(query, key, logits))
     product = (attention + 1e-3) * (plan / plan.sum(-1, keepdim=True) + 1e-3)
@@ -72,7 +72,9 @@ def test_the_published_floor(layer):
 
 
 def test_the_published_plan_is_the_unbalanced_one_in_the_log_fusion(layer):
-    paper, unbalanced = (fused(OTAttention(plan=plan, tolerance=1e-6), *layer) for plan in ("paper", "unbalanced"))
+    paper, unbalanced = (
+        fused(OTAttention(plan=plan, fusion="log", tolerance=1e-6), *layer) for plan in ("paper", "unbalanced")
+    )
     torch.testing.assert_close(paper, unbalanced, rtol=1e-3, atol=1e-6)
 
 

@@ -47,15 +47,16 @@ def costs(
     return out
 
 
-def log_fusion(logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """The bias (B, H, N, M) of the log fusion, and the gate (B, H, N), of plans (B, H or 1, N, M)."""
+def fusion(kind: str, logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The bias (B, H, N, M) and the gate (B, H, N) of plans (B, H or 1, N, M)."""
     grid, options = _grid(logits.shape)
     plan = plan.expand_as(logits)
     bias, gate = torch.empty(logits.shape, device=logits.device), torch.empty(logits.shape[:3], device=logits.device)
-    _log_fusion[grid](
-        logits.contiguous(), plan, *plan.stride(), words, columns, bias, gate, *logits.shape[1:], **options
-    )
-    return bias, gate
+    _fusion[grid](
+        logits.contiguous(), plan, *plan.stride(), words, columns, bias, gate, *logits.shape[1:],
+        ARITHMETIC=kind == "arithmetic", **options,
+    )  # fmt: skip
+    return bias, gate if kind != "log" else None
 
 
 if triton is not None:
@@ -154,20 +155,21 @@ if triton is not None:
                     tl.store(out + at, tl.where(cells, _unit(c, low_c, high_c), 0.0), mask=inside)
 
     @triton.jit
-    def _log_fusion(
+    def _fusion(
         logits, plan, plan_b, plan_h, plan_n, plan_m, words, columns, bias, gate, heads, n, m,
-        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ARITHMETIC: tl.constexpr,
     ):  # fmt: skip
         tiny = 1.1754943508222875e-38
         problem = tl.program_id(0).to(tl.int64)
         video = problem // heads
         i = tl.arange(0, BLOCK_N)
         word = tl.load(words + video * n + i, mask=i < n, other=0) != 0
+        count = tl.sum(tl.where(word, 1.0, 0.0), 0)
         logits += problem * n * m
         plan += video * plan_b + (problem % heads) * plan_h
         bias += problem * n * m
 
-        # log sum exp over all tokens, and over the plan's; what each word moves
+        # log sum exp over all tokens, and over the plan's; what each word moves, and where all its tokens are
         top = tl.full((BLOCK_N,), -3e38, tl.float32)
         top_plan = tl.full((BLOCK_N,), -3e38, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
@@ -186,30 +188,43 @@ if triton is not None:
             part = tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - new[:, None]), 0.0)
             total_plan = total_plan * tl.exp(top_plan - new) + tl.sum(part, 1)
             top_plan = new
-        all_ = top + tl.log(tl.maximum(total, tiny))
-        before = top_plan + tl.log(tl.maximum(total_plan, tiny)) - all_
+        log_sum = top + tl.log(tl.maximum(total, tiny))
+        before = top_plan + tl.log(tl.maximum(total_plan, tiny)) - log_sum
 
-        top = tl.full((BLOCK_N,), -3e38, tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        for start in range(0, m, BLOCK_M):
-            j = start + tl.arange(0, BLOCK_M)
-            inside = (i < n)[:, None] & (j < m)[None, :]
-            placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
-            p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
-            x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=0.0) - all_[:, None]
-            x += tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny))
-            new = tl.maximum(top, tl.max(tl.where(placed, x, -3e38), 1))
-            part = tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - new[:, None]), 0.0)
-            total = total * tl.exp(top - new) + tl.sum(part, 1)
-            top = new
-        after = top + tl.log(tl.maximum(total, tiny))
-
-        for start in range(0, m, BLOCK_M):
-            j = start + tl.arange(0, BLOCK_M)
-            inside = (i < n)[:, None] & (j < m)[None, :]
-            cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
-            p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
-            x = tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny)) + (before - after)[:, None]
-            tl.store(bias + i[:, None] * m + j[None, :], tl.where(cells, x, 0.0), mask=inside)
-        count = tl.sum(tl.where(word, 1.0, 0.0), 0)
-        tl.store(gate + problem * n + i, tl.where(word, tl.minimum(moved * count, 1.0), 1.0), mask=i < n)
+        if ARITHMETIC:
+            share = tl.exp(before) * count
+            total = (2.0 - tl.exp(before) + share * moved) / 2
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                inside = (i < n)[:, None] & (j < m)[None, :]
+                placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
+                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+                x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
+                e = tl.exp(x)
+                mixed = (e + tl.where(placed, share[:, None] * p, e)) / 2 / total[:, None]
+                new = tl.where(word[:, None], tl.log(tl.maximum(mixed, tiny)) - x, 0.0)
+                tl.store(bias + i[:, None] * m + j[None, :], new, mask=inside)
+            tl.store(gate + problem * n + i, tl.where(word, total, 1.0), mask=i < n)
+        else:
+            top = tl.full((BLOCK_N,), -3e38, tl.float32)
+            total = tl.zeros((BLOCK_N,), tl.float32)
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                inside = (i < n)[:, None] & (j < m)[None, :]
+                placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
+                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+                x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
+                x += tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny))
+                new = tl.maximum(top, tl.max(tl.where(placed, x, -3e38), 1))
+                part = tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - new[:, None]), 0.0)
+                total = total * tl.exp(top - new) + tl.sum(part, 1)
+                top = new
+            after = top + tl.log(tl.maximum(total, tiny))
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                inside = (i < n)[:, None] & (j < m)[None, :]
+                cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
+                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+                x = tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny)) + (before - after)[:, None]
+                tl.store(bias + i[:, None] * m + j[None, :], tl.where(cells, x, 0.0), mask=inside)
+            tl.store(gate + problem * n + i, tl.where(word, tl.minimum(moved * count, 1.0), 1.0), mask=i < n)

@@ -56,7 +56,7 @@ class OTAttention:
     """
 
     plan: str = "unbalanced"
-    fusion: str = "log"
+    fusion: str = "arithmetic"
     mass: float = 0.9
     reg: float = 0.05
     temporal: float = 0.2
@@ -183,9 +183,8 @@ class BoundOTAttention:
     def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
         """What to add to the logits, and the gate."""
         s, columns, tiny = self.settings, self.columns, torch.finfo(logits.dtype).tiny
-        if s.fusion != "arithmetic" and not s.floor and not logits.requires_grad and fused.serves(logits):
-            bias, gate = fused.log_fusion(logits, plan, self.words, columns)
-            return bias, gate if s.fusion == "gated" else None
+        if not s.floor and not logits.requires_grad and fused.serves(logits):
+            return fused.fusion(s.fusion, logits, plan, self.words, columns)
         cells = self.words[:, None, :, None] & columns
         log_attention = logits.log_softmax(-1)
         attention = log_attention.exp()
