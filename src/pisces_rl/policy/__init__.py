@@ -6,6 +6,7 @@ with gradients. Why: no code per model, so nothing of the model can be re-implem
 what the user passed in.
 """
 
+from .backprop import DecodedPart
 from .lora import (
     adapters_off,
     add_lora,
@@ -19,9 +20,11 @@ from .lora import (
 )
 from .rollout import Rollout
 from .scheduler import PolicyError
-from .video_policy import ReplayStep, VideoPolicy
+from .session import ReplayStep
+from .video_policy import VideoPolicy
 
 __all__ = [
-    "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora", "check_saved_lora",
-    "default_lora_config", "load_lora", "load_lora_state", "lora_parameters", "save_lora", "without_adapters",
+    "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora",
+    "check_saved_lora", "default_lora_config", "load_lora", "load_lora_state", "lora_parameters", "save_lora",
+    "without_adapters",
 ]

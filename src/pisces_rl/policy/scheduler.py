@@ -114,3 +114,29 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
     Stochastic.step.__signature__ = inspect.signature(base.step)
     Stochastic.__name__ = base.__name__
     return Stochastic.from_config(scheduler.config)
+
+
+def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor) -> Tensor:
+    """x0^, the clean sample that step `index` predicts: x - s v, or (x - sqrt(1 - a) e) / sqrt(a). fp32."""
+    prediction, x = prediction.float(), x.float()
+    level = noise_level_of(scheduler, transition, index).to(x.device)
+    if transition.family == "flow":
+        return x + level * prediction if scheduler.config.invert_sigmas else x - level * prediction
+    return transition.kernel(x, prediction, level, torch.ones_like(level), noise_level=0.0,
+                             prediction_type=scheduler.config.prediction_type)[0]
+
+
+def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Tensor) -> Tensor:
+    """The clean x0 at the noise level of step `index`: (1 - s) x0 + s e, or sqrt(a) x0 + sqrt(1 - a) e. fp32."""
+    level = noise_level_of(scheduler, transition, index).to(x0.device)
+    if transition.family == "flow":
+        return (1 - level) * x0.float() + level * noise.float()
+    return level.sqrt() * x0.float() + (1 - level).sqrt() * noise.float()
+
+
+def noise_level_of(scheduler, transition: Transition, index: int) -> Tensor:
+    """Of step `index`: the fraction s of noise of a flow schedule, the cumulative alpha of any other; fp32."""
+    if transition.family == "flow":
+        sigma = scheduler.sigmas[index].float()
+        return 1 - sigma if scheduler.config.invert_sigmas else sigma
+    return scheduler.alphas_cumprod[int(scheduler.timesteps[index])].float()

@@ -11,50 +11,22 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..transitions import log_prob
+from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .prompts import PromptMemo
 from .rollout import Rollout
 from .scheduler import (
     PolicyError,
     find_transition,
-    kernel_moments,
     stochastic,
     training_scheduler,
 )
-
-
-@dataclass
-class ReplayStep:
-    """One trained denoising step of a replay, as a visitor receives it.
-
-    Attributes:
-        index: the step's index in the schedule.
-        log_prob: (B,) fp32 log p(x' | x) under the current weights; carries gradients.
-        prediction: the denoiser's output after guidance, fp32, latents' layout; carries gradients.
-        mean: mean of the transition, fp32; carries gradients.
-        std: scalar standard deviation of the transition.
-        gain: |d mean / d prediction|, a scalar: by how much the step amplifies the prediction.
-        step_size: |s' - s| of a flow schedule, 1 / N of an alpha-bar schedule; a scalar.
-    """
-
-    index: int
-    log_prob: Tensor
-    prediction: Tensor
-    mean: Tensor
-    std: Tensor
-    gain: Tensor
-    step_size: Tensor
-
-
-class _LeavePipeline(BaseException):
-    """Raised inside `step` when the rest of the pipeline is not needed."""
+from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
 
 
 class VideoPolicy(nn.Module):
@@ -152,7 +124,7 @@ class VideoPolicy(nn.Module):
         """
         if steps and step_seeds is None:
             raise ValueError("step_seeds must be given when steps are stochastic: one integer a prompt.")
-        session = _Sampling(self, prompts, step_seeds, steps)
+        session = Sampling(self, prompts, step_seeds, steps)
         output = self._call(session, list(prompts), list(noise_seeds), output_type)
         session.check_finished()
         frames = getattr(output, "frames", None)
@@ -176,19 +148,72 @@ class VideoPolicy(nn.Module):
             visitor: called once per trained step, in order; it may call backward.
             grad: build graphs at the trained steps.
         """
-        session = _Replay(self, rollout, list(rows), visitor, grad)
+        session = Replay(self, rollout, list(rows), visitor, grad)
+        self._call_and_leave(session, session.prompts, [rollout.noise_seeds[r] for r in rows], "latent")
+
+    # --- gradients through the sampler -------------------------------------------------------------------------------
+
+    def final_latents(self, prompts: Sequence[str], *, noise_seeds: Sequence[int]) -> Tensor:
+        """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
+        session = DifferentiableSampling(self, prompts, start=0, decode=False)
+        self._call_and_leave(session, prompts, noise_seeds, "latent")
+        return session.final
+
+    def sample_with_gradients(
+        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], last_steps: int = 1, jump_at: int | None = None,
+        renoise: tuple[Tensor, Sequence[int]] | None = None, part: DecodedPart | None = None,
+        checkpoint_decoder: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Deterministic samples whose gradient reaches the denoiser's weights through the last steps and the decoder.
+
+        The state that enters the first of these steps is a constant. The videos are those of `sample` without steps.
+
+        Args:
+            prompts: B prompts. noise_seeds: B seeds of the start noise.
+            last_steps: how many of the last denoising steps carry gradients.
+            jump_at: in place of `last_steps`, this one step carries gradients, and its prediction x0^ of the clean
+                latents is what is decoded; later steps are skipped.
+            renoise: (latents of `final_latents`, B seeds): the last step starts from them with fresh noise at its own
+                level, for low-variance gradients (DRaFT-LV, arXiv 2309.17400); needs last_steps=1.
+            part: decode a part of the latent frames only; None: all.
+            checkpoint_decoder: compute the decoder's activations again in backward instead of keeping them.
+
+        Returns:
+            (B, F, 3, H, W) fp32 in [0, 1] with gradients; F is shorter with `part` where clips are decoded whole.
+        """
+        steps = self.num_inference_steps
+        if not 1 <= last_steps <= steps:
+            raise ValueError(f"last_steps={last_steps} must lie between 1 and num_inference_steps={steps}.")
+        if jump_at is not None and not 0 <= jump_at < steps:
+            raise ValueError(f"jump_at={jump_at} is not a step of num_inference_steps={steps}.")
+        if renoise is not None and (jump_at is not None or last_steps != 1):
+            raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
+        start = steps - last_steps if jump_at is None else jump_at
+        session = DifferentiableSampling(self, prompts, start, jump_at is not None, renoise)
+        with decoding(session, part, checkpoint_decoder):
+            frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
+        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+            raise PolicyError(
+                f"{type(self.pipeline).__name__} returned no video tensor with gradients (a {type(frames).__name__}): "
+                "its decoding or post-processing cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+            )
+        return frames.float()
+
+    def _call_and_leave(self, session: "Session", prompts, noise_seeds, output_type: str):
+        """Run the pipeline without gradients, but where the session turns them on; None where it leaves early."""
         grad_mode = torch.is_grad_enabled()
+        output = None
         try:
             with torch.no_grad():
-                self._call(session, [rollout.prompts[r] for r in rows], [rollout.noise_seeds[r] for r in rows],
-                           "latent")
-        except _LeavePipeline:
+                output = self._call(session, list(prompts), list(noise_seeds), output_type)
+        except LeavePipeline:
             pass
         finally:
             torch.set_grad_enabled(grad_mode)
         session.check_finished()
+        return output
 
-    def _call(self, session: "_Session", prompts: list[str], noise_seeds: list[int], output_type: str):
+    def _call(self, session: "Session", prompts: list[str], noise_seeds: list[int], output_type: str):
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
         with self._swapped(session):
@@ -196,7 +221,7 @@ class VideoPolicy(nn.Module):
                         num_inference_steps=self.num_inference_steps, **self.pipeline_kwargs)
 
     @contextlib.contextmanager
-    def _swapped(self, session: "_Session") -> Iterator[None]:
+    def _swapped(self, session: "Session") -> Iterator[None]:
         """The pipeline with our scheduler, prompt memo and denoiser entry; as it was on leaving."""
         pipeline = self.pipeline
         scheduler = pipeline.scheduler
@@ -218,7 +243,7 @@ class VideoPolicy(nn.Module):
             ]:
                 delattr(owner, attribute) if value is None else setattr(owner, attribute, value)
 
-    def _entry(self, name: str, forward: Callable, session: "_Session") -> Callable:
+    def _entry(self, name: str, forward: Callable, session: "Session") -> Callable:
         """The denoiser's forward, skipped where the session has no use for its output."""
 
         def entry(*args, **kwargs):
@@ -236,166 +261,6 @@ class VideoPolicy(nn.Module):
             return output
 
         return entry
-
-
-class _Session:
-    """One run of the pipeline: what happens at each scheduler step."""
-
-    def __init__(self, policy: VideoPolicy, prompts: Sequence[str]):
-        self.policy, self.prompts = policy, list(prompts)
-        self.scheduler, self.index = None, 0
-
-    needs_prediction = True
-
-    def begin(self, scheduler) -> None:
-        self.scheduler, self.index = scheduler, 0
-
-    def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-        return kernel_moments(self.scheduler, self.policy.transition, self.index, prediction, x, noise_level)
-
-    def check_step(self) -> None:
-        if self.index >= len(self.scheduler.timesteps):
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} calls scheduler.step more than once per timestep; a policy "
-                "needs one step per denoising step. Use a pipeline or scheduler of first order."
-            )
-
-
-class _Sampling(_Session):
-    """Draws x' at the stochastic steps and records them; ODE steps elsewhere."""
-
-    def __init__(self, policy: VideoPolicy, prompts: Sequence[str], step_seeds: Sequence[int] | None,
-                 steps: Sequence[int]):
-        super().__init__(policy, prompts)
-        self.steps = sorted(steps)
-        self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
-        self.states, self.means, self.log_probs = {}, {}, {}
-        self.stds: dict[int, Tensor] = {}
-        self.rows_per_video = 1
-        self.returned: Tensor | None = None
-
-    def begin(self, scheduler) -> None:
-        super().begin(scheduler)
-        if self.steps and self.steps[-1] >= len(scheduler.timesteps):
-            raise ValueError(f"steps={self.steps} but the schedule has only {len(scheduler.timesteps)} steps.")
-
-    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
-        self.check_step()
-        i = self.index
-        if self.returned is not None:
-            self._accept_rounding(x)
-        stochastic_step = i in self.steps
-        mean, std = self.moments(prediction, x, self.policy.noise_level if stochastic_step else 0.0)
-        if not stochastic_step:
-            self.returned = mean.to(x.dtype)
-        else:
-            if not float(std) > 0:
-                raise PolicyError(
-                    f"step {i} of {len(self.scheduler.timesteps)} has standard deviation {float(std):g}: it is "
-                    "deterministic and cannot be trained. Leave it out of sde_window_range, or raise noise_level."
-                )
-            if x.shape[0] % len(self.prompts):
-                raise PolicyError(
-                    f"the pipeline's latents have {x.shape[0]} rows for {len(self.prompts)} prompts; a policy needs "
-                    "a whole number of rows a video (num_videos_per_prompt must be 1)."
-                )
-            self.rows_per_video = x.shape[0] // len(self.prompts)
-            noise = torch.cat([
-                torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
-            ]).to(x.device)
-            self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
-            self.states[i], self.means[i], self.stds[i] = x.float(), mean, std
-            self._record(i, self.returned)
-        self.index += 1
-        return self.returned
-
-    def _record(self, i: int, x_next: Tensor) -> None:
-        self.states[i + 1] = x_next.float()
-        self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
-
-    def _accept_rounding(self, x: Tensor) -> None:
-        """Pipelines may round the latents between steps (Mochi in bf16): then the rounded x' is what was sampled."""
-        if torch.equal(x, self.returned):
-            return
-        rounded = any(torch.equal(x, self.returned.to(d).to(x.dtype)) for d in (torch.bfloat16, torch.float16))
-        if not rounded:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (step "
-                f"{self.index}); the density of such a transition is unknown. Remove callbacks and options that edit "
-                "latents (FreeInit, callback_on_step_end)."
-            )
-        if self.index - 1 in self.means:
-            self._record(self.index - 1, x)
-
-    def check_finished(self) -> None:
-        if self.scheduler is None or self.index == 0:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
-                "work on a copy); a policy needs pipeline.scheduler.step once per denoising step."
-            )
-        if self.index != len(self.scheduler.timesteps):
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
-                f"{len(self.scheduler.timesteps)} timesteps; a policy needs exactly one each."
-            )
-
-    def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
-        log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
-        return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video)
-
-
-class _Replay(_Session):
-    """Scores the recorded x' of the trained steps, and leaves after the last."""
-
-    def __init__(self, policy: VideoPolicy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
-        super().__init__(policy, [rollout.prompts[r] for r in rows])
-        self.recorded, self.visitor, self.grad = rollout, visitor, grad
-        self.rows = rollout.state_rows(rows)
-        self.steps = set(rollout.steps)
-
-    @property
-    def needs_prediction(self) -> bool:
-        return self.index in self.steps
-
-    def begin(self, scheduler) -> None:
-        super().begin(scheduler)
-        torch.set_grad_enabled(self.grad and 0 in self.steps)
-
-    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
-        self.check_step()
-        i, recorded = self.index, self.recorded
-        if i in self.steps:
-            state = recorded.states[i][self.rows].to(x.device)
-            if not torch.equal(state, x.float()):
-                raise PolicyError(
-                    f"at step {i} the replay reached a state that differs from the recorded one by "
-                    f"{float((state - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
-                    "reproducible from its generators. Pass generators through, and drop options that edit latents."
-                )
-            mean, std = self.moments(prediction, x, self.policy.noise_level)
-            one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
-            gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
-            x_next = recorded.states[i + 1][self.rows].to(x.device)
-            score = log_prob(x_next, mean, std, recorded.rows_per_video)
-            if self.policy.transition.family == "flow":
-                step_size = (self.scheduler.sigmas[i + 1] - self.scheduler.sigmas[i]).abs()
-            else:
-                step_size = one / len(self.scheduler.timesteps)
-            self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size))
-        self.index += 1
-        if i == max(self.steps):
-            raise _LeavePipeline
-        torch.set_grad_enabled(self.grad and self.index in self.steps)
-        following = recorded.states.get(self.index)
-        return x.detach() if following is None else following[self.rows].to(device=x.device, dtype=x.dtype)
-
-    def check_finished(self) -> None:
-        if self.index <= max(self.steps):
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
-                f"trained step {max(self.steps)}."
-            )
 
 
 def _zeros(template, videos: int, recorded_videos: int, device: torch.device):
