@@ -95,22 +95,25 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
     return prompts.select(keep[:count])
 
 
-def arguments() -> list[str]:
+def load_rewards(script: ScriptArguments, names: list[str]) -> list:
+    load = functools.partial(load_reward_function, known=KNOWN_REWARDS)
+    return [load(name, encoder=script.reward_encoder, ot_map=script.ot_map) for name in names]
+
+
+def arguments(recipe: Path) -> list[str]:
     """The command line, with the default recipe where it names neither a recipe nor a model."""
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(RECIPE)]
+    default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(recipe)]
     return [*default, *sys.argv[1:]]
 
 
 def main() -> None:
-    script, config = parse_arguments(ScriptArguments, VideoGRPOConfig, arguments=arguments())
+    script, config = parse_arguments(ScriptArguments, VideoGRPOConfig, arguments=arguments(RECIPE))
     train_dataset, eval_dataset = load_datasets(script, config.seed)
-    ot = {"encoder": script.reward_encoder, "ot_map": script.ot_map}
-    load = functools.partial(load_reward_function, known=KNOWN_REWARDS, **ot)
     trainer = VideoGRPOTrainer(
         model=script.model,
-        reward_funcs=[load(name) for name in script.rewards],
-        judge_funcs=[load(name) for name in script.judges],
+        reward_funcs=load_rewards(script, script.rewards),
+        judge_funcs=load_rewards(script, script.judges),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

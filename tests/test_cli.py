@@ -1,5 +1,6 @@
 """Arguments from YAML and the command line, prompts and rewards by name."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pisces_rl import VideoGRPOConfig
+from pisces_rl import RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import load_callable, load_prompt_dataset, load_reward_function, parse_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -160,20 +161,22 @@ def test_the_recipes_parse(path):
         from grpo_t2v import ScriptArguments
     finally:
         sys.path.remove(str(ROOT / "examples"))
-    script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, VideoGRPOConfig)
-    assert config.num_generations >= 2 and script.model
+    kind = RewardBackpropConfig if "backprop" in path.name else VideoGRPOConfig
+    script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, kind)
+    assert config.num_inference_steps >= 2 and script.model
 
 
-def test_the_example_has_a_default_recipe(monkeypatch):
+@pytest.mark.parametrize("example", ["grpo_t2v", "backprop_t2v"])
+def test_the_examples_have_a_default_recipe(monkeypatch, example):
     monkeypatch.syspath_prepend(ROOT / "examples")
-    import grpo_t2v
+    script = importlib.import_module(example)
 
     def arguments(*given):
-        monkeypatch.setattr(sys, "argv", ["grpo_t2v.py", *given])
-        return grpo_t2v.arguments()
+        monkeypatch.setattr(sys, "argv", [f"{example}.py", *given])
+        return script.arguments(script.RECIPE)
 
-    assert arguments("--seed", "1") == ["--config", str(grpo_t2v.RECIPE), "--seed", "1"]
-    assert grpo_t2v.RECIPE.is_file()
+    assert arguments("--seed", "1") == ["--config", str(script.RECIPE), "--seed", "1"]
+    assert script.RECIPE.is_file()
     for given in (["--model=a"], ["--model", "a"], ["--config", "b.yaml"], ["--help"]):
         assert arguments(*given) == given
 
@@ -185,11 +188,14 @@ def test_rewards_by_name():
         load_reward_function("ot_semantik")
 
 
-def test_help_of_the_example():
-    result = subprocess.run([sys.executable, str(ROOT / "examples" / "grpo_t2v.py"), "--help"], capture_output=True,
+@pytest.mark.parametrize(
+    "example, own", [("grpo_t2v", ("--num_generations", "--sde_window_size")), ("backprop_t2v", ("--backprop_steps",))]
+)
+def test_help_of_the_examples(example, own):
+    result = subprocess.run([sys.executable, str(ROOT / "examples" / f"{example}.py"), "--help"], capture_output=True,
                             text=True, timeout=120, env=os.environ | {"COLUMNS": "200"})
     assert result.returncode == 0, result.stderr
-    for name in ("--config", "--model", "--dataset", "--rewards", "--num_generations", "--sde_window_size"):
+    for name in ("--config", "--model", "--dataset", "--rewards", *own):
         assert name in result.stdout
 
 

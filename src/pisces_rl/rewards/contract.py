@@ -25,10 +25,21 @@ class RewardError(RuntimeError):
     """A reward failed; the message names the reward, the prompt and the mend. The run's checkpoints are whole."""
 
 
-def reward_name(func: RewardFunc) -> str:
-    """The name under which a reward is logged; a partial has its function's."""
+def _function(func: RewardFunc) -> RewardFunc:
+    """What a partial is of."""
     while isinstance(func, functools.partial):
         func = func.func
+    return func
+
+
+def is_differentiable(func: RewardFunc) -> bool:
+    """Whether a reward says that it carries gradients to its videos; a partial has its function's word."""
+    return bool(getattr(_function(func), "differentiable", False))
+
+
+def reward_name(func: RewardFunc) -> str:
+    """The name under which a reward is logged; a partial has its function's."""
+    func = _function(func)
     name = getattr(func, "__name__", None)
     if name is None or name == "<lambda>":
         name = type(func).__name__ if name is None else "lambda"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import RewardError, RewardFunc, accepted_arguments, checked_values, reward_name
+from .contract import RewardError, RewardFunc, accepted_arguments, checked_values, is_differentiable, reward_name
 from .encodings import shared_encodings
 
 
@@ -59,18 +59,7 @@ class RewardPanel:
     @torch.no_grad()
     def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
                  trainer_state=None) -> RewardTable:
-        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
-
-        def log_extra(name: str, values: Sequence) -> None:
-            if len(values) != len(prompts):
-                raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
-            table.extras[name] = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
-
-        def log_metric(name: str, value: float) -> None:
-            table.metrics.setdefault(name, []).append(float(value))
-
-        offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
-                       log_metric=log_metric)
+        table, offered = self._offer(prompts, videos, columns, trainer_state)
         pending = {}
         with shared_encodings():
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
@@ -88,6 +77,66 @@ class RewardPanel:
                 table.values[:, i] = checked_values(self.names[i], values, prompts)
                 table.seconds[self.names[i]] += time.perf_counter() - start
         return table
+
+    def check_differentiable(self) -> None:
+        """A ValueError that names the rewards which do not say that they carry gradients."""
+        without = [name for name, func in zip(self.names, self.funcs) if not is_differentiable(func)]
+        if without:
+            raise ValueError(
+                f"rewards {without} are not differentiable (they have no attribute differentiable = True), so no "
+                "gradient can be propagated back; train on them with VideoGRPOTrainer, which needs values only."
+            )
+
+    @torch.enable_grad()
+    def with_gradients(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+                       trainer_state=None) -> tuple[RewardTable, list[Tensor]]:
+        """The table, and for each reward the gradient of its sum over samples with respect to the videos, like them.
+
+        Raises:
+            RewardError: a reward failed, returned no tensor with a graph, or its gradient is not finite.
+        """
+        videos = videos.detach().requires_grad_()
+        table, offered = self._offer(prompts, videos, columns, trainer_state)
+        gradients = []
+        with shared_encodings():
+            for i, (name, func) in enumerate(zip(self.names, self.funcs)):
+                start = time.perf_counter()
+                with _named(name):
+                    values = func(**accepted_arguments(func, offered))
+                table.values[:, i] = checked_values(name, values, prompts)
+                if not isinstance(values, Tensor) or not values.requires_grad:
+                    raise RewardError(
+                        f"reward {name!r} says differentiable = True, but returned a {type(values).__name__} without "
+                        "a graph to the videos: leave out .detach(), .item(), torch.no_grad, or use VideoGRPOTrainer."
+                    )
+                with _named(name):  # rewards of one encoder share a part of their graphs
+                    (gradient,) = torch.autograd.grad(values.sum(), videos, retain_graph=i + 1 < len(self))
+                bad = (~gradient.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+                if bad:
+                    raise RewardError(
+                        f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
+                        f"{prompts[bad[0]]!r}. Training stops before it learns from that."
+                    )
+                gradients.append(gradient)
+                table.seconds[name] = time.perf_counter() - start
+        return table, gradients
+
+    def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+               trainer_state) -> tuple[RewardTable, dict]:
+        """An empty table, and the arguments that rewards may take; what they record goes to the table."""
+        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
+
+        def log_extra(name: str, values: Sequence) -> None:
+            if len(values) != len(prompts):
+                raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
+            table.extras[name] = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
+
+        def log_metric(name: str, value: float) -> None:
+            table.metrics.setdefault(name, []).append(float(value))
+
+        offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
+                       log_metric=log_metric)
+        return table, offered
 
     def _await_all(self, pending: dict) -> list:
         """The values of all awaitables, in a thread of their own: a notebook's has a running event loop already."""

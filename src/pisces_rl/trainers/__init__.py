@@ -1,7 +1,12 @@
 """Trainers: `Trainer(model, reward_funcs, args, train_dataset)`, in TRL's shape."""
 
+from .backprop_config import RewardBackpropConfig
+from .backprop_trainer import RewardBackpropTrainer
 from .base import VideoPolicyTrainer, load_pipeline
 from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer
 
-__all__ = ["VideoGRPOConfig", "VideoGRPOTrainer", "VideoPolicyTrainer", "load_pipeline"]
+__all__ = [
+    "RewardBackpropConfig", "RewardBackpropTrainer", "VideoGRPOConfig", "VideoGRPOTrainer", "VideoPolicyTrainer",
+    "load_pipeline",
+]

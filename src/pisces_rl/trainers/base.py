@@ -136,18 +136,14 @@ class VideoPolicyTrainer(_BaseTrainer):
             getattr(model, "name_or_path", "") or type(model).__name__)
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
         self._freeze(args.device)
-        self.policy = VideoPolicy(
-            self.pipeline, transition=args.transition, noise_level=args.noise_level,
-            num_inference_steps=args.num_inference_steps, sde_window_size=args.sde_window_size,
-            sde_window_range=args.sde_window_range, pipeline_kwargs=args.policy_kwargs(),
-            autocast_dtype=torch.bfloat16 if args.bf16 else None,
-        )
+        self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._step = 0  # micro-batches so far
         self._evaluated_at: int | None = None
         self._best_step: int | None = None  # set when the best checkpoint replaces the last
         self.first_evaluation: dict | None = None
@@ -197,6 +193,22 @@ class VideoPolicyTrainer(_BaseTrainer):
         start = time.perf_counter()
         yield
         self._metrics["train"][f"seconds/{name}"].append(time.perf_counter() - start)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(key.startswith("eval") for key in logs):
+            own = dict(self._metrics["train"]) | ({"loss": [logs["loss"]]} if "loss" in logs else {})
+            merged = defaultdict(list)  # over all processes
+            for metrics in gather_object([own]):
+                for name, values in metrics.items():
+                    merged[name] += values
+            processes = self.accelerator.num_processes
+            for name, values in merged.items():
+                if values and name.rsplit("/", 1)[-1].startswith("max_"):
+                    logs[name] = max(values)
+                elif values:  # seconds are a process's total since the last log, everything else is a mean
+                    logs[name] = sum(values) / (processes if name.startswith("seconds/") else len(values))
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
@@ -534,9 +546,10 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
-        return {"ema": None if self.ema is None else self.ema.state_dict()}
+        return {"ema": None if self.ema is None else self.ema.state_dict(), "micro_batches": self._step}
 
     def _load_extra_state(self, state: dict) -> None:
+        self._step = state["micro_batches"]
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         elif self.ema is not None:
@@ -622,8 +635,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
-        return {"rewards": ", ".join(self.rewards.names)} | {n: getattr(self.args, n) for n in names} | {
-            "transition": f"{self.policy.transition.kernel.__name__}, noise level {self.policy.noise_level}"}
+        return {"rewards": ", ".join(self.rewards.names)} | {n: getattr(self.args, n) for n in names}
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
         """Upload adapter, model card and sample videos from output_dir; returns the repository's address."""

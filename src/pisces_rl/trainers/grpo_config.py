@@ -1,16 +1,13 @@
 """Configuration of `VideoGRPOTrainer`."""
 
-import json
 import warnings
 from dataclasses import dataclass, field
 
-import torch
-
-from ._trl import _BaseConfig
+from .config import VideoPolicyConfig
 
 
 @dataclass
-class VideoGRPOConfig(_BaseConfig):
+class VideoGRPOConfig(VideoPolicyConfig):
     r"""Settings of [`VideoGRPOTrainer`], on top of `transformers.TrainingArguments`.
 
     Names and defaults are those of `trl.GRPOConfig` where they mean the same. Deliberate differences: `epsilon`
@@ -42,18 +39,6 @@ class VideoGRPOConfig(_BaseConfig):
         default=None,
         metadata={"help": "Two integers low high: windows lie in the steps [low, high). Unset: all but the last."},
     )
-    num_inference_steps: int = field(default=16, metadata={"help": "Denoising steps of a sample."})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance scale. Unset: the pipeline's default."}
-    )
-    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
-    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
-    pipeline_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
-                  "{\"max_sequence_length\": 226, \"negative_prompt\": \"blurry\"}."},
-    )
     share_initial_noise: bool = field(
         default=False,
         metadata={"help": "Whether the videos of a group start from the same noise, so that only the transitions' "
@@ -74,7 +59,6 @@ class VideoGRPOConfig(_BaseConfig):
         default=None, metadata={"help": "Micro-batches a rollout is split into. Unset: gradient_accumulation_steps."}
     )
     num_iterations: int = field(default=1, metadata={"help": "How often each rollout is used (mu in the algorithm)."})
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
 
     # --- the objective ---
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference (the adapter switched off); "
@@ -90,9 +74,6 @@ class VideoGRPOConfig(_BaseConfig):
         default="group",
         metadata={"help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by "
                   "nothing."},
-    )
-    reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
@@ -117,55 +98,19 @@ class VideoGRPOConfig(_BaseConfig):
         metadata={"help": "Training stops when |log p(update) - log p(sampling)| exceeds this before the first "
                   "optimizer step on a rollout: rollout and update must be the same computation."},
     )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
-                  "saved. Unset: none."},
-    )
 
     # --- evaluation and what a run leaves ---
-    eval_seed: int = field(default=42, metadata={"help": "Seed of the fixed evaluation noise."})
-    num_sample_videos: int = field(
-        default=8, metadata={"help": "Videos of each evaluation written to samples/ as mp4, sheet and TensorBoard."}
-    )
-    fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
     log_completions: bool = field(
         default=False, metadata={"help": "Whether to write the first videos of a training rollout at each log, too."}
     )
 
     # --- TrainingArguments with other defaults ---
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the adapter."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns reach the rewards: keep."})
-    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between logs."})
-    report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "Where scalars and videos are logged."}
-    )
-    eval_on_start: bool = field(
-        default=True, metadata={"help": "Whether to evaluate before training (when there is an eval_dataset)."}
-    )
 
     def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
-            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
-            super().__post_init__()
-        self._read_pipeline_kwargs()
+        super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         self._check_choices()
         self._check_batches()
-
-    def _read_pipeline_kwargs(self) -> None:
-        if isinstance(self.pipeline_kwargs, str):
-            try:
-                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"pipeline_kwargs={self.pipeline_kwargs!r} is not JSON ({error}); write it like "
-                    "'{\"max_sequence_length\": 226}'."
-                ) from error
-        if not isinstance(self.pipeline_kwargs, dict | None):
-            raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of the pipeline's arguments.")
 
     def _check_choices(self) -> None:
         for name, allowed in (
@@ -176,18 +121,12 @@ class VideoGRPOConfig(_BaseConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
-        if self.fp16:
-            raise ValueError("fp16=True is not supported: per-step log-probs lose too many digits. Use bf16 or fp32.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
         if self.epsilon <= 0 or (self.epsilon_high is not None and self.epsilon_high <= 0):
             raise ValueError(f"epsilon={self.epsilon} and epsilon_high={self.epsilon_high} must be positive.")
         if self.beta < 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weights the KL term; 0 leaves it out.")
         if self.sde_window_range is not None and len(self.sde_window_range) != 2:
             raise ValueError(f"sde_window_range={self.sde_window_range} must be two integers, low and high.")
-        if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size would break groups apart; lower per_device_train_batch_size.")
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
@@ -233,10 +172,6 @@ class VideoGRPOConfig(_BaseConfig):
                 "video; training goes on.", stacklevel=2,
             )
 
-    def policy_kwargs(self) -> dict:
-        """The arguments of the pipeline's call that this config sets."""
-        call = dict(self.pipeline_kwargs or {})
-        for name in ("guidance_scale", "height", "width", "num_frames"):
-            if getattr(self, name) is not None:
-                call[name] = getattr(self, name)
-        return call
+    def policy_settings(self) -> dict:
+        names = ("transition", "noise_level", "sde_window_size", "sde_window_range")
+        return super().policy_settings() | {name: getattr(self, name) for name in names}

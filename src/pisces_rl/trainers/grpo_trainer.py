@@ -14,7 +14,6 @@ policy gradient (arXiv 2305.13301) with group advantages. The structure and name
 
 import contextlib
 import time
-from collections import defaultdict
 
 import torch
 from accelerate.utils import gather_object
@@ -84,7 +83,6 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
-        self._step = 0  # micro-batches so far
         self._rollout: Rollout | None = None
         self._rollout_at = -1  # optimizer step at which it was drawn
         self._advantages: torch.Tensor | None = None
@@ -295,30 +293,18 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
 
-    # --- log, resume -------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if not any(key.startswith("eval") for key in logs):
-            own = dict(self._metrics["train"]) | ({"loss": [logs["loss"]]} if "loss" in logs else {})
-            merged = defaultdict(list)  # over all processes
-            for metrics in gather_object([own]):
-                for name, values in metrics.items():
-                    merged[name] += values
-            processes = self.accelerator.num_processes
-            for name, values in merged.items():
-                if values and name.rsplit("/", 1)[-1].startswith("max_"):
-                    logs[name] = max(values)
-                elif values:  # seconds are a process's total since the last log, everything else is a mean
-                    logs[name] = sum(values) / (processes if name.startswith("seconds/") else len(values))
-            self._metrics["train"].clear()
-        super().log(logs, start_time)
+    # --- resume ------------------------------------------------------------------------------------------------------
 
     def _extra_state(self) -> dict:
         statistics = None if self.prompt_statistics is None else self.prompt_statistics.state_dict()
-        return super()._extra_state() | {"prompt_statistics": statistics, "micro_batches": self._step}
+        return super()._extra_state() | {"prompt_statistics": statistics}
 
     def _load_extra_state(self, state: dict) -> None:
         super()._load_extra_state(state)
-        self._step, self._rollout = state["micro_batches"], None
+        self._rollout = None
         if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
             self.prompt_statistics.load_state_dict(state["prompt_statistics"])
+
+    def _card_settings(self) -> dict:
+        kernel = self.policy.transition.kernel.__name__
+        return super()._card_settings() | {"transition": f"{kernel}, noise level {self.policy.noise_level}"}

@@ -1,0 +1,197 @@
+"""Reward backpropagation: the gradient of differentiable rewards, through decoder and denoiser, into the adapter."""
+
+import itertools
+import time
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ..policy import DecodedPart
+from ._trl import EpochRepeatSampler
+from .advantages import nanstd
+from .backprop_config import RewardBackpropConfig
+from .base import VideoPolicyTrainer, check_dataset, sample_seed
+
+NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
+
+
+class RewardBackpropTrainer(VideoPolicyTrainer):
+    r"""Trains a LoRA adapter of a text-to-video pipeline by following the gradient of its rewards.
+
+        L = - mean over samples of  sum_i w_i r_i( decode( x0 ) ),
+
+    with x0 a deterministic sample whose last steps carry gradients, or a one-step prediction; see
+    `RewardBackpropConfig.backprop_through`. It needs no groups and no noise; but every reward must carry gradients to
+    the pixels, and the policy can find pixels that please a reward and nobody else: watch the judges.
+
+    Methods: ReFL (arXiv 2304.05977), DRaFT and DRaFT-LV (arXiv 2309.17400), AlignProp (arXiv 2310.03739), VADER (arXiv
+    2407.08737).
+
+    Example:
+
+    ```python
+    from datasets import Dataset
+    from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
+    from pisces_rl.rewards import load_reward
+
+    trainer = RewardBackpropTrainer(
+        model="tiny-wan",
+        reward_funcs=[load_reward("ot_quality"), load_reward("ot_semantic")],
+        args=RewardBackpropConfig(output_dir="follow", max_steps=10, height=64, width=64, num_frames=17),
+        train_dataset=Dataset.from_dict({"prompt": ["a red circle", "two blue squares"]}),
+    )
+    trainer.train()
+    ```
+
+    Arguments are those of `VideoPolicyTrainer`; `args` is a `RewardBackpropConfig`. Raises ValueError for a reward
+    without the attribute `differentiable = True`.
+    """
+
+    _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
+    _name = "Reward Backpropagation"
+    _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config=None, callbacks=None):
+        args = RewardBackpropConfig() if args is None else args
+        check_dataset("train_dataset", train_dataset)
+        needed = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        if len(train_dataset) < needed:
+            raise ValueError(
+                f"an optimizer step takes {needed} different prompts (per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} * {args.world_size} processes * gradient_accumulation_steps "
+                f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
+            )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
+        self.rewards.check_differentiable()
+        self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running; NaN before the first step
+        self._seen: list[Tensor] = []  # values of this optimizer step's micro-batches
+
+    # --- data --------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            self.train_dataset, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler,
+            is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset=None):
+        args = self.args
+        sampler = EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset, mini_repeat_count=1, shuffle=args.shuffle_dataset,
+            batch_size=self._train_batch_size * args.world_size * args.gradient_accumulation_steps, seed=args.seed,
+        )
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        return sampler
+
+    # --- a step ------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        start = time.perf_counter()
+        prompts = [row["prompt"] for row in inputs]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        batch = self._step * self.accelerator.num_processes + self.accelerator.process_index  # over all processes
+        loss = self._follow(prompts, columns, batch)
+        if self.accelerator.sync_gradients:
+            self.all_reduce_gradients()
+            self._update_reward_std()
+            self.check_equal_weights()
+        self._step += 1
+        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
+        return loss
+
+    def _follow(self, prompts: list[str], columns: dict, batch: int) -> Tensor:
+        """Back-propagate the loss of one micro-batch; returns its value."""
+        args, device = self.args, self.accelerator.device
+        noise_seeds = [sample_seed(args.seed, batch, NOISE, i) for i in range(len(prompts))]
+        total, copies = torch.zeros((), device=device), self._copies(prompts, noise_seeds, batch)
+        weights = self.reward_weights / self._scale()
+        for how in copies:
+            with self.stage("sampling"):
+                videos = self.policy.sample_with_gradients(
+                    prompts, noise_seeds=noise_seeds, checkpoint_decoder=args.checkpoint_decoder, **how
+                )
+            with self.stage("rewards"):
+                table, gradients = self.rewards.with_gradients(prompts, videos, columns, self.state)
+            with self.stage("update"):
+                share = len(prompts) * len(copies) * self.current_gradient_accumulation_steps
+                videos.backward(-sum(w * g for w, g in zip(weights.tolist(), gradients)) / share)
+            total -= (table.values @ weights).sum().to(device) / share
+            self._seen.append(table.values)
+            self._log_rewards(table, gradients)
+        return total
+
+    def _copies(self, prompts: list[str], noise_seeds: list[int], batch: int) -> list[dict]:
+        """How each sample is drawn with gradients, as arguments of `sample_with_gradients`: one way, or several."""
+        args, steps = self.args, self.args.num_inference_steps
+        part = {}
+        if args.decode_frames is not None:
+            part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, batch, PART))
+        drawn = torch.Generator().manual_seed(sample_seed(args.seed, self._step, STEPS))  # the same on all processes
+        if args.backprop_through == "one_step":
+            low, high = args.one_step_range or (0, steps)
+            return [part | {"jump_at": int(torch.randint(low, high, (1,), generator=drawn))}]
+        if args.backprop_through == "random_steps":
+            return [part | {"last_steps": int(torch.randint(1, steps + 1, (1,), generator=drawn))}]
+        if args.backprop_through == "last_steps":
+            return [part | {"last_steps": args.backprop_steps}]
+        with self.stage("sampling"):
+            final = self.policy.final_latents(prompts, noise_seeds=noise_seeds)
+        seeds = [
+            [sample_seed(args.seed, batch, RENOISE, k, i) for i in range(len(prompts))]
+            for k in range(args.low_variance_samples)
+        ]
+        return [part | {"renoise": (final, own)} for own in seeds]
+
+    def _scale(self) -> Tensor:
+        """What each reward is divided by."""
+        if self.args.scale_rewards == "none":
+            return torch.ones_like(self.reward_std)
+        return torch.where(self.reward_std.isfinite(), self.reward_std, 1.0).clamp_min(1e-4)
+
+    def _update_reward_std(self) -> None:
+        """The running standard deviation of each reward over the samples of an optimizer step, of all processes."""
+        values = torch.cat(gather_object([torch.cat(self._seen)]))
+        self._seen = []
+        if len(values) < 2:
+            return
+        decay, present = self.args.reward_std_decay, values.std(0)
+        self.reward_std = torch.where(
+            self.reward_std.isnan(), present, decay * self.reward_std + (1 - decay) * present
+        )
+
+    def _log_rewards(self, table, gradients: list[Tensor]) -> None:
+        metrics, values = self._metrics["train"], table.values
+        for i, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())
+            metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
+            metrics[f"rewards/{name}/grad_norm"].append(gradients[i].flatten(1).norm(dim=1).mean().item())
+            metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
+        metrics["reward"].append((values @ self.reward_weights).mean().item())
+        metrics["reward_std"].append(nanstd(values @ self.reward_weights).item())
+        for i, j in itertools.combinations(range(len(gradients)), 2):
+            cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
+            metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)
+        for name, recorded in table.metrics.items():
+            metrics[name] += recorded
+        for name, recorded in table.extras.items():
+            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
+            if known:
+                metrics[f"{name}/mean"].append(sum(known) / len(known))
+
+    # --- resume, card ------------------------------------------------------------------------------------------------
+
+    def _extra_state(self) -> dict:
+        return super()._extra_state() | {"reward_std": self.reward_std}
+
+    def _load_extra_state(self, state: dict) -> None:
+        super()._load_extra_state(state)
+        self.reward_std = state["reward_std"]
+
+    def _card_settings(self) -> dict:
+        through = {"last_steps": f"the last {self.args.backprop_steps}", "random_steps": "a random number of last",
+                   "low_variance": "the last, low variance,", "one_step": "one-step predictions of random"}
+        return super()._card_settings() | {
+            "gradient": f"through {through[self.args.backprop_through]} of {self.args.num_inference_steps} steps"
+        }

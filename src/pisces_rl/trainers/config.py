@@ -1,0 +1,100 @@
+"""What the configurations of all trainers share: the policy's call, evaluation, and what a run leaves."""
+
+import json
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+
+from ._trl import _BaseConfig
+
+
+@dataclass
+class VideoPolicyConfig(_BaseConfig):
+    """Settings of every trainer of a video policy, on top of `transformers.TrainingArguments`."""
+
+    # --- the policy: how a video is sampled ---
+    num_inference_steps: int = field(default=16, metadata={"help": "Denoising steps of a sample."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance scale. Unset: the pipeline's default."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
+    pipeline_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
+                  "{\"max_sequence_length\": 226, \"negative_prompt\": \"blurry\"}."},
+    )
+
+    # --- data, rewards, weights ---
+    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
+                  "saved. Unset: none."},
+    )
+
+    # --- evaluation and what a run leaves ---
+    eval_seed: int = field(default=42, metadata={"help": "Seed of the fixed evaluation noise."})
+    num_sample_videos: int = field(
+        default=8, metadata={"help": "Videos of each evaluation written to samples/ as mp4, sheet and TensorBoard."}
+    )
+    fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
+
+    # --- TrainingArguments with other defaults ---
+    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the adapter."})
+    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns reach the rewards: keep."})
+    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between logs."})
+    report_to: None | str | list[str] = field(
+        default="tensorboard", metadata={"help": "Where scalars and videos are logged."}
+    )
+    eval_on_start: bool = field(
+        default=True, metadata={"help": "Whether to evaluate before training (when there is an eval_dataset)."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
+            warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
+            super().__post_init__()
+        self._read_pipeline_kwargs()
+        if self.fp16:
+            raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
+            )
+
+    def _read_pipeline_kwargs(self) -> None:
+        if isinstance(self.pipeline_kwargs, str):
+            try:
+                self.pipeline_kwargs = json.loads(self.pipeline_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"pipeline_kwargs={self.pipeline_kwargs!r} is not JSON ({error}); write it like "
+                    "'{\"max_sequence_length\": 226}'."
+                ) from error
+        if not isinstance(self.pipeline_kwargs, dict | None):
+            raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of the pipeline's arguments.")
+
+    def policy_kwargs(self) -> dict:
+        """The arguments of the pipeline's call that this config sets."""
+        call = dict(self.pipeline_kwargs or {})
+        for name in ("guidance_scale", "height", "width", "num_frames"):
+            if getattr(self, name) is not None:
+                call[name] = getattr(self, name)
+        return call
+
+    def policy_settings(self) -> dict:
+        """The arguments of `VideoPolicy`."""
+        return {
+            "num_inference_steps": self.num_inference_steps, "pipeline_kwargs": self.policy_kwargs(),
+            "autocast_dtype": torch.bfloat16 if self.bf16 else None,
+        }
