@@ -60,8 +60,8 @@ class RewardBackpropConfig(VideoPolicyConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        low, high = self.one_step_range or (0, self.num_inference_steps)
-        if len(self.one_step_range or (0, 0)) != 2 or not 0 <= low < high <= self.num_inference_steps:
+        window = self.one_step_range or [0, self.num_inference_steps]
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= self.num_inference_steps:
             raise ValueError(
                 f"one_step_range={self.one_step_range} must be two integers with 0 <= low < high <= "
                 f"num_inference_steps={self.num_inference_steps}."

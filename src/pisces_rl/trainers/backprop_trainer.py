@@ -104,8 +104,9 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
     def _follow(self, prompts: list[str], columns: dict, batch: int) -> Tensor:
         """Back-propagate the loss of one micro-batch; returns its value."""
         args, device = self.args, self.accelerator.device
-        noise_seeds = [sample_seed(args.seed, batch, NOISE, i) for i in range(len(prompts))]
-        total, copies = torch.zeros((), device=device), self._copies(prompts, noise_seeds, batch)
+        rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # of the run, however it is split into batches
+        noise_seeds = [sample_seed(args.seed, NOISE, row) for row in rows]
+        total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds, batch)
         weights = self.reward_weights / self._scale()
         for how in copies:
             with self.stage("sampling"):
@@ -122,13 +123,13 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             self._log_rewards(table, gradients)
         return total
 
-    def _copies(self, prompts: list[str], noise_seeds: list[int], batch: int) -> list[dict]:
+    def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int], batch: int) -> list[dict]:
         """How each sample is drawn with gradients, as arguments of `sample_with_gradients`: one way, or several."""
         args, steps = self.args, self.args.num_inference_steps
         part = {}
         if args.decode_frames is not None:
-            part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, batch, PART))
-        drawn = torch.Generator().manual_seed(sample_seed(args.seed, self._step, STEPS))  # the same on all processes
+            part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, PART, batch))
+        drawn = torch.Generator().manual_seed(sample_seed(args.seed, STEPS, self._step))  # the same on all processes
         if args.backprop_through == "one_step":
             low, high = args.one_step_range or (0, steps)
             return [part | {"jump_at": int(torch.randint(low, high, (1,), generator=drawn))}]
@@ -138,10 +139,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             return [part | {"last_steps": args.backprop_steps}]
         with self.stage("sampling"):
             final = self.policy.final_latents(prompts, noise_seeds=noise_seeds)
-        seeds = [
-            [sample_seed(args.seed, batch, RENOISE, k, i) for i in range(len(prompts))]
-            for k in range(args.low_variance_samples)
-        ]
+        seeds = [[sample_seed(args.seed, RENOISE, k, row) for row in rows] for k in range(args.low_variance_samples)]
         return [part | {"renoise": (final, own)} for own in seeds]
 
     def _scale(self) -> Tensor:
