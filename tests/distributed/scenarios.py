@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
+import test_backprop_trainer as backprop  # noqa: E402
 import tiny_runs  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
@@ -70,6 +71,15 @@ def resumed(folder) -> dict:
     difference = tiny_runs.largest_difference(whole["weights"], again["weights"])
     return {"weights": again["weights"], "difference": difference, "rewards": [whole["reward"], again["reward"]],
             "files": tiny_runs.checkpoints(folder / "broken")}
+
+
+def backpropagated(folder) -> dict:
+    """Reward backpropagation: rewards scaled by their spread over all processes."""
+    settings = {"optim": "sgd", "learning_rate": 1.0, "scale_rewards": "std", "max_steps": 3}
+    return trained(backprop.trainer(
+        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // WORLD,
+        backprop_through="low_variance", **settings,
+    ))  # fmt: skip
 
 
 def evaluated(folder) -> dict:

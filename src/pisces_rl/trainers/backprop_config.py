@@ -42,7 +42,7 @@ class RewardBackpropConfig(VideoPolicyConfig):
     scale_rewards: str = field(
         default="none",
         metadata={"help": "'std': each reward is divided by a running average of its standard deviation over the "
-                  "batch, so that weights compare like with like; 'none': by nothing."},
+                  "optimizer step's samples, so that weights compare like with like; 'none': by nothing."},
     )
     reward_std_decay: float = field(default=0.9, metadata={"help": "Of that running average, per optimizer step."})
 

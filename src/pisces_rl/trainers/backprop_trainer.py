@@ -95,7 +95,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         loss = self._follow(prompts, columns, batch)
         if self.accelerator.sync_gradients:
             self.all_reduce_gradients()
-            self._update_reward_std()
+            self._measure_spread()
             self.check_equal_weights()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
@@ -148,26 +148,27 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             return torch.ones_like(self.reward_std)
         return torch.where(self.reward_std.isfinite(), self.reward_std, 1.0).clamp_min(1e-4)
 
-    def _update_reward_std(self) -> None:
-        """The running standard deviation of each reward over the samples of an optimizer step, of all processes."""
+    def _measure_spread(self) -> None:
+        """The standard deviation of each reward over the samples of an optimizer step, of all processes."""
         values = torch.cat(gather_object([torch.cat(self._seen)]))
         self._seen = []
         if len(values) < 2:
             return
-        decay, present = self.args.reward_std_decay, values.std(0)
-        self.reward_std = torch.where(
-            self.reward_std.isnan(), present, decay * self.reward_std + (1 - decay) * present
-        )
+        present, decay = nanstd(values, 0), self.args.reward_std_decay
+        average = decay * self.reward_std + (1 - decay) * present
+        self.reward_std = torch.where(self.reward_std.isnan(), present, average)
+        if self.is_world_process_zero():
+            for name, std in zip(self.rewards.names, present.tolist()):
+                self._metrics["train"][f"rewards/{name}/std"].append(std)
+            self._metrics["train"]["reward_std"].append(nanstd(values @ self.reward_weights).item())
 
     def _log_rewards(self, table, gradients: list[Tensor]) -> None:
         metrics, values = self._metrics["train"], table.values
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())
-            metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
             metrics[f"rewards/{name}/grad_norm"].append(gradients[i].flatten(1).norm(dim=1).mean().item())
             metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
         metrics["reward"].append((values @ self.reward_weights).mean().item())
-        metrics["reward_std"].append(nanstd(values @ self.reward_weights).item())
         for i, j in itertools.combinations(range(len(gradients)), 2):
             cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
             metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)
