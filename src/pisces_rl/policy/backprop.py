@@ -1,7 +1,6 @@
 """Sampling whose last part carries gradients: the same entry into the pipeline, grad on from one step to the video."""
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .scheduler import PolicyError, denoised, noised
-from .session import LeavePipeline, Session
+from .session import LeavePipeline, Session, replaced_method
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         raise PolicyError(f"{type(pipeline).__name__} has no vae; reward backpropagation needs one to decode with.")
-    own, decode = vars(vae).get("decode"), vae.decode
+    decode = vae.decode
     done = 0  # frames decoded so far, where they are decoded one by one
 
     def clip(z: Tensor, *args, **kwargs) -> Tensor:
@@ -124,18 +123,11 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
             return video
         return video.new_zeros(len(z), *video.shape[1:]).index_put((rows,), video).index_put((~rows,), rest)
 
-    @functools.wraps(decode)
-    def entry(z: Tensor, *args, return_dict: bool = True, **kwargs):
+    def entry(_, z: Tensor, *args, return_dict: bool = True, **kwargs):
         if part is not None and z.ndim == 5:
             z = z[:, :, part.of(z.shape[2])]
         video = (clip if part is None or z.ndim == 5 else frames)(z, *args, **kwargs)
         return DecoderOutput(sample=video) if return_dict else (video,)
 
-    vae.decode = entry
-    try:
+    with replaced_method(vae, "decode", entry):
         yield
-    finally:
-        if own is None:
-            del vae.decode
-        else:
-            vae.decode = own

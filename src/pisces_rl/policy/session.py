@@ -1,6 +1,8 @@
 """One run of a pipeline as a policy sees it: what happens at each step of the scheduler."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +38,17 @@ class ReplayStep:
 
 class LeavePipeline(BaseException):
     """Raised inside `step` when the rest of the pipeline is not needed."""
+
+
+@contextlib.contextmanager
+def replaced_method(owner, name: str, method: Callable) -> Iterator[None]:
+    """`owner.name` calls method(own method, ...) inside, and is as it was afterwards."""
+    own, before = getattr(owner, name), vars(owner).get(name)
+    setattr(owner, name, functools.wraps(own)(functools.partial(method, own)))
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is None else setattr(owner, name, before)
 
 
 class Session:

@@ -1,0 +1,51 @@
+"""Videos to latents: the inverse of what each pipeline does before it decodes."""
+
+import pytest
+import torch
+from policy.test_replay_parity import adapted
+from tiny_pipelines import BUILD, CALLS, GUIDANCE
+
+from pisces_rl.policy import PolicyError, VideoPolicy
+from pisces_rl.policy.latents import LatentCodec, _Probe
+
+
+def build(family: str) -> VideoPolicy:
+    return VideoPolicy(adapted(family), num_inference_steps=3, pipeline_kwargs=CALLS[family] | GUIDANCE[family][1])
+
+
+@pytest.mark.parametrize("family", BUILD)
+def test_what_is_decoded_is_what_was_encoded(family):
+    policy = build(family)
+    shape = policy.sample(["a"], noise_seeds=[0]).videos.shape
+    videos = torch.rand(2, *shape[1:], generator=torch.Generator().manual_seed(0))
+    codec = LatentCodec.of(policy)
+    latents = codec.encode(policy.pipeline, videos)
+    assert latents.shape[0] == 2 * codec.shape[0] and latents.shape[1:] == codec.shape[1:]
+    for row, video in enumerate(videos):
+        x = video[None] * 2 - 1
+        x = x.flatten(0, 1) if codec.by_frame else x.transpose(1, 2)
+        with torch.no_grad():
+            z = policy.pipeline.vae.encode(x).latent_dist.mode()
+        own = latents[row * codec.shape[0] : (row + 1) * codec.shape[0]]
+        torch.testing.assert_close(_Probe.run(policy, "", own).z, z, rtol=1e-4, atol=1e-4)
+    assert "decode" not in vars(policy.pipeline.vae)
+
+
+def test_videos_of_another_size():
+    policy = build("wan")
+    shape = policy.sample(["a"], noise_seeds=[0]).videos.shape
+    with pytest.raises(ValueError, match="give them the frames, height and width"):
+        LatentCodec.of(policy).encode(policy.pipeline, torch.rand(1, shape[1], 3, 2 * shape[3], shape[4]))
+
+
+def test_a_pipeline_that_mixes_its_latents(monkeypatch):
+    run = _Probe.run
+
+    def mixed(*arguments):
+        probe = run(*arguments)
+        probe.seen = [z + z.roll(1, -1) for z in probe.seen]
+        return probe
+
+    monkeypatch.setattr(_Probe, "run", mixed)
+    with pytest.raises(PolicyError, match="more than reorder and rescale"):
+        LatentCodec.of(build("wan"))
