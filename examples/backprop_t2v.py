@@ -11,7 +11,7 @@ optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. 
 
 from pathlib import Path
 
-from grpo_t2v import ScriptArguments, arguments, load_datasets, load_rewards
+from grpo_t2v import ScriptArguments, arguments, load_datasets, load_rewards, load_videos
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
@@ -31,6 +31,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),
+        video_dataset=load_videos(script, config, train_dataset),
     )
     trainer.train()
     trainer.save_model()

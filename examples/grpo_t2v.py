@@ -20,6 +20,7 @@ from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_argum
 from pisces_rl.policy import default_lora_config
 from pisces_rl.rewards import exposure, motion_amount, temporal_smoothness
 from pisces_rl.shapemotion import (
+    Clips,
     load_prompts,
     shapemotion_alignment,
     shapemotion_correct,
@@ -100,6 +101,17 @@ def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     return [load(name, encoder=script.reward_encoder, ot_map=script.ot_map) for name in names]
 
 
+def load_videos(script: ScriptArguments, config, train_dataset: Dataset):
+    """Captioned videos for the consistency term, where it has a weight: ShapeMotion's, or the column `video`."""
+    if not config.consistency_weight:
+        return None
+    if script.dataset == "shapemotion":
+        return Clips("train", n=4096, seed=config.seed)
+    if "video" not in train_dataset.column_names:
+        raise ValueError(f"dataset={script.dataset!r} has no column `video`, which --consistency_weight needs.")
+    return train_dataset
+
+
 def arguments(recipe: Path) -> list[str]:
     """The command line, with the default recipe where it names neither a recipe nor a model."""
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
@@ -118,6 +130,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),
+        video_dataset=load_videos(script, config, train_dataset),
     )
     trainer.train()
     trainer.save_model()

@@ -34,8 +34,12 @@ def test_what_is_decoded_is_what_was_encoded(family):
 def test_videos_of_another_size():
     policy = build("wan")
     shape = policy.sample(["a"], noise_seeds=[0]).videos.shape
-    with pytest.raises(ValueError, match="give them the frames, height and width"):
-        LatentCodec.of(policy).encode(policy.pipeline, torch.rand(1, shape[1], 3, 2 * shape[3], shape[4]))
+    codec, video = LatentCodec.of(policy), torch.rand(2 * shape[1], 3, 2 * shape[3], shape[4])
+    with pytest.raises(ValueError, match="videos: expected"):
+        codec.encode(policy.pipeline, video[None])
+    fitted = codec.fitted(video)
+    assert fitted.shape == shape[1:] == codec.video and 0 <= fitted.min() and fitted.max() <= 1
+    torch.testing.assert_close(codec.fitted(fitted), fitted)
 
 
 def test_a_pipeline_that_mixes_its_latents(monkeypatch):

@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from .one_step import seeded_noise
 from .scheduler import PolicyError, denoised, noised
 from .session import LeavePipeline, Session, replaced_method
 
@@ -72,9 +73,7 @@ class DifferentiableSampling(Session):
             following = self.moments(prediction, x, 0.0)[0].to(x.dtype)
         elif i + 1 == self.start:
             clean, seeds = self.renoise
-            shape = clean.shape[0] // len(seeds), *clean.shape[1:]
-            noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
-            following = noised(self.scheduler, kernel, self.start, clean, noise.to(clean.device)).to(x)
+            following = noised(self.scheduler, kernel, self.start, clean, seeded_noise(clean, seeds)).to(x)
         else:
             following = x
         self.index += 1

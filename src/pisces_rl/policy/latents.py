@@ -8,6 +8,7 @@ own code give a, b and p, and its inverse turns encoded videos into latents. No 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .scheduler import PolicyError
@@ -23,11 +24,13 @@ class LatentCodec:
     Attributes:
         shape: of a video's latents, its rows first. encoded: of z, without the batch where clips are decoded whole.
         by_frame: frames are decoded one by one: z is (F, C, h, w); else (C, T, h, w).
+        video: (F, 3, H, W) that the pipeline makes.
     """
 
     shape: torch.Size
     encoded: torch.Size
     by_frame: bool
+    video: torch.Size
     source: Tensor
     scale: Tensor
     offset: Tensor
@@ -65,11 +68,24 @@ class LatentCodec:
                 "videos cannot be turned into its latents; train without videos."
             )
         by_frame = zero.ndim == 4
-        return LatentCodec(shape, zero.shape if by_frame else zero.shape[1:], by_frame, source, scale, offset)
+        video = policy.sample([prompt], noise_seeds=[0]).videos.shape[1:]
+        return LatentCodec(shape, zero.shape if by_frame else zero.shape[1:], by_frame, video, source, scale, offset)
+
+    def fitted(self, video: Tensor) -> Tensor:
+        """A video (F', 3, H', W') in [0, 1] at the pipeline's size: frames taken evenly, the middle, resized."""
+        frames, _, height, width = self.video
+        take = torch.linspace(0, len(video) - 1, frames).round().long()
+        return resized(video.float()[take], (height, width))
 
     @torch.no_grad()
     def encode(self, pipeline, videos: Tensor) -> Tensor:
         """Latents (B * rows, ...) fp32, in the scheduler's layout, of videos (B, F, 3, H, W) in [0, 1]."""
+        if videos.shape[1:] != self.video:
+            expected = ", ".join(map(str, self.video))
+            raise ValueError(
+                f"videos: expected (B, {expected}), what {type(pipeline).__name__} makes here, got "
+                f"{tuple(videos.shape)}; `fitted` makes them so."
+            )
         vae = pipeline.vae
         weight = next(vae.parameters())
         x = (videos * 2 - 1).to(weight.device, weight.dtype)
@@ -77,15 +93,21 @@ class LatentCodec:
         z = vae.encode(x).latent_dist.mode().float()
         if self.by_frame:
             z = z.unflatten(0, (len(videos), -1))
-        if z.shape[1:] != self.encoded:
-            raise ValueError(
-                f"videos {tuple(videos.shape)} encode to {tuple(z.shape[1:])} where {type(pipeline).__name__} makes "
-                f"{tuple(self.encoded)}: give them the frames, height and width that it is called with."
-            )
         source, scale, offset = (v.to(z.device) for v in (self.source, self.scale, self.offset))
         latents = torch.empty_like(z.flatten(1))
         latents[:, source] = (z.flatten(1) - offset) / scale
         return latents.view(len(videos) * self.shape[0], *self.shape[1:])
+
+
+def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """The middle of frames (F, 3, H, W) at the aspect of `size`, resized to it, in [0, 1]."""
+    height, width = frames.shape[-2:]
+    rows, columns = min(height, round(width * size[0] / size[1])), min(width, round(height * size[1] / size[0]))
+    top, left = (height - rows) // 2, (width - columns) // 2
+    frames = frames[..., top : top + rows, left : left + columns]
+    if frames.shape[-2:] == size:
+        return frames
+    return F.interpolate(frames, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 class _Probe(Session):

@@ -56,6 +56,7 @@ class Session:
 
     def __init__(self, policy, prompts: Sequence[str]):
         self.policy, self.prompts = policy, list(prompts)
+        self.overrides: dict = {}  # arguments of the pipeline's call for this run
         self.scheduler, self.index = None, 0
 
     needs_prediction = True

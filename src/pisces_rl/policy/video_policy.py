@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
+from .latents import LatentCodec
+from .one_step import OneStep, Prediction
 from .prompts import PromptMemo
 from .rollout import Rollout
 from .scheduler import (
@@ -63,7 +65,8 @@ class VideoPolicy(nn.Module):
         self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
-        self._skipped_outputs: dict[str, tuple] = {}  # denoiser -> (its output on the meta device, videos in it)
+        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
+        self._codec: LatentCodec | None = None
         self.eval()
 
     @property
@@ -199,6 +202,29 @@ class VideoPolicy(nn.Module):
             )
         return frames.float()
 
+    def latent_codec(self) -> LatentCodec:
+        """Between videos and the latents of this pipeline at its present size; found once, see `LatentCodec.of`."""
+        if self._codec is None:
+            self._codec = LatentCodec.of(self)
+        return self._codec
+
+    def predict(
+        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step: int, state: Tensor | None = None,
+        clean: Tensor | None = None, grad: bool = False, **overrides,
+    ) -> Prediction:  # fmt: skip
+        """What the model makes of a state at one step of the schedule.
+
+        Args:
+            prompts: B prompts. step: its index.
+            state: latents that enter the step. clean: clean latents, which are brought to the step's noise level with
+                noise from `noise_seeds`. At step 0 both give way to the pipeline's own start noise.
+            noise_seeds: B seeds. grad: build a graph.
+            overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
+        """
+        session = OneStep(self, prompts, step, state, None if clean is None else (clean, noise_seeds), grad, overrides)
+        self._call_and_leave(session, prompts, noise_seeds, "latent")
+        return session.found
+
     def _call_and_leave(self, session: "Session", prompts, noise_seeds, output_type: str):
         """Run the pipeline without gradients, but where the session turns them on; None where it leaves early."""
         grad_mode = torch.is_grad_enabled()
@@ -217,8 +243,8 @@ class VideoPolicy(nn.Module):
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
         with self._swapped(session):
-            return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type,
-                        num_inference_steps=self.num_inference_steps, **self.pipeline_kwargs)
+            arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.overrides}
+            return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type, **arguments)
 
     @contextlib.contextmanager
     def _swapped(self, session: "Session") -> Iterator[None]:
@@ -247,17 +273,18 @@ class VideoPolicy(nn.Module):
         """The denoiser's forward, skipped where the session has no use for its output."""
 
         def entry(*args, **kwargs):
-            if not session.needs_prediction and name in self._skipped_outputs:
-                meta, videos = self._skipped_outputs[name]
+            key = name, repr(sorted(session.overrides.items()))  # guidance changes how many rows there are
+            if not session.needs_prediction and key in self._skipped_outputs:
+                meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
             if self.autocast_dtype is None:
                 output = forward(*args, **kwargs)
             else:
                 with torch.autocast(self.device.type, self.autocast_dtype):
                     output = forward(*args, **kwargs)
-            if name not in self._skipped_outputs:
+            if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
-                self._skipped_outputs[name] = to_meta, len(session.prompts)
+                self._skipped_outputs[key] = to_meta, len(session.prompts)
             return output
 
         return entry

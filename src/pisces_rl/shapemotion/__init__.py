@@ -22,7 +22,7 @@ first command of the README, and for asking of any other reward whether it is ri
 """
 
 from .corruptions import SCENE_CORRUPTIONS, VIDEO_CORRUPTIONS, corrupt
-from .dataset import load_prompts
+from .dataset import Clips, load_prompts
 from .grammar import VOCABULARY, Group, Scene, held_out, parse
 from .layout import Layout, lay_out
 from .quality import QUALITY
@@ -47,6 +47,7 @@ __all__ = [
     "SPLITS",
     "VIDEO_CORRUPTIONS",
     "VOCABULARY",
+    "Clips",
     "Group",
     "Layout",
     "Scene",

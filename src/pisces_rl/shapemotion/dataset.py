@@ -8,6 +8,7 @@ import datasets
 import torch
 
 from .grammar import Scene
+from .renderer import render_layout
 from .splits import family_of, sample_layouts
 
 _TEXT, _TEXTS = datasets.Value("string"), datasets.List(datasets.Value("string"))
@@ -47,6 +48,26 @@ def load_prompts(split: str, n: int, seed: int = 0, families: Sequence[str] | No
     """
     scenes = sample_layouts(n, split, families, torch.Generator().manual_seed(seed))[0].scenes()
     return datasets.Dataset.from_list([_row(scene, split) for scene in scenes], features=_FEATURES)
+
+
+class Clips(torch.utils.data.Dataset):
+    """Captioned clips that are drawn when they are asked for: rows {"prompt", "video" (F, 3, size, size) in [0, 1]}.
+
+    Args:
+        split, n, seed: as in `load_prompts`, whose scenes these are. size, num_frames: of a clip.
+    """
+
+    def __init__(self, split: str, n: int, seed: int = 0, size: int = 64, num_frames: int = 17):
+        specs, self.layout = sample_layouts(n, split, None, torch.Generator().manual_seed(seed))
+        self.prompts = [scene.prompt() for scene in specs.scenes()]
+        self.size, self.num_frames = size, num_frames
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, row: int) -> dict:
+        (video,) = render_layout(self.layout[[row]], self.size, self.num_frames)
+        return {"prompt": self.prompts[row], "video": video}
 
 
 def _row(scene: Scene, split: str) -> dict:

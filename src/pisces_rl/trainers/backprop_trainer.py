@@ -11,7 +11,8 @@ from ..policy import DecodedPart
 from ._trl import EpochRepeatSampler
 from .advantages import nanstd
 from .backprop_config import RewardBackpropConfig
-from .base import VideoPolicyTrainer, check_dataset, sample_seed
+from .base import VideoPolicyTrainer, check_dataset
+from .seeds import sample_seed
 
 NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
 
@@ -19,11 +20,13 @@ NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
 class RewardBackpropTrainer(VideoPolicyTrainer):
     r"""Trains a LoRA adapter of a text-to-video pipeline by following the gradient of its rewards.
 
-        L = - mean over samples of  sum_i w_i r_i( decode( x0 ) ),
+        L = - mean over samples of  sum_i w_i r_i( decode( x0 ) )  +  consistency_weight L_CD,
 
     with x0 a deterministic sample whose last steps carry gradients, or a one-step prediction; see
     `RewardBackpropConfig.backprop_through`. It needs no groups and no noise; but every reward must carry gradients to
     the pixels, and the policy can find pixels that please a reward and nobody else: watch the judges.
+
+    L_CD is that of `ConsistencyDistillation` on `video_dataset`; with it alone, without rewards, the trainer distils.
 
     Methods: ReFL (arXiv 2304.05977), DRaFT and DRaFT-LV (arXiv 2309.17400), AlignProp (arXiv 2310.03739), VADER (arXiv
     2407.08737).
@@ -50,10 +53,11 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
     _name = "Reward Backpropagation"
+    _may_lack_rewards = True  # consistency distillation alone
     _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None):
+                 peft_config=None, callbacks=None, video_dataset=None):
         args = RewardBackpropConfig() if args is None else args
         check_dataset("train_dataset", train_dataset)
         needed = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -63,7 +67,8 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                 f"{args.per_device_train_batch_size} * {args.world_size} processes * gradient_accumulation_steps "
                 f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
             )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
+                         video_dataset)
         self.rewards.check_differentiable()
         self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running; NaN before the first step
         self._seen: list[Tensor] = []  # values of this optimizer step's micro-batches
@@ -91,11 +96,13 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         start = time.perf_counter()
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-        batch = self._step * self.accelerator.num_processes + self.accelerator.process_index  # over all processes
-        loss = self._follow(prompts, columns, batch)
+        loss = self._distil()
+        if len(self.rewards):
+            loss += self._follow(prompts, columns, self._batch)
         if self.accelerator.sync_gradients:
             self.all_reduce_gradients()
-            self._measure_spread()
+            if len(self.rewards):
+                self._measure_spread()
             self.check_equal_weights()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)

@@ -40,7 +40,9 @@ from ..rewards import RewardPanel
 from ._trl import _BaseTrainer, identity
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
+from .consistency import ConsistencyDistillation
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
+from .seeds import sample_seed
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -82,15 +84,6 @@ def check_dataset(name: str, dataset, several: bool = False) -> None:
             raise ValueError(f"{name} row {row}: prompt is {prompt!r}; every prompt must be a string.")
 
 
-def sample_seed(*parts: int) -> int:
-    """One 63-bit seed from integers, the same on every machine and number of processes.
-
-    Their number is hashed too: SeedSequence takes [1], [1, 0] and [1, 0, 0] for the same.
-    """
-    entropy = [len(parts), *(p & 0xFFFFFFFF for p in parts)]
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
-
-
 class VideoPolicyTrainer(_BaseTrainer):
     """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
 
@@ -103,19 +96,27 @@ class VideoPolicyTrainer(_BaseTrainer):
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
         callbacks: further callbacks.
+        video_dataset: captioned videos for the consistency term: rows with `prompt` and `video`, a path or a tensor
+            (F, 3, H, W) in [0, 1] or uint8. Needed where args.consistency_weight is not 0.
     """
 
     loss_is_scaled_for_ga = True
+    _may_lack_rewards = False  # where there is a consistency term
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config: LoraConfig | None = None, callbacks: list | None = None):
+                 peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
         self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
-        if not len(self.rewards):
+        if bool(args.consistency_weight) != (video_dataset is not None):
+            raise ValueError(
+                f"consistency_weight={args.consistency_weight}, and video_dataset is a "
+                f"{type(video_dataset).__name__}: the consistency term needs both, or leave both out."
+            )
+        if not len(self.rewards) and not (self._may_lack_rewards and args.consistency_weight):
             raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
         weights = args.reward_weights or [1.0] * len(self.rewards)
         if len(weights) != len(self.rewards):
@@ -161,6 +162,13 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
+        self.consistency = None
+        if args.consistency_weight:
+            self.consistency = ConsistencyDistillation(
+                self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
+                guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
+            )
+            self.add_callback(self.consistency.average)
         self.console = Console()
         if not self.console.is_terminal:
             self.console = Console(width=120)
@@ -209,6 +217,23 @@ class VideoPolicyTrainer(_BaseTrainer):
                     logs[name] = sum(values) / (processes if name.startswith("seconds/") else len(values))
             self._metrics["train"].clear()
         super().log(logs, start_time)
+
+    @property
+    def _batch(self) -> int:
+        """The number of this process's micro-batch among those of all processes."""
+        return self._step * self.accelerator.num_processes + self.accelerator.process_index
+
+    def _distil(self) -> Tensor:
+        """Back-propagate the consistency term of one micro-batch, if there is one; returns its weighted value."""
+        if self.consistency is None:
+            return torch.zeros((), device=self.accelerator.device)
+        with self.stage("consistency"):
+            count = self.args.consistency_batch_size or self.args.per_device_train_batch_size
+            loss = self.consistency.loss(self._batch, count).mean()
+            self._metrics["train"]["consistency_loss"].append(loss.item())
+            loss = self.args.consistency_weight * loss / self.current_gradient_accumulation_steps
+            self.accelerator.backward(loss)
+        return loss.detach()
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
@@ -546,10 +571,14 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
-        return {"ema": None if self.ema is None else self.ema.state_dict(), "micro_batches": self._step}
+        averages = {"ema": self.ema, "consistency": self.consistency and self.consistency.average}
+        states = {name: None if average is None else average.state_dict() for name, average in averages.items()}
+        return states | {"micro_batches": self._step}
 
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
+        if self.consistency is not None and state.get("consistency") is not None:
+            self.consistency.average.load_state_dict(state["consistency"])
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         elif self.ema is not None:
@@ -635,7 +664,10 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
-        return {"rewards": ", ".join(self.rewards.names)} | {n: getattr(self.args, n) for n in names}
+        settings = {"rewards": ", ".join(self.rewards.names) or "none"} | {n: getattr(self.args, n) for n in names}
+        if self.consistency is not None:
+            settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
+        return settings
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
         """Upload adapter, model card and sample videos from output_dir; returns the repository's address."""

@@ -38,6 +38,24 @@ class VideoPolicyConfig(_BaseConfig):
                   "saved. Unset: none."},
     )
 
+    # --- the consistency term, on captioned videos ---
+    consistency_weight: float = field(
+        default=0.0, metadata={"help": "Weight of consistency distillation on video_dataset beside the rewards."}
+    )
+    consistency_steps: int = field(
+        default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."}
+    )
+    consistency_guidance: float | None = field(
+        default=None,
+        metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
+    )
+    consistency_decay: float = field(
+        default=0.95, metadata={"help": "Decay of the adapter's moving average that gives the targets."}
+    )
+    consistency_batch_size: int | None = field(
+        default=None, metadata={"help": "Videos a micro-batch. Unset: per_device_train_batch_size."}
+    )
+
     # --- evaluation and what a run leaves ---
     eval_seed: int = field(default=42, metadata={"help": "Seed of the fixed evaluation noise."})
     num_sample_videos: int = field(
@@ -67,6 +85,11 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
+        if self.consistency_weight < 0 or self.consistency_steps < 2 or not 0 < self.consistency_decay < 1:
+            raise ValueError(
+                f"consistency_weight={self.consistency_weight} must not be negative, consistency_steps="
+                f"{self.consistency_steps} must be at least 2, consistency_decay={self.consistency_decay} in (0, 1)."
+            )
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."

@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from ..policy import ReplayStep, Rollout, adapters_off
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, nanstd
-from .base import VideoPolicyTrainer, check_dataset, sample_seed
+from .base import VideoPolicyTrainer, check_dataset
 from .grpo_config import VideoGRPOConfig
 from .losses import (
     clip_fractions,
@@ -31,6 +31,7 @@ from .losses import (
     prediction_distance,
     step_weight,
 )
+from .seeds import sample_seed
 
 NOISE, STEP, WINDOW, SHUFFLE = range(4)  # what a seed is for
 
@@ -72,7 +73,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                           "gradient_accumulation_steps", "num_iterations")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None):
+                 peft_config=None, callbacks=None, video_dataset=None):
         args = VideoGRPOConfig() if args is None else args
         check_dataset("train_dataset", train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
@@ -82,7 +83,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                 f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks)
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
+                         video_dataset)
         self._rollout: Rollout | None = None
         self._rollout_at = -1  # optimizer step at which it was drawn
         self._advantages: torch.Tensor | None = None
@@ -202,6 +204,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         rows = self._micro_batches[self._step % self.args.steps_per_generation]
         with self.stage("update"):
             loss = self._update(rows, before_first_step=self.state.global_step == self._rollout_at)
+        loss += self._distil()
+        with self.stage("update"):
             if self.accelerator.sync_gradients:
                 self.all_reduce_gradients()
         self._step += 1

@@ -1,0 +1,68 @@
+"""What a pipeline's model predicts at one step from any state, by the same entry as a whole sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .scheduler import PolicyError, denoised, noised
+from .session import LeavePipeline, Session
+
+
+@dataclass
+class Prediction:
+    """state: the latents that entered the step. clean: x0^. following: the state after the ODE's step. All fp32, in
+    the scheduler's layout."""
+
+    state: Tensor
+    clean: Tensor
+    following: Tensor
+
+
+class OneStep(Session):
+    """Skips to a step, puts in a state, and leaves with the prediction."""
+
+    def __init__(self, policy, prompts: Sequence[str], at: int, state: Tensor | None,
+                 renoise: tuple[Tensor, Sequence[int]] | None, grad: bool, overrides: dict):
+        super().__init__(policy, prompts)
+        self.at, self.state, self.renoise, self.grad, self.overrides = at, state, renoise, grad, overrides
+        if at > 0 and (state is None) == (renoise is None):
+            raise ValueError("state, clean: give one of them.")
+        self.found: Prediction | None = None
+
+    @property
+    def needs_prediction(self) -> bool:
+        return self.index == self.at
+
+    def begin(self, scheduler) -> None:
+        super().begin(scheduler)
+        if not 0 <= self.at < len(scheduler.timesteps):
+            raise ValueError(f"step={self.at} is not a step of a schedule of {len(scheduler.timesteps)}.")
+        torch.set_grad_enabled(self.grad and self.at == 0)
+
+    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
+        self.check_step()
+        if self.index == self.at:
+            clean = denoised(self.scheduler, self.policy.transition, self.at, prediction, x)
+            self.found = Prediction(x.detach().float(), clean, self.moments(prediction, x, 0.0)[0])
+            raise LeavePipeline
+        self.index += 1
+        if self.index < self.at:
+            return x
+        torch.set_grad_enabled(self.grad)
+        if self.state is not None:
+            return self.state.to(x)
+        clean, seeds = self.renoise
+        return noised(self.scheduler, self.policy.transition, self.at, clean, seeded_noise(clean, seeds)).to(x)
+
+    def check_finished(self) -> None:
+        if self.found is None:
+            raise PolicyError(f"{type(self.policy.pipeline).__name__} never reached step {self.at} of its schedule.")
+
+
+def seeded_noise(latents: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Normal noise like latents (B * rows, ...), each video's from its own seed."""
+    shape = latents.shape[0] // len(seeds), *latents.shape[1:]
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return noise.to(latents.device)

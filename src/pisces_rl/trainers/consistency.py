@@ -1,0 +1,83 @@
+"""Consistency distillation on captioned videos: its own ODE, learnt to be crossed in one step from anywhere."""
+
+import torch
+from torch import Tensor
+
+from ..media import load_video
+from ..policy import VideoPolicy, adapters_off
+from .callbacks import AdapterEMA
+from .seeds import sample_seed
+
+ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """sqrt((x - y)^2 + c^2) - c, the mean over everything but the batch (Song & Dhariwal, arXiv 2310.14189)."""
+    return ((x - y).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
+
+
+class ConsistencyDistillation:
+    r"""The loss of latent consistency distillation (LCM, arXiv 2310.04378) through any pipeline.
+
+    From a clip's latents x0 and a step n of a schedule of N,
+
+        x_n     = x0 with noise at the level of step n
+        x_{n+1} = the step of the model's ODE from x_n, without the adapter, perhaps guided
+        L       = huber( x0^(x_n),  x0^_average(x_{n+1}) ),         huber(d) = sqrt(d^2 + c^2) - c
+
+    with x0^ the model's prediction under the adapter, and under the adapter's moving average. At the last step x_{n+1}
+    is itself the target. At the first, x_n is the pipeline's start noise.
+
+    Args:
+        policy: whose pipeline is distilled. adapter: its trained weights.
+        dataset: rows with `prompt` and `video`, a path or a tensor (F, 3, H, W) in [0, 1] or uint8.
+        steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
+        seed: of rows, noise and steps.
+    """
+
+    def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
+                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0):
+        self.policy, self.dataset, self.steps, self.huber_c, self.seed = policy, dataset, steps, huber_c, seed
+        self.guidance = {} if guidance is None else {"guidance_scale": guidance}
+        self.average = AdapterEMA(adapter, decay)
+
+    def loss(self, number: int, count: int) -> Tensor:
+        """(count,) losses with gradients of the batch of that number: its rows, noise and step are the number's."""
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
+        rows = torch.randint(len(self.dataset), (count,), generator=generator).tolist()
+        prompts, clean = self._clips(rows)
+        seeds = [sample_seed(self.seed, NOISE, number, i) for i in range(count)]
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
+        step = int(torch.randint(self.steps, (1,), generator=generator))
+        grid = {"num_inference_steps": self.steps}
+
+        with adapters_off(self.policy):
+            teacher = self.policy.predict(
+                prompts, noise_seeds=seeds, step=step, clean=clean, **grid, **self.guidance
+            )
+        target = teacher.following
+        if step + 1 < self.steps:
+            with self.average:
+                target = self.policy.predict(
+                    prompts, noise_seeds=seeds, step=step + 1, state=teacher.following, **grid
+                ).clean
+        own = self.policy.predict(
+            prompts, noise_seeds=seeds, step=step, state=teacher.state, grad=True, **grid
+        ).clean
+        return pseudo_huber(own.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
+
+    def _clips(self, rows: list[int]) -> tuple[list[str], Tensor]:
+        codec = self.policy.latent_codec()
+        samples = [self.dataset[row] for row in rows]
+        videos = torch.stack([codec.fitted(_video(sample["video"], codec.video[0])) for sample in samples])
+        return [sample["prompt"] for sample in samples], codec.encode(self.policy.pipeline, videos)
+
+
+def _video(given, frames: int) -> Tensor:
+    """(F, 3, H, W) in [0, 1]."""
+    if isinstance(given, (str, bytes)) or hasattr(given, "__fspath__"):
+        return load_video(given, frames)
+    video = torch.as_tensor(given)
+    if video.ndim != 4 or video.shape[1] != 3:
+        raise ValueError(f"video: expected a path or a tensor (F, 3, H, W), got {tuple(video.shape)}.")
+    return video.float() / 255 if video.dtype == torch.uint8 else video.float()
