@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import load_callable, load_prompt_dataset, load_reward_function, parse_arguments
@@ -164,6 +165,20 @@ def test_the_recipes_parse(path):
     kind = RewardBackpropConfig if "backprop" in path.name else VideoGRPOConfig
     script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, kind)
     assert config.num_inference_steps >= 2 and script.model
+
+
+@pytest.mark.parametrize("cell", sorted(p.stem for p in (ROOT / "recipes" / "study").glob("*.yaml")))
+def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
+    run = importlib.import_module("run")
+    if cell == "shared":
+        return
+    settings = run.settings_of(cell)
+    config, _ = run.TRAINERS[settings.pop("trainer")]
+    script, config = parsed(
+        ["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config
+    )
+    assert script.rewards and config.max_steps >= 1 and config.eval_steps
 
 
 @pytest.mark.parametrize("example", ["grpo_t2v", "backprop_t2v"])
