@@ -3,8 +3,8 @@
     python benchmarks/study/table.py                                # outputs/study/records
     python benchmarks/study/table.py RECORDS --against grpo_none --figure outputs/study/curves.png
 
-Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained` is the evaluation before the
-first step.
+Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated before the first
+step.
 """
 
 import argparse
