@@ -113,7 +113,7 @@ def test_it_adds_its_gradient(tmp_path, kind):
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
-    settings = dict(max_steps=4, rewards=backprop.bright)
+    settings = dict(max_steps=4, rewards=backprop.bright, ema_decay=0.5)
     whole = distilled(tmp_path / "whole", **settings)
     whole.train()
     distilled(tmp_path / "cut", callbacks=[tiny_runs.StopAt(2)], **settings).train()

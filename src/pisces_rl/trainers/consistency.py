@@ -16,6 +16,10 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     return ((x - y).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
 
 
+class TargetAverage(AdapterEMA):
+    """The average that gives the targets, beside the one that a run may evaluate and save."""
+
+
 class ConsistencyDistillation:
     r"""The loss of latent consistency distillation (LCM, arXiv 2310.04378) through any pipeline.
 
@@ -39,7 +43,7 @@ class ConsistencyDistillation:
                  decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0):
         self.policy, self.dataset, self.steps, self.huber_c, self.seed = policy, dataset, steps, huber_c, seed
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
-        self.average = AdapterEMA(adapter, decay)
+        self.average = TargetAverage(adapter, decay)
 
     def loss(self, number: int, count: int) -> Tensor:
         """(count,) losses with gradients of the batch of that number: its rows, noise and step are the number's."""
