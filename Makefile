@@ -34,7 +34,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 # Alone on its cores a run gains a fifth from threads that spin a little before they sleep.
 demo: $(STAMP)  ## improve the embedded text-to-video model with GRPO, in minutes on two CPU cores
-	env -u OMP_WAIT_POLICY GOMP_SPINCOUNT=20000 $(LAUNCH) examples/grpo_t2v.py $(ARGS)
+	env -u OMP_WAIT_POLICY GOMP_SPINCOUNT=20000 $(LAUNCH) examples/grpo_t2v.py --config recipes/shapemotion_grpo.yaml $(ARGS)
 
 test: $(STAMP)  ## run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
