@@ -12,12 +12,15 @@ bank of real clips and with a random one. Means over encoders (seeds), 95 % t-in
 """
 
 import argparse
-import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import torch
 from ot_semantic_table import SEEN, UNSEEN
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 from scipy.stats import t as student
 from tiny_vtm_ranking import draw
@@ -60,11 +63,29 @@ def rankings(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def measure(encoder, samples, args) -> dict[str, tuple[float, ...]]:
-    text, video = features(encoder, clips(args.clips, 0))
-    test_text, test_video = features(encoder, clips(1024, 77))
-    texts, videos, truth = samples
-    prompts, drawn = features(encoder, zip((texts[i : i + 128] for i in range(0, len(texts), 128)), videos.split(128)))
+def cached_features(name: str, count: int) -> dict[str, torch.Tensor]:
+    """What one encoder says of the clips to fit on, of unseen ones, and of samples; kept in outputs/."""
+    cache = Path(f"outputs/ot_quality/{Path(name).name}-{count}.safetensors")
+    if not cache.is_file():
+        encoder = load_encoder(name)
+        parts = [draw(split, 64, GROUP, 4) for split in (SEEN, *UNSEEN)]
+        texts, videos = [t for part, _ in parts for t in part], torch.cat([v for _, v in parts])
+        batches = zip((texts[i : i + 128] for i in range(0, len(texts), 128)), videos.split(128))
+        found = {}
+        for part, data in (("", clips(count, 0)), ("test_", clips(1024, 77)), ("drawn_", batches)):
+            found[f"{part}text"], found[f"{part}video"] = features(encoder, data)
+        found["alignment"] = torch.as_tensor(verify(videos, texts).alignment)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        save_file({key: value.contiguous() for key, value in found.items()}, cache)
+    return load_file(cache)
+
+
+@torch.no_grad()
+def measure(name: str, args) -> dict[str, tuple[float, ...]]:
+    warnings.simplefilter("ignore")
+    found = cached_features(name, args.clips)
+    text, video, test_text, test_video = (found[k] for k in ("text", "video", "test_text", "test_video"))
+    prompts, drawn, truth = found["drawn_text"], found["drawn_video"], found["alignment"].numpy()
     kinds = dict(MAPS)
     if args.neural:
         kinds |= {"neural": lambda: NeuralMap(steps=args.steps, patience=10**6),
@@ -98,15 +119,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=4096, help="to fit on")
     parser.add_argument("--neural", action="store_true", help="the neural maps, too: for a GPU")
     parser.add_argument("--steps", type=int, default=5000, help="of the neural maps")
+    parser.add_argument("--jobs", type=int, default=1, help="encoders at a time")
     args = parser.parse_args()
-    warnings.simplefilter("ignore")
-    parts = [draw(split, 64, GROUP, 4) for split in (SEEN, *UNSEEN)]
-    texts, videos = [t for part, _ in parts for t in part], torch.cat([v for _, v in parts])
-    samples = texts, videos, np.asarray(verify(videos, texts).alignment)
-    start, found = time.time(), []
-    for name in args.encoders:
-        found.append(measure(load_encoder(name), samples, args))
-        print(f"{name}  {time.time() - start:.0f} s", flush=True)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        found = list(pool.map(measure, args.encoders, [args] * len(args.encoders)))
     print("| map | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
     for row in found[0]:
         values = np.array([f[row] for f in found])

@@ -62,7 +62,7 @@ def main() -> None:
         text, video = encoder.encode_text(prompts), encoder.encode_video(videos)
         points = torch.randn(2048, encoder.dimension)
         linear = LinearMap().fit(points, points * 2)
-        fusion = OTAttention().bind(text.words, video.positions)
+        fusion = OTAttention().bind(text.words, video.positions, encoder.fused_layers)
 
         def timed(call):
             return median(call, args.device)
