@@ -54,6 +54,29 @@ def accepted_arguments(func: RewardFunc, offered: dict) -> dict:
     return {name: value for name, value in offered.items() if name in parameters}
 
 
+def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
+    """That there are B prompts for B videos (B, F, 3, H, W); for rewards that compute on both.
+
+    Raises:
+        TypeError: prompts is one string or no sequence of strings; videos is no tensor (a NumPy array, a list).
+        ValueError: another shape, an empty axis, or more of one than of the other.
+    """
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: expected a list of strings, one per video, got {prompts!r}; put it into a list.")
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompts: expected a list of strings, got {prompt!r} as prompt {row}.")
+    if not isinstance(videos, Tensor):
+        raise TypeError(
+            f"videos: expected a tensor (B, F, 3, H, W) in [0, 1], got {type(videos).__name__}; convert an array with "
+            "torch.from_numpy, a list with torch.stack."
+        )
+    if videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
+        raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), no axis empty, got {tuple(videos.shape)}.")
+    if len(prompts) != len(videos):
+        raise ValueError(f"prompts: expected one per video, got {len(prompts)} prompts for {len(videos)} videos.")
+
+
 def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
     """A reward's return value as (B,) fp32 on the CPU, NaN where it returned None.
 

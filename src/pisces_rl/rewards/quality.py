@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pisces_rl.ot import BankDivergence
 from pisces_rl.ot.maps import TransportMap
+from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoders.base import VideoTextEncoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 
@@ -58,6 +59,7 @@ class OTQualityReward:
         self.__name__ = name
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+        check_inputs(prompts, videos)
         with shared_encodings():
             x = video_features(self.encoder, videos, self.micro_batch).pooled
             reward = torch.zeros_like(x[:, 0])
