@@ -1,6 +1,7 @@
 """The fusion of attention and plans, and the rewards built on it."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -93,15 +94,60 @@ def test_the_mass_of_partial_plans(layer):
     torch.testing.assert_close(halves[rows], ((1 + 1 - inside + inside * share) / 2)[rows], rtol=1e-3, atol=1e-5)
 
 
-def test_costs_are_in_the_unit_interval_and_know_time_and_space(layer):
+def costs_by_loops(settings, words, positions, query, key, logits):
+    """The formula as it is written, cell by cell; 0 outside the plan."""
+    placed = [j for j, where in enumerate(positions) if where.isfinite().all()]
+    middle = [sum(float(positions[j, axis]) for j in placed) / len(placed) for axis in (1, 2)]
+    spot = {j: [float(z) for z in positions[j]] if j in placed else [-1.0, *middle] for j in range(len(positions))}
+    columns = list(spot) if settings.class_tokens else placed
+    out = torch.zeros_like(logits)
+    for b, h in itertools.product(range(len(logits)), range(logits.shape[1])):
+        rows = words[b].nonzero()[:, 0].tolist()
+        terms = {"cosine": {}, "time": {}, "space": {}}
+        for i in rows:
+            weight = {j: math.exp(logits[b, h, i, j]) for j in columns}
+            tau, *pi = (sum(weight[j] * spot[j][axis] for j in columns) / sum(weight.values()) for axis in range(3))
+            for j in columns:
+                y, x = query[b, :, i].flatten(), key[b, :, j].flatten()
+                terms["cosine"][i, j] = 1 - float(y @ x / (y.norm() * x.norm()))
+                terms["time"][i, j] = abs(tau - spot[j][0])
+                terms["space"][i, j] = math.dist(pi, spot[j][1:])
+        cosine, time, space = (unit_range(term) for term in terms.values())
+        total = {at: cosine[at] + settings.temporal * time[at] + settings.spatial * space[at] for at in cosine}
+        for (i, j), value in unit_range(total).items():
+            out[b, h, i, j] = value
+    return out
+
+
+def unit_range(term):
+    low, high = min(term.values()), max(term.values())
+    return {at: (value - low) / (high - low) if high > low else 0.0 for at, value in term.items()}
+
+
+@pytest.mark.parametrize("class_tokens", [False, True])
+@pytest.mark.parametrize("temporal, spatial", [(0, 0), (0.2, 0), (0, 0.2), (0.2, 0.3), (5, 5)])
+def test_costs_are_the_formula(layer, temporal, spatial, class_tokens):
+    settings = OTAttention(temporal=temporal, spatial=spatial, class_tokens=class_tokens)
+    cost = settings.bind(*layer[:2]).cost(*layer[2:]).expand_as(layer[-1])
+    torch.testing.assert_close(cost, costs_by_loops(settings, *layer), rtol=1e-4, atol=1e-5)
+
+
+def test_costs_of_one_frame_or_one_place_have_no_such_term(layer):
     words, positions, query, key, logits = layer
-    columns, costs = positions.isfinite().all(1), {}
-    for temporal, spatial in ((0, 0), (5, 0), (0, 5)):
-        bound = OTAttention(temporal=temporal, spatial=spatial).bind(words, positions)
-        cost = costs[temporal, spatial] = bound.cost(query, key, logits)
-        cells = cost[words[:, None, :, None] & columns & torch.ones_like(cost, dtype=torch.bool)]
-        assert cells.min() == 0 and cells.max() == pytest.approx(1)
-    assert not torch.allclose(costs[5, 0], costs[0, 5])
+    for axes, term in (([0], dict(temporal=5, spatial=0)), ([1, 2], dict(temporal=0, spatial=5))):
+        flat = positions.clone()
+        flat[1:, axes] = 0
+        neither = dict(temporal=0, spatial=0)
+        plain, weighted = (OTAttention(**kind).bind(words, flat).cost(query, key, logits) for kind in (neither, term))
+        torch.testing.assert_close(weighted, plain.expand_as(weighted))
+
+
+def test_a_class_token_outside_the_plan_draws_no_word_to_it(layer):
+    words, positions, query, key, logits = layer
+    seen = logits.clone()
+    seen[..., 0] += 10
+    costs = [OTAttention().bind(words, positions).cost(query, key, x) for x in (logits, seen)]
+    torch.testing.assert_close(*costs)
 
 
 def test_layers_and_heads(layer):

@@ -80,7 +80,7 @@ if triton is not None:
         logits += problem * n * m
         out += problem * n * m
 
-        # where each word looks, by a running softmax, and the range of the cosines
+        # where each word looks in the plan's tokens, by a running softmax, and the range of the cosines
         top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         tau = tl.zeros((BLOCK_N,), tl.float32)
@@ -90,14 +90,14 @@ if triton is not None:
         high = float("-inf")
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
-            inside = (i < n)[:, None] & (j < m)[None, :]
             at = i[:, None] * m + j[None, :]
-            cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
+            placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
+            cells = word[:, None] & placed
             c = tl.load(cosine + at, mask=cells, other=0.0)
             low = tl.minimum(low, tl.min(tl.min(tl.where(cells, c, float("inf")), 1), 0))
             high = tl.maximum(high, tl.max(tl.max(tl.where(cells, c, float("-inf")), 1), 0))
             if TIME or SPACE:
-                x = tl.load(logits + at, mask=inside, other=float("-inf"))
+                x = tl.load(logits + at, mask=(i < n)[:, None] & placed, other=float("-inf"))
                 new = tl.maximum(top, tl.max(x, 1))
                 safe = tl.where(new == float("-inf"), 0.0, new)
                 shrink = tl.exp(top - safe)

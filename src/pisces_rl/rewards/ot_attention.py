@@ -7,7 +7,8 @@ side by side, t_j and s_j the frame and the place of video token j:
     tau_i = sum_k A_ik t_k,  pi_i = sum_k A_ik s_k
 
 Each term is brought to [0, 1] by its range in the plan, then C is. Words that are padding or special tokens, and video
-tokens without a place, have no part in the plan and keep their attention. Source: arXiv 2602.01624, section 4.2.
+tokens without a place, have no part in the plan and keep their attention; tau and pi are of attention over the video
+tokens in the plan, of sum 1. Source: arXiv 2602.01624, section 4.2.
 """
 
 from collections.abc import Sequence
@@ -152,7 +153,7 @@ class BoundOTAttention:
         cost = _to_unit_range(cosine[:, None], cells)
         if alike:
             return _to_unit_range(cost, cells)
-        attention = logits.softmax(-1)
+        attention = logits.masked_fill(~self.columns, -torch.inf).softmax(-1)
         if settings.temporal:
             distance = ((attention @ frame)[..., None] - frame).abs()
             cost = cost + settings.temporal * _to_unit_range(distance, cells)
