@@ -3,8 +3,8 @@
     python benchmarks/backprop_memory.py                 # the rows of docs/backprop.md, one GPU
     python benchmarks/backprop_memory.py --tiny          # the same code path on a CPU in seconds
 
-One video, gradients through the last step, LoRA of rank 32, bf16, both kinds of activations computed again in backward;
-rewards are `ot_quality` and `ot_semantic` on a model of InternVideo2's size, also with random weights (2.6 GiB of the
+One video, gradients through the last step, LoRA of rank 32, bf16, both kinds of activations computed again in
+backward; rewards are `ot_quality` and `ot_semantic` on a model of InternVideo2's size, also with random weights (2.6 GiB of the
 peak). The text encoder is a small one of the right width. Peak of two optimizer steps, sampling and rewards included.
 """
 
@@ -23,8 +23,8 @@ from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward
 
 STEPS = 2
 #: frames, height, width, K, latent frames that are decoded with a graph (None: all)
-ROWS = [(33, 240, 416, 1, 2), (33, 240, 416, 1, None), (33, 240, 416, 4, 2), (81, 480, 832, 1, 1), (81, 480, 832, 1, 2),
-        (81, 480, 832, 2, 2)]  # fmt: skip
+ROWS = [(33, 240, 416, 1, 2), (33, 240, 416, 1, None), (33, 240, 416, 4, 2), (81, 480, 832, 1, 1),
+        (81, 480, 832, 1, 2), (81, 480, 832, 2, 2)]  # fmt: skip
 TINY_ROWS = [(9, 16, 16, 1, 2), (9, 16, 16, 4, None)]
 
 

@@ -9,6 +9,7 @@ the optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a G
 """
 
 import functools
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ class ScriptArguments:
     ot_map: str | None = field(
         default=None, metadata={"help": "Folder that fit_ot_map.py wrote, for ot_quality. Unset: tiny-vtm's."}
     )
+    ot_attention: str | None = field(
+        default=None,
+        metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
     lora_target_modules: list[str] | None = field(
@@ -97,8 +102,10 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 
 
 def load_rewards(script: ScriptArguments, names: list[str]) -> list:
-    load = functools.partial(load_reward_function, known=KNOWN_REWARDS)
-    return [load(name, encoder=script.reward_encoder, ot_map=script.ot_map) for name in names]
+    attention = None if script.ot_attention is None else json.loads(script.ot_attention)
+    options = {"ot_quality": {"ot_map": script.ot_map}, "ot_semantic": {"attention": attention}}
+    load = functools.partial(load_reward_function, known=KNOWN_REWARDS, encoder=script.reward_encoder)
+    return [load(name, **options.get(name, {})) for name in names]
 
 
 def load_videos(script: ScriptArguments, config, train_dataset: Dataset):

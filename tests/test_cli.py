@@ -1,6 +1,7 @@
 """Arguments from YAML and the command line, prompts and rewards by name."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import yaml
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import load_callable, load_prompt_dataset, load_reward_function, parse_arguments
+from pisces_rl.rewards import OTAttention
 
 ROOT = Path(__file__).parents[1]
 
@@ -172,13 +174,15 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     run = importlib.import_module("run")
     if cell == "shared":
+        assert set(run.cells()) == {*run.cells("A"), *run.cells("B")} and len(run.cells("A")) == 8
         return
     settings = run.settings_of(cell)
     config, _ = run.TRAINERS[settings.pop("trainer")]
     script, config = parsed(
         ["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config
     )
-    assert script.rewards and config.max_steps >= 1 and config.eval_steps
+    assert (script.rewards or config.consistency_weight) and config.max_steps >= 1 and config.eval_steps
+    assert not script.ot_attention or OTAttention(**json.loads(script.ot_attention))
 
 
 @pytest.mark.parametrize("example", ["grpo_t2v", "backprop_t2v"])

@@ -1,23 +1,29 @@
-"""One cell of the study: a recipe of recipes/study/ over seeds, and what the judges say of each run.
+"""Cells of the study: recipes of recipes/study/ over seeds, and what the judges say of each run.
 
     python benchmarks/study/run.py grpo_both                        # five seeds, one after the other
-    python benchmarks/study/run.py grpo_none grpo_both --seeds 0 1
-    python benchmarks/study/run.py --all                            # every cell that is not yet recorded
+    python benchmarks/study/run.py grpo_none grpo_both --seeds 0 1 --jobs 2
+    python benchmarks/study/run.py --stage A --jobs 14              # every cell of stage A that is not yet recorded
+    python benchmarks/study/run.py --all
 
 Each run leaves one JSON file in outputs/study/records/; a run that has one is skipped, and one that was broken off
-goes on from its last checkpoint. `table.py` beside this file reads them. Further options go to the trainer, for
-instance --max_steps 2 --eval_prompts 8 for a dry run.
+goes on from its last checkpoint. `table.py` beside this file reads them. The cells map_* need the maps that `maps.py`
+fits. Further options go to the trainer, for instance --max_steps 2 --eval_prompts 8 for a dry run.
 """
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 import yaml
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
@@ -25,9 +31,11 @@ from grpo_t2v import ScriptArguments, load_datasets, load_rewards, load_videos
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer, VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import parse_arguments
-from pisces_rl.policy import default_lora_config
+from pisces_rl.policy import VideoPolicy, default_lora_config
+from pisces_rl.policy.lora import adapters_off
 from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
+from pisces_rl.trainers.losses import kl_to_reference
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "study"
 TRAINERS = {"grpo": (VideoGRPOConfig, VideoGRPOTrainer), "backprop": (RewardBackpropConfig, RewardBackpropTrainer)}
@@ -36,15 +44,18 @@ DIVERSE_PROMPTS, DIVERSE_SAMPLES = 32, 8
 
 
 def settings_of(cell: str) -> dict:
-    """The shared settings of all cells, with the cell's own over them."""
+    """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
     path = RECIPES / f"{cell}.yaml"
     if not path.is_file():
         raise SystemExit(f"no cell {cell!r}; there are {', '.join(cells())}.")
-    return yaml.safe_load((RECIPES / "shared.yaml").read_text()) | yaml.safe_load(path.read_text())
+    shared, own = (yaml.safe_load(p.read_text()) for p in (RECIPES / "shared.yaml", path))
+    return shared["all"] | shared[own["trainer"]] | own
 
 
-def cells() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "shared")
+def cells(stage: str = "") -> list[str]:
+    """Names of the cells, of one stage or of all; the first line of a recipe names its stage."""
+    paths = [path for path in RECIPES.glob("*.yaml") if path.stem != "shared"]
+    return sorted(path.stem for path in paths if re.match(rf"# Stage {stage or '.'}\.", path.read_text()))
 
 
 def judges(encoder) -> list:
@@ -70,6 +81,39 @@ def diversity(policy, encoder, prompts: list[str]) -> dict[str, float]:
     return {"distance": sum(distances) / len(distances), "vendi": sum(effective) / len(effective)}
 
 
+class Divergence(TrainerCallback):
+    """KL(p || p_ref) of the sampler's stochastic transitions at each evaluation, the same for every trainer.
+
+    Per latent dimension, summed over the first steps and averaged over prompts; samples are drawn from p. The values
+    go to kl.json in the run's folder, by step.
+    """
+
+    def __init__(self, prompts: list[str]):
+        self.prompts = prompts
+        self.pipeline = None
+
+    @torch.no_grad()
+    def on_evaluate(self, args, state, control, **kwargs):
+        policy = VideoPolicy(
+            self.pipeline, transition="cps", noise_level=0.5, num_inference_steps=args.num_inference_steps,
+            pipeline_kwargs=args.policy_kwargs(),
+        )  # fmt: skip
+        steps = list(range(args.num_inference_steps - 1))  # the last one has no noise
+        rows = range(len(self.prompts))
+        rollout = policy.sample(
+            self.prompts, noise_seeds=list(rows), step_seeds=list(rows), steps=steps, output_type="latent"
+        )
+        scored = ({}, {})
+        policy.replay(rollout, rows, lambda step: scored[0].__setitem__(step.index, step), grad=False)
+        with adapters_off(policy):
+            policy.replay(rollout, rows, lambda step: scored[1].__setitem__(step.index, step), grad=False)
+        kl = [kl_to_reference(scored[0][i].mean, scored[1][i].mean, scored[0][i].std, rollout.rows_per_video)
+              for i in steps]  # fmt: skip
+        path = Path(args.output_dir) / "kl.json"
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(known | {str(state.global_step): float(sum(kl).mean())}))
+
+
 def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     settings = settings_of(cell)
     kind = settings.pop("trainer")
@@ -80,50 +124,79 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         file.flush()
         script, config = parse_arguments(ScriptArguments, make_config, arguments=["--config", file.name, *extra])
     train_dataset, eval_dataset = load_datasets(script, seed)
+    prompts = list(dict.fromkeys(eval_dataset["held_out"]["prompt"]))[:DIVERSE_PROMPTS]
     encoder = load_encoder(JUDGE, device=config.device)
+    divergence = Divergence(prompts)
     trainer = make_trainer(
         model=script.model, reward_funcs=load_rewards(script, script.rewards),
         judge_funcs=load_rewards(script, script.judges) + judges(encoder), args=config, train_dataset=train_dataset,
         eval_dataset=eval_dataset, peft_config=default_lora_config(script.lora_r, script.lora_alpha),
-        video_dataset=load_videos(script, config, train_dataset),
+        callbacks=[divergence], video_dataset=load_videos(script, config, train_dataset),
     )  # fmt: skip
+    divergence.pipeline = trainer.pipeline
     start = time.perf_counter()
     begun = any(Path(config.output_dir).glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=begun or None)
     seconds = time.perf_counter() - start
-    prompts = list(dict.fromkeys(eval_dataset["held_out"]["prompt"]))[:DIVERSE_PROMPTS]
     logs = trainer.state.log_history
     return {
-        "cell": cell, "seed": seed, "settings": settings, "seconds": seconds,
+        "cell": cell, "seed": seed, "settings": settings, "extra": extra, "seconds": seconds,
         "steps": [{k: v for k, v in row.items() if not k.startswith("eval")} for row in logs if "loss" in row],
         "evaluations": [
             json.loads(path.read_text()) for path in sorted(Path(config.output_dir).glob("evaluations/step_*.json"))
         ],
+        "kl": json.loads((Path(config.output_dir) / "kl.json").read_text()),
         "diversity": diversity(trainer.policy, encoder, prompts),
     }  # fmt: skip
+
+
+def record(cell: str, seed: int, output: Path, extra: list[str], threads: int | None, end: float) -> str:
+    """Run a cell, or not if it is recorded or the time is up; what to print."""
+    path = output / "records" / f"{cell}_{seed}.json"
+    if path.exists():
+        return f"{cell} seed {seed}: recorded before"
+    if time.time() > end:
+        return f"{cell} seed {seed}: not begun"
+    if threads:
+        torch.set_num_threads(threads)
+    result = run(cell, seed, output, extra)
+    path.with_suffix(".partial").write_text(json.dumps(result))
+    path.with_suffix(".partial").rename(path)
+    return f"{cell} seed {seed}: {result['seconds']:.0f} s"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cells", nargs="*", help="names of recipes in recipes/study/")
     parser.add_argument("--all", action="store_true", help="every cell")
+    parser.add_argument("--stage", choices=["A", "B"], help="every cell of this stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process; 14 fit a GPU of 80 GB")
+    parser.add_argument("--stop_after", type=float, default=float("inf"), help="begin no run after so many seconds")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
     args, extra = parser.parse_known_args()
-    chosen = cells() if args.all else args.cells
+    chosen = cells(args.stage or "") if args.all or args.stage else args.cells
     if not chosen:
-        parser.error(f"name a cell, or --all; there are {', '.join(cells())}.")
-    records = args.output_dir / "records"
-    records.mkdir(parents=True, exist_ok=True)
-    for seed in args.seeds:  # all cells of one seed before the next: a study that ends early compares like with like
-        for cell in chosen:
-            path = records / f"{cell}_{seed}.json"
-            if path.exists():
-                continue
-            record = run(cell, seed, args.output_dir, extra)
-            path.with_suffix(".partial").write_text(json.dumps(record))
-            path.with_suffix(".partial").rename(path)
-            print(f"{cell} seed {seed}: {record['seconds']:.0f} s", flush=True)
+        parser.error(f"name a cell, --stage or --all; there are {', '.join(cells())}.")
+    for cell in chosen:
+        settings_of(cell)  # a name that is not there ends here
+    (args.output_dir / "records").mkdir(parents=True, exist_ok=True)
+    end, threads = time.time() + args.stop_after, 1 if args.jobs > 1 else None
+    failed = 0
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
+        # all cells of one seed before the next: a study that ends early compares like with like
+        tasks = [
+            pool.submit(record, cell, seed, args.output_dir, extra, threads, end)
+            for seed in args.seeds for cell in chosen
+        ]  # fmt: skip
+        for task in as_completed(tasks):
+            try:
+                print(task.result(), flush=True)
+            except Exception:
+                failed += 1
+                traceback.print_exc()
+    if failed:
+        raise SystemExit(f"{failed} of {len(tasks)} runs failed.")
 
 
 if __name__ == "__main__":
