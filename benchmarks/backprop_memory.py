@@ -5,7 +5,8 @@
 
 One video, gradients through the last step, LoRA of rank 32, bf16, both kinds of activations computed again in
 backward; rewards are `ot_quality` and `ot_semantic` on a model of InternVideo2's size, also with random weights (2.6
-GiB of the peak). The text encoder is a small one of the right width. Peak of two optimizer steps, sampling and rewards included.
+GiB of the peak). The text encoder is a small one of the right width. Peak of two optimizer steps, with sampling and
+rewards.
 """
 
 import argparse
