@@ -1,8 +1,11 @@
 """What every encoder promises: sizes, independence of padding and batch-mates, gradients, behaviour on odd input."""
 
+import huggingface_hub.constants
 import pytest
 import torch
 from rewards.tiny_encoders import ENCODERS, LENGTH, build
+
+from pisces_rl.rewards.encoders import load_encoder
 
 PROMPTS = ["a red circle moving left", "two blue squares on black", ""]
 
@@ -104,3 +107,58 @@ def test_only_matchers_match(encoder, videos):
     else:
         with pytest.raises(ValueError, match="no matching head"):
             encoder.match(text, video)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_half_precision(name, dtype, videos):
+    half, whole = build(name, dtype), build(name)
+    for ours, exact in (
+        (half.encode_video(videos), whole.encode_video(videos)),
+        (half.encode_text(PROMPTS), whole.encode_text(PROMPTS)),
+    ):
+        assert ours.pooled.dtype == torch.float32 and ours.tokens.dtype == dtype
+        torch.testing.assert_close(ours.pooled, exact.pooled, rtol=0, atol=0.03)
+    if half.matches:
+        assert half.match(half.encode_text(PROMPTS), half.encode_video(videos)).isfinite().all()
+
+
+def save(encoder, folder):
+    encoder.model.save_pretrained(folder)
+    encoder.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_name_says_which_weights_and_options(tmp_path):
+    encoder = build("clip")
+    folder = save(encoder, tmp_path / "clip")
+    options = ({}, {}, {"num_frames": 8}, {"num_frames": 4})
+    names = [load_encoder(folder, device="cpu", **kind).name for kind in options]
+    assert names[0].startswith("clip@") and names[1] == names[2] == names[0] and names[3] == f"{names[0]} num_frames=4"
+    encoder.model.logit_scale.data += 1
+    others = [load_encoder(save(encoder, tmp_path / "clip"), device="cpu").name]
+    (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
+    others.append(load_encoder(folder, device="cpu").name)
+    assert len({*names[:1], *others}) == 3 and all(name.startswith("clip@") for name in others)
+
+
+def test_the_name_of_a_hub_model_has_its_commit(tmp_path, monkeypatch):
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--me--clip"
+    save(build("clip"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert load_encoder("me/clip", device="cpu").name == "me/clip@0123456789ab"
+
+
+def test_options_that_nothing_reads_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_frames: encoder 'tiny-vtm' takes no options"):
+        load_encoder("tiny-vtm", num_frames=8)
+    with pytest.raises(ValueError, match="num_frames: .* takes no options"):
+        load_encoder(build("clip"), num_frames=8)
+    folder = save(build("clip"), tmp_path)
+    with pytest.raises(ValueError, match="frames: .* takes num_frames, mean, std"):
+        load_encoder(folder, frames=8)
+    assert load_encoder(build("clip"), dtype=torch.float64).precision == torch.float64

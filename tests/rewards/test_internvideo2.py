@@ -79,7 +79,13 @@ def test_it_saves_and_loads(tmp_path):
     text, video = model.encode_text(["a red circle", "two squares"]), model.encode_video(videos)
     torch.testing.assert_close(again.encode_text(["a red circle", "two squares"]).pooled, text.pooled)
     torch.testing.assert_close(again.match(text, again.encode_video(videos)), model.match(text, video))
-    assert again.name == model.name
+    assert again.name.startswith(f"{model.name}@")
+    again.save(tmp_path / "copy", dtype=torch.float32)
+    assert InternVideo2.load(tmp_path / "copy", tokenizer()).name == again.name
+    model.temp.data += 1
+    model.save(tmp_path, dtype=torch.float32)
+    other = InternVideo2.load(tmp_path, tokenizer()).name
+    assert other != again.name and other.startswith(f"{model.name}@")
 
 
 def test_the_converter_makes_a_folder_that_loads(tmp_path, monkeypatch):

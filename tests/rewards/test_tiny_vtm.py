@@ -67,6 +67,14 @@ def test_real_clips_are_nearer_to_the_bank_than_noise():
     assert mixed[:4].min() > mixed[4:].max()
 
 
+def test_the_rewards_in_half_precision():
+    prompts, videos = clips(8)
+    encoder, ot_map = load_encoder("tiny-vtm", dtype=torch.bfloat16), asset_path("tiny-vtm", CARD) / "map"
+    for name in REWARDS:
+        half, whole = load_reward(name, encoder=encoder, ot_map=ot_map), load_reward(name)
+        torch.testing.assert_close(half(prompts, videos), whole(prompts, videos), rtol=0, atol=0.05)
+
+
 def test_unknown_rewards_name_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'ot_semantic'"):
         load_reward("ot_semantics")

@@ -1,9 +1,11 @@
 """What a video-text model gives to the rewards, and what all of them share: frames, sizes, tokens."""
 
+import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +48,8 @@ class VideoTextEncoder(nn.Module, ABC):
     """A frozen model of videos and texts.
 
     Attributes:
-        name: what maps and caches are bound to; two encoders of equal name have equal weights.
+        name: what maps and caches are bound to, "base@hash of the weights options"; two encoders of equal name have
+            equal weights and see videos alike.
         resolution: (height, width) of the frames it sees; num_frames: how many of them; mean, std: of its pixels.
         crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
         dimension: of pooled features. max_text_tokens: special tokens included.
@@ -130,6 +133,16 @@ class VideoTextEncoder(nn.Module, ABC):
             videos = F.interpolate(videos, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (videos.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
         return ((videos - mean) / std).unflatten(0, (count, self.num_frames))
+
+
+def digest(*files: Path) -> str:
+    """12 digits of the SHA-256 of files, one after the other; about 1.4 s a GB on a core."""
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                found.update(chunk)
+    return found.hexdigest()[:12]
 
 
 def _cut(frames: Tensor, aspect: float) -> Tensor:

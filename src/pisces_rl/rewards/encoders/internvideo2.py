@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from pisces_rl.ot.costs import as_float
-from pisces_rl.rewards.encoders.base import Fusion, TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
+from pisces_rl.rewards.encoders.base import (
+    Fusion,
+    TextFeatures,
+    VideoFeatures,
+    VideoTextEncoder,
+    digest,
+    grid,
+    tokenize,
+)
 from pisces_rl.rewards.encoders.bert import CrossAttendingBert
 
 CARD, WEIGHTS = "config.json", "model.safetensors"
@@ -124,17 +132,17 @@ class InternVideo2(VideoTextEncoder):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         self.tokenizer.save_pretrained(folder)
-        card = {"model_type": "internvideo2", "name": self.name, **asdict(self.config)}
+        card = {"model_type": "internvideo2", "name": self.name.split("@")[0], **asdict(self.config)}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: PreTrainedTokenizerBase, dtype=torch.float32) -> "InternVideo2":
-        """From a folder that `save` wrote, frozen."""
+        """From a folder that `save` wrote, frozen. Its name carries the hash of its weights."""
         folder = Path(folder)
         card = json.loads((folder / CARD).read_text())
         config = InternVideo2Config(**{k: card[k] for k in InternVideo2Config.__dataclass_fields__})
         with torch.device("meta"):
-            model = cls(config, tokenizer, card["name"])
+            model = cls(config, tokenizer, f"{card['name']}@{digest(folder / WEIGHTS)}")
         state = {k: v.to(dtype) for k, v in load_file(folder / WEIGHTS).items()}
         model.load_state_dict(state, assign=True)
         embeddings = model.text_encoder.bert.embeddings

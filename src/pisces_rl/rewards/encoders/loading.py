@@ -1,5 +1,6 @@
 """Encoders by name."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -8,33 +9,40 @@ from huggingface_hub import hf_hub_download
 from transformers import AutoConfig, AutoTokenizer
 
 from pisces_rl.assets import asset_path, available
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encoders.base import VideoTextEncoder, digest
 from pisces_rl.rewards.encoders.tiny_vtm import CARD, TinyVTM
 
 KINDS = ("blip", "clip", "internvideo2", "pe_video", "siglip", "tiny_vtm", "videoprism", "xclip")
+PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def load_encoder(
-    name: str | VideoTextEncoder, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32,
+    name: str | VideoTextEncoder, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
     **options,
 ) -> VideoTextEncoder:  # fmt: skip
     """A frozen encoder, from the name of an embedded one ("tiny-vtm"), a folder, or a Hub id.
 
-    Args:
-        device: None: CUDA if there is one. dtype: of its weights. options: of its class, such as `num_frames`.
+    Its own name, to which maps are bound, is that name, "@" and the commit of a Hub model or else the hash of the
+    folder's weights, and the options that are not the model's usual ones.
 
-    Raises ValueError for a model of a kind that is none of the known.
+    Args:
+        name: or an encoder, which is only moved and cast.
+        device: None: CUDA if there is one. dtype: of its weights; None: fp32. options: of its class, such as
+            `num_frames`.
+
+    Raises ValueError for a model of a kind that is none of the known, and for options that its class does not take.
     """
     if isinstance(name, VideoTextEncoder):
-        return name if device is None else name.to(device)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name in available(CARD):
-        return TinyVTM.load(asset_path(name, CARD), name=name).to(device, dtype)
-    kind = _kind(name)
+        _take(name.name, options, {})
+        return name.to(device, dtype)
+    device, dtype = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype or torch.float32
+    kind = "tiny_vtm" if name in available(CARD) else _kind(name)
     if kind not in KINDS:
         raise ValueError(f"encoder {name!r} is a {kind!r}; expected one of {', '.join(KINDS)}.")
+    if kind in ("tiny_vtm", "internvideo2"):
+        _take(name, options, {})
     if kind == "tiny_vtm":
-        return TinyVTM.load(name).to(device, dtype)
+        return TinyVTM.load(asset_path(name, CARD) if name in available(CARD) else name).to(device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if kind == "internvideo2":
         from pisces_rl.rewards.encoders.internvideo2 import InternVideo2
@@ -42,6 +50,12 @@ def load_encoder(
         return InternVideo2.load(name, tokenizer, dtype).to(device)
     encoder = _pretrained(kind, name, tokenizer, dtype, options)
     return encoder.eval().requires_grad_(False).to(device)
+
+
+def _take(name: str, options: dict, known: dict) -> None:
+    """A ValueError for options that are not among the known."""
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f"{', '.join(unknown)}: encoder {name!r} takes {', '.join(known) or 'no options'}.")
 
 
 def _kind(name: str) -> str:
@@ -68,14 +82,27 @@ def _pretrained(kind: str, name: str, tokenizer, dtype: torch.dtype, options: di
         "videoprism": (VideoPrismEncoder, transformers.VideoPrismClipModel),
         "xclip": (XCLIPEncoder, transformers.XCLIPModel),
     }[kind]
-    if kind != "videoprism":
-        options = _pixels(name) | options
-    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, name, **options)
+    usual = {p.name: p.default for p in inspect.signature(encoder).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    _take(name, options, usual)
+    if "mean" in usual:
+        usual |= _pixels(name)
+    own = "".join(f" {k}={v}" for k, v in sorted(options.items()) if v != usual[k])
+    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, _bound(name) + own, **usual | options)
+
+
+def _bound(name: str) -> str:
+    """A name with the Hub's commit, or the hash of a folder's weights and of what it says of pixels."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name[:12]}"  # .../snapshots/commit/
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    pixels = [folder / file for file in PROCESSORS if (folder / file).is_file()]
+    return f"{folder.resolve().name}@{digest(*weights, *pixels)}"
 
 
 def _pixels(name: str) -> dict:
     """mean and std from a processor's file; empty where it has none."""
-    for file in ("preprocessor_config.json", "video_preprocessor_config.json"):
+    for file in PROCESSORS:
         path = Path(name) / file
         try:
             path = path if Path(name).is_dir() else Path(hf_hub_download(name, file))

@@ -1,6 +1,5 @@
 """tiny-vtm: the embedded video-text model of ShapeMotion, small enough for a CPU; shaped like InternVideo2 stage 2."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from pisces_rl.rewards.encoders.base import Fusion, TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
+from pisces_rl.rewards.encoders.base import (
+    Fusion,
+    TextFeatures,
+    VideoFeatures,
+    VideoTextEncoder,
+    digest,
+    grid,
+    tokenize,
+)
 from pisces_rl.rewards.encoders.bert import CrossAttendingBert
 
 CARD, WEIGHTS = "config.json", "model.safetensors"
@@ -87,7 +94,8 @@ class TinyVTM(VideoTextEncoder):
         frames, rows, columns = self.config.video_patch
         t, h, w = self.grid
         x = videos.reshape(len(videos), t, frames, 3, h, rows, w, columns).permute(0, 1, 4, 6, 2, 3, 5, 7)
-        x = self.patch(x.reshape(len(videos), t, h * w, -1)) + self.time_position + self.space_position
+        x = self.patch(x.reshape(len(videos), t, h * w, -1).to(self.patch.weight.dtype))
+        x = x + self.time_position + self.space_position
         x = torch.cat([self.class_token.expand(len(videos), -1, -1), x.flatten(1, 2)], 1)
         tokens = self.video_layers(x)
         pooled = self.unit(self.video_projection(tokens[:, 0]))
@@ -122,8 +130,7 @@ class TinyVTM(VideoTextEncoder):
         card = json.loads((folder / CARD).read_text())
         known = {k: card[k] for k in TinyVTMConfig.__dataclass_fields__}
         known["video_patch"] = tuple(known["video_patch"])
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()[:12]
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-        model = cls(TinyVTMConfig(**known), tokenizer, f"{name or folder.name}@{digest}")
+        model = cls(TinyVTMConfig(**known), tokenizer, f"{name or folder.name}@{digest(folder / WEIGHTS)}")
         model.load_state_dict({k: v.float() for k, v in load_file(folder / WEIGHTS).items()})
         return model.eval().requires_grad_(False)
