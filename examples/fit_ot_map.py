@@ -5,13 +5,14 @@
         --maps entropic neural
 
 A data set has the columns `video` (a path, beside the file or absolute) and `caption`; rows with only one of them make
-it unpaired. Features are cached in output_dir/features, so a call that was broken off goes on where it was; each GPU
-encodes its share. Every map is scored on pairs that it was not fitted on; the best one is saved in output_dir, with a
-bank of real videos' features for the divergence:
+it unpaired. Features are cached in output_dir/features, so a call that was broken off goes on where it was, and a
+larger max_samples adds to them; each GPU decodes and encodes its share. Every map is scored on pairs that it was not
+fitted on; the best one is saved in output_dir, with a bank of real videos' features for the divergence:
 
     load_reward("ot_quality", encoder="./internvideo2", ot_map="outputs/map")
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +21,13 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset
 from safetensors.torch import save_file
-from torch import Tensor
 
 from pisces_rl.cli import parse_arguments
 from pisces_rl.media import load_video
 from pisces_rl.ot.maps import EntropicMap, NeuralMap, fit_best
 from pisces_rl.rewards import cache_features
 from pisces_rl.rewards.encoders import load_encoder
+from pisces_rl.rewards.features import Video
 from pisces_rl.rewards.loading import BANK
 from pisces_rl.shapemotion import render_layout, sample_layouts
 
@@ -35,6 +36,7 @@ MAPS = {
     "neural": NeuralMap,
     "neural_linear": lambda **shared: NeuralMap(skip="linear", **shared),
 }
+FILES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 
 @dataclass
@@ -55,25 +57,35 @@ class FitArguments:
     output_dir: str = field(default="outputs/ot_map", metadata={"help": "Folder of the map and of cached features."})
 
 
-def samples(args: FitArguments, frames: int) -> Iterator[tuple[Tensor | None, str | None]]:
+def source(args: FitArguments) -> str:
+    """What tells the samples from others, but for their number: more of them begin with the same ones."""
+    if args.dataset == "shapemotion":
+        return f"shapemotion, split {args.dataset_split}, seed {args.seed}"
+    path, columns = Path(args.dataset), f"columns {args.video_column} and {args.caption_column}"
+    if path.suffix in FILES:
+        return f"{path.resolve()}, sha256 {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}, {columns}"
+    return f"{args.dataset}, split {args.dataset_split}, {columns}"
+
+
+def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str | None]]:
+    """Videos, as functions that decode one, and captions."""
     if args.dataset == "shapemotion":
         for first in range(0, args.max_samples, 64):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + first)
             specs, layout = sample_layouts(64, args.dataset_split, generator=generator)
-            clips = render_layout(layout, size=64)
-            yield from list(zip(clips, (scene.prompt() for scene in specs.scenes())))[: args.max_samples - first]
+            for row, scene in zip(range(args.max_samples - first), specs.scenes()):
+                yield lambda clip=layout[row : row + 1]: render_layout(clip, size=64)[0], scene.prompt()
         return
     path = Path(args.dataset)
-    kind = {".csv": "csv", ".json": "json", ".jsonl": "json"}.get(path.suffix)
-    if kind is None:
-        rows = load_dataset(args.dataset, split=args.dataset_split, streaming=True)
+    if path.suffix in FILES:
+        rows = load_dataset(FILES[path.suffix], data_files=str(path), split="train", streaming=True)
     else:
-        rows = load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        rows = load_dataset(args.dataset, split=args.dataset_split, streaming=True)
     for row in rows.take(args.max_samples):
         video, caption = row.get(args.video_column), row.get(args.caption_column)
         if video is None and caption is None:
             raise ValueError(f"dataset: a row has neither {args.video_column!r} nor {args.caption_column!r}: {row}.")
-        yield None if video is None else load_video(path.parent / video, frames), caption
+        yield None if video is None else lambda file=path.parent / video: load_video(file, frames), caption
 
 
 def main() -> None:
@@ -83,14 +95,14 @@ def main() -> None:
         raise ValueError(f"maps: {', '.join(sorted(unknown))}: expected some of {', '.join(MAPS)}.")
     state, output = PartialState(), Path(args.output_dir)
     encoder = load_encoder(args.encoder, device=state.device)
-    text, video = cache_features(
-        encoder, samples(args, encoder.num_frames), output / "features", batch_size=args.batch_size
-    )
+    found = cache_features(encoder, samples(args, encoder.num_frames), output / "features", source=source(args),
+                           batch_size=args.batch_size)  # fmt: skip
     if not state.is_main_process:
         return
     shared = {"encoder": encoder.name}
     maps = [MAPS[name](seed=args.seed, **shared) for name in args.maps]
-    best = fit_best(text, video, maps=maps, paired=len(text) == len(video), seed=args.seed, **shared)
+    text, video = found.text, found.video
+    best = fit_best(text, video, maps=maps, paired=found.paired, seed=args.seed, **shared)
     best.map.save(output)
     rows = torch.randperm(len(video), generator=torch.Generator().manual_seed(args.seed))[: args.bank_size]
     save_file({"bank": video[rows].half()}, output / BANK)

@@ -28,11 +28,24 @@ def samples(n=11):
     return [(video, f"a red {'circle' if i % 2 else 'square'} moving left") for i, video in enumerate(videos)]
 
 
+def cached(encoder, rows, folder, source="random clips", **options):
+    return cache_features(encoder, rows, folder, source=source, progress=False, **options)
+
+
+def lazily(rows, decoded):
+    """The same samples, with functions as videos; `decoded` collects the rows of those that were called."""
+
+    def later(row, video):
+        return lambda: decoded.append(row) or video
+
+    return [(later(row, video), text) for row, (video, text) in enumerate(rows)]
+
+
 def test_a_cache_broken_off_goes_on_and_ends_as_a_whole_one(tmp_path):
     encoder = build("tiny_vtm")
-    text, video = cache_features(encoder, samples(), tmp_path / "whole", batch_size=3, progress=False)
-    assert text.shape == video.shape == (11, encoder.dimension)
-    torch.testing.assert_close(video[7], encoder.encode_video(samples()[7][0][None]).pooled[0])
+    whole = cached(encoder, samples(), tmp_path / "whole", batch_size=3)
+    assert whole.text.shape == whole.video.shape == (11, encoder.dimension) and whole.paired
+    torch.testing.assert_close(whole.video[7], encoder.encode_video(samples()[7][0][None]).pooled[0])
 
     def breaking():
         for i, sample in enumerate(samples()):
@@ -41,29 +54,59 @@ def test_a_cache_broken_off_goes_on_and_ends_as_a_whole_one(tmp_path):
             yield sample
 
     with pytest.raises(KeyboardInterrupt):
-        cache_features(encoder, breaking(), tmp_path / "parts", batch_size=3, progress=False)
+        cached(encoder, breaking(), tmp_path / "parts", batch_size=3)
     assert len(list((tmp_path / "parts").glob("0-*.safetensors"))) == 1
-    again = cache_features(encoder, samples(), tmp_path / "parts", batch_size=3, progress=False)
-    assert torch.equal(again[0], text) and torch.equal(again[1], video)
-    read = cache_features(encoder, samples(), tmp_path / "parts", progress=False)
-    assert torch.equal(read[1], video)
+    again = cached(encoder, samples(), tmp_path / "parts", batch_size=3)
+    assert torch.equal(again.text, whole.text) and torch.equal(again.video, whole.video)
+
+
+def test_more_or_fewer_samples_than_before(tmp_path):
+    """The last shard of six samples is short, and not the last one of eleven."""
+    encoder = build("tiny_vtm")
+    for count in (6, 11, 9, 3):
+        found = cached(encoder, samples()[:count], tmp_path / "grown")
+        fresh = cached(encoder, samples()[:count], tmp_path / str(count))
+        torch.testing.assert_close(found.text, fresh.text), torch.testing.assert_close(found.video, fresh.video)
+        assert found.paired and len(found.video) == count
+
+
+def test_what_is_cached_is_not_decoded_again(tmp_path):
+    encoder, decoded = build("tiny_vtm"), []
+    first = cached(encoder, lazily(samples()[:6], decoded), tmp_path)
+    assert decoded == [*range(6)]
+    decoded.clear()
+    torch.testing.assert_close(cached(encoder, lazily(samples()[:6], decoded), tmp_path).video, first.video)
+    assert decoded == []
+    cached(encoder, lazily(samples(), decoded), tmp_path)
+    assert decoded == [*range(4, 11)]  # the short shard again, and what is new
+
+
+def test_of_the_samples_in_memory_a_batch_is_decoded_at_once(tmp_path, monkeypatch):
+    encoder, decoded, sizes = build("tiny_vtm"), [], []
+    encode = encoder.encode_video
+    monkeypatch.setattr(encoder, "encode_video", lambda videos: sizes.append(len(decoded)) or encode(videos))
+    cached(encoder, lazily(samples(4), decoded), tmp_path, batch_size=2)
+    assert sizes == [2, 4]
 
 
 def test_unpaired_samples_and_sizes_that_differ(tmp_path):
     encoder = build("tiny_vtm")
     mixed = [(None, "a red circle"), (torch.rand(5, 3, 16, 16), None), (torch.rand(4, 3, 20, 16), None)]
-    text, video = cache_features(encoder, mixed, tmp_path, progress=False)
-    assert len(text) == 1 and len(video) == 2
-    torch.testing.assert_close(video[1], encoder.encode_video(mixed[2][0][None]).pooled[0])
+    found = cached(encoder, mixed, tmp_path / "mixed")
+    assert found.text_rows.tolist() == [0] and found.video_rows.tolist() == [1, 2] and not found.paired
+    torch.testing.assert_close(found.video[1], encoder.encode_video(mixed[2][0][None]).pooled[0])
+    assert not cached(encoder, mixed[:2], tmp_path / "equally many").paired
     with pytest.raises(ValueError, match="features of no video"):
-        cache_features(encoder, mixed[:1], tmp_path / "texts", progress=False)
+        cached(encoder, mixed[:1], tmp_path / "texts")
 
 
-def test_a_folder_of_another_encoder_is_refused(tmp_path):
-    cache_features(build("tiny_vtm"), samples(5), tmp_path, progress=False)
+def test_a_folder_of_another_encoder_or_of_other_samples_is_refused(tmp_path):
+    cached(build("tiny_vtm"), samples(5), tmp_path)
     other = build(next(name for name in ENCODERS if name != "tiny_vtm"))
     with pytest.raises(ValueError, match="folder: .* holds features of encoder"):
-        cache_features(other, samples(5), tmp_path, progress=False)
+        cached(other, samples(5), tmp_path)
+    with pytest.raises(ValueError, match="holds features of source 'random clips' instead of 'clips.jsonl'; choose"):
+        cached(build("tiny_vtm"), samples(5), tmp_path, source="clips.jsonl")
 
 
 def test_two_processes_encode_what_one_does(tmp_path):
@@ -73,40 +116,69 @@ def test_two_processes_encode_what_one_does(tmp_path):
         import sys, torch
         sys.path.insert(0, {str(ROOT / "tests" / "rewards")!r})
         from accelerate import PartialState
-        from test_features import samples
+        from test_features import cached, lazily, samples
         from tiny_encoders import build
-        from pisces_rl.rewards import cache_features, features
+        from pisces_rl.rewards import features
         features.SHARD = 4
         PartialState(cpu=True)
         torch.manual_seed(0)
-        text, video = cache_features(build("tiny_vtm"), samples(), {str(tmp_path / "both")!r}, progress=False)
-        assert len(text) == len(video) == 11
+        decoded = []
+        found = cached(build("tiny_vtm"), lazily(samples(), decoded), {str(tmp_path / "both")!r})
+        assert len(found.text) == len(found.video) == 11 and found.paired
+        assert decoded == [*range(PartialState().process_index, 11, 2)]
     """)
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(0)
-    text, video = cache_features(build("tiny_vtm"), samples(), tmp_path / "one", progress=False)
-    both = load_features(tmp_path / "both")
-    torch.testing.assert_close(both[0], text), torch.testing.assert_close(both[1], video)
+    one, both = cached(build("tiny_vtm"), samples(), tmp_path / "one"), load_features(tmp_path / "both")
+    torch.testing.assert_close(both.text, one.text), torch.testing.assert_close(both.video, one.video)
 
 
-def test_the_script_fits_a_map_that_the_reward_loads(tmp_path):
-    """From a file of videos and captions, with the shipped encoder."""
+@pytest.fixture
+def fit(tmp_path):
+    """Calls examples/fit_ot_map.py on rows of a file of videos and captions, with the shipped encoder."""
+
+    def call(rows, *options):
+        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        command = [sys.executable, "examples/fit_ot_map.py", "--dataset", str(tmp_path / "clips.jsonl"),
+                   "--output_dir", str(tmp_path / "map"), "--bank_size", "10", *options]  # fmt: skip
+        environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+
+    return call
+
+
+def clips(folder, n):
     rows = []
-    for i in range(24):
+    for i in range(n):
         video = torch.rand(17, 3, 32, 32, generator=torch.Generator().manual_seed(i))
-        save_video(video, tmp_path / f"{i}.mp4", min_size=32)
+        save_video(video, folder / f"{i}.mp4", min_size=32)
         rows.append({"video": f"{i}.mp4", "caption": f"a {['red', 'blue', 'green'][i % 3]} circle"})
-    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "examples/fit_ot_map.py", "--dataset", str(tmp_path / "clips.jsonl"),
-               "--output_dir", str(tmp_path / "map"), "--bank_size", "10"]  # fmt: skip
-    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+    return rows
+
+
+def test_the_script_fits_a_map_that_the_reward_loads(tmp_path, fit):
+    rows = clips(tmp_path, 24)
+    done = fit(rows)
     assert done.returncode == 0, done.stderr
-    assert "| identity |" in done.stdout and "24 texts and 24 videos" in done.stdout
+    assert "| identity |" in done.stdout and "24 texts and 24 videos" in done.stdout and "recall@1" in done.stdout
     reward = load_reward("ot_quality", ot_map=tmp_path / "map", divergence_weight=0.1)
     assert reward(["a red circle"], torch.rand(1, 17, 3, 32, 32)).isfinite().all()
-    wrong = subprocess.run([*command, "--maps", "cubic"], capture_output=True, text=True, timeout=240, cwd=ROOT)
+    for video in tmp_path.glob("*.mp4"):
+        video.unlink()
+    again = fit(rows, "--seed", "1")  # another split of the same features: no video is read
+    assert again.returncode == 0, again.stderr
+    other = fit(rows[1:])
+    assert other.returncode and "holds features of source" in other.stderr
+    wrong = fit(rows, "--maps", "cubic")
     assert wrong.returncode and "maps: cubic: expected some of" in wrong.stderr
+
+
+def test_the_script_does_not_pair_what_is_only_equally_many(tmp_path, fit):
+    rows = clips(tmp_path, 20)
+    halves = [{**row, "caption" if i % 2 else "video": None} for i, row in enumerate(rows)]
+    done = fit(halves)
+    assert done.returncode == 0, done.stderr
+    assert "10 texts and 10 videos" in done.stdout and "recall" not in done.stdout

@@ -2,12 +2,14 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -17,54 +19,76 @@ from pisces_rl.rewards.encoders.base import VideoTextEncoder
 CARD = "features.json"
 SHARD = 1024  # samples a file
 
+Video = Tensor | Callable[[], Tensor]  # (F, 3, H, W) in [0, 1], or what decodes it
+
+
+@dataclass
+class Features:
+    """text (n, D), video (m, D), in fp32 on the CPU; text_rows (n,), video_rows (m,): numbers of their samples."""
+
+    text: Tensor
+    video: Tensor
+    text_rows: Tensor
+    video_rows: Tensor
+
+    @property
+    def paired(self) -> bool:
+        """Every sample had both, so that row i of both belong together."""
+        return torch.equal(self.text_rows, self.video_rows)
+
 
 @torch.no_grad()
 def cache_features(
-    encoder: VideoTextEncoder, samples: Iterable[tuple[Tensor | None, str | None]], folder: str | Path, *,
+    encoder: VideoTextEncoder, samples: Iterable[tuple[Video | None, str | None]], folder: str | Path, *, source: str,
     batch_size: int = 32, progress: bool = True,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Texts' features (n, D) and videos' (m, D), in fp32 on the CPU, from disk as far as they are there.
+) -> Features:  # fmt: skip
+    """The samples' features, from disk as far as they are there.
 
-    The samples are read in order, and only those that are not yet on disk are encoded, so a call that was broken off
-    goes on where it was: give it the same samples in the same order. Of several processes (accelerate's) each encodes
-    every so many-th sample, and all return all features. If every sample has both, row i of both belong together.
+    The samples are read in order, and only those that are not yet on disk are decoded and encoded, so a call that was
+    broken off goes on where it was, and more samples of the same source add to what is there: give them in the same
+    order. Of several processes (accelerate's) each encodes every so many-th sample, and all return all features.
 
     Args:
-        samples: pairs of a video (F, 3, H, W) in [0, 1] or None, and a caption or None.
-        folder: for the features of this encoder and these samples. batch_size: videos of one size encoded at once.
+        samples: pairs of a video (F, 3, H, W) in [0, 1], a function that returns it, or None, and a caption or None.
+        folder: for the features of this encoder and this source.
+        source: what the samples are and how they were drawn. batch_size: videos of one size encoded at once.
 
-    Raises ValueError for a folder of another encoder, and if there is not one text or not one video.
+    Raises ValueError for a folder of another encoder or source, and if there is not one text or not one video.
     """
     state, folder = PartialState(), Path(folder)
-    card = {"encoder": encoder.name, "processes": state.num_processes, "shard": SHARD}
+    card = {"encoder": encoder.name, "source": source, "processes": state.num_processes, "shard": SHARD}
     with state.main_process_first():
         _claim(folder, card)
-    done = len(list(folder.glob(f"{state.process_index}-*.safetensors")))
-    own = islice(samples, state.process_index, None, state.num_processes)
-    rest = islice(own, done * SHARD, None)
-    bar = tqdm(rest, initial=done * SHARD, disable=not (progress and state.is_main_process), desc="features",
-               unit="sample")  # fmt: skip
-    for number, shard in enumerate(_chunks(bar, SHARD), done):
+    rows = ((row, video, text) for row, (video, text) in enumerate(samples))
+    own = islice(rows, state.process_index, None, state.num_processes)
+    hidden = not (progress and state.is_main_process)
+    stale = set(folder.glob(f"{state.process_index}-*.safetensors"))
+    for number, shard in enumerate(_chunks(own, SHARD)):
         path = folder / f"{state.process_index}-{number:05d}.safetensors"
-        save_file(_encode(encoder, shard, batch_size, number * SHARD), f"{path}.partial")
-        os.replace(f"{path}.partial", path)
+        if path not in stale or _samples_in(path) != len(shard):
+            tensors = _encode(encoder, shard, batch_size, hidden)
+            save_file(tensors, f"{path}.partial", metadata={"samples": str(len(shard))})
+            os.replace(f"{path}.partial", path)
+        stale.discard(path)
+    for path in stale:
+        path.unlink()
     state.wait_for_everyone()
     return load_features(folder)
 
 
-def load_features(folder: str | Path) -> tuple[Tensor, Tensor]:
+def load_features(folder: str | Path) -> Features:
     """What `cache_features` left there, in the samples' order."""
     folder = Path(folder)
     processes = json.loads((folder / CARD).read_text())["processes"]
-    shards = [(process, load_file(path)) for process in range(processes)
-              for path in sorted(folder.glob(f"{process}-*.safetensors"))]  # fmt: skip
-    features = []
+    files = [path for process in range(processes) for path in sorted(folder.glob(f"{process}-*.safetensors"))]
+    shards = [load_file(path) for path in files]
+    found = {}
     for name in ("text", "video"):
-        if not any(len(shard[name]) for _, shard in shards):
+        if not any(len(shard[name]) for shard in shards):
             raise ValueError(f"samples: {folder} has the features of no {name}.")
-        order = torch.cat([shard[f"{name}_rows"] * processes + process for process, shard in shards]).argsort()
-        features.append(torch.cat([shard[name] for _, shard in shards])[order])
-    return tuple(features)
+        rows, order = torch.cat([shard[f"{name}_rows"] for shard in shards]).sort()
+        found |= {name: torch.cat([shard[name] for shard in shards])[order], f"{name}_rows": rows}
+    return Features(**found)
 
 
 def _claim(folder: Path, card: dict) -> None:
@@ -79,30 +103,41 @@ def _claim(folder: Path, card: dict) -> None:
     os.replace(folder / f"{CARD}.partial", folder / CARD)
 
 
+def _samples_in(path: Path) -> int:
+    with safe_open(path, "pt") as shard:
+        return int(shard.metadata()["samples"])
+
+
 def _chunks(samples: Iterable, size: int) -> Iterator[list]:
     samples = iter(samples)
     while chunk := list(islice(samples, size)):
         yield chunk
 
 
-def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, first: int) -> dict[str, Tensor]:
-    """Features and the rows (of this process) that they belong to; videos of one size go together."""
+def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, hidden: bool) -> dict[str, Tensor]:
+    """Features of rows, videos and texts, and the rows that they belong to."""
+    texts = [(row, text) for row, _, text in shard if text is not None]
+    encode = {"text": encoder.encode_text, "video": lambda videos: encoder.encode_video(torch.stack(videos))}
     out = {}
-    texts = [(i, text) for i, (_, text) in enumerate(shard) if text is not None]
-    videos = [(i, video) for i, (video, _) in enumerate(shard) if video is not None]
-    groups: dict[tuple, list] = {}
-    for row, video in videos:
-        groups.setdefault(tuple(video.shape), []).append((row, video))
-    batches = [batch for group in groups.values() for batch in _chunks(group, batch_size)]
-    seen, read = [], []
-    for batch in batches:
-        pooled = encoder.encode_video(torch.stack([video for _, video in batch])).pooled
-        seen += [(row, z) for (row, _), z in zip(batch, pooled)]
-    for batch in _chunks(texts, batch_size):
-        pooled = encoder.encode_text([text for _, text in batch]).pooled
-        read += [(row, z) for (row, _), z in zip(batch, pooled)]
-    for name, pairs in (("text", read), ("video", seen)):
-        pairs.sort(key=lambda pair: pair[0])
-        out[name] = torch.stack([z.float().cpu() for _, z in pairs]) if pairs else torch.zeros(0, encoder.dimension)
-        out[f"{name}_rows"] = first + torch.tensor([row for row, _ in pairs], dtype=torch.long)
+    for name, batches in (("text", _chunks(texts, batch_size)), ("video", _videos(shard, batch_size, hidden))):
+        rows, features = [], [torch.zeros(0, encoder.dimension)]
+        for batch in batches:
+            rows += [row for row, _ in batch]
+            features.append(encode[name]([value for _, value in batch]).pooled.float().cpu())
+        out |= {name: torch.cat(features), f"{name}_rows": torch.tensor(rows, dtype=torch.long)}
     return out
+
+
+def _videos(shard: list, batch_size: int, hidden: bool) -> Iterator[list[tuple[int, Tensor]]]:
+    """Batches of rows and videos of one size, each decoded when its turn comes."""
+    groups: dict[tuple, list] = {}
+    title = f"features from sample {shard[0][0]}"
+    for row, video, _ in tqdm(shard, desc=title, unit="sample", leave=False, disable=hidden):
+        if video is None:
+            continue
+        video = video if isinstance(video, Tensor) else video()
+        group = groups.setdefault(tuple(video.shape), [])
+        group.append((row, video))
+        if len(group) == batch_size:
+            yield groups.pop(tuple(video.shape))
+    yield from groups.values()
