@@ -4,7 +4,8 @@
     python benchmarks/study/table.py RECORDS --against grpo_none --figure outputs/study/curves.png
 
 Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated before the first
-step.
+step. `KL`: from the untrained sampler, per latent dimension (run.py). `stopped by ...`: the evaluation at which that
+score was highest on test_seen, and what `correct` was there on held_out.
 """
 
 import argparse
@@ -37,6 +38,11 @@ def score(record: dict, part: str, name: str, at: int = -1) -> float:
     return float(np.mean(values))
 
 
+def divergences(record: dict) -> list[float]:
+    """KL at each evaluation."""
+    return [record["kl"][str(e["step"])] for e in record["evaluations"]]
+
+
 def spread(values: list[float]) -> str:
     if len(values) < 2:
         return f"{values[0]:.3f}" if values else ""
@@ -51,16 +57,16 @@ def row(cells: list) -> None:
 def table(records: dict) -> None:
     for part in SETS:
         print(f"\n{part}, after training\n")
-        row(["cell", "seeds", *SCORES, "distance", "Vendi", "seconds of training"])
-        row(["---"] * (len(SCORES) + 5))
+        row(["cell", "seeds", *SCORES, "distance", "Vendi", "KL", "seconds of training"])
+        row(["---"] * (len(SCORES) + 6))
         first = next(iter(next(iter(records.values())).values()))
-        row(["untrained", "", *(f"{score(first, part, name, 0):.3f}" for name in SCORES), "", "", ""])
+        row(["untrained", "", *(f"{score(first, part, name, 0):.3f}" for name in SCORES), "", "", "", ""])
         for cell, runs in records.items():
             runs = [runs[seed] for seed in sorted(runs)]
             scores = [spread([score(run, part, name) for run in runs]) for name in SCORES]
             diverse = [spread([run["diversity"][key] for run in runs]) for key in ("distance", "vendi")]
             seconds = spread([sum(step["step_time"] for step in run["steps"]) for run in runs])
-            row([cell, len(runs), *scores, *diverse, seconds])
+            row([cell, len(runs), *scores, *diverse, spread([divergences(run)[-1] for run in runs]), seconds])
 
 
 def differences(records: dict, against: str) -> None:
@@ -79,28 +85,53 @@ def differences(records: dict, against: str) -> None:
             row([cell, len(seeds), *gaps])
 
 
+def stopping(records: dict) -> None:
+    """Is the end the best moment, and does a judge that is never trained on find a better one?"""
+    print("\nwhen to stop: correct on held_out\n")
+    names = ("judge matching", "judge cosine", "reward", "correct")
+    row(["cell", "seeds", "at the end", *(f"stopped by {name}" for name in names)])
+    row(["---"] * (len(names) + 3))
+    for cell, runs in records.items():
+        runs = [runs[seed] for seed in sorted(runs)]
+        if len(runs[0]["evaluations"]) < 3 or not runs[0]["settings"]["rewards"]:
+            continue
+        cells = [spread([score(run, "held_out", "correct") for run in runs])]
+        for name in names:
+            seen = [[score(run, "test_seen", name, i) for i in range(len(run["evaluations"]))] for run in runs]
+            cells.append(spread([score(run, "held_out", "correct", int(np.argmax(s))) for run, s in zip(runs, seen)]))
+        row([cell, len(runs), *cells])
+
+
 def figure(records: dict, path: Path) -> None:
-    """The verifier's judgement over training, and against the reward that is trained on: over-optimisation bends."""
+    """The verifier's judgement over training, over the reward that is trained on, and over the KL."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    canvas, (over_steps, over_reward) = pyplot.subplots(1, 2, figsize=(11, 4))
+    canvas, axes = pyplot.subplots(1, 3, figsize=(15, 4.5), sharey=True)
     for cell, runs in records.items():
-        count = min(len(run["evaluations"]) for run in runs.values())
-        if count < 2:
+        runs = list(runs.values())
+        count = min(len(run["evaluations"]) for run in runs)
+        if count < 3 or not runs[0]["settings"]["rewards"]:
             continue
-        steps = [e["step"] for e in next(iter(runs.values()))["evaluations"][:count]]
-        judged = [np.mean([score(run, "held_out", "correct", i) for run in runs.values()]) for i in range(count)]
-        reward = [np.mean([score(run, "held_out", "reward", i) for run in runs.values()]) for i in range(count)]
-        over_steps.plot(np.array(steps) / max(steps[-1], 1), judged, label=cell)
-        over_reward.plot(reward, judged, marker=".", label=cell)
-    over_steps.set(xlabel="share of the run", ylabel="correct, held-out compositions")
-    over_reward.set(xlabel="reward, held-out compositions")
-    over_steps.legend(fontsize=7)
+
+        def mean(name: str, runs=runs, count=count) -> np.ndarray:
+            return np.array([np.mean([score(run, "held_out", name, i) for run in runs]) for i in range(count)])
+
+        steps = np.array([e["step"] for e in runs[0]["evaluations"][:count]])
+        reward = mean("reward")
+        kl = np.mean([divergences(run)[:count] for run in runs], 0)
+        for axis, x in zip(axes, (steps / max(steps[-1], 1), reward - reward[0], kl)):
+            axis.plot(x, mean("correct"), marker=".", label=cell)
+    for axis, label in zip(axes, ("share of the run", "gain of its own reward", "KL from the untrained sampler")):
+        axis.set(xlabel=label)
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="correct, held-out compositions")
+    axes[0].legend(fontsize=7)
     canvas.tight_layout()
-    canvas.savefig(path, dpi=120)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -115,6 +146,7 @@ def main() -> None:
     table(records)
     if args.against in records:
         differences(records, args.against)
+    stopping(records)
     if args.figure:
         figure(records, args.figure)
 
