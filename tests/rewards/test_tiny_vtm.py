@@ -52,7 +52,7 @@ def test_every_reward_prefers_the_true_caption(name):
 
 def test_the_shipped_map_is_bound_to_the_shipped_encoder():
     folder = asset_path("tiny-vtm", CARD) / "map"
-    with pytest.raises(ValueError, match=r"encoder: the map is for 'tiny-vtm@"):
+    with pytest.raises(ValueError, match=r"ot_map: it is bound to the encoder 'tiny-vtm@"):
         load_reward("ot_quality", encoder="tiny-vtm-judge", ot_map=folder)
     with pytest.raises(ValueError, match="ot_map: none is shipped"):
         load_reward("ot_quality", encoder="tiny-vtm-judge")
@@ -69,9 +69,9 @@ def test_real_clips_are_nearer_to_the_bank_than_noise():
 
 def test_the_rewards_in_half_precision():
     prompts, videos = clips(8)
-    encoder, ot_map = load_encoder("tiny-vtm", dtype=torch.bfloat16), asset_path("tiny-vtm", CARD) / "map"
+    encoder = load_encoder("tiny-vtm", dtype=torch.bfloat16)
     for name in REWARDS:
-        half, whole = load_reward(name, encoder=encoder, ot_map=ot_map), load_reward(name)
+        half, whole = load_reward(name, encoder=encoder), load_reward(name)
         torch.testing.assert_close(half(prompts, videos), whole(prompts, videos), rtol=0, atol=0.05)
 
 

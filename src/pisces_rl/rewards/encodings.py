@@ -23,9 +23,13 @@ class _Encodings:
 
 
 @contextlib.contextmanager
-def shared_encodings() -> Iterator[None]:
-    """Inside, features are computed once for each encoder and input; afterwards, encoders with `offload` go back to
-    the CPU. Inside another such block it does nothing."""
+def shared_encodings(backward: bool = False) -> Iterator[None]:
+    """Inside, features are computed once for each encoder and input. Afterwards, encoders with `offload` go back to
+    the CPU, unless a graph is left that needs their weights: until a call without one they stay where they work.
+    Inside another such block it does nothing.
+
+    Args: backward: the block has a backward pass of its own, and leaves no graph.
+    """
     if _scope.get() is not None:
         yield
         return
@@ -33,10 +37,12 @@ def shared_encodings() -> Iterator[None]:
     try:
         yield
     finally:
-        for encoder in _scope.get().encoders.values():
-            if encoder.offload is not None:
-                encoder.to("cpu")
+        scope = _scope.get()
         _scope.reset(token)
+        graph = any(features.pooled.requires_grad for features, _ in scope.known.values())
+        for encoder in scope.encoders.values():
+            if encoder.offload is not None and (backward or not graph):
+                encoder.to("cpu")
 
 
 def text_features(encoder: VideoTextEncoder, prompts: Sequence[str]) -> TextFeatures:

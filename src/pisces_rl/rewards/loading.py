@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import inspect
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -25,8 +26,8 @@ REWARDS = {
 
 
 def load_reward(
-    name: str, *, encoder: str | VideoTextEncoder = DEFAULT_ENCODER, ot_map: str | Path | None = None,
-    attention: OTAttention | dict | None = None, **options,
+    name: str, *, encoder: str | Path | VideoTextEncoder = DEFAULT_ENCODER, ot_map: str | Path | None = None,
+    attention: OTAttention | dict | None = None, offload: str | None = None, **options,
 ) -> OTQualityReward | OTSemanticReward:  # fmt: skip
     """A reward by name; rewards of one encoder's name share one encoder.
 
@@ -34,29 +35,54 @@ def load_reward(
         name: one of `REWARDS`. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the
             divergence to the bank that lies with the map.
         encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder.
-        ot_map: folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
+        ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
+        offload: the device, such as "cuda", on which the encoder works while its weights lie on the CPU between
+            calls; unset: it stays on the device it is loaded to. A call that leaves a graph leaves the weights there.
         options: of `OTQualityReward` or `OTSemanticReward`.
+
+    Raises ValueError for an unknown name, for options that the reward does not use, and for a map of another encoder.
     """
     if name not in REWARDS:
         nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
         raise ValueError(f"reward {name!r} is unknown; did you mean {nearest!r}? Known: {', '.join(REWARDS)}.")
-    model = encoder if isinstance(encoder, VideoTextEncoder) else _encoder(str(encoder))
-    options = {"name": name} | options
-    if name in ("ot_semantic", "matching"):
-        if isinstance(attention, dict):
-            attention = OTAttention(**attention)
-        return OTSemanticReward(model, (attention or OTAttention()) if name == "ot_semantic" else None, **options)
-    if name == "cosine":
-        return OTQualityReward(model, **options)
-    if ot_map is None and encoder != DEFAULT_ENCODER:
-        raise ValueError(f"ot_map: none is shipped for {model.name}; fit one with examples/fit_ot_map.py.")
-    folder = asset_path(DEFAULT_ENCODER, CARD) / "map" if ot_map is None else Path(ot_map)
-    if options.get("divergence_weight") and "bank" not in options:
-        options["bank"] = load_file(folder / BANK)["bank"].float()
-    return OTQualityReward(model, TransportMap.load(folder, encoder=model.name), **options)
+    parts = {"ot_map": ot_map, "attention": attention}
+    _check_used(name, [*options, *(part for part, value in parts.items() if value is not None)])
+    if isinstance(encoder, VideoTextEncoder) and offload is not None:
+        raise ValueError(f"offload: set it on the encoder itself: encoder.offload = {offload!r}.")
+    if name == "ot_semantic":
+        options["attention"] = attention if isinstance(attention, OTAttention) else OTAttention(**(attention or {}))
+    if name == "ot_quality":
+        folder = asset_path(DEFAULT_ENCODER, CARD) / "map" if ot_map is None else Path(ot_map)
+        options["ot_map"] = TransportMap.load(folder)
+        if options.get("divergence_weight") and "bank" not in options:
+            options["bank"] = load_file(folder / BANK)["bank"].float()
+    model = encoder if isinstance(encoder, VideoTextEncoder) else _encoder(str(encoder), offload)
+    if name == "ot_quality" and ot_map is None and options["ot_map"].encoder != model.name:
+        raise ValueError(
+            f"ot_map: none is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
+            "examples/fit_ot_map.py."
+        )
+    return _kind(name)(model, name=name, **options)
+
+
+def _kind(name: str) -> type[OTQualityReward] | type[OTSemanticReward]:
+    return OTQualityReward if name in ("ot_quality", "cosine") else OTSemanticReward
+
+
+def _check_used(name: str, given: list[str]) -> None:
+    """That a reward uses the options that it is given."""
+    left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
+    takes = [option for option in inspect.signature(_kind(name)).parameters if option not in left_out]
+    unused = sorted(set(given) - set(takes))
+    if unused:
+        raise ValueError(f"reward {name!r} does not use {', '.join(unused)}; it takes {', '.join(takes)}.")
 
 
 @functools.lru_cache(maxsize=4)
-def _encoder(name: str) -> VideoTextEncoder:
-    return load_encoder(name)
+def _encoder(name: str, offload: str | None) -> VideoTextEncoder:
+    if offload is None:
+        return load_encoder(name)
+    encoder = load_encoder(name, device="cpu")
+    encoder.offload = offload
+    return encoder

@@ -98,7 +98,7 @@ class RewardPanel:
         videos = videos.detach().requires_grad_()
         table, offered = self._offer(prompts, videos, columns, trainer_state)
         gradients = []
-        with shared_encodings():
+        with shared_encodings(backward=True):
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
                 with _named(name):

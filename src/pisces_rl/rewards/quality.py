@@ -49,13 +49,19 @@ class OTQualityReward:
             raise ValueError("cosine_weight, divergence_weight: at least one must differ from 0.")
         if divergence_weight and bank is None:
             raise ValueError("bank: a divergence weight needs the features of real videos.")
+        for setting, value in (("bank", bank), ("blur", blur)):
+            if value is not None and not divergence_weight:
+                raise ValueError(f"{setting}: it has no effect without a divergence_weight.")
+        if blur is not None and isinstance(bank, BankDivergence):
+            raise ValueError("blur: the bank, a BankDivergence, has its own.")
         self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
         self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
         self.bank = bank
         if divergence_weight and not isinstance(bank, BankDivergence):
             from pisces_rl.ot.metrics import default_blur
 
-            self.bank = BankDivergence(bank.to(encoder.device), blur=default_blur(bank) if blur is None else blur)
+            blur = default_blur(bank) if blur is None else blur
+            self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur)
         self.__name__ = name
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
@@ -68,11 +74,12 @@ class OTQualityReward:
                 target = y if self.ot_map is None else self.ot_map(y)
                 reward = reward + self.cosine_weight * F.cosine_similarity(target, x, dim=-1)
             if self.divergence_weight:
-                reward = reward - self.divergence_weight * self._credit(x)
+                reward = reward - self.divergence_weight * self._credit(x).to(x.device)
         return reward.to(videos.device)
 
     def _credit(self, x: Tensor) -> Tensor:
-        """(B,): each video's share of the divergence, with B times the divergence's gradient."""
+        """(B,): each video's share of the divergence, with B times the divergence's gradient; on the bank's device."""
+        x = x.to(self.bank.bank.device)
         credit = self.bank.per_sample(x)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return credit

@@ -1,0 +1,61 @@
+"""Rewards by name: which map belongs to which encoder, and options that a reward does not use."""
+
+import pytest
+import torch
+from tiny_encoders import build
+
+from pisces_rl.assets import asset_path
+from pisces_rl.rewards import OTAttention, load_reward, loading
+from pisces_rl.rewards.encoders import load_encoder, tiny_vtm
+
+FOLDER = asset_path("tiny-vtm", tiny_vtm.CARD)
+
+
+@pytest.mark.parametrize("encoder", [FOLDER, str(FOLDER), load_encoder("tiny-vtm")], ids=["path", "string", "object"])
+def test_the_shipped_map_is_for_tiny_vtm_however_it_is_given(encoder):
+    prompts, videos = ["a red circle"], torch.rand(1, 17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    own = load_reward("ot_quality", encoder=encoder, divergence_weight=0.1)
+    torch.testing.assert_close(own(prompts, videos), load_reward("ot_quality", divergence_weight=0.1)(prompts, videos))
+
+
+def test_the_shipped_map_is_for_no_other():
+    with pytest.raises(ValueError, match="ot_map: none is shipped for tiny-vtm, only for tiny-vtm@.*; fit one with"):
+        load_reward("ot_quality", encoder=build("tiny_vtm"))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "unused"),
+    [
+        ("cosine", {"ot_map": FOLDER / "map"}, "ot_map"),
+        ("cosine", {"ot_map": FOLDER / "map", "attention": {"plan": "full"}}, "attention, ot_map"),
+        ("matching", {"attention": OTAttention()}, "attention"),
+        ("matching", {"ot_map": FOLDER / "map"}, "ot_map"),
+        ("ot_quality", {"attention": {}}, "attention"),
+        ("ot_semantic", {"divergence_weight": 0.1}, "divergence_weight"),
+        ("ot_quality", {"plan": "full"}, "plan"),
+        ("ot_semantic", {"matcher": "tiny-vtm"}, "matcher"),
+    ],
+)
+def test_options_that_a_reward_does_not_use_are_refused_before_anything_is_loaded(name, options, unused, monkeypatch):
+    monkeypatch.setattr(loading, "load_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
+    with pytest.raises(ValueError, match=f"reward '{name}' does not use {unused}; it takes .*micro_batch"):
+        load_reward(name, encoder="elsewhere", **options)
+
+
+def test_settings_are_looked_at_before_the_encoder_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "load_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
+    with pytest.raises(ValueError, match="plan='exact'"):
+        load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "exact"})
+    with pytest.raises(FileNotFoundError, match="holds no map"):
+        load_reward("ot_quality", encoder="elsewhere", ot_map=tmp_path)
+
+
+def test_rewards_share_an_encoder_unless_one_offloads():
+    first, second = load_reward("cosine"), load_reward("matching")
+    offloaded = load_reward("cosine", offload="cuda")
+    assert first.encoder is second.encoder and first.encoder is not offloaded.encoder
+    assert offloaded.encoder is load_reward("matching", offload="cuda").encoder
+    assert offloaded.encoder.offload == "cuda" and offloaded.encoder.device.type == "cpu"
+    assert first.encoder.offload is None
+    with pytest.raises(ValueError, match="offload: set it on the encoder itself"):
+        load_reward("cosine", encoder=load_encoder("tiny-vtm"), offload="cuda")
