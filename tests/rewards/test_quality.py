@@ -104,3 +104,15 @@ def test_offloaded_rewards_are_those_of_the_cpu():
         assert torch.nn.functional.cosine_similarity(*(slope.flatten() for slope in slopes), dim=0) > 0.99
         _, (gradient,) = RewardPanel([own]).with_gradients(prompts, videos, {})
         assert gradient.isfinite().all() and own.encoder.device.type == "cpu"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_bank_may_lie_on_another_device_than_the_encoder():
+    encoder, divergence = build("tiny_vtm"), BankDivergence(torch.rand(8, 10), blur=0.3)
+    reward = OTQualityReward(encoder, bank=divergence, divergence_weight=1.0)
+    expected = reward(PROMPTS, VIDEOS)
+    encoder.to("cuda")
+    x = VIDEOS.to("cuda").requires_grad_()
+    values = reward(PROMPTS, x)
+    assert torch.autograd.grad(values.sum(), x)[0].isfinite().all()
+    torch.testing.assert_close(values.cpu(), expected, rtol=1e-3, atol=1e-4)
