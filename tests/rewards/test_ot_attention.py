@@ -259,7 +259,7 @@ def test_drawings(videos):
     encoder = build("tiny_vtm")
     reward = OTSemanticReward(encoder, OTAttention())
     pieces, positions, drawings = reward.draw(PROMPTS[:2], videos[:2])
-    assert [d.layer for d in drawings] == list(encoder.cross_layers) and pieces[0][1:3] == ["a", "red"]
+    assert [d.layer for d in drawings] == list(encoder.fused_layers) and pieces[0][1:3] == ["a", "red"]
     assert drawings[0].plan.shape == drawings[0].attention.shape == (2, 2, 7, len(positions))
     assert reward.attention.drawings is None
 
@@ -268,7 +268,9 @@ def test_bad_settings():
     for settings, text in (
         (dict(plan="exact"), "plan='exact'"), (dict(fusion="sum"), "fusion='sum'"), (dict(mass=0), "mass=0"),
         (dict(mass=1.2), "mass=1.2"), (dict(plan="unbalanced", mass=1.0), "mass=1.0"), (dict(reg=0), "reg=0"),
-        (dict(temporal=-1), "temporal=-1"),
+        (dict(temporal=-1), "temporal=-1"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(heads=3), "heads=3"), (dict(heads=[]), r"heads=\[\]"), (dict(heads=[-1]), r"heads=\[-1\]"),
+        (dict(layers=2), "layers=2"), (dict(layers=["1"]), r"layers=\['1'\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             OTAttention(**settings)
@@ -278,6 +280,22 @@ def test_bad_settings():
         OTSemanticReward(build("tiny_vtm"), OTAttention(layers=[0, 1]))
     with pytest.raises(ValueError, match=r"plans in layers \[2\] cannot reach the match of tiny-vtm, .*: \[1\]"):
         OTSemanticReward(build("tiny_vtm"), OTAttention(layers=[2]))
+    for name in MATCHERS:
+        with pytest.raises(ValueError, match=r"attention: heads \[2, 99\] of .* it has 2 heads, 0 to 1"):
+            OTSemanticReward(build(name), OTAttention(heads=[1, 2, 99]))
+
+
+def test_semantic_rewards_name_bad_inputs(videos):
+    for attention in (OTAttention(), None):
+        reward = OTSemanticReward(build("tiny_vtm"), attention)
+        with pytest.raises(TypeError, match="prompts: expected a list of strings"):
+            reward("a red circle", videos[:1])
+        with pytest.raises(TypeError, match="videos: expected a tensor .* ndarray"):
+            reward(PROMPTS, videos.numpy())
+        with pytest.raises(ValueError, match="2 prompts for 3 videos"):
+            reward(PROMPTS[:2], videos)
+    with pytest.raises(ValueError, match="2 prompts for 3 videos"):
+        OTSemanticReward(build("tiny_vtm"), OTAttention()).draw(PROMPTS[:2], videos)
 
 
 def test_quality_is_the_cosine_with_the_mapped_text(videos):

@@ -49,7 +49,7 @@ class OTAttention:
             "arithmetic": (A + N P) / 2, whose rows sum to less than 1 where a word moves less than its weight.
         mass: m in (0, 1]. reg: eps, for costs in [0, 1]. temporal, spatial: gamma and eta.
         layers, heads: those that are fused, as the model counts them; None: all.
-        floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product.
+        floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product. Not in "arithmetic".
         class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
         tolerance: of the plans' marginals. drawings: a list that each call is appended to, or None.
 
@@ -80,6 +80,11 @@ class OTAttention:
         for name in ("temporal", "spatial", "floor"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 0.")
+        if self.floor and self.fusion == "arithmetic":
+            raise ValueError(f"floor={self.floor!r}: the arithmetic fusion has none; choose 'log' or 'gated', or 0.")
+        for name, value in (("layers", self.layers), ("heads", self.heads)):
+            if value is not None and not _is_numbers(value):
+                raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")
 
     def bind(self, words: Tensor, positions: Tensor, layers: Sequence[int] | None = None) -> "BoundOTAttention":
         """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3); at most in `layers`."""
@@ -209,6 +214,10 @@ class BoundOTAttention:
             return bias, None
         share = (moved * count)[..., 0].clamp_max(1)  # of the word's weight, 1 where all of it is moved
         return bias, torch.where(self.words[:, None], share, 1.0).expand(logits.shape[:3])
+
+
+def _is_numbers(value) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(x, int) and x >= 0 for x in value)
 
 
 def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.contract import check_inputs
+from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
-from pisces_rl.rewards.ot_attention import Drawing, OTAttention
+from pisces_rl.rewards.ot_attention import BoundOTAttention, Drawing, OTAttention
 
 
 class OTSemanticReward:
@@ -47,6 +48,11 @@ class OTSemanticReward:
                 f"attention: plans in layers {list(asked)} cannot reach the match of {matcher.name}, whose head reads "
                 f"the class token; those that can: {list(matcher.fused_layers)}."
             )
+        most = matcher.cross_heads
+        if attention is not None and (beyond := [head for head in attention.heads or () if head >= most]):
+            raise ValueError(
+                f"attention: heads {beyond} of {matcher.name} do not exist; it has {most} heads, 0 to {most - 1}."
+            )
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
 
@@ -55,6 +61,7 @@ class OTSemanticReward:
 
     def logits(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
         """(B, 2) of "differs" and "matches"."""
+        check_inputs(prompts, videos)
         with shared_encodings():
             text = text_features(self.encoder, prompts)
             video = video_features(self.encoder, videos, self.micro_batch)
@@ -62,22 +69,25 @@ class OTSemanticReward:
             for start in range(0, len(prompts), self.micro_batch):
                 rows = slice(start, start + self.micro_batch)
                 part = text[rows]
-                fusion = None
-                if self.attention is not None:
-                    fusion = self.attention.bind(part.words, video.positions, self.encoder.fused_layers)
-                parts.append(self.encoder.match(part, video[rows], fusion))
+                parts.append(self.encoder.match(part, video[rows], self._fusion(part, video)))
             return torch.cat(parts)
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], videos: Tensor) -> tuple[list[list[str]], Tensor, list[Drawing]]:
-        """The pieces of each prompt, the video tokens' positions (M, 3), and each layer's attention and plan."""
+        """The pieces of each prompt, the video tokens' positions (M, 3), and each fused layer's attention and plan."""
+        check_inputs(prompts, videos)
         if self.attention is None:
             raise ValueError("attention: there are no plans to draw without one.")
         self.attention.drawings = []
         try:
             with shared_encodings():
                 text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
-                self.encoder.match(text, video, self.attention.bind(text.words, video.positions))
+                self.encoder.match(text, video, self._fusion(text, video))
             return text.pieces, video.positions.cpu(), self.attention.drawings
         finally:
             self.attention.drawings = None
+
+    def _fusion(self, text: TextFeatures, video: VideoFeatures) -> BoundOTAttention | None:
+        if self.attention is None:
+            return None
+        return self.attention.bind(text.words, video.positions, self.encoder.fused_layers)

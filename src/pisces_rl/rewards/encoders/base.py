@@ -54,6 +54,7 @@ class VideoTextEncoder(nn.Module, ABC):
         crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
         dimension: of pooled features. max_text_tokens: special tokens included.
         cross_layers: numbers of the text layers that attend to the video, for models that match; else empty.
+        cross_heads: how many heads these layers have.
         offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is.
     """
 
@@ -66,6 +67,7 @@ class VideoTextEncoder(nn.Module, ABC):
     dimension: int
     max_text_tokens: int
     cross_layers: Sequence[int] = ()
+    cross_heads: int = 0
     offload: str | torch.device | None = None
 
     @property

@@ -29,7 +29,7 @@ class BlipEncoder(VideoTextEncoder):
         vision, text = model.config.vision_config, model.config.text_config
         self.resolution, self.side = (vision.image_size,) * 2, vision.image_size // vision.patch_size
         self.dimension, self.max_text_tokens = model.config.image_text_hidden_size, text.max_position_embeddings
-        self.cross_layers = range(text.num_hidden_layers)
+        self.cross_layers, self.cross_heads = range(text.num_hidden_layers), text.num_attention_heads
         for layer in model.text_encoder.encoder.layer:
             layer.crossattention.self = _CrossAttention(layer.crossattention.self)
 

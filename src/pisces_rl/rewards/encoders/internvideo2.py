@@ -74,7 +74,7 @@ class InternVideo2(VideoTextEncoder):
         self.config, self.tokenizer, self.name = config, tokenizer, name
         self.resolution, self.num_frames = (config.resolution, config.resolution), config.num_frames
         self.dimension, self.max_text_tokens = config.projection, config.max_text_tokens
-        self.cross_layers = range(config.fusion_layer, config.text_layers)
+        self.cross_layers, self.cross_heads = range(config.fusion_layer, config.text_layers), config.text_heads
         self.vision_encoder = _Vision(config)
         bert = BertConfig(
             vocab_size=config.vocabulary, hidden_size=config.text_width, num_hidden_layers=config.text_layers,

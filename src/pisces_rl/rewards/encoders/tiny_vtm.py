@@ -55,7 +55,7 @@ class TinyVTM(VideoTextEncoder):
         self.config, self.tokenizer, self.name = config, tokenizer, name
         self.resolution, self.num_frames = (config.resolution, config.resolution), config.num_frames
         self.dimension, self.max_text_tokens = config.projection, config.max_text_tokens
-        self.cross_layers = range(config.fusion_layer, config.text_layers)
+        self.cross_layers, self.cross_heads = range(config.fusion_layer, config.text_layers), config.heads
         frames, rows, columns = config.video_patch
         self.lead = -config.num_frames % frames
         side = config.resolution // rows, config.resolution // columns
