@@ -33,7 +33,7 @@ class EvaluationArguments:
     ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})
-    n: int = field(default=128, metadata={"help": "Clips."})
+    n: int = field(default=128, metadata={"help": "Clips, at most."})
     output_dir: str = field(default="outputs/reward_evaluation", metadata={"help": "Folder of tables and pictures."})
 
 
@@ -44,7 +44,8 @@ def read_clips(args: EvaluationArguments, frames: int, size: tuple[int, int]) ->
 
     path = Path(args.dataset)
     kind = "csv" if path.suffix == ".csv" else "json"
-    rows = list(load_dataset(kind, data_files=str(path), split="train").select(range(args.n)))
+    rows = load_dataset(kind, data_files=str(path), split="train")
+    rows = list(rows.select(range(min(args.n, len(rows)))))
     videos = [load_video(path.parent / row["video"], frames) for row in rows]
     videos = [torch.nn.functional.interpolate(v, size, mode="bicubic", antialias=True).clamp(0, 1) for v in videos]
     return CleanClips([row["caption"] for row in rows], torch.stack(videos))
@@ -94,6 +95,14 @@ def draw_plans(reward: OTSemanticReward, clips: CleanClips, path: Path, prompts:
     picture.save(path)
 
 
+def table_of_shares(shares: dict[str, dict]) -> str:
+    """A row for plan, attention, fused attention and tokens, a column for each place they may lie on."""
+    lines = [f"| weight of color and noun on | {' | '.join(shares)} |", "|---" * (len(shares) + 1) + "|"]
+    for name in next(iter(shares.values())):
+        lines.append(f"| {name} | {' | '.join(str(share[name]) for share in shares.values())} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     (args,) = parse_arguments(EvaluationArguments)
     output = Path(args.output_dir)
@@ -114,9 +123,7 @@ def main() -> None:
         if isinstance(reward, OTSemanticReward) and reward.attention is not None:
             draw_plans(reward, clips, output / "plans.png")
             if clips.scenes:
-                shares = plan_inside_objects(reward, clips)
-                rows = "\n".join(f"| {key} | {value} |" for key, value in shares.items())
-                section += f"\n\n| weight on the object, clips of one | share |\n|---|---|\n{rows}"
+                section += f"\n\n{table_of_shares(plan_inside_objects(reward, clips))}"
         sections.append(section)
         print(section, flush=True)
     (output / "rewards.md").write_text("\n\n".join(sections) + "\n")

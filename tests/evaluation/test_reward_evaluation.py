@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,10 @@ import torch
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
 from pisces_rl.media import save_video
 from pisces_rl.rewards import load_reward
-from pisces_rl.shapemotion import SCENE_CORRUPTIONS, shapemotion_alignment
+from pisces_rl.rewards.encoders.base import grid
+from pisces_rl.rewards.ot_attention import Drawing, OTAttention
+from pisces_rl.shapemotion import SCENE_CORRUPTIONS, lay_out, parse, render_layout, shapemotion_alignment
+from pisces_rl.shapemotion.specs import SceneSpecs
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,9 +48,66 @@ def test_the_embedded_rewards(clips):
     assert max(report.invariance.values()) < 1e-5
     assert 0 < report.alignment["recall@10"].value <= 1 and "mutual-kNN (10)" in report.alignment
     shares = plan_inside_objects(load_reward("ot_semantic"), clips)
-    assert set(shares) == {"plan", "attention", "fused", "tokens"} and 0 < shares["tokens"].value < 0.5
+    assert list(shares) == ["one object", "its own of two", "the other of two"]
+    for share in shares.values():
+        assert list(share) == ["plan", "attention", "fused", "tokens"] and 0 < share["tokens"].value < 0.5
+    own, other = (shares[where]["attention"].value for where in ("its own of two", "the other of two"))
+    assert own > other and shares["one object"]["attention"].value > 0.5
     with pytest.raises(ValueError, match="reward with plans"):
         plan_inside_objects(load_reward("matching"), clips)
+
+
+def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
+    """Words that look at the pixels of a color: the other words of the prompt do not count."""
+    scene = parse("two large red squares above a green circle on a gray background")
+    layout = lay_out(SceneSpecs.from_scenes([scene]), torch.Generator().manual_seed(0))
+    clips = CleanClips([scene.prompt()], render_layout(layout, size=64), [scene], layout)
+    positions = torch.cat([torch.full((1, 3), torch.nan), grid(17, 64, 64)])
+    r, g, _ = clips.videos[0].transpose(0, 1)
+    pixels = {"red": r - g > 0.3, "green": g - r > 0.3, "all": torch.ones_like(r, dtype=torch.bool)}
+
+    def draw(prompts, videos):
+        pieces = ["[CLS]", *prompts[0].split()]
+        seen = torch.stack([pixels[looks.get(piece, "all")].flatten() for piece in pieces])
+        weights = torch.nn.functional.pad(seen.float(), (1, 0), value=1.0)[None, None]
+        return [pieces], positions, [Drawing(0, weights, weights, weights)]
+
+    reward = SimpleNamespace(attention=OTAttention(), draw=draw)
+    looks = {"red": "red", "squares": "red", "green": "green", "circle": "green"}
+    shares = plan_inside_objects(reward, clips)
+    assert list(shares) == ["its own of two", "the other of two"]
+    assert shares["its own of two"]["plan"].value == 1 and shares["the other of two"]["plan"].value == 0
+    looks = {"red": "green", "squares": "green", "green": "green", "circle": "green"}
+    shares = plan_inside_objects(reward, clips)
+    assert shares["its own of two"]["plan"].value == shares["the other of two"]["plan"].value == 0.5
+
+
+def test_rewards_that_take_little_are_async_or_abstain(clips):
+    def brightness(videos):
+        return videos.mean((1, 2, 3, 4))
+
+    async def later(videos):
+        return brightness(videos)
+
+    def sometimes(prompts, videos):
+        return [None if "red" in prompt else float(brightness(x)) for prompt, x in zip(prompts, videos[:, None])]
+
+    def never(prompts):
+        return [None] * len(prompts)
+
+    few = CleanClips(clips.prompts[:12], clips.videos[:12])
+    rows = [row for row, prompt in enumerate(few.prompts) if "red" not in prompt]
+    judged = CleanClips([few.prompts[row] for row in rows], few.videos[rows])
+    plain, waited, abstains = (evaluate_reward(reward, few) for reward in (brightness, later, sometimes))
+    expected = evaluate_reward(brightness, judged)
+    assert 0 < len(rows) < 12 and waited.accuracy == plain.accuracy
+    assert plain.peak_mib is None and "peak" not in str(plain) and "nan" not in str(abstains)
+    for name in ("frozen", "blur"):  # those that are drawn differ with the number of clips
+        assert abstains.accuracy[name] == expected.accuracy[name] and abstains.falls[name] == expected.falls[name]
+        assert abstains.curves[name] == pytest.approx(expected.curves[name])
+    assert abstains.invariance == plain.invariance
+    with pytest.raises(ValueError, match="reward: 'never' returned None for every clip"):
+        evaluate_reward(never, few)
 
 
 def test_the_script_on_files(tmp_path):
@@ -56,7 +117,7 @@ def test_the_script_on_files(tmp_path):
         save_video(video, tmp_path / f"{i}.mp4", min_size=32)
         rows.append({"video": f"{i}.mp4", "caption": ["a red circle", "a blue square", "two green crosses"][i]})
     (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "examples/evaluate_rewards.py", "--dataset", str(tmp_path / "clips.jsonl"), "--n", "3",
+    command = [sys.executable, "examples/evaluate_rewards.py", "--dataset", str(tmp_path / "clips.jsonl"), "--n", "9",
                "--rewards", "ot_semantic", "--output_dir", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -11,6 +11,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pisces_rl.ot.metrics import Estimate, bootstrap, distance_spearman, mutual_knn, paired_recall
+from pisces_rl.rewards import RewardPanel
 from pisces_rl.shapemotion import (
     SCENE_CORRUPTIONS,
     VIDEO_CORRUPTIONS,
@@ -20,6 +21,7 @@ from pisces_rl.shapemotion import (
     render_layout,
     sample_scenes,
 )
+from pisces_rl.shapemotion.grammar import COLORS, PLURALS, SHAPES
 from pisces_rl.shapemotion.specs import SceneSpecs
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -72,7 +74,9 @@ class RewardReport:
         curves: by corruption of pixels, the mean reward at each of `STRENGTHS`.
         invariance: the largest change of a reward with its batch-mates, and with a longer prompt in the batch.
         alignment: of a reward with a map: mutual-kNN (k = 10), Spearman of pairwise distances, recall at 1, 5, 10.
-        milliseconds: a video. peak_mib: of GPU memory, 0 on a CPU.
+        milliseconds: a video. peak_mib: of GPU memory, None on a CPU.
+
+    Clips where the reward returned None have no part in any of them.
     """
 
     accuracy: dict[str, Estimate]
@@ -81,7 +85,7 @@ class RewardReport:
     invariance: dict[str, float]
     alignment: dict[str, Estimate]
     milliseconds: float
-    peak_mib: float
+    peak_mib: float | None
 
     def __str__(self) -> str:
         lines = ["| corruption | pairs ranked right | falls with strength |", "|---|---|---|"]
@@ -89,20 +93,26 @@ class RewardReport:
         lines += ["", "| measure | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in self.alignment.items()]
         lines += [f"| largest change with {name} | {value:.1e} |" for name, value in self.invariance.items()]
-        lines += [f"| ms a video | {self.milliseconds:.2f} |", f"| peak MiB | {self.peak_mib:.0f} |"]
+        lines += [f"| ms a video | {self.milliseconds:.2f} |"]
+        lines += [] if self.peak_mib is None else [f"| peak MiB | {self.peak_mib:.0f} |"]
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def evaluate_reward(reward: Callable, clips: CleanClips, device: str | torch.device = "cpu") -> RewardReport:
-    """Ask a reward (`pisces_rl.rewards.contract`) about clips whose truth is known. Intervals: bootstrap of clips."""
+    """Ask a reward (`pisces_rl.rewards.contract`) about clips whose truth is known. Intervals: bootstrap of clips.
+
+    Raises ValueError if it returned None for every clip, RewardError if it failed.
+    """
+    panel = RewardPanel(reward)
 
     def ask(prompts: Sequence[str], videos: Tensor) -> Tensor:
+        """(n,), NaN where the reward does not apply."""
         parts = [
-            torch.as_tensor(reward(prompts=list(prompts[i : i + BATCH]), videos=videos[i : i + BATCH].to(device)))
+            panel(list(prompts[i : i + BATCH]), videos[i : i + BATCH].to(device), {}).values[:, 0]
             for i in range(0, len(prompts), BATCH)
         ]
-        return torch.cat([part.float().cpu() for part in parts])
+        return torch.cat(parts)
 
     cuda = torch.device(device).type == "cuda"
     if cuda:
@@ -111,15 +121,21 @@ def evaluate_reward(reward: Callable, clips: CleanClips, device: str | torch.dev
     start = time.perf_counter()
     clean = ask(clips.prompts, clips.videos)
     milliseconds = (time.perf_counter() - start) * 1000 / len(clean)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+    if clean.isnan().all():
+        raise ValueError(f"reward: {panel.names[0]!r} returned None for every clip.")
     accuracy, falls, curves = {}, {}, {}
     for name, (rows, broken) in clips.pairs.items():
         prompts = [clips.prompts[row] for row in rows]
         gap = clean[rows] - ask(prompts, broken)
+        gap = gap[gap.isfinite()]
+        if not len(gap):
+            continue
         accuracy[name] = _mean((gap > 0).double() + (gap == 0).double() / 2)
         if name in VIDEO_CORRUPTIONS:
             ends = VIDEO_CORRUPTIONS[name](clips.videos[rows], torch.Generator().manual_seed(0))
             ladder = torch.stack([ask(prompts, torch.lerp(clips.videos[rows], ends, s)) for s in STRENGTHS], 1)
+            ladder = ladder[ladder.isfinite().all(1)]
             falls[name] = _mean(torch.tensor([_fall(steps) for steps in ladder.tolist()]))
             curves[name] = ladder.mean(0).tolist()
     return RewardReport(
@@ -141,10 +157,13 @@ def _invariance(ask: Callable, clips: CleanClips, count: int = 8) -> dict[str, f
     alone = torch.cat([ask([prompt], video[None]) for prompt, video in zip(prompts, videos)])
     longest = max(clips.prompts, key=len)
     with_long = ask([*prompts, longest], torch.cat([videos, videos[:1]]))[: len(prompts)]
-    return {
-        "batch-mates": float((ask(prompts, videos) - alone).abs().max()),
-        "padding": float((with_long - alone).abs().max()),
-    }
+    return {"batch-mates": _change(ask(prompts, videos), alone), "padding": _change(with_long, alone)}
+
+
+def _change(one: Tensor, other: Tensor) -> float:
+    """The largest; infinite where only one of them is a number, none where neither is."""
+    alike = one.isnan() & other.isnan()
+    return float((one - other).abs().nan_to_num(torch.inf).masked_fill(alike, 0).max())
 
 
 def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
@@ -165,34 +184,65 @@ def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
 
 
 @torch.no_grad()
-def plan_inside_objects(reward, clips: CleanClips) -> dict[str, Estimate]:
-    """The share of the words' weight that lies on video tokens with an object: of the plan, of the attention before
-    and after fusion, and of the tokens themselves (what a word that knows nothing would have).
+def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estimate]]:
+    """Where the color and the noun of an object look: the share of their weight that lies on video tokens with that
+    object, of the plan, of the attention before and after fusion, and of the tokens themselves (what a word that knows
+    nothing would have).
 
-    For ShapeMotion's clips of one object, and an `OTSemanticReward` with plans; mean over layers, heads and words.
+    For ShapeMotion's clips and an `OTSemanticReward` with plans: "one object" in clips of one group, "its own of two"
+    and "the other of two" in clips of two. Mean over fused layers, heads, words and groups.
     """
-    rows = [i for i, scene in enumerate(clips.scenes) if sum(group.count for group in scene.groups) == 1]
-    if not rows or getattr(reward, "attention", None) is None:
-        raise ValueError("clips, reward: expected ShapeMotion's clips of one object, and a reward with plans.")
-    layout = clips.layout[torch.tensor(rows)]
-    empty = layout[torch.arange(len(rows))]
-    empty.present = torch.zeros_like(empty.present)
-    shown = (render_layout(layout, size=64) - render_layout(empty, size=64)).abs().amax(2) > 0.02
-    prompts, videos = [clips.prompts[i] for i in rows], clips.videos[rows]
-    shares: dict[str, list[Tensor]] = {}
-    for part in torch.arange(len(rows)).split(BATCH):
-        some = [prompts[i] for i in part]
-        _, positions, drawings = reward.draw(some, videos[part])
-        words = reward.encoder.encode_text(some).words.cpu()
-        placed = positions.isfinite().all(1)
-        grid = (positions[placed].amax(0) + 1).long().tolist()
-        inside = F.adaptive_max_pool3d(shown[part][:, None].float(), grid).flatten(1)[:, None, None]
-        for name in ("plan", "attention", "fused"):
-            weights = torch.stack(
-                [getattr(drawing, name)[..., placed] for drawing in drawings]
-            )  # (layers, B, H, N, M)
-            share = (weights * inside).sum(-1) / weights.sum(-1).clamp_min(1e-30)
-            share = share.mean((0, 2))  # (B, N)
-            shares.setdefault(name, []).append((share * words).sum(1) / words.sum(1))
-        shares.setdefault("tokens", []).append(inside.mean((1, 2, 3)))
-    return {name: _mean(torch.cat(values)) for name, values in shares.items()}
+    if not clips.scenes or getattr(reward, "attention", None) is None:
+        raise ValueError("clips, reward: expected ShapeMotion's clips, and a reward with plans.")
+    shares: dict[str, dict[str, list[Tensor]]] = {}
+    for groups in (1, 2):
+        rows = [i for i, scene in enumerate(clips.scenes) if len(scene.groups) == groups]
+        for part in torch.tensor(rows).split(BATCH) if rows else ():
+            pieces, positions, drawings = reward.draw([clips.prompts[i] for i in part], clips.videos[part])
+            named = torch.tensor([_naming_words(row, groups) for row in pieces])  # (B, groups, N)
+            placed = positions.isfinite().all(1)
+            grid = (positions[placed].amax(0) + 1).long().tolist()
+            shown = F.adaptive_max_pool3d(_shown(clips, part, groups).float(), grid).flatten(2)  # (B, groups, M)
+            for name in ("plan", "attention", "fused"):
+                weights = torch.stack([getattr(drawing, name)[..., placed] for drawing in drawings])
+                share = weights @ shown.mT[:, None] / weights.sum(-1, keepdim=True).clamp_min(1e-30)
+                share = share.mean((0, 2))  # (layers, B, heads, N, groups) to (B, N, groups)
+                own = named / named.sum(2, keepdim=True) @ share  # (B, groups of the words, groups of the tokens)
+                for where, values in _by_place(own).items():
+                    shares.setdefault(where, {}).setdefault(name, []).append(values)
+            for where, values in _by_place(shown.mean(2)[:, None].expand(-1, groups, -1)).items():
+                shares[where].setdefault("tokens", []).append(values)
+    return {
+        where: {name: _mean(torch.cat(values)) for name, values in kinds.items()} for where, kinds in shares.items()
+    }
+
+
+def _by_place(share: Tensor) -> dict[str, Tensor]:
+    """(B,) of what words of a group have on tokens of a group (B, groups, groups)."""
+    if share.shape[1] == 1:
+        return {"one object": share[:, 0, 0]}
+    return {
+        "its own of two": share.diagonal(dim1=1, dim2=2).mean(1),
+        "the other of two": share.flip(2).diagonal(dim1=1, dim2=2).mean(1),
+    }
+
+
+def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
+    """For each group of a prompt, which of its pieces are the group's color and noun, with which its name ends."""
+    nouns = (*SHAPES, *PLURALS)
+    owner = [sum(piece in nouns for piece in pieces[:i]) for i in range(len(pieces))]
+    named = [piece in nouns or piece in COLORS for piece in pieces]
+    return [[name and number == group for name, number in zip(named, owner)] for group in range(groups)]
+
+
+def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
+    """(B, groups, F, H, W): pixels of each group of objects."""
+    layout = clips.layout[rows]
+    first = torch.tensor([clips.scenes[i].groups[0].count for i in rows])[:, None]
+    slot = torch.arange(layout.present.shape[1])
+    empty = replace(layout, present=torch.zeros_like(layout.present))
+    background, shown = render_layout(empty, size=64), []
+    for group in range(groups):
+        alone = replace(layout, present=layout.present & ((slot >= first) == bool(group)))
+        shown.append((render_layout(alone, size=64) - background).abs().amax(2) > 0.02)
+    return torch.stack(shown, 1)
