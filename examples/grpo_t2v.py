@@ -62,6 +62,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
     )
+    reward_offload: str | None = field(
+        default=None, metadata={"help": "Device of that encoder's work, for instance cuda: its weights wait on the CPU."}
+    )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
     lora_target_modules: list[str] | None = field(
@@ -104,7 +107,9 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     attention = None if script.ot_attention is None else json.loads(script.ot_attention)
     options = {"ot_quality": {"ot_map": script.ot_map}, "ot_semantic": {"attention": attention}}
-    load = functools.partial(load_reward_function, known=KNOWN_REWARDS, encoder=script.reward_encoder)
+    load = functools.partial(
+        load_reward_function, known=KNOWN_REWARDS, encoder=script.reward_encoder, offload=script.reward_offload
+    )
     return [load(name, **options.get(name, {})) for name in names]
 
 
