@@ -63,7 +63,7 @@ class ScriptArguments:
         metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
     )
     reward_offload: str | None = field(
-        default=None, metadata={"help": "Device of that encoder's work, for instance cuda: its weights wait on the CPU."}
+        default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
