@@ -185,6 +185,17 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     assert not script.ot_attention or OTAttention(**json.loads(script.ot_attention))
 
 
+def test_the_study_tells_its_own_arguments_from_the_trainers(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
+    run = importlib.import_module("run")
+    args, extra = run.parse(["--stage", "A", "--jobs", "3", "--max_steps", "2"])
+    assert len(args.cells) == 8 and extra == ["--max_steps", "2"]
+    args, extra = run.parse(["--cells", "base", "--num_sample_videos", "0", "--seeds", "1"])
+    assert (args.cells, args.seeds, extra) == (["base"], [1], ["--num_sample_videos", "0"])
+    with pytest.raises(SystemExit):
+        run.parse(["--cells", "grpo_bth"])
+
+
 @pytest.mark.parametrize("example", ["grpo_t2v", "backprop_t2v"])
 def test_the_examples_have_a_default_recipe(monkeypatch, example):
     monkeypatch.syspath_prepend(ROOT / "examples")

@@ -1,7 +1,7 @@
 """Cells of the study: recipes of recipes/study/ over seeds, and what the judges say of each run.
 
-    python benchmarks/study/run.py grpo_both                        # five seeds, one after the other
-    python benchmarks/study/run.py grpo_none grpo_both --seeds 0 1 --jobs 2
+    python benchmarks/study/run.py --cells grpo_both                # five seeds, one after the other
+    python benchmarks/study/run.py --cells grpo_none grpo_both --seeds 0 1 --jobs 2
     python benchmarks/study/run.py --stage A --jobs 14              # every cell of stage A that is not yet recorded
     python benchmarks/study/run.py --all
 
@@ -46,8 +46,6 @@ DIVERSE_PROMPTS, DIVERSE_SAMPLES = 32, 8
 def settings_of(cell: str) -> dict:
     """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
     path = RECIPES / f"{cell}.yaml"
-    if not path.is_file():
-        raise SystemExit(f"no cell {cell!r}; there are {', '.join(cells())}.")
     shared, own = (yaml.safe_load(p.read_text()) for p in (RECIPES / "shared.yaml", path))
     return shared["all"] | shared[own["trainer"]] | own
 
@@ -165,21 +163,26 @@ def record(cell: str, seed: int, output: Path, extra: list[str], threads: int | 
     return f"{cell} seed {seed}: {result['seconds']:.0f} s"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cells", nargs="*", help="names of recipes in recipes/study/")
-    parser.add_argument("--all", action="store_true", help="every cell")
-    parser.add_argument("--stage", choices=["A", "B"], help="every cell of this stage")
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Our arguments, and the rest, which are the trainer's."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="recipes in recipes/study/")
+    which.add_argument("--all", action="store_true", help="every cell")
+    which.add_argument("--stage", choices=["A", "B"], help="every cell of this stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process; 14 fit a GPU of 80 GB")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="begin no run after so many seconds")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study"))
-    args, extra = parser.parse_known_args()
-    chosen = cells(args.stage or "") if args.all or args.stage else args.cells
-    if not chosen:
-        parser.error(f"name a cell, --stage or --all; there are {', '.join(cells())}.")
-    for cell in chosen:
-        settings_of(cell)  # a name that is not there ends here
+    args, extra = parser.parse_known_args(arguments)
+    args.cells = args.cells or cells(args.stage or "")
+    return args, extra
+
+
+def main() -> None:
+    args, extra = parse()
     (args.output_dir / "records").mkdir(parents=True, exist_ok=True)
     end, threads = time.time() + args.stop_after, 1 if args.jobs > 1 else None
     failed = 0
@@ -187,7 +190,7 @@ def main() -> None:
         # all cells of one seed before the next: a study that ends early compares like with like
         tasks = [
             pool.submit(record, cell, seed, args.output_dir, extra, threads, end)
-            for seed in args.seeds for cell in chosen
+            for seed in args.seeds for cell in args.cells
         ]  # fmt: skip
         for task in as_completed(tasks):
             try:
