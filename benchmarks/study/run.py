@@ -82,8 +82,8 @@ def diversity(policy, encoder, prompts: list[str]) -> dict[str, float]:
 class Divergence(TrainerCallback):
     """KL(p || p_ref) of the sampler's stochastic transitions at each evaluation, the same for every trainer.
 
-    Per latent dimension, summed over the first steps and averaged over prompts; samples are drawn from p. The values
-    go to kl.json in the run's folder, by step.
+    Per latent dimension, summed over the steps before the last and averaged over prompts; samples are drawn from p.
+    The last of them has the least noise and nearly all of the sum. Goes to kl.json in the run's folder, by step.
     """
 
     def __init__(self, prompts: list[str]):
