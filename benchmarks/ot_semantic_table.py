@@ -43,7 +43,10 @@ PARTIAL = functools.partial(LOG, plan="partial")
 TABLE = {
     "vanilla": None,
     "balanced, log": LOG(plan="balanced", **NO_PLACE),
+    "balanced, log, spatial": LOG(plan="balanced", temporal=0.0),
+    "balanced, log, temporal": LOG(plan="balanced", spatial=0.0),
     "balanced, log, both": LOG(plan="balanced"),
+    "balanced, arithmetic, both": OTAttention(plan="balanced", fusion="arithmetic"),
     "unbalanced, log (= published plan)": LOG(plan="unbalanced", **NO_PLACE),
     "unbalanced, log, both": LOG(plan="unbalanced"),
     "as published: floor 1e-6, class token, both": LOG(plan="unbalanced", floor=1e-6, class_tokens=True),
