@@ -192,12 +192,16 @@ def main() -> None:
             pool.submit(record, cell, seed, args.output_dir, extra, threads, end)
             for seed in args.seeds for cell in args.cells
         ]  # fmt: skip
-        for task in as_completed(tasks):
-            try:
-                print(task.result(), flush=True)
-            except Exception:
-                failed += 1
-                traceback.print_exc()
+        try:
+            for task in as_completed(tasks):
+                if error := task.exception():
+                    failed += 1
+                    traceback.print_exception(error)
+                else:
+                    print(task.result(), flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise SystemExit("interrupted; the same command goes on from the last checkpoints.") from None
     if failed:
         raise SystemExit(f"{failed} of {len(tasks)} runs failed.")
 
