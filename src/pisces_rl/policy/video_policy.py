@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
+from .execution import ATTENTION_KERNELS, attention_kernel
 from .latents import LatentCodec
 from .one_step import OneStep, Prediction
 from .prompts import PromptMemo
@@ -44,6 +45,7 @@ class VideoPolicy(nn.Module):
         sde_window_range: (low, high), the steps [low, high) in which a window may lie; None is all but the last.
         pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
+        attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
 
     Raises:
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
@@ -52,7 +54,7 @@ class VideoPolicy(nn.Module):
     def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
                  num_inference_steps: int = 16, sde_window_size: int | None = None,
                  sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
-                 autocast_dtype: torch.dtype | None = None):
+                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None):
         super().__init__()
         self.pipeline = pipeline
         self.denoiser = nn.ModuleDict(_denoisers(pipeline))
@@ -64,6 +66,9 @@ class VideoPolicy(nn.Module):
         self.sde_window_range = _checked_window(sde_window_size, sde_window_range, num_inference_steps)
         self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
+        if attention_kernel not in (None, *ATTENTION_KERNELS):
+            raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}, or None.")
+        self.attention_kernel = attention_kernel
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
         self._codec: LatentCodec | None = None
@@ -277,11 +282,9 @@ class VideoPolicy(nn.Module):
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
-            if self.autocast_dtype is None:
+            cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+            with attention_kernel(self.attention_kernel), cast:
                 output = forward(*args, **kwargs)
-            else:
-                with torch.autocast(self.device.type, self.autocast_dtype):
-                    output = forward(*args, **kwargs)
             if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
                 self._skipped_outputs[key] = to_meta, len(session.prompts)
