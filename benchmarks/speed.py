@@ -20,10 +20,10 @@ from real_check import random_wan
 
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
 from pisces_rl.policy.execution import compile_blocks
-from pisces_rl.policy.lora_linear import fuse_lora_products
+from pisces_rl.policy.products import fuse_products
 
 ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
-VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, one product a LoRA projection)
+VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products)
     "eager": (False, None, None, False),
     "compiled": (True, "everything", None, False),
     "cudnn": (True, "everything", "cudnn", False),
@@ -49,7 +49,7 @@ def build(name: str, args, device: str) -> VideoPolicy:
         autocast_dtype=torch.bfloat16 if device == "cuda" else None, attention_kernel=kernel,
     )  # fmt: skip
     if fused:
-        fuse_lora_products(pipe.transformer)
+        fuse_products(pipe.transformer)
     if compiled:
         compile_blocks(pipe.transformer, recompute=recompute, backend="aot_eager" if args.tiny else "inductor")
     else:
@@ -103,9 +103,28 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
     first = time.perf_counter() - start
     rollout_seconds, rollout_peak = timed(roll, args.repeats, device)
     update_seconds, update_peak = timed(update, args.repeats, device)
+    if args.profile:
+        for label, call in (("rollout", roll), ("update", update)):
+            profiled(label, call, device)
     per = 1000 / args.batch
     return (per * rollout_seconds / args.steps, per * update_seconds / len(trained), error, rollout_peak, update_peak,
             first)  # fmt: skip
+
+
+def profiled(label: str, call, device: str) -> None:
+    """The kernels that take the time of one call, and how long the device had none."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        wall = 1000 * (time.perf_counter() - start)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 1000
+    print(f"{label}: {wall:.0f} ms, of which kernels {busy:.0f} ms")
+    for row in rows[:18]:
+        print(f"  {row.self_device_time_total / 1000:8.1f} ms  {row.count:6d}  {row.key[:100]}")
 
 
 def main() -> None:
@@ -115,6 +134,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one rollout and one update")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--height", type=int, default=240)
     parser.add_argument("--width", type=int, default=416)
