@@ -369,7 +369,7 @@ def tiny_cosmos(seed=0, final_sigmas_type="zero"):
         spatial_compression_ratio=4,
         temporal_compression_ratio=4,
     )
-    pipe = CosmosTextToWorldPipeline(
+    return CosmosTextToWorldPipeline(
         tokenizer=byte_tokenizer(),
         text_encoder=T5EncoderModel(T5Config(vocab_size=260, d_model=32, d_kv=8, d_ff=37, num_layers=2, num_heads=4)),
         vae=vae,
@@ -385,7 +385,6 @@ def tiny_cosmos(seed=0, final_sigmas_type="zero"):
         ),
         safety_checker=NoGuardrail(),
     )
-    return pipe
 
 
 def tiny_cogvideox_dpm(seed=0):
@@ -401,7 +400,7 @@ CALLS = dict(
     allegro=dict(
         height=32, width=16, num_frames=8, max_sequence_length=16, guidance_scale=6.0, clean_caption=False
     ),
-    latte=dict(height=16, width=16, video_length=4, guidance_scale=5.0, clean_caption=False),
+    latte=dict(height=16, width=16, video_length=4, guidance_scale=5.0, clean_caption=False, mask_feature=False),
     easyanimate=dict(height=16, width=16, num_frames=5, guidance_scale=5.0, negative_prompt="blurry"),
     sana_video=dict(
         height=32,
@@ -437,6 +436,7 @@ BUILD = dict(
 )
 
 FLOW = ("easyanimate", "sana_video", "ltx2")
+EDM = ("cosmos",)
 
 GUIDANCE = {name: ({"guidance_scale": CALLS[name]["guidance_scale"]}, {"guidance_scale": 1.0}) for name in CALLS}
 # Besides text, LTX-2 is guided by perturbed blocks and by the other modality, all with passes of their own.

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .one_step import seeded_noise
 from .scheduler import PolicyError, denoised, noised
-from .session import LeavePipeline, Session, replaced_method
+from .session import LeavePipeline, Session, replaced_method, starts_without_followed
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,11 @@ class DifferentiableSampling(Session):
             if not self.decode:
                 raise LeavePipeline
         return following
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        if self.renoise is not None:
+            raise starts_without_followed(self)
+        return x_next
 
     def check_finished(self) -> None:
         if self.final is None:

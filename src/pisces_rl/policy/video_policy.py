@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .latents import LatentCodec
@@ -65,7 +65,7 @@ class VideoPolicy(nn.Module):
         self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
-        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
+        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.eval()
 
@@ -273,7 +273,9 @@ class VideoPolicy(nn.Module):
         """The denoiser's forward, skipped where the session has no use for its output."""
 
         def entry(*args, **kwargs):
-            key = name, repr(sorted(session.overrides.items()))  # guidance changes how many rows there are
+            rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
+            # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
+            key = name, repr(sorted(session.overrides.items())), rows / len(session.prompts)
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
