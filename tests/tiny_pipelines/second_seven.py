@@ -448,3 +448,9 @@ GUIDANCE["ltx2"] = (
         for part in ("", "audio_")
     },
 )
+
+REFUSES = {
+    ("allegro", "a part of the frames"): "Allegro: 6",
+    ("cosmos", "backpropagation"): "into numpy",
+    ("ltx2", "a later start"): "with a copy of its scheduler",
+}

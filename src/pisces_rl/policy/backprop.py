@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .one_step import seeded_noise
 from .scheduler import PolicyError, denoised, noised
@@ -109,7 +109,8 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
 
     def clip(z: Tensor, *args, **kwargs) -> Tensor:
         if checkpointed and z.requires_grad:
-            return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
+            with set_checkpoint_early_stop(False):  # EasyAnimate's decoder empties its cache of frames at its very end
+                return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
         return decode(z, *args, return_dict=False, **kwargs)[0]
 
     def frames(z: Tensor, *args, **kwargs) -> Tensor:

@@ -46,8 +46,8 @@ class PromptMemo:
             return stacked
         if not _masked(outputs[0]):
             raise PolicyError(
-                f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so that "
-                "a video would depend on the other prompts of its batch. Set what makes the length fixed in "
+                f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
+                "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
                 "pipeline_kwargs (Latte: mask_feature=False)."
             )
         return self.encode_prompt(*args, **kwargs)
@@ -65,7 +65,8 @@ class PromptMemo:
 
 def _masked(output) -> bool:
     """Whether a mask may be among the outputs: anything but embeddings of (batch, ..., length, width)."""
-    return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in tree_leaves(output) if leaf is not None)
+    leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
 
 
 def _stack(outputs: list):

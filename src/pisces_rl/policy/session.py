@@ -238,7 +238,7 @@ def _check_reproduced(index: int, recorded: Tensor, x: Tensor) -> None:
 def starts_without_followed(session: Session) -> PolicyError:
     """For sessions that put a video's state in at a later step."""
     return PolicyError(
-        f"{type(session.policy.pipeline).__name__} denoises something else (audio) beside the video, with a copy of its "
-        "scheduler; a run cannot start from the video's latents alone at a later step, because the other's state "
+        f"{type(session.policy.pipeline).__name__} denoises something else (audio) beside the video, with a copy of "
+        "its scheduler; a run cannot start from the video's latents alone at a later step, because the other's state "
         "there is not given. Use GRPO, or backpropagation through 'last_steps', 'random_steps' or 'one_step'."
     )

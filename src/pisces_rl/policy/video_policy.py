@@ -193,12 +193,25 @@ class VideoPolicy(nn.Module):
             raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at
         session = DifferentiableSampling(self, prompts, start, jump_at is not None, renoise)
-        with decoding(session, part, checkpoint_decoder):
-            frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
-        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+        name = type(self.pipeline).__name__
+        try:
+            with decoding(session, part, checkpoint_decoder):
+                frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
+        except RuntimeError as error:
+            if "numpy() on Tensor that requires grad" not in str(error):
+                raise
             raise PolicyError(
-                f"{type(self.pipeline).__name__} returned no video tensor with gradients (a {type(frames).__name__}): "
-                "its decoding or post-processing cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+                f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which cuts "
+                "the graph, so rewards cannot be back-propagated. Use GRPO."
+            ) from error
+        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+            mend = "Use GRPO." if part is None else (
+                "Decode all frames (decode_frames unset), or more than "
+                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+            )
+            raise PolicyError(
+                f"{name} returned no video tensor with gradients (a {type(frames).__name__}): its decoding or "
+                f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
             )
         return frames.float()
 
