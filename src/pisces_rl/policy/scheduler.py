@@ -51,7 +51,10 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if name.startswith("CogVideoX"):
         return CogVideoXDDIMScheduler.from_config(scheduler.config)
     if "beta_schedule" in config:
-        return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False)
+        spacing = config.get("timestep_spacing", "leading")
+        spacing = "trailing" if spacing == "linspace" else spacing  # DDIM steps by 1000 // N, whatever the spacing
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False,
+                                         timestep_spacing=spacing)
     raise PolicyError(
         f"{name} is neither a flow-matching nor an alpha-bar nor an EDM schedule, so no transition fits it. Set the "
         "pipeline's scheduler to FlowMatchEulerDiscreteScheduler, DDIMScheduler or EDMEulerScheduler first."
