@@ -5,15 +5,16 @@ import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     CogVideoXDPMScheduler,
+    Cosmos2TextToImagePipeline,
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
+    FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    WanPipeline,
 )
 from policy.test_replay_parity import PROMPTS, adapted
 from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
-from tiny_pipelines.second_seven import tiny_cosmos
+from tiny_pipelines.ltx2_cosmos import tiny_cosmos
 
 from pisces_rl.policy import PolicyError, Rollout, VideoPolicy, add_lora, default_lora_config, lora_parameters
 from pisces_rl.policy.scheduler import training_scheduler
@@ -121,18 +122,20 @@ def test_the_last_step_of_cosmos_as_it_ships_moves_nothing():
     assert max(errors) == 0
 
 
-def test_a_flow_scheduler_with_edm_s_sigmas_is_refused():
-    """Cosmos 2 gives sigmas up to 80 to FlowMatchEulerDiscreteScheduler: no (1 - s) x0 + s e."""
-    components = {k: v for k, v in quiet(BUILD["wan"]()).components.items() if not k.endswith("_2")}
-    components["scheduler"] = FlowMatchEulerDiscreteScheduler()
-
-    class VarianceExploding(WanPipeline):
-        def __call__(self, prompt, generator=None, output_type="pt", num_inference_steps=4, **kwargs):
-            self.scheduler.set_timesteps(sigmas=[80.0, 10.0, 1.0])
-
-    policy = VideoPolicy(VarianceExploding(**components), num_inference_steps=4)
+def test_cosmos2_is_refused():
+    """It gives sigmas up to 80 to FlowMatchEulerDiscreteScheduler: no (1 - s) x0 + s e."""
+    components = dict(BUILD["cosmos"]().components)
+    components["vae"] = BUILD["wan"]().vae
+    components["scheduler"] = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    policy = VideoPolicy(quiet(Cosmos2TextToImagePipeline(**components)), num_inference_steps=4,
+                         pipeline_kwargs={"height": 32, "width": 32, "max_sequence_length": 16})
     with pytest.raises(PolicyError, match=r"sigmas up to 80.*lies in \[0, 1\]"):
         policy.sample(["a"], noise_seeds=[0])
+
+
+def test_anyflow_s_scheduler_is_refused():
+    with pytest.raises(PolicyError, match="no transition fits it"):
+        training_scheduler(FlowMapEulerDiscreteScheduler())
 
 
 def test_solvers_that_ship_become_the_same_schedule_s_ddim():
@@ -147,7 +150,7 @@ def test_solvers_that_ship_become_the_same_schedule_s_ddim():
     allegro = EulerAncestralDiscreteScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=2e-2)
     ours = training_scheduler(allegro)
     assert torch.equal(ours.alphas_cumprod, allegro.alphas_cumprod)
-    ours.set_timesteps(4)  # each step ends where the next begins, which "linspace", Allegro's spacing, does not in DDIM
+    ours.set_timesteps(4)  # each step ends where the next begins, which DDIM's does not with "linspace", the default
     assert ours.timesteps.tolist() == [999, 749, 499, 249]
 
 

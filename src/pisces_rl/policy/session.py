@@ -63,7 +63,12 @@ class Session:
     needs_prediction = True
 
     def begin(self, scheduler) -> None:
-        self.scheduler, self.index = scheduler, 0
+        if self.index:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
+                "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
+            )
+        self.scheduler = scheduler
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""

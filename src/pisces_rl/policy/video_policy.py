@@ -36,7 +36,8 @@ class VideoPolicy(nn.Module):
 
     Args:
         pipeline: any text-to-video `DiffusionPipeline` with one scheduler step per denoising step.
-        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching and `ddim` otherwise.
+        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
+            otherwise.
         noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
         num_inference_steps: denoising steps N.
         sde_window_size: how many consecutive steps are stochastic and trained; the others are ODE steps. None
