@@ -58,11 +58,21 @@ class Session:
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
         self.scheduler, self.index = None, 0
+        self.followers = 0  # copies of its scheduler that the pipeline made
 
     needs_prediction = True
 
     def begin(self, scheduler) -> None:
-        self.scheduler, self.index = scheduler, 0
+        if self.index:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
+                "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
+            )
+        self.scheduler = scheduler
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""
+        return x_next
 
     def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
         return kernel_moments(self.scheduler, self.policy.transition, self.index, prediction, x, noise_level)
@@ -84,6 +94,7 @@ class Sampling(Session):
         self.steps = sorted(steps)
         self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
         self.states, self.means, self.log_probs = {}, {}, {}
+        self.followed: dict[tuple[int, int], Tensor] = {}
         self.stds: dict[int, Tensor] = {}
         self.rows_per_video = 1
         self.returned: Tensor | None = None
@@ -156,7 +167,12 @@ class Sampling(Session):
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
         return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video)
+                       self.rows_per_video, self.followed)
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        if index in self.steps:
+            self.followed[number, index] = x.float()
+        return x_next
 
 
 class Replay(Session):
@@ -165,7 +181,7 @@ class Replay(Session):
     def __init__(self, policy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
         super().__init__(policy, [rollout.prompts[r] for r in rows])
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
-        self.rows = rollout.state_rows(rows)
+        self.of_videos, self.rows = rows, rollout.state_rows(rows)
         self.steps = set(rollout.steps)
 
     @property
@@ -181,12 +197,7 @@ class Replay(Session):
         i, recorded = self.index, self.recorded
         if i in self.steps:
             state = recorded.states[i][self.rows].to(x.device)
-            if not torch.equal(state, x.float()):
-                raise PolicyError(
-                    f"at step {i} the replay reached a state that differs from the recorded one by "
-                    f"{float((state - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
-                    "reproducible from its generators. Pass generators through, and drop options that edit latents."
-                )
+            _check_reproduced(i, state, x)
             mean, std = self.moments(prediction, x, self.policy.noise_level)
             one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
             gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
@@ -204,9 +215,35 @@ class Replay(Session):
         following = recorded.states.get(self.index)
         return x.detach() if following is None else following[self.rows].to(device=x.device, dtype=x.dtype)
 
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        """The recorded state that enters the next step: it depends on the video and on steps that are skipped here."""
+        if index in self.steps:
+            _check_reproduced(index, self.recorded.followed_rows((number, index), self.of_videos).to(x.device), x)
+        if index + 1 not in self.steps:
+            return x_next.detach()
+        return self.recorded.followed_rows((number, index + 1), self.of_videos).to(x_next)
+
     def check_finished(self) -> None:
         if self.index <= max(self.steps):
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
                 f"trained step {max(self.steps)}."
             )
+
+
+def _check_reproduced(index: int, recorded: Tensor, x: Tensor) -> None:
+    if not torch.equal(recorded, x.float()):
+        raise PolicyError(
+            f"at step {index} the replay reached a state that differs from the recorded one by "
+            f"{float((recorded - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
+            "reproducible from its generators. Pass generators through, and drop options that edit latents."
+        )
+
+
+def starts_without_followed(session: Session) -> PolicyError:
+    """For sessions that put a video's state in at a later step."""
+    return PolicyError(
+        f"{type(session.policy.pipeline).__name__} denoises something else (audio) beside the video, with a copy of "
+        "its scheduler; a run cannot start from the video's latents alone at a later step, because the other's state "
+        "there is not given. Use GRPO, or backpropagation through 'last_steps', 'random_steps' or 'one_step'."
+    )

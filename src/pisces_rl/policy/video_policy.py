@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .execution import ATTENTION_KERNELS, attention_kernel
@@ -37,7 +37,8 @@ class VideoPolicy(nn.Module):
 
     Args:
         pipeline: any text-to-video `DiffusionPipeline` with one scheduler step per denoising step.
-        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching and `ddim` otherwise.
+        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
+            otherwise.
         noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
         num_inference_steps: denoising steps N.
         sde_window_size: how many consecutive steps are stochastic and trained; the others are ODE steps. None
@@ -70,7 +71,7 @@ class VideoPolicy(nn.Module):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}, or None.")
         self.attention_kernel = attention_kernel
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
-        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
+        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.eval()
 
@@ -198,12 +199,25 @@ class VideoPolicy(nn.Module):
             raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at
         session = DifferentiableSampling(self, prompts, start, jump_at is not None, renoise)
-        with decoding(session, part, checkpoint_decoder):
-            frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
-        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+        name = type(self.pipeline).__name__
+        try:
+            with decoding(session, part, checkpoint_decoder):
+                frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
+        except RuntimeError as error:
+            if "numpy() on Tensor that requires grad" not in str(error):
+                raise
             raise PolicyError(
-                f"{type(self.pipeline).__name__} returned no video tensor with gradients (a {type(frames).__name__}): "
-                "its decoding or post-processing cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+                f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which cuts "
+                "the graph, so rewards cannot be back-propagated. Use GRPO."
+            ) from error
+        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+            mend = "Use GRPO." if part is None else (
+                "Decode all frames (decode_frames unset), or more than "
+                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+            )
+            raise PolicyError(
+                f"{name} returned no video tensor with gradients (a {type(frames).__name__}): its decoding or "
+                f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
             )
         return frames.float()
 
@@ -278,7 +292,9 @@ class VideoPolicy(nn.Module):
         """The denoiser's forward, skipped where the session has no use for its output."""
 
         def entry(*args, **kwargs):
-            key = name, repr(sorted(session.overrides.items()))  # guidance changes how many rows there are
+            rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
+            # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
+            key = name, repr(sorted(session.overrides.items())), rows / len(session.prompts)
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
