@@ -7,8 +7,8 @@
 The work of table A in docs/benchmarks.md: 33 frames of 240 x 416, batch 8, 512 text tokens, guidance on (two forward
 passes a step), LoRA of rank 32 on to_q, to_k, to_v, to_out.0 with B not zero, flow_sde. Both phases are timed as the
 trainer runs them, through the pipeline: rollout is `policy.sample` without decoding, update is `policy.replay` with a
-backward at each step, in micro-batches. Two warm-up runs, median of --repeats; CUDA events are not needed where each run
-ends in a synchronisation. `error` is max |log p(update) - log p(sampling)| of the first update.
+backward at each step, in micro-batches. Two warm-up runs, median of --repeats; each run ends in a synchronisation.
+`error` is max |log p(update) - log p(sampling)| of the first update.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def build(name: str, args, device: str) -> VideoPolicy:
 def timed(call, repeats: int, device: str) -> tuple[float, float]:
     """Median seconds after two warm-up runs, and the peak of allocated GiB."""
     seconds = []
-    for i in range(repeats + 2):
+    for _ in range(repeats + 2):
         if device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()

@@ -9,8 +9,8 @@ attention's three projections of one x become one product,
 
     [q, k, v] = [x, u_q, u_k, u_v] [[W_q, s B_q, 0, 0], [W_k, 0, s B_k, 0], [W_v, 0, 0, s B_v]]^T + b,
 
-and the gradient of x, too, is one: [g, g s B] [[W], [A]]. A GELU after a projection is computed as the product leaves its
-registers; backward computes its argument again. Only A and B get gradients: W is frozen.
+and the gradient of x, too, is one: [g, g s B] [[W], [A]]. A GELU after a projection is computed as the product leaves
+its registers; backward computes its argument again. Only A and B get gradients: W is frozen.
 """
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 @torch.library.custom_op("pisces_rl::gelu_product", mutates_args=())
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x W^T + b), by its tanh approximation; x (n, in), W (out, in). An operator of its own, since a compiler would
-    take product and activation apart again."""
+    """GELU(x W^T + b), by its tanh approximation; x (n, in), W (out, in). An operator of its own, since a compiler
+    would take product and activation apart again."""
     if x.is_cuda:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)  # cuBLAS's epilogue is the tanh form
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -38,7 +38,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """y = [x, x A^T] [W, B]^T + b, with a GELU where asked; x (n, in), W (out, in), A (R, in), B (out, R) or neither."""
+    """y = [x, x A^T] [W, B]^T + b, with a GELU where asked; x (n, in), W (out, in), A (R, in), B (out, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool):
@@ -64,7 +64,7 @@ class _Product(torch.autograd.Function):
 
 
 def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
-    """[layer(x) for layer in layers] side by side, (..., sum of out); all of the layers plain `Linear`, or all LoRA."""
+    """[layer(x) for layer in layers] side by side, (..., sum of out); all layers plain `Linear`, or all LoRA."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     a = b = None
@@ -86,11 +86,11 @@ def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
 
 def _is_one_product(layer: nn.Module) -> bool:
     """Whether a LoRA layer has one adapter, on, not merged, and without dropout, DoRA or a bias of its own."""
-    if type(layer) is not OneProductLinear or layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    if type(layer) is not OneProductLinear or layer.disable_adapters or layer.merged:
         return False
     name = layer.active_adapters[0]
-    return (name in layer.lora_A and name not in layer.lora_variant and not layer.lora_bias[name]
-            and isinstance(layer.lora_dropout[name], nn.Identity))  # fmt: skip
+    return (len(layer.active_adapters) == 1 and name in layer.lora_A and name not in layer.lora_variant
+            and not layer.lora_bias[name] and isinstance(layer.lora_dropout[name], nn.Identity))  # fmt: skip
 
 
 class OneProductLinear(Linear):
@@ -113,7 +113,7 @@ class OneProductGELU(GELU):
 
 class _RotarySelfAttention:
     """Mixed into the attention processors of Wan and SkyReels-V2: self attention with one product, and pairs rotated
-    without a pass for the even and another for the odd half, which is what an assignment to every second element is."""
+    in one pass, where diffusers assigns the even half and then the odd one."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         layers = [attn.to_q, attn.to_k, attn.to_v]
@@ -130,7 +130,7 @@ class _RotarySelfAttention:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring pairs of x (B, L, heads, D) rotated by angles whose cos and sin (1, L, 1, D) are given twice each."""
+    """Neighbouring pairs of x (B, L, heads, D) rotated; cos and sin (1, L, 1, D), each angle's twice."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)

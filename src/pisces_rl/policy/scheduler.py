@@ -89,20 +89,29 @@ def kernel_moments(scheduler, transition: Transition, index: int, prediction: Te
     """
     prediction, x = prediction.float(), x.float()
     if transition.family == "flow":
-        sigmas = scheduler.sigmas.to(device=x.device, dtype=torch.float32)
+        sigmas = scheduler.host_sigmas
         if scheduler.config.invert_sigmas:  # Mochi: time runs from 0 to 1, and the model predicts x0 - e
             sigmas, prediction = 1 - sigmas, -prediction
         return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level,
                                  sigma_max=sigmas[1], sigma_min=sigmas[-1])
     if transition.family == "edm":
-        sigmas = scheduler.sigmas.to(device=x.device, dtype=torch.float32)
+        sigmas = scheduler.host_sigmas
         return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level)
-    alphas = scheduler.alphas_cumprod.to(device=x.device, dtype=torch.float32)
-    timestep = int(scheduler.timesteps[index])
+    alphas = scheduler.alphas_cumprod.float()
+    timestep = scheduler.host_timesteps[index]
     previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_next = alphas[previous] if previous >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
     return transition.kernel(x, prediction, alphas[timestep], alpha_next, noise_level=noise_level,
                              prediction_type=scheduler.config.prediction_type)
+
+
+def _keep_on_host(scheduler: SchedulerMixin) -> None:
+    """A copy of the schedule on the CPU: a step's scalars come from there, so that no step waits for the device."""
+    if hasattr(scheduler, "alphas_cumprod"):
+        scheduler.alphas_cumprod = scheduler.alphas_cumprod.cpu()
+        scheduler.host_timesteps = scheduler.timesteps.tolist()
+    else:
+        scheduler.host_sigmas = scheduler.sigmas.float().cpu()
 
 
 def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
@@ -128,6 +137,8 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
         def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
             if asks_first and kwargs.get("pred_original_sample") is None:
                 return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
+            if session.index == 0:  # not before: a pipeline may change its sigmas after set_timesteps
+                _keep_on_host(self)
             x_next = session.step(kwargs["pred_original_sample"] if asks_first else model_output, sample)
             if asks_first:
                 self._step_index = session.index  # from which it scales the model's input
@@ -175,7 +186,7 @@ def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, 
     prediction, x = prediction.float(), x.float()
     if transition.family == "edm":
         return prediction
-    level = noise_level_of(scheduler, transition, index).to(x.device)
+    level = noise_level_of(scheduler, transition, index)
     if transition.family == "flow":
         return x + level * prediction if scheduler.config.invert_sigmas else x - level * prediction
     return transition.kernel(x, prediction, level, torch.ones_like(level), noise_level=0.0,
@@ -185,7 +196,7 @@ def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, 
 def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Tensor) -> Tensor:
     """The clean x0 at the noise level of step `index`: (1 - s) x0 + s e, or sqrt(a) x0 + sqrt(1 - a) e, or x0 + s e
     (EDM). fp32."""
-    level = noise_level_of(scheduler, transition, index).to(x0.device)
+    level = noise_level_of(scheduler, transition, index)
     if transition.family == "edm":
         return x0.float() + level * noise.float()
     if transition.family == "flow":
@@ -194,10 +205,10 @@ def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Ten
 
 
 def noise_level_of(scheduler, transition: Transition, index: int) -> Tensor:
-    """Of step `index`: sigma of a flow or EDM schedule, the cumulative alpha of any other; fp32."""
+    """Of step `index`: sigma of a flow or EDM schedule, the cumulative alpha of any other; fp32, on the CPU."""
     if transition.family == "edm":
-        return scheduler.sigmas[index].float()
+        return scheduler.host_sigmas[index]
     if transition.family == "flow":
-        sigma = scheduler.sigmas[index].float()
+        sigma = scheduler.host_sigmas[index]
         return 1 - sigma if scheduler.config.invert_sigmas else sigma
-    return scheduler.alphas_cumprod[int(scheduler.timesteps[index])].float()
+    return scheduler.alphas_cumprod[scheduler.host_timesteps[index]].float()

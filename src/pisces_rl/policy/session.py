@@ -98,6 +98,8 @@ class Sampling(Session):
         self.stds: dict[int, Tensor] = {}
         self.rows_per_video = 1
         self.returned: Tensor | None = None
+        self.version = 0  # of `returned`, which counts the changes in place
+        self.passed_on: dict[int, Tensor] = {}  # whether x' of a step reached the next one; read at the end
 
     def begin(self, scheduler) -> None:
         super().begin(scheduler)
@@ -108,7 +110,7 @@ class Sampling(Session):
         self.check_step()
         i = self.index
         if self.returned is not None:
-            self._accept_rounding(x)
+            self._receive(x)
         stochastic_step = i in self.steps
         mean, std = self.moments(prediction, x, self.policy.noise_level if stochastic_step else 0.0)
         if not stochastic_step:
@@ -125,32 +127,31 @@ class Sampling(Session):
                     "a whole number of rows a video (num_videos_per_prompt must be 1)."
                 )
             self.rows_per_video = x.shape[0] // len(self.prompts)
-            noise = torch.cat([
+            noise = _on_device(torch.cat([
                 torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
-            ]).to(x.device)
+            ]), x.device)  # fmt: skip
             self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
-            self.states[i], self.means[i], self.stds[i] = x.float(), mean, std
-            self._record(i, self.returned)
+            # a copy: pipelines may write x' over x (Kandinsky 5)
+            self.states[i], self.means[i], self.stds[i] = x.to(torch.float32, copy=True), mean, std
         self.index += 1
+        self.version = self.returned._version
         return self.returned
 
-    def _record(self, i: int, x_next: Tensor) -> None:
-        self.states[i + 1] = x_next.float()
-        self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
+    def _receive(self, x: Tensor) -> None:
+        """x' as the pipeline hands it on, which is what was sampled: it may have been rounded (Mochi in bf16).
 
-    def _accept_rounding(self, x: Tensor) -> None:
-        """Pipelines may round the latents between steps (Mochi in bf16): then the rounded x' is what was sampled."""
-        if torch.equal(x, self.returned):
-            return
-        rounded = any(torch.equal(x, self.returned.to(d).to(x.dtype)) for d in (torch.bfloat16, torch.float16))
-        if not rounded:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (step "
-                f"{self.index}); the density of such a transition is unknown. Remove callbacks and options that edit "
-                "latents (FreeInit, callback_on_step_end)."
-            )
-        if self.index - 1 in self.means:
-            self._record(self.index - 1, x)
+        Whether it was changed otherwise is asked on the device and answered at the end (`check_finished`).
+        """
+        if x is not self.returned or x._version != self.version:
+            roundings = (self.returned, *(self.returned.to(d).to(x.dtype) for d in (torch.bfloat16, torch.float16)))
+            self.passed_on[self.index - 1] = torch.stack([(x == kind).all() for kind in roundings]).any()
+        self._record(x)
+
+    def _record(self, x_next: Tensor) -> None:
+        i = self.index - 1
+        if i in self.means:
+            self.states[i + 1] = x_next.to(torch.float32, copy=True)
+            self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
 
     def check_finished(self) -> None:
         if self.scheduler is None or self.index == 0:
@@ -163,6 +164,17 @@ class Sampling(Session):
                 f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
                 f"{len(self.scheduler.timesteps)} timesteps; a policy needs exactly one each."
             )
+        self._record(self.returned)
+        if not self.passed_on:
+            return
+        kept = torch.stack(list(self.passed_on.values())).tolist()
+        for step, unchanged in zip(self.passed_on, kept):
+            if not unchanged:
+                raise PolicyError(
+                    f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (after step "
+                    f"{step}); the density of such a transition is unknown. Remove callbacks and options that edit "
+                    "latents (FreeInit, callback_on_step_end)."
+                )
 
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
@@ -183,6 +195,7 @@ class Replay(Session):
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
         self.of_videos, self.rows = rows, rollout.state_rows(rows)
         self.steps = set(rollout.steps)
+        self.reached: list[tuple[int, Tensor]] = []  # step, largest difference from the recorded state; read at the end
 
     @property
     def needs_prediction(self) -> bool:
@@ -196,15 +209,13 @@ class Replay(Session):
         self.check_step()
         i, recorded = self.index, self.recorded
         if i in self.steps:
-            state = recorded.states[i][self.rows].to(x.device)
-            _check_reproduced(i, state, x)
+            self._compare(i, self._recorded(i, x), x)
             mean, std = self.moments(prediction, x, self.policy.noise_level)
-            one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+            one, zero = torch.ones(()), torch.zeros(())
             gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
-            x_next = recorded.states[i + 1][self.rows].to(x.device)
-            score = log_prob(x_next, mean, std, recorded.rows_per_video)
+            score = log_prob(self._recorded(i + 1, x), mean, std, recorded.rows_per_video)
             if self.policy.transition.family == "flow":
-                step_size = (self.scheduler.sigmas[i + 1] - self.scheduler.sigmas[i]).abs()
+                step_size = (self.scheduler.host_sigmas[i + 1] - self.scheduler.host_sigmas[i]).abs()
             else:
                 step_size = one / len(self.scheduler.timesteps)
             self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size))
@@ -212,13 +223,23 @@ class Replay(Session):
         if i == max(self.steps):
             raise LeavePipeline
         torch.set_grad_enabled(self.grad and self.index in self.steps)
-        following = recorded.states.get(self.index)
-        return x.detach() if following is None else following[self.rows].to(device=x.device, dtype=x.dtype)
+        return self._recorded(self.index, x).to(x.dtype) if self.index in recorded.states else x.detach()
+
+    def _recorded(self, i: int, x: Tensor) -> Tensor:
+        """The recorded states that enter step i, of this replay's videos, fp32."""
+        states = self.recorded.states[i]
+        first, count = self.rows[0], len(self.rows)
+        if self.rows == list(range(first, first + count)):  # a view, where an index would be copied to the device
+            return states[first : first + count].to(x.device)
+        return states[_on_device(torch.tensor(self.rows), states.device)].to(x.device)
+
+    def _compare(self, index: int, recorded: Tensor, x: Tensor) -> None:
+        self.reached.append((index, (recorded - x.detach().float()).abs().max()))
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         """The recorded state that enters the next step: it depends on the video and on steps that are skipped here."""
         if index in self.steps:
-            _check_reproduced(index, self.recorded.followed_rows((number, index), self.of_videos).to(x.device), x)
+            self._compare(index, self.recorded.followed_rows((number, index), self.of_videos).to(x.device), x)
         if index + 1 not in self.steps:
             return x_next.detach()
         return self.recorded.followed_rows((number, index + 1), self.of_videos).to(x_next)
@@ -229,15 +250,19 @@ class Replay(Session):
                 f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
                 f"trained step {max(self.steps)}."
             )
+        differences = torch.stack([difference for _, difference in self.reached]).tolist()
+        for (index, _), difference in zip(self.reached, differences):
+            if not difference == 0:
+                raise PolicyError(
+                    f"at step {index} the replay reached a state that differs from the recorded one by "
+                    f"{difference:.3g}: the pipeline's start noise or latents are not reproducible from its "
+                    "generators. Pass generators through, and drop options that edit latents."
+                )
 
 
-def _check_reproduced(index: int, recorded: Tensor, x: Tensor) -> None:
-    if not torch.equal(recorded, x.float()):
-        raise PolicyError(
-            f"at step {index} the replay reached a state that differs from the recorded one by "
-            f"{float((recorded - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
-            "reproducible from its generators. Pass generators through, and drop options that edit latents."
-        )
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device; a CUDA device copies them when it gets there, and nobody waits."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def starts_without_followed(session: Session) -> PolicyError:
