@@ -111,7 +111,8 @@ def test_pipelines_that_break_a_rule(wan):
                 x = self.scheduler.step(x, t, x, return_dict=False)[0]
 
     for step, message in ((again, "sets its timesteps again after 4"),
-                          (never, "never called"), (copied, "never called"), (twice, "more than once per timestep"),
+                          (never, "never called"), (copied, "steps with copies of its scheduler"),
+                          (twice, "more than once per timestep"),
                           (edits, "changes the latents"), (few, "took 2 scheduler steps for 4")):
         with pytest.raises(PolicyError, match=message):
             run(broken(step), wan)

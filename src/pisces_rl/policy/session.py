@@ -154,6 +154,12 @@ class Sampling(Session):
             self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
 
     def check_finished(self) -> None:
+        if self.index == 0 and self.followers:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
+                "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use "
+                "a pipeline that denoises all frames together."
+            )
         if self.scheduler is None or self.index == 0:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
