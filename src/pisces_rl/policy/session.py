@@ -201,7 +201,7 @@ class Replay(Session):
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
         self.of_videos, self.rows = rows, rollout.state_rows(rows)
         self.steps = set(rollout.steps)
-        self.reached: list[tuple[int, Tensor]] = []  # step, largest difference from the recorded state; read at the end
+        self.reached: list[tuple[int, Tensor]] = []  # step, difference from the recorded state; read at the end
 
     @property
     def needs_prediction(self) -> bool:

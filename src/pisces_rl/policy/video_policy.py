@@ -68,7 +68,7 @@ class VideoPolicy(nn.Module):
         self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
         if attention_kernel not in (None, *ATTENTION_KERNELS):
-            raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}, or None.")
+            raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
         self.attention_kernel = attention_kernel
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
