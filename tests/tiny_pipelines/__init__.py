@@ -1,17 +1,19 @@
 """Tiny random pipelines of diffusers, real classes, built offline.
 
 For each family: BUILD makes the pipeline, CALLS holds the arguments of its call, GUIDANCE what switches
-classifier-free guidance on and off. FLOW names the families of flow matching.
+classifier-free guidance on and off, CONDITIONS what each of two videos is conditioned on besides its prompt. FLOW names
+the families of flow matching.
 """
 
-from . import first_seven
+from . import first_seven, image_to_video, text_to_image
 from .parts import quiet
 
-FAMILIES = (first_seven,)
+FAMILIES = (first_seven, image_to_video, text_to_image)
 
 BUILD = {name: build for module in FAMILIES for name, build in module.BUILD.items()}
 CALLS = {name: call for module in FAMILIES for name, call in module.CALLS.items()}
 GUIDANCE = {name: pair for module in FAMILIES for name, pair in module.GUIDANCE.items()}
 FLOW = tuple(name for module in FAMILIES for name in module.FLOW)
+CONDITIONS = dict.fromkeys(BUILD, {}) | image_to_video.CONDITIONS
 
-__all__ = ["BUILD", "CALLS", "FLOW", "GUIDANCE", "quiet"]
+__all__ = ["BUILD", "CALLS", "CONDITIONS", "FLOW", "GUIDANCE", "quiet"]

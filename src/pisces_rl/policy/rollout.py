@@ -21,6 +21,7 @@ class Rollout:
         means: {i: as states} mean of each trained transition under the sampling policy.
         log_probs: (B, K) fp32, log p of each trained transition under the sampling policy.
         rows_per_video: rows of `states` that belong to one video.
+        conditions: {argument of the pipeline's call: B values}, what each video is conditioned on besides its prompt.
     """
 
     prompts: list[str]
@@ -31,6 +32,7 @@ class Rollout:
     means: dict[int, Tensor] = field(default_factory=dict)
     log_probs: Tensor | None = None
     rows_per_video: int = 1
+    conditions: dict[str, list] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -46,6 +48,9 @@ class Rollout:
         first = rollouts[0]
         if any(r.steps != first.steps for r in rollouts):
             raise ValueError(f"rollouts with different steps cannot be joined: {[r.steps for r in rollouts]}.")
+        if any(r.conditions.keys() != first.conditions.keys() for r in rollouts):
+            names = [sorted(r.conditions) for r in rollouts]
+            raise ValueError(f"rollouts with different conditions cannot be joined: {names}.")
         if len(rollouts) == 1:
             return first
         return Rollout(
@@ -57,4 +62,5 @@ class Rollout:
             means={i: torch.cat([r.means[i] for r in rollouts]) for i in first.means},
             log_probs=None if first.log_probs is None else torch.cat([r.log_probs for r in rollouts]),
             rows_per_video=first.rows_per_video,
+            conditions={name: [v for r in rollouts for v in r.conditions[name]] for name in first.conditions},
         )
