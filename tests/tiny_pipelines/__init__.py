@@ -1,8 +1,8 @@
 """Tiny random pipelines of diffusers, real classes, built offline.
 
 For each family: BUILD makes the pipeline, CALLS holds the arguments of its call, GUIDANCE what switches
-classifier-free guidance on and off, CONDITIONS what each of two videos is conditioned on besides its prompt. FLOW names
-the families of flow matching.
+classifier-free guidance on and off, CONDITIONS what each of two videos is conditioned on besides its prompt.
+FLOW names the families of flow matching.
 """
 
 from . import first_seven, image_to_video, text_to_image

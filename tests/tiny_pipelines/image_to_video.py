@@ -88,7 +88,8 @@ def tiny_cogvideox_i2v(seed=0):
 
 
 CALLS = dict(
-    wan_i2v=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
+    # the transformer tells text from image by 512 text tokens, whatever it is given
+    wan_i2v=dict(height=16, width=16, num_frames=9, max_sequence_length=512, guidance_scale=5.0),
     ltx_i2v=dict(height=32, width=32, num_frames=9, max_sequence_length=16, guidance_scale=3.0),
     cogvideox_i2v=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
 )
