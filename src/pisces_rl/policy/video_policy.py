@@ -71,6 +71,7 @@ class VideoPolicy(nn.Module):
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
         self._codec: LatentCodec | None = None
+        self.makes_images = False  # videos of one frame; known from the first sample on
         self.eval()
 
     @property
@@ -275,7 +276,7 @@ class VideoPolicy(nn.Module):
         """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame."""
         found = output[0]  # frames, or images
         if isinstance(found, Tensor) and found.ndim == 4:
-            found = found[:, None]
+            self.makes_images, found = True, found[:, None]
         if not isinstance(found, Tensor) or found.ndim != 5:
             raise PolicyError(
                 f"{type(self.pipeline).__name__} returned no video tensor for output_type='pt' "
