@@ -14,7 +14,8 @@ def picture(seed: int, size: int = 24) -> Image.Image:
     return Image.fromarray(pixels.numpy())
 
 
-def tiny_wan_i2v(seed=0):
+def tiny_wan_i2v(seed=0, **settings):
+    """`pos_embed_seq_len=34` makes it one of first and last frame: its image encoder gives 17 tokens an image."""
     from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline, WanTransformer3DModel
 
     vae = tiny_wan(seed).vae
@@ -34,6 +35,7 @@ def tiny_wan_i2v(seed=0):
         rope_max_seq_len=32,
         image_dim=4,
         added_kv_proj_dim=24,
+        **settings,
     )
     image_encoder = CLIPVisionModel(
         CLIPVisionConfig(
