@@ -42,7 +42,7 @@ def check_images(name: str, dataset, columns: Sequence[str]) -> None:
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has columns {dataset.column_names} but none named {column!r}, which the pipeline takes its "
-                "images from; add it (pictures, paths or tensors), or name the columns in image_columns."
+                "images from; add it (pictures, paths or tensors), or name the columns in image_columns ([] for none)."
             )
         for row in _empty_rows(dataset, column):
             raise ValueError(f"{name} row {row}: {column} is None; every row needs an image.")
