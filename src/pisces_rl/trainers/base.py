@@ -99,7 +99,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
         callbacks: further callbacks.
         video_dataset: captioned videos for the consistency term: rows with `prompt` and `video`, a path or a tensor
-            (F, 3, H, W) in [0, 1] or uint8. Needed where args.consistency_weight is not 0.
+            (F, 3, H, W) in [0, 1] or uint8, and the image columns. Needed where args.consistency_weight is not 0.
     """
 
     loss_is_scaled_for_ga = True
