@@ -111,6 +111,18 @@ def test_snippet_is_python(base_model):
     assert ('asset_path("tiny-wan")' in code) == (base_model == "tiny-wan")
 
 
+@pytest.mark.parametrize("settings, task, line", [
+    ({"images": ["image"]}, "image-to-video", '(prompt="your prompt", image=load_image("your_image.png"), height=64)'),
+    ({"still": True}, "text-to-image", 'pipe("your prompt", height=64).images[0].save("image.png")'),
+])
+def test_other_tasks(settings, task, line):
+    text = card(call={"height": 64}, **settings)
+    assert front_matter(text)["pipeline_tag"] == task and task in front_matter(text)["tags"]
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    compile(code, "snippet", "exec")
+    assert line in code and ("export_to_video" in code) == task.endswith("video")
+
+
 def test_snippet_for_peft_layout(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "adapter_model.safetensors").write_bytes(b"x")

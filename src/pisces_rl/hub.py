@@ -68,6 +68,8 @@ def model_card(
     repo_id: str | None = None,
     call: dict | None = None,
     tags: Sequence[str] = (),
+    images: Sequence[str] = (),
+    still: bool = False,
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
 
@@ -84,6 +86,8 @@ def model_card(
         repo_id: where the adapter will be, for the snippet; None writes a placeholder.
         call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
         tags: further tags.
+        images: arguments of the pipeline's call that take an image, as image-to-video's do.
+        still: whether the pipeline makes images, not videos.
 
     Returns:
         Markdown whose YAML front matter the Hub reads.
@@ -92,10 +96,12 @@ def model_card(
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
     videos = _videos(folder)
+    use = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, images, still)
+    task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video",
-        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", "text-to-video", *tags])),
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", task, *tags])),
     }
     if _is_hub_id(base_model):
         front = {"base_model": base_model, "base_model_relation": "adapter"} | front
@@ -106,7 +112,7 @@ def model_card(
         f"# {_text(name)}, LoRA trained with {_text(trainer)}",
         f"A LoRA adapter for `{name}`, trained by reinforcement learning with pisces_rl ({_text(trainer)}). Plain "
         "diffusers loads it.",
-        "## Use\n\n```python\n" + _snippet(base_model, pipeline_class, repo_id, folder, call or {}) + "\n```",
+        f"## Use\n\n```python\n{use}\n```",
     ]
     if comparison:
         parts.append("## Before and after\n\n" + _evaluation(comparison))
@@ -217,9 +223,12 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict) -> str:
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
+             images: Sequence[str], still: bool) -> str:
     own = repo_id or "you/this-adapter"
-    lines = ["import torch", f"from diffusers import {pipeline_class}", "from diffusers.utils import export_to_video"]
+    helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
+    lines = ["import torch", f"from diffusers import {pipeline_class}"]
+    lines += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
     name, dtype = _shown_name(base_model), "torch.bfloat16"
     if not _is_hub_id(base_model) and (_EMBEDDED / name).is_dir():
         lines.append("from pisces_rl.assets import asset_path  # the base model ships with pisces_rl")
@@ -239,8 +248,15 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
         lines.append(f'pipe.load_lora_weights("{own}")')
     plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
-    lines.append(f'video = pipe("your prompt"{arguments}).frames[0]')
-    lines.append('export_to_video(video, "video.mp4")')
+    if images:
+        pictures = "".join(f', {name}=load_image("your_{name}.png")' for name in images)
+        arguments = f"{pictures}{arguments}"
+    prompt = 'prompt="your prompt"' if images else '"your prompt"'
+    if still:
+        lines.append(f'pipe({prompt}{arguments}).images[0].save("image.png")')
+    else:
+        lines.append(f"video = pipe({prompt}{arguments}).frames[0]")
+        lines.append('export_to_video(video, "video.mp4")')
     return "\n".join(lines)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from policy.test_replay_parity import PROMPTS, adapted
+from policy.test_replay_parity import PROMPTS, adapted, alive, seeded
 from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE, REFUSES
 
 from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, lora_parameters
@@ -18,7 +18,7 @@ def build(family: str, guided: bool = False) -> tuple[VideoPolicy, dict]:
     for denoiser in policy.denoiser.values():
         if denoiser._supports_gradient_checkpointing:
             denoiser.disable_gradient_checkpointing()
-    return policy, lora_parameters(dict(policy.denoiser.items()))
+    return policy, alive(family, lora_parameters(dict(policy.denoiser.items())))
 
 
 def gradients(parameters: dict, loss) -> list:
@@ -28,12 +28,12 @@ def gradients(parameters: dict, loss) -> list:
 @pytest.mark.parametrize("family", DIFFERENTIABLE)
 def test_videos_are_the_samples_and_gradients_reach_every_adapter(family):
     policy, parameters = build(family, guided=True)
-    expected = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
+    expected = policy.sample(PROMPTS, **seeded(family)).videos
     before = dict(vars(policy.pipeline.vae))
     results = {}
     for last_steps, checkpointed in ((1, False), (1, True), (2, True)):
         videos = policy.sample_with_gradients(
-            PROMPTS, noise_seeds=[1, 2], last_steps=last_steps, checkpoint_decoder=checkpointed
+            PROMPTS, **seeded(family), last_steps=last_steps, checkpoint_decoder=checkpointed
         )
         torch.testing.assert_close(videos.detach(), expected, rtol=0, atol=1e-5)
         results[last_steps, checkpointed] = gradients(parameters, videos.square().mean())
@@ -82,7 +82,7 @@ def test_the_gradient_is_the_finite_difference(family, checkpointing):
 
     def value() -> torch.Tensor:
         videos = policy.sample_with_gradients(
-            PROMPTS, noise_seeds=[1, 2], last_steps=STEPS, checkpoint_decoder=checkpointing
+            PROMPTS, **seeded(family), last_steps=STEPS, checkpoint_decoder=checkpointing
         )
         return (videos * weight[: videos.shape[1]]).double().mean((-1, -2)).sum()
 
@@ -101,10 +101,10 @@ def test_the_gradient_is_the_finite_difference(family, checkpointing):
 @pytest.mark.parametrize("family", DIFFERENTIABLE)
 def test_a_jump_decodes_the_one_step_prediction(family):
     policy, parameters = build(family)
-    last = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], jump_at=STEPS - 1)
+    last = policy.sample_with_gradients(PROMPTS, **seeded(family), jump_at=STEPS - 1)
     if family in FLOW:  # the last step's own result is its prediction
-        torch.testing.assert_close(last, policy.sample(PROMPTS, noise_seeds=[1, 2]).videos, rtol=0, atol=1e-5)
-    first = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], jump_at=0)
+        torch.testing.assert_close(last, policy.sample(PROMPTS, **seeded(family)).videos, rtol=0, atol=1e-5)
+    first = policy.sample_with_gradients(PROMPTS, **seeded(family), jump_at=0)
     assert not torch.allclose(first, last)
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(parameters, first.square().mean()))
 
@@ -112,10 +112,10 @@ def test_a_jump_decodes_the_one_step_prediction(family):
 @pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a later start") not in REFUSES])
 def test_the_last_step_begins_from_renoised_latents(family):
     policy, parameters = build(family)
-    final = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
+    final = policy.final_latents(PROMPTS, **seeded(family))
     assert not final.requires_grad
     a, b, again = (
-        policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], renoise=(final, seeds))
+        policy.sample_with_gradients(PROMPTS, **seeded(family), renoise=(final, seeds))
         for seeds in ((5, 6), (7, 6), (5, 6))
     )
     torch.testing.assert_close(a, again, rtol=0, atol=0)
@@ -126,12 +126,12 @@ def test_the_last_step_begins_from_renoised_latents(family):
 @pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a part of the frames") not in REFUSES])
 def test_a_part_of_the_frames(family):
     policy, parameters = build(family)
-    whole = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
-    videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
+    whole = policy.sample(PROMPTS, **seeded(family)).videos
+    videos = policy.sample_with_gradients(PROMPTS, **seeded(family), part=DecodedPart(1, seed=3))
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(parameters, videos.square().mean()))
     if family in BY_FRAME:
         torch.testing.assert_close(videos.detach(), whole, rtol=1e-4, atol=1e-5)
-        videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
+        videos = policy.sample_with_gradients(PROMPTS, **seeded(family), part=DecodedPart(1, seed=3))
         (of_pixels,) = torch.autograd.grad(videos.square().sum(), videos)
         chosen = DecodedPart(1, seed=3).of(whole.shape[1])
         outside = [f for f in range(whole.shape[1]) if not chosen.start <= f < chosen.stop]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_pipelines import BUILD, CALLS, quiet
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 
 from pisces_rl.hub import model_card
 from pisces_rl.policy import (
@@ -34,9 +34,13 @@ def adapted(family, r=4, seed=0):
     return pipe, denoisers, parameters, counts
 
 
+def call_of(family) -> dict:
+    conditions = {name: values[0] for name, values in CONDITIONS[family].items()}
+    return dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family], **conditions)
+
+
 def latents(pipe, family, seed=0):
-    return pipe(prompt=["a fish"], num_inference_steps=2, output_type="latent",
-                generator=torch.Generator().manual_seed(seed), **CALLS[family]).frames
+    return pipe(output_type="latent", generator=torch.Generator().manual_seed(seed), **call_of(family))[0]
 
 
 @pytest.mark.parametrize("family", BUILD)
@@ -54,8 +58,7 @@ def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
         fresh.load_lora_weights(tmp_path)
     torch.testing.assert_close(latents(fresh, family), trained)
     assert not torch.allclose(base, trained, atol=1e-3)
-    call = dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family])
-    assert check_saved_lora(pipe, tmp_path, call, 1e-4) <= 1e-4
+    assert check_saved_lora(pipe, tmp_path, call_of(family), 1e-4) <= 1e-4
 
 
 @pytest.mark.parametrize("family", PEFT_LAYOUT)

@@ -271,7 +271,7 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
     for pipe in (pipeline, fresh):
         bar = vars(pipe).get("_progress_bar_config")
         pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
-        latents.append(pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent").frames.float())
+        latents.append(pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent")[0].float())
         if bar is None:
             del pipe._progress_bar_config
         else:

@@ -41,16 +41,22 @@ class PromptMemo:
             if isinstance(negative, list):
                 one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
-        stacked = _stack(outputs)
+        stacked = _stack(outputs, self._pair(bound) if len(prompt) > 1 and not _batched(outputs[0]) else None)
         if stacked is not None:
             return stacked
-        if not _masked(outputs[0]):
+        together = self.encode_prompt(*args, **kwargs)
+        if not _masked(together):
             raise PolicyError(
                 f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
                 "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
                 "pipeline_kwargs (Latte: mask_feature=False)."
             )
-        return self.encode_prompt(*args, **kwargs)
+        return together
+
+    def _pair(self, bound: dict):
+        """The first prompt twice: shows which outputs grow with the batch."""
+        lists = (name for name in ("prompt", "negative_prompt") if isinstance(bound.get(name), list))
+        return self._encode_one(bound | {name: bound[name][:1] * 2 for name in lists})
 
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))
@@ -69,18 +75,35 @@ def _masked(output) -> bool:
     return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
 
 
-def _stack(outputs: list):
-    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit."""
+def _batched(output) -> bool:
+    """Whether every tensor of a one-prompt output has one row."""
+    if isinstance(output, tuple):
+        return all(_batched(part) for part in output)
+    return not isinstance(output, torch.Tensor) or (output.ndim > 0 and output.shape[0] == 1)
+
+
+def _stack(outputs: list, pair=None):
+    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit.
+
+    Args:
+        pair: the output for the first prompt twice, where some tensor has not one row a prompt: such a one may be
+            common to the batch, as Flux's ids of text positions are.
+    """
     first = outputs[0]
     if first is None:
         return None
     if isinstance(first, torch.Tensor):
+        if pair is not None and not _batched(first):
+            if pair.shape == first.shape:
+                return first if all(torch.equal(o, first) for o in (pair, *outputs)) else None
+            if first.ndim == 0 or pair.shape[0] != 2 * first.shape[0]:
+                return None
         return torch.cat(outputs) if all(o.shape[1:] == first.shape[1:] for o in outputs) else None
     if not isinstance(first, tuple):
         return None
     joined = []
-    for column in zip(*outputs):
-        stacked = None if column[0] is None else _stack(list(column))
+    for column, twice in zip(zip(*outputs), pair or first):
+        stacked = None if column[0] is None else _stack(list(column), None if pair is None else twice)
         if stacked is None and column[0] is not None:
             return None
         joined.append(stacked)

@@ -41,6 +41,7 @@ from ._trl import _BaseTrainer, identity
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
 from .consistency import ConsistencyDistillation
+from .images import check_images, image_columns, images_of
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
 
@@ -91,13 +92,14 @@ class VideoPolicyTrainer(_BaseTrainer):
         model: a text-to-video pipeline of diffusers, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
-        train_dataset: prompts in a column `prompt`; every other column reaches the rewards.
+        train_dataset: prompts in a column `prompt`; every other column reaches the rewards, and those of
+            args.image_columns the pipeline.
         eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
         callbacks: further callbacks.
         video_dataset: captioned videos for the consistency term: rows with `prompt` and `video`, a path or a tensor
-            (F, 3, H, W) in [0, 1] or uint8. Needed where args.consistency_weight is not 0.
+            (F, 3, H, W) in [0, 1] or uint8, and the image columns. Needed where args.consistency_weight is not 0.
     """
 
     loss_is_scaled_for_ga = True
@@ -136,6 +138,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
             getattr(model, "name_or_path", "") or type(model).__name__)
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
+        self.image_columns = image_columns(self.pipeline, args.image_columns)
+        check_images("train_dataset", train_dataset, self.image_columns)
+        if eval_dataset is not None:
+            check_images("eval_dataset", eval_dataset, self.image_columns)
         self._freeze(args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
@@ -167,6 +173,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.consistency = ConsistencyDistillation(
                 self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
                 guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
+                image_columns=self.image_columns,
             )
             self.add_callback(self.consistency.average)
         self.console = Console()
@@ -317,8 +324,10 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.progress.stage(f"evaluation {name} {100 * start // max(len(own), 1)}%")
             indices = own[start:start + batch]
             part = dataset[indices]
+            images = images_of(part, self.image_columns)
             prompts = part.pop("prompt")
-            rollout = self.policy.sample(prompts, noise_seeds=[self._eval_noise(i) for i in indices])
+            noise = [self._eval_noise(i) for i in indices]
+            rollout = self.policy.sample(prompts, noise_seeds=noise, conditions=images)
             scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
@@ -413,12 +422,14 @@ class VideoPolicyTrainer(_BaseTrainer):
         for name in before if self.args.num_sample_videos else ():
             dataset = sets[name]
             count = min(self.args.num_sample_videos, len(dataset))
-            prompts = list(dataset["prompt"][:count])
-            seeds = [self._eval_noise(i) for i in range(count)]
+            part = dataset[:count]
+            prompts = list(part["prompt"])
+            own = {"noise_seeds": [self._eval_noise(i) for i in range(count)],
+                   "conditions": images_of(part, self.image_columns)}
             with adapters_off(self.policy):
-                base = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+                base = self.policy.sample(prompts, **own).videos.cpu()
             with self.ema or contextlib.nullcontext():
-                trained = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+                trained = self.policy.sample(prompts, **own).videos.cpu()
             path = Path(self.args.output_dir) / "samples" / f"before_after_{name}.png"
             media.before_after_sheet(
                 base, trained, prompts, path,
@@ -624,7 +635,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             with self.ema or contextlib.nullcontext():
                 self._write_adapter(folder)
+                images = images_of(self.train_dataset[:1], self.image_columns)
                 call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
+                call |= {name: image for name, (image,) in images.items()}
                 dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
                 half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
                 difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if half else 1e-4)
@@ -660,6 +673,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
             call={"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs,
+            images=self.image_columns, still=self.policy.makes_images,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 

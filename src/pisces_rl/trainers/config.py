@@ -28,6 +28,11 @@ class VideoPolicyConfig(_BaseConfig):
     )
 
     # --- data, rewards, weights ---
+    image_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
+                  "the same names, video by video. Unset: `image` where its call has such an argument."},
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}

@@ -6,6 +6,7 @@ from torch import Tensor
 from ..media import load_video
 from ..policy import VideoPolicy, adapters_off
 from .callbacks import AdapterEMA
+from .images import images_of
 from .seeds import sample_seed
 
 ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
@@ -36,24 +37,24 @@ class ConsistencyDistillation:
         policy: whose pipeline is distilled. adapter: its trained weights.
         dataset: rows with `prompt` and `video`, a path or a tensor (F, 3, H, W) in [0, 1] or uint8.
         steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
-        seed: of rows, noise and steps.
+        seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
     """
 
     def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
-                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0):
+                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=()):
         self.policy, self.dataset, self.steps, self.huber_c, self.seed = policy, dataset, steps, huber_c, seed
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
-        self.average = TargetAverage(adapter, decay)
+        self.average, self.image_columns = TargetAverage(adapter, decay), image_columns
 
     def loss(self, number: int, count: int) -> Tensor:
         """(count,) losses with gradients of the batch of that number: its rows, noise and step are the number's."""
         generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
         rows = torch.randint(len(self.dataset), (count,), generator=generator).tolist()
-        prompts, clean = self._clips(rows)
+        prompts, images, clean = self._clips(rows)
         seeds = [sample_seed(self.seed, NOISE, number, i) for i in range(count)]
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
-        grid = {"num_inference_steps": self.steps}
+        grid = {"num_inference_steps": self.steps, "conditions": images}
 
         with adapters_off(self.policy):
             teacher = self.policy.predict(
@@ -70,11 +71,15 @@ class ConsistencyDistillation:
         ).clean
         return pseudo_huber(own.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
 
-    def _clips(self, rows: list[int]) -> tuple[list[str], Tensor]:
-        codec = self.policy.latent_codec()
+    def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:
+        """Prompts, what conditions the pipeline besides them, and latents."""
         samples = [self.dataset[row] for row in rows]
+        prompts = [sample["prompt"] for sample in samples]
+        columns = {name: [s[name] for s in samples] for name in self.image_columns if name in samples[0]}
+        images = images_of(columns | {"prompt": prompts}, self.image_columns)
+        codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
         videos = torch.stack([codec.fitted(_video(sample["video"], codec.video[0])) for sample in samples])
-        return [sample["prompt"] for sample in samples], codec.encode(self.policy.pipeline, videos)
+        return prompts, images, codec.encode(self.policy.pipeline, videos)
 
 
 def _video(given, frames: int) -> Tensor:
