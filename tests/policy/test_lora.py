@@ -6,6 +6,7 @@ from peft import LoraConfig
 from tiny_pipelines import BUILD, CALLS, quiet
 
 from pisces_rl.policy import (
+    VideoPolicy,
     adapters_off,
     add_lora,
     check_saved_lora,
@@ -20,7 +21,7 @@ from pisces_rl.policy import (
 
 def adapted(family, r=4, seed=0):
     pipe = quiet(BUILD[family]())
-    denoisers = {n: c for n, c in pipe.components.items() if n in ("transformer", "unet")}
+    denoisers = dict(VideoPolicy(pipe).denoiser.items())
     torch.manual_seed(seed)
     counts = add_lora(denoisers, default_lora_config(r))
     parameters = lora_parameters(denoisers)

@@ -18,7 +18,7 @@ PROMPTS = ["a fish", "a bird in the snow"]
 def adapted(family: str):
     """A family's tiny pipeline with a LoRA whose B is not zero."""
     pipe = quiet(BUILD[family]())
-    denoisers = {n: c for n, c in pipe.components.items() if n in ("transformer", "unet")}
+    denoisers = dict(VideoPolicy(pipe).denoiser.items())
     torch.manual_seed(0)
     add_lora(denoisers, default_lora_config(4))
     for name, parameter in lora_parameters(denoisers).items():

@@ -4,10 +4,10 @@ For each family: BUILD makes the pipeline, CALLS holds the arguments of its call
 classifier-free guidance on and off. FLOW names the families of flow matching.
 """
 
-from . import first_seven
+from . import first_seven, since_wan22
 from .parts import quiet
 
-FAMILIES = (first_seven,)
+FAMILIES = (first_seven, since_wan22)
 
 BUILD = {name: build for module in FAMILIES for name, build in module.BUILD.items()}
 CALLS = {name: call for module in FAMILIES for name, call in module.CALLS.items()}

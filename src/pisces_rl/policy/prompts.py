@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 
 class PromptMemo:
@@ -17,10 +18,12 @@ class PromptMemo:
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
         size: number of prompts to remember, least recently used first out.
+        pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
+            take no mask, see `text_lengths`.
     """
 
-    def __init__(self, encode_prompt, size: int = 256):
-        self.encode_prompt, self.size = encode_prompt, size
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False):
+        self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
 
@@ -28,17 +31,33 @@ class PromptMemo:
         bound = self.signature.bind(*args, **kwargs).arguments
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
+        if prompt is None and "batch_size" in bound:  # as many empty prompts
+            prompt = [None] * bound["batch_size"]
         if not isinstance(prompt, list) or has_embeddings:
             return self.encode_prompt(*args, **kwargs)
         negative = bound.get("negative_prompt")
         outputs = []
         for row, text in enumerate(prompt):
-            one = dict(bound, prompt=[text])
+            one = dict(bound, prompt=None if text is None else [text])
+            if "batch_size" in bound:
+                one["batch_size"] = 1
             if isinstance(negative, list):
                 one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
+        if self.pad and isinstance(outputs[0], tuple):
+            outputs = self._padded(outputs)
         stacked = _stack(outputs)
         return self.encode_prompt(*args, **kwargs) if stacked is None else stacked
+
+    def _padded(self, outputs: list[tuple]) -> list[tuple]:
+        columns = []
+        for column in zip(*outputs):
+            if isinstance(column[0], torch.Tensor) and column[0].ndim == 3:
+                longest = max(value.shape[1] for value in column)
+                self.padded |= any(value.shape[1] < longest for value in column)
+                column = [F.pad(value, (0, 0, 0, longest - value.shape[1])) for value in column]
+            columns.append(column)
+        return list(zip(*columns))
 
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))

@@ -62,6 +62,12 @@ class Session:
     needs_prediction = True
 
     def begin(self, scheduler) -> None:
+        if self.scheduler is not None and scheduler is not self.scheduler:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
+                "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use "
+                "a pipeline that denoises all frames together."
+            )
         self.scheduler, self.index = scheduler, 0
 
     def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,8 @@ class Sampling(Session):
                 torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
             ]).to(x.device)
             self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
-            self.states[i], self.means[i], self.stds[i] = x.float(), mean, std
+            # a copy: pipelines may write x' over x (Kandinsky 5)
+            self.states[i], self.means[i], self.stds[i] = x.to(torch.float32, copy=True), mean, std
             self._record(i, self.returned)
         self.index += 1
         return self.returned
