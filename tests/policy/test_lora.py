@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig
-from tiny_pipelines import BUILD, CALLS, quiet
+from tiny_pipelines import BUILD, CALLS, EXPERTS, quiet
 
 from pisces_rl.policy import (
     VideoPolicy,
@@ -17,6 +17,9 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
+from pisces_rl.policy.lora import has_lora_loader
+
+PEFT_LAYOUT = ("t2v_sd", "hunyuan15")  # no LoRA loader in diffusers
 
 
 def adapted(family, r=4, seed=0):
@@ -44,10 +47,14 @@ def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
     trained = latents(pipe, family)
     fresh = quiet(BUILD[family]())
     base = latents(fresh, family)
-    if family == "t2v_sd":  # its UNet has no LoRA loader in diffusers: peft's layout
+    assert has_lora_loader(pipe) == (family not in PEFT_LAYOUT)
+    if family in PEFT_LAYOUT:
         load_lora(fresh, tmp_path)
     else:
         fresh.load_lora_weights(tmp_path)
+    if family in EXPERTS:
+        second = "transformer_2/pytorch_lora_weights.safetensors"
+        fresh.load_lora_weights(tmp_path, weight_name=second, load_into_transformer_2=True)
     torch.testing.assert_close(latents(fresh, family), trained)
     assert not torch.allclose(base, trained, atol=1e-3)
     call = dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family])

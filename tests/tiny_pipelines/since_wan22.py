@@ -51,12 +51,12 @@ def wan_pipeline(vae, transformer, **more):
 
 
 def tiny_wan22_a14b(seed=0):
-    """Of 4 steps (sigmas 1, .90, .75, .50) two belong to each expert; of 3 (1, .86, .60) the last to the second."""
+    """Two experts: of 4 steps (sigmas 1, .86, .60, .01) each has two, of 3 (1, .75, .01) the second has the last."""
     from diffusers import WanTransformer3DModel
 
     torch.manual_seed(seed)
     experts = (WanTransformer3DModel(**wan_sizes(num_layers=1)) for _ in range(2))
-    return wan_pipeline(wan_vae(), next(experts), transformer_2=next(experts), boundary_ratio=0.8)
+    return wan_pipeline(wan_vae(), next(experts), transformer_2=next(experts), boundary_ratio=0.7)
 
 
 def tiny_wan22_ti2v(seed=0):
@@ -238,7 +238,7 @@ CALLS = dict(
     wan22_a14b=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
     wan22_ti2v=dict(height=32, width=32, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
     skyreels=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=6.0),
-    kandinsky5=dict(height=16, width=16, num_frames=9, max_sequence_length=32, guidance_scale=5.0),
+    kandinsky5=dict(height=16, width=16, num_frames=9, max_sequence_length=64, guidance_scale=5.0, negative_prompt="blurry"),
     hunyuan15=dict(height=16, width=16, num_frames=9),
 )
 BUILD = dict(
@@ -249,6 +249,7 @@ BUILD = dict(
     hunyuan15=tiny_hunyuan15,
 )
 FLOW = tuple(BUILD)
+EXPERTS = dict(wan22_a14b=("transformer", "transformer", "transformer_2"))  # which denoiser is called at 3 steps
 
 GUIDANCE = {
     name: ({"guidance_scale": CALLS[name].get("guidance_scale", 6.0)}, {"guidance_scale": 1.0}) for name in BUILD

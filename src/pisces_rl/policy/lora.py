@@ -178,8 +178,9 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
 
     Pipelines with a LoRA loader get diffusers' layout, `pytorch_lora_weights.safetensors` with the adapter's
     metadata, which `pipe.load_lora_weights(folder)` reads; a second expert (Wan 2.2) gets a file of the same name in
-    the subfolder `transformer_2`, which `pipe.load_lora_weights(folder, subfolder="transformer_2",
-    weight_name="pytorch_lora_weights.safetensors", load_into_transformer_2=True)` reads. The others get peft's layout in one subfolder a denoiser
+    the subfolder `transformer_2`, which `pipe.load_lora_weights(folder, load_into_transformer_2=True,
+    weight_name="transformer_2/pytorch_lora_weights.safetensors")` reads (not with `subfolder=`: a file of that name
+    beside it would win). The others get peft's layout in one subfolder a denoiser
     (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here reads.
 
     Returns:
@@ -222,8 +223,7 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
     folder = Path(folder)
     beside = [name for name in pipeline.components if (folder / name / LORA_FILE).exists()]
     for name in beside:
-        into = {f"load_into_{name}": True}
-        pipeline.load_lora_weights(folder, subfolder=name, weight_name=LORA_FILE, **into)
+        pipeline.load_lora_weights(folder, weight_name=f"{name}/{LORA_FILE}", **{f"load_into_{name}": True})
     if (folder / LORA_FILE).exists():
         pipeline.load_lora_weights(folder)
     elif not beside:
