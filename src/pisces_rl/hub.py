@@ -17,13 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 PATTERNS = (
     "README.md",
     "pytorch_lora_weights.safetensors",
+    "*/pytorch_lora_weights.safetensors",
     "*/adapter_model.safetensors",
     "*/adapter_config.json",
     "report.md",
     "samples/**/*.mp4",
     "samples/**/*.png",
 )
-_ADAPTERS = PATTERNS[1:3]
+_ADAPTERS = PATTERNS[1:4]
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 
@@ -67,6 +68,7 @@ def model_card(
     folder: str | Path | None = None,
     repo_id: str | None = None,
     call: dict | None = None,
+    guider_scale: float | None = None,
     tags: Sequence[str] = (),
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
@@ -83,6 +85,7 @@ def model_card(
             and its layout decides how the snippet loads the adapter. None shows none.
         repo_id: where the adapter will be, for the snippet; None writes a placeholder.
         call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
+        guider_scale: guidance_scale where it belongs to the pipeline's guider and not to its call.
         tags: further tags.
 
     Returns:
@@ -101,12 +104,13 @@ def model_card(
         front = {"base_model": base_model, "base_model_relation": "adapter"} | front
     if videos:
         front["widget"] = [{"text": prompt, "output": {"url": path}} for path, prompt in videos]
+    snippet = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, guider_scale)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
         f"# {_text(name)}, LoRA trained with {_text(trainer)}",
         f"A LoRA adapter for `{name}`, trained by reinforcement learning with pisces_rl ({_text(trainer)}). Plain "
         "diffusers loads it.",
-        "## Use\n\n```python\n" + _snippet(base_model, pipeline_class, repo_id, folder, call or {}) + "\n```",
+        f"## Use\n\n```python\n{snippet}\n```",
     ]
     if comparison:
         parts.append("## Before and after\n\n" + _evaluation(comparison))
@@ -217,7 +221,8 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict) -> str:
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
+             guider_scale: float | None) -> str:
     own = repo_id or "you/this-adapter"
     lines = ["import torch", f"from diffusers import {pipeline_class}", "from diffusers.utils import export_to_video"]
     name, dtype = _shown_name(base_model), "torch.bfloat16"
@@ -229,14 +234,24 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
     else:
         model = f'"path/to/{name}"'
     lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
-    peft_files = _found(folder, _ADAPTERS[1]) if folder is not None else []
-    if peft_files and not (folder / _ADAPTERS[0]).exists():
+    together, second, alone = (_found(folder, pattern) if folder is not None else [] for pattern in _ADAPTERS)
+    experts = [file.parent.name for file in second]
+    peft_files = [] if together or second else alone
+    if peft_files:
         lines = ["from peft import PeftModel", *lines]
         for component in (file.parent.name for file in peft_files):
             load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
             lines.append(f"pipe.{component} = {load}")
-    else:
+    elif not experts:
         lines.append(f'pipe.load_lora_weights("{own}")')
+    else:  # named, since diffusers would guess
+        if together:
+            lines.append(f'pipe.load_lora_weights("{own}", weight_name="{_ADAPTERS[0]}")')
+        for name in experts:
+            file = f'weight_name="{name}/{_ADAPTERS[0]}", load_into_{name}=True'
+            lines.append(f'pipe.load_lora_weights("{own}", {file})')
+    if guider_scale is not None:
+        lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale!r})")
     plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
     lines.append(f'video = pipe("your prompt"{arguments}).frames[0]')

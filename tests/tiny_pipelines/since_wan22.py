@@ -238,7 +238,14 @@ CALLS = dict(
     wan22_a14b=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
     wan22_ti2v=dict(height=32, width=32, num_frames=9, max_sequence_length=16, guidance_scale=5.0),
     skyreels=dict(height=16, width=16, num_frames=9, max_sequence_length=16, guidance_scale=6.0),
-    kandinsky5=dict(height=16, width=16, num_frames=9, max_sequence_length=64, guidance_scale=5.0, negative_prompt="blurry"),
+    kandinsky5=dict(
+        height=16,
+        width=16,
+        num_frames=9,
+        max_sequence_length=64,
+        guidance_scale=5.0,
+        negative_prompt="blurry",
+    ),
     hunyuan15=dict(height=16, width=16, num_frames=9),
 )
 BUILD = dict(

@@ -20,6 +20,7 @@ from torch import nn
 from .guider import guided
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
 # Attention and feed-forward projections of the denoising blocks, by their diffusers names.
 ATTENTION = (
     r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
@@ -181,7 +182,8 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     the subfolder `transformer_2`, which `pipe.load_lora_weights(folder, load_into_transformer_2=True,
     weight_name="transformer_2/pytorch_lora_weights.safetensors")` reads (not with `subfolder=`: a file of that name
     beside it would win). The others get peft's layout in one subfolder a denoiser
-    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here reads.
+    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here and
+    `PeftModel.from_pretrained(pipe.transformer, folder, subfolder="transformer")` read.
 
     Returns:
         The files written.
@@ -207,7 +209,7 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
         return files
     for name, state in states.items():
         (folder / name).mkdir(exist_ok=True)
-        save_file(state, folder / name / "adapter_model.safetensors")
+        save_file({f"{PEFT_PREFIX}{k}": v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
         (folder / name / "adapter_config.json").write_text(json.dumps(configs[name], indent=2, sort_keys=True))
         files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
     return files
@@ -238,7 +240,7 @@ def _load_peft_layout(pipeline: DiffusionPipeline, folder: Path) -> None:
         denoiser = getattr(pipeline, path.name)
         config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))
         inject_adapter_in_model(config, denoiser)
-        _strict(set_peft_model_state_dict(denoiser, load_file(path / "adapter_model.safetensors")), path)
+        _strict(set_peft_model_state_dict(denoiser, _peft_state(path)), path)
 
 
 def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
@@ -262,13 +264,17 @@ def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> N
 
 def _saved_state(pipeline: DiffusionPipeline, folder: Path, name: str) -> dict[str, torch.Tensor]:
     if not has_lora_loader(pipeline):
-        return load_file(folder / name / "adapter_model.safetensors")
+        return _peft_state(folder / name)
     file, prefix = folder / LORA_FILE, f"{name}."
     if not _has_own_layers(pipeline, name):
         file, prefix = folder / name / LORA_FILE, f"{pipeline.transformer_name}."
     if not file.exists():  # that run adapted the other expert
         return {}
     return {k.removeprefix(prefix): v for k, v in load_file(file).items() if k.startswith(prefix)}
+
+
+def _peft_state(folder: Path) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
 
 
 def _strict(result, folder: Path) -> None:

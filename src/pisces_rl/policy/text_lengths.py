@@ -20,7 +20,7 @@ def takes_mask(denoiser: nn.Module) -> bool:
 
 
 def by_length(forward: Callable, **kwargs):
-    """`forward(**kwargs)` for each length of text; zeros at the end of a row of `encoder_hidden_states` are padding."""
+    """`forward(**kwargs)` for each length of text; zeros that end a row of `encoder_hidden_states` are padding."""
     text = kwargs[TEXT]
     lengths = (text != 0).any(-1).sum(1).tolist()
     if min(lengths) == text.shape[1]:
