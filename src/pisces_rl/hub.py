@@ -17,13 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 PATTERNS = (
     "README.md",
     "pytorch_lora_weights.safetensors",
+    "*/pytorch_lora_weights.safetensors",
     "*/adapter_model.safetensors",
     "*/adapter_config.json",
     "report.md",
     "samples/**/*.mp4",
     "samples/**/*.png",
 )
-_ADAPTERS = PATTERNS[1:3]
+_ADAPTERS = PATTERNS[1:4]
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 
@@ -67,6 +68,7 @@ def model_card(
     folder: str | Path | None = None,
     repo_id: str | None = None,
     call: dict | None = None,
+    guider_scale: float | None = None,
     tags: Sequence[str] = (),
     images: Sequence[str] = (),
     still: bool = False,
@@ -85,6 +87,7 @@ def model_card(
             and its layout decides how the snippet loads the adapter. None shows none.
         repo_id: where the adapter will be, for the snippet; None writes a placeholder.
         call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
+        guider_scale: guidance_scale where it belongs to the pipeline's guider and not to its call.
         tags: further tags.
         images: arguments of the pipeline's call that take an image, as image-to-video's do.
         still: whether the pipeline makes images, not videos.
@@ -96,7 +99,7 @@ def model_card(
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
     videos = _videos(folder)
-    use = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, images, still)
+    use = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, images, still, guider_scale)
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
@@ -224,7 +227,7 @@ def _shown_name(base_model: str) -> str:
 
 
 def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
-             images: Sequence[str], still: bool) -> str:
+             images: Sequence[str], still: bool, guider_scale: float | None) -> str:
     own = repo_id or "you/this-adapter"
     helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
     lines = ["import torch", f"from diffusers import {pipeline_class}"]
@@ -238,14 +241,24 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
     else:
         model = f'"path/to/{name}"'
     lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
-    peft_files = _found(folder, _ADAPTERS[1]) if folder is not None else []
-    if peft_files and not (folder / _ADAPTERS[0]).exists():
+    together, second, alone = (_found(folder, pattern) if folder is not None else [] for pattern in _ADAPTERS)
+    experts = [file.parent.name for file in second]
+    peft_files = [] if together or second else alone
+    if peft_files:
         lines = ["from peft import PeftModel", *lines]
         for component in (file.parent.name for file in peft_files):
             load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
             lines.append(f"pipe.{component} = {load}")
-    else:
+    elif not experts:
         lines.append(f'pipe.load_lora_weights("{own}")')
+    else:  # named, since diffusers would guess
+        if together:
+            lines.append(f'pipe.load_lora_weights("{own}", weight_name="{_ADAPTERS[0]}")')
+        for name in experts:
+            file = f'weight_name="{name}/{_ADAPTERS[0]}", load_into_{name}=True'
+            lines.append(f'pipe.load_lora_weights("{own}", {file})')
+    if guider_scale is not None:
+        lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale!r})")
     plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
     if images:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from policy.test_backprop import all_reached
 from policy.test_latents import build
 from policy.test_replay_parity import PROMPTS, alive, seeded
 from tiny_pipelines import BUILD, CONDITIONS, FLOW, GUIDANCE, REFUSES
@@ -50,7 +51,7 @@ def test_noised_states_gradients_and_another_grid(family):
     for step in (0, 2):
         found = policy.predict(PROMPTS, **seeded(family), step=step, clean=clean, grad=True)
         gradient = torch.autograd.grad(found.clean.square().mean(), list(parameters.values()), allow_unused=True)
-        assert all(g is not None and g.abs().sum() > 0 for g in gradient)
+        assert all_reached(family, parameters, gradient, [step])
     assert not policy.predict(PROMPTS, **seeded(family), step=2, clean=clean).clean.requires_grad
 
 

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from .scheduler import PolicyError
@@ -21,10 +22,12 @@ class PromptMemo:
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
         size: number of prompts to remember, least recently used first out.
+        pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
+            take no mask, see `text_lengths`.
     """
 
-    def __init__(self, encode_prompt, size: int = 256):
-        self.encode_prompt, self.size = encode_prompt, size
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False):
+        self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
 
@@ -32,16 +35,24 @@ class PromptMemo:
         bound = self.signature.bind(*args, **kwargs).arguments
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
+        if prompt is None and "batch_size" in bound:  # as many empty prompts
+            prompt = [None] * bound["batch_size"]
         if not isinstance(prompt, list) or has_embeddings:
             return self.encode_prompt(*args, **kwargs)
         negative = bound.get("negative_prompt")
         outputs = []
         for row, text in enumerate(prompt):
-            one = dict(bound, prompt=[text])
+            one = dict(bound, prompt=None if text is None else [text])
+            if "batch_size" in bound:
+                one["batch_size"] = 1
             if isinstance(negative, list):
                 one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
-        stacked = _stack(outputs, self._pair(bound) if len(prompt) > 1 and not _batched(outputs[0]) else None)
+        unequal = self.pad and isinstance(outputs[0], tuple) and _lengths_differ(outputs)
+        if unequal:
+            self.padded, outputs = True, _padded(outputs)
+        compared = len(prompt) > 1 and not unequal and not _batched(outputs[0])
+        stacked = _stack(outputs, self._pair(bound) if compared else None)
         if stacked is not None:
             return stacked
         together = self.encode_prompt(*args, **kwargs)
@@ -67,6 +78,25 @@ class PromptMemo:
                 self.memory.popitem(last=False)
         self.memory.move_to_end(key)
         return self.memory[key]
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3
+
+
+def _lengths_differ(outputs: list[tuple]) -> bool:
+    return any(len({value.shape[1] for value in column}) > 1 for column in zip(*outputs) if _is_text(column[0]))
+
+
+def _padded(outputs: list[tuple]) -> list[tuple]:
+    """Embeddings (1, L, D) with zeros to the longest L of the batch."""
+    columns = []
+    for column in zip(*outputs):
+        if _is_text(column[0]):
+            longest = max(value.shape[1] for value in column)
+            column = [F.pad(value, (0, 0, 0, longest - value.shape[1])) for value in column]
+        columns.append(column)
+    return list(zip(*columns))
 
 
 def _masked(output) -> bool:

@@ -73,6 +73,10 @@ class Session:
             )
         self.scheduler = scheduler
 
+    def fails_with_copies(self) -> PolicyError | None:
+        """What to say where a copy of the scheduler cannot step and the scheduler itself has not."""
+        return None if self.index else steps_with_copies(self)
+
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""
         return x_next
@@ -158,11 +162,7 @@ class Sampling(Session):
 
     def check_finished(self) -> None:
         if self.index == 0 and self.followers:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
-                "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use "
-                "a pipeline that denoises all frames together."
-            )
+            raise steps_with_copies(self)
         if self.scheduler is None or self.index == 0:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
@@ -272,6 +272,15 @@ class Replay(Session):
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """Values of the CPU on a device; a CUDA device copies them when it gets there, and nobody waits."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def steps_with_copies(session: Session) -> PolicyError:
+    """For pipelines whose own scheduler makes no step."""
+    return PolicyError(
+        f"{type(session.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
+        "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use a "
+        "pipeline that denoises all frames together."
+    )
 
 
 def starts_without_followed(session: Session) -> PolicyError:

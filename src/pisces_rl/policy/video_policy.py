@@ -8,6 +8,7 @@ are the pipeline's own in both passes, hence equal by construction. No code here
 """
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .conditions import Conditions, calls, checked_conditions, of_video
 from .execution import ATTENTION_KERNELS, attention_kernel
+from .guider import guided, has_guider
 from .latents import LatentCodec
 from .one_step import OneStep, Prediction
 from .prompts import PromptMemo
@@ -31,6 +33,10 @@ from .scheduler import (
     training_scheduler,
 )
 from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
+from .text_lengths import by_length, takes_mask
+
+# Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
+ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
 
 
 class VideoPolicy(nn.Module):
@@ -74,10 +80,13 @@ class VideoPolicy(nn.Module):
         if attention_kernel not in (None, *ATTENTION_KERNELS):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
         self.attention_kernel = attention_kernel
-        self.prompt_memo = PromptMemo(pipeline.encode_prompt)
+        unmasked = not any(takes_mask(module) for module in self.denoiser.values())
+        self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.makes_images = False  # videos of one frame; known from the first sample on
+        if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:
+            pipeline.vae.enable_slicing()
         self.eval()
 
     @property
@@ -321,11 +330,11 @@ class VideoPolicy(nn.Module):
     def _call(self, session: "Session", prompts: list[str], noise_seeds: list[int], output_type: str):
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
-        with self._swapped(session):
-            arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.conditions,
-                         **session.overrides}  # fmt: skip
-            if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
-                arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.conditions,
+                     **session.overrides}  # fmt: skip
+        if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        with self._swapped(session), guided(self.pipeline, arguments) as arguments:
             return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type, **arguments)
 
     @contextlib.contextmanager
@@ -362,9 +371,12 @@ class VideoPolicy(nn.Module):
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
+            if torch.is_grad_enabled():  # pipelines may write x' over x (Kandinsky 5), which the graph still needs
+                args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            run = functools.partial(by_length, forward) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with attention_kernel(self.attention_kernel), cast:
-                output = forward(*args, **kwargs)
+                output = run(*args, **kwargs)
             if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
                 self._skipped_outputs[key] = to_meta, len(session.prompts)
@@ -406,7 +418,7 @@ def _checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
     """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     for name, value in kwargs.items():
-        if name not in known:
+        if name not in known and not (name == "guidance_scale" and has_guider(pipeline)):
             raise PolicyError(
                 f"{type(pipeline).__name__} takes no argument {name!r}; it takes {sorted(set(known) - {'self'})}."
             )

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ..policy import (
     add_lora,
     check_saved_lora,
     default_lora_config,
+    has_guider,
     load_lora_state,
     lora_parameters,
     save_lora,
@@ -144,13 +146,15 @@ class VideoPolicyTrainer(_BaseTrainer):
             check_images("eval_dataset", eval_dataset, self.image_columns)
         self._freeze(args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
-        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
+        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
+                                        args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
+        self._idle_experts: set[str] = set()  # of which was said that they had no gradient
         self._evaluated_at: int | None = None
         self._best_step: int | None = None  # set when the best checkpoint replaces the last
         self.first_evaluation: dict | None = None
@@ -254,14 +258,31 @@ class VideoPolicyTrainer(_BaseTrainer):
         for parameter in self.adapter.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        offset = 0
-        for parameter in self.adapter.values():
-            parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
-            offset += parameter.numel()
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            offset = 0
+            for parameter in self.adapter.values():
+                parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
+                offset += parameter.numel()
+        if len(self.adapted_modules) > 1:
+            self._log_gradient_of_experts()
+
+    def _log_gradient_of_experts(self) -> None:
+        """Logs each denoiser's gradient norm; says once where one had none, since no trained step called it."""
+        norms = {}
+        for name in self.adapted_modules:
+            own = [p.grad for key, p in self.adapter.items() if key.startswith(f"{name}.")]
+            norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own))).item()
+            self._metrics["train"][f"grad_norm/{name}"].append(norms[name])
+        idle = [name for name, norm in norms.items() if norm == 0 and name not in self._idle_experts]
+        if idle and any(norms.values()):
+            self._idle_experts.update(idle)
+            warnings.warn(
+                f"no trained denoising step called {idle[0]} at optimizer step {self.state.global_step + 1}, so its "
+                "adapter got no gradient. Where that is always so, let the trained steps reach its part of the "
+                "schedule (sde_window_range, last_steps), or leave it out of lora_denoisers.", stacklevel=2,
+            )
 
     def check_equal_weights(self) -> None:
         """All processes must hold the same adapter; a RuntimeError names the ranks that do not."""
@@ -519,7 +540,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
                 f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
             )
-        for key, what in (("weights", "other base weights"), ("lora_scale", "another lora_alpha")):
+        differences = (("weights", "other base weights"), ("lora_scale", "another lora_alpha or other lora_denoisers"))
+        for key, what in differences:
             if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
                 raise ValueError(
                     f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
@@ -669,11 +691,12 @@ class VideoPolicyTrainer(_BaseTrainer):
             return
         report = Path(self.args.output_dir) / "report.json"
         comparison = json.loads(report.read_text())["comparison"] if report.exists() else None
+        call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
+        guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
-            call={"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs,
-            images=self.image_columns, still=self.policy.makes_images,
+            call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 

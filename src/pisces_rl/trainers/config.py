@@ -37,6 +37,11 @@ class VideoPolicyConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
     )
+    lora_denoisers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
+                  "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."},
+    )
     ema_decay: float | None = field(
         default=None,
         metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
