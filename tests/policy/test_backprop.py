@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from policy.test_replay_parity import PROMPTS, adapted, alive, seeded
+from policy.test_replay_parity import PROMPTS, adapted, seeded
 from tiny_pipelines import BUILD, CALLS, EXPERTS, FLOW, GUIDANCE, REFUSES
 
 from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, lora_parameters
@@ -18,7 +18,7 @@ def build(family: str, guided: bool = False) -> tuple[VideoPolicy, dict]:
     for denoiser in policy.denoiser.values():
         if denoiser._supports_gradient_checkpointing:
             denoiser.disable_gradient_checkpointing()
-    return policy, alive(family, lora_parameters(dict(policy.denoiser.items())))
+    return policy, lora_parameters(dict(policy.denoiser.items()))
 
 
 def gradients(parameters: dict, loss) -> list:

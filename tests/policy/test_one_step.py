@@ -4,7 +4,7 @@ import pytest
 import torch
 from policy.test_backprop import all_reached
 from policy.test_latents import build
-from policy.test_replay_parity import PROMPTS, alive, seeded
+from policy.test_replay_parity import PROMPTS, seeded
 from tiny_pipelines import BUILD, CONDITIONS, FLOW, GUIDANCE, REFUSES
 
 from pisces_rl.policy import PolicyError, lora_parameters
@@ -38,7 +38,7 @@ def test_predictions_along_the_trajectory_are_the_sampler_s(family):
 @pytest.mark.parametrize("family", STARTING)
 def test_noised_states_gradients_and_another_grid(family):
     policy = build(family)
-    parameters = alive(family, lora_parameters(dict(policy.denoiser.items())))
+    parameters = lora_parameters(dict(policy.denoiser.items()))
     clean = policy.final_latents(PROMPTS, **seeded(family))
     a, b, c = (
         policy.predict(PROMPTS, noise_seeds=seeds, conditions=CONDITIONS[family], step=4, clean=clean,

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import diffusers
 import pytest
@@ -13,25 +12,17 @@ from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_pa
 from pisces_rl.policy.lora import has_lora_loader
 
 # No text mask: plain diffusers attends to the padding of a batch, the policy treats each prompt as alone.
-ALONE = ("kandinsky5",)
 FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")
 FITTING = {family: ("ddim",) for family in BUILD}
 FITTING |= dict.fromkeys(FLOW, FLOW_TRANSITIONS) | dict.fromkeys(EDM, ("ancestral",))
 CASES = [(family, name) for family in BUILD for name in FITTING[family]]
 SLICE_TOLERANCE = {"allegro": 3e-5}  # x0^ = (x - ...) / sqrt(alpha-bar), which is 0.0064 at its first step
 PROMPTS = ["a fish", "a bird in the snow"]
-# Adapters that reach no pixel: the text stream of Qwen-Image's last block, which the model throws away.
-DEAD = {"qwen_image": r"transformer_blocks\.1\.(attn\.(add_q_proj|to_add_out)|txt_mlp)\."}
 
 
 def seeded(family: str) -> dict:
     """Noise and conditions of the two prompts."""
     return {"noise_seeds": [1, 2], "conditions": CONDITIONS[family]}
-
-
-def alive(family: str, parameters: dict) -> dict:
-    """The adapter tensors that must have a gradient."""
-    return {name: p for name, p in parameters.items() if family not in DEAD or not re.search(DEAD[family], name)}
 
 
 @functools.cache
@@ -63,7 +54,7 @@ def test_replay_equals_sampling(family, transition, guided, checkpointing, parit
         for denoiser in policy.denoiser.values():
             if denoiser._supports_gradient_checkpointing:
                 denoiser.disable_gradient_checkpointing()
-    parameters = alive(family, lora_parameters(dict(policy.denoiser.items())))
+    parameters = lora_parameters(dict(policy.denoiser.items()))
     for parameter in parameters.values():
         parameter.grad = None
 

@@ -17,7 +17,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .execution import uncompile_blocks
 from .guider import guided
+from .products import unfuse_products
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
@@ -293,6 +295,8 @@ def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
             if isinstance(module, BaseTunerLayer):
                 parent, _, child = path.rpartition(".")
                 setattr(component.get_submodule(parent), child, module.get_base_layer())
+        uncompile_blocks(component)
+        unfuse_products(component)
         vars(component).pop("peft_config", None)
         component._hf_peft_config_loaded = False
         setattr(fresh, name, component)

@@ -20,10 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .conditions import Conditions, calls, checked_conditions, of_video
-from .execution import ATTENTION_KERNELS, attention_kernel
+from .execution import ATTENTION_KERNELS, attention_kernel, compile_blocks
 from .guider import guided, has_guider
 from .latents import LatentCodec
 from .one_step import OneStep, Prediction
+from .products import fuse_products
 from .prompts import PromptMemo
 from .rollout import Rollout
 from .scheduler import (
@@ -80,6 +81,7 @@ class VideoPolicy(nn.Module):
         if attention_kernel not in (None, *ATTENTION_KERNELS):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
         self.attention_kernel = attention_kernel
+        self.compiled = False
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
@@ -108,12 +110,25 @@ class VideoPolicy(nn.Module):
                 f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "
                 f"every_n_layers={every_n_layers}, offload={offload}; leave gradient_checkpointing_kwargs unset."
             )
+        if self.compiled:
+            return  # the blocks compute again what `compile_blocks` was told
         for name, module in self.denoiser.items():
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing()
             else:
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
+
+    def compile_blocks(self, recompute: str = "all_but_attention", backend: str = "inductor",
+                       mode: str | None = None) -> None:
+        """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
+
+        Before anything else runs them, and after adapters were added. Sampling and update then run the same graphs.
+        """
+        for module in self.denoiser.values():
+            fuse_products(module)
+            compile_blocks(module, recompute=recompute, backend=backend, mode=mode)
+        self.compiled = True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The same by its older name, which transformers before 5.18 call."""

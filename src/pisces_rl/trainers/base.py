@@ -149,6 +149,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
                                         args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
+        if args.torch_compile:
+            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
+                                       args.torch_compile_backend or "inductor", args.torch_compile_mode)
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
