@@ -259,18 +259,21 @@ def test_heads_share_a_plan_where_nothing_tells_them_apart(layer, plan, fusion):
 
 def test_drawings(videos):
     encoder = build("tiny_vtm")
-    reward = OTSemanticReward(encoder, OTAttention())
+    reward = OTSemanticReward(encoder, OTAttention(drawings=[]))
     pieces, positions, drawings = reward.draw(PROMPTS[:2], videos[:2])
     assert [d.layer for d in drawings] == list(encoder.fused_layers) and pieces[0][1:3] == ["a", "red"]
     assert drawings[0].plan.shape == drawings[0].attention.shape == (2, 2, 7, len(positions))
-    assert reward.attention.drawings is None
+    assert reward.attention.drawings == []  # the user's list is no other's
+    reward(PROMPTS, videos)
+    assert len(reward.attention.drawings) == len(drawings)
 
 
 def test_bad_settings():
     for settings, text in (
         (dict(plan="exact"), "plan='exact'"), (dict(fusion="sum"), "fusion='sum'"), (dict(mass=0), "mass=0"),
         (dict(mass=1.2), "mass=1.2"), (dict(plan="unbalanced", mass=1.0), "mass=1.0"), (dict(reg=0), "reg=0"),
-        (dict(temporal=-1), "temporal=-1"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(temporal=-1), "temporal=-1"), (dict(temporal=math.inf), "temporal=inf"), (dict(reg=math.inf), "reg=inf"),
+        (dict(heads=[True]), r"heads=\[True\]"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
         (dict(heads=3), "heads=3"), (dict(heads=[]), r"heads=\[\]"), (dict(heads=[-1]), r"heads=\[-1\]"),
         (dict(layers=2), "layers=2"), (dict(normalise="yes"), "normalise='yes'"),
         (dict(layers=["1"]), r"layers=\['1'\]"),
@@ -299,6 +302,14 @@ def test_semantic_rewards_name_bad_inputs(videos):
             reward(PROMPTS[:2], videos)
     with pytest.raises(ValueError, match="2 prompts for 3 videos"):
         OTSemanticReward(build("tiny_vtm"), OTAttention()).draw(PROMPTS[:2], videos)
+
+
+def test_rewards_work_in_inference_mode(videos):
+    encoder = build("tiny_vtm")
+    for reward in (OTQualityReward(encoder), OTSemanticReward(encoder, OTAttention())):
+        expected = reward(PROMPTS, videos)
+        with torch.inference_mode():
+            torch.testing.assert_close(reward(PROMPTS, videos.clone()), expected)
 
 
 def test_quality_is_the_cosine_with_the_mapped_text(videos):

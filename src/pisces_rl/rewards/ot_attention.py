@@ -11,6 +11,7 @@ tokens, and video tokens without a place, have no part in the plan and keep thei
 attention over the video tokens in the plan, of sum 1. Source: arXiv 2602.01624, section 4.2.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,11 +79,12 @@ class OTAttention:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
         if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
             raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
-        if not self.reg > 0:
-            raise ValueError(f"reg={self.reg!r}: expected a number > 0.")
+        if not (self.reg > 0 and math.isfinite(self.reg)):
+            raise ValueError(f"reg={self.reg!r}: expected a finite number > 0.")
         for name in ("temporal", "spatial", "floor"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 0.")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r}: expected a finite number >= 0.")
         if not isinstance(self.normalise, bool):
             raise ValueError(f"normalise={self.normalise!r}: expected True or False.")
         if self.floor and self.fusion == "arithmetic":
@@ -223,7 +225,9 @@ class BoundOTAttention:
 
 
 def _is_numbers(value) -> bool:
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(x, int) and x >= 0 for x in value)
+    if not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)
 
 
 def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The token-level reward: does the matching model, its attention fused with transport plans, call it a match?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ class OTSemanticReward:
             for start in range(0, len(prompts), self.micro_batch):
                 rows = slice(start, start + self.micro_batch)
                 part = text[rows]
-                parts.append(self.encoder.match(part, video[rows], self._fusion(part, video)))
+                parts.append(self.encoder.match(part, video[rows], self._fusion(self.attention, part, video)))
             return torch.cat(parts)
 
     @torch.no_grad()
@@ -78,16 +79,15 @@ class OTSemanticReward:
         check_inputs(prompts, videos)
         if self.attention is None:
             raise ValueError("attention: there are no plans to draw without one.")
-        self.attention.drawings = []
-        try:
-            with shared_encodings():
-                text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
-                self.encoder.match(text, video, self._fusion(text, video))
-            return text.pieces, video.positions.cpu(), self.attention.drawings
-        finally:
-            self.attention.drawings = None
+        attention = replace(self.attention, drawings=[])
+        with shared_encodings():
+            text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
+            self.encoder.match(text, video, self._fusion(attention, text, video))
+        return text.pieces, video.positions.cpu(), attention.drawings
 
-    def _fusion(self, text: TextFeatures, video: VideoFeatures) -> BoundOTAttention | None:
-        if self.attention is None:
+    def _fusion(
+        self, attention: OTAttention | None, text: TextFeatures, video: VideoFeatures
+    ) -> BoundOTAttention | None:
+        if attention is None:
             return None
-        return self.attention.bind(text.words, video.positions, self.encoder.fused_layers)
+        return attention.bind(text.words, video.positions, self.encoder.fused_layers)

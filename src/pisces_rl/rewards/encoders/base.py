@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pisces_rl.rewards.attention import Fusion
-
-OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+from pisces_rl.rewards.contract import check_pixels
 
 
 @dataclass
@@ -118,14 +117,7 @@ class VideoTextEncoder(nn.Module, ABC):
             found = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
             raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), got {found}.")
         videos = videos.to(self.device, self.precision)
-        low, high = videos.detach().flatten(1).aminmax(dim=1)
-        fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
-        if not bool(fine.all()):
-            row = int((~fine).nonzero()[0])
-            raise ValueError(
-                f"videos: video {row} has values from {float(low[row]):.3g} to {float(high[row]):.3g}; expected "
-                "finite pixels in [0, 1]."
-            )
+        check_pixels(videos)
         count, size = len(videos), self.resolution
         frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
         videos = videos[:, frames].clamp(0, 1).flatten(0, 1)
