@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
+from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 from pisces_rl.rewards.ot_attention import BoundOTAttention, Drawing, OTAttention
 
@@ -18,7 +20,7 @@ class OTSemanticReward:
         R_s = softmax(VTM(A~ x))[match]
 
     Args:
-        matcher: an encoder with a matching head.
+        matcher: an encoder with a matching head, or its name, folder or Hub id.
         attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability. Of the
             matcher's layers it changes `fused_layers`: plans of the last one cannot reach the match.
         micro_batch: videos matched at once.
@@ -31,9 +33,10 @@ class OTSemanticReward:
     differentiable = True
 
     def __init__(
-        self, matcher: VideoTextEncoder, attention: OTAttention | None = None, *, micro_batch: int = MICRO_BATCH,
-        name: str = "ot_semantic",
+        self, matcher: VideoTextEncoder | str | Path, attention: OTAttention | None = None, *,
+        micro_batch: int = MICRO_BATCH, name: str = "ot_semantic",
     ):  # fmt: skip
+        matcher = shared_encoder(matcher)
         if not matcher.matches:
             raise ValueError(f"matcher: {matcher.name} has no matching head.")
         unknown = set() if attention is None or attention.layers is None else set(attention.layers)

@@ -47,8 +47,8 @@ class VideoTextEncoder(nn.Module, ABC):
     """A frozen model of videos and texts.
 
     Attributes:
-        name: what maps and caches are bound to, "base@hash of the weights options"; two encoders of equal name have
-            equal weights and see videos alike.
+        name: what maps and caches are bound to, "base@hash options"; two encoders of equal name have equal
+            weights and, if they were loaded from a folder of transformers, equal sizes, tokenizers and pixels, too.
         resolution: (height, width) of the frames it sees; num_frames: how many of them; mean, std: of its pixels.
         crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
         dimension: of pooled features. max_text_tokens: special tokens included.
