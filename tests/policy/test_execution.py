@@ -73,9 +73,10 @@ def test_compiled_blocks_are_one_graph_for_sampling_and_update(recompute):
     torch.testing.assert_close(compiled[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
-@pytest.mark.parametrize(
-    "family", ["ltx", *(pytest.param(f, marks=pytest.mark.slow) for f in ("hunyuan", "mochi", "skyreels", "cogvideox"))]
-)
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("hunyuan", "mochi", "skyreels", "cogvideox")]
+
+
+@pytest.mark.parametrize("family", ["ltx", *SLOW])
 def test_families_compile(family):
     policy, parameters = build(family)
     log_probs, _, gradient = run(policy, parameters)
