@@ -74,7 +74,8 @@ def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
         weights = torch.nn.functional.pad(seen.float(), (1, 0), value=1.0)[None, None]
         return [pieces], positions, [Drawing(0, weights, weights, weights)]
 
-    reward = SimpleNamespace(attention=OTAttention(), draw=draw)
+    whole = SimpleNamespace(sample=lambda x: x, padded=lambda x: x)
+    reward = SimpleNamespace(attention=OTAttention(), draw=draw, encoder=whole)
     looks = {"red": "red", "squares": "red", "green": "green", "circle": "green"}
     shares = plan_inside_objects(reward, clips)
     assert list(shares) == ["its own of two", "the other of two"]
@@ -82,6 +83,18 @@ def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
     looks = {"red": "green", "squares": "green", "green": "green", "circle": "green"}
     shares = plan_inside_objects(reward, clips)
     assert shares["its own of two"]["plan"].value == shares["the other of two"]["plan"].value == 0.5
+
+
+def test_tokens_are_of_the_frames_that_the_encoder_cuts_them_from():
+    """tiny-vtm's tubelets: the first frame four times, then four frames each."""
+    scene = parse("a small red circle moving right quickly on a gray background")
+    layout = lay_out(SceneSpecs.from_scenes([scene]), torch.Generator().manual_seed(0))
+    clips = CleanClips([scene.prompt()], render_layout(layout, size=64), [scene], layout)
+    r, g, _ = clips.videos[0].transpose(0, 1)
+    frames = (r - g > 0.3)[[0, 0, 0, *range(17)]]
+    tokens = frames.reshape(5, 4, 4, 16, 4, 16).any(5).any(3).any(1)
+    found = plan_inside_objects(load_reward("ot_semantic"), clips)["one object"]["tokens"].value
+    assert found == pytest.approx(float(tokens.float().mean()))
 
 
 def test_rewards_that_take_little_are_async_or_abstain(clips):
