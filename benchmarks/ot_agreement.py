@@ -102,7 +102,7 @@ def dummy(dtype, device, reg, mass, seeds):
 def published(device):
     for cost, a, b in problems(torch.float64, device, 0):
         a, b = torch.full_like(a, 1 / a.shape[1]), torch.full_like(b, 1 / b.shape[1])
-        plan = pisces_plan(cost, a, b, mass=0.9, reg=0.05, tolerance=1e-13, max_iterations=20_000)
+        plan = pisces_plan(cost, a, b, mass=0.9, reg=0.05, tolerance=1e-13, max_iterations=20_000).plan
         other = transport_plan(cost, a, b, reg=0.05, reach=0.45, **TIGHT).plan
         yield (plan / plan.sum(2, keepdim=True)).cpu(), (other / other.sum(2, keepdim=True)).cpu()
 

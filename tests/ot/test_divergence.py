@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from geomloss import SamplesLoss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pisces_rl.ot import BankDivergence, ConvergenceWarning, divergence
 
@@ -103,8 +104,18 @@ def test_a_bank_short_of_its_tolerance_says_so():
 def test_memory_is_bounded_by_chunks(monkeypatch):
     whole = BankDivergence(points(70), blur=2.0)
     monkeypatch.setattr(divergence, "CHUNK_CELLS", 500)
-    chunked = BankDivergence(points(70), blur=2.0)
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            largest.append(out.numel() if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Sizes():
+        chunked = BankDivergence(points(70), blur=2.0)
     torch.testing.assert_close(chunked.self_value, whole.self_value)
+    assert max(largest) < 70 * 70 / 2  # points, and chunks of cells; never all cells
 
 
 def test_relative_to_real_groups_of_the_same_size():

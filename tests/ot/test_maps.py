@@ -59,7 +59,7 @@ def test_linear_without_variance_in_a_direction_is_finite():
     assert LinearMap(shrinkage=0.0).fit(x, torch.randn(50, 4))(x).isfinite().all()
 
 
-def test_ledoit_wolf_against_scikit_learns_definition():
+def test_ledoit_wolf_shrinks_less_with_more_points():
     """More points, less shrinkage; the identity's share is 1 for isotropic data's limit of few points."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.linspace(0.1, 3, 10, dtype=torch.float64)
@@ -180,10 +180,30 @@ def test_neural_resumes_to_the_same_map(clouds, tmp_path, monkeypatch):
         NeuralMap(**(TINY | {"hidden": 8})).fit(x, y, folder=tmp_path, progress=False)
     with pytest.raises(ValueError, match="other data"):
         NeuralMap(**TINY).fit(x + 1, y, folder=tmp_path, progress=False)
+    card = json.loads((tmp_path / "training.json").read_text())
+    (tmp_path / "training.json").write_text(json.dumps({k: v for k, v in card.items() if k != "stale"}))
+    with pytest.raises(ValueError, match="folder: .* damaged"):
+        NeuralMap(**TINY).fit(x, y, folder=tmp_path, progress=False)
     state = next(tmp_path.glob("*.safetensors"))
     state.write_bytes(state.read_bytes()[:-9])
     with pytest.raises(ValueError, match="folder: .* damaged"):
         NeuralMap(**TINY).fit(x, y, folder=tmp_path, progress=False)
+
+
+def test_a_training_is_not_resumed_on_points_that_changed_anywhere(clouds, tmp_path):
+    x, y = clouds
+    held_out = x[:20], y[:20]
+    NeuralMap(**TINY).fit(x, y, held_out=held_out, folder=tmp_path, progress=False)
+    changed = x.clone()
+    changed[-1] += 5
+    with pytest.raises(ValueError, match="other data"):
+        NeuralMap(**TINY).fit(changed, y, held_out=held_out, folder=tmp_path, progress=False)
+
+
+def test_neural_held_out_of_another_width(clouds):
+    x, y = clouds
+    with pytest.raises(ValueError, match="held_out source: expected points of"):
+        NeuralMap(**TINY).fit(x, y, held_out=(x[:20, :2], y[:20, :2]), progress=False)
 
 
 def test_a_neural_map_that_is_no_longer_finite_ends_with_the_best(clouds, monkeypatch):
@@ -241,12 +261,11 @@ def test_neural_from_a_stream(clouds, tmp_path, monkeypatch):
     held_out = x[:50], y[:50]
     settings = TINY | dict(skip="linear")
     fitted = NeuralMap(**settings).fit(Chunks(x), Chunks(y), held_out=held_out, progress=False)
-    again = NeuralMap(**settings)
-    again.steps = 8
-    again.fit(Chunks(x), Chunks(y), held_out=held_out, folder=tmp_path, progress=False)
-    (tmp_path / "training.json").write_text(
-        (tmp_path / "training.json").read_text().replace('"steps": 8', '"steps": 12')
-    )
+    steps = NeuralMap(**settings)._fit_by_steps(Chunks(x), Chunks(y), held_out, tmp_path)
+    for _ in range(7):  # and no further: as if it had been killed
+        next(steps)
+    resumed = NeuralMap(**settings).fit(Chunks(x), Chunks(y), held_out=held_out, folder=tmp_path, progress=False)
+    assert torch.equal(resumed(x), fitted(x)) and resumed.report == fitted.report
     assert fitted(x).isfinite().all() and len(fitted.report["curve"]) == 4
     with pytest.raises(ValueError, match="none besides the held-out ones"):
         NeuralMap(**TINY).fit(Chunks(x), Chunks(y), progress=False)
@@ -254,7 +273,9 @@ def test_neural_from_a_stream(clouds, tmp_path, monkeypatch):
     without = NeuralMap(**settings).fit(Chunks(x), Chunks(y), progress=False)  # held out: the first points
     assert without(x).isfinite().all()
     for wrong, message in ((iter([x]), "source: an iterator ends"), ([], "source: the iterable has no"),
-                           ([x * float("nan")], "source: expected batches of finite")):  # fmt: skip
+                           ([x * float("nan")], "source: expected batches of finite"),
+                           ([(x,)], "source: expected batches.*TensorDataset"),
+                           ([x[:, :2]], r"source: expected batches of finite points \(b, ")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             NeuralMap(**TINY).fit(wrong, Chunks(y), held_out=held_out, progress=False)
 
@@ -309,6 +330,17 @@ def test_fit_best_bad_input(clouds):
         fit_best(x, y, held_out=1.5)
     with pytest.raises(ValueError, match="fewer than two points"):
         fit_best(x[:4], y[:4])
+    for other in (dict(normalise="l2"), dict(encoder="e")):  # their divergences would be in other units
+        with pytest.raises(ValueError, match="maps: the mean_shift map has"):
+            fit_best(x, y, maps=[MeanShiftMap(**other)])
+
+
+def test_a_baseline_of_other_settings_is_scored_beside_the_plain_one(clouds):
+    x, y = clouds
+    best = fit_best(x, y, maps=[LinearMap(shrinkage=1.0)])
+    assert sorted(row["map"] for row in best.table) == ["identity", "linear", "linear", "mean_shift"]
+    plain = fit_best(x, y, maps=[LinearMap()])
+    assert sorted(row["map"] for row in plain.table) == ["identity", "linear", "mean_shift"]
 
 
 def test_a_shuffled_map_is_the_linear_one_elsewhere(clouds, tmp_path):

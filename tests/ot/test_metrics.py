@@ -69,7 +69,7 @@ def test_points_without_a_meaning_are_errors(x):
         metrics.default_blur(torch.ones(5, 3))
 
 
-def test_divergence_from_covers_zero_for_one_distribution_and_not_for_two(x):
+def test_divergence_from_tells_one_distribution_from_two(x):
     y = torch.randn(300, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     blur = metrics.default_blur(y)
     same, other = metrics.divergence_from(x, y, blur=blur), metrics.divergence_from(x + 1, y, blur=blur)

@@ -4,9 +4,12 @@ import numpy as np
 import ot
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from pisces_rl.ot import (
+    ConvergenceWarning,
     dummy_point_transport_plan,
     partial_transport_plan,
     pisces_plan,
@@ -47,6 +50,67 @@ def test_dummy_point_is_pots_sinkhorn_of_the_extended_problem(inputs, reg):
         weights = [np.append(w[k].numpy(), 0.3) for w in (a, b)]
         theirs = ot.sinkhorn(*weights, extended, reg, method="sinkhorn_log", stopThr=1e-13, numItermax=100_000)
         assert np.abs(ours.plan[k].numpy() - theirs[:-1, :-1]).max() < 1e-8
+
+
+@settings(max_examples=15, deadline=None)
+@given(n=st.integers(1, 9), m=st.integers(1, 14), mass=st.sampled_from([0.2, 0.6, 0.9]), seed=st.integers(0, 2**20))
+def test_random_partial_problems_are_pots(n, m, mass, seed):
+    generator = torch.Generator().manual_seed(seed)
+    cost, a, b = (torch.rand(*shape, generator=generator, dtype=torch.float64) for shape in ((n, m), (n,), (m,)))
+    a, b = (a + 0.1) / (a + 0.1).sum(), (b + 0.1) / (b + 0.1).sum()
+    uniform = partial_transport_plan(
+        cost, a, b, mass=mass, reg=0.1, reference="uniform", tolerance=1e-11, max_iterations=50_000
+    )
+    theirs = ot.partial.entropic_partial_wasserstein(
+        a.numpy(), b.numpy(), cost.numpy(), 0.1, m=mass, numItermax=100_000, stopThr=1e-15
+    )
+    assert np.abs(uniform.plan.numpy() - theirs).max() < 1e-7
+    dummy = dummy_point_transport_plan(cost, a, b, mass=mass, reg=0.1, tolerance=1e-11, max_iterations=50_000)
+    extended = np.pad(cost.numpy(), ((0, 1), (0, 1)))
+    extended[-1, -1] = 1e3
+    weights = [np.append(w.numpy(), 1 - mass) for w in (a, b)]
+    theirs = ot.sinkhorn(*weights, extended, 0.1, method="sinkhorn_log", stopThr=1e-13, numItermax=100_000)
+    assert np.abs(dummy.plan.numpy() - theirs[:-1, :-1]).max() < 1e-7
+
+
+@pytest.mark.parametrize("reference", ["product", "uniform"])
+def test_all_of_the_mass_is_solved_as_the_balanced_problem(inputs, reference):
+    """Its block ascent would take thousands of iterations; beside it a problem of less mass keeps its own."""
+    cost, a, b = inputs
+    mass = torch.tensor([1.0, 0.6], dtype=torch.float64)
+    both = partial_transport_plan(cost, a, b, mass=mass, reg=0.05, reference=reference, tolerance=1e-9)
+    balanced = transport_plan(cost[:1], a[:1], b[:1], reg=0.05, tolerance=1e-9)
+    assert both.iterations[0] == balanced.iterations[0] < 60
+    torch.testing.assert_close(both.plan[:1], balanced.plan, atol=1e-9, rtol=0)
+    if reference == "product":
+        torch.testing.assert_close(both.value[:1], balanced.value)
+    alone = partial_transport_plan(cost[1:], a[1:], b[1:], mass=0.6, reg=0.05, reference=reference, tolerance=1e-9)
+    torch.testing.assert_close(both.plan[1:], alone.plan, atol=1e-9, rtol=0)
+    gradient = torch.autograd.functional.jacobian(
+        lambda c: partial_transport_plan(c, a, b, mass=mass, reg=0.05, reference=reference).value.sum(), cost
+    )
+    torch.testing.assert_close(gradient, both.plan, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("solve", [
+    lambda c: dummy_point_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
+    lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
+    lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1, reference="uniform"),
+    lambda c: transport_plan(c, reg=1e-3, max_iterations=1),
+])  # fmt: skip
+def test_warnings_point_at_the_caller(inputs, solve):
+    with pytest.warns(ConvergenceWarning) as caught:
+        solve(inputs[0])
+    assert caught[0].filename == __file__
+
+
+def test_the_published_iteration_says_how_far_it_came(inputs):
+    done = pisces_plan(inputs[0], mass=0.9, reg=0.05)
+    assert (done.change < 1e-3).all() and (done.iterations < 200).all() and done.plan.shape == inputs[0].shape
+    short = pisces_plan(inputs[0], mass=0.9, reg=0.05, max_iterations=2, tolerance=1e-9)
+    assert (short.change > 1e-9).all() and (short.iterations == 2).all()
+    with pytest.raises(ValueError, match=r"reg=0\.05 is .* times smaller"):
+        pisces_plan(inputs[0].float() * 1e6, mass=1.0, reg=0.05)
 
 
 @pytest.mark.parametrize("solve", [partial_transport_plan, dummy_point_transport_plan])
@@ -109,12 +173,12 @@ def test_the_published_iteration_is_unbalanced_transport_with_counting_reference
     cost, a, b = inputs
     a, b = torch.full_like(a, 1 / 6), torch.full_like(b, 1 / 9)
     for mass in (0.5, 0.9):
-        plan = pisces_plan(cost, a, b, mass=mass, reg=0.05, tolerance=1e-13, max_iterations=5000)
+        plan = pisces_plan(cost, a, b, mass=mass, reg=0.05, tolerance=1e-13, max_iterations=5000).plan
         other = transport_plan(cost, a, b, reg=0.05, reach=0.05 * mass / (1 - mass), tolerance=1e-12).plan
         rows, others = (p / p.sum(2, keepdim=True) for p in (plan, other))
         assert (rows - others).abs().max() < 1e-9
         assert (plan.sum((1, 2)) - mass).abs().max() > 0.05  # not a plan of that mass
-    whole = pisces_plan(cost, a, b, mass=1.0, reg=0.05, tolerance=1e-13, max_iterations=5000)
+    whole = pisces_plan(cost, a, b, mass=1.0, reg=0.05, tolerance=1e-13, max_iterations=5000).plan
     assert (whole - transport_plan(cost, a, b, reg=0.05, tolerance=1e-11).plan).abs().max() < 1e-8
 
 
@@ -126,6 +190,8 @@ def test_the_published_iteration_is_unbalanced_transport_with_counting_reference
         (dict(mass=torch.tensor([0.5, -0.1])), "mass: expected > 0"),
         (dict(mass=torch.tensor([0.5, 0.1, 0.2])), r"mass: expected a number or \(2,\)"),
         (dict(reg=0), "reg=0"),
+        (dict(max_iterations=0), "max_iterations=0"),
+        (dict(max_iterations=2.5), "max_iterations=2.5"),
     ],
 )
 @pytest.mark.parametrize("solve", [partial_transport_plan, dummy_point_transport_plan])

@@ -77,8 +77,18 @@ def test_small_reg_is_the_linear_programme():
     assert exact == pytest.approx(ot.emd2(a[0].numpy(), b[0].numpy(), cost[0].numpy()), abs=1e-9)
 
 
-def test_one_dimension_is_sorting():
-    generator = torch.Generator().manual_seed(1)
+@settings(max_examples=10, deadline=None)
+@given(n=st.integers(1, 8), m=st.integers(1, 10), seed=st.integers(0, 2**20))
+def test_random_small_reg_is_the_exact_cost(n, m, seed):
+    cost, a, b = problem(1, n, m, seed)
+    exact = ot.emd2(a[0].numpy(), b[0].numpy(), cost[0].numpy())
+    plan = transport_plan(cost, a, b, reg=2e-3, tolerance=1e-7, max_iterations=100_000).plan
+    assert -1e-6 <= float(transport_cost(cost, plan)) - exact < 2e-3 * math.log(n * m + 1) + 1e-6
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_one_dimension_is_sorting(seed):
+    generator = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(1, 12, 1, generator=generator, dtype=torch.float64) for _ in range(2))
     plan = transport_plan(squared_cost(x, y), reg=1e-4, tolerance=1e-6, max_iterations=100_000)
     exact = (x.sort(1).values - y.sort(1).values).square().mean() / 2
@@ -285,7 +295,7 @@ def test_precisions_that_the_user_set_are_what_they_were():
         lambda c: partial_transport_plan(c, reg=0.1, mass=0.5),
         lambda c: partial_transport_plan(c, reg=0.1, mass=0.5, reference="uniform"),
         lambda c: dummy_point_transport_plan(c, reg=0.1, mass=0.5),
-        lambda c: pisces_plan(c, reg=0.1, mass=0.5),
+        lambda c: pisces_plan(c, reg=0.1, mass=0.5).plan,
     ],
 )
 def test_costs_that_are_not_finite_are_an_error_of_every_plan(solve, bad):
@@ -329,3 +339,31 @@ def test_costs_of_points():
     unit_x, unit_y = (torch.nn.functional.normalize(z, dim=-1) for z in (x, y))
     torch.testing.assert_close(cosine_cost(x, y), squared_cost(unit_x, unit_y))
     assert cosine_cost(torch.zeros(1, 1, 3), torch.ones(1, 1, 3)).item() == 1
+
+
+def test_iterations_must_be_a_count():
+    for wrong in (0, -5, 2.5, None, True):
+        with pytest.raises(ValueError, match="max_iterations="):
+            transport_plan(torch.rand(2, 3), reg=0.1, max_iterations=wrong)
+
+
+def test_far_cells_may_underflow_after_the_c_transform():
+    """Costs that span 60 to 120 eps: no annealing, and the same plan as in double precision."""
+    cost, a, b = problem(4, 16, 40, dtype=torch.float32)
+    plan = transport_plan(cost, a, b, reg=0.01, tolerance=1e-6)
+    exact = transport_plan(cost.double(), a.double(), b.double(), reg=0.01, tolerance=1e-11)
+    assert plan.converged.all() and (plan.plan.double() - exact.plan).abs().sum((1, 2)).max() < 1e-4
+
+
+def test_precision_settings_are_inherited_again():
+    """A solve reads the effective setting, which may be a parent's, and must not pin it."""
+    parent, child = torch.backends, torch.backends.mkldnn.matmul
+    before = parent.fp32_precision, child.fp32_precision
+    try:
+        parent.fp32_precision, child.fp32_precision = "tf32", "none"
+        transport_plan(torch.rand(3, 4), reg=0.1)
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+        parent.fp32_precision = "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        parent.fp32_precision, child.fp32_precision = before

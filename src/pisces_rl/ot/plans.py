@@ -34,7 +34,7 @@ class TransportPlan:
     Attributes:
         plan: (B, N, M), P_ij, without gradients.
         value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
-        marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of the mass.
+        marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of max(|a|, |b|).
         iterations: (B,), updates of both potentials at the final `reg`, counted from the start of the last solver
         tried.
         potential_a, potential_b: (B, N), (B, M), f and g in units of cost; 0 at zero weights.
@@ -94,13 +94,14 @@ def transport_plan(
             weight at all in a or in b (an empty prompt) has a zero plan.
         reg: entropic regularisation eps > 0, in units of cost.
         reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
-        tolerance: L1 marginal error to stop at, as a share of the mass. max_iterations: at the final reg.
+        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|). max_iterations: at the final reg.
 
     Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
     tolerance. Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv
     1810.08278).
     """
     check_positive(reg=reg, tolerance=tolerance)
+    check_count(max_iterations=max_iterations)
     if reach is not None:
         check_positive(reach=reach)
     problems = _Problems.of(cost, a, b)
@@ -139,19 +140,23 @@ class _Problems:
 
     def solve(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> TransportPlan:
         """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
+        return self.finish(*self.fields(reg, constraint, tolerance, max_iterations), tolerance)
+
+    def fields(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> list[Tensor]:
+        """Those of `TransportPlan`."""
         if not fused.serves(self.cost, tolerance):
-            return self.finish(*solve_checked(self.masked(), reg, constraint, tolerance, max_iterations), tolerance)
+            return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, stacklevel=5)
         with full_precision(self.cost.device):
             cost = self.cost.detach()
             plan, f, g, statistics = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
             error, iterations, value = statistics
-            fields = [plan, value, error, iterations, f, g]
+            fields = [plan, value, error, iterations.long(), f, g]
             left = (~(error.cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
             if len(left):
                 rest = _Problems(cost[left], self.a[left], self.b[left], True, self.slack)
-                solved = solve_checked(rest.masked(), reg, constraint[left], tolerance, max_iterations)
+                solved = solve_checked(rest.masked(), reg, constraint[left], tolerance, max_iterations, stacklevel=5)
                 fields = [all_.index_copy(0, left, some.to(all_)) for all_, some in zip(fields, solved)]
-        return self.finish(*fields, tolerance)
+        return fields
 
     def masked(self) -> "Masked":
         return Masked.of(self.cost.detach(), self.a, self.b, self.slack)
@@ -209,9 +214,12 @@ class Masked:
 
 
 def solve_checked(
-    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
+    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, stacklevel: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `TransportPlan` by the general solver, for any reference and any pattern of cells."""
+    """The fields of `TransportPlan` by the general solver, for any reference and any pattern of cells.
+
+    `stacklevel` is of the warning: how far above is the caller who asked.
+    """
     with full_precision(problems.cost.device):
         fields, converged = _solve_checked(problems, reg, constraint, tolerance, max_iterations)
     if not converged:
@@ -220,7 +228,7 @@ def solve_checked(
             f"{int((~(error <= tolerance)).sum())} of {len(error)} plans miss the marginal error of {tolerance:g}, "
             f"at worst {float(error.max()):.1e} after {max_iterations} iterations: raise reg or max_iterations.",
             ConvergenceWarning,
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     return fields
 
@@ -237,14 +245,10 @@ def _solve_checked(
         b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
     begin = Start.of(cost, constraint, reg, problems.full)
     problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
-    own_stages = annealing_stages(begin.span, reg)
+    own_stages = annealing_stages(begin.span, reg, constraint)
     extremes = own_stages.amax(), own_stages.amin(), begin.span.amax() / reg, begin.l0.abs().amax() / reg
     stages, fewest, ratio, distance = problems.check(*extremes)
-    if ratio > RESOLUTION[cost.dtype]:
-        raise ValueError(
-            f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {cost.dtype} "
-            "resolves: raise reg, rescale the cost, or pass it in float64."
-        )
+    check_resolution(ratio, reg, cost.dtype)
     if stages and not fewest:  # those that anneal apart from those that need not, so that neither changes the other
         parts = [(own_stages == 0).nonzero()[:, 0], (own_stages > 0).nonzero()[:, 0]]
         solved = [_solve_checked(problems[rows], reg, constraint[rows], tolerance, max_iterations) for rows in parts]
@@ -275,6 +279,20 @@ def _weights(name: str, weights: Tensor | None, cost: Tensor, n: int) -> Tensor:
     if weights.requires_grad:
         raise ValueError(f"{name}: gradients flow to the cost only; pass {name}.detach().")
     return weights.to(cost).expand(batch, n)
+
+
+def check_count(**values: int) -> None:
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected an integer >= 1.")
+
+
+def check_resolution(ratio: float, reg: float, dtype: torch.dtype) -> None:
+    if ratio > RESOLUTION[dtype]:
+        raise ValueError(
+            f"reg={reg:g} is {ratio:.0e} times smaller than the range of the costs, more than {dtype} resolves: raise "
+            "reg, rescale the cost, or pass it in float64."
+        )
 
 
 def check_positive(**values: float) -> None:

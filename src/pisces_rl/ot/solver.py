@@ -6,8 +6,9 @@ two batched matrix-vector products:
 
     x = update(log(a / alpha) - log(K (beta e^y)) - z),   y likewise with K^T,   z so that a given mass is right
 
-Where the costs, less their c-transform, span more than `EXP_RANGE` eps, the kernel would underflow: those problems are
-annealed, eps 4^k, ..., 4 eps, eps, each stage beginning with iterations in the log domain.
+Where the costs, less their c-transform, span more than `TRANSFORMED_RANGE` eps (under a bound, which allows no
+c-transform, `EXP_RANGE`), the kernel would underflow: those problems are annealed, eps 4^k, ..., 4 eps, eps, each
+stage beginning with iterations in the log domain.
 
 Every problem of a batch runs its own schedule and stops by its own error, so what it shares a batch with does not
 change its result. Errors are read every `BLOCK` iterations; one read is one wait for the device.
@@ -25,6 +26,8 @@ from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
 from pisces_rl.ot.costs import exact_products
 
 EXP_RANGE = 60.0  # e^-60 times any weight that matters is far above the smallest float
+#: After the c-transform each row and column has a cell of reduced cost 0, so that far cells may underflow unharmed.
+TRANSFORMED_RANGE = 120.0
 REBUILD = 30.0  # absorb once a rest exceeds this many eps
 STAGE_FACTOR = 4.0
 STAGE_ITERATIONS = 6
@@ -240,7 +243,7 @@ def solve(
     state = _State(*offsets, *rests, precise=stages > 0, flat=flat, base=half)
     if not bounded:  # only bounded plans have a multiplier of the mass
         state.f0, state.l0 = state.f0 + state.l0, torch.zeros_like(state.l0)
-    own_stages = annealing_stages(begin.span, reg)[:, None]
+    own_stages = annealing_stages(begin.span, reg, constraint)[:, None]
     for stage in range(stages, 0, -1):
         _stage(problem, state, reg * STAGE_FACTOR**stage, own_stages >= stage, STAGE_ITERATIONS)
     if stages:
@@ -254,10 +257,11 @@ def solve(
     return solution
 
 
-def annealing_stages(span: Tensor, reg: float) -> Tensor:
+def annealing_stages(span: Tensor, reg: float, constraint: Constraint) -> Tensor:
     """(B,): how often eps starts a factor of `STAGE_FACTOR` higher, 0 where the kernel does not underflow at `reg`."""
+    limit = EXP_RANGE if isinstance(constraint, Bounded) else TRANSFORMED_RANGE
     stages = (span / (reg * EXP_RANGE / STAGE_FACTOR)).clamp_min(1).log() / math.log(STAGE_FACTOR)
-    return torch.where(span > EXP_RANGE * reg, stages.ceil(), torch.zeros_like(stages))
+    return torch.where(span > limit * reg, stages.ceil(), torch.zeros_like(stages))
 
 
 def _stage(problem: _Problem, state: _State, eps: float, active: Tensor, iterations: int) -> None:

@@ -185,7 +185,7 @@ class BoundOTAttention:
             a, b = (weights.repeat_interleave(heads, 0) for weights in (a, b))
         cost = cost.flatten(0, 1)
         if s.plan == "paper":
-            plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance)
+            plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance).plan
         elif s.plan == "partial":
             mass = s.mass * a.sum(1)
             plan = partial_transport_plan(cost, a, b, mass=mass, reg=s.reg, tolerance=s.tolerance).plan

@@ -37,6 +37,11 @@ class BestMap:
         return "\n".join(lines + ["| " + " | ".join(str(row[n]) for n in names) + " |" for row in self.table])
 
 
+def _alike(m: TransportMap, other: TransportMap) -> bool:
+    """Whether two maps are of one kind with the same settings."""
+    return type(m) is type(other) and all(getattr(m, name) == getattr(other, name) for name in m.settings)
+
+
 def fit_best(
     source: Tensor,
     target: Tensor,
@@ -68,8 +73,14 @@ def fit_best(
         raise ValueError(f"paired: expected equally many points, got {len(source)} and {len(target)}.")
     shared = dict(encoder=encoder, normalise=normalise)
     maps = [EntropicMap(**shared)] if maps is None else list(maps)
-    asked = {(type(m), m.normalise) for m in maps}
-    baselines = [kind(**shared) for kind in (IdentityMap, MeanShiftMap, LinearMap) if (kind, normalise) not in asked]
+    for m in maps:
+        if (m.encoder, m.normalise) != (encoder, normalise):
+            raise ValueError(
+                f"maps: the {m.kind} map has encoder={m.encoder!r} and normalise={m.normalise!r}, the others "
+                f"{encoder!r} and {normalise!r}: scores would not be in one unit. Give the same to fit_best."
+            )
+    baselines = [kind(**shared) for kind in (IdentityMap, MeanShiftMap, LinearMap)]
+    baselines = [m for m in baselines if not any(_alike(m, other) for other in maps)]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source), generator=generator)
     other = order if paired else torch.randperm(len(target), generator=generator)
@@ -92,7 +103,7 @@ def fit_best(
             row |= {f"recall@{k}": value for k, value in paired_recall(mapped, goal, seed=seed).items()}
         candidate.report["held_out"] = {k: list(v) for k, v in row.items() if isinstance(v, Estimate)}
         rows.append((row, candidate))
-    linear = next(row["divergence"].value for row, candidate in rows if candidate.kind == "linear")
+    linear = min(row["divergence"].value for row, candidate in rows if candidate.kind == "linear")
     for row, candidate in rows:
         if candidate.kind not in BASELINES and row["divergence"].value >= linear:
             warnings.warn(

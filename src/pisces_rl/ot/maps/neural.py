@@ -122,6 +122,11 @@ class NeuralMap(TransportMap):
             raise ValueError(
                 f"target: expected points of {held_source.shape[1]} dimensions, got {held_target.shape[1]}."
             )
+        for name, data, held in (("source", source, held_source), ("target", target, held_target)):
+            if isinstance(data, Tensor) and data.shape[1] != held.shape[1]:
+                raise ValueError(
+                    f"held_out {name}: expected points of {data.shape[1]} dimensions, got {held.shape[1]}."
+                )
         training = _Training(self, source, target, held_source, held_target, rank, world)
         if folder is not None:
             training.resume(Path(folder))
@@ -156,7 +161,7 @@ class NeuralMap(TransportMap):
             return points[order[count:]], points[order[:count]]
         held, count = [], 0
         for batch in data:
-            held.append(batch)
+            held.append(_checked(name, batch))
             count += len(batch)
             if count >= HELD_OUT:
                 break
@@ -186,8 +191,8 @@ class _Training:
         self.map, self.rank, self.world, device = map_, rank, world, map_.device
         dimension = held_source.shape[1]
         share = map_.batch_size // world
-        self.sources = _Batches("source", source, share, map_, 2 * map_.seed, rank, world)
-        self.targets = _Batches("target", target, share, map_, 2 * map_.seed + 1, rank, world)
+        self.sources = _Batches("source", source, share, map_, 2 * map_.seed, rank, world, dimension)
+        self.targets = _Batches("target", target, share, map_, 2 * map_.seed + 1, rank, world, dimension)
         data = hashlib.sha256()
         for points in (held_source, held_target, self.sources.first(), self.targets.first()):
             data.update(points.double().cpu().numpy().tobytes())
@@ -355,6 +360,12 @@ class _Training:
             raise ValueError(
                 f"folder: {folder} holds a training with other {', '.join(differ)}; choose another folder."
             )
+        try:
+            self._restore(state, tensors)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"folder: {folder} holds a training that is damaged ({error!r}).") from error
+
+    def _restore(self, state: dict, tensors: dict[str, Tensor]) -> None:
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             part, key = name.split("/", 1)
@@ -378,8 +389,10 @@ class _Training:
 class _Batches:
     """Batches of normalised points on the device: drawn at random from a tensor, or read in turn from an iterable."""
 
-    def __init__(self, name: str, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int):
-        self.name, self.data, self.batch, self.map, self.drawn = name, data, batch, map_, 0
+    def __init__(
+        self, name: str, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int, width: int
+    ):
+        self.name, self.data, self.batch, self.map, self.drawn, self.width = name, data, batch, map_, 0, width
         self.rank, self.world = rank, world
         if isinstance(data, Tensor):
             self.data = data.float().to(map_.device)
@@ -409,8 +422,10 @@ class _Batches:
                 self._read(batches * self.batch * self.world)
 
     def first(self) -> Tensor:
-        """A few of the points."""
-        return self.data[:16] if isinstance(self.data, Tensor) else self._checked(next(iter(self.data), None))[:16]
+        """All points, or the first few of an iterable."""
+        if isinstance(self.data, Tensor):
+            return self.data
+        return _checked(self.name, next(iter(self.data), None), self.width)[:16]
 
     def sample(self) -> Tensor:
         """Points for a closed-form fit: all of a tensor, the first of a stream."""
@@ -418,7 +433,7 @@ class _Batches:
             return self.data.double().cpu()
         points, count = [], 0
         for batch in self.data:
-            points.append(self.map.points(self.name, batch))
+            points.append(self.map.points(self.name, _checked(self.name, batch, self.width)))
             count += len(batch)
             if count >= SAMPLE:
                 break
@@ -430,18 +445,10 @@ class _Batches:
             if batch is None:
                 self.iterator = iter(self.data)
                 batch = next(self.iterator, None)
-            batch = self._checked(batch)
+            batch = _checked(self.name, batch, self.width)
             self.rest = batch if self.rest is None else torch.cat([self.rest, batch])
         points, self.rest = self.rest[:count], self.rest[count:]
         return points
-
-    def _checked(self, batch: Tensor | None) -> Tensor:
-        if batch is None:
-            raise ValueError(f"{self.name}: the iterable has no points, or none besides the held-out ones.")
-        if not isinstance(batch, Tensor) or batch.ndim != 2 or not batch.isfinite().all():
-            found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-            raise ValueError(f"{self.name}: expected batches of finite points (b, D), got {found}.")
-        return batch
 
 
 class _Skip:
@@ -452,6 +459,18 @@ class _Skip:
 
     def __iter__(self):
         return (batch for i, batch in enumerate(self.data) if i >= self.count)
+
+
+def _checked(name: str, batch: Tensor | None, width: int | None = None) -> Tensor:
+    """A batch of an iterable, or what is wrong with it."""
+    if batch is None:
+        raise ValueError(f"{name}: the iterable has no points, or none besides the held-out ones.")
+    right = isinstance(batch, Tensor) and batch.ndim == 2 and width in (None, batch.shape[1])
+    if not right or not batch.isfinite().all():
+        found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        mend = " (a TensorDataset gives tuples: wrap it to give its tensor)" if isinstance(batch, list | tuple) else ""
+        raise ValueError(f"{name}: expected batches of finite points (b, {width or 'D'}), got {found}{mend}.")
+    return batch
 
 
 def _body(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
