@@ -1,13 +1,15 @@
-"""Gradients through the last steps and the decoder: values, reach, and finite differences, on seven families."""
+"""Gradients through the last steps and the decoder: values, reach, and finite differences, on every family."""
 
 import pytest
 import torch
 from policy.test_replay_parity import PROMPTS, adapted
-from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE
+from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE, REFUSES
 
-from pisces_rl.policy import DecodedPart, VideoPolicy, lora_parameters
+from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, lora_parameters
 
 STEPS = 3
+DIFFERENTIABLE = [family for family in BUILD if (family, "backpropagation") not in REFUSES]
+BY_FRAME = ("animatediff", "t2v_sd", "latte")  # families whose decoder takes frames one by one
 
 
 def build(family: str, guided: bool = False) -> tuple[VideoPolicy, dict]:
@@ -23,7 +25,7 @@ def gradients(parameters: dict, loss) -> list:
     return torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", DIFFERENTIABLE)
 def test_videos_are_the_samples_and_gradients_reach_every_adapter(family):
     policy, parameters = build(family, guided=True)
     expected = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
@@ -40,6 +42,33 @@ def test_videos_are_the_samples_and_gradients_reach_every_adapter(family):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-8)
     assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(results[1, True], results[2, True], strict=True))
     assert vars(policy.pipeline.vae).keys() == before.keys() and torch.is_grad_enabled()
+
+
+def refusals(what: str) -> list:
+    return [(family, message) for (family, refused), message in REFUSES.items() if refused == what]
+
+
+@pytest.mark.parametrize("family, message", refusals("backpropagation"))
+def test_families_without_backpropagation_say_so(family, message):
+    policy, _ = build(family)
+    with pytest.raises(PolicyError, match=message):
+        policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2])
+    assert "decode" not in vars(policy.pipeline.vae) and torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("family, message", refusals("a later start"))
+def test_families_that_cannot_start_later_say_so(family, message):
+    policy, _ = build(family)
+    final = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
+    with pytest.raises(PolicyError, match=message):
+        policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], renoise=(final, (5, 6)))
+
+
+@pytest.mark.parametrize("family, message", refusals("a part of the frames"))
+def test_families_that_decode_no_part_say_so(family, message):
+    policy, _ = build(family)
+    with pytest.raises(PolicyError, match=message):
+        policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
@@ -69,7 +98,7 @@ def test_the_gradient_is_the_finite_difference(family, checkpointing):
     assert norm.item() == pytest.approx((ends[0] - ends[1]) / (2 * size), rel=2e-2)
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", DIFFERENTIABLE)
 def test_a_jump_decodes_the_one_step_prediction(family):
     policy, parameters = build(family)
     last = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], jump_at=STEPS - 1)
@@ -80,7 +109,7 @@ def test_a_jump_decodes_the_one_step_prediction(family):
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(parameters, first.square().mean()))
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a later start") not in REFUSES])
 def test_the_last_step_begins_from_renoised_latents(family):
     policy, parameters = build(family)
     final = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
@@ -94,13 +123,13 @@ def test_the_last_step_begins_from_renoised_latents(family):
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(parameters, a.square().mean()))
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a part of the frames") not in REFUSES])
 def test_a_part_of_the_frames(family):
     policy, parameters = build(family)
     whole = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
     videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(parameters, videos.square().mean()))
-    if family in ("animatediff", "t2v_sd"):
+    if family in BY_FRAME:
         torch.testing.assert_close(videos.detach(), whole, rtol=1e-4, atol=1e-5)
         videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
         (of_pixels,) = torch.autograd.grad(videos.square().sum(), videos)

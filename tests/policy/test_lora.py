@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig
 from tiny_pipelines import BUILD, CALLS, quiet
 
+from pisces_rl.hub import model_card
 from pisces_rl.policy import (
     adapters_off,
     add_lora,
@@ -16,6 +17,9 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
+from pisces_rl.policy.lora import has_lora_loader
+
+PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos")  # plain diffusers has no LoRA loader for them
 
 
 def adapted(family, r=4, seed=0):
@@ -43,7 +47,8 @@ def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
     trained = latents(pipe, family)
     fresh = quiet(BUILD[family]())
     base = latents(fresh, family)
-    if family == "t2v_sd":  # its UNet has no LoRA loader in diffusers: peft's layout
+    assert has_lora_loader(pipe) == (family not in PEFT_LAYOUT)
+    if family in PEFT_LAYOUT:
         load_lora(fresh, tmp_path)
     else:
         fresh.load_lora_weights(tmp_path)
@@ -51,6 +56,19 @@ def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
     assert not torch.allclose(base, trained, atol=1e-3)
     call = dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family])
     assert check_saved_lora(pipe, tmp_path, call, 1e-4) <= 1e-4
+
+
+@pytest.mark.parametrize("family", PEFT_LAYOUT)
+def test_the_card_of_a_peft_layout_loads_it(family, tmp_path):
+    """The lines of the card's snippet that load the adapter, run as they are."""
+    pipe, _, _, _ = adapted(family)
+    save_lora(pipe, tmp_path)
+    card = model_card("you/base", "Video GRPO", type(pipe).__name__, {}, folder=tmp_path, repo_id=str(tmp_path))
+    lines = [line for line in card.splitlines() if "PeftModel" in line]
+    assert len(lines) == 2, card
+    fresh = quiet(BUILD[family]())
+    exec("\n".join(lines), {"pipe": fresh})
+    torch.testing.assert_close(latents(fresh, family), latents(pipe, family))
 
 
 def test_check_finds_an_adapter_that_is_not_the_trained_one(tmp_path):

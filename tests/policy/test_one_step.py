@@ -1,15 +1,25 @@
-"""Predictions at one step, on seven families."""
+"""Predictions at one step, on every family."""
 
 import pytest
 import torch
 from policy.test_latents import build
 from policy.test_replay_parity import PROMPTS
-from tiny_pipelines import BUILD, FLOW, GUIDANCE
+from tiny_pipelines import BUILD, FLOW, GUIDANCE, REFUSES
 
-from pisces_rl.policy import lora_parameters
+from pisces_rl.policy import PolicyError, lora_parameters
+
+STARTING = [family for family in BUILD if (family, "a later start") not in REFUSES]
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family, message", [(f, m) for (f, what), m in REFUSES.items() if what == "a later start"])
+def test_families_that_cannot_start_later_say_so(family, message):
+    policy = build(family)
+    first = policy.predict(PROMPTS, noise_seeds=[1, 2], step=0)
+    with pytest.raises(PolicyError, match=message):
+        policy.predict(PROMPTS, noise_seeds=[1, 2], step=1, state=first.following)
+
+
+@pytest.mark.parametrize("family", STARTING)
 def test_predictions_along_the_trajectory_are_the_sampler_s(family):
     policy = build(family)
     final = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
@@ -24,7 +34,7 @@ def test_predictions_along_the_trajectory_are_the_sampler_s(family):
         torch.testing.assert_close(found.clean, state, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", STARTING)
 def test_noised_states_gradients_and_another_grid(family):
     policy = build(family)
     parameters = lora_parameters(dict(policy.denoiser.items()))
@@ -43,7 +53,7 @@ def test_noised_states_gradients_and_another_grid(family):
     assert not policy.predict(PROMPTS, noise_seeds=[1, 2], step=2, clean=clean).clean.requires_grad
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", STARTING)
 def test_guidance_for_this_once(family):
     policy = build(family)
     clean = policy.final_latents(PROMPTS, noise_seeds=[1, 2])

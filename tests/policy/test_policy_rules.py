@@ -103,7 +103,16 @@ def test_pipelines_that_break_a_rule(wan):
         for t in self.scheduler.timesteps[:2]:
             x = self.scheduler.step(x, t, x, return_dict=False)[0]
 
-    for step, message in ((never, "never called"), (copied, "never called"), (twice, "more than once per timestep"),
+    def again(self, prompt, generator, n, kwargs):
+        x = torch.randn(1, 2, generator=generator[0])
+        for _ in range(2):
+            self.scheduler.set_timesteps(n)
+            for t in self.scheduler.timesteps:
+                x = self.scheduler.step(x, t, x, return_dict=False)[0]
+
+    for step, message in ((again, "sets its timesteps again after 4"),
+                          (never, "never called"), (copied, "steps with copies of its scheduler"),
+                          (twice, "more than once per timestep"),
                           (edits, "changes the latents"), (few, "took 2 scheduler steps for 4")):
         with pytest.raises(PolicyError, match=message):
             run(broken(step), wan)

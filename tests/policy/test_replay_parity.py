@@ -1,16 +1,21 @@
-"""Replayed log-probs equal the sampling pass's: seven families, every transition that fits, guidance on and off."""
+"""Replayed log-probs equal the sampling pass's: every family, every transition that fits, guidance on and off."""
 
 import functools
 import math
 
+import diffusers
 import pytest
 import torch
-from tiny_pipelines import BUILD, CALLS, FLOW, GUIDANCE, quiet
+from tiny_pipelines import BUILD, CALLS, EDM, FLOW, GUIDANCE, quiet
 
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
+from pisces_rl.policy.lora import has_lora_loader
 
 FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")
-CASES = [(family, name) for family in BUILD for name in (FLOW_TRANSITIONS if family in FLOW else ("ddim",))]
+FITTING = {family: ("ddim",) for family in BUILD}
+FITTING |= dict.fromkeys(FLOW, FLOW_TRANSITIONS) | dict.fromkeys(EDM, ("ancestral",))
+CASES = [(family, name) for family in BUILD for name in FITTING[family]]
+SLICE_TOLERANCE = {"allegro": 3e-5}  # x0^ = (x - ...) / sqrt(alpha-bar), which is 0.0064 at its first step
 PROMPTS = ["a fish", "a bird in the snow"]
 
 
@@ -67,9 +72,11 @@ def test_replay_equals_sampling(family, transition, guided, checkpointing, parit
 
     parity_results.append({"family": family, "pipeline": type(pipe).__name__, "transition": transition,
                            "guided": guided, "checkpointed": checkpointing, "whole_batch": errors["whole"],
-                           "slice": errors["slice"], "adapter_tensors": len(parameters), "with_gradient": reached})
+                           "slice": errors["slice"], "adapter_tensors": len(parameters), "with_gradient": reached,
+                           "lora_layout": "diffusers" if has_lora_loader(pipe) else "peft",
+                           "diffusers": diffusers.__version__})
     assert errors["whole"] == 0.0
-    assert errors["slice"] <= 1e-5
+    assert errors["slice"] <= SLICE_TOLERANCE.get(family, 1e-5)
     assert reached == len(parameters)
 
 
@@ -89,16 +96,24 @@ def test_log_prob_is_the_gaussian_density_of_the_recorded_states(family):
 
 @pytest.mark.parametrize("family", BUILD)
 def test_deterministic_sampling_is_the_unmodified_pipeline(family):
-    """With no stochastic step the policy draws what the pipeline draws by itself, and leaves it as it was."""
+    """With no stochastic step the policy draws what the pipeline draws by itself, and leaves it as it was.
+
+    By itself with the schedule a policy uses, and one prompt at a time, which is all that some pipelines take.
+    """
     pipe = adapted(family)
     policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS[family])
     scheduler, attributes = pipe.scheduler, set(vars(pipe))
     ours = policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="pt").videos
-    generators = [torch.Generator().manual_seed(s) for s in (1, 2)]
-    call = dict(generator=generators, num_inference_steps=4, output_type="pt", **CALLS[family])
-    theirs = pipe(prompt=PROMPTS, **call).frames
-    torch.testing.assert_close(ours, theirs.float(), rtol=1e-3, atol=2e-4)
     assert pipe.scheduler is scheduler and set(vars(pipe)) == attributes
+    call = dict(num_inference_steps=4, output_type="pt", **CALLS[family])
+    try:
+        pipe.scheduler = type(policy.scheduler).from_config(policy.scheduler.config)
+        theirs = [pipe(prompt=[prompt], generator=torch.Generator().manual_seed(seed), **call).frames
+                  for prompt, seed in zip(PROMPTS, (1, 2), strict=True)]
+    finally:
+        pipe.scheduler = scheduler
+    atol = 1.01 / 255 if family == "cosmos" else 2e-4  # its guardrail hands back videos of 8 bits
+    torch.testing.assert_close(ours, torch.cat(theirs).float(), rtol=1e-3, atol=atol)
     assert all("forward" not in vars(d) for d in policy.denoiser.values())
 
 
@@ -130,6 +145,7 @@ def test_gradient_equals_finite_difference():
     try:
         policy.prompt_memo.memory.clear()
         parameters = list(lora_parameters(dict(policy.denoiser.items())).values())
+        torch.manual_seed(0)
         direction = [torch.randn_like(p) for p in parameters]
 
         def total(grad):

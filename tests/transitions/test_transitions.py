@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 
-from pisces_rl.transitions import TRANSITIONS, cps, dance_sde, ddim, flow_sde, flow_sde_linear, log_prob
+from pisces_rl.transitions import TRANSITIONS, ancestral, cps, dance_sde, ddim, flow_sde, flow_sde_linear, log_prob
 
 TARGET_STD, SHIFT = 0.3, 3.0
 SDES = {"flow_sde": (flow_sde, 0.7), "flow_sde_linear": (flow_sde_linear, 1.0), "dance_sde": (dance_sde, 0.3)}
@@ -102,6 +102,26 @@ def test_ddim_at_zero_terminal_snr_and_unknown_prediction():
     assert torch.isfinite(mean).all() and float(std) == pytest.approx(math.sqrt(0.9))
     with pytest.raises(ValueError, match="prediction_type 'flow'"):
         ddim(x, v, torch.tensor(0.5), torch.tensor(0.6), noise_level=1.0, prediction_type="flow")
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ancestral_is_ddim_in_other_coordinates_and_edm_s_euler_step(eta):
+    x, x0, s, s_next = 5 * torch.randn(2, 8), torch.randn(2, 8), torch.tensor(5.0), torch.tensor(1.5)
+    a, a_next = 1 / (1 + s**2), 1 / (1 + s_next**2)
+    mean, std = ancestral(x, x0, s, s_next, noise_level=eta)
+    expected, spread = ddim(x * a.sqrt(), x0, a, a_next, noise_level=eta, prediction_type="sample")
+    torch.testing.assert_close(mean, expected / a_next.sqrt(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(std, spread / a_next.sqrt())
+    if eta == 1:  # k-diffusion: sigma_up^2 = s'^2 (s^2 - s'^2) / s^2
+        assert float(std) == pytest.approx(float(s_next * ((s**2 - s_next**2) / s**2).sqrt()))
+    if eta == 0:
+        scheduler = EDMEulerScheduler()
+        scheduler.set_timesteps(4)
+        scheduler.sigmas[:2] = torch.stack([s, s_next])
+        scheduler.set_begin_index(0)
+        own = scheduler.step(x0, scheduler.timesteps[0], x, pred_original_sample=x0).prev_sample
+        torch.testing.assert_close(mean, own, rtol=1e-5, atol=1e-5)
+    assert float(ancestral(x, x0, s, torch.zeros(()), noise_level=eta)[1]) == 0
 
 
 @pytest.mark.parametrize("rows_per_video", [1, 3])

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .one_step import seeded_noise
 from .scheduler import PolicyError, denoised, noised
-from .session import LeavePipeline, Session, replaced_method
+from .session import LeavePipeline, Session, replaced_method, starts_without_followed
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,11 @@ class DifferentiableSampling(Session):
                 raise LeavePipeline
         return following
 
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        if self.renoise is not None:
+            raise starts_without_followed(self)
+        return x_next
+
     def check_finished(self) -> None:
         if self.final is None:
             raise PolicyError(
@@ -104,7 +109,8 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
 
     def clip(z: Tensor, *args, **kwargs) -> Tensor:
         if checkpointed and z.requires_grad:
-            return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
+            with set_checkpoint_early_stop(False):  # EasyAnimate's decoder empties its cache of frames at its very end
+                return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
         return decode(z, *args, return_dict=False, **kwargs)[0]
 
     def frames(z: Tensor, *args, **kwargs) -> Tensor:

@@ -19,9 +19,15 @@ from torch import nn
 
 # Attention and feed-forward projections of the denoising blocks, by their diffusers names.
 ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-FEED_FORWARD = r"(net\.0\.proj|net\.2)"
+FEED_FORWARD = r"(net\.0\.proj|net\.2|conv_inverted|conv_point)"  # Sana-Video's are convolutions of size 1
 BLOCKS = r"(blocks|(single_|temporal_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
-DEFAULT_TARGETS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
+NOT_AUDIO = r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see the video: audio stays the base's
+DEFAULT_TARGETS = rf"{NOT_AUDIO}{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
+# What a block of two streams computes for the text stream alone.
+TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
+
+
+PEFT_PREFIX = "base_model.model."  # of the keys in peft's layout; without it PeftModel loads nothing, with a warning
 
 
 def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
@@ -48,9 +54,15 @@ def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def _discarded(denoiser: nn.Module, name: str) -> bool:
-    """Text queries whose attention output is thrown away (the last block of Mochi): an adapter there never learns."""
+    """Text outputs that are thrown away, where an adapter never learns: of attention without a text output (the last
+    block of Mochi), or of the last block where no block follows that reads the text (EasyAnimate)."""
     parent, _, child = name.rpartition(".")
-    return child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None
+    if child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None:
+        return True
+    inside = re.fullmatch(rf"(\w*blocks)\.(\d+)\.{TEXT_OUTPUT}", name)
+    if inside is None or int(inside[2]) + 1 < len(denoiser.get_submodule(inside[1])):
+        return False
+    return not len(getattr(denoiser, "single_transformer_blocks", ()))
 
 
 def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig) -> dict[str, int]:
@@ -138,7 +150,8 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
 
     Pipelines with a LoRA loader get diffusers' layout, `pytorch_lora_weights.safetensors` with the adapter's
     metadata, which `pipe.load_lora_weights(folder)` reads. The others get peft's layout in one subfolder a denoiser
-    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here reads.
+    (`adapter_model.safetensors`, `adapter_config.json`), which `PeftModel.from_pretrained(pipe.transformer, folder,
+    subfolder="transformer")` and `load_lora` here read.
 
     Returns:
         The files written.
@@ -159,7 +172,7 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     files = []
     for name, state in states.items():
         (folder / name).mkdir(exist_ok=True)
-        save_file(state, folder / name / "adapter_model.safetensors")
+        save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
         (folder / name / "adapter_config.json").write_text(json.dumps(configs[name], indent=2, sort_keys=True))
         files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
     return files
@@ -183,7 +196,11 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
         denoiser = getattr(pipeline, path.name)
         config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))
         inject_adapter_in_model(config, denoiser)
-        _strict(set_peft_model_state_dict(denoiser, load_file(path / "adapter_model.safetensors")), path)
+        _strict(set_peft_model_state_dict(denoiser, _peft_state(path)), path)
+
+
+def _peft_state(folder: Path) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
 
 
 def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
@@ -199,7 +216,7 @@ def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> N
         if flat.exists():
             state = {k.removeprefix(f"{name}."): v for k, v in load_file(flat).items() if k.startswith(f"{name}.")}
         else:
-            state = load_file(folder / name / "adapter_model.safetensors")
+            state = _peft_state(folder / name)
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise ValueError(

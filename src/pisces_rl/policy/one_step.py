@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .scheduler import PolicyError, denoised, noised
-from .session import LeavePipeline, Session
+from .session import LeavePipeline, Session, starts_without_followed
 
 
 @dataclass
@@ -55,6 +55,9 @@ class OneStep(Session):
             return self.state.to(x)
         clean, seeds = self.renoise
         return noised(self.scheduler, self.policy.transition, self.at, clean, seeded_noise(clean, seeds)).to(x)
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        raise starts_without_followed(self)
 
     def check_finished(self) -> None:
         if self.found is None:

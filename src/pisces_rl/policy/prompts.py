@@ -5,6 +5,9 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
+
+from .scheduler import PolicyError
 
 
 class PromptMemo:
@@ -12,7 +15,8 @@ class PromptMemo:
 
     Prompts are encoded one at a time, so that an embedding depends on its prompt alone: not on the batch it first
     appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already carry embeddings,
-    or whose outputs do not stack (different lengths), go to the pipeline as they are.
+    or whose outputs do not stack (different lengths), go to the pipeline as they are; but without a mask its padding
+    would count, and a video would change with its batch-mates (Latte cuts a prompt alone and pads prompts together).
 
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
@@ -38,7 +42,15 @@ class PromptMemo:
                 one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
         stacked = _stack(outputs)
-        return self.encode_prompt(*args, **kwargs) if stacked is None else stacked
+        if stacked is not None:
+            return stacked
+        if not _masked(outputs[0]):
+            raise PolicyError(
+                f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
+                "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
+                "pipeline_kwargs (Latte: mask_feature=False)."
+            )
+        return self.encode_prompt(*args, **kwargs)
 
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))
@@ -49,6 +61,12 @@ class PromptMemo:
                 self.memory.popitem(last=False)
         self.memory.move_to_end(key)
         return self.memory[key]
+
+
+def _masked(output) -> bool:
+    """Whether a mask may be among the outputs: anything but embeddings of (batch, ..., length, width)."""
+    leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
 
 
 def _stack(outputs: list):

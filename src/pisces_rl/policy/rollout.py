@@ -21,6 +21,8 @@ class Rollout:
         means: {i: as states} mean of each trained transition under the sampling policy.
         log_probs: (B, K) fp32, log p of each trained transition under the sampling policy.
         rows_per_video: rows of `states` that belong to one video.
+        followed: {(k, i): (B * n, ...)} fp32 state that enters trained step i of what the pipeline moves with its
+            k-th copy of the scheduler (the audio of LTX-2). It follows the ODE, but from the videos' states.
     """
 
     prompts: list[str]
@@ -31,6 +33,7 @@ class Rollout:
     means: dict[int, Tensor] = field(default_factory=dict)
     log_probs: Tensor | None = None
     rows_per_video: int = 1
+    followed: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -39,6 +42,10 @@ class Rollout:
         """Rows of `states` and `means` that hold the videos `rows`."""
         n = self.rows_per_video
         return [row * n + k for row in rows for k in range(n)]
+
+    def followed_rows(self, key: tuple[int, int], rows: Sequence[int]) -> Tensor:
+        """Rows of `followed[key]` that belong to the videos `rows`."""
+        return self.followed[key].unflatten(0, (len(self), -1))[list(rows)].flatten(0, 1)
 
     @staticmethod
     def cat(rollouts: Sequence["Rollout"]) -> "Rollout":
@@ -57,4 +64,5 @@ class Rollout:
             means={i: torch.cat([r.means[i] for r in rollouts]) for i in first.means},
             log_probs=None if first.log_probs is None else torch.cat([r.log_probs for r in rollouts]),
             rows_per_video=first.rows_per_video,
+            followed={key: torch.cat([r.followed[key] for r in rollouts]) for key in first.followed},
         )

@@ -58,11 +58,21 @@ class Session:
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
         self.scheduler, self.index = None, 0
+        self.followers = 0  # copies of its scheduler that the pipeline made
 
     needs_prediction = True
 
     def begin(self, scheduler) -> None:
-        self.scheduler, self.index = scheduler, 0
+        if self.index:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
+                "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
+            )
+        self.scheduler = scheduler
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""
+        return x_next
 
     def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
         return kernel_moments(self.scheduler, self.policy.transition, self.index, prediction, x, noise_level)
@@ -84,9 +94,12 @@ class Sampling(Session):
         self.steps = sorted(steps)
         self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
         self.states, self.means, self.log_probs = {}, {}, {}
+        self.followed: dict[tuple[int, int], Tensor] = {}
         self.stds: dict[int, Tensor] = {}
         self.rows_per_video = 1
         self.returned: Tensor | None = None
+        self.version = 0  # of `returned`, which counts the changes in place
+        self.passed_on: dict[int, Tensor] = {}  # whether x' of a step reached the next one; read at the end
 
     def begin(self, scheduler) -> None:
         super().begin(scheduler)
@@ -97,7 +110,7 @@ class Sampling(Session):
         self.check_step()
         i = self.index
         if self.returned is not None:
-            self._accept_rounding(x)
+            self._receive(x)
         stochastic_step = i in self.steps
         mean, std = self.moments(prediction, x, self.policy.noise_level if stochastic_step else 0.0)
         if not stochastic_step:
@@ -114,34 +127,39 @@ class Sampling(Session):
                     "a whole number of rows a video (num_videos_per_prompt must be 1)."
                 )
             self.rows_per_video = x.shape[0] // len(self.prompts)
-            noise = torch.cat([
+            noise = _on_device(torch.cat([
                 torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
-            ]).to(x.device)
+            ]), x.device)  # fmt: skip
             self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
-            self.states[i], self.means[i], self.stds[i] = x.float(), mean, std
-            self._record(i, self.returned)
+            # a copy: pipelines may write x' over x (Kandinsky 5)
+            self.states[i], self.means[i], self.stds[i] = x.to(torch.float32, copy=True), mean, std
         self.index += 1
+        self.version = self.returned._version
         return self.returned
 
-    def _record(self, i: int, x_next: Tensor) -> None:
-        self.states[i + 1] = x_next.float()
-        self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
+    def _receive(self, x: Tensor) -> None:
+        """x' as the pipeline hands it on, which is what was sampled: it may have been rounded (Mochi in bf16).
 
-    def _accept_rounding(self, x: Tensor) -> None:
-        """Pipelines may round the latents between steps (Mochi in bf16): then the rounded x' is what was sampled."""
-        if torch.equal(x, self.returned):
-            return
-        rounded = any(torch.equal(x, self.returned.to(d).to(x.dtype)) for d in (torch.bfloat16, torch.float16))
-        if not rounded:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (step "
-                f"{self.index}); the density of such a transition is unknown. Remove callbacks and options that edit "
-                "latents (FreeInit, callback_on_step_end)."
-            )
-        if self.index - 1 in self.means:
-            self._record(self.index - 1, x)
+        Whether it was changed otherwise is asked on the device and answered at the end (`check_finished`).
+        """
+        if x is not self.returned or x._version != self.version:
+            roundings = (self.returned, *(self.returned.to(d).to(x.dtype) for d in (torch.bfloat16, torch.float16)))
+            self.passed_on[self.index - 1] = torch.stack([(x == kind).all() for kind in roundings]).any()
+        self._record(x)
+
+    def _record(self, x_next: Tensor) -> None:
+        i = self.index - 1
+        if i in self.means:
+            self.states[i + 1] = x_next.to(torch.float32, copy=True)
+            self.log_probs[i] = log_prob(x_next, self.means[i], self.stds[i], self.rows_per_video)
 
     def check_finished(self) -> None:
+        if self.index == 0 and self.followers:
+            raise PolicyError(
+                f"{type(self.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
+                "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use "
+                "a pipeline that denoises all frames together."
+            )
         if self.scheduler is None or self.index == 0:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
@@ -152,11 +170,27 @@ class Sampling(Session):
                 f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
                 f"{len(self.scheduler.timesteps)} timesteps; a policy needs exactly one each."
             )
+        self._record(self.returned)
+        if not self.passed_on:
+            return
+        kept = torch.stack(list(self.passed_on.values())).tolist()
+        for step, unchanged in zip(self.passed_on, kept):
+            if not unchanged:
+                raise PolicyError(
+                    f"{type(self.policy.pipeline).__name__} changes the latents between scheduler steps (after step "
+                    f"{step}); the density of such a transition is unknown. Remove callbacks and options that edit "
+                    "latents (FreeInit, callback_on_step_end)."
+                )
 
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
         return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video)
+                       self.rows_per_video, self.followed)
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        if index in self.steps:
+            self.followed[number, index] = x.float()
+        return x_next
 
 
 class Replay(Session):
@@ -165,8 +199,9 @@ class Replay(Session):
     def __init__(self, policy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
         super().__init__(policy, [rollout.prompts[r] for r in rows])
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
-        self.rows = rollout.state_rows(rows)
+        self.of_videos, self.rows = rows, rollout.state_rows(rows)
         self.steps = set(rollout.steps)
+        self.reached: list[tuple[int, Tensor]] = []  # step, difference from the recorded state; read at the end
 
     @property
     def needs_prediction(self) -> bool:
@@ -180,20 +215,13 @@ class Replay(Session):
         self.check_step()
         i, recorded = self.index, self.recorded
         if i in self.steps:
-            state = recorded.states[i][self.rows].to(x.device)
-            if not torch.equal(state, x.float()):
-                raise PolicyError(
-                    f"at step {i} the replay reached a state that differs from the recorded one by "
-                    f"{float((state - x.float()).abs().max()):.3g}: the pipeline's start noise or latents are not "
-                    "reproducible from its generators. Pass generators through, and drop options that edit latents."
-                )
+            self._compare(i, self._recorded(i, x), x)
             mean, std = self.moments(prediction, x, self.policy.noise_level)
-            one, zero = torch.ones((), device=x.device), torch.zeros((), device=x.device)
+            one, zero = torch.ones(()), torch.zeros(())
             gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
-            x_next = recorded.states[i + 1][self.rows].to(x.device)
-            score = log_prob(x_next, mean, std, recorded.rows_per_video)
+            score = log_prob(self._recorded(i + 1, x), mean, std, recorded.rows_per_video)
             if self.policy.transition.family == "flow":
-                step_size = (self.scheduler.sigmas[i + 1] - self.scheduler.sigmas[i]).abs()
+                step_size = (self.scheduler.host_sigmas[i + 1] - self.scheduler.host_sigmas[i]).abs()
             else:
                 step_size = one / len(self.scheduler.timesteps)
             self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size))
@@ -201,8 +229,26 @@ class Replay(Session):
         if i == max(self.steps):
             raise LeavePipeline
         torch.set_grad_enabled(self.grad and self.index in self.steps)
-        following = recorded.states.get(self.index)
-        return x.detach() if following is None else following[self.rows].to(device=x.device, dtype=x.dtype)
+        return self._recorded(self.index, x).to(x.dtype) if self.index in recorded.states else x.detach()
+
+    def _recorded(self, i: int, x: Tensor) -> Tensor:
+        """The recorded states that enter step i, of this replay's videos, fp32."""
+        states = self.recorded.states[i]
+        first, count = self.rows[0], len(self.rows)
+        if self.rows == list(range(first, first + count)):  # a view, where an index would be copied to the device
+            return states[first : first + count].to(x.device)
+        return states[_on_device(torch.tensor(self.rows), states.device)].to(x.device)
+
+    def _compare(self, index: int, recorded: Tensor, x: Tensor) -> None:
+        self.reached.append((index, (recorded - x.detach().float()).abs().max()))
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        """The recorded state that enters the next step: it depends on the video and on steps that are skipped here."""
+        if index in self.steps:
+            self._compare(index, self.recorded.followed_rows((number, index), self.of_videos).to(x.device), x)
+        if index + 1 not in self.steps:
+            return x_next.detach()
+        return self.recorded.followed_rows((number, index + 1), self.of_videos).to(x_next)
 
     def check_finished(self) -> None:
         if self.index <= max(self.steps):
@@ -210,3 +256,25 @@ class Replay(Session):
                 f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
                 f"trained step {max(self.steps)}."
             )
+        differences = torch.stack([difference for _, difference in self.reached]).tolist()
+        for (index, _), difference in zip(self.reached, differences):
+            if not difference == 0:
+                raise PolicyError(
+                    f"at step {index} the replay reached a state that differs from the recorded one by "
+                    f"{difference:.3g}: the pipeline's start noise or latents are not reproducible from its "
+                    "generators. Pass generators through, and drop options that edit latents."
+                )
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on a device; a CUDA device copies them when it gets there, and nobody waits."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def starts_without_followed(session: Session) -> PolicyError:
+    """For sessions that put a video's state in at a later step."""
+    return PolicyError(
+        f"{type(session.policy.pipeline).__name__} denoises something else (audio) beside the video, with a copy of "
+        "its scheduler; a run cannot start from the video's latents alone at a later step, because the other's state "
+        "there is not given. Use GRPO, or backpropagation through 'last_steps', 'random_steps' or 'one_step'."
+    )

@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
+from .execution import ATTENTION_KERNELS, attention_kernel
 from .latents import LatentCodec
 from .one_step import OneStep, Prediction
 from .prompts import PromptMemo
@@ -36,7 +37,8 @@ class VideoPolicy(nn.Module):
 
     Args:
         pipeline: any text-to-video `DiffusionPipeline` with one scheduler step per denoising step.
-        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching and `ddim` otherwise.
+        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
+            otherwise.
         noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
         num_inference_steps: denoising steps N.
         sde_window_size: how many consecutive steps are stochastic and trained; the others are ODE steps. None
@@ -44,6 +46,7 @@ class VideoPolicy(nn.Module):
         sde_window_range: (low, high), the steps [low, high) in which a window may lie; None is all but the last.
         pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
+        attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
 
     Raises:
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
@@ -52,7 +55,7 @@ class VideoPolicy(nn.Module):
     def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
                  num_inference_steps: int = 16, sde_window_size: int | None = None,
                  sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
-                 autocast_dtype: torch.dtype | None = None):
+                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None):
         super().__init__()
         self.pipeline = pipeline
         self.denoiser = nn.ModuleDict(_denoisers(pipeline))
@@ -64,8 +67,11 @@ class VideoPolicy(nn.Module):
         self.sde_window_range = _checked_window(sde_window_size, sde_window_range, num_inference_steps)
         self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
+        if attention_kernel not in (None, *ATTENTION_KERNELS):
+            raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
+        self.attention_kernel = attention_kernel
         self.prompt_memo = PromptMemo(pipeline.encode_prompt)
-        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call -> its output on the meta device, videos in it
+        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.eval()
 
@@ -193,12 +199,25 @@ class VideoPolicy(nn.Module):
             raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at
         session = DifferentiableSampling(self, prompts, start, jump_at is not None, renoise)
-        with decoding(session, part, checkpoint_decoder):
-            frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
-        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+        name = type(self.pipeline).__name__
+        try:
+            with decoding(session, part, checkpoint_decoder):
+                frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
+        except RuntimeError as error:
+            if "numpy() on Tensor that requires grad" not in str(error):
+                raise
             raise PolicyError(
-                f"{type(self.pipeline).__name__} returned no video tensor with gradients (a {type(frames).__name__}): "
-                "its decoding or post-processing cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+                f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which cuts "
+                "the graph, so rewards cannot be back-propagated. Use GRPO."
+            ) from error
+        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
+            mend = "Use GRPO." if part is None else (
+                "Decode all frames (decode_frames unset), or more than "
+                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+            )
+            raise PolicyError(
+                f"{name} returned no video tensor with gradients (a {type(frames).__name__}): its decoding or "
+                f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
             )
         return frames.float()
 
@@ -273,15 +292,15 @@ class VideoPolicy(nn.Module):
         """The denoiser's forward, skipped where the session has no use for its output."""
 
         def entry(*args, **kwargs):
-            key = name, repr(sorted(session.overrides.items()))  # guidance changes how many rows there are
+            rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
+            # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
+            key = name, repr(sorted(session.overrides.items())), rows / len(session.prompts)
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
-            if self.autocast_dtype is None:
+            cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
+            with attention_kernel(self.attention_kernel), cast:
                 output = forward(*args, **kwargs)
-            else:
-                with torch.autocast(self.device.type, self.autocast_dtype):
-                    output = forward(*args, **kwargs)
             if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
                 self._skipped_outputs[key] = to_meta, len(session.prompts)

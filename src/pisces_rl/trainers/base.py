@@ -204,7 +204,8 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval") for key in logs):
-            own = dict(self._metrics["train"]) | ({"loss": [logs["loss"]]} if "loss" in logs else {})
+            own = {name: _as_floats(values) for name, values in self._metrics["train"].items()}
+            own |= {"loss": [logs["loss"]]} if "loss" in logs else {}
             merged = defaultdict(list)  # over all processes
             for metrics in gather_object([own]):
                 for name, values in metrics.items():
@@ -697,6 +698,13 @@ def _weights_digest(module: nn.Module) -> str:
 
 def _lora_scale(module: nn.Module) -> list[float]:
     return sorted({config.lora_alpha / config.r for config in getattr(module, "peft_config", {}).values()})
+
+
+def _as_floats(values: list[float | Tensor]) -> list[float]:
+    """Metrics stay on their device until they are logged, so that no step waits for one."""
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    known = iter(torch.stack(tensors).tolist() if tensors else ())
+    return [next(known) if isinstance(value, Tensor) else value for value in values]
 
 
 def _with_none(values: Tensor) -> list[float | None]:

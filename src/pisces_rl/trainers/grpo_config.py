@@ -24,7 +24,7 @@ class VideoGRPOConfig(VideoPolicyConfig):
     transition: str | None = field(
         default=None,
         metadata={"help": "Transition kernel: flow_sde, flow_sde_linear, dance_sde or cps for flow matching, ddim for "
-                  "epsilon- and v-prediction. Unset: flow_sde or ddim, by the pipeline's scheduler."},
+                  "epsilon- and v-prediction, ancestral for EDM. Unset: the first that fits the scheduler."},
     )
     noise_level: float | None = field(
         default=None,

@@ -161,7 +161,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         if self.prompt_statistics is not None:
             advantages = self.prompt_statistics.advantages(all_prompts, rewards)
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-        self._advantages = advantages[first_row:first_row + len(prompts)].to(self.accelerator.device)
+        self._advantages = advantages[first_row:first_row + len(prompts)]
 
         order = torch.arange(len(prompts))
         if args.steps_per_generation > 1:
@@ -218,12 +218,13 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         batch_size = len(rows)
         if not args.beta:  # without a KL term a sample of advantage 0 has no gradient
             rows = [r for r in rows if self._advantages[r] != 0]
-        total = torch.zeros((), device=self.accelerator.device)
+        total, errors = torch.zeros((), device=self.accelerator.device), {}
         if not rows:
             for name in ("low_mean", "high_mean", "region_mean"):
                 metrics[f"clip_ratio/{name}"] += [0.0] * len(rollout.steps)
             return total
-        advantage = self._advantages[rows]
+        device = self.accelerator.device
+        advantage, old_log_probs = self._advantages[rows].to(device), rollout.log_probs[rows]
         state_rows = rollout.state_rows(rows)
         reference = self._reference_steps(rows) if args.beta else {}
         epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
@@ -232,9 +233,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         def visit(step: ReplayStep) -> None:
             nonlocal total
             k = rollout.steps.index(step.index)
-            log_ratio = step.log_prob - rollout.log_probs[rows, k]
+            log_ratio = step.log_prob - old_log_probs[:, k]
             if before_first_step:
-                self._check_replay(log_ratio, step.index)
+                errors[step.index] = log_ratio.detach().abs().max()
             weight = step_weight(args.step_weighting, step.std, step.gain, step.step_size)
             if args.step_weighting == "guard":
                 log_ratio = guarded_log_ratio(log_ratio, step.mean, rollout.means[step.index][state_rows], step.std,
@@ -247,19 +248,20 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                 else:
                     kl = prediction_distance(step.prediction, expected.prediction, rollout.rows_per_video)
                 loss = loss + args.beta * kl
-                metrics["kl"].append(kl.detach().mean().item())
+                metrics["kl"].append(kl.detach().mean())
             loss = loss.sum() / (batch_size * len(rollout.steps) * self.current_gradient_accumulation_steps)
             with self._logged_gradient(step.index):
                 self.accelerator.backward(loss)
             total = total + loss.detach()
             low, high = clip_fractions(log_ratio, advantage, args.epsilon, epsilon_high)
-            metrics["clip_ratio/low_mean"].append(low.item() * share)
-            metrics["clip_ratio/high_mean"].append(high.item() * share)
-            metrics["clip_ratio/region_mean"].append((low + high).item() * share)
-            metrics["ratio/mean"].append(log_ratio.detach().exp().mean().item())
-            metrics["ratio/max_deviation"].append((log_ratio.detach().exp() - 1).abs().max().item())
+            metrics["clip_ratio/low_mean"].append(low * share)
+            metrics["clip_ratio/high_mean"].append(high * share)
+            metrics["clip_ratio/region_mean"].append((low + high) * share)
+            metrics["ratio/mean"].append(log_ratio.detach().exp().mean())
+            metrics["ratio/max_deviation"].append((log_ratio.detach().exp() - 1).abs().max())
 
         self.policy.replay(rollout, rows, visit)
+        self._check_replay(errors)
         return total
 
     def _reference_steps(self, rows: list[int]) -> dict[int, ReplayStep]:
@@ -269,17 +271,22 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             self.policy.replay(self._rollout, rows, lambda step: steps.__setitem__(step.index, step), grad=False)
         return steps
 
-    def _check_replay(self, log_ratio: torch.Tensor, index: int) -> None:
-        """Before the first optimizer step the ratio must be 1: rollout and update are the same computation."""
-        error = log_ratio.detach().abs().max().item()
-        self._metrics["train"]["replay/max_log_prob_error"].append(error)
-        if not error <= self.args.replay_tolerance:
-            raise RuntimeError(
-                f"denoising step {index}: log p differs by {error:.3g} between sampling and update, before any "
-                f"optimizer step (replay_tolerance {self.args.replay_tolerance:g}). The update would follow numerical "
-                "noise. Use the same attention backend and compilation in both, fp32 or bf16 throughout, and no "
-                "feature cache; or raise replay_tolerance if this error is small beside the clip range."
-            )
+    def _check_replay(self, errors: dict[int, torch.Tensor]) -> None:
+        """Before the first optimizer step the ratio must be 1: rollout and update are the same computation.
+
+        Args:
+            errors: {denoising step: largest |log p - log p_old|}.
+        """
+        for index, error in errors.items():
+            error = error.item()
+            self._metrics["train"]["replay/max_log_prob_error"].append(error)
+            if not error <= self.args.replay_tolerance:
+                raise RuntimeError(
+                    f"denoising step {index}: log p differs by {error:.3g} between sampling and update, before any "
+                    f"optimizer step (replay_tolerance {self.args.replay_tolerance:g}). The update would follow "
+                    "numerical noise. Use the same attention kernel and compilation in both, fp32 or bf16 throughout, "
+                    "and no feature cache; or raise replay_tolerance if this error is small beside the clip range."
+                )
 
     @contextlib.contextmanager
     def _logged_gradient(self, index: int):
@@ -292,7 +299,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         fresh = [p.grad for p in parameters if p.grad is not None]
         if fresh:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fresh)))
-            self._metrics["train"][f"grad_norm/step_{index}"].append(norm.item())
+            self._metrics["train"][f"grad_norm/step_{index}"].append(norm)
         for parameter, earlier in zip(parameters, before):
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)

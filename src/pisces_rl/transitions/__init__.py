@@ -2,13 +2,14 @@
 
 What: one function a kernel. Why: rollout and update call the same function, so that they cannot differ.
 How: `TRANSITIONS["flow_sde"].kernel(x, v, sigma, sigma_next, noise_level=0.7, ...)`. Gotcha: `noise_level` means a
-for `flow_sde` and `cps`, eta for `dance_sde` and `ddim`; each has its own default.
+for `flow_sde` and `cps`, eta for `dance_sde`, `ddim` and `ancestral`; each has its own default.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from .ancestral import ancestral
 from .cps import cps
 from .ddim import ddim
 from .flow import dance_sde, flow_sde, flow_sde_linear
@@ -20,7 +21,7 @@ class Transition:
     """A kernel, the family of schedules it fits, and the noise level its authors use."""
 
     kernel: Callable
-    family: Literal["flow", "ddim"]
+    family: Literal["flow", "ddim", "edm"]
     noise_level: float
 
 
@@ -30,6 +31,9 @@ TRANSITIONS: dict[str, Transition] = {
     "dance_sde": Transition(dance_sde, "flow", 0.3),
     "cps": Transition(cps, "flow", 0.8),
     "ddim": Transition(ddim, "ddim", 1.0),
+    "ancestral": Transition(ancestral, "edm", 1.0),
 }
 
-__all__ = ["TRANSITIONS", "Transition", "cps", "dance_sde", "ddim", "flow_sde", "flow_sde_linear", "log_prob"]
+__all__ = [
+    "TRANSITIONS", "Transition", "ancestral", "cps", "dance_sde", "ddim", "flow_sde", "flow_sde_linear", "log_prob",
+]

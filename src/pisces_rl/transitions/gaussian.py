@@ -23,6 +23,8 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor | float, rows_per_video: 
     Returns:
         (B,) fp32.
     """
-    std = torch.as_tensor(std, dtype=torch.float32, device=mean.device)
+    std = torch.as_tensor(std, dtype=torch.float32)
+    if std.ndim:
+        std = std.to(mean.device)  # a scalar stays on the CPU, where it waits for nothing
     density = -((x_next.float() - mean.float()) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1).view(-1, rows_per_video).mean(1)

@@ -1,0 +1,157 @@
+"""Milliseconds a sample and denoising step of rollout and update: Wan 2.1 1.3B at full size with random weights.
+
+    python benchmarks/speed.py                               # the rows of table A, on a GPU
+    python benchmarks/speed.py --variants compiled fused     # some of them
+    python benchmarks/speed.py --tiny                        # the same code on a CPU in seconds
+
+The work of table A in docs/benchmarks.md: 33 frames of 240 x 416, batch 8, 512 text tokens, guidance on (two forward
+passes a step), LoRA of rank 32 on to_q, to_k, to_v, to_out.0 with B not zero, flow_sde. Both phases are timed as the
+trainer runs them, through the pipeline: rollout is `policy.sample` without decoding, update is `policy.replay` with a
+backward at each step, in micro-batches. Two warm-up runs, median of --repeats; each run ends in a synchronisation.
+`error` is max |log p(update) - log p(sampling)| of the first update.
+"""
+
+import argparse
+import time
+from statistics import median
+
+import torch
+from real_check import random_wan
+
+from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
+from pisces_rl.policy.execution import compile_blocks
+from pisces_rl.policy.products import fuse_products
+
+ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
+VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products)
+    "eager": (False, None, None, False),
+    "compiled": (True, "everything", None, False),
+    "cudnn": (True, "everything", "cudnn", False),
+    "keep": (True, "all_but_attention", "cudnn", False),
+    "fused": (True, "all_but_attention", "cudnn", True),
+}
+
+
+def build(name: str, args, device: str) -> VideoPolicy:
+    compiled, recompute, kernel, fused = VARIANTS[name]
+    pipe = random_wan(args.tiny, torch.bfloat16 if device == "cuda" else torch.float32, device).to(device)
+    denoisers = {"transformer": pipe.transformer}
+    add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=ATTENTION))
+    torch.manual_seed(1)
+    for key, parameter in lora_parameters(denoisers).items():
+        if "lora_B" in key:
+            torch.nn.init.normal_(parameter, std=0.02)
+    size = dict(height=16, width=16, num_frames=9) if args.tiny else dict(
+        height=args.height, width=args.width, num_frames=args.frames)
+    policy = VideoPolicy(
+        pipe, transition="flow_sde", num_inference_steps=args.steps,
+        pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size),
+        autocast_dtype=torch.bfloat16 if device == "cuda" else None, attention_kernel=kernel,
+    )  # fmt: skip
+    if fused:
+        fuse_products(pipe.transformer)
+    if compiled:
+        compile_blocks(pipe.transformer, recompute=recompute, backend="aot_eager" if args.tiny else "inductor")
+    else:
+        policy.activation_checkpointing_enable()
+    return policy
+
+
+def timed(call, repeats: int, device: str) -> tuple[float, float]:
+    """Median seconds after two warm-up runs, and the peak of allocated GiB."""
+    seconds = []
+    for _ in range(repeats + 2):
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    return median(seconds[2:]), peak
+
+
+def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
+    """Rollout ms, update ms, error, rollout GiB, update GiB; seconds until the first rollout and update were done."""
+    prompts = [f"prompt {i}" for i in range(args.batch)]
+    seeds, trained = list(range(args.batch)), list(range(args.steps - 1))
+    found = {}
+
+    def roll() -> None:
+        found["rollout"] = policy.sample(prompts, noise_seeds=seeds, step_seeds=seeds, steps=trained,
+                                         output_type="latent")  # fmt: skip
+
+    def update() -> None:
+        rollout = found["rollout"]
+        for first in range(0, args.batch, args.micro_batch):
+            rows = list(range(first, min(first + args.micro_batch, args.batch)))
+
+            def visit(step, rows=rows, first=first) -> None:
+                old = rollout.log_probs[rows, rollout.steps.index(step.index)]
+                errors.append((step.log_prob.detach() - old).abs().max())
+                step.log_prob.mean().backward()
+
+            policy.replay(rollout, rows, visit)
+
+    start = time.perf_counter()
+    roll()
+    errors: list = []
+    update()
+    error = float(torch.stack(errors).max())
+    first = time.perf_counter() - start
+    rollout_seconds, rollout_peak = timed(roll, args.repeats, device)
+    update_seconds, update_peak = timed(update, args.repeats, device)
+    if args.profile:
+        for label, call in (("rollout", roll), ("update", update)):
+            profiled(label, call, device)
+    per = 1000 / args.batch
+    return (per * rollout_seconds / args.steps, per * update_seconds / len(trained), error, rollout_peak, update_peak,
+            first)  # fmt: skip
+
+
+def profiled(label: str, call, device: str) -> None:
+    """The kernels that take the time of one call, and how long the device had none."""
+    activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        start = time.perf_counter()
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        wall = 1000 * (time.perf_counter() - start)
+    rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 1000
+    print(f"{label}: {wall:.0f} ms, of which kernels {busy:.0f} ms")
+    for row in rows[:18]:
+        print(f"  {row.self_device_time_total / 1000:8.1f} ms  {row.count:6d}  {row.key[:100]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--profile", action="store_true", help="print the kernels of one rollout and one update")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--height", type=int, default=240)
+    parser.add_argument("--width", type=int, default=416)
+    parser.add_argument("--frames", type=int, default=33)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
+    print("| variant | rollout ms | update ms | error | rollout GiB | update GiB | s to begin |")
+    print("|---|---|---|---|---|---|---|")
+    for name in args.variants:
+        policy = build(name, args, device)
+        cells = "{:.1f} | {:.1f} | {:.1e} | {:.2f} | {:.2f} | {:.0f}".format(*measure(policy, args, device))
+        print(f"| {name} | {cells} |", flush=True)
+        del policy
+        torch._dynamo.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
