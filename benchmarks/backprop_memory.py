@@ -25,7 +25,7 @@ from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward
 STEPS = 2
 #: frames, height, width, K, latent frames that are decoded with a graph (None: all)
 ROWS = [(33, 240, 416, 1, 2), (33, 240, 416, 1, None), (33, 240, 416, 4, 2), (81, 480, 832, 1, 1),
-        (81, 480, 832, 1, 2), (81, 480, 832, 2, 2)]  # fmt: skip
+        (81, 480, 832, 1, 2)]  # fmt: skip
 TINY_ROWS = [(9, 16, 16, 1, 2), (9, 16, 16, 4, None)]
 
 

@@ -59,6 +59,9 @@ TABLE = {
     "partial .7, log, both": PARTIAL(mass=0.7),
     "partial .5, log, both": PARTIAL(mass=0.5),
     "partial .9, arithmetic, both": PARTIAL(fusion="arithmetic"),
+    "as first released: partial .9, arithmetic, class token, gamma .1, eta .2, no normalisation": PARTIAL(
+        fusion="arithmetic", temporal=0.1, class_tokens=True, normalise=False
+    ),
     "partial .5, arithmetic, both": PARTIAL(fusion="arithmetic", mass=0.5),
     "partial .9, gated, both": PARTIAL(fusion="gated"),
     "partial .5, gated, both": PARTIAL(fusion="gated", mass=0.5),

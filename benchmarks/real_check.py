@@ -78,7 +78,8 @@ def main() -> None:
     settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none")
     settings["replay_tolerance"] = 1.0  # the difference is printed, not judged
     if arguments.tiny:
-        settings |= dict(height=16, width=16, num_frames=9, num_inference_steps=10, use_cpu=True, learning_rate=1e-3)
+        settings |= dict(height=16, width=16, num_frames=9, num_inference_steps=10, use_cpu=True, learning_rate=1e-3,
+                         torch_compile_backend="aot_eager")
     with tempfile.TemporaryDirectory() as temporary:
         settings["output_dir"] = arguments.output_dir or temporary
         config = VideoGRPOConfig(**settings)

@@ -4,8 +4,9 @@
     python benchmarks/reward_overhead.py --models tiny-vtm --device cpu
 
 tiny-vtm on 8 videos of 17 x 64 x 64 in fp32, and a model of InternVideo2's size with random weights on 8 videos of
-8 x 224 x 224 in bf16. `matching` is the plain matching head on encoded features, `plans` what fusing its attention
-with transport plans adds, `map` the quality reward's map and cosine. Median of 20 calls after 5.
+8 x 224 x 224 in bf16, with ShapeMotion's prompts (at most 26 tokens), and again with prompts that fill its 40 tokens.
+`matching` is the plain matching head on encoded features, `plans` what fusing its attention with transport plans adds,
+`map` the quality reward's map and cosine. Median of 20 calls after 5.
 """
 
 import argparse
@@ -15,12 +16,14 @@ import torch
 
 from pisces_rl.ot.maps import LinearMap
 from pisces_rl.rewards.encoders import load_encoder
+from pisces_rl.rewards.encoders.base import VideoTextEncoder
 from pisces_rl.rewards.encoders.internvideo2 import InternVideo2, InternVideo2Config
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.shapemotion import load_prompts
 
 VIDEOS = 8
 SIZES = {"tiny-vtm": (17, 64), "internvideo2": (8, 224)}
+LONG = {"internvideo2": 40}  # tokens of the prompts in a second row
 
 
 def build(name: str, device: str):
@@ -57,29 +60,33 @@ def main() -> None:
     for name in args.models:
         encoder = build(name, args.device)
         prompts = load_prompts("train", VIDEOS)["prompt"]
-        frames, size = SIZES[name]
-        videos = torch.rand(VIDEOS, frames, 3, size, size, device=args.device)
-        text, video = encoder.encode_text(prompts), encoder.encode_video(videos)
-        points = torch.randn(2048, encoder.dimension)
-        linear = LinearMap().fit(points, points * 2)
-        fusion = OTAttention().bind(text.words, video.positions, encoder.fused_layers)
+        report(name, encoder, prompts, *SIZES[name], args.device)
+        if name in LONG:
+            words = [(prompt.replace(",", "") + " ") * LONG[name] for prompt in prompts]
+            long = [" ".join(text.split()[: LONG[name] - 2]) for text in words]  # and the two special tokens
+            assert encoder.encode_text(long).words.sum(1).tolist() == [LONG[name] - 2] * VIDEOS
+            report(f"{name}, {LONG[name]} tokens", encoder, long, *SIZES[name], args.device)
 
-        def timed(call):
-            return median(call, args.device)
 
-        if args.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        of_videos, of_texts = (
-            timed(lambda e=encoder, v=videos: e.encode_video(v)),
-            timed(lambda e=encoder, p=prompts: e.encode_text(p)),
-        )
-        plain = timed(lambda e=encoder, t=text, v=video: e.match(t, v))
-        fused = timed(lambda e=encoder, t=text, v=video, f=fusion: e.match(t, v, f))
-        image = timed(lambda m=linear, t=text, v=video: torch.cosine_similarity(m(t.pooled), v.pooled))
-        share = 100 * (fused - plain) / (of_videos + of_texts)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if args.device == "cuda" else float("nan")
-        cells = [f"{x:.3f}" for x in (of_videos, of_texts, plain, fused - plain, image)]
-        print(f"| {name} | " + " | ".join(cells) + f" | {share:.1f} | {peak:.2f} |", flush=True)
+def report(label: str, encoder: VideoTextEncoder, prompts: list[str], frames: int, size: int, device: str) -> None:
+    """A row of the table."""
+    videos = torch.rand(VIDEOS, frames, 3, size, size, device=device)
+    text, video = encoder.encode_text(prompts), encoder.encode_video(videos)
+    points = torch.randn(2048, encoder.dimension)
+    linear = LinearMap().fit(points, points * 2)
+    fusion = OTAttention().bind(text.words, video.positions, encoder.fused_layers)
+
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    of_videos = median(lambda: encoder.encode_video(videos), device)
+    of_texts = median(lambda: encoder.encode_text(prompts), device)
+    plain = median(lambda: encoder.match(text, video), device)
+    fused = median(lambda: encoder.match(text, video, fusion), device)
+    image = median(lambda: torch.cosine_similarity(linear(text.pooled), video.pooled), device)
+    share = 100 * (fused - plain) / (of_videos + of_texts)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
+    cells = [f"{x:.3f}" for x in (of_videos, of_texts, plain, fused - plain, image)]
+    print(f"| {label} | " + " | ".join(cells) + f" | {share:.1f} | {peak:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

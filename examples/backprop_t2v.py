@@ -22,7 +22,7 @@ RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_backprop.yaml"
 
 def main() -> None:
     script, config = parse_arguments(ScriptArguments, RewardBackpropConfig, arguments=arguments(RECIPE))
-    train_dataset, eval_dataset = load_datasets(script, config.seed)
+    train_dataset, eval_dataset = load_datasets(script, config.seed, config.image_columns)
     trainer = RewardBackpropTrainer(
         model=script.model,
         reward_funcs=load_rewards(script, script.rewards),

@@ -1,9 +1,12 @@
-"""GRPO on a LoRA of any text-to-video pipeline of diffusers.
+"""GRPO on a LoRA of any text-to-video, image-to-video or text-to-image pipeline of diffusers.
 
     accelerate launch examples/grpo_t2v.py --config recipes/shapemotion_grpo.yaml
     accelerate launch examples/grpo_t2v.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dataset prompts.txt \
         --rewards my_rewards.py:score --height 240 --width 416 --num_frames 33 --output_dir outputs/wan
+    accelerate launch examples/grpo_t2v.py --model Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --dataset captions.jsonl \
+        --rewards my_rewards.py:score --height 480 --width 832 --num_frames 33 --output_dir outputs/wan-i2v
 
+The last trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file beside it}.
 Without --config and --model it follows recipes/shapemotion_ot.yaml: the embedded tiny-wan on ShapeMotion, trained on
 the optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU.
 """
@@ -72,8 +75,10 @@ class ScriptArguments:
     )
 
 
-def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, dict[str, Dataset] | None]:
-    """Training prompts, and held-out sets."""
+def load_datasets(
+    script: ScriptArguments, seed: int, images: list[str] | None = None
+) -> tuple[Dataset, dict[str, Dataset] | None]:
+    """Training prompts, with their images in the columns of that name, and held-out sets."""
     count = script.eval_prompts
     if script.dataset == "shapemotion":
         train = load_prompts("train", n=2048, seed=seed)
@@ -85,7 +90,8 @@ def load_datasets(script: ScriptArguments, seed: int) -> tuple[Dataset, dict[str
             "held_out": concatenate_datasets(halves),  # color-shape and shape-motion pairs that are never trained
             "relation": shapemotion_prompts("test_seen", count // 8, seed=1, directed=True),
         }
-    prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column)
+    images = images or ["image"]
+    prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column, images)
     if not count or len(prompts) < 2 * count:
         if count:
             print(f"{len(prompts)} prompts are too few to evaluate on {count}, so none is: lower --eval_prompts.")
@@ -133,7 +139,7 @@ def arguments(recipe: Path) -> list[str]:
 
 def main() -> None:
     script, config = parse_arguments(ScriptArguments, VideoGRPOConfig, arguments=arguments(RECIPE))
-    train_dataset, eval_dataset = load_datasets(script, config.seed)
+    train_dataset, eval_dataset = load_datasets(script, config.seed, config.image_columns)
     trainer = VideoGRPOTrainer(
         model=script.model,
         reward_funcs=load_rewards(script, script.rewards),

@@ -248,6 +248,16 @@ def test_csv_and_jsonl(tmp_path):
     assert load_prompt_dataset(str(tmp_path / "a.json"), column="caption")["prompt"][:] == ["a circle"]
 
 
+def test_paths_of_images_are_found_beside_the_file(tmp_path):
+    (tmp_path / "fox.png").write_text("")
+    rows = [{"prompt": "a fox", "image": "fox.png"}, {"prompt": "a far fox", "image": "far/fox.png"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "a fox", "image": 3, "last_image": "fox.png"}))
+    assert load_prompt_dataset(str(tmp_path / "a.jsonl"))["image"][:] == [str(tmp_path / "fox.png"), "far/fox.png"]
+    data = load_prompt_dataset(str(tmp_path / "b.jsonl"), images=["image", "last_image"])
+    assert data["image"][:] == [3] and data["last_image"][:] == [str(tmp_path / "fox.png")]
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("none.txt", None, "no such file"), ("none.csv", None, "no such file"),
     ("empty.txt", "", "holds no prompt"), ("blank.txt", "\n \n", "holds no prompt"),

@@ -111,12 +111,42 @@ def test_snippet_is_python(base_model):
     assert ('asset_path("tiny-wan")' in code) == (base_model == "tiny-wan")
 
 
+@pytest.mark.parametrize("settings, task, line", [
+    ({"images": ["image"]}, "image-to-video", '(prompt="your prompt", image=load_image("your_image.png"), height=64)'),
+    ({"still": True}, "text-to-image", 'pipe("your prompt", height=64).images[0].save("image.png")'),
+])
+def test_other_tasks(settings, task, line):
+    text = card(call={"height": 64}, **settings)
+    assert front_matter(text)["pipeline_tag"] == task and task in front_matter(text)["tags"]
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1]
+    compile(code, "snippet", "exec")
+    assert line in code and ("export_to_video" in code) == task.endswith("video")
+
+
 def test_snippet_for_peft_layout(tmp_path):
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "adapter_model.safetensors").write_bytes(b"x")
     code = re.search(r"```python\n(.*?)```", card(folder=tmp_path), re.S)[1]
     compile(code, "snippet", "exec")
     assert "PeftModel.from_pretrained(pipe.unet" in code and "load_lora_weights" not in code
+
+
+@pytest.mark.parametrize("files", [("", "transformer_2/"), ("transformer_2/",)], ids=["both", "second"])
+def test_snippet_for_two_experts(tmp_path, files):
+    (tmp_path / "transformer_2").mkdir()
+    (tmp_path / "checkpoint-1" / "transformer_2").mkdir(parents=True)
+    for file in (*files, "checkpoint-1/", "checkpoint-1/transformer_2/"):
+        (tmp_path / file / "pytorch_lora_weights.safetensors").write_bytes(b"x")
+    code = re.search(r"```python\n(.*?)```", card(folder=tmp_path, repo_id="me/mine"), re.S)[1]
+    lines = [line for line in code.splitlines() if "load_lora_weights" in line]
+    first = 'pipe.load_lora_weights("me/mine", weight_name="pytorch_lora_weights.safetensors")'
+    second = 'weight_name="transformer_2/pytorch_lora_weights.safetensors", load_into_transformer_2=True'
+    assert lines == [first] * (len(files) - 1) + [f'pipe.load_lora_weights("me/mine", {second})']
+
+
+def test_snippet_with_a_guider():
+    code = re.search(r"```python\n(.*?)```", card(call={"height": 64}, guider_scale=1.0), re.S)[1]
+    assert "pipe.guider = pipe.guider.new(guidance_scale=1.0)\nvideo = pipe(\"your prompt\", height=64)" in code
 
 
 PUSH = """

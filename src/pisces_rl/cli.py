@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Value, load_dataset
 from transformers import HfArgumentParser
 
 
@@ -94,13 +94,15 @@ def _nearest(name: str, known: set[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else "."
 
 
-def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt") -> Dataset:
+def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt",
+                        images: Sequence[str] = ("image",)) -> Dataset:
     """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
 
     Args:
         source: a path or a Hub id.
         split: split of a Hub data set.
         column: the column that holds the text; it is renamed to `prompt`.
+        images: columns of a file's table that may hold paths of images; relative ones are looked for beside the file.
 
     Raises:
         ValueError: the file is missing or empty, or has no such column.
@@ -115,7 +117,7 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
         elif os.path.getsize(source) == 0:
             dataset = Dataset.from_dict({"prompt": []})
         else:
-            dataset = _read_table(kind, source)
+            dataset = _beside(_read_table(kind, source), Path(source).parent, images)
     else:
         try:
             dataset = load_dataset(source, split=split)
@@ -143,6 +145,15 @@ def _read_table(kind: str, source: str) -> Dataset:
         if "corresponds to no data" in str(error):  # a header and no rows
             return Dataset.from_dict({"prompt": []})
         raise ValueError(f"dataset={source!r} could not be read as {kind}: {error.__cause__ or error}") from error
+
+
+def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
+    """Relative paths of files in the folder with the folder; whatever else the columns hold stays."""
+    for name in columns:
+        if name in dataset.column_names and dataset.features[name] == Value("string"):
+            found = [str(folder / p) if p and (folder / p).is_file() else p for p in dataset[name]]
+            dataset = dataset.remove_columns(name).add_column(name, found)
+    return dataset
 
 
 def load_reward_function(name: str, known: Sequence[Callable] = (), **options) -> Callable:

@@ -17,13 +17,14 @@ from huggingface_hub.utils import validate_repo_id
 PATTERNS = (
     "README.md",
     "pytorch_lora_weights.safetensors",
+    "*/pytorch_lora_weights.safetensors",
     "*/adapter_model.safetensors",
     "*/adapter_config.json",
     "report.md",
     "samples/**/*.mp4",
     "samples/**/*.png",
 )
-_ADAPTERS = PATTERNS[1:3]
+_ADAPTERS = PATTERNS[1:4]
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 
@@ -67,7 +68,10 @@ def model_card(
     folder: str | Path | None = None,
     repo_id: str | None = None,
     call: dict | None = None,
+    guider_scale: float | None = None,
     tags: Sequence[str] = (),
+    images: Sequence[str] = (),
+    still: bool = False,
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
 
@@ -83,7 +87,10 @@ def model_card(
             and its layout decides how the snippet loads the adapter. None shows none.
         repo_id: where the adapter will be, for the snippet; None writes a placeholder.
         call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
+        guider_scale: guidance_scale where it belongs to the pipeline's guider and not to its call.
         tags: further tags.
+        images: arguments of the pipeline's call that take an image, as image-to-video's do.
+        still: whether the pipeline makes images, not videos.
 
     Returns:
         Markdown whose YAML front matter the Hub reads.
@@ -92,10 +99,12 @@ def model_card(
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
     videos = _videos(folder)
+    use = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, images, still, guider_scale)
+    task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-video",
-        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", "text-to-video", *tags])),
+        "pipeline_tag": task,
+        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", task, *tags])),
     }
     if _is_hub_id(base_model):
         front = {"base_model": base_model, "base_model_relation": "adapter"} | front
@@ -106,7 +115,7 @@ def model_card(
         f"# {_text(name)}, LoRA trained with {_text(trainer)}",
         f"A LoRA adapter for `{name}`, trained by reinforcement learning with pisces_rl ({_text(trainer)}). Plain "
         "diffusers loads it.",
-        "## Use\n\n```python\n" + _snippet(base_model, pipeline_class, repo_id, folder, call or {}) + "\n```",
+        f"## Use\n\n```python\n{use}\n```",
     ]
     if comparison:
         parts.append("## Before and after\n\n" + _evaluation(comparison))
@@ -217,9 +226,12 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict) -> str:
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
+             images: Sequence[str], still: bool, guider_scale: float | None) -> str:
     own = repo_id or "you/this-adapter"
-    lines = ["import torch", f"from diffusers import {pipeline_class}", "from diffusers.utils import export_to_video"]
+    helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
+    lines = ["import torch", f"from diffusers import {pipeline_class}"]
+    lines += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
     name, dtype = _shown_name(base_model), "torch.bfloat16"
     if not _is_hub_id(base_model) and (_EMBEDDED / name).is_dir():
         lines.append("from pisces_rl.assets import asset_path  # the base model ships with pisces_rl")
@@ -229,18 +241,35 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
     else:
         model = f'"path/to/{name}"'
     lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
-    peft_files = _found(folder, _ADAPTERS[1]) if folder is not None else []
-    if peft_files and not (folder / _ADAPTERS[0]).exists():
+    together, second, alone = (_found(folder, pattern) if folder is not None else [] for pattern in _ADAPTERS)
+    experts = [file.parent.name for file in second]
+    peft_files = [] if together or second else alone
+    if peft_files:
         lines = ["from peft import PeftModel", *lines]
         for component in (file.parent.name for file in peft_files):
             load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
             lines.append(f"pipe.{component} = {load}")
-    else:
+    elif not experts:
         lines.append(f'pipe.load_lora_weights("{own}")')
+    else:  # named, since diffusers would guess
+        if together:
+            lines.append(f'pipe.load_lora_weights("{own}", weight_name="{_ADAPTERS[0]}")')
+        for name in experts:
+            file = f'weight_name="{name}/{_ADAPTERS[0]}", load_into_{name}=True'
+            lines.append(f'pipe.load_lora_weights("{own}", {file})')
+    if guider_scale is not None:
+        lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale!r})")
     plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
-    lines.append(f'video = pipe("your prompt"{arguments}).frames[0]')
-    lines.append('export_to_video(video, "video.mp4")')
+    if images:
+        pictures = "".join(f', {name}=load_image("your_{name}.png")' for name in images)
+        arguments = f"{pictures}{arguments}"
+    prompt = 'prompt="your prompt"' if images else '"your prompt"'
+    if still:
+        lines.append(f'pipe({prompt}{arguments}).images[0].save("image.png")')
+    else:
+        lines.append(f"video = pipe({prompt}{arguments}).frames[0]")
+        lines.append('export_to_video(video, "video.mp4")')
     return "\n".join(lines)
 
 

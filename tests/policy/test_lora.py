@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from peft import LoraConfig
-from tiny_pipelines import BUILD, CALLS, quiet
+from peft import LoraConfig, PeftModel
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, quiet
 
 from pisces_rl.hub import model_card
 from pisces_rl.policy import (
+    VideoPolicy,
     adapters_off,
     add_lora,
     check_saved_lora,
@@ -17,16 +18,17 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
-from pisces_rl.policy.lora import has_lora_loader
+from pisces_rl.policy.lora import LORA_FILE, has_lora_loader
 
-PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos")  # plain diffusers has no LoRA loader for them
+# plain diffusers has no LoRA loader for them
+PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos", "hunyuan15")
 
 
-def adapted(family, r=4, seed=0):
+def adapted(family, r=4, seed=0, only=None):
     pipe = quiet(BUILD[family]())
-    denoisers = {n: c for n, c in pipe.components.items() if n in ("transformer", "unet")}
+    denoisers = dict(VideoPolicy(pipe).denoiser.items())
     torch.manual_seed(seed)
-    counts = add_lora(denoisers, default_lora_config(r))
+    counts = add_lora(denoisers, default_lora_config(r), only)
     parameters = lora_parameters(denoisers)
     for name, parameter in parameters.items():
         if "lora_B" in name:
@@ -34,9 +36,13 @@ def adapted(family, r=4, seed=0):
     return pipe, denoisers, parameters, counts
 
 
+def call_of(family) -> dict:
+    conditions = {name: values[0] for name, values in CONDITIONS[family].items()}
+    return dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family], **conditions)
+
+
 def latents(pipe, family, seed=0):
-    return pipe(prompt=["a fish"], num_inference_steps=2, output_type="latent",
-                generator=torch.Generator().manual_seed(seed), **CALLS[family]).frames
+    return pipe(output_type="latent", generator=torch.Generator().manual_seed(seed), **call_of(family))[0]
 
 
 @pytest.mark.parametrize("family", BUILD)
@@ -52,10 +58,12 @@ def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
         load_lora(fresh, tmp_path)
     else:
         fresh.load_lora_weights(tmp_path)
+    if family in EXPERTS:
+        second = "transformer_2/pytorch_lora_weights.safetensors"
+        fresh.load_lora_weights(tmp_path, weight_name=second, load_into_transformer_2=True)
     torch.testing.assert_close(latents(fresh, family), trained)
     assert not torch.allclose(base, trained, atol=1e-3)
-    call = dict(prompt=["a fish"], num_inference_steps=2, **CALLS[family])
-    assert check_saved_lora(pipe, tmp_path, call, 1e-4) <= 1e-4
+    assert check_saved_lora(pipe, tmp_path, call_of(family), 1e-4) <= 1e-4
 
 
 @pytest.mark.parametrize("family", PEFT_LAYOUT)
@@ -69,6 +77,64 @@ def test_the_card_of_a_peft_layout_loads_it(family, tmp_path):
     fresh = quiet(BUILD[family]())
     exec("\n".join(lines), {"pipe": fresh})
     torch.testing.assert_close(latents(fresh, family), latents(pipe, family))
+
+
+@pytest.mark.parametrize("family", PEFT_LAYOUT)
+def test_peft_loads_its_own_layout(family, tmp_path):
+    pipe, denoisers, _, _ = adapted(family)
+    save_lora(pipe, tmp_path)
+    fresh = quiet(BUILD[family]())
+    for name in denoisers:
+        setattr(fresh, name, PeftModel.from_pretrained(getattr(fresh, name), tmp_path, subfolder=name))
+    torch.testing.assert_close(latents(fresh, family), latents(pipe, family))
+
+
+@pytest.mark.parametrize("expert, other", [("transformer", "transformer_2"), ("transformer_2", "transformer")])
+def test_one_expert(expert, other, tmp_path):
+    """Of Wan 2.2 one denoiser is adapted: only it is trained and saved, and plain diffusers loads it."""
+    pipe, denoisers, parameters, counts = adapted("wan22_a14b", only=[expert])
+    assert list(counts) == [expert] and all(name.startswith(f"{expert}.") for name in parameters)
+    assert not any(p.requires_grad for p in denoisers[other].parameters())
+    (file,) = save_lora(pipe, tmp_path)
+    assert file == tmp_path / ("transformer_2" if expert == "transformer_2" else "") / LORA_FILE and file.exists()
+    fresh = quiet(BUILD["wan22_a14b"]())
+    into = dict(load_into_transformer_2=True) if expert == "transformer_2" else {}
+    fresh.load_lora_weights(tmp_path, weight_name=str(file.relative_to(tmp_path)), **into)
+    torch.testing.assert_close(latents(fresh, "wan22_a14b"), latents(pipe, "wan22_a14b"))
+    assert check_saved_lora(pipe, tmp_path, dict(prompt=["a"], num_inference_steps=2, **CALLS["wan"]), 1e-4) <= 1e-4
+    with pytest.raises(ValueError, match=f"does not fit {other}"):
+        load_lora_state(adapted("wan22_a14b")[0], tmp_path)
+
+
+def test_both_experts_are_restored(tmp_path):
+    pipe, _, parameters, _ = adapted("wan22_a14b")
+    save_lora(pipe, tmp_path)
+    other, _, others, _ = adapted("wan22_a14b", seed=1)
+    load_lora_state(other, tmp_path)
+    assert all(torch.equal(parameters[name], others[name]) for name in parameters)
+
+
+@pytest.mark.parametrize("only", ["transformer", [], ["transformer_3"], ["transformer", "unet"]])
+def test_denoisers_that_do_not_exist(only):
+    with pytest.raises(ValueError, match=r"lora_denoisers=.*\['transformer', 'transformer_2'\].*unset"):
+        adapted("wan22_a14b", only=only)
+
+
+def test_the_last_text_stream_of_dual_blocks_is_left_alone():
+    """Nothing reads it in HunyuanVideo 1.5; HunyuanVideo's single-stream blocks do."""
+    text = ("add_q_proj", "to_add_out", "ff_context")
+    names = adapted("hunyuan15")[2]
+    assert not [n for n in names if "transformer_blocks.1." in n and any(t in n for t in text)]
+    assert [n for n in names if "transformer_blocks.0." in n and "to_add_out" in n]
+    assert [n for n in names if "transformer_blocks.1." in n and "add_k_proj" in n]
+    assert [n for n in adapted("hunyuan")[2] if "to_add_out" in n]
+
+
+def test_a_fresh_pipeline_keeps_what_the_user_set(tmp_path):
+    pipe, _, _, _ = adapted("kandinsky5")
+    fresh = without_adapters(pipe)
+    assert fresh.prompt_template == pipe.prompt_template and fresh.config.transformer == pipe.config.transformer
+    assert fresh.transformer is not pipe.transformer and fresh.vae is pipe.vae
 
 
 def test_check_finds_an_adapter_that_is_not_the_trained_one(tmp_path):
@@ -99,10 +165,11 @@ def test_fresh_pipeline_shares_the_base_weights():
 
 
 def test_default_targets_leave_token_refiners_and_poolers_alone():
-    for family, forbidden in (("hunyuan", "refiner"), ("mochi", "pooler")):
+    for family, forbidden in (("hunyuan", "refiner"), ("mochi", "pooler"), ("hunyuan15", "refiner"),
+                              ("kandinsky5", "text_transformer"), ("kandinsky5", "modulation")):  # fmt: skip
         _, _, parameters, _ = adapted(family)
         assert not [name for name in parameters if forbidden in name]
-        assert [name for name in parameters if "ff" in name], f"{family}: no feed-forward adapted"
+        assert [n for n in parameters if "ff" in n or "feed_forward" in n], f"{family}: no feed-forward adapted"
 
 
 @pytest.mark.parametrize("config, message", [

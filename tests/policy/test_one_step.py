@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from policy.test_backprop import all_reached
 from policy.test_latents import build
-from policy.test_replay_parity import PROMPTS
-from tiny_pipelines import BUILD, FLOW, GUIDANCE, REFUSES
+from policy.test_replay_parity import PROMPTS, seeded
+from tiny_pipelines import BUILD, CONDITIONS, FLOW, GUIDANCE, REFUSES
 
 from pisces_rl.policy import PolicyError, lora_parameters
 
@@ -22,10 +23,10 @@ def test_families_that_cannot_start_later_say_so(family, message):
 @pytest.mark.parametrize("family", STARTING)
 def test_predictions_along_the_trajectory_are_the_sampler_s(family):
     policy = build(family)
-    final = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
+    final = policy.final_latents(PROMPTS, **seeded(family))
     state = None
     for step in range(3):
-        found = policy.predict(PROMPTS, noise_seeds=[1, 2], step=step, state=state)
+        found = policy.predict(PROMPTS, **seeded(family), step=step, state=state)
         if step:
             torch.testing.assert_close(found.state, state.float(), rtol=1e-2, atol=1e-2)  # Mochi rounds its latents
         state = found.following
@@ -38,30 +39,31 @@ def test_predictions_along_the_trajectory_are_the_sampler_s(family):
 def test_noised_states_gradients_and_another_grid(family):
     policy = build(family)
     parameters = lora_parameters(dict(policy.denoiser.items()))
-    clean = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
+    clean = policy.final_latents(PROMPTS, **seeded(family))
     a, b, c = (
-        policy.predict(PROMPTS, noise_seeds=seeds, step=4, clean=clean, num_inference_steps=8)
+        policy.predict(PROMPTS, noise_seeds=seeds, conditions=CONDITIONS[family], step=4, clean=clean,
+                       num_inference_steps=8)
         for seeds in ([1, 2], [1, 2], [3, 2])
     )
     rows = len(clean) // 2
     torch.testing.assert_close(a.state, b.state)
     assert not torch.allclose(a.state[:rows], c.state[:rows]) and torch.allclose(a.state[rows:], c.state[rows:])
     for step in (0, 2):
-        found = policy.predict(PROMPTS, noise_seeds=[1, 2], step=step, clean=clean, grad=True)
+        found = policy.predict(PROMPTS, **seeded(family), step=step, clean=clean, grad=True)
         gradient = torch.autograd.grad(found.clean.square().mean(), list(parameters.values()), allow_unused=True)
-        assert all(g is not None and g.abs().sum() > 0 for g in gradient)
-    assert not policy.predict(PROMPTS, noise_seeds=[1, 2], step=2, clean=clean).clean.requires_grad
+        assert all_reached(family, parameters, gradient, [step])
+    assert not policy.predict(PROMPTS, **seeded(family), step=2, clean=clean).clean.requires_grad
 
 
 @pytest.mark.parametrize("family", STARTING)
 def test_guidance_for_this_once(family):
     policy = build(family)
-    clean = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
-    plain = policy.predict(PROMPTS, noise_seeds=[1, 2], step=2, clean=clean)
-    guided = policy.predict(PROMPTS, noise_seeds=[1, 2], step=2, clean=clean, **GUIDANCE[family][0])
+    clean = policy.final_latents(PROMPTS, **seeded(family))
+    plain = policy.predict(PROMPTS, **seeded(family), step=2, clean=clean)
+    guided = policy.predict(PROMPTS, **seeded(family), step=2, clean=clean, **GUIDANCE[family][0])
     torch.testing.assert_close(guided.state, plain.state)
     assert not torch.allclose(guided.clean, plain.clean, atol=1e-6) or family == "hunyuan"  # it is embedded
-    again = policy.predict(PROMPTS, noise_seeds=[1, 2], step=2, clean=clean)
+    again = policy.predict(PROMPTS, **seeded(family), step=2, clean=clean)
     torch.testing.assert_close(again.clean, plain.clean)
 
 

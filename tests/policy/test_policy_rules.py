@@ -12,7 +12,10 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
-from tiny_pipelines import BUILD, CALLS, quiet
+from diffusers.configuration_utils import register_to_config
+from diffusers.guiders import ClassifierFreeGuidance
+from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
+from tiny_pipelines.since_wan22 import skyreels_parts
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.scheduler import training_scheduler
@@ -123,6 +126,17 @@ def test_pipelines_that_break_a_rule(wan):
             run(broken(step), wan)
 
 
+def test_diffusion_forcing_steps_copies_of_its_scheduler():
+    from diffusers import SkyReelsV2DiffusionForcingPipeline
+
+    pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**skyreels_parts()))
+    call = dict(height=16, width=16, num_frames=9, base_num_frames=9, max_sequence_length=16)
+    for ar_step in (0, 5):  # synchronous, too
+        with pytest.raises(PolicyError, match="copies of its scheduler.*one step of pipeline.scheduler per denoising"):
+            kwargs = call | dict(ar_step=ar_step, causal_block_size=1)
+            policy(pipe, pipeline_kwargs=kwargs).sample(["a"], noise_seeds=[0], step_seeds=[0], steps=[1])
+
+
 def test_start_noise_that_is_not_from_the_generators(wan):
     from diffusers import WanPipeline
 
@@ -177,3 +191,48 @@ def test_prompts_are_encoded_once_and_alone(wan):
     p.sample(["y"], noise_seeds=[1])
     assert calls == [["x"], ["y"], [""]]
     torch.testing.assert_close(first[0], first[2])
+
+
+def test_empty_negative_prompts_are_encoded_once(monkeypatch):
+    """HunyuanVideo 1.5 asks for them by prompt=None and a batch_size, by which it reshapes what it encodes."""
+    pipe = quiet(BUILD["hunyuan15"]())
+    p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["hunyuan15"] | GUIDANCE["hunyuan15"][0])
+    calls, original = [], p.prompt_memo.encode_prompt
+    monkeypatch.setattr(p.prompt_memo, "encode_prompt", lambda **kw: calls.append(kw["prompt"]) or original(**kw))
+    rollout = p.sample(["x", "y", "x"], noise_seeds=[0, 1, 0], step_seeds=[2, 3, 2], steps=[0])
+    p.replay(rollout, [1, 2], lambda step: None)
+    assert calls == [["x"], ["y"], None]
+    torch.testing.assert_close(rollout.videos[0], rollout.videos[2])
+
+
+class Unguided(ClassifierFreeGuidance):
+    @register_to_config
+    def __init__(self, start: float = 0.0):
+        super().__init__(guidance_scale=1.0, start=start)
+        self._internal_dict = {"start": start}
+
+
+def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
+    pipe = quiet(BUILD["hunyuan15"]())
+    p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["hunyuan15"])
+    own, six, one = (
+        VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=p.pipeline_kwargs | extra)
+        for extra in ({}, {"guidance_scale": 6.0}, {"guidance_scale": 1.0})
+    )
+    videos = [each.sample(["a"], noise_seeds=[0]).videos for each in (own, six, one)]
+    assert torch.equal(videos[0], videos[1]) and not torch.allclose(videos[0], videos[2], atol=1e-4)
+    assert pipe.guider.guidance_scale == 6.0
+    pipe.guider = Unguided()
+    with pytest.raises(PolicyError, match="guidance_scale=1.0: the guider .*Unguided, has none"):
+        one.sample(["a"], noise_seeds=[0])
+
+
+def test_text_of_another_length_beside_it_changes_nothing():
+    """Kandinsky 5 takes no text mask, so padding would be read; each row gets the text of its own length."""
+    pipe = quiet(BUILD["kandinsky5"]())
+    p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
+    prompts = ["a bird in the snow", "a", "a fish", "b"]
+    together = p.sample(prompts, noise_seeds=[0, 1, 2, 3]).videos
+    for row, prompt in enumerate(prompts):
+        alone = p.sample([prompt], noise_seeds=[row]).videos
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-3, atol=1e-3)

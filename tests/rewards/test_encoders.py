@@ -1,9 +1,12 @@
 """What every encoder promises: sizes, independence of padding and batch-mates, gradients, behaviour on odd input."""
 
+import json
+
 import huggingface_hub.constants
 import pytest
 import torch
 from rewards.tiny_encoders import ENCODERS, LENGTH, build
+from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from pisces_rl.rewards.encoders import load_encoder
 
@@ -138,8 +141,26 @@ def test_the_name_says_which_weights_and_options(tmp_path):
     encoder.model.logit_scale.data += 1
     others = [load_encoder(save(encoder, tmp_path / "clip"), device="cpu").name]
     (tmp_path / "clip" / "preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
-    others.append(load_encoder(folder, device="cpu").name)
-    assert len({*names[:1], *others}) == 3 and all(name.startswith("clip@") for name in others)
+    for file in ("preprocessor_config.json", "config.json", "tokenizer.json"):
+        (tmp_path / "clip" / file).write_text((tmp_path / "clip" / file).read_text() + " ")
+        others.append(load_encoder(folder, device="cpu").name)
+    (tmp_path / "clip" / "map.json").write_text("{}")
+    assert load_encoder(folder, device="cpu").name == others[-1], "what the encoder does not read"
+    assert len({*names[:1], *others}) == 5 and all(name.startswith("clip@") for name in others)
+
+
+def test_pixels_are_normalised_as_the_processor_says(tmp_path):
+    folder, nested = save(build("clip"), tmp_path), {"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    assert load_encoder(folder).mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)  # CLIP's own
+    assert load_encoder(save(build("siglip"), tmp_path / "siglip")).mean == (0.5, 0.5, 0.5)
+    plain = load_encoder(folder).name
+    processor = CLIPProcessor(CLIPImageProcessorPil(**nested), build("clip").tokenizer)
+    processor.save_pretrained(folder)
+    assert (tmp_path / "processor_config.json").is_file() and not (tmp_path / "preprocessor_config.json").exists()
+    loaded = load_encoder(folder)
+    assert loaded.mean == (0.1, 0.2, 0.3) and loaded.std == (1, 2, 3) and loaded.name != plain
+    (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": nested | {"image_std": [4, 5, 6]}}))
+    assert load_encoder(folder).std == (4, 5, 6)
 
 
 def test_the_name_of_a_hub_model_has_its_commit(tmp_path, monkeypatch):

@@ -79,6 +79,10 @@ def test_what_is_cached_is_not_decoded_again(tmp_path):
     assert decoded == []
     cached(encoder, lazily(samples(), decoded), tmp_path)
     assert decoded == [*range(4, 11)]  # the short shard again, and what is new
+    decoded.clear()
+    fewer = cached(encoder, lazily(samples()[:3], decoded), tmp_path)
+    assert fewer.video_rows.tolist() == fewer.text_rows.tolist() == [0, 1, 2]
+    assert len(cached(encoder, lazily(samples(), decoded), tmp_path).video) == 11 and decoded == []
 
 
 def test_of_the_samples_in_memory_a_batch_is_decoded_at_once(tmp_path, monkeypatch):
@@ -87,6 +91,23 @@ def test_of_the_samples_in_memory_a_batch_is_decoded_at_once(tmp_path, monkeypat
     monkeypatch.setattr(encoder, "encode_video", lambda videos: sizes.append(len(decoded)) or encode(videos))
     cached(encoder, lazily(samples(4), decoded), tmp_path, batch_size=2)
     assert sizes == [2, 4]
+
+
+def test_videos_of_many_sizes_do_not_fill_the_memory(tmp_path, monkeypatch):
+    encoder, decoded, encoded, held = build("tiny_vtm"), [], [], []
+    encode = encoder.encode_video
+    monkeypatch.setattr(features, "SHARD", 100)
+    monkeypatch.setattr(encoder, "encode_video", lambda x: encoded.append(len(x)) or encode(x))
+    rows = [(torch.rand(2, 3, 16, 16 + i // 2), None) for i in range(20)] + [(None, "a red circle")]
+
+    def later(row, video):
+        return lambda: decoded.append(row) or held.append(len(decoded) - sum(encoded)) or video
+
+    lazy = [(video if video is None else later(row, video), text) for row, (video, text) in enumerate(rows)]
+    found = cached(encoder, lazy, tmp_path, batch_size=3)
+    assert max(held) <= 6 and sum(encoded) == 20 and found.video_rows.tolist() == [*range(20)]
+    assert max(encoded) == 2, "those of one size go together"
+    torch.testing.assert_close(found.video[19], encode(rows[19][0][None]).pooled[0])
 
 
 def test_unpaired_samples_and_sizes_that_differ(tmp_path):

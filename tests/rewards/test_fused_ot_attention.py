@@ -39,7 +39,7 @@ SCRIPT = """
         logits = 3 * query @ key.mT / 8**0.5
         for settings in (
             dict(fusion="log"), dict(fusion="arithmetic"), dict(temporal=0), dict(spatial=0),
-            dict(temporal=0, spatial=0), dict(class_tokens=True, fusion="log"),
+            dict(temporal=0, spatial=0), dict(normalise=False), dict(class_tokens=True, fusion="log"),
             dict(fusion="gated", plan="partial", mass=0.5), dict(temporal=0, spatial=0, fusion="gated"),
             dict(plan="partial", mass=0.5, class_tokens=True, fusion="arithmetic"),
         ):

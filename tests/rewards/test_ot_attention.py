@@ -112,9 +112,10 @@ def costs_by_loops(settings, words, positions, query, key, logits):
                 terms["cosine"][i, j] = 1 - float(y @ x / (y.norm() * x.norm()))
                 terms["time"][i, j] = abs(tau - spot[j][0])
                 terms["space"][i, j] = math.dist(pi, spot[j][1:])
-        cosine, time, space = (unit_range(term) for term in terms.values())
+        scaled = unit_range if settings.normalise else dict
+        cosine, time, space = (scaled(term) for term in terms.values())
         total = {at: cosine[at] + settings.temporal * time[at] + settings.spatial * space[at] for at in cosine}
-        for (i, j), value in unit_range(total).items():
+        for (i, j), value in scaled(total).items():
             out[b, h, i, j] = value
     return out
 
@@ -124,10 +125,11 @@ def unit_range(term):
     return {at: (value - low) / (high - low) if high > low else 0.0 for at, value in term.items()}
 
 
+@pytest.mark.parametrize("normalise", [True, False])
 @pytest.mark.parametrize("class_tokens", [False, True])
 @pytest.mark.parametrize("temporal, spatial", [(0, 0), (0.2, 0), (0, 0.2), (0.2, 0.3), (5, 5)])
-def test_costs_are_the_formula(layer, temporal, spatial, class_tokens):
-    settings = OTAttention(temporal=temporal, spatial=spatial, class_tokens=class_tokens)
+def test_costs_are_the_formula(layer, temporal, spatial, class_tokens, normalise):
+    settings = OTAttention(temporal=temporal, spatial=spatial, class_tokens=class_tokens, normalise=normalise)
     cost = settings.bind(*layer[:2]).cost(*layer[2:]).expand_as(layer[-1])
     torch.testing.assert_close(cost, costs_by_loops(settings, *layer), rtol=1e-4, atol=1e-5)
 
@@ -257,20 +259,24 @@ def test_heads_share_a_plan_where_nothing_tells_them_apart(layer, plan, fusion):
 
 def test_drawings(videos):
     encoder = build("tiny_vtm")
-    reward = OTSemanticReward(encoder, OTAttention())
+    reward = OTSemanticReward(encoder, OTAttention(drawings=[]))
     pieces, positions, drawings = reward.draw(PROMPTS[:2], videos[:2])
     assert [d.layer for d in drawings] == list(encoder.fused_layers) and pieces[0][1:3] == ["a", "red"]
     assert drawings[0].plan.shape == drawings[0].attention.shape == (2, 2, 7, len(positions))
-    assert reward.attention.drawings is None
+    assert reward.attention.drawings == []  # the user's list is no other's
+    reward(PROMPTS, videos)
+    assert len(reward.attention.drawings) == len(drawings)
 
 
 def test_bad_settings():
     for settings, text in (
         (dict(plan="exact"), "plan='exact'"), (dict(fusion="sum"), "fusion='sum'"), (dict(mass=0), "mass=0"),
         (dict(mass=1.2), "mass=1.2"), (dict(plan="unbalanced", mass=1.0), "mass=1.0"), (dict(reg=0), "reg=0"),
-        (dict(temporal=-1), "temporal=-1"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(temporal=-1), "temporal=-1"), (dict(temporal=math.inf), "temporal=inf"), (dict(reg=math.inf), "reg=inf"),
+        (dict(heads=[True]), r"heads=\[True\]"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
         (dict(heads=3), "heads=3"), (dict(heads=[]), r"heads=\[\]"), (dict(heads=[-1]), r"heads=\[-1\]"),
-        (dict(layers=2), "layers=2"), (dict(layers=["1"]), r"layers=\['1'\]"),
+        (dict(layers=2), "layers=2"), (dict(normalise="yes"), "normalise='yes'"),
+        (dict(layers=["1"]), r"layers=\['1'\]"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=text):
             OTAttention(**settings)
@@ -296,6 +302,14 @@ def test_semantic_rewards_name_bad_inputs(videos):
             reward(PROMPTS[:2], videos)
     with pytest.raises(ValueError, match="2 prompts for 3 videos"):
         OTSemanticReward(build("tiny_vtm"), OTAttention()).draw(PROMPTS[:2], videos)
+
+
+def test_rewards_work_in_inference_mode(videos):
+    encoder = build("tiny_vtm")
+    for reward in (OTQualityReward(encoder), OTSemanticReward(encoder, OTAttention())):
+        expected = reward(PROMPTS, videos)
+        with torch.inference_mode():
+            torch.testing.assert_close(reward(PROMPTS, videos.clone()), expected)
 
 
 def test_quality_is_the_cosine_with_the_mapped_text(videos):

@@ -54,10 +54,12 @@ class Network(torch.nn.Module):
 
 
 @pytest.mark.parametrize("values", [
-    [1, 2.5, None], (1, 2.5, None), np.array([1, 2.5, np.pi]), np.array([[1], [2.5], [3]]), torch.tensor([1, 2.5, 3]),
-    torch.tensor([[1], [2.5], [3]]), torch.tensor([1, 2.5, 3], dtype=torch.bfloat16), [np.float32(1), 2.5, True],
-    [torch.tensor(1.0), torch.tensor([2.5]), 3], torch.tensor([1, 2.5, 3], requires_grad=True),
-], ids=["list", "tuple", "array", "column", "tensor", "tensor-column", "bfloat16", "mixed", "tensors", "grad"])
+    [1, 2.5, None], (1, 2.5, None), np.array([1, 2.5, None]), np.array([1, 2.5, np.pi]), np.array([[1], [2.5], [3]]),
+    torch.tensor([1, 2.5, 3]), torch.tensor([[1], [2.5], [3]]), torch.tensor([1, 2.5, 3], dtype=torch.bfloat16),
+    [np.float32(1), 2.5, True], [torch.tensor(1.0), torch.tensor([2.5]), 3],
+    torch.tensor([1, 2.5, 3], requires_grad=True),
+], ids=["list", "tuple", "objects", "array", "column", "tensor", "tensor-column", "bfloat16", "mixed", "tensors",
+        "grad"])
 def test_returned_numbers(values):
     table = ask(returning(values))
     assert table.values.shape == (3, 1) and table.values.dtype == torch.float32 and not table.values.requires_grad

@@ -5,7 +5,7 @@ import torch
 from tiny_encoders import build
 
 from pisces_rl.assets import asset_path
-from pisces_rl.rewards import OTAttention, load_reward, loading
+from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward, load_reward, loading
 from pisces_rl.rewards.encoders import load_encoder, tiny_vtm
 
 FOLDER = asset_path("tiny-vtm", tiny_vtm.CARD)
@@ -37,17 +37,35 @@ def test_the_shipped_map_is_for_no_other():
     ],
 )
 def test_options_that_a_reward_does_not_use_are_refused_before_anything_is_loaded(name, options, unused, monkeypatch):
-    monkeypatch.setattr(loading, "load_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(loading, "shared_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
     with pytest.raises(ValueError, match=f"reward '{name}' does not use {unused}; it takes .*micro_batch"):
         load_reward(name, encoder="elsewhere", **options)
 
 
 def test_settings_are_looked_at_before_the_encoder_is_loaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "load_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
+    monkeypatch.setattr(loading, "shared_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
     with pytest.raises(ValueError, match="plan='exact'"):
         load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "exact"})
     with pytest.raises(FileNotFoundError, match="holds no map"):
         load_reward("ot_quality", encoder="elsewhere", ot_map=tmp_path)
+
+
+def test_an_encoder_that_was_trained_again_is_loaded_again(tmp_path):
+    encoder = build("tiny_vtm")
+    encoder.save(tmp_path)
+    first = load_reward("cosine", encoder=tmp_path).encoder
+    assert load_reward("matching", encoder=str(tmp_path)).encoder is first
+    encoder.class_token.data += 1
+    encoder.save(tmp_path)
+    assert load_reward("cosine", encoder=tmp_path).encoder.name != first.name
+
+
+def test_the_classes_take_names_too():
+    quality, semantic = OTQualityReward("tiny-vtm"), OTSemanticReward(FOLDER)
+    assert quality.encoder is load_reward("cosine").encoder and semantic.encoder.name == quality.encoder.name
+    for kind in (OTQualityReward, OTSemanticReward):
+        with pytest.raises(TypeError, match="encoder: expected a VideoTextEncoder, .*, got None"):
+            kind(None)
 
 
 def test_rewards_share_an_encoder_unless_one_offloads():

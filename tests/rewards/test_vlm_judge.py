@@ -72,6 +72,34 @@ def test_it_is_a_reward(judge, videos):
     assert table.values.shape == (3, 1) and table.values.isfinite().all() and "vlm_judge" in table.seconds
 
 
+@pytest.mark.parametrize(
+    ("prompts", "change", "error", "message"),
+    [
+        ("abc", lambda x: x, TypeError, "prompts: expected a list of strings"),
+        (PROMPTS[:2], lambda x: x, ValueError, "2 prompts for 3 videos"),
+        ([], lambda x: x[:0], ValueError, "no axis empty"),
+        (PROMPTS, lambda x: x * 255, ValueError, "video 0 has values from"),
+        (PROMPTS, lambda x: x.index_fill(0, torch.tensor(1), torch.nan), ValueError, "video 1 has values from nan"),
+        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' holds '<image>', a token of the judge"),
+    ],
+)
+def test_bad_inputs_are_named(judge, videos, prompts, change, error, message):
+    with pytest.raises(error, match=message):
+        judge(prompts, change(videos))
+
+
+def test_it_waits_on_the_cpu_between_calls(judge, videos, monkeypatch):
+    places = []
+    monkeypatch.setattr(judge.model, "to", lambda place: places.append(place) or judge.model)
+    judge(PROMPTS, videos)
+    assert places == []
+    offloaded = VLMJudge(judge.model, judge.processor, batch_size=2, frames=4, offload="cuda")
+    assert offloaded(PROMPTS, videos) == judge(PROMPTS, videos) and places == ["cpu", "cuda", "cpu"]
+    with pytest.raises(ValueError, match="nan"):
+        offloaded(PROMPTS, videos * torch.nan)
+    assert places == ["cpu", "cuda", "cpu"]
+
+
 def test_bad_settings(judge, tmp_path):
     for scores in ((1,), (2, 1), (1, 10)):
         with pytest.raises(ValueError, match="scores="):

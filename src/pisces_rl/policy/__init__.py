@@ -7,6 +7,7 @@ what the user passed in.
 """
 
 from .backprop import DecodedPart
+from .guider import has_guider
 from .lora import (
     adapters_off,
     add_lora,
@@ -25,6 +26,6 @@ from .video_policy import VideoPolicy
 
 __all__ = [
     "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora",
-    "check_saved_lora", "default_lora_config", "load_lora", "load_lora_state", "lora_parameters", "save_lora",
-    "without_adapters",
+    "check_saved_lora", "default_lora_config", "has_guider", "load_lora", "load_lora_state", "lora_parameters",
+    "save_lora", "without_adapters",
 ]

@@ -20,47 +20,50 @@ PROBE = 64.0  # by which the scale is found: in bf16 the rounding of the offset 
 
 @dataclass
 class LatentCodec:
-    """For one video: z = scale * x[source] + offset of flattened latents x and what the VAE decodes, z.
+    """For one video: z[free] = scale * x[source] + offset of flattened latents x and what the VAE decodes, z.
 
     Attributes:
         shape: of a video's latents, its rows first. encoded: of z, without the batch where clips are decoded whole.
         by_frame: frames are decoded one by one: z is (F, C, h, w); else (C, T, h, w).
         video: (F, 3, H, W) that the pipeline makes.
+        free: (z.numel(),) bool, what the latents decide: not what an image fixes, for instance a first frame.
     """
 
     shape: torch.Size
     encoded: torch.Size
     by_frame: bool
     video: torch.Size
+    free: Tensor
     source: Tensor
     scale: Tensor
     offset: Tensor
 
     @staticmethod
     @torch.no_grad()
-    def of(policy, prompt: str = "") -> "LatentCodec":
-        """Probe a policy's pipeline at its own size.
+    def of(policy, prompt: str = "", conditions: dict | None = None) -> "LatentCodec":
+        """Probe a policy's pipeline at its own size, with the conditions of one video where it needs them.
 
         Raises PolicyError where the map is not one-to-one and affine: then videos cannot be turned into latents.
         """
-        shape = _Probe.run(policy, prompt, None).shape_of_latents
+        shape = _Probe.run(policy, prompt, None, conditions).shape_of_latents
         count = shape.numel()
 
         def decoded(x: Tensor) -> Tensor:
-            return _Probe.run(policy, prompt, x.view(shape)).z
+            return _Probe.run(policy, prompt, x.view(shape), conditions).z
 
         zero = decoded(torch.zeros(count))
         offset = zero.flatten()
         scale = (decoded(torch.full((count,), PROBE)).flatten() - offset) / PROBE
-        if offset.numel() != count or not bool((scale != 0).all() and scale.isfinite().all()):
+        free = scale != 0
+        if int(free.sum()) != count or not bool(scale.isfinite().all()):
             raise PolicyError(
-                f"{type(policy.pipeline).__name__} decodes {offset.numel()} numbers of {count} latents, so videos "
+                f"{type(policy.pipeline).__name__} decodes {int(free.sum())} numbers of {count} latents, so videos "
                 "cannot be turned into its latents; train without videos."
             )
         source, power, index = torch.zeros(count, dtype=torch.long), 1, torch.arange(count)
         while power < count:
             digit = (index // power) % BASE
-            found = ((decoded(digit.float()).flatten() - offset) / scale).round().long()
+            found = ((decoded(digit.float()).flatten() - offset)[free] / scale[free]).round().long()
             source += found.clamp(0, BASE - 1) * power
             power *= BASE
         if not torch.equal(source.sort().values, index):
@@ -69,8 +72,9 @@ class LatentCodec:
                 "videos cannot be turned into its latents; train without videos."
             )
         by_frame = zero.ndim == 4
-        video = policy.sample([prompt], noise_seeds=[0]).videos.shape[1:]
-        return LatentCodec(shape, zero.shape if by_frame else zero.shape[1:], by_frame, video, source, scale, offset)
+        video = policy.sample([prompt], noise_seeds=[0], conditions=conditions).videos.shape[1:]
+        encoded = zero.shape if by_frame else zero.shape[1:]
+        return LatentCodec(shape, encoded, by_frame, video, free, source, scale[free], offset[free])
 
     def fitted(self, video: Tensor) -> Tensor:
         """A video (F', 3, H', W') in [0, 1] at the pipeline's size: frames taken evenly, the middle, resized."""
@@ -94,9 +98,10 @@ class LatentCodec:
         z = vae.encode(x).latent_dist.mode().float()
         if self.by_frame:
             z = z.unflatten(0, (len(videos), -1))
-        source, scale, offset = (v.to(z.device) for v in (self.source, self.scale, self.offset))
-        latents = torch.empty_like(z.flatten(1))
-        latents[:, source] = (z.flatten(1) - offset) / scale
+        free, source, scale, offset = (v.to(z.device) for v in (self.free, self.source, self.scale, self.offset))
+        z = z.flatten(1)[:, free]
+        latents = torch.empty_like(z)
+        latents[:, source] = (z - offset) / scale
         return latents.view(len(videos) * self.shape[0], *self.shape[1:])
 
 
@@ -136,8 +141,9 @@ class _Probe(Session):
         pass
 
     @staticmethod
-    def run(policy, prompt: str, final: Tensor | None) -> "_Probe":
+    def run(policy, prompt: str, final: Tensor | None, conditions: dict | None = None) -> "_Probe":
         probe, vae = _Probe(policy, prompt, final), policy.pipeline.vae
+        probe.conditions = {name: value for name, (value,) in (conditions or {}).items()}
 
         def look(decode, z: Tensor, *args, **kwargs):
             probe.seen.append(z.detach())

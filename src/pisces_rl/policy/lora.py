@@ -6,7 +6,7 @@ import inspect
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,17 +17,24 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .execution import uncompile_blocks
+from .guider import guided
+from .products import unfuse_products
+
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
 # Attention and feed-forward projections of the denoising blocks, by their diffusers names.
-ATTENTION = r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out)"
-FEED_FORWARD = r"(net\.0\.proj|net\.2|conv_inverted|conv_point)"  # Sana-Video's are convolutions of size 1
-BLOCKS = r"(blocks|(single_|temporal_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
+ATTENTION = (
+    r"(to_q|to_k|to_v|to_out\.0|add_q_proj|add_k_proj|add_v_proj|to_add_out"
+    r"|to_query|to_key|to_value|attention\.out_layer)"
+)
+# Sana-Video's are convolutions of size 1.
+FEED_FORWARD = r"(net\.0\.proj|net\.2|feed_forward\.(in_layer|out_layer)|conv_inverted|conv_point)"
+BLOCKS = r"(blocks|(single_|temporal_|visual_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
 NOT_AUDIO = r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see the video: audio stays the base's
 DEFAULT_TARGETS = rf"{NOT_AUDIO}{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
 # What a block of two streams computes for the text stream alone.
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
-
-
-PEFT_PREFIX = "base_model.model."  # of the keys in peft's layout; without it PeftModel loads nothing, with a warning
 
 
 def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
@@ -55,7 +62,8 @@ def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
 
 def _discarded(denoiser: nn.Module, name: str) -> bool:
     """Text outputs that are thrown away, where an adapter never learns: of attention without a text output (the last
-    block of Mochi), or of the last block where no block follows that reads the text (EasyAnimate)."""
+    block of Mochi), or of the last block where no single-stream block follows that reads the text (HunyuanVideo 1.5,
+    EasyAnimate, Qwen-Image)."""
     parent, _, child = name.rpartition(".")
     if child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None:
         return True
@@ -65,15 +73,31 @@ def _discarded(denoiser: nn.Module, name: str) -> bool:
     return not len(getattr(denoiser, "single_transformer_blocks", ()))
 
 
-def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig) -> dict[str, int]:
+def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig, only: Sequence[str] | None = None) -> dict[str, int]:
     """Freeze the denoisers and add one trainable fp32 adapter to each.
+
+    Args:
+        denoisers: {name: module}.
+        config: LoRA rank, targets and scale.
+        only: names of the denoisers that get an adapter, e.g. ["transformer_2"] for the low-noise expert of Wan 2.2;
+            None: all. An adapter gets gradients only from trained steps at which the pipeline calls its denoiser.
 
     Returns:
         {denoiser: number of adapted modules}.
 
     Raises:
-        ValueError: a target matches nothing, or the config asks for dropout or is not made for denoisers.
+        ValueError: a target matches nothing, the config asks for dropout or is not made for denoisers, or `only`
+            names none or something else than denoisers.
     """
+    if only is not None and (isinstance(only, str) or not only or set(only) - set(denoisers)):
+        raise ValueError(
+            f"lora_denoisers={only!r}: name one or more of this pipeline's denoisers, {sorted(denoisers)}, in a list; "
+            "leave it unset for all."
+        )
+    for denoiser in denoisers.values():
+        denoiser.requires_grad_(False)
+    if only is not None:
+        denoisers = {name: denoiser for name, denoiser in denoisers.items() if name in only}
     if config.lora_dropout:
         raise ValueError(f"lora_dropout={config.lora_dropout}: dropout makes log-probs irreproducible; set it to 0.")
     if config.task_type is not None:
@@ -90,7 +114,6 @@ def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig) -> dict[str, i
                 f"LoRA target {unmatched} matches no module of {name} ({type(denoiser).__name__}). Its projections "
                 f"are named like {_examples(denoiser)}; choose target_modules among them, or leave the default."
             )
-        denoiser.requires_grad_(False)
         own = copy.copy(config)
         own.target_modules = set(chosen)
         if hasattr(denoiser, "add_adapter"):
@@ -136,8 +159,17 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     """Whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
     return hasattr(pipeline, "save_lora_weights") and all(
-        f"{name}_lora_layers" in inspect.signature(pipeline.save_lora_weights).parameters
-        and hasattr(component, "load_lora_adapter") for name, component in _adapted(pipeline).items())
+        name in pipeline._lora_loadable_modules and hasattr(component, "load_lora_adapter")
+        for name, component in _adapted(pipeline).items())
+
+
+def _has_own_layers(pipeline: DiffusionPipeline, name: str) -> bool:
+    """Whether `save_lora_weights` writes this denoiser's layers under its own name.
+
+    It does not for the second expert of Wan 2.2, which `load_lora_weights(..., load_into_transformer_2=True)` loads
+    from a file of its own, written as if for the first.
+    """
+    return f"{name}_lora_layers" in inspect.signature(pipeline.save_lora_weights).parameters
 
 
 def _adapted(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -149,9 +181,12 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     """Write the adapters of a pipeline.
 
     Pipelines with a LoRA loader get diffusers' layout, `pytorch_lora_weights.safetensors` with the adapter's
-    metadata, which `pipe.load_lora_weights(folder)` reads. The others get peft's layout in one subfolder a denoiser
-    (`adapter_model.safetensors`, `adapter_config.json`), which `PeftModel.from_pretrained(pipe.transformer, folder,
-    subfolder="transformer")` and `load_lora` here read.
+    metadata, which `pipe.load_lora_weights(folder)` reads; a second expert (Wan 2.2) gets a file of the same name in
+    the subfolder `transformer_2`, which `pipe.load_lora_weights(folder, load_into_transformer_2=True,
+    weight_name="transformer_2/pytorch_lora_weights.safetensors")` reads (not with `subfolder=`: a file of that name
+    beside it would win). The others get peft's layout in one subfolder a denoiser
+    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here and
+    `PeftModel.from_pretrained(pipe.transformer, folder, subfolder="transformer")` read.
 
     Returns:
         The files written.
@@ -163,16 +198,21 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
               for name, d in adapted.items()}
     configs = {name: json.loads(json.dumps(d.peft_config["default"].to_dict(), default=_plain))
                for name, d in adapted.items()}
-    if has_lora_loader(pipeline):
-        arguments = {f"{name}_lora_layers": state for name, state in states.items()}
-        metadata = {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
-        accepted = inspect.signature(pipeline.save_lora_weights).parameters
-        pipeline.save_lora_weights(folder, **arguments, **{k: v for k, v in metadata.items() if k in accepted})
-        return [folder / "pytorch_lora_weights.safetensors"]
     files = []
+    if has_lora_loader(pipeline):
+        together = [name for name in adapted if _has_own_layers(pipeline, name)]
+        parts = [(folder, {name: name for name in together})] if together else []
+        parts += [(folder / name, {pipeline.transformer_name: name}) for name in adapted if name not in together]
+        accepted = inspect.signature(pipeline.save_lora_weights).parameters
+        for place, names in parts:
+            layers = {f"{key}_lora_layers": states[name] for key, name in names.items()}
+            metadata = {f"{key}_lora_adapter_metadata": configs[name] for key, name in names.items()}
+            pipeline.save_lora_weights(place, **layers, **{k: v for k, v in metadata.items() if k in accepted})
+            files.append(place / LORA_FILE)
+        return files
     for name, state in states.items():
         (folder / name).mkdir(exist_ok=True)
-        save_file({PEFT_PREFIX + k: v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
+        save_file({f"{PEFT_PREFIX}{k}": v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
         (folder / name / "adapter_config.json").write_text(json.dumps(configs[name], indent=2, sort_keys=True))
         files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
     return files
@@ -186,21 +226,24 @@ def _plain(value):
 def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
     """Load what `save_lora` wrote into a pipeline without adapters."""
     folder = Path(folder)
-    if (folder / "pytorch_lora_weights.safetensors").exists():
+    beside = [name for name in pipeline.components if (folder / name / LORA_FILE).exists()]
+    for name in beside:
+        pipeline.load_lora_weights(folder, weight_name=f"{name}/{LORA_FILE}", **{f"load_into_{name}": True})
+    if (folder / LORA_FILE).exists():
         pipeline.load_lora_weights(folder)
-        return
+    elif not beside:
+        _load_peft_layout(pipeline, folder)
+
+
+def _load_peft_layout(pipeline: DiffusionPipeline, folder: Path) -> None:
     found = [path.parent for path in folder.glob("*/adapter_config.json")]
     if not found:
-        raise ValueError(f"{folder} holds no adapter: no pytorch_lora_weights.safetensors, no */adapter_config.json.")
+        raise ValueError(f"{folder} holds no adapter: no {LORA_FILE}, no */adapter_config.json.")
     for path in found:
         denoiser = getattr(pipeline, path.name)
         config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))
         inject_adapter_in_model(config, denoiser)
         _strict(set_peft_model_state_dict(denoiser, _peft_state(path)), path)
-
-
-def _peft_state(folder: Path) -> dict[str, torch.Tensor]:
-    return {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
 
 
 def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
@@ -212,11 +255,7 @@ def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> N
     folder = Path(folder)
     for name, denoiser in _adapted(pipeline).items():
         own = get_peft_model_state_dict(denoiser)
-        flat = folder / "pytorch_lora_weights.safetensors"
-        if flat.exists():
-            state = {k.removeprefix(f"{name}."): v for k, v in load_file(flat).items() if k.startswith(f"{name}.")}
-        else:
-            state = _peft_state(folder / name)
+        state = _saved_state(pipeline, folder, name)
         wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
         if wrong:
             raise ValueError(
@@ -226,6 +265,21 @@ def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> N
         _strict(set_peft_model_state_dict(denoiser, state), folder)
 
 
+def _saved_state(pipeline: DiffusionPipeline, folder: Path, name: str) -> dict[str, torch.Tensor]:
+    if not has_lora_loader(pipeline):
+        return _peft_state(folder / name)
+    file, prefix = folder / LORA_FILE, f"{name}."
+    if not _has_own_layers(pipeline, name):
+        file, prefix = folder / name / LORA_FILE, f"{pipeline.transformer_name}."
+    if not file.exists():  # that run adapted the other expert
+        return {}
+    return {k.removeprefix(prefix): v for k, v in load_file(file).items() if k.startswith(prefix)}
+
+
+def _peft_state(folder: Path) -> dict[str, torch.Tensor]:
+    return {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
+
+
 def _strict(result, folder: Path) -> None:
     if result is not None and result.unexpected_keys:
         raise ValueError(f"{folder} holds weights the model has no place for: {result.unexpected_keys[:3]}.")
@@ -233,21 +287,20 @@ def _strict(result, folder: Path) -> None:
 
 def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A fresh pipeline of the same class on the same base weights (shared, not copied), with no adapter."""
-    components = {}
-    for name, component in pipeline.components.items():
-        if isinstance(component, nn.Module) and name in _adapted(pipeline):
-            shared = {id(t): t for t in [*component.parameters(), *component.buffers()]}
-            component = copy.deepcopy(component, shared)
-            for path, module in list(component.named_modules()):
-                if isinstance(module, BaseTunerLayer):
-                    parent, _, child = path.rpartition(".")
-                    setattr(component.get_submodule(parent), child, module.get_base_layer())
-            vars(component).pop("peft_config", None)
-            component._hf_peft_config_loaded = False
-        components[name] = component
-    optional = {k: v for k, v in pipeline.config.items()
-                if k in inspect.signature(type(pipeline).__init__).parameters and k not in components}
-    return type(pipeline)(**components, **optional)
+    fresh = copy.copy(pipeline)  # with the attributes that users set, such as prompt templates
+    for name, component in _adapted(pipeline).items():
+        shared = {id(t): t for t in [*component.parameters(), *component.buffers()]}
+        component = copy.deepcopy(component, shared)
+        for path, module in list(component.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = path.rpartition(".")
+                setattr(component.get_submodule(parent), child, module.get_base_layer())
+        uncompile_blocks(component)
+        unfuse_products(component)
+        vars(component).pop("peft_config", None)
+        component._hf_peft_config_loaded = False
+        setattr(fresh, name, component)
+    return fresh
 
 
 def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict, tolerance: float) -> float:
@@ -271,7 +324,9 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
     for pipe in (pipeline, fresh):
         bar = vars(pipe).get("_progress_bar_config")
         pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
-        latents.append(pipe(**call, generator=torch.Generator().manual_seed(0), output_type="latent").frames.float())
+        with guided(pipe, call) as arguments:
+            output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+        latents.append(output[0].float())
         if bar is None:
             del pipe._progress_bar_config
         else:

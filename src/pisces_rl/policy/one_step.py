@@ -1,7 +1,7 @@
 """What a pipeline's model predicts at one step from any state, by the same entry as a whole sample."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -18,6 +18,11 @@ class Prediction:
     state: Tensor
     clean: Tensor
     following: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence["Prediction"]) -> "Prediction":
+        """Those of all videos, in order."""
+        return Prediction(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
 
 
 class OneStep(Session):

@@ -164,3 +164,15 @@ def fuse_products(denoiser: nn.Module) -> int:
             continue
         count += 1
     return count
+
+
+def unfuse_products(denoiser: nn.Module) -> None:
+    """Undo `fuse_products`, in a module or a copy of one."""
+    for module in denoiser.modules():
+        if type(module) is OneProductLinear:
+            module.__class__ = Linear
+        elif type(module) is OneProductGELU:
+            module.__class__ = GELU
+        for plain, fused in PROCESSORS.items():
+            if type(getattr(module, "processor", None)) is fused:
+                module.processor.__class__ = plain

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from .scheduler import PolicyError
@@ -21,10 +22,12 @@ class PromptMemo:
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
         size: number of prompts to remember, least recently used first out.
+        pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
+            take no mask, see `text_lengths`.
     """
 
-    def __init__(self, encode_prompt, size: int = 256):
-        self.encode_prompt, self.size = encode_prompt, size
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False):
+        self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
 
@@ -32,25 +35,39 @@ class PromptMemo:
         bound = self.signature.bind(*args, **kwargs).arguments
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
+        if prompt is None and "batch_size" in bound:  # as many empty prompts
+            prompt = [None] * bound["batch_size"]
         if not isinstance(prompt, list) or has_embeddings:
             return self.encode_prompt(*args, **kwargs)
         negative = bound.get("negative_prompt")
         outputs = []
         for row, text in enumerate(prompt):
-            one = dict(bound, prompt=[text])
+            one = dict(bound, prompt=None if text is None else [text])
+            if "batch_size" in bound:
+                one["batch_size"] = 1
             if isinstance(negative, list):
                 one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
-        stacked = _stack(outputs)
+        unequal = self.pad and isinstance(outputs[0], tuple) and _lengths_differ(outputs)
+        if unequal:
+            self.padded, outputs = True, _padded(outputs)
+        compared = len(prompt) > 1 and not unequal and not _batched(outputs[0])
+        stacked = _stack(outputs, self._pair(bound) if compared else None)
         if stacked is not None:
             return stacked
-        if not _masked(outputs[0]):
+        together = self.encode_prompt(*args, **kwargs)
+        if not _masked(together):
             raise PolicyError(
                 f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
                 "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
                 "pipeline_kwargs (Latte: mask_feature=False)."
             )
-        return self.encode_prompt(*args, **kwargs)
+        return together
+
+    def _pair(self, bound: dict):
+        """The first prompt twice: shows which outputs grow with the batch."""
+        lists = (name for name in ("prompt", "negative_prompt") if isinstance(bound.get(name), list))
+        return self._encode_one(bound | {name: bound[name][:1] * 2 for name in lists})
 
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))
@@ -63,24 +80,60 @@ class PromptMemo:
         return self.memory[key]
 
 
+def _is_text(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3
+
+
+def _lengths_differ(outputs: list[tuple]) -> bool:
+    return any(len({value.shape[1] for value in column}) > 1 for column in zip(*outputs) if _is_text(column[0]))
+
+
+def _padded(outputs: list[tuple]) -> list[tuple]:
+    """Embeddings (1, L, D) with zeros to the longest L of the batch."""
+    columns = []
+    for column in zip(*outputs):
+        if _is_text(column[0]):
+            longest = max(value.shape[1] for value in column)
+            column = [F.pad(value, (0, 0, 0, longest - value.shape[1])) for value in column]
+        columns.append(column)
+    return list(zip(*columns))
+
+
 def _masked(output) -> bool:
     """Whether a mask may be among the outputs: anything but embeddings of (batch, ..., length, width)."""
     leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
     return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
 
 
-def _stack(outputs: list):
-    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit."""
+def _batched(output) -> bool:
+    """Whether every tensor of a one-prompt output has one row."""
+    if isinstance(output, tuple):
+        return all(_batched(part) for part in output)
+    return not isinstance(output, torch.Tensor) or (output.ndim > 0 and output.shape[0] == 1)
+
+
+def _stack(outputs: list, pair=None):
+    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit.
+
+    Args:
+        pair: the output for the first prompt twice, where some tensor has not one row a prompt: such a one may be
+            common to the batch, as Flux's ids of text positions are.
+    """
     first = outputs[0]
     if first is None:
         return None
     if isinstance(first, torch.Tensor):
+        if pair is not None and not _batched(first):
+            if pair.shape == first.shape:
+                return first if all(torch.equal(o, first) for o in (pair, *outputs)) else None
+            if first.ndim == 0 or pair.shape[0] != 2 * first.shape[0]:
+                return None
         return torch.cat(outputs) if all(o.shape[1:] == first.shape[1:] for o in outputs) else None
     if not isinstance(first, tuple):
         return None
     joined = []
-    for column in zip(*outputs):
-        stacked = None if column[0] is None else _stack(list(column))
+    for column, twice in zip(zip(*outputs), pair or first):
+        stacked = None if column[0] is None else _stack(list(column), None if pair is None else twice)
         if stacked is None and column[0] is not None:
             return None
         joined.append(stacked)

@@ -23,6 +23,7 @@ class Rollout:
         rows_per_video: rows of `states` that belong to one video.
         followed: {(k, i): (B * n, ...)} fp32 state that enters trained step i of what the pipeline moves with its
             k-th copy of the scheduler (the audio of LTX-2). It follows the ODE, but from the videos' states.
+        conditions: {argument of the pipeline's call: B values}, what each video is conditioned on besides its prompt.
     """
 
     prompts: list[str]
@@ -34,6 +35,7 @@ class Rollout:
     log_probs: Tensor | None = None
     rows_per_video: int = 1
     followed: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    conditions: dict[str, list] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,6 +55,9 @@ class Rollout:
         first = rollouts[0]
         if any(r.steps != first.steps for r in rollouts):
             raise ValueError(f"rollouts with different steps cannot be joined: {[r.steps for r in rollouts]}.")
+        if any(r.conditions.keys() != first.conditions.keys() for r in rollouts):
+            names = [sorted(r.conditions) for r in rollouts]
+            raise ValueError(f"rollouts with different conditions cannot be joined: {names}.")
         if len(rollouts) == 1:
             return first
         return Rollout(
@@ -65,4 +70,5 @@ class Rollout:
             log_probs=None if first.log_probs is None else torch.cat([r.log_probs for r in rollouts]),
             rows_per_video=first.rows_per_video,
             followed={key: torch.cat([r.followed[key] for r in rollouts]) for key in first.followed},
+            conditions={name: [v for r in rollouts for v in r.conditions[name]] for name in first.conditions},
         )

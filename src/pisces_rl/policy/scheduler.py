@@ -159,7 +159,10 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
 
     class Follower(base):
         def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
-            own = super().step(model_output, timestep, sample, *args, return_dict=False, **kwargs)[0]
+            try:
+                own = super().step(model_output, timestep, sample, *args, return_dict=False, **kwargs)[0]
+            except ValueError as error:  # a time of a schedule that the pipeline made for its own solver
+                raise session.fails_with_copies() or error from error
             x_next = session.follow(number, self.steps_taken, sample, own)
             self.steps_taken += 1
             return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)

@@ -25,6 +25,7 @@ class ReplayStep:
         std: scalar standard deviation of the transition.
         gain: |d mean / d prediction|, a scalar: by how much the step amplifies the prediction.
         step_size: |s' - s| of a flow schedule, 1 / N of an alpha-bar schedule; a scalar.
+        rows: the B videos of the rollout that are scored; not all at once where videos are conditioned.
     """
 
     index: int
@@ -34,6 +35,7 @@ class ReplayStep:
     std: Tensor
     gain: Tensor
     step_size: Tensor
+    rows: list[int]
 
 
 class LeavePipeline(BaseException):
@@ -57,6 +59,7 @@ class Session:
     def __init__(self, policy, prompts: Sequence[str]):
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
+        self.conditions: dict = {}  # and those of its one video, where videos are conditioned
         self.scheduler, self.index = None, 0
         self.followers = 0  # copies of its scheduler that the pipeline made
 
@@ -69,6 +72,10 @@ class Session:
                 "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
             )
         self.scheduler = scheduler
+
+    def fails_with_copies(self) -> PolicyError | None:
+        """What to say where a copy of the scheduler cannot step and the scheduler itself has not."""
+        return None if self.index else steps_with_copies(self)
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""
@@ -155,11 +162,7 @@ class Sampling(Session):
 
     def check_finished(self) -> None:
         if self.index == 0 and self.followers:
-            raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
-                "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use "
-                "a pipeline that denoises all frames together."
-            )
+            raise steps_with_copies(self)
         if self.scheduler is None or self.index == 0:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
@@ -185,7 +188,7 @@ class Sampling(Session):
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
         return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video, self.followed)
+                       self.rows_per_video, self.followed, {name: [value] for name, value in self.conditions.items()})
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         if index in self.steps:
@@ -199,7 +202,7 @@ class Replay(Session):
     def __init__(self, policy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
         super().__init__(policy, [rollout.prompts[r] for r in rows])
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
-        self.of_videos, self.rows = rows, rollout.state_rows(rows)
+        self.videos, self.rows = rows, rollout.state_rows(rows)
         self.steps = set(rollout.steps)
         self.reached: list[tuple[int, Tensor]] = []  # step, difference from the recorded state; read at the end
 
@@ -224,7 +227,7 @@ class Replay(Session):
                 step_size = (self.scheduler.host_sigmas[i + 1] - self.scheduler.host_sigmas[i]).abs()
             else:
                 step_size = one / len(self.scheduler.timesteps)
-            self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size))
+            self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size, self.videos))
         self.index += 1
         if i == max(self.steps):
             raise LeavePipeline
@@ -245,10 +248,10 @@ class Replay(Session):
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         """The recorded state that enters the next step: it depends on the video and on steps that are skipped here."""
         if index in self.steps:
-            self._compare(index, self.recorded.followed_rows((number, index), self.of_videos).to(x.device), x)
+            self._compare(index, self.recorded.followed_rows((number, index), self.videos).to(x.device), x)
         if index + 1 not in self.steps:
             return x_next.detach()
-        return self.recorded.followed_rows((number, index + 1), self.of_videos).to(x_next)
+        return self.recorded.followed_rows((number, index + 1), self.videos).to(x_next)
 
     def check_finished(self) -> None:
         if self.index <= max(self.steps):
@@ -269,6 +272,15 @@ class Replay(Session):
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
     """Values of the CPU on a device; a CUDA device copies them when it gets there, and nobody waits."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def steps_with_copies(session: Session) -> PolicyError:
+    """For pipelines whose own scheduler makes no step."""
+    return PolicyError(
+        f"{type(session.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
+        "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use a "
+        "pipeline that denoises all frames together."
+    )
 
 
 def starts_without_followed(session: Session) -> PolicyError:

@@ -8,6 +8,7 @@ are the pipeline's own in both passes, hence equal by construction. No code here
 """
 
 import contextlib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
-from .execution import ATTENTION_KERNELS, attention_kernel
+from .conditions import Conditions, calls, checked_conditions, of_video
+from .execution import ATTENTION_KERNELS, attention_kernel, compile_blocks
+from .guider import guided, has_guider
 from .latents import LatentCodec
 from .one_step import OneStep, Prediction
+from .products import fuse_products
 from .prompts import PromptMemo
 from .rollout import Rollout
 from .scheduler import (
@@ -30,13 +34,20 @@ from .scheduler import (
     training_scheduler,
 )
 from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
+from .text_lengths import by_length, takes_mask
+
+# Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
+ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
 
 
 class VideoPolicy(nn.Module):
     """A text-to-video pipeline of diffusers as a policy: `sample` and `replay`.
 
+    An image-to-video pipeline takes its images as `conditions`, {argument of its call: a value for each video}; the
+    pipeline is then called once a video. A text-to-image pipeline makes videos of one frame.
+
     Args:
-        pipeline: any text-to-video `DiffusionPipeline` with one scheduler step per denoising step.
+        pipeline: any such `DiffusionPipeline` with one scheduler step per denoising step.
         transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
             otherwise.
         noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
@@ -70,9 +81,14 @@ class VideoPolicy(nn.Module):
         if attention_kernel not in (None, *ATTENTION_KERNELS):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
         self.attention_kernel = attention_kernel
-        self.prompt_memo = PromptMemo(pipeline.encode_prompt)
+        self.compiled = False
+        unmasked = not any(takes_mask(module) for module in self.denoiser.values())
+        self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
+        self.makes_images = False  # videos of one frame; known from the first sample on
+        if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:
+            pipeline.vae.enable_slicing()
         self.eval()
 
     @property
@@ -94,12 +110,25 @@ class VideoPolicy(nn.Module):
                 f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "
                 f"every_n_layers={every_n_layers}, offload={offload}; leave gradient_checkpointing_kwargs unset."
             )
+        if self.compiled:
+            return  # the blocks compute again what `compile_blocks` was told
         for name, module in self.denoiser.items():
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing()
             else:
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
+
+    def compile_blocks(self, recompute: str = "all_but_attention", backend: str = "inductor",
+                       mode: str | None = None) -> None:
+        """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
+
+        Before anything else runs them, and after adapters were added. Sampling and update then run the same graphs.
+        """
+        for module in self.denoiser.values():
+            fuse_products(module)
+            compile_blocks(module, recompute=recompute, backend=backend, mode=mode)
+        self.compiled = True
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The same by its older name, which transformers before 5.18 call."""
@@ -120,7 +149,7 @@ class VideoPolicy(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step_seeds: Sequence[int] | None = None,
-               steps: Sequence[int] = (), output_type: str = "pt") -> Rollout:
+               steps: Sequence[int] = (), output_type: str = "pt", conditions: Conditions | None = None) -> Rollout:
         """Sample one video a prompt.
 
         All randomness of a video comes from its own two seeds, so that neither its batch-mates nor the number of
@@ -132,22 +161,21 @@ class VideoPolicy(nn.Module):
             step_seeds: B seeds of the transitions' noise; needed with `steps`.
             steps: the stochastic steps to record; empty for deterministic sampling.
             output_type: "pt" for videos, "latent" to skip decoding.
+            conditions: {argument of the pipeline's call: B values}, e.g. {"image": B images}.
         """
         if steps and step_seeds is None:
             raise ValueError("step_seeds must be given when steps are stochastic: one integer a prompt.")
-        session = Sampling(self, prompts, step_seeds, steps)
-        output = self._call(session, list(prompts), list(noise_seeds), output_type)
-        session.check_finished()
-        frames = getattr(output, "frames", None)
-        videos = None
-        if output_type == "pt":
-            if not isinstance(frames, Tensor) or frames.ndim != 5:
-                raise PolicyError(
-                    f"{type(self.pipeline).__name__} returned no video tensor for output_type='pt' "
-                    f"({type(frames).__name__}); a policy needs output.frames of shape (B, F, 3, H, W)."
-                )
-            videos = frames.float()
-        return session.rollout(videos, list(noise_seeds))
+        conditions = self._checked_conditions(conditions, len(prompts))
+        parts = []
+        for rows in calls(len(prompts), conditions):
+            seeds = None if step_seeds is None else [step_seeds[r] for r in rows]
+            session = Sampling(self, [prompts[r] for r in rows], seeds, steps)
+            session.conditions = of_video(conditions, rows)
+            noise = [noise_seeds[r] for r in rows]
+            output = self._call(session, session.prompts, noise, output_type)
+            session.check_finished()
+            parts.append(session.rollout(self._videos(output).float() if output_type == "pt" else None, noise))
+        return Rollout.cat(parts)
 
     def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
                grad: bool = True) -> None:
@@ -156,24 +184,35 @@ class VideoPolicy(nn.Module):
         Args:
             rollout: what `sample` returned.
             rows: indices of videos in the rollout.
-            visitor: called once per trained step, in order; it may call backward.
+            visitor: called once per trained step, in order; it may call backward. Where videos are conditioned, once
+                per video and trained step: `ReplayStep.rows` says of which.
             grad: build graphs at the trained steps.
         """
-        session = Replay(self, rollout, list(rows), visitor, grad)
-        self._call_and_leave(session, session.prompts, [rollout.noise_seeds[r] for r in rows], "latent")
+        rows = list(rows)
+        for part in calls(len(rows), rollout.conditions):
+            part = [rows[i] for i in part]
+            session = Replay(self, rollout, part, visitor, grad)
+            session.conditions = of_video(rollout.conditions, part)
+            self._call_and_leave(session, session.prompts, [rollout.noise_seeds[r] for r in part], "latent")
 
     # --- gradients through the sampler -------------------------------------------------------------------------------
 
-    def final_latents(self, prompts: Sequence[str], *, noise_seeds: Sequence[int]) -> Tensor:
+    def final_latents(self, prompts: Sequence[str], *, noise_seeds: Sequence[int],
+                      conditions: Conditions | None = None) -> Tensor:
         """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
-        session = DifferentiableSampling(self, prompts, start=0, decode=False)
-        self._call_and_leave(session, prompts, noise_seeds, "latent")
-        return session.final
+        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
+            self._call_and_leave(session, session.prompts, seeds, "latent")
+            return session.final
+
+        def session_of(rows: list[int]) -> DifferentiableSampling:
+            return DifferentiableSampling(self, [prompts[r] for r in rows], start=0, decode=False)
+
+        return torch.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
     def sample_with_gradients(
         self, prompts: Sequence[str], *, noise_seeds: Sequence[int], last_steps: int = 1, jump_at: int | None = None,
         renoise: tuple[Tensor, Sequence[int]] | None = None, part: DecodedPart | None = None,
-        checkpoint_decoder: bool = True,
+        checkpoint_decoder: bool = True, conditions: Conditions | None = None,
     ) -> Tensor:  # fmt: skip
         """Deterministic samples whose gradient reaches the denoiser's weights through the last steps and the decoder.
 
@@ -188,6 +227,7 @@ class VideoPolicy(nn.Module):
                 level, for low-variance gradients (DRaFT-LV, arXiv 2309.17400); needs last_steps=1.
             part: decode a part of the latent frames only; None: all.
             checkpoint_decoder: compute the decoder's activations again in backward instead of keeping them.
+            conditions: as in `sample`.
 
         Returns:
             (B, F, 3, H, W) fp32 in [0, 1] with gradients; F is shorter with `part` where clips are decoded whole.
@@ -200,38 +240,46 @@ class VideoPolicy(nn.Module):
         if renoise is not None and (jump_at is not None or last_steps != 1):
             raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at
-        session = DifferentiableSampling(self, prompts, start, jump_at is not None, renoise)
-        name = type(self.pipeline).__name__
-        try:
-            with decoding(session, part, checkpoint_decoder):
-                frames = getattr(self._call_and_leave(session, prompts, noise_seeds, "pt"), "frames", None)
-        except RuntimeError as error:
-            if "numpy() on Tensor that requires grad" not in str(error):
-                raise
-            raise PolicyError(
-                f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which cuts "
-                "the graph, so rewards cannot be back-propagated. Use GRPO."
-            ) from error
-        if not isinstance(frames, Tensor) or frames.ndim != 5 or not frames.requires_grad:
-            mend = "Use GRPO." if part is None else (
-                "Decode all frames (decode_frames unset), or more than "
-                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
-            )
-            raise PolicyError(
-                f"{name} returned no video tensor with gradients (a {type(frames).__name__}): its decoding or "
-                f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
-            )
-        return frames.float()
 
-    def latent_codec(self) -> LatentCodec:
+        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
+            name = type(self.pipeline).__name__
+            try:
+                with decoding(session, part, checkpoint_decoder):
+                    output = self._call_and_leave(session, session.prompts, seeds, "pt")
+            except RuntimeError as error:
+                if "numpy() on Tensor that requires grad" not in str(error):
+                    raise
+                raise PolicyError(
+                    f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which "
+                    "cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+                ) from error
+            videos = output[0]
+            if not isinstance(videos, Tensor) or not videos.requires_grad:
+                mend = "Use GRPO." if part is None else (
+                    "Decode all frames (decode_frames unset), or more than "
+                    f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+                )
+                raise PolicyError(
+                    f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
+                    f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
+                )
+            return self._videos(output).float()
+
+        def session_of(rows: list[int]) -> DifferentiableSampling:
+            clean = None if renoise is None else (_of(renoise[0], rows, len(prompts)), [renoise[1][r] for r in rows])
+            return DifferentiableSampling(self, [prompts[r] for r in rows], start, jump_at is not None, clean)
+
+        return torch.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
+
+    def latent_codec(self, conditions: Conditions | None = None) -> LatentCodec:
         """Between videos and the latents of this pipeline at its present size; found once, see `LatentCodec.of`."""
         if self._codec is None:
-            self._codec = LatentCodec.of(self)
+            self._codec = LatentCodec.of(self, conditions=conditions)
         return self._codec
 
     def predict(
         self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step: int, state: Tensor | None = None,
-        clean: Tensor | None = None, grad: bool = False, **overrides,
+        clean: Tensor | None = None, grad: bool = False, conditions: Conditions | None = None, **overrides,
     ) -> Prediction:  # fmt: skip
         """What the model makes of a state at one step of the schedule.
 
@@ -239,12 +287,48 @@ class VideoPolicy(nn.Module):
             prompts: B prompts. step: its index.
             state: latents that enter the step. clean: clean latents, which are brought to the step's noise level with
                 noise from `noise_seeds`. At step 0 both give way to the pipeline's own start noise.
-            noise_seeds: B seeds. grad: build a graph.
+            noise_seeds: B seeds. grad: build a graph. conditions: as in `sample`.
             overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
         """
-        session = OneStep(self, prompts, step, state, None if clean is None else (clean, noise_seeds), grad, overrides)
-        self._call_and_leave(session, prompts, noise_seeds, "latent")
-        return session.found
+        def one_call(session: OneStep, seeds: list[int]) -> Prediction:
+            self._call_and_leave(session, session.prompts, seeds, "latent")
+            return session.found
+
+        def session_of(rows: list[int]) -> OneStep:
+            given = None if state is None else _of(state, rows, len(prompts))
+            renoise = None if clean is None else (_of(clean, rows, len(prompts)), [noise_seeds[r] for r in rows])
+            return OneStep(self, [prompts[r] for r in rows], step, given, renoise, grad, overrides)
+
+        return Prediction.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
+
+    # --- calls of the pipeline ---------------------------------------------------------------------------------------
+
+    def _checked_conditions(self, conditions: Conditions | None, count: int) -> dict[str, list]:
+        known = inspect.signature(inspect.unwrap(type(self.pipeline).__call__)).parameters
+        return checked_conditions(self.pipeline, list(known), conditions, count, self.pipeline_kwargs)
+
+    def _each_call(self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int],
+                   conditions: Conditions | None) -> list:
+        """What `one_call(session, seeds)` returns for the videos of each call, with `session_of(rows)`."""
+        conditions = self._checked_conditions(conditions, len(noise_seeds))
+        results = []
+        for rows in calls(len(noise_seeds), conditions):
+            session = session_of(rows)
+            session.conditions = of_video(conditions, rows)
+            results.append(one_call(session, [noise_seeds[r] for r in rows]))
+        return results
+
+    def _videos(self, output) -> Tensor:
+        """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame."""
+        found = output[0]  # frames, or images
+        if isinstance(found, Tensor) and found.ndim == 4:
+            self.makes_images, found = True, found[:, None]
+        if not isinstance(found, Tensor) or found.ndim != 5:
+            raise PolicyError(
+                f"{type(self.pipeline).__name__} returned no video tensor for output_type='pt' "
+                f"({type(found).__name__}); a policy needs frames (B, F, 3, H, W) or images (B, 3, H, W)."
+            )
+        return found
 
     def _call_and_leave(self, session: "Session", prompts, noise_seeds, output_type: str):
         """Run the pipeline without gradients, but where the session turns them on; None where it leaves early."""
@@ -263,8 +347,11 @@ class VideoPolicy(nn.Module):
     def _call(self, session: "Session", prompts: list[str], noise_seeds: list[int], output_type: str):
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
-        with self._swapped(session):
-            arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.overrides}
+        arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.conditions,
+                     **session.overrides}  # fmt: skip
+        if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
+            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+        with self._swapped(session), guided(self.pipeline, arguments) as arguments:
             return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type, **arguments)
 
     @contextlib.contextmanager
@@ -295,14 +382,18 @@ class VideoPolicy(nn.Module):
 
         def entry(*args, **kwargs):
             rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
+            plain = {k: v for k, v in session.conditions.items() if isinstance(v, (bool, int, float, str))}
             # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
-            key = name, repr(sorted(session.overrides.items())), rows / len(session.prompts)
+            key = name, repr(sorted((plain | session.overrides).items())), rows / len(session.prompts)
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
+            if torch.is_grad_enabled():  # pipelines may write x' over x (Kandinsky 5), which the graph still needs
+                args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
+            run = functools.partial(by_length, forward) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with attention_kernel(self.attention_kernel), cast:
-                output = forward(*args, **kwargs)
+                output = run(*args, **kwargs)
             if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
                 self._skipped_outputs[key] = to_meta, len(session.prompts)
@@ -317,6 +408,11 @@ def _zeros(template, videos: int, recorded_videos: int, device: torch.device):
         return template
     rows = template.shape[0] * videos // recorded_videos
     return torch.zeros((rows, *template.shape[1:]), dtype=template.dtype, device=device)
+
+
+def _of(latents: Tensor, rows: Sequence[int], count: int) -> Tensor:
+    """The latents of the videos `rows` among those of `count` videos."""
+    return latents.unflatten(0, (count, -1))[list(rows)].flatten(0, 1)
 
 
 def _denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -339,7 +435,7 @@ def _checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
     """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     for name, value in kwargs.items():
-        if name not in known:
+        if name not in known and not (name == "guidance_scale" and has_guider(pipeline)):
             raise PolicyError(
                 f"{type(pipeline).__name__} takes no argument {name!r}; it takes {sorted(set(known) - {'self'})}."
             )

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+
 RewardFunc = Callable[..., Sequence[float | None] | Tensor]
 
 
@@ -83,6 +85,18 @@ def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
         raise ValueError(f"prompts: expected one per video, got {len(prompts)} prompts for {len(videos)} videos.")
 
 
+def check_pixels(videos: Tensor) -> None:
+    """A ValueError that names the first video with pixels further than `OVERSHOOT` outside [0, 1], or NaN."""
+    low, high = videos.detach().flatten(1).aminmax(dim=1)
+    fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
+    if not bool(fine.all()):
+        row = int((~fine).nonzero()[0])
+        raise ValueError(
+            f"videos: video {row} has values from {float(low[row]):.3g} to {float(high[row]):.3g}; expected finite "
+            "pixels in [0, 1]."
+        )
+
+
 def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
     """A reward's return value as (B,) fp32 on the CPU, NaN where it returned None.
 
@@ -93,8 +107,10 @@ def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
     try:
         if isinstance(values, (str, bytes, dict)):
             raise TypeError("its elements are not one number per video")
-        if isinstance(values, (Tensor, np.ndarray)):
-            values = torch.as_tensor(values).detach().flatten().tolist()
+        if isinstance(values, np.ndarray):
+            values = values.ravel().tolist()
+        if isinstance(values, Tensor):
+            values = values.detach().flatten().tolist()
         values = [None if value is None else float(value) for value in values]
     except (TypeError, ValueError) as error:
         raise RewardError(

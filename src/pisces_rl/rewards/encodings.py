@@ -61,7 +61,8 @@ def video_features(
         pooled, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "tokens"))
         return VideoFeatures(pooled, tokens, parts[0].positions)
 
-    key = (id(encoder), id(videos), videos._version, torch.is_grad_enabled())
+    version = None if videos.is_inference() else videos._version
+    key = (id(encoder), id(videos), version, torch.is_grad_enabled())
     return _once(encoder, key, videos, encode)
 
 

@@ -1,6 +1,7 @@
 """Pooled features of many videos and texts, computed once and kept on disk: what maps are fitted on."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,7 +47,8 @@ def cache_features(
 
     The samples are read in order, and only those that are not yet on disk are decoded and encoded, so a call that was
     broken off goes on where it was, and more samples of the same source add to what is there: give them in the same
-    order. Of several processes (accelerate's) each encodes every so many-th sample, and all return all features.
+    order; fewer leave it there. Of several processes (accelerate's) each encodes every so many-th sample, and all
+    return all features.
 
     Args:
         samples: pairs of a video (F, 3, H, W) in [0, 1], a function that returns it, or None, and a caption or None.
@@ -59,35 +61,39 @@ def cache_features(
     card = {"encoder": encoder.name, "source": source, "processes": state.num_processes, "shard": SHARD}
     with state.main_process_first():
         _claim(folder, card)
-    rows = ((row, video, text) for row, (video, text) in enumerate(samples))
-    own = islice(rows, state.process_index, None, state.num_processes)
+    count = 0
+
+    def rows() -> Iterator[tuple[int, Video | None, str | None]]:
+        nonlocal count
+        for row, (video, text) in enumerate(samples):
+            count = row + 1
+            yield row, video, text
+
+    own = islice(rows(), state.process_index, None, state.num_processes)
     hidden = not (progress and state.is_main_process)
-    stale = set(folder.glob(f"{state.process_index}-*.safetensors"))
     for number, shard in enumerate(_chunks(own, SHARD)):
         path = folder / f"{state.process_index}-{number:05d}.safetensors"
-        if path not in stale or _samples_in(path) != len(shard):
+        if _samples_in(path) < len(shard):
             tensors = _encode(encoder, shard, batch_size, hidden)
             save_file(tensors, f"{path}.partial", metadata={"samples": str(len(shard))})
             os.replace(f"{path}.partial", path)
-        stale.discard(path)
-    for path in stale:
-        path.unlink()
     state.wait_for_everyone()
-    return load_features(folder)
+    return load_features(folder, count)
 
 
-def load_features(folder: str | Path) -> Features:
-    """What `cache_features` left there, in the samples' order."""
+def load_features(folder: str | Path, samples: float = math.inf) -> Features:
+    """What `cache_features` left there of the first so many samples, in their order."""
     folder = Path(folder)
     processes = json.loads((folder / CARD).read_text())["processes"]
     files = [path for process in range(processes) for path in sorted(folder.glob(f"{process}-*.safetensors"))]
     shards = [load_file(path) for path in files]
     found = {}
     for name in ("text", "video"):
-        if not any(len(shard[name]) for shard in shards):
+        if not any((shard[f"{name}_rows"] < samples).any() for shard in shards):
             raise ValueError(f"samples: {folder} has the features of no {name}.")
         rows, order = torch.cat([shard[f"{name}_rows"] for shard in shards]).sort()
-        found |= {name: torch.cat([shard[name] for shard in shards])[order], f"{name}_rows": rows}
+        kept = int((rows < samples).sum())
+        found |= {name: torch.cat([shard[name] for shard in shards])[order[:kept]], f"{name}_rows": rows[:kept]}
     return Features(**found)
 
 
@@ -104,6 +110,8 @@ def _claim(folder: Path, card: dict) -> None:
 
 
 def _samples_in(path: Path) -> int:
+    if not path.is_file():
+        return 0
     with safe_open(path, "pt") as shard:
         return int(shard.metadata()["samples"])
 
@@ -129,7 +137,7 @@ def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, hidden: boo
 
 
 def _videos(shard: list, batch_size: int, hidden: bool) -> Iterator[list[tuple[int, Tensor]]]:
-    """Batches of rows and videos of one size, each decoded when its turn comes."""
+    """Batches of rows and videos of one size, each decoded when its turn comes; at most two batches wait in all."""
     groups: dict[tuple, list] = {}
     title = f"features from sample {shard[0][0]}"
     for row, video, _ in tqdm(shard, desc=title, unit="sample", leave=False, disable=hidden):
@@ -138,6 +146,6 @@ def _videos(shard: list, batch_size: int, hidden: bool) -> Iterator[list[tuple[i
         video = video if isinstance(video, Tensor) else video()
         group = groups.setdefault(tuple(video.shape), [])
         group.append((row, video))
-        if len(group) == batch_size:
-            yield groups.pop(tuple(video.shape))
+        if len(group) == batch_size or sum(map(len, groups.values())) == 2 * batch_size:
+            yield groups.pop(max(groups, key=lambda size: len(groups[size])))
     yield from groups.values()

@@ -1,7 +1,6 @@
 """The optimal-transport rewards by name, with what is shipped as their defaults, and the same rewards without OT."""
 
 import difflib
-import functools
 import inspect
 from pathlib import Path
 
@@ -9,7 +8,8 @@ from safetensors.torch import load_file
 
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
-from pisces_rl.rewards.encoders import VideoTextEncoder, load_encoder
+from pisces_rl.rewards.encoders import VideoTextEncoder
+from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.rewards.quality import OTQualityReward
@@ -57,7 +57,7 @@ def load_reward(
         options["ot_map"] = TransportMap.load(folder)
         if options.get("divergence_weight") and "bank" not in options:
             options["bank"] = load_file(folder / BANK)["bank"].float()
-    model = encoder if isinstance(encoder, VideoTextEncoder) else _encoder(str(encoder), offload)
+    model = shared_encoder(encoder, offload)
     if name == "ot_quality" and ot_map is None and options["ot_map"].encoder != model.name:
         raise ValueError(
             f"ot_map: none is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
@@ -77,12 +77,3 @@ def _check_used(name: str, given: list[str]) -> None:
     unused = sorted(set(given) - set(takes))
     if unused:
         raise ValueError(f"reward {name!r} does not use {', '.join(unused)}; it takes {', '.join(takes)}.")
-
-
-@functools.lru_cache(maxsize=4)
-def _encoder(name: str, offload: str | None) -> VideoTextEncoder:
-    if offload is None:
-        return load_encoder(name)
-    encoder = load_encoder(name, device="cpu")
-    encoder.offload = offload
-    return encoder

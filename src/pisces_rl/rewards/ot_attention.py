@@ -6,11 +6,12 @@ side by side, t_j and s_j the frame and the place of video token j:
     C_ij = [1 - cos(y_i, x_j)] + gamma |tau_i - t_j| + eta |pi_i - s_j|
     tau_i = sum_k A_ik t_k,  pi_i = sum_k A_ik s_k
 
-Each term is brought to [0, 1] by its range in the plan, then C is. Words that are padding or special tokens, and video
-tokens without a place, have no part in the plan and keep their attention; tau and pi are of attention over the video
-tokens in the plan, of sum 1. Source: arXiv 2602.01624, section 4.2.
+Each term is brought to [0, 1] by its range in the plan, then C is (`normalise`). Words that are padding or special
+tokens, and video tokens without a place, have no part in the plan and keep their attention; tau and pi are of
+attention over the video tokens in the plan, of sum 1. Source: arXiv 2602.01624, section 4.2.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -47,13 +48,15 @@ class OTAttention:
             the attention that they had. In it the scale of P's rows cancels: a word cannot stay unmatched.
             "gated": the same, then times the share of its weight that the word moves, N sum_j P_ij, at most 1.
             "arithmetic": (A + N P) / 2, whose rows sum to less than 1 where a word moves less than its weight.
-        mass: m in (0, 1]. reg: eps, for costs in [0, 1]. temporal, spatial: gamma and eta.
+        mass: m in (0, 1]. reg: eps, in the cost's units. temporal, spatial: gamma and eta.
+        normalise: bring each term and C to [0, 1]. False: t and s count as they are, in frames and in patches.
         layers, heads: those that are fused, as the model counts them; None: all.
         floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product. Not in "arithmetic".
         class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
         tolerance: of the plans' marginals. drawings: a list that each call is appended to, or None.
 
-    The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True.
+    The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True; in its
+    first release plan "partial", fusion "arithmetic", temporal 0.1, normalise False, class_tokens True.
     """
 
     plan: str = "unbalanced"
@@ -62,6 +65,7 @@ class OTAttention:
     reg: float = 0.05
     temporal: float = 0.2
     spatial: float = 0.2
+    normalise: bool = True
     layers: Sequence[int] | None = None
     heads: Sequence[int] | None = None
     floor: float = 0.0
@@ -75,11 +79,14 @@ class OTAttention:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
         if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
             raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
-        if not self.reg > 0:
-            raise ValueError(f"reg={self.reg!r}: expected a number > 0.")
+        if not (self.reg > 0 and math.isfinite(self.reg)):
+            raise ValueError(f"reg={self.reg!r}: expected a finite number > 0.")
         for name in ("temporal", "spatial", "floor"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected a number >= 0.")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r}: expected a finite number >= 0.")
+        if not isinstance(self.normalise, bool):
+            raise ValueError(f"normalise={self.normalise!r}: expected True or False.")
         if self.floor and self.fusion == "arithmetic":
             raise ValueError(f"floor={self.floor!r}: the arithmetic fusion has none; choose 'log' or 'gated', or 0.")
         for name, value in (("layers", self.layers), ("heads", self.heads)):
@@ -143,30 +150,31 @@ class BoundOTAttention:
         return a, b.expand(len(a), -1)
 
     def cost(self, query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
-        """(B, H, N, M) in [0, 1] over words and `columns`; (B, 1, N, M) if nothing in it differs by head."""
+        """(B, H, N, M) over words and `columns`, 0 outside; (B, 1, N, M) if nothing in it differs by head."""
         settings = self.settings
         y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
         cosine = cosine_cost(y, x)
         alike = not settings.temporal and not settings.spatial
         frame, place = (z.to(logits) for z in self.places)
-        if fused.serves(logits):
+        if settings.normalise and fused.serves(logits):
             seen = logits[:, :1] if alike else logits
             return fused.costs(
                 cosine, seen, self.words, self.columns, frame, place, settings.temporal, settings.spatial
             )
         cells = self.words[:, None, :, None] & self.columns
-        cost = _to_unit_range(cosine[:, None], cells)
+        scaled = _to_unit_range if settings.normalise else _inside
+        cost = scaled(cosine[:, None], cells)
         if alike:
-            return _to_unit_range(cost, cells)
+            return scaled(cost, cells)
         attention = logits.masked_fill(~self.columns, -torch.inf).softmax(-1)
         if settings.temporal:
             distance = ((attention @ frame)[..., None] - frame).abs()
-            cost = cost + settings.temporal * _to_unit_range(distance, cells)
+            cost = cost + settings.temporal * scaled(distance, cells)
         if settings.spatial:
             looks = attention @ place
             distance = torch.hypot(looks[..., :1] - place[:, 0], looks[..., 1:] - place[:, 1])
-            cost = cost + settings.spatial * _to_unit_range(distance, cells)
-        return _to_unit_range(cost, cells)
+            cost = cost + settings.spatial * scaled(distance, cells)
+        return scaled(cost, cells)
 
     def solve(self, cost: Tensor) -> Tensor:
         """Plans of the shape of the costs, all problems of the layer in one batch. A text without words has a zero
@@ -217,11 +225,17 @@ class BoundOTAttention:
 
 
 def _is_numbers(value) -> bool:
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(x, int) and x >= 0 for x in value)
+    if not isinstance(value, Sequence) or not value:
+        return False
+    return all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)
 
 
 def _logsumexp(x: Tensor, columns: Tensor) -> Tensor:
     return x.masked_fill(~columns, torch.finfo(x.dtype).min).logsumexp(-1, keepdim=True)
+
+
+def _inside(x: Tensor, cells: Tensor) -> Tensor:
+    return torch.where(cells, x, 0.0)
 
 
 def _to_unit_range(x: Tensor, cells: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The distributional reward: is the video where real videos of such a text are?"""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from pisces_rl.ot import BankDivergence
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 
 
@@ -23,7 +25,7 @@ class OTQualityReward:
     it asks whether the videos together look real, and does not look at the prompts.
 
     Args:
-        encoder: whose pooled features are compared.
+        encoder: whose pooled features are compared, or its name, folder or Hub id.
         ot_map: T, bound to this encoder; None: the identity, the raw cosine.
         bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; needed for a divergence weight.
         cosine_weight, divergence_weight: the terms; a weight of 0 leaves its term out.
@@ -37,10 +39,11 @@ class OTQualityReward:
     differentiable = True
 
     def __init__(
-        self, encoder: VideoTextEncoder, ot_map: TransportMap | None = None, *, bank: Tensor | BankDivergence | None =
-        None, cosine_weight: float = 1.0, divergence_weight: float = 0.0, blur: float | None = None,
-        micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
+        self, encoder: VideoTextEncoder | str | Path, ot_map: TransportMap | None = None, *,
+        bank: Tensor | BankDivergence | None = None, cosine_weight: float = 1.0, divergence_weight: float = 0.0,
+        blur: float | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
     ):  # fmt: skip
+        encoder = shared_encoder(encoder)
         if ot_map is not None and ot_map.encoder != encoder.name:
             raise ValueError(
                 f"ot_map: it is bound to the encoder {ot_map.encoder!r}, not to {encoder.name!r}; fit one for it."

@@ -1,12 +1,15 @@
 """The token-level reward: does the matching model, its attention fused with transport plans, call it a match?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
+from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 from pisces_rl.rewards.ot_attention import BoundOTAttention, Drawing, OTAttention
 
@@ -17,7 +20,7 @@ class OTSemanticReward:
         R_s = softmax(VTM(A~ x))[match]
 
     Args:
-        matcher: an encoder with a matching head.
+        matcher: an encoder with a matching head, or its name, folder or Hub id.
         attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability. Of the
             matcher's layers it changes `fused_layers`: plans of the last one cannot reach the match.
         micro_batch: videos matched at once.
@@ -30,9 +33,10 @@ class OTSemanticReward:
     differentiable = True
 
     def __init__(
-        self, matcher: VideoTextEncoder, attention: OTAttention | None = None, *, micro_batch: int = MICRO_BATCH,
-        name: str = "ot_semantic",
+        self, matcher: VideoTextEncoder | str | Path, attention: OTAttention | None = None, *,
+        micro_batch: int = MICRO_BATCH, name: str = "ot_semantic",
     ):  # fmt: skip
+        matcher = shared_encoder(matcher)
         if not matcher.matches:
             raise ValueError(f"matcher: {matcher.name} has no matching head.")
         unknown = set() if attention is None or attention.layers is None else set(attention.layers)
@@ -69,7 +73,7 @@ class OTSemanticReward:
             for start in range(0, len(prompts), self.micro_batch):
                 rows = slice(start, start + self.micro_batch)
                 part = text[rows]
-                parts.append(self.encoder.match(part, video[rows], self._fusion(part, video)))
+                parts.append(self.encoder.match(part, video[rows], self._fusion(self.attention, part, video)))
             return torch.cat(parts)
 
     @torch.no_grad()
@@ -78,16 +82,15 @@ class OTSemanticReward:
         check_inputs(prompts, videos)
         if self.attention is None:
             raise ValueError("attention: there are no plans to draw without one.")
-        self.attention.drawings = []
-        try:
-            with shared_encodings():
-                text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
-                self.encoder.match(text, video, self._fusion(text, video))
-            return text.pieces, video.positions.cpu(), self.attention.drawings
-        finally:
-            self.attention.drawings = None
+        attention = replace(self.attention, drawings=[])
+        with shared_encodings():
+            text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
+            self.encoder.match(text, video, self._fusion(attention, text, video))
+        return text.pieces, video.positions.cpu(), attention.drawings
 
-    def _fusion(self, text: TextFeatures, video: VideoFeatures) -> BoundOTAttention | None:
-        if self.attention is None:
+    def _fusion(
+        self, attention: OTAttention | None, text: TextFeatures, video: VideoFeatures
+    ) -> BoundOTAttention | None:
+        if attention is None:
             return None
-        return self.attention.bind(text.words, video.positions, self.encoder.fused_layers)
+        return attention.bind(text.words, video.positions, self.encoder.fused_layers)

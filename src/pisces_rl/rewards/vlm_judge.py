@@ -9,6 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from pisces_rl.rewards.contract import check_inputs, check_pixels
+
 PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt"
 
 
@@ -26,16 +28,21 @@ class VLMJudge:
         question: file whose text is asked, with {prompt} where the video's prompt belongs.
         scores: the answers, digits of one token each, ascending. frames: per video, evenly spread.
         batch_size: videos asked at once. dtype, device: of a model given by name. name: under which it is logged.
+        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
+
+    Raises ValueError for pixels outside [0, 1] or NaN, naming the video, and for a prompt that holds one of the
+    model's special tokens (an image's place, an end of turn), naming both.
     """
 
     def __init__(
         self, model: str | nn.Module, processor=None, *, question: str | Path = PROMPT,
         scores: Sequence[int] = (1, 2, 3, 4, 5), frames: int = 8, batch_size: int = 4,
         dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None, name: str = "vlm_judge",
+        offload: str | torch.device | None = None,
     ):  # fmt: skip
         if isinstance(model, str):
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
-            device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
             model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device)
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
@@ -52,12 +59,25 @@ class VLMJudge:
             raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
         self.tokens = [token[0] for token in tokens]
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
-        self.__name__ = name
+        self.__name__, self.offload = name, offload
+        if offload is not None:
+            self.model.to("cpu")
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:
+        check_inputs(prompts, videos)
+        check_pixels(videos)
+        for prompt in prompts:
+            if held := [token for token in self.processor.tokenizer.all_special_tokens if token in prompt]:
+                raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of the judge's model; leave it out.")
         rows = range(0, len(prompts), self.batch_size)
-        parts = [self._ask(prompts[i : i + self.batch_size], videos[i : i + self.batch_size]) for i in rows]
+        try:
+            if self.offload is not None:
+                self.model.to(self.offload)
+            parts = [self._ask(prompts[i : i + self.batch_size], videos[i : i + self.batch_size]) for i in rows]
+        finally:
+            if self.offload is not None:
+                self.model.to("cpu")
         return torch.cat(parts).tolist()
 
     def _ask(self, prompts: Sequence[str], videos: Tensor) -> Tensor:

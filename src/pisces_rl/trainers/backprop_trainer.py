@@ -12,6 +12,7 @@ from ._trl import EpochRepeatSampler
 from .advantages import nanstd
 from .backprop_config import RewardBackpropConfig
 from .base import VideoPolicyTrainer, check_dataset
+from .images import images_of
 from .seeds import sample_seed
 
 NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
@@ -114,12 +115,14 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         batch = self._step * self.accelerator.num_processes + self.accelerator.process_index
         rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # of the run, however it is split into batches
         noise_seeds = [sample_seed(args.seed, NOISE, row) for row in rows]
-        total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds)
+        images = images_of(columns | {"prompt": prompts}, self.image_columns)
+        total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds, images)
         weights = self.reward_weights / self._scale()
         for how in copies:
             with self.stage("sampling"):
                 videos = self.policy.sample_with_gradients(
-                    prompts, noise_seeds=noise_seeds, checkpoint_decoder=args.checkpoint_decoder, **how
+                    prompts, noise_seeds=noise_seeds, conditions=images, checkpoint_decoder=args.checkpoint_decoder,
+                    **how,
                 )
             with self.stage("rewards"):
                 table, gradients = self.rewards.with_gradients(prompts, videos, columns, self.state)
@@ -131,7 +134,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             self._log_rewards(table, gradients)
         return total
 
-    def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int]) -> list[dict]:
+    def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int], images: dict[str, list]) -> list[dict]:
         """How each sample is drawn with gradients, as arguments of `sample_with_gradients`: one way, or several."""
         args, steps = self.args, self.args.num_inference_steps
         part = {}
@@ -146,7 +149,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         if args.backprop_through == "last_steps":
             return [part | {"last_steps": args.backprop_steps}]
         with self.stage("sampling"):
-            final = self.policy.final_latents(prompts, noise_seeds=noise_seeds)
+            final = self.policy.final_latents(prompts, noise_seeds=noise_seeds, conditions=images)
         seeds = [[sample_seed(args.seed, RENOISE, k, row) for row in rows] for k in range(args.low_variance_samples)]
         return [part | {"renoise": (final, own)} for own in seeds]
 

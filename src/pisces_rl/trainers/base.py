@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from ..policy import (
     add_lora,
     check_saved_lora,
     default_lora_config,
+    has_guider,
     load_lora_state,
     lora_parameters,
     save_lora,
@@ -41,6 +43,7 @@ from ._trl import _BaseTrainer, identity
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
 from .consistency import ConsistencyDistillation
+from .images import check_images, image_columns, images_of
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
 from .video_data import check_videos, undecoded
@@ -92,14 +95,14 @@ class VideoPolicyTrainer(_BaseTrainer):
         model: a text-to-video pipeline of diffusers, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
-        train_dataset: prompts in a column `prompt`; every other column reaches the rewards, one of `datasets.Video`
-            as its file, {"path", "bytes"}.
+        train_dataset: prompts in a column `prompt`; every other column reaches the rewards (one of `datasets.Video` as
+            its file, {"path", "bytes"}), and those of args.image_columns the pipeline.
         eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
         callbacks: further callbacks.
-        video_dataset: captioned videos for the consistency term: rows with `prompt` and `video`: a path, the bytes of
-            a file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8. Needed where
+        video_dataset: captioned videos for the consistency term: rows with `prompt`, the image columns, and `video`: a
+            path, the bytes of a file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8. Needed where
             args.consistency_weight is not 0.
     """
 
@@ -113,6 +116,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
+        train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
         if bool(args.consistency_weight) != (video_dataset is not None):
             raise ValueError(
@@ -147,21 +151,30 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
             getattr(model, "name_or_path", "") or type(model).__name__)
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
+        self.image_columns = image_columns(self.pipeline, args.image_columns)
+        check_images("train_dataset", train_dataset, self.image_columns)
+        if eval_dataset is not None:
+            check_images("eval_dataset", eval_dataset, self.image_columns)
         self._freeze(args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
-        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config())
+        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
+                                        args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
+        if args.torch_compile:
+            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
+                                       args.torch_compile_backend or "inductor", args.torch_compile_mode)
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
+        self._idle_experts: set[str] = set()  # of which was said that they had no gradient
         self._evaluated_at: int | None = None
         self._best_step: int | None = None  # set when the best checkpoint replaces the last
         self.first_evaluation: dict | None = None
         self.last_evaluation: dict | None = None
-        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=undecoded(train_dataset),
-                         eval_dataset=undecoded(eval_dataset), callbacks=[self.progress, *(callbacks or [])])
+        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
         self.pipeline.to(self.accelerator.device)
@@ -178,6 +191,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.consistency = ConsistencyDistillation(
                 self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
                 guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
+                image_columns=self.image_columns,
             )
             self.add_callback(self.consistency.average)
         self.console = Console()
@@ -264,14 +278,31 @@ class VideoPolicyTrainer(_BaseTrainer):
         for parameter in self.adapter.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes == 1:
-            return
-        flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
-        flat = self.accelerator.reduce(flat, reduction="mean")
-        offset = 0
-        for parameter in self.adapter.values():
-            parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
-            offset += parameter.numel()
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
+            flat = self.accelerator.reduce(flat, reduction="mean")
+            offset = 0
+            for parameter in self.adapter.values():
+                parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
+                offset += parameter.numel()
+        if len(self.adapted_modules) > 1:
+            self._log_gradient_of_experts()
+
+    def _log_gradient_of_experts(self) -> None:
+        """Logs each denoiser's gradient norm; says once where one had none, since no trained step called it."""
+        norms = {}
+        for name in self.adapted_modules:
+            own = [p.grad for key, p in self.adapter.items() if key.startswith(f"{name}.")]
+            norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own))).item()
+            self._metrics["train"][f"grad_norm/{name}"].append(norms[name])
+        idle = [name for name, norm in norms.items() if norm == 0 and name not in self._idle_experts]
+        if idle and any(norms.values()):
+            self._idle_experts.update(idle)
+            warnings.warn(
+                f"no trained denoising step called {idle[0]} at optimizer step {self.state.global_step + 1}, so its "
+                "adapter got no gradient. Where that is always so, let the trained steps reach its part of the "
+                "schedule (sde_window_range, last_steps), or leave it out of lora_denoisers.", stacklevel=2,
+            )
 
     def check_equal_weights(self) -> None:
         """All processes must hold the same adapter; a RuntimeError names the ranks that do not."""
@@ -334,8 +365,10 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.progress.stage(f"evaluation {name} {100 * start // max(len(own), 1)}%")
             indices = own[start:start + batch]
             part = dataset[indices]
+            images = images_of(part, self.image_columns)
             prompts = part.pop("prompt")
-            rollout = self.policy.sample(prompts, noise_seeds=[self._eval_noise(i) for i in indices])
+            noise = [self._eval_noise(i) for i in indices]
+            rollout = self.policy.sample(prompts, noise_seeds=noise, conditions=images)
             scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
@@ -430,12 +463,14 @@ class VideoPolicyTrainer(_BaseTrainer):
         for name in before if self.args.num_sample_videos else ():
             dataset = sets[name]
             count = min(self.args.num_sample_videos, len(dataset))
-            prompts = list(dataset["prompt"][:count])
-            seeds = [self._eval_noise(i) for i in range(count)]
+            part = dataset[:count]
+            prompts = list(part["prompt"])
+            own = {"noise_seeds": [self._eval_noise(i) for i in range(count)],
+                   "conditions": images_of(part, self.image_columns)}
             with adapters_off(self.policy):
-                base = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+                base = self.policy.sample(prompts, **own).videos.cpu()
             with self.ema or contextlib.nullcontext():
-                trained = self.policy.sample(prompts, noise_seeds=seeds).videos.cpu()
+                trained = self.policy.sample(prompts, **own).videos.cpu()
             path = Path(self.args.output_dir) / "samples" / f"before_after_{name}.png"
             media.before_after_sheet(
                 base, trained, prompts, path,
@@ -531,7 +566,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
                 f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
             )
-        for key, what in (("weights", "other base weights"), ("lora_scale", "another lora_alpha")):
+        differences = (("weights", "other base weights"), ("lora_scale", "another lora_alpha or other lora_denoisers"))
+        for key, what in differences:
             if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
                 raise ValueError(
                     f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
@@ -649,7 +685,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             with self.ema or contextlib.nullcontext():
                 self._write_adapter(folder)
+                images = images_of(self.train_dataset[:1], self.image_columns)
                 call = {"prompt": ["a video"], "num_inference_steps": 2} | self.policy.pipeline_kwargs
+                call |= {name: image for name, (image,) in images.items()}
                 dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
                 half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
                 difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if half else 1e-4)
@@ -681,10 +719,12 @@ class VideoPolicyTrainer(_BaseTrainer):
             return
         report = Path(self.args.output_dir) / "report.json"
         comparison = json.loads(report.read_text())["comparison"] if report.exists() else None
+        call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
+        guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
-            call={"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs,
+            call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 

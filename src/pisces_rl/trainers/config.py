@@ -27,10 +27,32 @@ class VideoPolicyConfig(_BaseConfig):
                   "{\"max_sequence_length\": 226, \"negative_prompt\": \"blurry\"}."},
     )
 
+    # --- how the denoiser is run, in sampling and update alike ---
+    attention_kernel: str | None = field(
+        default=None,
+        metadata={"help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
+                  "math. Unset: torch's choice."},
+    )
+    recompute: str = field(
+        default="all_but_attention",
+        metadata={"help": "With torch_compile and gradient_checkpointing: what backward computes again, "
+                  "'all_but_attention' or 'everything' (slower, and less memory)."},
+    )
+
     # --- data, rewards, weights ---
+    image_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
+                  "the same names, video by video. Unset: `image` where its call has such an argument."},
+    )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
+    )
+    lora_denoisers: list[str] | None = field(
+        default=None,
+        metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
+                  "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."},
     )
     ema_decay: float | None = field(
         default=None,
@@ -77,9 +99,16 @@ class VideoPolicyConfig(_BaseConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        # accelerate would compile the policy as a whole; here its blocks are compiled (policy/execution.py)
+        compiled = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
             super().__post_init__()
+        self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
+        self.torch_compile = self.torch_compile or any(compiled[1:])
+        if self.recompute not in ("all_but_attention", "everything"):
+            raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         self._read_pipeline_kwargs()
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
@@ -123,5 +152,5 @@ class VideoPolicyConfig(_BaseConfig):
         """The arguments of `VideoPolicy`."""
         return {
             "num_inference_steps": self.num_inference_steps, "pipeline_kwargs": self.policy_kwargs(),
-            "autocast_dtype": torch.bfloat16 if self.bf16 else None,
+            "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
         }

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..policy import VideoPolicy, adapters_off
 from .callbacks import AdapterEMA
+from .images import images_of
 from .seeds import sample_seed
 from .video_data import as_video, check_prompt, undecoded
 
@@ -37,15 +38,15 @@ class ConsistencyDistillation:
         dataset: rows with `prompt` and `video`: a path, the bytes of a file, a `datasets.Video`, or a tensor
             (F, 3, H, W) in [0, 1] or uint8.
         steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
-        seed: of rows, noise and steps.
+        seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
     """
 
     def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
-                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0):
+                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=()):
         self.policy, self.steps, self.huber_c, self.seed = policy, steps, huber_c, seed
         self.dataset = undecoded(dataset)
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
-        self.average = TargetAverage(adapter, decay)
+        self.average, self.image_columns = TargetAverage(adapter, decay), image_columns
 
     def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
         """(count,) losses with gradients of a part (which, of how many) of the batch of that number.
@@ -56,11 +57,11 @@ class ConsistencyDistillation:
         own = range(which * count, (which + 1) * count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
         rows = torch.randint(len(self.dataset), (count * parts,), generator=generator).tolist()
-        prompts, clean = self._clips([rows[i] for i in own])
+        prompts, images, clean = self._clips([rows[i] for i in own])
         seeds = [sample_seed(self.seed, NOISE, number, i) for i in own]
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
-        grid = {"num_inference_steps": self.steps}
+        grid = {"num_inference_steps": self.steps, "conditions": images}
 
         with adapters_off(self.policy):
             teacher = self.policy.predict(
@@ -77,10 +78,14 @@ class ConsistencyDistillation:
         ).clean
         return pseudo_huber(predicted.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
 
-    def _clips(self, rows: list[int]) -> tuple[list[str], Tensor]:
-        codec = self.policy.latent_codec()
+    def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:
+        """Prompts, what conditions the pipeline besides them, and latents."""
         samples = [self.dataset[row] for row in rows]
-        for row, sample in zip(rows, samples):
-            check_prompt(row, sample["prompt"])
+        prompts = [sample["prompt"] for sample in samples]
+        for row, prompt in zip(rows, prompts):
+            check_prompt(row, prompt)
+        columns = {name: [s[name] for s in samples] for name in self.image_columns if name in samples[0]}
+        images = images_of(columns | {"prompt": prompts}, self.image_columns)
+        codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
         videos = torch.stack([codec.fitted(as_video(sample["video"], codec.video[0])) for sample in samples])
-        return [sample["prompt"] for sample in samples], codec.encode(self.policy.pipeline, videos)
+        return prompts, images, codec.encode(self.policy.pipeline, videos)

@@ -24,6 +24,7 @@ from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .base import VideoPolicyTrainer, check_dataset
 from .grpo_config import VideoGRPOConfig
+from .images import group_keys, images_of
 from .losses import (
     clip_fractions,
     clipped_policy_loss,
@@ -127,6 +128,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         args, generation = self.args, self._step // self._uses_per_rollout
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        images = images_of(columns | {"prompt": prompts}, self.image_columns)
         first_row = self.accelerator.process_index * len(prompts)
         ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
         noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
@@ -139,7 +141,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             for start in range(0, len(prompts), chunk):
                 part = slice(start, start + chunk)
                 parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
-                                                step_seeds=step_seeds[part], steps=steps))
+                                                step_seeds=step_seeds[part], steps=steps,
+                                                conditions={name: own[part] for name, own in images.items()}))
         self._rollout = Rollout.cat(parts)
         with self.stage("rewards"):
             table = self.rewards(prompts, self._rollout.videos, columns, self.state)
@@ -153,14 +156,14 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._rollout.videos = None  # scored; the update needs the states only
 
         values = self.accelerator.gather(table.values.to(self.accelerator.device)).cpu()
-        all_prompts = gather_object(prompts)
-        self._check_groups(all_prompts)
+        keys = gather_object(group_keys(prompts, images))
+        self._check_groups(keys)
         advantages, rewards, group_std = group_advantages(
             values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
         if self.prompt_statistics is not None:
-            advantages = self.prompt_statistics.advantages(all_prompts, rewards)
+            advantages = self.prompt_statistics.advantages(keys, rewards)
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
         self._advantages = advantages[first_row:first_row + len(prompts)]
 
@@ -172,11 +175,11 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._log_rollout(table, values, rewards, group_std)
         self.check_equal_weights()
 
-    def _check_groups(self, prompts: list[str]) -> None:
+    def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
-        for start in range(0, len(prompts), size):
-            if len(set(prompts[start:start + size])) != 1:
-                raise RuntimeError(f"group {start // size} mixes prompts {set(prompts[start:start + size])}.")
+        for start in range(0, len(keys), size):
+            if len(set(keys[start:start + size])) != 1:
+                raise RuntimeError(f"group {start // size} mixes prompts {set(keys[start:start + size])}.")
 
     def _log_rollout(self, table, values, rewards, group_std) -> None:
         metrics = self._metrics["train"]
@@ -218,14 +221,14 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         batch_size = len(rows)
         if not args.beta:  # without a KL term a sample of advantage 0 has no gradient
             rows = [r for r in rows if self._advantages[r] != 0]
-        total, errors = torch.zeros((), device=self.accelerator.device), {}
+        total, errors = torch.zeros((), device=self.accelerator.device), []
         if not rows:
             for name in ("low_mean", "high_mean", "region_mean"):
                 metrics[f"clip_ratio/{name}"] += [0.0] * len(rollout.steps)
             return total
         device = self.accelerator.device
-        advantage, old_log_probs = self._advantages[rows].to(device), rollout.log_probs[rows]
-        state_rows = rollout.state_rows(rows)
+        advantages, old_log_probs = self._advantages[rows].to(device), rollout.log_probs[rows]
+        places = {row: place for place, row in enumerate(rows)}
         reference = self._reference_steps(rows) if args.beta else {}
         epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
         share = len(rows) / batch_size
@@ -233,16 +236,17 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         def visit(step: ReplayStep) -> None:
             nonlocal total
             k = rollout.steps.index(step.index)
-            log_ratio = step.log_prob - old_log_probs[:, k]
+            own = slice(places[step.rows[0]], places[step.rows[-1]] + 1)  # a visit is of neighbouring rows
+            log_ratio, advantage = step.log_prob - old_log_probs[own, k], advantages[own]
             if before_first_step:
-                errors[step.index] = log_ratio.detach().abs().max()
+                errors.append((step.index, log_ratio.detach().abs().max()))
             weight = step_weight(args.step_weighting, step.std, step.gain, step.step_size)
             if args.step_weighting == "guard":
-                log_ratio = guarded_log_ratio(log_ratio, step.mean, rollout.means[step.index][state_rows], step.std,
-                                              rollout.rows_per_video)
+                old_mean = rollout.means[step.index][rollout.state_rows(step.rows)]
+                log_ratio = guarded_log_ratio(log_ratio, step.mean, old_mean, step.std, rollout.rows_per_video)
             loss = weight * clipped_policy_loss(log_ratio, advantage, args.epsilon, epsilon_high)
             if args.beta:
-                expected = reference[step.index]
+                expected = reference[step.index, step.rows[0]]
                 if args.kl_space == "x":
                     kl = kl_to_reference(step.mean, expected.mean, step.std, rollout.rows_per_video)
                 else:
@@ -264,20 +268,20 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._check_replay(errors)
         return total
 
-    def _reference_steps(self, rows: list[int]) -> dict[int, ReplayStep]:
-        """The trained steps under the reference policy: the adapter off, no gradients."""
-        steps: dict[int, ReplayStep] = {}
+    def _reference_steps(self, rows: list[int]) -> dict[tuple[int, int], ReplayStep]:
+        """The trained steps under the reference policy, by index and first row: the adapter off, no gradients."""
+        steps: list[ReplayStep] = []
         with adapters_off(self.policy):
-            self.policy.replay(self._rollout, rows, lambda step: steps.__setitem__(step.index, step), grad=False)
-        return steps
+            self.policy.replay(self._rollout, rows, steps.append, grad=False)
+        return {(step.index, step.rows[0]): step for step in steps}
 
-    def _check_replay(self, errors: dict[int, torch.Tensor]) -> None:
+    def _check_replay(self, errors: list[tuple[int, torch.Tensor]]) -> None:
         """Before the first optimizer step the ratio must be 1: rollout and update are the same computation.
 
         Args:
-            errors: {denoising step: largest |log p - log p_old|}.
+            errors: a denoising step and its largest |log p - log p_old|, each.
         """
-        for index, error in errors.items():
+        for index, error in errors:
             error = error.item()
             self._metrics["train"]["replay/max_log_prob_error"].append(error)
             if not error <= self.args.replay_tolerance:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pisces_rl.rewards.attention import Fusion
-
-OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+from pisces_rl.rewards.contract import check_pixels
 
 
 @dataclass
@@ -48,8 +47,8 @@ class VideoTextEncoder(nn.Module, ABC):
     """A frozen model of videos and texts.
 
     Attributes:
-        name: what maps and caches are bound to, "base@hash of the weights options"; two encoders of equal name have
-            equal weights and see videos alike.
+        name: what maps and caches are bound to, "base@hash options"; two encoders of equal name have equal
+            weights and, if they were loaded from a folder of transformers, equal sizes, tokenizers and pixels, too.
         resolution: (height, width) of the frames it sees; num_frames: how many of them; mean, std: of its pixels.
         crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
         dimension: of pooled features. max_text_tokens: special tokens included.
@@ -118,14 +117,7 @@ class VideoTextEncoder(nn.Module, ABC):
             found = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
             raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), got {found}.")
         videos = videos.to(self.device, self.precision)
-        low, high = videos.detach().flatten(1).aminmax(dim=1)
-        fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
-        if not bool(fine.all()):
-            row = int((~fine).nonzero()[0])
-            raise ValueError(
-                f"videos: video {row} has values from {float(low[row]):.3g} to {float(high[row]):.3g}; expected "
-                "finite pixels in [0, 1]."
-            )
+        check_pixels(videos)
         count, size = len(videos), self.resolution
         frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
         videos = videos[:, frames].clamp(0, 1).flatten(0, 1)

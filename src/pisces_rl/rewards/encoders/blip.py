@@ -8,7 +8,7 @@ from transformers import BlipForImageTextRetrieval, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.attention import fused_attention
 from pisces_rl.rewards.encoders.base import Fusion, TextFeatures, VideoFeatures, VideoTextEncoder, additive, tokenize
-from pisces_rl.rewards.encoders.frames import _positions
+from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD, _positions
 
 
 class BlipEncoder(VideoTextEncoder):
@@ -20,8 +20,7 @@ class BlipEncoder(VideoTextEncoder):
 
     def __init__(
         self, model: BlipForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, name: str, *, num_frames: int = 8,
-        mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073),
-        std: Sequence[float] = (0.26862954, 0.26130258, 0.27577711),
+        mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD,
     ):  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.name, self.num_frames = model, tokenizer, name, num_frames

@@ -9,22 +9,27 @@ from transformers import CLIPModel, PreTrainedTokenizerBase, SiglipModel
 
 from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
 
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 class FrameEncoder(VideoTextEncoder):
     """pooled: the mean over frames of the image features, each of length 1, brought to length 1. It cannot see motion.
 
     Args:
         model: a CLIPModel or SiglipModel. tokenizer: its own. name: what maps are bound to.
-        num_frames: how many frames it looks at. mean, std: of its pixels, from its image processor.
+        num_frames: how many frames it looks at. mean, std: of its pixels, from its image processor; None: CLIP's own,
+            SigLIP's 0.5.
     """
 
     def __init__(
         self, model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase, name: str, *, num_frames: int = 8,
-        mean: Sequence[float] = (0.5, 0.5, 0.5), std: Sequence[float] = (0.5, 0.5, 0.5),
+        mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
     ):  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.name, self.num_frames = model, tokenizer, name, num_frames
-        self.mean, self.std, self.crop = mean, std, isinstance(model, CLIPModel)
+        self.crop = isinstance(model, CLIPModel)
+        self.mean = mean or (CLIP_MEAN if self.crop else (0.5, 0.5, 0.5))
+        self.std = std or (CLIP_STD if self.crop else (0.5, 0.5, 0.5))
         vision, text = model.config.vision_config, model.config.text_config
         self.resolution, self.max_text_tokens = (vision.image_size,) * 2, text.max_position_embeddings
         self.side = vision.image_size // vision.patch_size

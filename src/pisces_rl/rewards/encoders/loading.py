@@ -1,5 +1,6 @@
 """Encoders by name."""
 
+import functools
 import inspect
 import json
 from pathlib import Path
@@ -13,7 +14,12 @@ from pisces_rl.rewards.encoders.base import VideoTextEncoder, digest
 from pisces_rl.rewards.encoders.tiny_vtm import CARD, TinyVTM
 
 KINDS = ("blip", "clip", "internvideo2", "pe_video", "siglip", "tiny_vtm", "videoprism", "xclip")
-PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+#: What an encoder reads of a folder besides its weights.
+DESCRIPTIONS = (
+    "config.json", *PROCESSORS, "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "tokenizer.model",
+)  # fmt: skip
 
 
 def load_encoder(
@@ -22,8 +28,8 @@ def load_encoder(
 ) -> VideoTextEncoder:  # fmt: skip
     """A frozen encoder, from the name of an embedded one ("tiny-vtm"), a folder, or a Hub id.
 
-    Its own name, to which maps are bound, is that name, "@" and the commit of a Hub model or else the hash of the
-    folder's weights, and the options that are not the model's usual ones.
+    Its own name, to which maps are bound, is that name, "@" and the commit of a Hub model or else the hash of what it
+    reads of the folder (of tiny-vtm's and InternVideo2's: of the weights), and options that are not the usual ones.
 
     Args:
         name: or an encoder, which is only moved and cast.
@@ -50,6 +56,28 @@ def load_encoder(
         return InternVideo2.load(name, tokenizer, dtype).to(device)
     encoder = _pretrained(kind, name, tokenizer, dtype, options)
     return encoder.eval().requires_grad_(False).to(device)
+
+
+def shared_encoder(
+    encoder: str | Path | VideoTextEncoder, offload: str | torch.device | None = None
+) -> VideoTextEncoder:
+    """`load_encoder`, but the same encoder each time, as long as the files of its folder are the same; an encoder is
+    returned as it is. With `offload` one that works on that device and lies on the CPU between uses."""
+    if isinstance(encoder, VideoTextEncoder):
+        return encoder
+    if not isinstance(encoder, (str, Path)):
+        raise TypeError(f"encoder: expected a VideoTextEncoder, a name, a folder or a Hub id, got {encoder!r}.")
+    stamps = tuple((file.name, file.stat().st_mtime_ns) for file in _files(Path(encoder)))
+    return _shared(str(encoder), offload, stamps)
+
+
+@functools.lru_cache(maxsize=4)
+def _shared(name: str, offload: str | torch.device | None, stamps: tuple) -> VideoTextEncoder:
+    if offload is None:
+        return load_encoder(name)
+    encoder = load_encoder(name, device="cpu")
+    encoder.offload = offload
+    return encoder
 
 
 def _take(name: str, options: dict, known: dict) -> None:
@@ -91,13 +119,17 @@ def _pretrained(kind: str, name: str, tokenizer, dtype: torch.dtype, options: di
 
 
 def _bound(name: str) -> str:
-    """A name with the Hub's commit, or the hash of a folder's weights and of what it says of pixels."""
+    """A name with the Hub's commit, or the hash of a folder's weights, sizes, tokenizer and pixels."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name[:12]}"  # .../snapshots/commit/
+    return f"{folder.resolve().name}@{digest(*_files(folder))}"
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that an encoder reads; none where there is no such folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    pixels = [folder / file for file in PROCESSORS if (folder / file).is_file()]
-    return f"{folder.resolve().name}@{digest(*weights, *pixels)}"
+    return [*weights, *(folder / file for file in DESCRIPTIONS if (folder / file).is_file())]
 
 
 def _pixels(name: str) -> dict:
@@ -109,6 +141,7 @@ def _pixels(name: str) -> dict:
             card = json.loads(path.read_text())
         except OSError:
             continue
+        card = card.get("image_processor") or card.get("video_processor") or card
         if "image_mean" in card:
             return {"mean": tuple(card["image_mean"]), "std": tuple(card["image_std"])}
     return {}

@@ -1,0 +1,40 @@
+"""Text of unequal lengths for denoisers that take no text mask (Kandinsky 5): a forward for each length.
+
+Such a denoiser attends to padding, so in a batch a video would depend on the prompts beside it, and the replay of a
+slice would score other numbers than were sampled. Here each row gets the text of its own length, as if alone.
+"""
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+TEXT, POSITIONS = "encoder_hidden_states", "text_rope_pos"
+
+
+def takes_mask(denoiser: nn.Module) -> bool:
+    """Whether the denoiser can be told which text tokens are padding."""
+    return any("mask" in name for name in inspect.signature(type(denoiser).forward).parameters)
+
+
+def by_length(forward: Callable, **kwargs):
+    """`forward(**kwargs)` for each length of text; zeros that end a row of `encoder_hidden_states` are padding."""
+    text = kwargs[TEXT]
+    lengths = (text != 0).any(-1).sum(1).tolist()
+    if min(lengths) == text.shape[1]:
+        return forward(**kwargs)
+    order, outputs, structure = [], [], None
+    for length in sorted(set(lengths)):
+        rows = [row for row, own in enumerate(lengths) if own == length]
+        part = {name: value[rows] if isinstance(value, Tensor) and name != POSITIONS else value
+                for name, value in kwargs.items()}  # fmt: skip
+        part[TEXT] = part[TEXT][:, :length]
+        if POSITIONS in part:
+            part[POSITIONS] = part[POSITIONS][:length]
+        leaves, structure = tree_flatten(forward(**part))
+        order += rows
+        outputs.append(leaves)
+    back = torch.tensor(order).argsort().to(text.device)
+    return tree_unflatten([torch.cat(column)[back] for column in zip(*outputs, strict=True)], structure)

@@ -1,0 +1,185 @@
+"""Compiled blocks and fused products compute what the plain denoiser computes, the same in sampling and update."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from policy.test_replay_parity import PROMPTS
+from tiny_pipelines import BUILD, CALLS, quiet
+from torch import nn
+from torch._dynamo.utils import counters
+
+from pisces_rl.policy import (
+    PolicyError,
+    VideoPolicy,
+    adapters_off,
+    add_lora,
+    default_lora_config,
+    lora_parameters,
+    without_adapters,
+)
+from pisces_rl.policy.execution import CompiledBlock, compile_blocks, repeated_blocks, uncompile_blocks
+from pisces_rl.policy.products import (
+    OneProductGELU,
+    OneProductLinear,
+    _Product,
+    fuse_products,
+    gelu_product,
+    unfuse_products,
+)
+
+
+def build(family: str) -> tuple[VideoPolicy, dict]:
+    """A policy of its own (it is changed here), with an adapter whose B is not zero."""
+    policy = VideoPolicy(quiet(BUILD[family]()), num_inference_steps=3, pipeline_kwargs=CALLS[family])
+    denoisers = dict(policy.denoiser.items())
+    torch.manual_seed(0)
+    add_lora(denoisers, default_lora_config(4))
+    parameters = lora_parameters(denoisers)
+    for name, parameter in parameters.items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return policy, parameters
+
+
+def run(policy: VideoPolicy, parameters: dict, rows=(0, 1)) -> tuple[torch.Tensor, float, torch.Tensor]:
+    """Log-probs, the largest error of the replay, gradients."""
+    for parameter in parameters.values():
+        parameter.grad = None
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1], output_type="latent")
+    errors = []
+
+    def visit(step):
+        old = rollout.log_probs[step.rows, rollout.steps.index(step.index)]
+        errors.append(float((step.log_prob.detach() - old).abs().max()))
+        step.log_prob.sum().backward()
+
+    policy.replay(rollout, rows, visit)
+    return rollout.log_probs, max(errors), torch.cat([p.grad.flatten() for p in parameters.values()])
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "all_but_attention", "everything"])
+def test_compiled_blocks_are_one_graph_for_sampling_and_update(recompute):
+    policy, parameters = build("wan")
+    log_probs, _, gradient = run(policy, parameters)
+    torch._dynamo.reset()
+    counters.clear()
+    policy.compile_blocks(recompute, backend="aot_eager")
+    compiled = run(policy, parameters)
+    assert counters["stats"]["unique_graphs"] == 1  # both blocks, with gradients and without
+    assert compiled[1] == 0
+    torch.testing.assert_close(compiled[0], log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("hunyuan", "mochi", "skyreels", "cogvideox")]
+
+
+@pytest.mark.parametrize("family", ["ltx", *SLOW])
+def test_families_compile(family):
+    policy, parameters = build(family)
+    log_probs, _, gradient = run(policy, parameters)
+    torch._dynamo.reset()
+    policy.compile_blocks(backend="aot_eager")
+    compiled = run(policy, parameters)
+    assert compiled[1] == 0
+    torch.testing.assert_close(compiled[0], log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(compiled[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+
+
+def test_a_denoiser_without_repeated_blocks_says_so():
+    policy, _ = build("t2v_sd")
+    with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
+        policy.compile_blocks()
+
+
+def test_the_reference_and_a_fresh_pipeline_are_the_plain_ones():
+    policy, parameters = build("wan")
+    with adapters_off(policy):
+        reference = policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="pt").videos
+    before = set(policy.denoiser.state_dict())
+    policy.compile_blocks(backend="aot_eager")
+    assert set(policy.denoiser.state_dict()) == before
+    with adapters_off(policy):
+        compiled = policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="pt").videos
+    torch.testing.assert_close(compiled, reference, rtol=1e-4, atol=1e-5)
+    fresh = without_adapters(policy.pipeline).transformer
+    assert not any(isinstance(vars(m).get("forward"), CompiledBlock) for m in fresh.modules())
+    assert not any(isinstance(m, (OneProductGELU, OneProductLinear)) for m in fresh.modules())
+    assert any(isinstance(vars(m).get("forward"), CompiledBlock) for m in policy.denoiser.modules())
+
+
+def test_blocks_are_found_and_let_go():
+    policy, _ = build("wan")
+    transformer = policy.denoiser["transformer"]
+    assert repeated_blocks(transformer) == list(transformer.blocks)
+    assert compile_blocks(transformer, backend="aot_eager") == len(transformer.blocks)
+    uncompile_blocks(transformer)
+    assert not any("forward" in vars(block) for block in transformer.blocks)
+
+
+@pytest.mark.parametrize("family", ["wan", "skyreels", "ltx", "cogvideox"])
+def test_fused_products_are_peft_s_and_diffusers_own(family):
+    policy, parameters = build(family)
+    log_probs, _, gradient = run(policy, parameters)
+    classes = [type(module) for module in policy.denoiser.modules()]
+    assert fuse_products(policy.denoiser["transformer"]) > 0
+    fused = run(policy, parameters)
+    assert fused[1] == 0
+    torch.testing.assert_close(fused[0], log_probs, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fused[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
+    unfuse_products(policy.denoiser["transformer"])
+    assert [type(module) for module in policy.denoiser.modules()] == classes
+    assert torch.equal(run(policy, parameters)[2], gradient)
+
+
+def test_a_switched_off_or_second_adapter_takes_peft_s_own_path():
+    policy, _ = build("wan")
+    transformer = policy.denoiser["transformer"]
+    layer = transformer.blocks[0].attn1.to_q
+    x = torch.randn(2, 5, layer.in_features)
+    plain, base = layer(x), layer.get_base_layer()(x)
+    fuse_products(transformer)
+    torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-5)
+    with adapters_off(policy):
+        torch.testing.assert_close(layer(x), base)
+    merged = copy.deepcopy(layer)
+    merged.merge()
+    torch.testing.assert_close(merged(x), plain, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_gradient_of_a_product(gelu, lora, bias):
+    if gelu and not bias:
+        pytest.skip("projections with a GELU have a bias")
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    shift = torch.randn(5, dtype=torch.float64) if bias else None
+    a, b = (torch.randn(2, 4, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)) if lora else (None, None)
+    inputs = [t.requires_grad_() for t in (x, a, b) if t is not None]
+    plain = F.linear(x, weight, shift) + (x @ a.T @ b.T if lora else 0)
+    plain = F.gelu(plain, approximate="tanh") if gelu else plain
+    torch.testing.assert_close(_Product.apply(x, weight, shift, a, b, gelu), plain)
+    assert torch.autograd.gradcheck(
+        lambda x, *ab: _Product.apply(x, weight, shift, *(ab or (None, None)), gelu), inputs
+    )
+
+
+def test_the_gelu_operator_is_the_tanh_form():
+    layer = nn.Linear(6, 7)
+    x = torch.randn(4, 6)
+    expected = F.gelu(layer(x), approximate="tanh")
+    torch.testing.assert_close(gelu_product(x, layer.weight, layer.bias), expected)
+    torch.library.opcheck(gelu_product, (x, layer.weight.detach(), layer.bias.detach()))
+
+
+def test_attention_kernels_are_named():
+    with pytest.raises(PolicyError, match="attention_kernel='fast' must be one of"):
+        VideoPolicy(quiet(BUILD["wan"]()), attention_kernel="fast")
+    policy, parameters = build("wan")
+    expected = run(policy, parameters)[0]
+    policy.attention_kernel = "math"
+    torch.testing.assert_close(run(policy, parameters)[0], expected, rtol=1e-5, atol=1e-5)
