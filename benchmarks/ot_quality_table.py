@@ -27,7 +27,7 @@ from tiny_vtm_ranking import draw
 from torch.nn.functional import cosine_similarity, normalize
 
 from pisces_rl.ot import BankDivergence
-from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MeanShiftMap, NeuralMap, RegressedMap
+from pisces_rl.ot.maps import EntropicMap, IdentityMap, LinearMap, MeanShiftMap, NeuralMap, RegressedMap, ShuffledMap
 from pisces_rl.ot.metrics import default_blur, distance_spearman, mutual_knn, paired_recall
 from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.shapemotion import render_layout, sample_layouts, verify
@@ -38,6 +38,7 @@ MAPS = {
     "L2-regressed": RegressedMap,
     "mean shift": MeanShiftMap,
     "linear": LinearMap,
+    "shuffled": ShuffledMap,
     "entropic on linear": EntropicMap,
 }
 GROUP = 8
@@ -102,9 +103,6 @@ def measure(name: str, args) -> dict[str, tuple[float, ...]]:
         with torch.enable_grad():
             fitted = kind().fit(text, video)
         add(name, fitted)
-        if name == "linear":
-            order = torch.randperm(text.shape[1], generator=torch.Generator().manual_seed(0))
-            add("shuffled", lambda x, linear=fitted, order=order: linear(x)[:, order])
     noise = normalize(torch.randn(2048, video.shape[1], generator=torch.Generator().manual_seed(0)), dim=1)
     for name, bank in (("credit, real bank", video[:2048]), ("credit, random bank", noise)):
         divergence = BankDivergence(bank, blur=default_blur(bank))

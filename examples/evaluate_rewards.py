@@ -6,34 +6,40 @@
 
 Without a data set it asks about ShapeMotion, where every attribute can be broken alone. A data set has the columns
 `video` (a path) and `caption`: there, another video of the set and corruptions of pixels and of time take their place.
+Videos of one size are asked about as they are, others are scaled and cut to the encoder's frame.
 Writes rewards.md, the reward against each corruption's strength (strength.png) and plans by word (plans.png).
 """
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from pisces_rl.cli import load_reward_function, parse_arguments
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
 from pisces_rl.evaluation.rewards import STRENGTHS
 from pisces_rl.media import load_video
 from pisces_rl.rewards import REWARDS, OTSemanticReward
-from pisces_rl.rewards.encoders import load_encoder
 
 COLORS = ("#1b6ca8", "#b3261e", "#127a3a", "#8a5a00", "#6a3d9a", "#444444", "#c2185b", "#00838f", "#7a8b00")
 
 
 @dataclass
 class EvaluationArguments:
-    rewards: list[str] = field(default_factory=lambda: list(REWARDS), metadata={
-        "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function."})  # fmt: skip
+    rewards: list[str] | None = field(default=None, metadata={
+        "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: those of "
+                "REWARDS that the encoder has."})  # fmt: skip
     encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
     ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
+    ot_attention: str | None = field(default=None, metadata={
+        "help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."})  # fmt: skip
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})
-    n: int = field(default=128, metadata={"help": "Clips, at most."})
+    n: int = field(default=128, metadata={"help": "Clips, at most; they and their corruptions are held in memory."})
     output_dir: str = field(default="outputs/reward_evaluation", metadata={"help": "Folder of tables and pictures."})
 
 
@@ -47,8 +53,35 @@ def read_clips(args: EvaluationArguments, frames: int, size: tuple[int, int]) ->
     rows = load_dataset(kind, data_files=str(path), split="train")
     rows = list(rows.select(range(min(args.n, len(rows)))))
     videos = [load_video(path.parent / row["video"], frames) for row in rows]
-    videos = [torch.nn.functional.interpolate(v, size, mode="bicubic", antialias=True).clamp(0, 1) for v in videos]
+    videos = [video[torch.linspace(0, len(video) - 1, frames).round().long()] for video in videos]  # short ones
+    if len({video.shape for video in videos}) > 1:
+        videos = [middle(video, size) for video in videos]
     return CleanClips([row["caption"] for row in rows], torch.stack(videos))
+
+
+def middle(video: Tensor, size: tuple[int, int]) -> Tensor:
+    """A video (F, 3, H, W) scaled until it covers `size`, and what of it is in the middle."""
+    scale = max(side / own for side, own in zip(size, video.shape[-2:]))
+    scaled = [round(own * scale) for own in video.shape[-2:]]
+    video = torch.nn.functional.interpolate(video, scaled, mode="bicubic", antialias=True).clamp(0, 1)
+    top, left = ((own - side) // 2 for own, side in zip(scaled, size))
+    return video[..., top : top + size[0], left : left + size[1]]
+
+
+def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
+    """Those asked for, or else all that the encoder has; why another is left out is printed."""
+    attention = None if args.ot_attention is None else json.loads(args.ot_attention)
+    options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": {"attention": attention}}
+    rewards = {}
+    for name in args.rewards or REWARDS:
+        own = options.get(name, {})
+        try:
+            rewards[name] = load_reward_function(name, encoder=args.encoder, **own)
+        except ValueError as error:
+            if args.rewards or any(own.values()):
+                raise
+            print(f"{name} is left out: {error}")
+    return rewards
 
 
 def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
@@ -108,15 +141,12 @@ def main() -> None:
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encoder = load_encoder(args.encoder) if set(args.rewards) & set(REWARDS) else None
-    clips = (
-        read_clips(args, 16, (224, 224))
-        if encoder is None
-        else read_clips(args, encoder.num_frames, encoder.resolution)
-    )
+    rewards = load_rewards(args)
+    encoder = next((rewards[name].encoder for name in REWARDS if name in rewards), None)
+    frames, size = (16, (224, 224)) if encoder is None else (encoder.num_frames, encoder.resolution)
+    clips = read_clips(args, frames, size)
     sections, curves = [], {}
-    for name in args.rewards:
-        reward = load_reward_function(name, encoder=args.encoder, ot_map=args.ot_map)
+    for name, reward in rewards.items():
         report = evaluate_reward(reward, clips, device)
         curves[name] = report.curves
         section = f"## {name}\n\n{report}"
@@ -126,8 +156,8 @@ def main() -> None:
                 section += f"\n\n{table_of_shares(plan_inside_objects(reward, clips))}"
         sections.append(section)
         print(section, flush=True)
-    (output / "rewards.md").write_text("\n\n".join(sections) + "\n")
-    draw_curves(curves, output / "strength.png")
+        (output / "rewards.md").write_text("\n\n".join(sections) + "\n")
+        draw_curves(curves, output / "strength.png")
     print(f"written to {output}")
 
 

@@ -61,6 +61,9 @@ class ScriptArguments:
     ot_map: str | None = field(
         default=None, metadata={"help": "Folder that fit_ot_map.py wrote, for ot_quality. Unset: tiny-vtm's."}
     )
+    divergence_weight: float = field(
+        default=0.0, metadata={"help": "Of ot_quality's credit of the divergence to the bank beside the map."}
+    )
     ot_attention: str | None = field(
         default=None,
         metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
@@ -112,7 +115,8 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 
 def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     attention = None if script.ot_attention is None else json.loads(script.ot_attention)
-    options = {"ot_quality": {"ot_map": script.ot_map}, "ot_semantic": {"attention": attention}}
+    quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
+    options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
     load = functools.partial(
         load_reward_function, known=KNOWN_REWARDS, encoder=script.reward_encoder, offload=script.reward_offload
     )

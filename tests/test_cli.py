@@ -211,6 +211,15 @@ def test_the_examples_have_a_default_recipe(monkeypatch, example):
         assert arguments(*given) == given
 
 
+def test_the_settings_of_rewards_reach_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    grpo = importlib.import_module("grpo_t2v")
+    script = grpo.ScriptArguments(divergence_weight=0.5, ot_attention='{"plan": "partial"}')
+    quality, semantic, plain = grpo.load_rewards(script, ["ot_quality", "ot_semantic", "cosine"])
+    assert quality.divergence_weight == 0.5 and plain.divergence_weight == 0
+    assert semantic.attention == OTAttention(plan="partial")
+
+
 def test_rewards_by_name():
     reward = load_reward_function("ot_semantic", encoder="tiny-vtm")
     assert reward.__name__ == "ot_semantic"

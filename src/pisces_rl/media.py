@@ -23,22 +23,23 @@ _MARGIN, _GAP, _FONT_SIZE = 12, 4, 15
 _PAPER, _INK, _FAINT, _BETTER, _WORSE = "#e9ecf1", "#1b1f24", "#6b7480", "#127a3a", "#b3261e"
 
 
-def load_video(path: str | Path | io.IOBase, frames: int | None = None) -> Tensor:
+def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
     """A video file as (F, 3, H, W) float in [0, 1].
 
     Args:
-        path: of the file, or the file itself, opened for reading in binary.
+        path: of the file, or the file's bytes.
         frames: keep this many, evenly spread from first to last; None keeps all. A shorter video keeps all.
 
     Raises ValueError for a file that is no video or has no frames.
     """
+    name = f"{len(path)} bytes" if isinstance(path, bytes) else path
     try:
-        with av.open(path if isinstance(path, io.IOBase) else str(path)) as container:
+        with av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path)) as container:
             decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be read as a video ({error}).") from error
+        raise ValueError(f"{name}: cannot be read as a video ({error}).") from error
     if not decoded:
-        raise ValueError(f"{path}: the video has no frames.")
+        raise ValueError(f"{name}: the video has no frames.")
     if frames is not None and frames < len(decoded):
         decoded = [decoded[i] for i in np.linspace(0, len(decoded) - 1, frames).round().astype(int)]
     return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255

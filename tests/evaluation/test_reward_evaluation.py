@@ -1,5 +1,6 @@
 """Evaluating rewards: one that is right, one that knows nothing, one that sees its batch; and the script."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -8,10 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rewards.tiny_encoders import build
 
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
-from pisces_rl.media import save_video
-from pisces_rl.rewards import load_reward
+from pisces_rl.media import load_video, save_video
+from pisces_rl.rewards import RewardError, load_reward
 from pisces_rl.rewards.encoders.base import grid
 from pisces_rl.rewards.ot_attention import Drawing, OTAttention
 from pisces_rl.shapemotion import SCENE_CORRUPTIONS, lay_out, parse, render_layout, shapemotion_alignment
@@ -72,7 +74,8 @@ def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
         weights = torch.nn.functional.pad(seen.float(), (1, 0), value=1.0)[None, None]
         return [pieces], positions, [Drawing(0, weights, weights, weights)]
 
-    reward = SimpleNamespace(attention=OTAttention(), draw=draw)
+    whole = SimpleNamespace(sample=lambda x: x, padded=lambda x: x)
+    reward = SimpleNamespace(attention=OTAttention(), draw=draw, encoder=whole)
     looks = {"red": "red", "squares": "red", "green": "green", "circle": "green"}
     shares = plan_inside_objects(reward, clips)
     assert list(shares) == ["its own of two", "the other of two"]
@@ -80,6 +83,18 @@ def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
     looks = {"red": "green", "squares": "green", "green": "green", "circle": "green"}
     shares = plan_inside_objects(reward, clips)
     assert shares["its own of two"]["plan"].value == shares["the other of two"]["plan"].value == 0.5
+
+
+def test_tokens_are_of_the_frames_that_the_encoder_cuts_them_from():
+    """tiny-vtm's tubelets: the first frame four times, then four frames each."""
+    scene = parse("a small red circle moving right quickly on a gray background")
+    layout = lay_out(SceneSpecs.from_scenes([scene]), torch.Generator().manual_seed(0))
+    clips = CleanClips([scene.prompt()], render_layout(layout, size=64), [scene], layout)
+    r, g, _ = clips.videos[0].transpose(0, 1)
+    frames = (r - g > 0.3)[[0, 0, 0, *range(17)]]
+    tokens = frames.reshape(5, 4, 4, 16, 4, 16).any(5).any(3).any(1)
+    found = plan_inside_objects(load_reward("ot_semantic"), clips)["one object"]["tokens"].value
+    assert found == pytest.approx(float(tokens.float().mean()))
 
 
 def test_rewards_that_take_little_are_async_or_abstain(clips):
@@ -110,17 +125,72 @@ def test_rewards_that_take_little_are_async_or_abstain(clips):
         evaluate_reward(never, few)
 
 
-def test_the_script_on_files(tmp_path):
+def write_clips(folder, sizes):
     rows = []
-    for i in range(3):
-        video = torch.rand(17, 3, 32, 32, generator=torch.Generator().manual_seed(i))
-        save_video(video, tmp_path / f"{i}.mp4", min_size=32)
+    for i, size in enumerate(sizes):
+        video = torch.rand(17, 3, *size, generator=torch.Generator().manual_seed(i))
+        save_video(video, folder / f"{i}.mp4", min_size=0)
         rows.append({"video": f"{i}.mp4", "caption": ["a red circle", "a blue square", "two green crosses"][i]})
-    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    command = [sys.executable, "examples/evaluate_rewards.py", "--dataset", str(tmp_path / "clips.jsonl"), "--n", "9",
-               "--rewards", "ot_semantic", "--output_dir", str(tmp_path / "out")]  # fmt: skip
+    (folder / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "clips.jsonl")
+
+
+def test_the_script_on_files(tmp_path):
+    command = [sys.executable, "examples/evaluate_rewards.py", "--dataset", write_clips(tmp_path, [(32, 32)] * 3),
+               "--n", "9", "--rewards", "ot_semantic", "--output_dir", str(tmp_path / "out"),
+               "--ot_attention", '{"plan": "balanced"}']  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "| another clip |" in (tmp_path / "out" / "rewards.md").read_text()
     assert (tmp_path / "out" / "plans.png").stat().st_size > 1000
     assert (tmp_path / "out" / "strength.png").stat().st_size > 1000
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """examples/evaluate_rewards.py, in this process; `run(*options)`."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("evaluate_rewards")
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--output_dir", str(tmp_path / "out"), *options])
+        module.main()
+        return (tmp_path / "out" / "rewards.md").read_text()
+
+    module.run = run
+    return module
+
+
+def test_the_script_asks_the_rewards_that_an_encoder_has(script, tmp_path, capsys, monkeypatch):
+    clip = build("clip")
+    clip.model.save_pretrained(tmp_path / "clip"), clip.tokenizer.save_pretrained(tmp_path / "clip")
+    options = ["--encoder", str(tmp_path / "clip"), "--dataset", write_clips(tmp_path, [(16, 16), (16, 24)])]
+    table = script.run(*options)
+    assert table.startswith("## cosine\n") and table.count("##") == 1
+    told = capsys.readouterr().out
+    assert "ot_semantic is left out: matcher: clip@" in told and "ot_quality is left out: ot_map: none is" in told
+    monkeypatch.setattr(script, "read_clips", lambda *args: pytest.fail("clips were read"))
+    for wrong, message in ((["--rewards", "cosine", "matching"], "no matching head"),
+                           (["--ot_attention", '{"plan": "exact"}'], "plan='exact'")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            script.run(*options, *wrong)
+
+
+def test_what_the_script_measured_is_kept_if_a_later_reward_fails(script, tmp_path):
+    (tmp_path / "own.py").write_text("def fails(prompts, videos):\n    raise OSError('gone')\n")
+    rewards = ["cosine", f"{tmp_path}/own.py:fails"]
+    with pytest.raises(RewardError, match="gone"):
+        script.run("--dataset", write_clips(tmp_path, [(16, 16)] * 2), "--rewards", *rewards)
+    assert (tmp_path / "out" / "rewards.md").read_text().startswith("## cosine\n")
+
+
+def test_the_script_does_not_stretch_clips(script, tmp_path):
+    def read(sizes):
+        return script.read_clips(script.EvaluationArguments(dataset=write_clips(tmp_path, sizes)), 5, (8, 8)).videos
+
+    whole = read([(16, 32)] * 2)
+    assert whole.shape == (2, 5, 3, 16, 32)
+    assert torch.equal(whole[1], load_video(tmp_path / "1.mp4", 5))
+    mixed = read([(8, 16), (16, 8)])
+    assert mixed.shape == (2, 5, 3, 8, 8)
+    assert torch.equal(mixed[0], load_video(tmp_path / "0.mp4", 5)[..., 4:12])

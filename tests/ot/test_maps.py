@@ -17,6 +17,7 @@ from pisces_rl.ot.maps import (
     MeanShiftMap,
     NeuralMap,
     RegressedMap,
+    ShuffledMap,
     TransportMap,
     fit_best,
 )
@@ -289,7 +290,7 @@ def test_fit_best_returns_the_winner_with_its_table(clouds):
     assert set(names) == {"identity", "mean_shift", "linear", "entropic"} and best.map.kind == names[0]
     values = [row["divergence"].value for row in best.table]
     assert values == sorted(values) and names[-1] == "identity"
-    assert best.map.encoder == "e" and "held_out" in best.map.report
+    assert [m.kind for m in best.maps] == names and best.map.encoder == "e" and "held_out" in best.map.report
     assert str(best).count("\n") == 5 and "recall@10" in str(best)
 
 
@@ -308,6 +309,16 @@ def test_fit_best_bad_input(clouds):
         fit_best(x, y, held_out=1.5)
     with pytest.raises(ValueError, match="fewer than two points"):
         fit_best(x[:4], y[:4])
+
+
+def test_a_shuffled_map_is_the_linear_one_elsewhere(clouds, tmp_path):
+    x, y = clouds
+    linear, shuffled = LinearMap().fit(x, y)(x), ShuffledMap().fit(x, y)
+    image = shuffled(x)
+    torch.testing.assert_close(image.sort(1).values, linear.sort(1).values)
+    assert (image - linear).abs().max() > 0.1
+    shuffled.save(tmp_path)
+    assert torch.equal(TransportMap.load(tmp_path)(x), ShuffledMap().fit(x, y)(x))
 
 
 def test_regression_is_least_squares(clouds):

@@ -6,6 +6,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from rewards.tiny_encoders import ENCODERS, LENGTH, build
+from torch.nn.functional import normalize
 from transformers import CLIPImageProcessorPil, CLIPProcessor
 
 from pisces_rl.rewards.encoders import load_encoder
@@ -33,6 +34,34 @@ def test_sizes(encoder, videos):
     assert text.words.sum(1).tolist() == [5, 5, 0]
     assert [p for p, word in zip(text.pieces[0], text.words[0]) if word] == PROMPTS[0].split()
     assert len(video.pooled.unique(dim=0)) == 3, "different videos have different features"
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "xclip", "videoprism", "pe_video", "blip"])
+def test_features_are_those_of_the_models_own_forward_pass(name, videos):
+    encoder, frame_by_frame = build(name), name in ("clip", "siglip", "blip")
+    videos = videos[:2, :1] if frame_by_frame else videos[:2]  # alike frames: their mean is any of them
+    text, video = encoder.encode_text(PROMPTS[:2]), encoder.encode_video(videos)
+    pixels = encoder.prepare(videos)
+    fixed = dict(padding="max_length", max_length=LENGTH) if name in ("siglip", "videoprism") else dict(padding=True)
+    tokens = encoder.tokenizer(PROMPTS[:2], return_tensors="pt", **fixed)
+    inputs = {"input_ids": tokens["input_ids"], "pixel_values": pixels[:, 0] if frame_by_frame else pixels}
+    if name != "siglip":
+        inputs["attention_mask"] = tokens["attention_mask"]
+    if name in ("videoprism", "pe_video"):
+        inputs["pixel_values_videos"] = inputs.pop("pixel_values")
+    if name == "blip":
+        own = type(encoder.model)(encoder.model.config).eval()  # the encoder's cross-attention is not the model's own
+        own.load_state_dict(encoder.model.state_dict())
+        matches, cosines = (own(**inputs, use_itm_head=head).itm_score for head in (True, False))
+        torch.testing.assert_close(encoder.match(text, video), matches, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(video.pooled @ text.pooled.T, cosines, rtol=1e-4, atol=1e-5)
+        return
+    out = encoder.model(**inputs)
+    whose = out.image_embeds if frame_by_frame else out.video_embeds
+    torch.testing.assert_close(video.pooled, normalize(whose, dim=-1), rtol=1e-4, atol=1e-5)
+    if name != "xclip":  # whose texts the video rewrites
+        words = out.text_video_embeds if name == "pe_video" else out.text_embeds
+        torch.testing.assert_close(text.pooled, normalize(words, dim=-1), rtol=1e-4, atol=1e-5)
 
 
 def test_batch_mates_and_padding_change_nothing(encoder, videos):

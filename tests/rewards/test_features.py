@@ -1,5 +1,6 @@
 """Features on disk: broken off and resumed, unpaired, and by two processes; the script that fits a map on them."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -9,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Video as VideoFeature
 from tiny_encoders import ENCODERS, build
 
-from pisces_rl.media import save_video
+from pisces_rl.media import load_video, save_video
 from pisces_rl.rewards import cache_features, features, load_features, load_reward
+from pisces_rl.rewards.features import Features as Cached
 
 ROOT = Path(__file__).parents[2]
 
@@ -189,12 +193,54 @@ def test_the_script_fits_a_map_that_the_reward_loads(tmp_path, fit):
     assert reward(["a red circle"], torch.rand(1, 17, 3, 32, 32)).isfinite().all()
     for video in tmp_path.glob("*.mp4"):
         video.unlink()
-    again = fit(rows, "--seed", "1")  # another split of the same features: no video is read
+    # another split of the same features: no video is read; and a map that did not win
+    again = fit(rows, "--seed", "1", "--maps", "regressed", "shuffled", "--save", "mean_shift")
     assert again.returncode == 0, again.stderr
+    assert "| regressed |" in again.stdout and "| shuffled |" in again.stdout
+    assert load_reward("ot_quality", ot_map=tmp_path / "map").ot_map.kind == "mean_shift"
     other = fit(rows[1:])
     assert other.returncode and "holds features of source" in other.stderr
     wrong = fit(rows, "--maps", "cubic")
     assert wrong.returncode and "maps: cubic: expected some of" in wrong.stderr
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """examples/fit_ot_map.py, in this process."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("fit_ot_map")
+
+
+def test_the_script_reads_data_sets_of_videos(tmp_path, script):
+    """A folder of videos, as on the Hub, and a table that holds their bytes; neither needs torchcodec."""
+    rows = clips(tmp_path / "folder", 3)
+    table = [{"file_name": row["video"], "caption": row["caption"]} for row in rows]
+    (tmp_path / "folder" / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+    files = [(tmp_path / "folder" / row["video"]).read_bytes() for row in rows]
+    kinds = Features({"video": VideoFeature(decode=False), "caption": Value("string")})
+    held = [{"video": {"bytes": file, "path": None}, "caption": row["caption"]} for file, row in zip(files, rows)]
+    (tmp_path / "table").mkdir()
+    Dataset.from_list(held, features=kinds).to_parquet(tmp_path / "table" / "train.parquet")
+    for name in ("folder", "table"):
+        read = [*script.samples(script.FitArguments(dataset=str(tmp_path / name)), 5)]
+        assert [caption for _, caption in read] == [row["caption"] for row in rows]
+        for (video, _), row in zip(read, rows):
+            assert torch.equal(video(), load_video(tmp_path / "folder" / row["video"], 5))
+
+
+def test_the_script_refuses_what_it_cannot_fit_or_save(tmp_path, script, monkeypatch):
+    rows = [{"caption": "a red circle"}, {"caption": "a blue circle"}] * 3
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    unpaired = Cached(*torch.rand(2, 20, 128), torch.arange(20), torch.arange(20) + 1)
+    monkeypatch.setattr(script, "cache_features", lambda *args, **options: unpaired)
+    for options, message in (
+        (["--maps", "regressed"], "maps: regressed needs pairs of a video and a caption"),
+        (["--save", "neural"], "save='neural': expected best or one of those fitted: identity, .*linear, entropic"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["fit", "--output_dir", str(tmp_path / "map"), *options])
+        with pytest.raises(ValueError, match=message):
+            script.main()
+        assert not (tmp_path / "map").exists()
 
 
 def test_the_script_does_not_pair_what_is_only_equally_many(tmp_path, fit):

@@ -10,32 +10,36 @@ from rewards.tiny_encoders import build, tokenizer
 from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.rewards.encoders.internvideo2 import InternVideo2, InternVideo2Config, _positions_for
 
-OFFICIAL = """
-vision_encoder.cls_token vision_encoder.pos_embed vision_encoder.patch_embed.proj.weight
-vision_encoder.patch_embed.proj.bias vision_encoder.blocks.0.norm1.weight vision_encoder.blocks.0.attn.qkv.weight
-vision_encoder.blocks.0.attn.q_norm.weight vision_encoder.blocks.0.attn.k_norm.weight
-vision_encoder.blocks.0.attn.proj.weight vision_encoder.blocks.0.attn.proj.bias vision_encoder.blocks.0.ls1.gamma
-vision_encoder.blocks.0.norm2.weight vision_encoder.blocks.0.mlp.fc1.weight vision_encoder.blocks.0.mlp.fc1.bias
-vision_encoder.blocks.0.mlp.fc2.weight vision_encoder.blocks.0.mlp.fc2.bias vision_encoder.blocks.0.ls2.gamma
-vision_encoder.clip_projector.norm1_q.weight vision_encoder.clip_projector.norm1_q.bias
-vision_encoder.clip_projector.norm1_k.weight vision_encoder.clip_projector.norm1_k.bias
-vision_encoder.clip_projector.norm1_v.weight vision_encoder.clip_projector.norm1_v.bias
-vision_encoder.clip_projector.cross_attn.q_bias vision_encoder.clip_projector.cross_attn.k_bias
-vision_encoder.clip_projector.cross_attn.v_bias vision_encoder.clip_projector.cross_attn.q.weight
-vision_encoder.clip_projector.cross_attn.k.weight vision_encoder.clip_projector.cross_attn.v.weight
-vision_encoder.clip_projector.cross_attn.proj.weight vision_encoder.clip_projector.cross_attn.proj.bias
-text_encoder.bert.embeddings.word_embeddings.weight text_encoder.bert.embeddings.position_embeddings.weight
-text_encoder.bert.embeddings.token_type_embeddings.weight text_encoder.bert.embeddings.LayerNorm.weight
-text_encoder.bert.encoder.layer.0.attention.self.query.weight
-text_encoder.bert.encoder.layer.2.crossattention.self.key.weight
-text_encoder.bert.encoder.layer.2.crossattention.output.dense.bias
-text_encoder.bert.encoder.layer.0.intermediate.dense.weight text_encoder.bert.encoder.layer.0.output.LayerNorm.bias
-vision_proj.weight vision_proj.bias text_proj.weight text_proj.bias itm_head.weight itm_head.bias temp
-""".split()
+
+def both(*names):
+    return [f"{name}.{end}" for name in names for end in ("weight", "bias")]
+
+
+BLOCK = [
+    "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.q_norm.weight", "attn.k_norm.weight", "ls1.gamma",
+    "ls2.gamma", *both("attn.proj", "mlp.fc1", "mlp.fc2"),
+]  # fmt: skip
+POOLING = [
+    *both("norm1_q", "norm1_k", "norm1_v", "cross_attn.proj"),
+    *(f"cross_attn.{x}" for x in ("q_bias", "k_bias", "v_bias", "q.weight", "k.weight", "v.weight")),
+]
+ATTENTION = both("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
+LAYER = [*(f"attention.{x}" for x in ATTENTION), *both("intermediate.dense", "output.dense", "output.LayerNorm")]
+EMBEDDINGS = [f"{x}_embeddings.weight" for x in ("word", "position", "token_type")] + both("LayerNorm")
+OFFICIAL = [  # of two blocks, and three layers of which the last two attend to the video
+    "vision_encoder.cls_token", "vision_encoder.pos_embed", *both("vision_encoder.patch_embed.proj"),
+    *(f"vision_encoder.blocks.{i}.{x}" for i in range(2) for x in BLOCK),
+    *(f"vision_encoder.clip_projector.{x}" for x in POOLING),
+    *(f"text_encoder.bert.embeddings.{x}" for x in EMBEDDINGS),
+    *(f"text_encoder.bert.encoder.layer.{i}.{x}" for i in range(3) for x in LAYER),
+    *(f"text_encoder.bert.encoder.layer.{i}.crossattention.{x}" for i in (1, 2) for x in ATTENTION),
+    *both("vision_proj", "text_proj", "itm_head"), "temp",
+]  # fmt: skip
 
 
 def test_the_weights_have_their_official_names():
-    assert set(OFFICIAL) <= set(build("internvideo2").state_dict())
+    names = list(build("internvideo2").state_dict())
+    assert sorted(names) == sorted(OFFICIAL)
 
 
 def test_the_1b_model_has_the_published_size():

@@ -187,7 +187,7 @@ def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
 def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estimate]]:
     """Where the color and the noun of an object look: the share of their weight that lies on video tokens with that
     object, of the plan, of the attention before and after fusion, and of the tokens themselves (what a word that knows
-    nothing would have).
+    nothing would have). A token has an object if any of the frames that it is cut from shows it there.
 
     For ShapeMotion's clips and an `OTSemanticReward` with plans: "one object" in clips of one group, "its own of two"
     and "the other of two" in clips of two. Mean over fused layers, heads, words and groups.
@@ -202,7 +202,8 @@ def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estima
             named = torch.tensor([_naming_words(row, groups) for row in pieces])  # (B, groups, N)
             placed = positions.isfinite().all(1)
             grid = (positions[placed].amax(0) + 1).long().tolist()
-            shown = F.adaptive_max_pool3d(_shown(clips, part, groups).float(), grid).flatten(2)  # (B, groups, M)
+            shown = reward.encoder.padded(reward.encoder.sample(_shown(clips, part, groups)))
+            shown = F.adaptive_max_pool3d(shown.transpose(1, 2).float(), grid).flatten(2)  # (B, groups, M)
             for name in ("plan", "attention", "fused"):
                 weights = torch.stack([getattr(drawing, name)[..., placed] for drawing in drawings])
                 share = weights @ shown.mT[:, None] / weights.sum(-1, keepdim=True).clamp_min(1e-30)
@@ -236,7 +237,7 @@ def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
 
 
 def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
-    """(B, groups, F, H, W): pixels of each group of objects."""
+    """(B, F, groups, H, W): pixels of each group of objects."""
     layout = clips.layout[rows]
     first = torch.tensor([clips.scenes[i].groups[0].count for i in rows])[:, None]
     slot = torch.arange(layout.present.shape[1])
@@ -245,4 +246,4 @@ def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
     for group in range(groups):
         alone = replace(layout, present=layout.present & ((slot >= first) == bool(group)))
         shown.append((render_layout(alone, size=64) - background).abs().amax(2) > 0.02)
-    return torch.stack(shown, 1)
+    return torch.stack(shown, 2)

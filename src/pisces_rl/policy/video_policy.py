@@ -388,8 +388,6 @@ class VideoPolicy(nn.Module):
             if not session.needs_prediction and key in self._skipped_outputs:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
-            if torch.is_grad_enabled():  # pipelines may write x' over x (Kandinsky 5), which the graph still needs
-                args, kwargs = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, (args, kwargs))
             run = functools.partial(by_length, forward) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with attention_kernel(self.attention_kernel), cast:

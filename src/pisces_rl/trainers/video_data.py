@@ -1,6 +1,5 @@
 """Captioned videos for the consistency term: rows with `prompt` and `video`."""
 
-import io
 import os
 from collections.abc import Sized
 
@@ -64,9 +63,7 @@ def as_video(given, frames: int | None = None) -> Tensor:
     """
     if isinstance(given, dict):
         given = given["path"] if given.get("bytes") is None else given["bytes"]
-    if isinstance(given, bytes):
-        return load_video(io.BytesIO(given), frames)
-    if isinstance(given, (str, os.PathLike)):
+    if isinstance(given, (str, os.PathLike, bytes)):
         return load_video(given, frames)
     try:
         video = torch.as_tensor(given)

@@ -1,4 +1,5 @@
-"""The maps in closed form: identity, mean shift, the linear map between Gaussians, and least squares over pairs."""
+"""The maps in closed form: identity, mean shift, the linear map between Gaussians, and controls for it: the same with
+its coordinates shuffled, and least squares over pairs."""
 
 import torch
 from torch import Tensor
@@ -53,6 +54,18 @@ class LinearMap(TransportMap):
 
     def _map(self, x: Tensor) -> Tensor:
         return (x - self.tensor("source_mean", x)) @ self.tensor("matrix", x).T + self.tensor("target_mean", x)
+
+
+class ShuffledMap(LinearMap):
+    """The linear map, its output's coordinates permuted: a control. Measures that compare the insides of two clouds
+    (mutual-kNN, distances) cannot tell it from the linear one, and a reward that uses it knows nothing."""
+
+    kind = "shuffled"
+
+    def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
+        found = super()._fit(source, target)
+        order = torch.randperm(source.shape[1], generator=torch.Generator().manual_seed(0))
+        return found | {name: found[name][order] for name in ("matrix", "target_mean")}
 
 
 class RegressedMap(TransportMap):

@@ -21,10 +21,15 @@ class MapWarning(UserWarning):
 
 @dataclass(frozen=True)
 class BestMap:
-    """map: the winner. table: name, held-out divergence and, for paired points, recall of every map, best first."""
+    """maps: all, best first. table: name, held-out divergence and, for paired points, recall of each."""
 
-    map: TransportMap
+    maps: list[TransportMap]
     table: list[dict]
+
+    @property
+    def map(self) -> TransportMap:
+        """The winner."""
+        return self.maps[0]
 
     def __str__(self) -> str:
         names = list(self.table[0])
@@ -97,4 +102,4 @@ def fit_best(
                 stacklevel=2,
             )
     rows.sort(key=lambda pair: pair[0]["divergence"].value)
-    return BestMap(rows[0][1], [row for row, _ in rows])
+    return BestMap([candidate for _, candidate in rows], [row for row, _ in rows])

@@ -105,11 +105,20 @@ class VideoTextEncoder(nn.Module, ABC):
         """(B, 2) logits of "differs" and "matches". `fusion`: see `pisces_rl.rewards.attention`."""
         raise ValueError(f"{self.name} has no matching head; the semantic reward needs an encoder that has one.")
 
+    def sample(self, videos: Tensor) -> Tensor:
+        """`num_frames` of the frames (B, F, ...), taken evenly, first and last included; of fewer, some repeatedly."""
+        frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
+        return videos[:, frames]
+
+    def padded(self, videos: Tensor) -> Tensor:
+        """Sampled frames (B, num_frames, ...), and those that are added before tokens are cut: none."""
+        return videos
+
     def prepare(self, videos: Tensor) -> Tensor:
         """(B, num_frames, 3, *resolution), normalised, on the model's device and in its `precision`.
 
-        Frames are taken evenly, first and last included; a video shorter than the model's count repeats the nearest
-        ones. Resizing is bicubic with antialiasing. Pixels up to 0.1 beyond [0, 1] are clamped.
+        Frames are those of `sample`. Resizing is bicubic with antialiasing. Pixels up to 0.1 beyond [0, 1] are
+        clamped.
 
         Raises ValueError for other shapes, for values further out and for those that are NaN, naming the video.
         """
@@ -119,8 +128,7 @@ class VideoTextEncoder(nn.Module, ABC):
         videos = videos.to(self.device, self.precision)
         check_pixels(videos)
         count, size = len(videos), self.resolution
-        frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
-        videos = videos[:, frames].clamp(0, 1).flatten(0, 1)
+        videos = self.sample(videos).clamp(0, 1).flatten(0, 1)
         if self.crop:
             videos = _cut(videos, size[0] / size[1])
         if videos.shape[-2:] != size:
