@@ -164,7 +164,7 @@ def test_the_recipes_parse(path):
         from grpo_t2v import ScriptArguments
     finally:
         sys.path.remove(str(ROOT / "examples"))
-    kind = RewardBackpropConfig if "backprop" in path.name else VideoGRPOConfig
+    kind = RewardBackpropConfig if "examples/backprop_t2v.py" in path.read_text() else VideoGRPOConfig
     script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, kind)
     assert config.num_inference_steps >= 2 and script.model
 

@@ -6,13 +6,18 @@
     python benchmarks/study/run.py --all
 
 Each run leaves one JSON file in outputs/study/records/; a run that has one is skipped, and one that was broken off
-goes on from its last checkpoint. `table.py` beside this file reads them. The cells map_* need the maps that `maps.py`
-fits. Further options go to the trainer, for instance --max_steps 2 --eval_prompts 8 for a dry run.
+goes on from its last checkpoint. `table.py` beside this file reads them. Further options go to the trainer; a run of
+other settings or options than the one already there is an error, so a dry run needs a folder of its own:
+
+    python benchmarks/study/run.py --cells grpo_both --seeds 0 --max_steps 2 --eval_prompts 8 --output_dir outputs/dry
+
+The cells map_* read outputs/study/maps/ in the working directory, whatever --output_dir is; fit them first:
+
+    python benchmarks/study/maps.py
 """
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -28,6 +33,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from grpo_t2v import ScriptArguments, load_datasets, load_rewards, load_videos
+from recipes import cells, settings_of
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer, VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import parse_arguments
@@ -37,23 +43,9 @@ from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.trainers.losses import kl_to_reference
 
-RECIPES = Path(__file__).parents[2] / "recipes" / "study"
 TRAINERS = {"grpo": (VideoGRPOConfig, VideoGRPOTrainer), "backprop": (RewardBackpropConfig, RewardBackpropTrainer)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards
 DIVERSE_PROMPTS, DIVERSE_SAMPLES = 32, 8
-
-
-def settings_of(cell: str) -> dict:
-    """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
-    path = RECIPES / f"{cell}.yaml"
-    shared, own = (yaml.safe_load(p.read_text()) for p in (RECIPES / "shared.yaml", path))
-    return shared["all"] | shared[own["trainer"]] | own
-
-
-def cells(stage: str = "") -> list[str]:
-    """Names of the cells, of one stage or of all; the first line of a recipe names its stage."""
-    paths = [path for path in RECIPES.glob("*.yaml") if path.stem != "shared"]
-    return sorted(path.stem for path in paths if re.match(rf"# Stage {stage or '.'}\.", path.read_text()))
 
 
 def judges(encoder) -> list:
@@ -112,11 +104,43 @@ class Divergence(TrainerCallback):
         path.write_text(json.dumps(known | {str(state.global_step): float(sum(kl).mean())}))
 
 
+def check_same(path: Path, settings: dict, extra: list[str]) -> None:
+    """That a JSON file of an earlier run is of these settings and options; where it lies may differ."""
+    earlier = json.loads(path.read_text())
+    found, wanted = ({**e["settings"], "output_dir": None, "options": e["extra"]}
+                     for e in (earlier, {"settings": settings, "extra": extra}))  # fmt: skip
+    different = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
+    if different:
+        raise ValueError(
+            f"{path} is of a run with other {', '.join(different)}: "
+            f"{[found.get(key) for key in different]}, now {[wanted.get(key) for key in different]}. "
+            "Remove it (and the run's folder), or pass another --output_dir."
+        )
+
+
+def begin(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
+    """The settings of a run, written into its folder; a ValueError where a run of others lies there."""
+    settings = settings_of(cell) | {"seed": seed, "output_dir": str(output / f"{cell}_{seed}")}
+    ot_map = settings.get("ot_map")
+    if ot_map and not Path(ot_map).is_dir():
+        raise ValueError(
+            f"{cell} needs the map {ot_map}, which is not there: run `python benchmarks/study/maps.py --only "
+            f"{Path(ot_map).name}` in this folder first."
+        )
+    folder = Path(settings["output_dir"])
+    path = folder / "settings.json"
+    if path.exists():
+        check_same(path, settings, extra)
+    elif any(folder.glob("checkpoint-*")):
+        raise ValueError(f"{folder} holds checkpoints but no settings.json to know them by; remove it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings, "extra": extra}))
+    return settings
+
+
 def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
-    settings = settings_of(cell)
-    kind = settings.pop("trainer")
-    settings |= {"seed": seed, "output_dir": str(output / f"{cell}_{seed}")}
-    make_config, make_trainer = TRAINERS[kind]
+    settings = begin(cell, seed, output, extra)
+    make_config, make_trainer = TRAINERS[settings.pop("trainer")]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
         yaml.safe_dump(settings, file)
         file.flush()
@@ -152,6 +176,8 @@ def record(cell: str, seed: int, output: Path, extra: list[str], threads: int | 
     """Run a cell, or not if it is recorded or the time is up; what to print."""
     path = output / "records" / f"{cell}_{seed}.json"
     if path.exists():
+        settings = {k: v for k, v in settings_of(cell).items() if k != "trainer"} | {"seed": seed}
+        check_same(path, settings, extra)
         return f"{cell} seed {seed}: recorded before"
     if time.time() > end:
         return f"{cell} seed {seed}: not begun"

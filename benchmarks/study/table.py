@@ -1,7 +1,8 @@
 """The study's tables and curves from what run.py recorded.
 
     python benchmarks/study/table.py                                # outputs/study/records
-    python benchmarks/study/table.py RECORDS --against grpo_none --figure outputs/study/curves.png
+    python benchmarks/study/table.py --stage A --figure outputs/study/curves.png
+    python benchmarks/study/table.py RECORDS --cells backprop_both grpo_both --against grpo_none
 
 Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated before the first
 step. `KL`: from the untrained sampler, per latent dimension (run.py). `stopped by ...`: the evaluation at which that
@@ -14,6 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from recipes import cells
 from scipy.stats import t as student
 
 SCORES = {
@@ -50,8 +52,8 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} +- {half:.3f}"
 
 
-def row(cells: list) -> None:
-    print("| " + " | ".join(map(str, cells)) + " |")
+def row(values: list) -> None:
+    print("| " + " | ".join(map(str, values)) + " |")
 
 
 def table(records: dict) -> None:
@@ -69,20 +71,17 @@ def table(records: dict) -> None:
             row([cell, len(runs), *scores, *diverse, spread([divergences(run)[-1] for run in runs]), seconds])
 
 
-def differences(records: dict, against: str) -> None:
+def differences(records: dict, against: str, base: dict[int, dict]) -> None:
     for part in SETS:
         print(f"\n{part}, minus {against}, paired by seed\n")
         row(["cell", "seeds", *SCORES])
         row(["---"] * (len(SCORES) + 2))
         for cell, runs in records.items():
-            seeds = sorted(set(runs) & set(records[against]))
+            seeds = sorted(set(runs) & set(base))
             if cell == against or not seeds:
                 continue
-            gaps = [
-                spread([score(runs[s], part, name) - score(records[against][s], part, name) for s in seeds])
-                for name in SCORES
-            ]
-            row([cell, len(seeds), *gaps])
+            gaps = [[score(runs[s], part, name) - score(base[s], part, name) for s in seeds] for name in SCORES]
+            row([cell, len(seeds), *map(spread, gaps)])
 
 
 def stopping(records: dict) -> None:
@@ -95,11 +94,11 @@ def stopping(records: dict) -> None:
         runs = [runs[seed] for seed in sorted(runs)]
         if len(runs[0]["evaluations"]) < 3 or not runs[0]["settings"]["rewards"]:
             continue
-        cells = [spread([score(run, "held_out", "correct") for run in runs])]
+        values = [spread([score(run, "held_out", "correct") for run in runs])]
         for name in names:
             seen = [[score(run, "test_seen", name, i) for i in range(len(run["evaluations"]))] for run in runs]
-            cells.append(spread([score(run, "held_out", "correct", int(np.argmax(s))) for run, s in zip(runs, seen)]))
-        row([cell, len(runs), *cells])
+            values.append(spread([score(run, "held_out", "correct", int(np.argmax(s))) for run, s in zip(runs, seen)]))
+        row([cell, len(runs), *values])
 
 
 def figure(records: dict, path: Path) -> None:
@@ -134,18 +133,23 @@ def figure(records: dict, path: Path) -> None:
     canvas.savefig(path, dpi=110)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("records", nargs="?", type=Path, default=Path("outputs/study/records"))
-    parser.add_argument("--against", default="grpo_none", help="cell that the others are compared with")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="these, of those recorded")
+    which.add_argument("--stage", choices=["A", "B"], help="the cells of this stage")
+    parser.add_argument("--against", default="grpo_none", choices=cells(), metavar="CELL", help="compared with this")
     parser.add_argument("--figure", type=Path, help="write the curves there (needs matplotlib)")
-    args = parser.parse_args()
-    records = read(args.records)
+    args = parser.parse_args(arguments)
+    recorded = read(args.records)
+    wanted = args.cells or cells(args.stage or "")
+    records = {cell: runs for cell, runs in recorded.items() if cell in wanted}
     if not records:
-        parser.error(f"{args.records} holds no records; run benchmarks/study/run.py first.")
+        parser.error(f"{args.records} holds no records of {', '.join(wanted)}; run benchmarks/study/run.py first.")
     table(records)
-    if args.against in records:
-        differences(records, args.against)
+    if args.against in recorded:
+        differences(records, args.against, recorded[args.against])
     stopping(records)
     if args.figure:
         figure(records, args.figure)

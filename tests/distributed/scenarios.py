@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
+import test_consistency as consistency  # noqa: E402
 import tiny_runs  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
-           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean")
+           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
@@ -79,6 +80,21 @@ def backpropagated(folder) -> dict:
     return trained(backprop.trainer(
         folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // WORLD,
         backprop_through="low_variance", **settings,
+    ))  # fmt: skip
+
+
+def backpropagated_k2(folder) -> dict:
+    """Through two steps and a part of the frames, all activations computed again; accumulated micro-batches."""
+    return trained(backprop.trainer(
+        folder, prompts=8, per_device_train_batch_size=2 // WORLD, gradient_accumulation_steps=2, backprop_steps=2,
+        decode_frames=1, gradient_checkpointing=True, checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
+    ))  # fmt: skip
+
+
+def distilled(folder) -> dict:
+    """The consistency term beside a reward."""
+    return trained(consistency.distilled(
+        folder, backprop.bright, per_device_train_batch_size=4 // WORLD, optim="sgd", learning_rate=1.0, max_steps=3,
     ))  # fmt: skip
 
 

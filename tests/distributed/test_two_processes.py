@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 import scenarios
 from tiny_runs import largest_difference
 
-TOGETHER = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "resumed", "evaluated",
-            "unequal_weights"]
+EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
+             "distilled"]
+TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "unequal_weights"]
 
 
 def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
@@ -59,7 +60,7 @@ def test_ranks_hold_equal_weights(two, name):
     assert largest_difference(first, second) == 0
 
 
-@pytest.mark.parametrize("name", ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated"])
+@pytest.mark.parametrize("name", EQUAL_ONE)
 def test_two_processes_equal_one(two, tmp_path, name):
     """The same videos are drawn, and the gradient is that of the gathered batch."""
     one = scenarios.run(name, tmp_path)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from policy.test_replay_parity import adapted
-from tiny_pipelines import BUILD, CALLS, CONDITIONS, GUIDANCE
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, GUIDANCE, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.latents import LatentCodec, _Probe
@@ -46,6 +46,22 @@ def test_videos_of_another_size():
     fitted = codec.fitted(video)
     assert fitted.shape == shape[1:] == codec.video and 0 <= fitted.min() and fitted.max() <= 1
     torch.testing.assert_close(codec.fitted(fitted), fitted)
+
+
+def test_the_scale_in_bf16():
+    """A single probe is rounded; the slope over many is the scale."""
+    pipe = quiet(BUILD["wan"]()).to(torch.bfloat16)
+    policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["wan"] | GUIDANCE["wan"][1])
+    codec = LatentCodec.of(policy)
+    generator = torch.Generator().manual_seed(0)
+    products, squares = torch.zeros_like(codec.scale), torch.zeros_like(codec.scale)
+    for _ in range(30):
+        x = torch.randn(codec.shape, generator=generator).bfloat16().float()
+        z = _Probe.run(policy, "", x).z.flatten()
+        x = x.flatten()[codec.source]
+        products += x * (z - codec.offset)
+        squares += x.square()
+    torch.testing.assert_close(codec.scale, products / squares, rtol=5e-3, atol=0)
 
 
 def test_a_pipeline_that_mixes_its_latents(monkeypatch):

@@ -33,7 +33,7 @@ def policy(pipe, **settings):
 @pytest.mark.parametrize("settings, message", [
     ({"transition": "ddim"}, "'ddim' does not fit .*use one of .*flow_sde"),
     ({"transition": "euler"}, "'euler' does not fit"),
-    ({"num_inference_steps": 1}, "num_inference_steps=1"),
+    ({"num_inference_steps": 1, "sde_window_size": 1}, r"sde_window_range=\[0, 0\] must satisfy"),
     ({"sde_window_range": (0, 4)}, r"sde_window_range=\[0, 4\].*<= 3"),
     ({"sde_window_size": 9}, "sde_window_size=9 must be between 1 and 3"),
     ({"pipeline_kwargs": {"hieght": 16}}, "takes no argument 'hieght'"),
@@ -43,6 +43,11 @@ def policy(pipe, **settings):
 def test_settings_that_do_not_fit(wan, settings, message):
     with pytest.raises(PolicyError, match=message):
         policy(wan, **settings)
+
+
+def test_one_step_has_nothing_to_draw(wan):
+    with pytest.raises(PolicyError, match="num_inference_steps=1: GRPO needs at least 2"):
+        policy(wan, num_inference_steps=1).draw_window(0)
 
 
 def test_clipping_and_stochastic_schedulers_are_refused():

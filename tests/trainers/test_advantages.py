@@ -5,7 +5,13 @@ import math
 import pytest
 import torch
 
-from pisces_rl.trainers.advantages import PromptStatistics, aggregate_rewards, group_advantages, nanstd
+from pisces_rl.trainers.advantages import (
+    PromptStatistics,
+    aggregate_rewards,
+    group_advantages,
+    group_correlation,
+    nanstd,
+)
 
 NAN = math.nan
 
@@ -132,3 +138,22 @@ class TestPromptStatistics:
         new = torch.tensor([7.0, 1.0])
         assert torch.equal(one.advantages(["x", "x"], new), other.advantages(["x", "x"], new))
         assert one.state_dict() == other.state_dict()
+
+
+def test_correlation_within_groups():
+    """Of three groups, whose own means do not count; rows count where both rewards apply."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(12, 4, generator=generator) + torch.arange(3).repeat_interleave(4)[:, None] * 100
+    values[5, 1] = NAN
+    values[:, 2] = 0.1  # does not vary
+    values[:, 3] = 7 - 2 * values[:, 0] + torch.arange(3).repeat_interleave(4) * 50
+    result = group_correlation(values, 4)
+    assert result[2].isnan().all() and result[0, 3].item() == pytest.approx(-1, abs=1e-5)
+    x, y = [], []
+    for group in values.double().split(4):
+        known = ~group[:, 1].isnan()
+        x += (group[:, 0] - group[:, 0].mean())[known].tolist()
+        y += (group[:, 1] - group[:, 1].nanmean())[known].tolist()
+    x, y = torch.tensor(x), torch.tensor(y)
+    assert result[0, 1].item() == pytest.approx((x @ y / (x.norm() * y.norm())).item(), rel=1e-5)
+    torch.testing.assert_close(result, result.T, equal_nan=True)

@@ -16,7 +16,7 @@ def bright(prompts, videos, **columns):
 
 
 def red(prompts, videos, **columns):
-    return (videos[:, :, 0] - videos[:, :, 1]).mean(dim=(1, 2, 3))
+    return (2 * videos[:, :, 0] - videos[:, :, 1]).mean(dim=(1, 2, 3))
 
 
 bright.differentiable = red.differentiable = True
@@ -73,7 +73,9 @@ def test_the_step_is_the_gradient_of_the_weighted_mean_reward(tmp_path):
     for a, b in zip(own, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
     row = made.state.log_history[0]
-    assert -1 <= row["grad_cosine/bright/red"] <= 1 and row["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    cosine = (2 - 1) / (3 * 5) ** 0.5  # of (1, 1, 1) and (2, -1, 0), in every pixel
+    assert row["grad_cosine/bright/red"] == pytest.approx(cosine)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
@@ -118,6 +120,50 @@ def test_rewards_scaled_by_their_spread(tmp_path):
     assert (made.reward_std > 0).all() and torch.equal(made._scale(), made.reward_std.clamp_min(1e-4))
 
 
+def test_the_step_with_scaled_rewards_is_the_gradient_of_their_scaled_sum(tmp_path):
+    seen = tiny_runs.Gradients()
+    made = trainer(tmp_path, [bright, red], callbacks=[seen], max_steps=1, scale_rewards="std")
+    made.reward_std = torch.tensor([2.0, 0.5])
+    calls, sample = [], made.policy.sample_with_gradients
+    made.policy.sample_with_gradients = lambda *a, **k: calls.append((a, k)) or sample(*a, **k)
+    start = tiny_runs.weights(made)
+    made.train()
+    for name, parameter in made.adapter.items():
+        parameter.data.copy_(start[name])
+    (((prompts,), kwargs),) = calls
+    videos = sample(prompts, **kwargs)
+    loss = -(bright(prompts, videos) / 2.0 + red(prompts, videos) / 0.5).mean()
+    expected = torch.autograd.grad(loss, list(made.adapter.values()))
+    for a, b in zip(seen.steps[0].values(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+def test_resuming_with_another_reward_keeps_the_spread_of_those_that_stay(tmp_path):
+    settings = dict(max_steps=2, scale_rewards="std", save_strategy="steps", save_steps=2)
+    first = trainer(tmp_path, red, **settings)
+    first.train()
+    other = trainer(tmp_path, [bright, red], **settings)
+    other._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert other.reward_std[0].isnan() and other.reward_std[1] == first.reward_std[0]
+    assert other._scale()[0] == 1
+
+
+def test_the_checkpoint_of_the_other_trainer(tmp_path):
+    trainer(tmp_path / "ours", callbacks=[tiny_runs.StopAt(1)]).train()
+    tiny_runs.trainer(tmp_path / "grpo", callbacks=[tiny_runs.StopAt(1)]).train()
+    with pytest.raises(ValueError, match="is a run of Video GRPO, not of Reward Backpropagation: resume it with"):
+        trainer(tmp_path / "grpo").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="is a run of Reward Backpropagation, not of Video GRPO"):
+        tiny_runs.trainer(tmp_path / "ours").train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("through", THROUGH)
+def test_a_model_of_one_step(tmp_path, through):
+    made = trainer(tmp_path, backprop_through=through, num_inference_steps=1, eval_dataset=tiny_runs.prompts(1))
+    made.train()
+    assert made.state.global_step == 2 and all(norm > 0 for norm in tiny_runs.logged(made, "grad_norm"))
+
+
 def test_a_part_of_the_frames(tmp_path):
     shapes = []
 
@@ -141,6 +187,12 @@ def test_evaluation_report_and_adapter(tmp_path):
 
 
 def test_rewards_without_gradients(tmp_path):
+    async def later(prompts, videos, **columns):
+        return bright(prompts, videos)
+
+    later.differentiable = True
+    with pytest.raises(ValueError, match=r"rewards \['later'\] are async: .* with def, or .* VideoGRPOTrainer"):
+        trainer(tmp_path, [bright, later])
     with pytest.raises(ValueError, match=r"rewards \['brightness'\] are not differentiable.*VideoGRPOTrainer"):
         trainer(tmp_path, [bright, tiny_runs.brightness])
 
@@ -173,6 +225,7 @@ def test_rewards_without_gradients(tmp_path):
         (dict(decode_frames=0), "decode_frames=0"), (dict(one_step_range=[2, 2]), r"one_step_range=\[2, 2\]"),
         (dict(one_step_range=[1]), r"one_step_range=\[1\]"), (dict(scale_rewards="group"), "scale_rewards='group'"),
         (dict(reward_std_decay=1.0), "reward_std_decay=1.0"), (dict(fp16=True), "fp16=True"),
+        (dict(num_inference_steps=0), "num_inference_steps=0"),
     ],
 )  # fmt: skip
 def test_bad_settings(tmp_path, settings, message):

@@ -111,7 +111,7 @@ def test_a_group_of_four_only_warns(tmp_path):
     ({"sde_window_range": [0, 3]}, r"sde_window_range=\[0, 3\] must satisfy 0 <= low < high <= 2"),
     ({"sde_window_range": [1, 1]}, r"sde_window_range=\[1, 1\] must satisfy"),
     ({"sde_window_size": 3}, "sde_window_size=3 must be between 1 and 2"),
-    ({"num_inference_steps": 1}, "num_inference_steps=1: a policy needs at least 2"),
+    ({"num_inference_steps": 1}, "num_inference_steps=1: GRPO needs at least 2 steps"),
     ({"pipeline_kwargs": {"max_length": 3}}, "WanPipeline takes no argument 'max_length'; it takes"),
     ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2: repeat the prompt instead"),
     ({"pipeline_kwargs": {"latents": 1}}, "'latents' would change the policy's latents"),

@@ -1,15 +1,21 @@
 """The consistency term: its value, its gradient, alone and beside rewards."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import test_backprop_trainer as backprop
 import tiny_runs
 import torch
+from datasets import Dataset, Video
+from policy.test_replay_parity import adapted
+from tiny_pipelines import CALLS, GUIDANCE
 
 from pisces_rl import RewardBackpropTrainer, VideoGRPOTrainer
-from pisces_rl.media import save_video
-from pisces_rl.policy import default_lora_config
-from pisces_rl.trainers.consistency import pseudo_huber
+from pisces_rl.media import load_video, save_video
+from pisces_rl.policy import VideoPolicy, adapters_off, default_lora_config, load_lora_state, lora_parameters
+from pisces_rl.trainers.consistency import ConsistencyDistillation, pseudo_huber
+from pisces_rl.trainers.video_data import as_video
 
 
 class Videos:
@@ -38,33 +44,72 @@ def test_pseudo_huber():
     torch.testing.assert_close(pseudo_huber(x, y, 4.0), torch.tensor([0.5, 0.0]))  # sqrt(9 + 16) - 4 = 1, over two
 
 
-def test_the_loss_by_hand(tmp_path):
-    made = distilled(tmp_path)
-    consistency, policy = made.consistency, made.policy
-    seen = []
-    predict = policy.predict
-    policy.predict = lambda *a, **k: seen.append(k) or predict(*a, **k)
-    by_step = {}
+def live(family: str, **settings) -> tuple[VideoPolicy, dict, ConsistencyDistillation]:
+    """A family's policy with an adapter and a moving average that are not zero and not each other."""
+    policy = VideoPolicy(adapted(family), num_inference_steps=3, pipeline_kwargs=CALLS[family] | GUIDANCE[family][1])
+    adapter = lora_parameters(dict(policy.denoiser.items()))
+    consistency = ConsistencyDistillation(policy, adapter, Videos(), steps=4, **settings)
+    generator = torch.Generator().manual_seed(9)
+    for value in consistency.average.average.values():
+        value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return policy, adapter, consistency
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "animatediff"])  # flow, v, epsilon
+def test_the_loss_by_hand(family):
+    """Teacher without the adapter and guided, target under the average, student under the adapter."""
+    policy, adapter, consistency = live(family, guidance=3.0, huber_c=0.01)
+    predict, seen, done = policy.predict, [], {}
+    policy.predict = lambda *a, **k: seen.append((a, k)) or predict(*a, **k)
     for number in range(40):
         seen.clear()
         loss = consistency.loss(number, 2)
-        assert loss.shape == (2,) and loss.requires_grad and (loss >= 0).all()
-        by_step[seen[0]["step"]] = loss
-        assert len(seen) == (2 if seen[0]["step"] == 3 else 3)
-        torch.testing.assert_close(consistency.loss(number, 2), loss)
-        if len(by_step) == 4:
+        ((prompts,), first), *others = seen
+        step = first["step"]
+        if step in done:
+            continue
+        done[step] = len(others)
+        call = {"noise_seeds": first["noise_seeds"], "num_inference_steps": 4}
+        with adapters_off(policy):
+            teacher = predict(prompts, step=step, clean=first["clean"], guidance_scale=3.0, **call)
+        target = teacher.following
+        if step < 3:
+            own = {name: p.detach().clone() for name, p in adapter.items()}
+            with torch.no_grad():
+                for name, parameter in adapter.items():
+                    parameter.copy_(consistency.average.average[name])
+            target = predict(prompts, step=step + 1, state=teacher.following, **call).clean
+            with torch.no_grad():
+                for name, parameter in adapter.items():
+                    parameter.copy_(own[name])
+        student = predict(prompts, step=step, state=teacher.state, **call).clean
+        assert loss.shape == (2,) and loss.requires_grad
+        expected = pseudo_huber(student.view(2, -1), target.view(2, -1), 0.01)
+        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
+        if len(done) == 4:
             break
-    assert set(by_step) == {0, 1, 2, 3}
-    for parameter in made.adapter.values():  # no adapter: at the last step student and teacher agree
+    assert done == {0: 2, 1: 2, 2: 2, 3: 1}  # at the last step the target is the teacher's
+
+
+def test_without_an_adapter_student_and_teacher_agree_at_the_last_step(tmp_path):
+    made = distilled(tmp_path)
+    for parameter in made.adapter.values():
         parameter.data.zero_()
-    number = next(n for n in range(40) if _step_of(consistency, n, seen) == 3)
-    assert consistency.loss(number, 2).max() < 1e-6
+    predict, steps = made.policy.predict, []
+    made.policy.predict = lambda *a, step, **k: steps.append(step) or predict(*a, step=step, **k)
+    number = 0
+    while 3 not in steps:
+        loss, number = made.consistency.loss(number, 2), number + 1
+    assert number < 40 and loss.max() < 1e-6
 
 
-def _step_of(consistency, number: int, seen: list) -> int:
-    seen.clear()
-    consistency.loss(number, 1)
-    return seen[0]["step"]
+def test_parts_of_a_batch_are_the_batch():
+    _, _, consistency = live("wan")
+    for number in range(5):
+        whole = consistency.loss(number, 4)
+        parts = torch.cat([consistency.loss(number, 2, (rank, 2)) for rank in (0, 1)])
+        torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+        assert len(set(whole.tolist())) == 4
 
 
 def test_distillation_alone_lowers_the_loss(tmp_path):
@@ -124,18 +169,98 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     assert tiny_runs.largest_difference(average, again) == 0
 
 
-def test_videos_from_files_and_bytes(tmp_path):
-    video = torch.rand(6, 3, 16, 16)
-    path = save_video(video, tmp_path / "clip.mp4")
-    rows = [{"prompt": "a", "video": v} for v in (str(path), path, (video * 255).byte().numpy(), video.tolist())]
-    losses = distilled(tmp_path, videos=rows).consistency.loss(0, 4)
-    assert losses.isfinite().all()
-    with pytest.raises(ValueError, match=r"video: expected a path or a tensor \(F, 3, H, W\)"):
-        distilled(tmp_path, videos=[{"prompt": "a", "video": np.zeros((4, 16, 16))}]).consistency.loss(0, 1)
+def test_resuming_a_run_without_the_term_starts_its_average_there(tmp_path):
+    backprop.trainer(tmp_path, callbacks=[tiny_runs.StopAt(2)], max_steps=4).train()
+    resumed = distilled(tmp_path, backprop.bright, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    saved = distilled(tmp_path / "other", backprop.bright)
+    load_lora_state(saved.pipeline, str(tmp_path / "checkpoint-2"))
+    at_2 = tiny_runs.weights(saved)
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
+    assert tiny_runs.largest_difference(resumed.consistency.average.average, at_2) == 0
+    assert resumed.consistency.average.updates == 0
+
+
+# --- videos ---
+
+
+def test_every_form_of_a_video_is_the_same_video(tmp_path):
+    path = save_video(torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)), tmp_path / "clip.mp4")
+    expected = load_video(path)
+    data = path.read_bytes()
+    exact = (expected * 255).round().byte()
+    for given in (path, str(path), data, {"path": str(path), "bytes": None}, {"path": "gone.mp4", "bytes": data},
+                  exact, exact.numpy(), expected, expected.tolist()):  # fmt: skip
+        torch.testing.assert_close(as_video(given), expected)
+    assert len(as_video(data, 3)) == 3
+    for wrong, message in (
+        (np.zeros((4, 16, 16)), r"expected a path, .* or a tensor \(F, 3, H, W\), got a tensor \(4, 16, 16\)"),
+        (None, "got a NoneType"), (expected * 255, "must lie in .0, 1.; divide by 255"), (expected - 1, "from -"),
+        (torch.full((2, 3, 4, 4), torch.nan), "values from nan"), (b"no video", "cannot be read as a video"),
+        ({"path": None, "bytes": None}, "got a NoneType"), (exact.tolist(), "divide by 255"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            as_video(wrong)
+
+
+def test_a_data_set_of_videos(tmp_path):
+    """`datasets.Video` columns, of paths and of bytes, without torchcodec; prompts for the rewards from it, too."""
+    paths = [str(save_video(torch.rand(6, 3, 16, 16), tmp_path / f"{i}.mp4")) for i in range(4)]
+    rows = {"prompt": [f"clip {i}" for i in range(4)], "video": paths}
+    from_paths = Dataset.from_dict(rows).cast_column("video", Video())
+    from_bytes = Dataset.from_dict(rows | {"video": [{"bytes": Path(p).read_bytes(), "path": None} for p in paths]})
+    losses = [distilled(tmp_path, videos=data).consistency.loss(0, 4)
+              for data in (Dataset.from_dict(rows), from_paths, from_bytes.cast_column("video", Video()))]  # fmt: skip
+    assert losses[0].isfinite().all()
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+    made = RewardBackpropTrainer(
+        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, max_steps=1, consistency_weight=1.0),
+        from_paths, peft_config=default_lora_config(4), video_dataset=from_paths,
+    )  # fmt: skip
+    made.train()
+    assert made.state.global_step == 1
+
+
+@pytest.mark.parametrize("data, message", [
+    ([], "video_dataset is empty"), (iter([]), "video_dataset is a list_iterator, which has no length"),
+    (Dataset.from_dict({"prompt": ["a"], "video": ["b"]}).to_iterable_dataset(), "which has no length"),
+    (Dataset.from_dict({"prompt": ["a"]}), r"columns \['prompt'\] but none named `video`"),
+    (Dataset.from_dict({"video": ["a"]}), r"columns \['video'\] but none named `prompt`"),
+    (Dataset.from_dict({"prompt": ["a", None], "video": ["b", "c"]}), "video_dataset row 1: prompt is None"),
+    ([{"prompt": "a"}], "none named `video`"), ([{"prompt": 3, "video": "a"}], "row 0: prompt is 3"),
+    ({"train": 1}, "video_dataset is a dict whose row 0 cannot be read"), (["a"], "row 0 cannot be read"),
+])  # fmt: skip
+def test_bad_data_sets_of_videos(tmp_path, data, message):
+    with pytest.raises(ValueError, match=message):
+        distilled(tmp_path, videos=data)
+
+
+def test_a_prompt_that_is_missing_further_on(tmp_path):
+    rows = [Videos()[0], {"prompt": None, "video": torch.rand(7, 3, 20, 24)}]
+    with pytest.raises(ValueError, match="video_dataset row 1: prompt is None"):
+        distilled(tmp_path, videos=rows).consistency.loss(0, 8)
+
+
+def test_the_best_model_without_rewards_is_a_judge_s(tmp_path):
+    def made(**settings):
+        return RewardBackpropTrainer(
+            tiny_runs.pipeline(), None, backprop.config(
+                tmp_path, consistency_weight=1.0, consistency_steps=4, load_best_model_at_end=True, max_steps=2,
+                eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **settings,
+            ), tiny_runs.prompts(4), eval_dataset=tiny_runs.prompts(2), judge_funcs=tiny_runs.brightness,
+            peft_config=default_lora_config(4), video_dataset=Videos(),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match="set metric_for_best_model to a judge, for instance 'judges/NAME/mean'"):
+        made()
+    best = made(metric_for_best_model="judges/brightness/mean")
+    best.train()
+    assert best.state.best_metric == max(tiny_runs.logged(best, "eval_judges/brightness/mean")[1:])
 
 
 def test_bad_settings(tmp_path):
-    for settings in ({"consistency_weight": -1.0}, {"consistency_steps": 1}, {"consistency_decay": 1.0}):
+    for settings in ({"consistency_weight": -1.0}, {"consistency_steps": 1}, {"consistency_decay": 1.0},
+                     {"consistency_batch_size": 0}, {"consistency_batch_size": -1}):
         with pytest.raises(ValueError, match="consistency_"):
             backprop.config(tmp_path, **settings)
     with pytest.raises(ValueError, match="the consistency term needs both"):

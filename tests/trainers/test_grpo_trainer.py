@@ -408,6 +408,21 @@ def test_extras_and_metrics_are_logged(tmp_path):
     assert logged(made, "eval_calls")[0] == 1.0
 
 
+def test_the_correlation_of_rewards_within_groups_is_logged(tmp_path):
+    def dark(prompts, videos, **columns):
+        offsets = torch.tensor([1000.0 * int(prompt[-1]) for prompt in prompts])  # between groups it says nothing
+        return offsets - 2 * brightness(prompts, videos)
+
+    def same(prompts, videos, **columns):
+        return [0.1] * len(prompts)
+
+    made = trainer(tmp_path, [brightness, dark, same], max_steps=1, per_device_train_batch_size=8)
+    made.train()
+    (row,) = [r for r in made.state.log_history if "reward" in r]
+    found = {key: value for key, value in row.items() if key.startswith("reward_correlation/")}
+    assert found == {"reward_correlation/brightness/dark": pytest.approx(-1, abs=1e-3)}
+
+
 def test_judges_never_influence_training(tmp_path):
     torch_draws = []
 

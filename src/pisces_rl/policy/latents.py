@@ -15,6 +15,7 @@ from .scheduler import PolicyError
 from .session import LeavePipeline, Session, replaced_method
 
 BASE = 8  # of the digits by which positions are sent through the pipeline; exact in bf16, too
+PROBE = 64.0  # by which the scale is found: in bf16 the rounding of the offset is small beside it
 
 
 @dataclass
@@ -52,7 +53,7 @@ class LatentCodec:
 
         zero = decoded(torch.zeros(count))
         offset = zero.flatten()
-        scale = decoded(torch.ones(count)).flatten() - offset
+        scale = (decoded(torch.full((count,), PROBE)).flatten() - offset) / PROBE
         free = scale != 0
         if int(free.sum()) != count or not bool(scale.isfinite().all()):
             raise PolicyError(

@@ -137,6 +137,8 @@ class VideoPolicy(nn.Module):
     def draw_window(self, seed: int) -> list[int]:
         """The trained steps of one rollout; a random position where a window is smaller than its range."""
         low, high = self.sde_window_range
+        if low == high:
+            raise PolicyError("num_inference_steps=1: GRPO needs at least 2 steps, the last is deterministic.")
         if self.sde_window_size is None:
             return list(range(low, high))
         starts = high - low - self.sde_window_size + 1
@@ -447,8 +449,8 @@ def _checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
 
 def _checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:
     """[low, high) of the steps that may be trained; the last step is never stochastic."""
-    if num_steps < 2:
-        raise PolicyError(f"num_inference_steps={num_steps}: a policy needs at least 2, the last is deterministic.")
+    if num_steps == 1 and size is None and window is None:
+        return 0, 0  # it samples, and carries gradients, but has no step to draw
     low, high = (0, num_steps - 1) if window is None else (int(window[0]), int(window[1]))
     if not 0 <= low < high <= num_steps - 1:
         raise PolicyError(

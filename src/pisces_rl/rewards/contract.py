@@ -39,6 +39,12 @@ def is_differentiable(func: RewardFunc) -> bool:
     return bool(getattr(_function(func), "differentiable", False))
 
 
+def is_async(func: RewardFunc) -> bool:
+    """Whether a reward is `async def`, itself or its `__call__`."""
+    func = _function(func)
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+
+
 def reward_name(func: RewardFunc) -> str:
     """The name under which a reward is logged; a partial has its function's."""
     func = _function(func)

@@ -11,7 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .contract import RewardError, RewardFunc, accepted_arguments, checked_values, is_differentiable, reward_name
+from .contract import (
+    RewardError,
+    RewardFunc,
+    accepted_arguments,
+    checked_values,
+    is_async,
+    is_differentiable,
+    reward_name,
+)
 from .encodings import shared_encodings
 
 
@@ -79,12 +87,18 @@ class RewardPanel:
         return table
 
     def check_differentiable(self) -> None:
-        """A ValueError that names the rewards which do not say that they carry gradients."""
+        """A ValueError that names the rewards which do not say that they carry gradients, or are async."""
         without = [name for name, func in zip(self.names, self.funcs) if not is_differentiable(func)]
         if without:
             raise ValueError(
                 f"rewards {without} are not differentiable (they have no attribute differentiable = True), so no "
                 "gradient can be propagated back; train on them with VideoGRPOTrainer, which needs values only."
+            )
+        waiting = [name for name, func in zip(self.names, self.funcs) if is_async(func)]
+        if waiting:
+            raise ValueError(
+                f"rewards {waiting} are async: gradients come from rewards that are computed at once; write them "
+                "with def, or train on them with VideoGRPOTrainer."
             )
 
     @torch.enable_grad()

@@ -45,6 +45,20 @@ def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, s
     return advantages.nan_to_num(0.0), rewards, group_std
 
 
+def group_correlation(values: Tensor, num_generations: int) -> Tensor:
+    """(n, n) correlation of rewards within groups: of what each value differs by from its group's mean.
+
+    Args as in `group_advantages`. A pair counts the rows to which both rewards apply; NaN where one does not vary.
+    """
+    groups = values.double().view(-1, num_generations, values.shape[1])
+    centred = (groups - groups.nanmean(1, keepdim=True)).flatten(0, 1)
+    known = (~centred.isnan()).double()
+    centred = centred.nan_to_num()
+    squares = centred.square().T @ known  # [i, j]: of i, over the rows of both
+    squares = squares.masked_fill(squares < 1e-16, torch.nan)
+    return centred.T @ centred / (squares * squares.T).sqrt()
+
+
 def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     """Unbiased standard deviation that leaves NaN out; 0 where fewer than two values are left."""
     if dim is None:

@@ -99,7 +99,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
         loss = self._distil()
         if len(self.rewards):
-            loss += self._follow(prompts, columns, self._batch)
+            loss += self._follow(prompts, columns)
         if self.accelerator.sync_gradients:
             self.all_reduce_gradients()
             if len(self.rewards):
@@ -109,13 +109,14 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss
 
-    def _follow(self, prompts: list[str], columns: dict, batch: int) -> Tensor:
+    def _follow(self, prompts: list[str], columns: dict) -> Tensor:
         """Back-propagate the loss of one micro-batch; returns its value."""
         args, device = self.args, self.accelerator.device
+        batch = self._step * self.accelerator.num_processes + self.accelerator.process_index
         rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # of the run, however it is split into batches
         noise_seeds = [sample_seed(args.seed, NOISE, row) for row in rows]
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
-        total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds, images, batch)
+        total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds, images)
         weights = self.reward_weights / self._scale()
         for how in copies:
             with self.stage("sampling"):
@@ -133,13 +134,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             self._log_rewards(table, gradients)
         return total
 
-    def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int], images: dict[str, list],
-                batch: int) -> list[dict]:
+    def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int], images: dict[str, list]) -> list[dict]:
         """How each sample is drawn with gradients, as arguments of `sample_with_gradients`: one way, or several."""
         args, steps = self.args, self.args.num_inference_steps
         part = {}
         if args.decode_frames is not None:
-            part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, PART, batch))
+            part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, PART, self._step))
         drawn = torch.Generator().manual_seed(sample_seed(args.seed, STEPS, self._step))  # the same on all processes
         if args.backprop_through == "one_step":
             low, high = args.one_step_range or (0, steps)
@@ -183,21 +183,17 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         for i, j in itertools.combinations(range(len(gradients)), 2):
             cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
             metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)
-        for name, recorded in table.metrics.items():
-            metrics[name] += recorded
-        for name, recorded in table.extras.items():
-            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
-            if known:
-                metrics[f"{name}/mean"].append(sum(known) / len(known))
+        self._log_recorded(table)
 
     # --- resume, card ------------------------------------------------------------------------------------------------
 
     def _extra_state(self) -> dict:
-        return super()._extra_state() | {"reward_std": self.reward_std}
+        return super()._extra_state() | {"reward_stds": dict(zip(self.rewards.names, self.reward_std.tolist()))}
 
     def _load_extra_state(self, state: dict) -> None:
         super()._load_extra_state(state)
-        self.reward_std = state["reward_std"]
+        known = state.get("reward_stds", {})  # a reward that is new begins anew
+        self.reward_std = torch.tensor([known.get(name, torch.nan) for name in self.rewards.names])
 
     def _card_settings(self) -> dict:
         through = {"last_steps": f"the last {self.args.backprop_steps}", "random_steps": "a random number of last",

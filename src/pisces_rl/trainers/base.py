@@ -38,7 +38,7 @@ from ..policy import (
     lora_parameters,
     save_lora,
 )
-from ..rewards import RewardPanel
+from ..rewards import RewardPanel, RewardTable
 from ._trl import _BaseTrainer, identity
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
@@ -46,6 +46,7 @@ from .consistency import ConsistencyDistillation
 from .images import check_images, image_columns, images_of
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
+from .video_data import check_videos, undecoded
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -94,14 +95,15 @@ class VideoPolicyTrainer(_BaseTrainer):
         model: a text-to-video pipeline of diffusers, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
-        train_dataset: prompts in a column `prompt`; every other column reaches the rewards, and those of
-            args.image_columns the pipeline.
+        train_dataset: prompts in a column `prompt`; every other column reaches the rewards (one of `datasets.Video` as
+            its file, {"path", "bytes"}), and those of args.image_columns the pipeline.
         eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
         callbacks: further callbacks.
-        video_dataset: captioned videos for the consistency term: rows with `prompt` and `video`, a path or a tensor
-            (F, 3, H, W) in [0, 1] or uint8, and the image columns. Needed where args.consistency_weight is not 0.
+        video_dataset: captioned videos for the consistency term: rows with `prompt`, the image columns, and `video`: a
+            path, the bytes of a file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8. Needed where
+            args.consistency_weight is not 0.
     """
 
     loss_is_scaled_for_ga = True
@@ -114,12 +116,15 @@ class VideoPolicyTrainer(_BaseTrainer):
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
+        train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
         if bool(args.consistency_weight) != (video_dataset is not None):
             raise ValueError(
                 f"consistency_weight={args.consistency_weight}, and video_dataset is a "
                 f"{type(video_dataset).__name__}: the consistency term needs both, or leave both out."
             )
+        if video_dataset is not None:
+            check_videos(video_dataset)
         if not len(self.rewards) and not (self._may_lack_rewards and args.consistency_weight):
             raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
         weights = args.reward_weights or [1.0] * len(self.rewards)
@@ -134,6 +139,12 @@ class VideoPolicyTrainer(_BaseTrainer):
                 raise ValueError(f"eval_strategy={str(args.eval_strategy.value)!r} needs an eval_dataset.")
         if args.load_best_model_at_end and args.metric_for_best_model == "loss":
             args.metric_for_best_model, args.greater_is_better = "reward", True
+        if args.load_best_model_at_end and args.metric_for_best_model == "reward" and not len(self.rewards):
+            raise ValueError(
+                "load_best_model_at_end=True, but without rewards nothing says which model is best: set "
+                "metric_for_best_model to a judge, for instance 'judges/NAME/mean' (with several evaluation sets "
+                "'SET_judges/NAME/mean')."
+            )
         self._checked_checkpoint(args, args.resume_from_checkpoint)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
@@ -233,22 +244,28 @@ class VideoPolicyTrainer(_BaseTrainer):
             self._metrics["train"].clear()
         super().log(logs, start_time)
 
-    @property
-    def _batch(self) -> int:
-        """The number of this process's micro-batch among those of all processes."""
-        return self._step * self.accelerator.num_processes + self.accelerator.process_index
-
     def _distil(self) -> Tensor:
         """Back-propagate the consistency term of one micro-batch, if there is one; returns its weighted value."""
         if self.consistency is None:
             return torch.zeros((), device=self.accelerator.device)
         with self.stage("consistency"):
             count = self.args.consistency_batch_size or self.args.per_device_train_batch_size
-            loss = self.consistency.loss(self._batch, count).mean()
+            part = self.accelerator.process_index, self.accelerator.num_processes
+            loss = self.consistency.loss(self._step, count, part).mean()
             self._metrics["train"]["consistency_loss"].append(loss.item())
             loss = self.args.consistency_weight * loss / self.current_gradient_accumulation_steps
             self.accelerator.backward(loss)
         return loss.detach()
+
+    def _log_recorded(self, table: RewardTable) -> None:
+        """What rewards recorded: metrics, and means of per-sample values."""
+        metrics = self._metrics["train"]
+        for name, recorded in table.metrics.items():
+            metrics[name] += recorded
+        for name, recorded in table.extras.items():
+            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
+            if known:
+                metrics[f"{name}/mean"].append(sum(known) / len(known))
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
@@ -525,8 +542,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         return str(checkpoint)
 
     def _policy_identity(self) -> dict:
-        """What a checkpoint must agree with: the pipeline, its denoisers' architecture, and how data is counted."""
+        """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted."""
         return {
+            "trainer": self._name,
             "model": self.model_name,
             "pipeline": type(self.pipeline).__name__,
             "denoisers": {name: _architecture(module) for name, module in self.policy.denoiser.items()},
@@ -538,6 +556,11 @@ class VideoPolicyTrainer(_BaseTrainer):
     def _check_same_model(self, checkpoint: str) -> None:
         saved = json.loads((Path(checkpoint) / "policy.json").read_text())
         own = self._policy_identity()
+        if saved.get("trainer", self._name) != self._name:
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} is a run of {saved['trainer']}, not of {self._name}: resume "
+                "it with the trainer that wrote it."
+            )
         if (saved["pipeline"], saved["denoisers"]) != (own["pipeline"], own["denoisers"]):
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
@@ -616,6 +639,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._step = state["micro_batches"]
         if self.consistency is not None and state.get("consistency") is not None:
             self.consistency.average.load_state_dict(state["consistency"])
+        elif self.consistency is not None:
+            self.consistency.average.restart()
         if self.ema is not None and state["ema"] is not None:
             self.ema.load_state_dict(state["ema"])
         elif self.ema is not None:

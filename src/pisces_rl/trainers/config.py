@@ -119,6 +119,10 @@ class VideoPolicyConfig(_BaseConfig):
                 f"consistency_weight={self.consistency_weight} must not be negative, consistency_steps="
                 f"{self.consistency_steps} must be at least 2, consistency_decay={self.consistency_decay} in (0, 1)."
             )
+        if self.consistency_batch_size is not None and self.consistency_batch_size < 1:
+            raise ValueError(f"consistency_batch_size={self.consistency_batch_size} must be at least 1, or unset.")
+        if self.num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."

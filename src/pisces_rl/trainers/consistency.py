@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from ..media import load_video
 from ..policy import VideoPolicy, adapters_off
 from .callbacks import AdapterEMA
 from .images import images_of
 from .seeds import sample_seed
+from .video_data import as_video, check_prompt, undecoded
 
 ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
 
@@ -35,23 +35,30 @@ class ConsistencyDistillation:
 
     Args:
         policy: whose pipeline is distilled. adapter: its trained weights.
-        dataset: rows with `prompt` and `video`, a path or a tensor (F, 3, H, W) in [0, 1] or uint8.
+        dataset: rows with `prompt` and `video`: a path, the bytes of a file, a `datasets.Video`, or a tensor
+            (F, 3, H, W) in [0, 1] or uint8.
         steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
         seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
     """
 
     def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
                  decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=()):
-        self.policy, self.dataset, self.steps, self.huber_c, self.seed = policy, dataset, steps, huber_c, seed
+        self.policy, self.steps, self.huber_c, self.seed = policy, steps, huber_c, seed
+        self.dataset = undecoded(dataset)
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
         self.average, self.image_columns = TargetAverage(adapter, decay), image_columns
 
-    def loss(self, number: int, count: int) -> Tensor:
-        """(count,) losses with gradients of the batch of that number: its rows, noise and step are the number's."""
+    def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
+        """(count,) losses with gradients of a part (which, of how many) of the batch of that number.
+
+        Rows, noise and step are the whole batch's, so that any division of it into parts has the same losses.
+        """
+        which, parts = part
+        own = range(which * count, (which + 1) * count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
-        rows = torch.randint(len(self.dataset), (count,), generator=generator).tolist()
-        prompts, images, clean = self._clips(rows)
-        seeds = [sample_seed(self.seed, NOISE, number, i) for i in range(count)]
+        rows = torch.randint(len(self.dataset), (count * parts,), generator=generator).tolist()
+        prompts, images, clean = self._clips([rows[i] for i in own])
+        seeds = [sample_seed(self.seed, NOISE, number, i) for i in own]
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
         grid = {"num_inference_steps": self.steps, "conditions": images}
@@ -66,27 +73,19 @@ class ConsistencyDistillation:
                 target = self.policy.predict(
                     prompts, noise_seeds=seeds, step=step + 1, state=teacher.following, **grid
                 ).clean
-        own = self.policy.predict(
+        predicted = self.policy.predict(
             prompts, noise_seeds=seeds, step=step, state=teacher.state, grad=True, **grid
         ).clean
-        return pseudo_huber(own.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
+        return pseudo_huber(predicted.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
 
     def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:
         """Prompts, what conditions the pipeline besides them, and latents."""
         samples = [self.dataset[row] for row in rows]
         prompts = [sample["prompt"] for sample in samples]
+        for row, prompt in zip(rows, prompts):
+            check_prompt(row, prompt)
         columns = {name: [s[name] for s in samples] for name in self.image_columns if name in samples[0]}
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
         codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
-        videos = torch.stack([codec.fitted(_video(sample["video"], codec.video[0])) for sample in samples])
+        videos = torch.stack([codec.fitted(as_video(sample["video"], codec.video[0])) for sample in samples])
         return prompts, images, codec.encode(self.policy.pipeline, videos)
-
-
-def _video(given, frames: int) -> Tensor:
-    """(F, 3, H, W) in [0, 1]."""
-    if isinstance(given, (str, bytes)) or hasattr(given, "__fspath__"):
-        return load_video(given, frames)
-    video = torch.as_tensor(given)
-    if video.ndim != 4 or video.shape[1] != 3:
-        raise ValueError(f"video: expected a path or a tensor (F, 3, H, W), got {tuple(video.shape)}.")
-    return video.float() / 255 if video.dtype == torch.uint8 else video.float()

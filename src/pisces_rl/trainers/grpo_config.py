@@ -132,6 +132,11 @@ class VideoGRPOConfig(VideoPolicyConfig):
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
                 f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
             )
+        if self.num_inference_steps < 2:
+            raise ValueError(
+                f"num_inference_steps={self.num_inference_steps}: GRPO needs at least 2 steps, the last is "
+                "deterministic; RewardBackpropTrainer takes 1."
+            )
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
 

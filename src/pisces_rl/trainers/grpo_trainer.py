@@ -13,6 +13,7 @@ policy gradient (arXiv 2305.13301) with group advantages. The structure and name
 """
 
 import contextlib
+import itertools
 import time
 
 import torch
@@ -20,7 +21,7 @@ from accelerate.utils import gather_object
 
 from ..policy import ReplayStep, Rollout, adapters_off
 from ._trl import EpochRepeatSampler
-from .advantages import PromptStatistics, group_advantages, nanstd
+from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .base import VideoPolicyTrainer, check_dataset
 from .grpo_config import VideoGRPOConfig
 from .images import group_keys, images_of
@@ -189,12 +190,11 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         metrics["reward"].append(rewards.nanmean().item())
         metrics["reward_std"].append(nanstd(rewards).item())
         metrics["frac_reward_zero_std"].append((group_std < 1e-8).float().mean().item())
-        for name, recorded in table.metrics.items():
-            metrics[name] += recorded
-        for name, recorded in table.extras.items():
-            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
-            if known:
-                metrics[f"{name}/mean"].append(sum(known) / len(known))
+        correlation = group_correlation(values, self.args.num_generations)
+        for (i, a), (j, b) in itertools.combinations(enumerate(self.rewards.names), 2):
+            if not correlation[i, j].isnan():
+                metrics[f"reward_correlation/{a}/{b}"].append(correlation[i, j].item())
+        self._log_recorded(table)
 
     # --- stage 2: update ---------------------------------------------------------------------------------------------
 

@@ -1,0 +1,20 @@
+"""The cells of the study: their names, stages and settings, from recipes/study/."""
+
+import re
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parents[2] / "recipes" / "study"
+
+
+def cells(stage: str = "") -> list[str]:
+    """Names of the cells, of one stage or of all; the first line of a recipe names its stage."""
+    paths = [path for path in RECIPES.glob("*.yaml") if path.stem != "shared"]
+    return sorted(path.stem for path in paths if re.match(rf"# Stage {stage or '.'}\.", path.read_text()))
+
+
+def settings_of(cell: str) -> dict:
+    """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
+    shared, own = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("shared", cell))
+    return shared["all"] | shared[own["trainer"]] | own
