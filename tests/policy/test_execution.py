@@ -1,6 +1,7 @@
 """Compiled blocks and fused products compute what the plain denoiser computes, the same in sampling and update."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -183,3 +184,27 @@ def test_attention_kernels_are_named():
     expected = run(policy, parameters)[0]
     policy.attention_kernel = "math"
     torch.testing.assert_close(run(policy, parameters)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_step_waits_for_the_device():
+    """As many waits in eight steps as in four, sampled and scored again with gradients."""
+    pipe = quiet(BUILD["wan"]()).to("cuda")
+    add_lora({"transformer": pipe.transformer}, default_lora_config(4))
+
+    def waits(steps: int) -> int:
+        policy = VideoPolicy(pipe, num_inference_steps=steps, pipeline_kwargs=CALLS["wan"])
+        trained = list(range(steps - 1))
+        kwargs = dict(noise_seeds=[1, 2], step_seeds=[3, 4], steps=trained, output_type="latent")
+        policy.sample(PROMPTS, **kwargs)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                rollout = policy.sample(PROMPTS, **kwargs)
+                policy.replay(rollout, [0, 1], lambda step: step.log_prob.sum().backward())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(w.message) for w in caught)
+
+    assert waits(8) == waits(4)

@@ -1,0 +1,36 @@
+"""A trainer with compiled blocks trains to the weights of one without."""
+
+import os
+
+import pytest
+import torch
+from tiny_runs import config, largest_difference, logged, trainer, weights
+
+
+def test_a_compiled_run_is_the_plain_one(tmp_path):
+    plain = trainer(tmp_path / "plain", alive=True, gradient_checkpointing=True)
+    plain.train()
+    torch._dynamo.reset()
+    compiled = trainer(tmp_path / "compiled", alive=True, gradient_checkpointing=True,
+                       torch_compile_backend="aot_eager", attention_kernel="math")  # fmt: skip
+    compiled.train()
+    assert compiled.policy.compiled and not plain.policy.compiled
+    assert largest_difference(weights(plain), weights(compiled)) < 1e-4
+    assert max(logged(compiled, "replay/max_log_prob_error")) == 0
+    compiled.save_model()  # plain diffusers loads the adapter and samples the same
+
+
+def test_torch_compile_means_the_blocks(tmp_path, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    made = config(tmp_path, torch_compile=True, torch_compile_mode="default")
+    assert made.torch_compile and made.torch_compile_mode == "default"
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ  # accelerate would compile the policy as a whole
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(recompute="some"), "recompute='some' must be"),
+    (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
+])  # fmt: skip
+def test_wrong_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, **settings)
