@@ -95,6 +95,13 @@ def test_a_denoiser_without_repeated_blocks_says_so():
         policy.compile_blocks()
 
 
+def test_a_block_that_is_no_graph_says_so():
+    policy, parameters = build("ltx2")
+    policy.compile_blocks(backend="aot_eager")
+    with pytest.raises(PolicyError, match="LTX2VideoTransformerBlock cannot be compiled.*leave torch_compile off"):
+        run(policy, parameters)
+
+
 def test_the_reference_and_a_fresh_pipeline_are_the_plain_ones():
     policy, parameters = build("wan")
     with adapters_off(policy):

@@ -8,14 +8,17 @@ from tiny_runs import config, largest_difference, logged, trainer, weights
 
 
 def test_a_compiled_run_is_the_plain_one(tmp_path):
-    plain = trainer(tmp_path / "plain", alive=True, gradient_checkpointing=True)
+    # by SGD: Adam divides a gradient of rounding by itself
+    sgd = dict(alive=True, gradient_checkpointing=True, optim="sgd", learning_rate=1.0)
+    plain = trainer(tmp_path / "plain", **sgd)
+    start = weights(plain)
     plain.train()
     torch._dynamo.reset()
-    compiled = trainer(tmp_path / "compiled", alive=True, gradient_checkpointing=True,
-                       torch_compile_backend="aot_eager", attention_kernel="math")  # fmt: skip
+    compiled = trainer(tmp_path / "compiled", torch_compile_backend="aot_eager", attention_kernel="math", **sgd)
     compiled.train()
     assert compiled.policy.compiled and not plain.policy.compiled
-    assert largest_difference(weights(plain), weights(compiled)) < 1e-4
+    moved = largest_difference(start, weights(plain))
+    assert largest_difference(weights(plain), weights(compiled)) < 1e-2 * moved
     assert max(logged(compiled, "replay/max_log_prob_error")) == 0
     compiled.save_model()  # plain diffusers loads the adapter and samples the same
 

@@ -100,7 +100,15 @@ class CompiledBlock:
                 named[key] = named[key].detach().requires_grad_()
         positional = [named[i] for i in range(len(args))]
         with torch.enable_grad():
-            output = self.run(type(self.block).forward, self.block, *positional, **{key: named[key] for key in kwargs})
+            try:
+                output = self.run(
+                    type(self.block).forward, self.block, *positional, **{key: named[key] for key in kwargs}
+                )
+            except torch._dynamo.exc.Unsupported as error:
+                raise PolicyError(
+                    f"{type(self.block).__name__} cannot be compiled as one graph (LTX-2's blocks branch on a "
+                    "tensor's values); leave torch_compile off."
+                ) from error
         return output if grad else tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
 
 
