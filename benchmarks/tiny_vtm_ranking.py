@@ -9,6 +9,7 @@ sees; 95 % intervals by bootstrap over prompts.
 """
 
 import argparse
+import os
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def draw(split: str, prompts: int, group: int, steps: int, seed: int = 0) -> tup
         pipe.set_progress_bar_config(disable=True)
         videos = sample(pipe, texts, steps, 1.0, seed, 32)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save((videos * 255).round().byte(), cache)
+        own = cache.with_suffix(f".{os.getpid()}")  # several of these scripts may run at once
+        torch.save((videos * 255).round().byte(), own)
+        own.replace(cache)
     return texts, torch.load(cache).float() / 255
 
 

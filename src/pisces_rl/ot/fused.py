@@ -25,6 +25,7 @@ except ImportError:  # CPU builds of torch come without it
 
 MAX_ROWS = 128
 MAX_ITERATIONS = 100
+TILE = 8192  # costs that a program works on at a time, sixteen a thread
 
 
 def serves(cost: Tensor, tolerance: float) -> bool:
@@ -40,36 +41,45 @@ def serves(cost: Tensor, tolerance: float) -> bool:
 
 def solve(
     cost: Tensor, a: Tensor, b: Tensor, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """plan (B, N, M), f (B, N) and g (B, M) in units of cost, and (3, B): error, iterations, value."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """plan (B, N, M), value (B,), error (B,), iterations (B,), f (B, N) and g (B, M) in units of cost."""
     batch, rows, columns = cost.shape
     plan = torch.empty(batch, rows, columns, device=cost.device, dtype=cost.dtype)
     f, g = cost.new_empty(batch, rows), cost.new_empty(batch, columns)
-    statistics = cost.new_empty(3, batch)
+    value, error = cost.new_empty(2, batch)
+    iterations = torch.empty(batch, device=cost.device, dtype=torch.long)
     ours, theirs = (a, f, 1), (b, g, 2)
     if rows > columns:  # the kernel's rows are the shorter axis
         ours, theirs = theirs, ours
     (first, x, n_axis), (second, y, m_axis) = ours, theirs
     block_n = max(16, triton.next_power_of_2(x.shape[1]))
+    block_m = min(TILE // block_n, max(16, triton.next_power_of_2(y.shape[1])))
     kind = 0 if isinstance(constraint, Balanced) else 1 if isinstance(constraint, Penalised) else 2
     rho = constraint.rho if kind == 1 else 1.0
     _sinkhorn[(batch,)](
-        cost, first, second, constraint.mass if kind == 2 else statistics, plan, x, y, statistics,
+        cost, first, second, constraint.mass if kind == 2 else value, plan, x, y, value, error, iterations,
         x.shape[1], y.shape[1], cost.stride(0), cost.stride(n_axis), cost.stride(m_axis),
         plan.stride(0), plan.stride(n_axis), plan.stride(m_axis),
         first.stride(0), first.stride(1), second.stride(0), second.stride(1),
         reg, 1.0 / reg, rho / (rho + reg) if kind == 1 else 1.0, reg / rho,
         tolerance, min(max_iterations, MAX_ITERATIONS),
-        BLOCK_N=block_n, BLOCK_M=(4096 if block_n <= 64 else 8192) // block_n, KIND=kind, num_warps=16,
+        BLOCK_N=block_n, BLOCK_M=block_m, KIND=kind, num_warps=max(4, block_n * block_m // 512),
     )  # fmt: skip
-    return plan, f, g, statistics
+    return plan, value, error, iterations, f, g
 
 
 if triton is not None:
 
     @triton.jit
+    def _tile(cost, i, start, n, m, cost_n, cost_m, valid_a, BLOCK_M: tl.constexpr):
+        """Costs of a tile of columns; infinite in rows without weight and past the last column."""
+        j = start + tl.arange(0, BLOCK_M)
+        at = i[:, None] * cost_n + j[None, :] * cost_m
+        return tl.load(cost + at, mask=valid_a[:, None] & (j < m)[None, :], other=float("inf"))
+
+    @triton.jit
     def _sinkhorn(
-        cost, a, b, masses, plan, f_out, g_out, statistics,
+        cost, a, b, masses, plan, f_out, g_out, value_out, error_out, iterations_out,
         n, m, cost_b, cost_n, cost_m, plan_b, plan_n, plan_m, a_b, a_n, b_b, b_m,
         reg, inverse_reg, damping, reg_over_rho, tolerance, max_iterations,
         BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
@@ -87,28 +97,34 @@ if triton is not None:
         mass_a = tl.sum(weight_a, 0)
         bad = tl.sum(tl.where((weight_a >= 0) & (weight_a < float("inf")), 0.0, 1.0), 0)
 
-        # the first row update, f_i = -LSE_j(log b_j - C_ij / eps), with a running maximum
-        high = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        mass_b = 0.0
+        # the first row update, f_i = -LSE_j(log b_j - C_ij / eps), with a running maximum a cell of the tile
+        high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        wrong = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        masses_b = tl.zeros((BLOCK_M,), tl.float32)
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
+            c = _tile(cost, i, start, n, m, cost_n, cost_m, valid_a, BLOCK_M)
             weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
-            cells = valid_a[:, None] & (weight_b > 0)[None, :]
-            c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
-            mass_b += tl.sum(weight_b, 0)
-            bad += tl.sum(tl.where((weight_b >= 0) & (weight_b < float("inf")), 0.0, 1.0), 0)
-            bad += tl.sum(tl.sum(tl.where(tl.abs(c) < float("inf"), 0.0, 1.0), 0), 0)
-            log_b = tl.log(tl.where(weight_b > 0, weight_b, 1.0))
+            valid_b = weight_b > 0
+            cells = valid_a[:, None] & valid_b[None, :]
+            masses_b += tl.where((weight_b >= 0) & (weight_b < float("inf")), weight_b, float("nan"))
+            wrong += tl.where(cells, tl.where(tl.abs(c) < float("inf"), 0.0, 1.0), 0.0)
+            log_b = tl.where(valid_b, tl.log(tl.where(valid_b, weight_b, 1.0)), float("-inf"))
             tl.store(g_out + j, tl.zeros((BLOCK_M,), tl.float32), mask=j < m)
             e = tl.where(cells, log_b[None, :] - c * inverse_reg, float("-inf"))
-            top = tl.maximum(high, tl.max(e, 1))
+            top = tl.maximum(high, e)
             safe = tl.where(top == float("-inf"), 0.0, top)
-            total = total * tl.exp(high - safe) + tl.sum(tl.exp(e - safe[:, None]), 1)
+            total = total * tl.exp(high - safe) + tl.exp(e - safe)
             high = top
+        mass_b = tl.sum(masses_b, 0)
+        bad += tl.sum(tl.sum(wrong, 1), 0) + tl.where(mass_b == mass_b, 0.0, 1.0)
+        top = tl.max(high, 1)
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        sums = tl.sum(total * tl.exp(high - safe[:, None]), 1)
         empty = (mass_a == 0) | (mass_b == 0)
-        rows = valid_a & (total > 0)
-        log_sums = tl.where(rows, high + tl.log(tl.where(rows, total, 1.0)), 0.0)
+        rows = valid_a & (sums > 0)
+        log_sums = tl.where(rows, safe + tl.log(tl.where(rows, sums, 1.0)), 0.0)
         balance = 0.0
         shift = 0.0
         mass = 0.0
@@ -130,24 +146,27 @@ if triton is not None:
         error = tl.where(bad > 0, float("nan"), tl.where(empty, 0.0, 1e30))
         moved = 0.0
         dual_b = 0.0
+        t = 0.0  # to be taken from g, since it was added to f
         while (iteration < max_iterations) & (error > tolerance):
             shares = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             duals = tl.zeros((BLOCK_M,), tl.float32)
+            factor = f + log_a + shift
+            ahead = _tile(cost, i, 0, n, m, cost_n, cost_m, valid_a, BLOCK_M)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
+                c = ahead
+                ahead = _tile(cost, i, start + BLOCK_M, n, m, cost_n, cost_m, valid_a, BLOCK_M)  # under way meanwhile
                 weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
                 valid_b = weight_b > 0
-                cells = valid_a[:, None] & valid_b[None, :]
-                c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
-                old = tl.load(g_out + j, mask=j < m, other=0.0)
-                e = (f + log_a)[:, None] + (old + shift)[None, :] - c * inverse_reg
-                k = tl.where(cells, tl.exp(tl.where(cells, e, 0.0)), 0.0)
+                old = tl.load(g_out + j, mask=j < m, other=0.0) - t
+                k = tl.exp(factor[:, None] + (old[None, :] - c * inverse_reg))
                 g = damping * (old - tl.log(tl.maximum(tl.sum(k, 0), 1e-37)))
                 if KIND == 2:
                     g = tl.minimum(g, 0.0)
                 g = tl.where(valid_b, g, 0.0)
                 tl.store(g_out + j, g, mask=j < m)
-                shares += k * (weight_b * tl.exp(g - old + balance))[None, :]
+                scale = tl.where(valid_b, weight_b * tl.exp(g - old + balance), 0.0)
+                shares += tl.where(valid_b[None, :], k * scale[None, :], 0.0)  # a cost without weight may be NaN
                 if KIND == 1:
                     duals += weight_b * (1 - tl.exp(-g * reg_over_rho))
                 else:
@@ -156,6 +175,7 @@ if triton is not None:
             dual_b = tl.sum(duals, 0)
             moved = tl.sum(sums, 0)
             excess = sums - weight_a
+            t = 0.0
             if KIND == 0:
                 error = tl.sum(tl.abs(excess), 0) / largest
             if KIND == 1:
@@ -172,17 +192,22 @@ if triton is not None:
                     f = new
                 else:
                     f = damping * (f + step)
+                if KIND == 1:  # the best (f + t, g - t), see Penalised.translation
+                    of_a = tl.sum(tl.where(rows, weight_a * tl.exp(-f * reg_over_rho), 0.0), 0)
+                    t = tl.log(of_a / (mass_b - dual_b)) / (2 * reg_over_rho)
+                    t = tl.where(tl.abs(t) < float("inf"), t, 0.0)
+                    f = tl.where(rows, f + t, 0.0)
 
+        factor = f + log_a + shift
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
+            c = _tile(cost, i, start, n, m, cost_n, cost_m, valid_a, BLOCK_M)
             weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
             valid_b = weight_b > 0
             log_b = tl.log(tl.where(valid_b, weight_b, 1.0)) + balance
-            cells = valid_a[:, None] & valid_b[None, :]
-            c = tl.load(cost + i[:, None] * cost_n + j[None, :] * cost_m, mask=cells, other=0.0)
             g = tl.load(g_out + j, mask=(j < m) & valid_b, other=0.0)
-            e = (f + log_a)[:, None] + (g + log_b + shift)[None, :] - c * inverse_reg
-            p = tl.where(cells, tl.exp(tl.where(cells, e, 0.0)), 0.0)
+            p = tl.exp(factor[:, None] + ((g + log_b)[None, :] - c * inverse_reg))
+            p = tl.where(valid_a[:, None] & valid_b[None, :], p, 0.0)
             tl.debug_barrier()  # every thread has read g
             tl.store(g_out + j, reg * g, mask=j < m)
             tl.store(plan + i[:, None] * plan_n + j[None, :] * plan_m, p, mask=(i < n)[:, None] & (j < m)[None, :])
@@ -193,7 +218,6 @@ if triton is not None:
         else:
             value = tl.sum(tl.where(rows, weight_a * f, 0.0), 0) + dual_b + mass * shift
         tl.store(f_out + problem * n + i, tl.where(valid_a, reg * (f + shift), 0.0), mask=i < n)
-        problems = tl.num_programs(0)
-        tl.store(statistics + problem, error)
-        tl.store(statistics + problems + problem, iteration.to(tl.float32))
-        tl.store(statistics + 2 * problems + problem, tl.where(empty, 0.0, reg * (value - (moved - mass_a * mass_b))))
+        tl.store(error_out + problem, error)
+        tl.store(iterations_out + problem, iteration)
+        tl.store(value_out + problem, tl.where(empty, 0.0, reg * (value - (moved - mass_a * mass_b))))

@@ -148,11 +148,10 @@ class _Problems:
             return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, stacklevel=5)
         with full_precision(self.cost.device):
             cost = self.cost.detach()
-            plan, f, g, statistics = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
-            error, iterations, value = statistics
-            fields = [plan, value, error, iterations.long(), f, g]
-            left = (~(error.cpu() <= tolerance)).nonzero()[:, 0].to(cost.device)  # the one wait
-            if len(left):
+            fields = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
+            left = ~(fields[2].cpu() <= tolerance)  # the one wait
+            if left.any():
+                left = left.nonzero()[:, 0].to(cost.device)
                 rest = _Problems(cost[left], self.a[left], self.b[left], True, self.slack)
                 solved = solve_checked(rest.masked(), reg, constraint[left], tolerance, max_iterations, stacklevel=5)
                 fields = [all_.index_copy(0, left, some.to(all_)) for all_, some in zip(fields, solved)]

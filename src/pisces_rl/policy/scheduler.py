@@ -131,6 +131,8 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
         @functools.wraps(base.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
+            if not asks_first and hasattr(self, "sigmas"):  # some pipelines read one each step, which would wait
+                self.sigmas = self.sigmas.cpu()
             _check_sigmas(self, session)
             session.begin(self)
 
