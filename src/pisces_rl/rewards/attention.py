@@ -1,7 +1,6 @@
 """Cross-attention whose weights a reward may change, for any model behind transformers' attention interface.
 
-A layer calls `fused_attention`; where its `fusion` changes it, its weights are softmax(logits + bias), times a gate of
-each word.
+A layer calls `fused_attention`; where its `fusion` changes it, the fusion gives its weights.
 """
 
 from typing import Protocol
@@ -22,9 +21,12 @@ class Fusion(Protocol):
     def changes(self, layer: int) -> bool:
         """Whether it changes this layer at all."""
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Of query (B, H, N, d), key (B, H, M, d) and their logits: a bias (B, H, N, M), and a gate (B, H, N) or
-        None."""
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, logits: Tensor, scaling: float, mask: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        """The attention's weights (B, H, N, M), in `dtype`, of query (B, H, N, d), key (B, H, M, d), their logits =
+        scaling query key^T, and what the layer would add to these."""
 
 
 def fused_attention(
@@ -38,15 +40,9 @@ def fused_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=False
         )
     with torch.autocast(query.device.type, enabled=False):
-        logits = (as_float(query) @ as_float(key).mT) * scaling
-    bias, gate = fusion(module.layer_idx, query, key, logits)
-    logits = logits + bias
-    if attention_mask is not None:
-        logits = logits + attention_mask
-    weights = logits.softmax(-1)
-    if gate is not None:
-        weights = weights * gate[..., None]
-    return (weights.to(value) @ value).transpose(1, 2).contiguous(), None
+        logits = (as_float(query) * scaling) @ as_float(key).mT
+    weights = fusion(module.layer_idx, query, key, logits, scaling, attention_mask, value.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, fused_attention)

@@ -1,7 +1,8 @@
 """The costs and the fusion of ot_attention.py on a CUDA device, a kernel launch each, in Triton.
 
-A program does one head of one video: all its words at once, tile by tile of video tokens. What it computes is what
-`BoundOTAttention.cost` and `.fuse` compute without it, in some hundred launches a layer.
+A program does one head of one video: all its words at once, tile by tile of video tokens. Sums and extremes are kept
+a cell of the tile and reduced once a pass. What it computes is what `BoundOTAttention.cost`, and `.fuse` with the
+softmax after it, compute without it, in some hundred launches a layer.
 """
 
 import torch
@@ -14,6 +15,7 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
 
 MAX_WORDS = 128
+TILE = 8192  # cells that a program works on at a time, sixteen a thread
 
 
 def serves(logits: Tensor) -> bool:
@@ -27,36 +29,44 @@ def serves(logits: Tensor) -> bool:
 
 
 def _grid(shape: torch.Size) -> tuple[tuple[int], dict[str, int]]:
-    batch, heads, n, _ = shape
-    block = max(16, triton.next_power_of_2(n))
-    return (batch * heads,), dict(BLOCK_N=block, BLOCK_M=4096 // block, num_warps=8)
+    batch, heads, n, m = shape
+    block_n = max(16, triton.next_power_of_2(n))
+    block_m = min(TILE // block_n, max(16, triton.next_power_of_2(m)))
+    return (batch * heads,), dict(BLOCK_N=block_n, BLOCK_M=block_m, num_warps=max(4, block_n * block_m // 512))
 
 
 def costs(
-    cosine: Tensor, logits: Tensor, words: Tensor, columns: Tensor, frame: Tensor, place: Tensor, temporal: float,
-    spatial: float,
+    query: Tensor, key: Tensor, logits: Tensor, scaling: float, words: Tensor, columns: Tensor, frame: Tensor,
+    place: Tensor, temporal: float, spatial: float,
 ) -> Tensor:  # fmt: skip
-    """(B, H, N, M) from cosine costs (B, N, M) and logits (B, H, N, M), over words (B, N) and columns (M,), for tokens
-    of frames (M,) and places (M, 2)."""
+    """(B, H, N, M), or (B, 1, N, M) without temporal and spatial terms, from queries (B, H, N, d), keys (B, H, M, d)
+    and logits (B, H, N, M), over words (B, N) and columns (M,), for tokens of frames (M,) and places (M, 2).
+
+    The inner product of all heads' queries and keys side by side is the sum of the heads' logits / scaling.
+    """
+    products = logits.sum(1)
+    lengths = (torch.linalg.vector_norm(z, dim=(1, 3), dtype=torch.float32) for z in (query, key))
+    if not temporal and not spatial:
+        logits = logits[:, :1]
     grid, options = _grid(logits.shape)
     out = torch.empty(logits.shape, device=logits.device)
     _costs[grid](
-        cosine.contiguous(), logits.contiguous(), words, columns, frame.contiguous(), place.contiguous(), out,
-        *logits.shape[1:], temporal, spatial, TIME=temporal > 0, SPACE=spatial > 0, **options,
+        products, *lengths, logits.contiguous(), words, columns, frame, place, out, *logits.shape[1:], 1 / scaling,
+        temporal, spatial, TIME=temporal > 0, SPACE=spatial > 0, **options,
     )  # fmt: skip
     return out
 
 
-def fusion(kind: str, logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The bias (B, H, N, M) and the gate (B, H, N) of plans (B, H or 1, N, M)."""
+def fuse(kind: str, logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fused attention's weights (B, H, N, M) from logits and plans (B, H or 1, N, M)."""
     grid, options = _grid(logits.shape)
     plan = plan.expand_as(logits)
-    bias, gate = torch.empty(logits.shape, device=logits.device), torch.empty(logits.shape[:3], device=logits.device)
-    _fusion[grid](
-        logits.contiguous(), plan, *plan.stride(), words, columns, bias, gate, *logits.shape[1:],
-        ARITHMETIC=kind == "arithmetic", **options,
+    out = torch.empty(logits.shape, device=logits.device, dtype=dtype)
+    _fuse[grid](
+        logits.contiguous(), plan, *plan.stride(), words, columns, out, *logits.shape[1:],
+        ARITHMETIC=kind == "arithmetic", GATED=kind == "gated", **options,
     )  # fmt: skip
-    return bias, gate if kind != "log" else None
+    return out
 
 
 if triton is not None:
@@ -68,163 +78,218 @@ if triton is not None:
         return tl.where(high > low, tl.where(scaled == scaled, scaled, 0.0), 0.0)
 
     @triton.jit
+    def _least(x):
+        return tl.min(tl.min(x, 1), 0)
+
+    @triton.jit
+    def _most(x):
+        return tl.max(tl.max(x, 1), 0)
+
+    @triton.jit
+    def _distances(x, y, at_x, at_y):
+        """From (N,) points to (M,) points of the plane."""
+        along, across = x[:, None] - at_x[None, :], y[:, None] - at_y[None, :]
+        return tl.sqrt(along * along + across * across)
+
+    @triton.jit
     def _costs(
-        cosine, logits, words, columns, frames, places, out, heads, n, m, temporal, spatial,
-        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr,
+        products, of_words, of_tokens, logits, words, columns, frames, places, out, heads, n, m, inverse_scaling,
+        temporal, spatial, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr,
     ):  # fmt: skip
         problem = tl.program_id(0).to(tl.int64)
         video = problem // heads
         i = tl.arange(0, BLOCK_N)
+        row = i[:, None]
         word = tl.load(words + video * n + i, mask=i < n, other=0) != 0
-        cosine += video * n * m
+        length = tl.load(of_words + video * n + i, mask=i < n, other=1.0)
+        towards = inverse_scaling / tl.maximum(length, 1e-12)
+        products += video * n * m
+        of_tokens += video * m
         logits += problem * n * m
         out += problem * n * m
 
-        # where each word looks in the plan's tokens, by a running softmax, and the range of the cosines
-        top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        tau = tl.zeros((BLOCK_N,), tl.float32)
-        pi_y = tl.zeros((BLOCK_N,), tl.float32)
-        pi_x = tl.zeros((BLOCK_N,), tl.float32)
-        low = float("inf")
-        high = float("-inf")
+        # where each word looks in the plan's tokens, by a softmax, and the range of the cosines
+        low = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
+        high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+        top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
-            at = i[:, None] * m + j[None, :]
-            placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
-            cells = word[:, None] & placed
-            c = tl.load(cosine + at, mask=cells, other=0.0)
-            low = tl.minimum(low, tl.min(tl.min(tl.where(cells, c, float("inf")), 1), 0))
-            high = tl.maximum(high, tl.max(tl.max(tl.where(cells, c, float("-inf")), 1), 0))
+            placed = tl.load(columns + j, mask=j < m, other=0) != 0
+            cells = word[:, None] & placed[None, :]
+            length = tl.maximum(tl.load(of_tokens + j, mask=j < m, other=1.0), 1e-12)
+            at = row * m + j[None, :]
+            c = 1 - tl.load(products + at, mask=cells, other=0.0) * (towards[:, None] / length[None, :])
+            low = tl.minimum(low, tl.where(cells, c, float("inf")))
+            high = tl.maximum(high, tl.where(cells, c, float("-inf")))
             if TIME or SPACE:
-                x = tl.load(logits + at, mask=(i < n)[:, None] & placed, other=float("-inf"))
-                new = tl.maximum(top, tl.max(x, 1))
-                safe = tl.where(new == float("-inf"), 0.0, new)
-                shrink = tl.exp(top - safe)
-                e = tl.exp(x - safe[:, None])
-                total = total * shrink + tl.sum(e, 1)
-                t = tl.load(frames + j, mask=j < m, other=0.0)
-                tau = tau * shrink + tl.sum(e * t[None, :], 1)
-                y = tl.load(places + 2 * j, mask=j < m, other=0.0)
-                pi_y = pi_y * shrink + tl.sum(e * y[None, :], 1)
-                x = tl.load(places + 2 * j + 1, mask=j < m, other=0.0)
-                pi_x = pi_x * shrink + tl.sum(e * x[None, :], 1)
-                top = new
-        total = tl.where(i < n, total, 1.0)
-        tau, pi_y, pi_x = tau / total, pi_y / total, pi_x / total
+                x = tl.load(logits + at, mask=(row < n) & placed[None, :], other=float("-inf"))
+                top = tl.maximum(top, x)
+        low_x = _least(low)
+        high_x = _most(high)
 
+        tau = tl.zeros((BLOCK_N,), tl.float32)
+        pi_x = tl.zeros((BLOCK_N,), tl.float32)
+        pi_y = tl.zeros((BLOCK_N,), tl.float32)
         low_t = float("inf")
         high_t = float("-inf")
         low_s = float("inf")
         high_s = float("-inf")
         if TIME or SPACE:
+            most = tl.max(top, 1)
+            most = tl.where(most == float("-inf"), 0.0, most)
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            in_time = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            along = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            across = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for start in range(0, m, BLOCK_M):
+                j = start + tl.arange(0, BLOCK_M)
+                placed = tl.load(columns + j, mask=j < m, other=0) != 0
+                x = tl.load(logits + row * m + j[None, :], mask=(row < n) & placed[None, :], other=float("-inf"))
+                e = tl.exp(x - most[:, None])
+                total += e
+                if TIME:
+                    in_time += e * tl.load(frames + j, mask=j < m, other=0.0)[None, :]
+                if SPACE:
+                    along += e * tl.load(places + 2 * j, mask=j < m, other=0.0)[None, :]
+                    across += e * tl.load(places + 2 * j + 1, mask=j < m, other=0.0)[None, :]
+            whole = tl.where(i < n, tl.sum(total, 1), 1.0)
+            tau = tl.sum(in_time, 1) / whole
+            pi_x = tl.sum(along, 1) / whole
+            pi_y = tl.sum(across, 1) / whole
+
+            low = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
+            high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
+            low_place = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
+            high_place = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
                 cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
                 if TIME:
                     d = tl.abs(tau[:, None] - tl.load(frames + j, mask=j < m, other=0.0)[None, :])
-                    low_t = tl.minimum(low_t, tl.min(tl.min(tl.where(cells, d, float("inf")), 1), 0))
-                    high_t = tl.maximum(high_t, tl.max(tl.max(tl.where(cells, d, float("-inf")), 1), 0))
+                    low = tl.minimum(low, tl.where(cells, d, float("inf")))
+                    high = tl.maximum(high, tl.where(cells, d, float("-inf")))
                 if SPACE:
-                    y = pi_y[:, None] - tl.load(places + 2 * j, mask=j < m, other=0.0)[None, :]
-                    x = pi_x[:, None] - tl.load(places + 2 * j + 1, mask=j < m, other=0.0)[None, :]
-                    d = tl.sqrt(y * y + x * x)
-                    low_s = tl.minimum(low_s, tl.min(tl.min(tl.where(cells, d, float("inf")), 1), 0))
-                    high_s = tl.maximum(high_s, tl.max(tl.max(tl.where(cells, d, float("-inf")), 1), 0))
+                    at_x = tl.load(places + 2 * j, mask=j < m, other=0.0)
+                    at_y = tl.load(places + 2 * j + 1, mask=j < m, other=0.0)
+                    d = _distances(pi_x, pi_y, at_x, at_y)
+                    low_place = tl.minimum(low_place, tl.where(cells, d, float("inf")))
+                    high_place = tl.maximum(high_place, tl.where(cells, d, float("-inf")))
+            if TIME:
+                low_t = _least(low)
+                high_t = _most(high)
+            if SPACE:
+                low_s = _least(low_place)
+                high_s = _most(high_place)
 
         low_c = float("inf")
         high_c = float("-inf")
         for step in range(2):  # the range of the sum, then the sum by its range
+            low = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
+            high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
-                inside = (i < n)[:, None] & (j < m)[None, :]
-                at = i[:, None] * m + j[None, :]
+                at = row * m + j[None, :]
                 cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
-                c = _unit(tl.load(cosine + at, mask=cells, other=0.0), low, high)
+                length = tl.maximum(tl.load(of_tokens + j, mask=j < m, other=1.0), 1e-12)
+                c = 1 - tl.load(products + at, mask=cells, other=0.0) * (towards[:, None] / length[None, :])
+                c = _unit(c, low_x, high_x)
                 if TIME:
                     d = tl.abs(tau[:, None] - tl.load(frames + j, mask=j < m, other=0.0)[None, :])
                     c += temporal * _unit(d, low_t, high_t)
                 if SPACE:
-                    y = pi_y[:, None] - tl.load(places + 2 * j, mask=j < m, other=0.0)[None, :]
-                    x = pi_x[:, None] - tl.load(places + 2 * j + 1, mask=j < m, other=0.0)[None, :]
-                    c += spatial * _unit(tl.sqrt(y * y + x * x), low_s, high_s)
+                    at_x = tl.load(places + 2 * j, mask=j < m, other=0.0)
+                    at_y = tl.load(places + 2 * j + 1, mask=j < m, other=0.0)
+                    c += spatial * _unit(_distances(pi_x, pi_y, at_x, at_y), low_s, high_s)
                 if step == 0:
-                    low_c = tl.minimum(low_c, tl.min(tl.min(tl.where(cells, c, float("inf")), 1), 0))
-                    high_c = tl.maximum(high_c, tl.max(tl.max(tl.where(cells, c, float("-inf")), 1), 0))
+                    low = tl.minimum(low, tl.where(cells, c, float("inf")))
+                    high = tl.maximum(high, tl.where(cells, c, float("-inf")))
                 else:
-                    tl.store(out + at, tl.where(cells, _unit(c, low_c, high_c), 0.0), mask=inside)
+                    c = tl.where(cells, _unit(c, low_c, high_c), 0.0)
+                    tl.store(out + at, c, mask=(row < n) & (j < m)[None, :])
+            if step == 0:
+                low_c = _least(low)
+                high_c = _most(high)
 
     @triton.jit
-    def _fusion(
-        logits, plan, plan_b, plan_h, plan_n, plan_m, words, columns, bias, gate, heads, n, m,
-        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ARITHMETIC: tl.constexpr,
+    def _fuse(
+        logits, plan, plan_b, plan_h, plan_n, plan_m, words, columns, out, heads, n, m,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ARITHMETIC: tl.constexpr, GATED: tl.constexpr,
     ):  # fmt: skip
         tiny = 1.1754943508222875e-38
         problem = tl.program_id(0).to(tl.int64)
         video = problem // heads
         i = tl.arange(0, BLOCK_N)
+        row = i[:, None]
         word = tl.load(words + video * n + i, mask=i < n, other=0) != 0
         count = tl.sum(tl.where(word, 1.0, 0.0), 0)
         logits += problem * n * m
         plan += video * plan_b + (problem % heads) * plan_h
-        bias += problem * n * m
+        out += problem * n * m
 
-        # log sum exp over all tokens, and over the plan's; what each word moves, and where all its tokens are
-        top = tl.full((BLOCK_N,), -3e38, tl.float32)
-        top_plan = tl.full((BLOCK_N,), -3e38, tl.float32)
-        total = tl.zeros((BLOCK_N,), tl.float32)
-        total_plan = tl.zeros((BLOCK_N,), tl.float32)
-        moved = tl.zeros((BLOCK_N,), tl.float32)
+        # log sum exp over all tokens, and over the plan's; what each word moves
+        high = tl.full((BLOCK_N, BLOCK_M), -3e38, tl.float32)
+        high_plan = tl.full((BLOCK_N, BLOCK_M), -3e38, tl.float32)
+        shares = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, m, BLOCK_M):
             j = start + tl.arange(0, BLOCK_M)
-            inside = (i < n)[:, None] & (j < m)[None, :]
+            inside = (row < n) & (j < m)[None, :]
             placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
-            x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=-3e38)
-            moved += tl.sum(tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0), 1)
-            new = tl.maximum(top, tl.max(x, 1))
-            total = total * tl.exp(top - new) + tl.sum(tl.where(inside, tl.exp(x - new[:, None]), 0.0), 1)
-            top = new
-            new = tl.maximum(top_plan, tl.max(tl.where(placed, x, -3e38), 1))
-            part = tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - new[:, None]), 0.0)
-            total_plan = total_plan * tl.exp(top_plan - new) + tl.sum(part, 1)
-            top_plan = new
-        log_sum = top + tl.log(tl.maximum(total, tiny))
-        before = top_plan + tl.log(tl.maximum(total_plan, tiny)) - log_sum
+            x = tl.load(logits + row * m + j[None, :], mask=inside, other=-3e38)
+            shares += tl.load(plan + row * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+            high = tl.maximum(high, x)
+            high_plan = tl.maximum(high_plan, tl.where(placed, x, -3e38))
+        top = tl.max(high, 1)
+        top_plan = tl.max(high_plan, 1)
+        moved = tl.sum(shares, 1)
+        totals = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        totals_plan = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for start in range(0, m, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            inside = (row < n) & (j < m)[None, :]
+            placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
+            x = tl.load(logits + row * m + j[None, :], mask=inside, other=0.0)
+            totals += tl.where(inside, tl.exp(x - top[:, None]), 0.0)
+            totals_plan += tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - top_plan[:, None]), 0.0)
+        log_sum = top + tl.log(tl.maximum(tl.sum(totals, 1), tiny))
+        before = top_plan + tl.log(tl.maximum(tl.sum(totals_plan, 1), tiny)) - log_sum
 
-        if ARITHMETIC:
-            share = tl.exp(before) * count
-            total = (2.0 - tl.exp(before) + share * moved) / 2
+        share = tl.exp(before) * count
+        after = before
+        gate = tl.full((BLOCK_N,), 1.0, tl.float32)
+        if not ARITHMETIC:
+            high = tl.full((BLOCK_N, BLOCK_M), -3e38, tl.float32)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
-                inside = (i < n)[:, None] & (j < m)[None, :]
-                placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
-                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
-                x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
-                e = tl.exp(x)
-                mixed = (e + tl.where(placed, share[:, None] * p, e)) / 2 / total[:, None]
-                new = tl.where(word[:, None], tl.log(tl.maximum(mixed, tiny)) - x, 0.0)
-                tl.store(bias + i[:, None] * m + j[None, :], new, mask=inside)
-            tl.store(gate + problem * n + i, tl.where(word, total, 1.0), mask=i < n)
-        else:
-            top = tl.full((BLOCK_N,), -3e38, tl.float32)
-            total = tl.zeros((BLOCK_N,), tl.float32)
-            for start in range(0, m, BLOCK_M):
-                j = start + tl.arange(0, BLOCK_M)
-                inside = (i < n)[:, None] & (j < m)[None, :]
+                inside = (row < n) & (j < m)[None, :]
                 placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
-                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
-                x = tl.load(logits + i[:, None] * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
+                p = tl.load(plan + row * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+                x = tl.load(logits + row * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
                 x += tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny))
-                new = tl.maximum(top, tl.max(tl.where(placed, x, -3e38), 1))
-                part = tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - new[:, None]), 0.0)
-                total = total * tl.exp(top - new) + tl.sum(part, 1)
-                top = new
-            after = top + tl.log(tl.maximum(total, tiny))
+                high = tl.maximum(high, tl.where(placed, x, -3e38))
+            top = tl.max(high, 1)
+            totals = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
-                inside = (i < n)[:, None] & (j < m)[None, :]
-                cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
-                p = tl.load(plan + i[:, None] * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
-                x = tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny)) + (before - after)[:, None]
-                tl.store(bias + i[:, None] * m + j[None, :], tl.where(cells, x, 0.0), mask=inside)
-            tl.store(gate + problem * n + i, tl.where(word, tl.minimum(moved * count, 1.0), 1.0), mask=i < n)
+                inside = (row < n) & (j < m)[None, :]
+                placed = (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :] & inside
+                p = tl.load(plan + row * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+                x = tl.load(logits + row * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
+                x += tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny))
+                totals += tl.where(placed, tl.exp(tl.where(placed, x, 0.0) - top[:, None]), 0.0)
+            after = top + tl.log(tl.maximum(tl.sum(totals, 1), tiny))
+            if GATED:  # the share of its weight that a word moves
+                gate = tl.where(word, tl.minimum(moved * count, 1.0), 1.0)
+
+        for start in range(0, m, BLOCK_M):
+            j = start + tl.arange(0, BLOCK_M)
+            inside = (row < n) & (j < m)[None, :]
+            cells = word[:, None] & (tl.load(columns + j, mask=j < m, other=0) != 0)[None, :]
+            p = tl.load(plan + row * plan_n + j[None, :] * plan_m, mask=inside, other=0.0)
+            x = tl.load(logits + row * m + j[None, :], mask=inside, other=0.0) - log_sum[:, None]
+            e = tl.exp(x)
+            if ARITHMETIC:
+                new = tl.where(cells, (e + share[:, None] * p) / 2, e)
+            else:
+                x += tl.log(tl.maximum(p / tl.maximum(moved, tiny)[:, None], tiny)) + (before - after)[:, None]
+                new = tl.where(cells, tl.exp(x), e) * gate[:, None]
+            tl.store(out + row * m + j[None, :], new, mask=inside)

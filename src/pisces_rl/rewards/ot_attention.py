@@ -109,22 +109,29 @@ class BoundOTAttention:
         """Whether this layer's attention is fused at all."""
         return all(layers is None or layer in layers for layers in (self.settings.layers, self.layers))
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The bias (B, H, N, M) of the logits and the gate (B, H, N) of one layer."""
-        settings = self.settings
+    def __call__(
+        self, layer: int, query: Tensor, key: Tensor, logits: Tensor, scaling: float, mask: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The weights (B, H, N, M) of one layer: softmax(logits + bias + mask) times each word's gate."""
+        settings, dtype = self.settings, dtype or logits.dtype
         with torch.no_grad():
-            plan = self.solve(self.cost(query, key, logits))
+            plan = self.solve(self.cost(query, key, logits, scaling))
+        plain = not settings.floor and settings.heads is None and settings.drawings is None and mask is None
+        if plain and not logits.requires_grad and fused.serves(logits):
+            return fused.fuse(settings.fusion, logits, plan, self.words, self.columns, dtype)
         bias, gate = self.fuse(logits, plan)
         if settings.heads is not None:
             chosen = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
             chosen[list(settings.heads)] = True
             bias = torch.where(chosen[:, None, None], bias, 0.0)
             gate = None if gate is None else torch.where(chosen[:, None], gate, 1.0)
+        weights = (logits + bias if mask is None else logits + bias + mask).softmax(-1)
+        weights = weights if gate is None else weights * gate[..., None]
         if settings.drawings is not None:
-            after = (logits + bias).softmax(-1) * (1.0 if gate is None else gate[..., None])
-            drawn = (logits.softmax(-1), plan.expand_as(logits), after)
+            drawn = (logits.softmax(-1), plan.expand_as(logits), weights)
             settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in drawn)))
-        return bias, gate
+        return weights.to(dtype)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -149,18 +156,23 @@ class BoundOTAttention:
         b = self.columns.to(a) / self.columns.sum()
         return a, b.expand(len(a), -1)
 
-    def cost(self, query: Tensor, key: Tensor, logits: Tensor) -> Tensor:
+    @cached_property
+    def weights_by_head(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """The weights once a head, by the number of heads."""
+        return {1: self.weights}
+
+    def cost(self, query: Tensor, key: Tensor, logits: Tensor, scaling: float) -> Tensor:
         """(B, H, N, M) over words and `columns`, 0 outside; (B, 1, N, M) if nothing in it differs by head."""
         settings = self.settings
-        y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
-        cosine = cosine_cost(y, x)
         alike = not settings.temporal and not settings.spatial
         frame, place = (z.to(logits) for z in self.places)
         if settings.normalise and fused.serves(logits):
-            seen = logits[:, :1] if alike else logits
             return fused.costs(
-                cosine, seen, self.words, self.columns, frame, place, settings.temporal, settings.spatial
-            )
+                query, key, logits, scaling, self.words, self.columns, frame, place, settings.temporal,
+                settings.spatial,
+            )  # fmt: skip
+        y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
+        cosine = cosine_cost(y, x)
         cells = self.words[:, None, :, None] & self.columns
         scaled = _to_unit_range if settings.normalise else _inside
         cost = scaled(cosine[:, None], cells)
@@ -180,9 +192,9 @@ class BoundOTAttention:
         """Plans of the shape of the costs, all problems of the layer in one batch. A text without words has a zero
         plan."""
         s, heads = self.settings, cost.shape[1]
-        a, b = self.weights
-        if heads > 1:
-            a, b = (weights.repeat_interleave(heads, 0) for weights in (a, b))
+        if heads not in self.weights_by_head:
+            self.weights_by_head[heads] = tuple(weights.repeat_interleave(heads, 0) for weights in self.weights)
+        a, b = self.weights_by_head[heads]
         cost = cost.flatten(0, 1)
         if s.plan == "paper":
             plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance).plan
@@ -197,8 +209,6 @@ class BoundOTAttention:
     def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
         """What to add to the logits, and the gate."""
         s, columns, tiny = self.settings, self.columns, torch.finfo(logits.dtype).tiny
-        if not s.floor and not logits.requires_grad and fused.serves(logits):
-            return fused.fusion(s.fusion, logits, plan, self.words, columns)
         cells = self.words[:, None, :, None] & columns
         log_attention = logits.log_softmax(-1)
         attention = log_attention.exp()
