@@ -219,7 +219,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         """Back-propagate the loss of one micro-batch, one denoising step at a time; returns its value."""
         args, rollout, metrics = self.args, self._rollout, self._metrics["train"]
         batch_size = len(rows)
-        if not args.beta:  # without a KL term a sample of advantage 0 has no gradient
+        # Without a KL term a sample of advantage 0 has no gradient; but ranks that share weights make the same calls.
+        if not args.beta and self.policy.mesh is None:
             rows = [r for r in rows if self._advantages[r] != 0]
         total, errors = torch.zeros((), device=self.accelerator.device), []
         if not rows:
