@@ -1,6 +1,8 @@
 """What two processes run, and one process for comparison: the same global batch, whatever the number of processes.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
+
+Started by `accelerate launch` with FSDP2, the same scenarios run with sharded denoisers.
 """
 
 import json
@@ -9,12 +11,17 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import DTensor
 from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
 import test_consistency as consistency  # noqa: E402
 import tiny_runs  # noqa: E402
+from tiny_pipelines import CALLS  # noqa: E402
+
+from pisces_rl.policy import VideoPolicy, add_lora, lora_parameters  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
@@ -134,6 +141,39 @@ def unequal_weights(folder) -> dict:
     except RuntimeError as error:
         message = str(error)
     return {"weights": tiny_runs.weights(trainer), "message": message}
+
+
+def parts_of_weights(folder) -> dict:
+    """How many of the denoiser's own weights this process holds, in fp32 and in mixed precision."""
+    trainer = made(folder)
+    denoiser = trainer.policy.denoiser["transformer"]
+    frozen = [p for p in denoiser.parameters() if not p.requires_grad]
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+    return {"weights": tiny_runs.weights(trainer), "held": held, "whole": sum(p.numel() for p in frozen),
+            "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
+
+
+def unequal_texts(folder) -> dict:
+    """Kandinsky 5 runs a forward for each length of text: three on the first process, one on the last."""
+    prompts = [["a bird in the snow", "a", "a fish"], ["a fish", "a fish", "a fish"]][RANK]
+    pipe = tiny_runs.quiet(tiny_runs.BUILD["kandinsky5"]())
+    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
+    seeds = {"noise_seeds": [0, 1, 2], "step_seeds": [3, 4, 5], "steps": [0, 1]}
+    whole = policy.sample(prompts, **seeds)
+    policy.shard(init_device_mesh("cpu", (WORLD,)))
+    parts = policy.sample(prompts, **seeds)
+    scores = []
+    policy.replay(parts, [0, 1, 2], lambda step: (step.log_prob.sum().backward(), scores.append(step.log_prob)))
+    gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
+    return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
+            "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
+
+
+def half_precision(folder) -> dict:
+    """Weights of two dtypes in a block, as bf16 pipelines have, with activations computed again."""
+    return trained(made(folder, model=tiny_runs.pipeline().to(torch.bfloat16), gradient_checkpointing=True,
+                        replay_tolerance=1.0))
 
 
 def run(name: str, folder: Path) -> dict:

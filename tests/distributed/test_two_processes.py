@@ -1,8 +1,6 @@
 """Two real processes (torchrun, gloo, CPU) equal one."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import scenarios
+from processes import run
 from tiny_runs import largest_difference
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
@@ -21,19 +20,8 @@ TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "unequal_weights"]
 
 
 def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
-    """Two processes; all of them are ended when time runs out, so that a hang is a failure and not a hang."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(Path(scenarios.__file__)), str(folder), *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0]
-        raise AssertionError(f"two processes did not end within {timeout} s:\n{output[-3000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    return run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(scenarios.__file__)),
+               str(folder), *names, timeout=timeout)
 
 
 @pytest.fixture(scope="module")

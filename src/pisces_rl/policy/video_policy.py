@@ -404,10 +404,14 @@ class VideoPolicy(nn.Module):
             key = name, repr(sorted((plain | session.overrides).items())), rows / len(session.prompts)
             known = key in self._skipped_outputs
             if plain and not session.needs_prediction:  # other ranks' videos may have other conditions
-                known = not self._agreed(not known)
+                known = not self._agreed(int(not known))
             if not session.needs_prediction and known:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
+            if self.mesh is not None and self.prompt_memo.pad and not session.lengths_agreed:
+                # Unequal prompts on one rank: all of them run by length from here on.
+                self.prompt_memo.padded = bool(self._agreed(int(self.prompt_memo.padded)))
+                session.lengths_agreed = True
             run = functools.partial(by_length, forward, self._agreed) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
             with attention_kernel(self.attention_kernel), cast:

@@ -5,6 +5,7 @@ import os
 from accelerate import Accelerator, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..policy import VideoPolicy
 
@@ -23,16 +24,18 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
         )
     if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
+    settings = args.fsdp_plugin_args or {}
+    version = int(settings.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1))
+    if version != 2:
+        raise ValueError(
+            f"fsdp_version={version}: FSDP1 flattens frozen weights and adapter into one tensor. Set fsdp_version: 2 "
+            "under fsdp_config in the file of accelerate, or --fsdp_version 2."
+        )
     # Every rank loads the weights that it shards. transformers would leave those of text encoders empty on all ranks
     # but the first, for FSDP to fill, and text encoders are not sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin = FullyShardedDataParallelPlugin(
-        **(args.fsdp_plugin_args or {}) | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"})
-    if plugin.fsdp_version != 2:
-        raise ValueError(
-            f"fsdp_version={plugin.fsdp_version}: FSDP1 flattens frozen weights and adapter into one tensor. Set "
-            "fsdp_version: 2 under fsdp_config in the file of accelerate, or --fsdp_version 2."
-        )
+        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"})
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing=true: set it to false, and gradient_checkpointing=True in the config: "
@@ -45,5 +48,5 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
     """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
-                 cpu_offload=bool(plugin.cpu_offload) and accelerator.device.type != "cpu")
+                 cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
     accelerator.state.distributed_type = PartialState().distributed_type
