@@ -104,7 +104,6 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             self.all_reduce_gradients()
             if len(self.rewards):
                 self._measure_spread()
-            self.check_equal_weights()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss

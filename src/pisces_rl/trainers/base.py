@@ -47,6 +47,7 @@ from .checkpoint import load_tree, random_state, restore_random_state, save_tree
 from .consistency import ConsistencyDistillation
 from .images import check_images, image_columns, images_of
 from .launch import requested_sharding, shard_policy
+from .ranks import Ranks
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
 from .video_data import check_videos, undecoded
@@ -121,7 +122,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
-        self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
+        self.rewards, self.judges = (
+            RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
         if bool(args.consistency_weight) != (video_dataset is not None):
             raise ValueError(
                 f"consistency_weight={args.consistency_weight}, and video_dataset is a "
@@ -182,6 +184,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                          eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
+        self.ranks = Ranks(self.accelerator, args.ddp_timeout)
         if sharding is not None:
             shard_policy(self.policy, self.accelerator, sharding)
             self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
@@ -285,6 +288,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         Where every sample had advantage 0 there is none, and it becomes 0: the optimizer then takes the same step
         (of its momentum) on one process as on several.
         """
+        step = self.state.global_step
+        if step % self.args.equal_weights_steps == 0:
+            self.check_equal_weights()
+        self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
         for parameter in self.adapter.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -315,14 +322,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             )
 
     def check_equal_weights(self) -> None:
-        """All processes must hold the same adapter; a RuntimeError names the ranks that do not."""
-        if self.accelerator.num_processes == 1:
-            return
-        digest = hashlib.sha256(torch.cat([p.detach().flatten().cpu() for p in self.adapter.values()]).numpy())
-        digests = gather_object([digest.hexdigest()])
-        different = [rank for rank, d in enumerate(digests) if d != digests[0]]
-        if different:
-            raise RuntimeError(f"ranks {different} hold other adapter weights than rank 0: gradients were not shared.")
+        """All processes must hold the same adapter; a RankError names the ranks that do not."""
+        self.ranks.meet(f"to compare weights after optimizer step {self.state.global_step}")
+        self.ranks.check_equal(self.adapter.values())
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -392,6 +394,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < self.args.num_sample_videos:
                 kept += list(rollout.videos.cpu()[:self.args.num_sample_videos - len(kept)])
+        self.ranks.meet(f"in the evaluation of {name!r}")
         rows = sorted(gather_object(rows), key=lambda r: r["row"])
         names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
         scores = {key: [row.get(key) for row in rows] for key in names}
@@ -525,6 +528,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
             if self.is_world_process_zero():
                 self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
+            raise
+        except RuntimeError as error:
+            self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         self._finish()
         return output

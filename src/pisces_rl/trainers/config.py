@@ -49,6 +49,11 @@ class VideoPolicyConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
     )
+    reward_timeout: float = field(
+        default=1200.0,
+        metadata={"help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
+                  "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."},
+    )
     lora_denoisers: list[str] | None = field(
         default=None,
         metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
@@ -58,6 +63,13 @@ class VideoPolicyConfig(_BaseConfig):
         default=None,
         metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
                   "saved. Unset: none."},
+    )
+
+    # --- many processes ---
+    equal_weights_steps: int = field(
+        default=10,
+        metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
+                  "also checked before each checkpoint."},
     )
 
     # --- the consistency term, on captioned videos ---
@@ -114,6 +126,14 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
+        if self.reward_timeout < 0 or (self.world_size > 1 and self.reward_timeout >= self.ddp_timeout):
+            raise ValueError(
+                f"reward_timeout={self.reward_timeout:g} must be 0 (no limit) or, on several processes, between 0 and "
+                f"ddp_timeout={self.ddp_timeout}: the other ranks wait that long, and then name the rank, but not "
+                "the reward. Lower it, or raise ddp_timeout."
+            )
+        if self.equal_weights_steps < 1:
+            raise ValueError(f"equal_weights_steps={self.equal_weights_steps} must be at least 1 optimizer step.")
         if self.consistency_weight < 0 or self.consistency_steps < 2 or not 0 < self.consistency_decay < 1:
             raise ValueError(
                 f"consistency_weight={self.consistency_weight} must not be negative, consistency_steps="

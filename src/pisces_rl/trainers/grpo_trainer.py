@@ -155,6 +155,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             )
         self._rollout.videos = None  # scored; the update needs the states only
 
+        self.ranks.meet(f"with the rewards of rollout {generation}")
         values = self.accelerator.gather(table.values.to(self.accelerator.device)).cpu()
         keys = gather_object(group_keys(prompts, images))
         self._check_groups(keys)
@@ -173,7 +174,6 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
         self._micro_batches = [rows.tolist() for rows in order.chunk(args.steps_per_generation)]
         self._log_rollout(table, values, rewards, group_std)
-        self.check_equal_weights()
 
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
