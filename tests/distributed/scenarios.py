@@ -7,7 +7,10 @@ Started by `accelerate launch` with FSDP2, the same scenarios run with sharded d
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ import test_backprop_trainer as backprop  # noqa: E402
 import test_consistency as consistency  # noqa: E402
 import tiny_runs  # noqa: E402
 from tiny_pipelines import CALLS  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
 
 from pisces_rl.policy import VideoPolicy, add_lora, lora_parameters  # noqa: E402
 
@@ -128,6 +132,59 @@ def failing_rank(folder) -> dict:
         return tiny_runs.brightness(prompts, videos)
 
     return trained(made(folder, fails, max_steps=2))
+
+
+def _saving(folder, reward, callbacks=(), **timeouts) -> dict:
+    """Three optimizer steps with a checkpoint each."""
+    return trained(made(folder, reward, max_steps=3, save_strategy="steps", save_steps=1, callbacks=list(callbacks),
+                        **timeouts))
+
+
+def dead_rank(folder) -> dict:
+    """The last process is killed after the first checkpoint."""
+    def kills(prompts, videos, trainer_state, **columns):
+        if RANK == WORLD - 1 and trainer_state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tiny_runs.brightness(prompts, videos)
+
+    return _saving(folder, kills, ddp_timeout=100, reward_timeout=90)
+
+
+def hanging_reward(folder) -> dict:
+    """A reward that waits for ever for a server, on the last process."""
+    def waits(prompts, videos, trainer_state, **columns):
+        if RANK == WORLD - 1 and trainer_state.global_step == 1:
+            threading.Event().wait()
+        return tiny_runs.brightness(prompts, videos)
+
+    return _saving(folder, waits, ddp_timeout=100, reward_timeout=2)
+
+
+def stuck_rank(folder) -> dict:
+    """The last process is stuck outside of rewards."""
+    class Stuck(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 1:
+                time.sleep(8)
+                os._exit(3)
+
+    return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=5, reward_timeout=4)
+
+
+def disturbed_weights(folder) -> dict:
+    """One bit of one weight of the last process changes in the second of eight steps; compared every third."""
+    class Disturb(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 2:
+                next(iter(trainer.adapter.values())).data.view(-1)[0].view(torch.int32).bitwise_xor_(1)
+
+    trainer = made(folder, max_steps=8, equal_weights_steps=3, callbacks=[Disturb()])
+    message = ""
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        message = str(error)
+    return {"weights": tiny_runs.weights(trainer), "message": message, "step": trainer.state.global_step}
 
 
 def unequal_weights(folder) -> dict:

@@ -16,7 +16,7 @@ from tiny_runs import largest_difference
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
              "distilled"]
-TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "unequal_weights"]
+TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "disturbed_weights", "unequal_weights"]
 
 
 def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
@@ -42,7 +42,7 @@ def numbers(folder: Path, name: str, rank: int = 0) -> dict:
     return json.loads((folder / f"{name}_{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", [n for n in TOGETHER if n != "unequal_weights"])
+@pytest.mark.parametrize("name", [n for n in TOGETHER if n not in ("disturbed_weights", "unequal_weights")])
 def test_ranks_hold_equal_weights(two, name):
     first, second = (load_file(two / f"{name}_{rank}.safetensors") for rank in (0, 1))
     assert largest_difference(first, second) == 0
@@ -87,6 +87,12 @@ def test_evaluation_equals_that_of_one_process(two, tmp_path):
 
 def test_unequal_weights_are_found(two):
     assert "ranks [1] hold other adapter weights than rank 0" in numbers(two, "unequal_weights")["message"]
+
+
+def test_a_changed_bit_is_found_at_the_next_comparison(two):
+    for rank in (0, 1):
+        result = numbers(two, "disturbed_weights", rank)
+        assert "ranks [1] hold other adapter weights than rank 0" in result["message"] and result["step"] == 3
 
 
 def test_a_reward_that_fails_on_one_rank_ends_the_run(two, launched):

@@ -3,6 +3,7 @@
 import _thread
 import contextlib
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -35,7 +36,10 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
             stack = "".join(traceback.format_stack(sys._current_frames().get(guarded))[-6:])
             print(f"{message} It is here:\n{stack}", file=sys.stderr, flush=True)
             if guarded == threading.main_thread().ident:
-                _thread.interrupt_main()
+                if sys.platform == "win32":
+                    _thread.interrupt_main()
+                else:  # a signal wakes what waits for a lock, which interrupt_main leaves asleep
+                    signal.pthread_kill(guarded, signal.SIGINT)
         if not ended.wait(GRACE):
             print(f"{message} It cannot be interrupted, so this process ends.", file=sys.stderr, flush=True)
             os._exit(1)
