@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
-from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
