@@ -5,6 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
+
+import yaml
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -24,6 +27,18 @@ def together(script: str, *arguments: str, timeout: float) -> list[subprocess.Co
         for process in processes:
             process.kill()
     return [subprocess.CompletedProcess(command, p.returncode, output) for p, output in zip(processes, outputs)]
+
+
+def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -> subprocess.CompletedProcess:
+    """`accelerate launch script folder names` with FSDP2 on two processes; `fsdp` changes its settings."""
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
+        "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
+    }  # fmt: skip
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+    return run("accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml"), script, str(folder),
+               *names, timeout=timeout)
 
 
 def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:

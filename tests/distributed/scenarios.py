@@ -2,7 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
-Started by `accelerate launch` with FSDP2, the same scenarios run with sharded denoisers.
+Started by `accelerate launch` with FSDP2, the same scenarios run with sharded denoisers; with SHARE_TOKENS=1, both
+processes share each video's tokens.
 """
 
 import json
@@ -25,17 +26,26 @@ import tiny_runs  # noqa: E402
 from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from pisces_rl.policy import VideoPolicy, add_lora, lora_parameters  # noqa: E402
+from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, lora_parameters  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
+if os.environ.get("SHARE_TOKENS"):
+    SHARED = 2  # processes that share each video
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by the number of GPUs
+else:
+    SHARED = 1
+PARTS = WORLD // SHARED
+
+
 def made(folder, rewards=tiny_runs.brightness, videos: int = 8, **settings):
     """A trainer whose rollouts have `videos` videos over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "alive": True} | settings
-    trainer = tiny_runs.trainer(folder, rewards, per_device_train_batch_size=videos // WORLD, **settings)
+    trainer = tiny_runs.trainer(folder, rewards, per_device_train_batch_size=videos // PARTS, context_parallel=SHARED,
+                                **settings)
     assert trainer.accelerator.num_processes == WORLD and trainer.accelerator.process_index == RANK
     return trainer
 
@@ -72,6 +82,14 @@ def idle_rank(folder) -> dict:
     return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), max_steps=2))
 
 
+def unlike_rewards(folder) -> dict:
+    """A reward that says other things on each process; those that share a video must follow one of them."""
+    def moody(prompts, videos, **columns):
+        return tiny_runs.brightness(prompts, videos) * (-1) ** (RANK % SHARED)
+
+    return trained(made(folder, moody, max_steps=2))
+
+
 def resumed(folder) -> dict:
     """AdamW, cosine, the average and prompt statistics: stopped at step 2 of 5 and resumed, against uninterrupted."""
     settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "max_steps": 5,
@@ -89,23 +107,25 @@ def backpropagated(folder) -> dict:
     """Reward backpropagation: rewards scaled by their spread over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "scale_rewards": "std", "max_steps": 3}
     return trained(backprop.trainer(
-        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // WORLD,
-        backprop_through="low_variance", **settings,
+        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // PARTS,
+        context_parallel=SHARED,        backprop_through="low_variance", **settings,
     ))  # fmt: skip
 
 
 def backpropagated_k2(folder) -> dict:
     """Through two steps and a part of the frames, all activations computed again; accumulated micro-batches."""
     return trained(backprop.trainer(
-        folder, prompts=8, per_device_train_batch_size=2 // WORLD, gradient_accumulation_steps=2, backprop_steps=2,
-        decode_frames=1, gradient_checkpointing=True, checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
+        folder, prompts=8, per_device_train_batch_size=2 // PARTS, context_parallel=SHARED,
+        gradient_accumulation_steps=2, backprop_steps=2, decode_frames=1, gradient_checkpointing=True,
+        checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
     ))  # fmt: skip
 
 
 def distilled(folder) -> dict:
     """The consistency term beside a reward."""
     return trained(consistency.distilled(
-        folder, backprop.bright, per_device_train_batch_size=4 // WORLD, optim="sgd", learning_rate=1.0, max_steps=3,
+        folder, backprop.bright, per_device_train_batch_size=4 // PARTS, context_parallel=SHARED, optim="sgd",
+        learning_rate=1.0, max_steps=3,
     ))  # fmt: skip
 
 
@@ -225,6 +245,21 @@ def unequal_texts(folder) -> dict:
     gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
     return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
             "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
+
+
+def refused_splits(folder) -> dict:
+    """Tokens that cannot be split: a class without a plan, and videos of three tokens."""
+    mesh = init_device_mesh("cpu", (1, 1, WORLD), mesh_dim_names=("data", "ring", "ulysses"))
+    messages = []
+    for family in ("cogvideox", "wan"):
+        pipe = tiny_runs.quiet(tiny_runs.BUILD[family]())
+        policy = VideoPolicy(pipe, num_inference_steps=2, pipeline_kwargs=CALLS[family])
+        try:
+            policy.share_tokens(mesh)
+            policy.sample(["a"], noise_seeds=[0])
+        except PolicyError as error:
+            messages.append(str(error))
+    return {"weights": {}, "messages": messages}
 
 
 def half_precision(folder) -> dict:

@@ -5,30 +5,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import scenarios
-from processes import run
+from processes import accelerate
 from tiny_runs import largest_difference
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
              "distilled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "parts_of_weights", "unequal_texts", "half_precision"]
-
-
-def launch(folder: Path, *names: str, timeout: float, **fsdp):
-    """The scenarios under `accelerate launch` with a file of settings; `fsdp` changes those of FSDP."""
-    settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
-        "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
-    }  # fmt: skip
-    (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
-    return run("accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml"), scenarios.__file__,
-               str(folder), *names, timeout=timeout)
 
 
 def numbers(folder: Path, name: str, rank: int = 0) -> dict:
@@ -38,7 +25,7 @@ def numbers(folder: Path, name: str, rank: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = launch(folder, *TOGETHER, timeout=400)
+    result = accelerate(scenarios.__file__, folder, *TOGETHER, timeout=400)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -95,13 +82,14 @@ def test_weights_of_two_dtypes_are_sharded(sharded):
 
 
 def test_fsdp1_is_refused(tmp_path):
-    result = launch(tmp_path, "split_group", timeout=100, fsdp_version=1, fsdp_reshard_after_forward="FULL_SHARD")
+    result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=100, fsdp_version=1,
+                        fsdp_reshard_after_forward="FULL_SHARD")  # fmt: skip
     assert result.returncode != 0
     assert "fsdp_version=1: FSDP1 flattens" in result.stdout and "--fsdp_version 2" in result.stdout
 
 
 def test_gathered_weights_may_be_kept(tmp_path):
-    result = launch(tmp_path, "split_group", timeout=100, fsdp_reshard_after_forward=False)
+    result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=100, fsdp_reshard_after_forward=False)
     assert result.returncode == 0, result.stdout[-3000:]
     one = scenarios.run("split_group", tmp_path / "one")
     assert largest_difference(one["weights"], load_file(tmp_path / "split_group_0.safetensors")) < 1e-6

@@ -1,16 +1,21 @@
-"""A denoiser whose frozen weights lie in parts on several ranks: each block is gathered when it runs.
+"""A denoiser on several ranks: its frozen weights in parts, each block gathered when it runs, or its tokens in parts.
 
 Only the base is sharded, by torch's `fully_shard` (FSDP2). The adapter is small and stays whole on every rank, so that
 its gradients, its file and its average are what they are without sharding. Gathering is a collective: every rank must
 call the denoiser as often as every other.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
+from diffusers import ContextParallelConfig
 from torch import nn
 from torch.distributed import DeviceMesh, ReduceOp, all_reduce
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from .execution import repeated_blocks
+from .scheduler import PolicyError
 
 
 def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True,
@@ -30,6 +35,43 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool 
                     ignored_params=trained)  # fmt: skip
     for parameter in trained:
         parameter.data = parameter.data.to(mesh.device_type)
+
+
+def share_tokens(denoiser: nn.Module, mesh: DeviceMesh) -> None:
+    """Split each video's tokens over the ranks of the mesh's dimension "ulysses", by diffusers' context parallelism.
+
+    Attention changes to a split by heads and back (DeepSpeed-Ulysses, arXiv 2309.14509). Each of these ranks then has
+    the gradient of its own tokens: the sum over them is that of the video.
+
+    Args:
+        mesh: with dimensions "ring", of size 1, and "ulysses".
+
+    Raises:
+        PolicyError: diffusers has no plan for the class, or its heads cannot be divided.
+    """
+    name, degree = type(denoiser).__name__, mesh["ulysses"].size()
+    if denoiser._cp_plan is None:
+        raise PolicyError(
+            f"context_parallel={degree}: diffusers has no plan (_cp_plan) to split the tokens of {name}; leave it 1."
+        )
+    heads = denoiser.config.num_attention_heads
+    if heads % degree:
+        raise PolicyError(f"context_parallel={degree} must divide the {heads} attention heads of {name}.")
+    denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
+
+
+@contextlib.contextmanager
+def tokens_divide() -> Iterator[None]:
+    """Says in a PolicyError what diffusers means by a tensor that cannot be divided."""
+    try:
+        yield
+    except AssertionError as error:
+        if "divisible by mesh size" not in str(error):
+            raise
+        raise PolicyError(
+            "context_parallel: the tokens of a video cannot be divided among its ranks; choose height, width and "
+            "num_frames whose number of latent patches is a multiple of it."
+        ) from error
 
 
 def is_sharded(module: nn.Module) -> bool:

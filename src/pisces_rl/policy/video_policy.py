@@ -35,7 +35,7 @@ from .scheduler import (
     training_scheduler,
 )
 from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
-from .sharding import largest_over_ranks, shard
+from .sharding import largest_over_ranks, shard, share_tokens, tokens_divide
 from .text_lengths import by_length, takes_mask
 
 # Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
@@ -85,6 +85,7 @@ class VideoPolicy(nn.Module):
         self.attention_kernel = attention_kernel
         self.compiled = False
         self.mesh: DeviceMesh | None = None  # of the ranks that share the denoisers' weights
+        self.shares_tokens = False  # with other ranks, which sample the same videos
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
@@ -142,6 +143,16 @@ class VideoPolicy(nn.Module):
         for module in self.denoiser.values():
             shard(module, mesh, reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload)
         self.mesh = mesh
+
+    def share_tokens(self, mesh: DeviceMesh) -> None:
+        """Split each video's tokens over ranks, see `sharding.share_tokens`; these must make the same calls."""
+        if self.compiled:
+            raise PolicyError(
+                "context_parallel: blocks whose tokens are split cannot be compiled; leave it 1, or torch_compile off."
+            )
+        for module in self.denoiser.values():
+            share_tokens(module, mesh)
+        self.shares_tokens = True
 
     def _agreed(self, number: int) -> int:
         """A number of denoiser calls that is the same on all ranks where they must make the same."""
@@ -414,7 +425,8 @@ class VideoPolicy(nn.Module):
                 session.lengths_agreed = True
             run = functools.partial(by_length, forward, self._agreed) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-            with attention_kernel(self.attention_kernel), cast:
+            divided = tokens_divide() if self.shares_tokens else contextlib.nullcontext()
+            with attention_kernel(self.attention_kernel), cast, divided:
                 output = run(*args, **kwargs)
             if self.mesh is not None:  # gathering for backward hangs on the output, which must not be a view
                 output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)

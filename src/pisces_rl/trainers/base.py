@@ -46,7 +46,7 @@ from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
 from .consistency import ConsistencyDistillation
 from .images import check_images, image_columns, images_of
-from .launch import requested_sharding, shard_policy
+from .launch import requested_sharding, shard_policy, share_tokens_of_policy
 from .ranks import Ranks
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
@@ -185,6 +185,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
+        if args.context_parallel > 1:
+            share_tokens_of_policy(self.policy, self.accelerator, args.context_parallel)
         if sharding is not None:
             shard_policy(self.policy, self.accelerator, sharding)
             self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
@@ -263,7 +265,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             return torch.zeros((), device=self.accelerator.device)
         with self.stage("consistency"):
             count = self.args.consistency_batch_size or self.args.per_device_train_batch_size
-            part = self.accelerator.process_index, self.accelerator.num_processes
+            part = self.data_part, self.args.data_parts
             loss = self.consistency.loss(self._step, count, part).mean()
             self._metrics["train"]["consistency_loss"].append(loss.item())
             loss = self.args.consistency_weight * loss / self.current_gradient_accumulation_steps
@@ -282,6 +284,16 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
+    @property
+    def data_part(self) -> int:
+        """Which part of the videos this process works on, of `args.data_parts`."""
+        return self.accelerator.process_index // self.args.context_parallel
+
+    @property
+    def _calls_together(self) -> bool:
+        """Whether the policy runs only where several processes call it at the same time."""
+        return self.policy.mesh is not None or self.policy.shares_tokens
+
     def all_reduce_gradients(self) -> None:
         """Average the adapter's gradients over processes, in one message.
 
@@ -297,7 +309,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
-            flat = self.accelerator.reduce(flat, reduction="mean")
+            # the mean over videos, of the sum over the ranks that share a video's tokens
+            flat = self.accelerator.reduce(flat, reduction="mean") * self.args.context_parallel
             offset = 0
             for parameter in self.adapter.values():
                 parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
@@ -368,7 +381,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _evaluate_set(self, name: str, dataset: Dataset) -> tuple[list[str], dict[str, list], dict[str, float]]:
         """Prompts and scores of one data set, in its order, and metrics; every process takes a consecutive share."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        ranks, rank = self.args.data_parts, self.data_part
         share = -(-len(dataset) // ranks)
         own = list(range(min(rank * share, len(dataset)), min((rank + 1) * share, len(dataset))))
         count = len(own)
@@ -390,6 +403,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             prompts, rollout.videos = prompts[:len(indices)], rollout.videos[:len(indices)]
             part = {key: values[:len(indices)] for key, values in part.items()}
             scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
+            if self.accelerator.process_index % self.args.context_parallel:  # another one has these
+                continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < self.args.num_sample_videos:
@@ -465,7 +480,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                 same = {name: part for name, part in before["sets"].items()  # an earlier run here may have had others
                         if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]}
         names = broadcast_object_list([list(same)])[0]
-        samples_here = self.is_world_process_zero() or self.policy.mesh is not None
+        samples_here = self.is_world_process_zero() or self._calls_together
         videos = {name: self._before_and_after(name) for name in names} if samples_here else {}
         if same:
             comparison = compare(same, self.last_evaluation)
@@ -711,7 +726,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter to a folder (output_dir by default), reload it in a fresh pipeline and compare its output.
 
-        Where the base is sharded, the file is read back and compared with the adapter instead.
+        Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
         With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
         """
         folder = Path(output_dir or self.args.output_dir)
@@ -723,7 +738,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                 call |= {name: image for name, (image,) in images.items()}
                 dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
                 half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
-                if self.policy.mesh is not None:  # no rank has a whole pipeline
+                if self._calls_together:  # no rank can run a pipeline alone
                     check_saved_weights(self.pipeline, folder)
                     checked = "read back, equal to the trained one"
                 else:

@@ -66,6 +66,11 @@ class VideoPolicyConfig(_BaseConfig):
     )
 
     # --- many processes ---
+    context_parallel: int = field(
+        default=1,
+        metadata={"help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
+                  "attention); must divide the number of processes, and the denoiser's heads and tokens."},
+    )
     equal_weights_steps: int = field(
         default=10,
         metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
@@ -132,6 +137,11 @@ class VideoPolicyConfig(_BaseConfig):
                 f"ddp_timeout={self.ddp_timeout}: the other ranks wait that long, and then name the rank, but not "
                 "the reward. Lower it, or raise ddp_timeout."
             )
+        if self.context_parallel < 1 or self.world_size % self.context_parallel:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} must be at least 1 and divide the number of processes, "
+                f"{self.world_size}."
+            )
         if self.equal_weights_steps < 1:
             raise ValueError(f"equal_weights_steps={self.equal_weights_steps} must be at least 1 optimizer step.")
         if self.consistency_weight < 0 or self.consistency_steps < 2 or not 0 < self.consistency_decay < 1:
@@ -147,6 +157,11 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
             )
+
+    @property
+    def data_parts(self) -> int:
+        """Among how many the videos are divided: processes, or groups of them that share each video's tokens."""
+        return self.world_size // self.context_parallel
 
     def _read_pipeline_kwargs(self) -> None:
         if isinstance(self.pipeline_kwargs, str):

@@ -1,8 +1,9 @@
-"""What the launcher asks for: the denoiser's weights sharded by FSDP2, or a way that is refused."""
+"""How a run is spread over processes: weights sharded by FSDP2, tokens of each video split; or a way refused."""
 
 import os
 
 from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
@@ -50,3 +51,22 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
     policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
                  cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
     accelerator.state.distributed_type = PartialState().distributed_type
+
+
+def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:
+    """Let each `degree` neighbouring processes share every video: its tokens, and the rows of the data set."""
+    parts = accelerator.num_processes // degree
+    policy.share_tokens(init_device_mesh(accelerator.device.type, (parts, 1, degree),
+                                         mesh_dim_names=("data", "ring", "ulysses")))  # fmt: skip
+
+    def prepare(dataloader, device_placement: bool | None = None, slice_fn_for_dispatch=None):
+        prepared = prepare_data_loader(
+            dataloader, accelerator.device, num_processes=parts, process_index=accelerator.process_index // degree,
+            split_batches=accelerator.split_batches, put_on_device=bool(device_placement),
+            rng_types=accelerator.rng_types.copy(), even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+        )  # fmt: skip
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    accelerator.prepare_data_loader = prepare

@@ -80,7 +80,7 @@ class Ranks:
 
 
 def digest(weights: Iterable[Tensor]) -> Tensor:
-    """sum_i (2 i + 1) b_i mod 2^64 over the bits b_i of all fp32 values, on their device; any one change shows in it."""
+    """sum_i (2 i + 1) b_i mod 2^64 over the bits b_i of all fp32 values, on their device; any one change shows."""
     total, start = 0, 0
     for weight in weights:
         bits = weight.detach().float().contiguous().view(torch.int32).flatten().long()
