@@ -191,6 +191,19 @@ def stuck_rank(folder) -> dict:
     return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=5, reward_timeout=4)
 
 
+def dead_in_a_collective(folder) -> dict:
+    """The last process is killed while the first one gathers weights from it."""
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = made(folder, max_steps=3, save_strategy="steps", save_steps=1, callbacks=[Kill()], ddp_timeout=100,
+                   reward_timeout=90)
+    trainer.policy.shard(init_device_mesh("cpu", (WORLD,)))
+    return trained(trainer)
+
+
 def disturbed_weights(folder) -> dict:
     """One bit of one weight of the last process changes in the second of eight steps; compared every third."""
     class Disturb(TrainerCallback):

@@ -17,6 +17,9 @@ from processes import together
     ("name", "seconds", "said"),
     [
         ("dead_rank", 60, (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
+        ("dead_in_a_collective", 60, (
+            ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective had failed"], [],
+        )),
         ("hanging_reward", 60, (
             ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
             ["reward 'waits' did not return within 2 s (reward_timeout) on rank 1", "threading.Event().wait()",

@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from torch.distributed import monitored_barrier, new_group
+from torch.distributed import isend, monitored_barrier, new_group
 
 ROLL_CALL = 20  # seconds that the others have to answer once a collective has failed
 _PEER_LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport|NCCL (error|communicator)|Broken pipe")
@@ -44,8 +44,8 @@ class Ranks:
         """Wait for all ranks, before a collective that would wait without saying for whom.
 
         Raises:
-            RankError: a rank did not come in time, or is gone. Rank 0 names it; the others can only say that rank 0
-                did not answer.
+            RankError: a rank did not come in time, or is gone. Every rank names one that is gone; one that is stuck is
+                named by rank 0, and the others say that rank 0 did not answer.
         """
         if self.group is None:
             return
@@ -53,13 +53,25 @@ class Ranks:
         try:
             monitored_barrier(self.group, timeout=timedelta(seconds=seconds), wait_all_ranks=True)
         except RuntimeError as error:
-            missing = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
+            missing = {int(number) for number in re.findall(r"\d+", late[1])} if late else set()
+            missing |= self._closed()
             if missing:
-                who = f"rank {missing[1].strip()} is gone or stuck: rank {rank} waited for it"
+                who = f"rank {', '.join(map(str, sorted(missing)))} is gone or stuck: rank {rank} waited for it"
             else:
-                who = (f"rank 0 did not answer rank {rank}: it is gone or stuck, or has ended because of another "
-                       "rank, which its own message names; it had been waited for")
+                who = (f"rank 0 did not answer rank {rank}: it is stuck, or waits for another rank, which its own "
+                       "message names; it had been waited for")
             raise RankError(f"{who} {where}, for at most {seconds:g} s (ddp_timeout). {_GOES_ON}") from error
+
+    def _closed(self) -> set[int]:
+        """The ranks whose connection is closed: nothing can be sent to them."""
+        closed = set()
+        for other in set(range(self.accelerator.num_processes)) - {self.accelerator.process_index}:
+            try:
+                isend(torch.zeros(1), group_dst=other, group=self.group)
+            except RuntimeError:
+                closed.add(other)
+        return closed
 
     def explain(self, error: RuntimeError, where: str) -> None:
         """After a collective has failed: who does not answer any more? A RankError names them."""
