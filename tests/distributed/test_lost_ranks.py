@@ -18,7 +18,7 @@ from processes import together
     [
         ("dead_rank", 60, (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
         ("dead_in_a_collective", 60, (
-            ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective had failed"], [],
+            ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective failed"], [],
         )),
         ("hanging_reward", 60, (
             ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],

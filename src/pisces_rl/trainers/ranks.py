@@ -55,7 +55,8 @@ class Ranks:
         except RuntimeError as error:
             late = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
             missing = {int(number) for number in re.findall(r"\d+", late[1])} if late else set()
-            missing |= self._closed()
+            if not late and "Timed out" not in str(error):  # gloo closes all connections of a rank that timed out
+                missing = self._closed()
             if missing:
                 who = f"rank {', '.join(map(str, sorted(missing)))} is gone or stuck: rank {rank} waited for it"
             else:
@@ -76,7 +77,7 @@ class Ranks:
     def explain(self, error: RuntimeError, where: str) -> None:
         """After a collective has failed: who does not answer any more? A RankError names them."""
         if self.group is not None and _PEER_LOST.search(str(error)) and not isinstance(error, RankError):
-            self.meet(f"{where}, where a collective had failed", min(self.timeout, ROLL_CALL))
+            self.meet(f"{where}, where a collective failed", min(self.timeout, ROLL_CALL))
 
     def check_equal(self, weights: Iterable[Tensor]) -> None:
         """A RankError that names the ranks whose weights differ from rank 0's in any bit."""
