@@ -167,7 +167,7 @@ def dead_rank(folder) -> dict:
             os.kill(os.getpid(), signal.SIGKILL)
         return tiny_runs.brightness(prompts, videos)
 
-    return _saving(folder, kills, ddp_timeout=100, reward_timeout=90)
+    return _saving(folder, kills, ddp_timeout=400, reward_timeout=390)
 
 
 def hanging_reward(folder) -> dict:
@@ -177,7 +177,7 @@ def hanging_reward(folder) -> dict:
             threading.Event().wait()
         return tiny_runs.brightness(prompts, videos)
 
-    return _saving(folder, waits, ddp_timeout=100, reward_timeout=2)
+    return _saving(folder, waits, ddp_timeout=400, reward_timeout=4)
 
 
 def stuck_rank(folder) -> dict:
@@ -185,10 +185,10 @@ def stuck_rank(folder) -> dict:
     class Stuck(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if RANK == WORLD - 1 and state.global_step == 1:
-                time.sleep(8)
+                time.sleep(40)
                 os._exit(3)
 
-    return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=5, reward_timeout=4)
+    return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=15, reward_timeout=14)
 
 
 def dead_in_a_collective(folder) -> dict:
@@ -198,8 +198,8 @@ def dead_in_a_collective(folder) -> dict:
             if RANK == WORLD - 1 and state.global_step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer = made(folder, max_steps=3, save_strategy="steps", save_steps=1, callbacks=[Kill()], ddp_timeout=100,
-                   reward_timeout=90)
+    trainer = made(folder, max_steps=3, save_strategy="steps", save_steps=1, callbacks=[Kill()], ddp_timeout=400,
+                   reward_timeout=390)
     trainer.policy.shard(init_device_mesh("cpu", (WORLD,)))
     return trained(trainer)
 

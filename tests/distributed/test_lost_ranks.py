@@ -14,24 +14,24 @@ from processes import together
 
 
 @pytest.mark.parametrize(
-    ("name", "seconds", "said"),
+    ("name", "said"),
     [
-        ("dead_rank", 60, (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
-        ("dead_in_a_collective", 60, (
+        ("dead_rank", (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
+        ("dead_in_a_collective", (
             ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective failed"], [],
         )),
-        ("hanging_reward", 60, (
+        ("hanging_reward", (
             ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
-            ["reward 'waits' did not return within 2 s (reward_timeout) on rank 1", "threading.Event().wait()",
+            ["reward 'waits' did not return within 4 s (reward_timeout) on rank 1", "threading.Event().wait()",
              "RewardError"],
         )),
-        ("stuck_rank", 60, (["rank 1 is gone or stuck", "for at most 5 s (ddp_timeout)"], [])),
+        ("stuck_rank", (["rank 1 is gone or stuck", "for at most 15 s (ddp_timeout)"], [])),
     ],
 )  # fmt: skip
-def test_the_others_end_and_name_it(tmp_path, name, seconds, said):
+def test_the_others_end_and_name_it(tmp_path, name, said):
     start = time.monotonic()
-    results = together(scenarios.__file__, str(tmp_path), name, timeout=120)
-    assert time.monotonic() - start < seconds
+    results = together(scenarios.__file__, str(tmp_path), name, timeout=200)
+    assert time.monotonic() - start < 200  # and not ddp_timeout, where that is 400
     for result, sentences in zip(results, said):
         assert result.returncode != 0
         for sentence in sentences:

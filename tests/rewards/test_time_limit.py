@@ -38,7 +38,7 @@ def test_a_slow_reward_is_named(reward, capfd):
     start = time.monotonic()
     with pytest.raises(RewardError, match=f"reward '{reward.__name__}' did not return within 0.2 s"):
         RewardPanel([quick_server, reward], timeout=0.2)(*CALL)
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 25
     if reward is slow:  # and where it was
         assert "time.sleep(30)" in capfd.readouterr().err
 
@@ -74,7 +74,7 @@ def _stubborn():
 def test_a_call_that_cannot_be_interrupted_ends_the_process():
     start = time.monotonic()
     assert tiny_runs.in_child(_stubborn, timeout=20) == 1
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
 
 
 def test_ctrl_c_stays_ctrl_c():
