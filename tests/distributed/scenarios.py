@@ -82,6 +82,11 @@ def idle_rank(folder) -> dict:
     return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), max_steps=2))
 
 
+def compiled(folder) -> dict:
+    """Blocks as graphs, without the compiler behind them."""
+    return trained(made(folder, videos=4, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"))
+
+
 def unlike_rewards(folder) -> dict:
     """A reward that says other things on each process; those that share a video must follow one of them."""
     def moody(prompts, videos, **columns):

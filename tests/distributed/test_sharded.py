@@ -14,7 +14,7 @@ from processes import accelerate
 from tiny_runs import largest_difference
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
-             "distilled"]
+             "distilled", "compiled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "parts_of_weights", "unequal_texts", "half_precision"]
 
 
@@ -25,7 +25,7 @@ def numbers(folder: Path, name: str, rank: int = 0) -> dict:
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = accelerate(scenarios.__file__, folder, *TOGETHER, timeout=400)
+    result = accelerate(scenarios.__file__, folder, *TOGETHER, timeout=500)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 

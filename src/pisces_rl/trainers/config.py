@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ._trl import _BaseConfig
+from .launch import requested_sharding
 
 
 @dataclass
@@ -124,6 +125,7 @@ class VideoPolicyConfig(_BaseConfig):
             super().__post_init__()
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         self.torch_compile = self.torch_compile or any(compiled[1:])
+        requested_sharding(self)  # before a pipeline is loaded, by the trainer or by its caller
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         self._read_pipeline_kwargs()
