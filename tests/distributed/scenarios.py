@@ -1,30 +1,51 @@
 """What two processes run, and one process for comparison: the same global batch, whatever the number of processes.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
+
+Started by `accelerate launch` with FSDP2, the same scenarios run with sharded denoisers; with SHARE_TOKENS=1, both
+processes share each video's tokens.
 """
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
 import test_consistency as consistency  # noqa: E402
 import tiny_runs  # noqa: E402
+from tiny_pipelines import CALLS  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, lora_parameters  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 
 
+if os.environ.get("SHARE_TOKENS"):
+    SHARED = 2  # processes that share each video
+    torch.accelerator.device_count = lambda: 1  # diffusers divides by the number of GPUs
+else:
+    SHARED = 1
+PARTS = WORLD // SHARED
+
+
 def made(folder, rewards=tiny_runs.brightness, videos: int = 8, **settings):
     """A trainer whose rollouts have `videos` videos over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "alive": True} | settings
-    trainer = tiny_runs.trainer(folder, rewards, per_device_train_batch_size=videos // WORLD, **settings)
+    trainer = tiny_runs.trainer(folder, rewards, per_device_train_batch_size=videos // PARTS, context_parallel=SHARED,
+                                **settings)
     assert trainer.accelerator.num_processes == WORLD and trainer.accelerator.process_index == RANK
     return trainer
 
@@ -61,6 +82,19 @@ def idle_rank(folder) -> dict:
     return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), max_steps=2))
 
 
+def compiled(folder) -> dict:
+    """Blocks as graphs, without the compiler behind them."""
+    return trained(made(folder, videos=4, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"))
+
+
+def unlike_rewards(folder) -> dict:
+    """A reward that says other things on each process; those that share a video must follow one of them."""
+    def moody(prompts, videos, **columns):
+        return tiny_runs.brightness(prompts, videos) * (-1) ** (RANK % SHARED)
+
+    return trained(made(folder, moody, max_steps=2))
+
+
 def resumed(folder) -> dict:
     """AdamW, cosine, the average and prompt statistics: stopped at step 2 of 5 and resumed, against uninterrupted."""
     settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "max_steps": 5,
@@ -78,23 +112,25 @@ def backpropagated(folder) -> dict:
     """Reward backpropagation: rewards scaled by their spread over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "scale_rewards": "std", "max_steps": 3}
     return trained(backprop.trainer(
-        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // WORLD,
-        backprop_through="low_variance", **settings,
+        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // PARTS,
+        context_parallel=SHARED,        backprop_through="low_variance", **settings,
     ))  # fmt: skip
 
 
 def backpropagated_k2(folder) -> dict:
     """Through two steps and a part of the frames, all activations computed again; accumulated micro-batches."""
     return trained(backprop.trainer(
-        folder, prompts=8, per_device_train_batch_size=2 // WORLD, gradient_accumulation_steps=2, backprop_steps=2,
-        decode_frames=1, gradient_checkpointing=True, checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
+        folder, prompts=8, per_device_train_batch_size=2 // PARTS, context_parallel=SHARED,
+        gradient_accumulation_steps=2, backprop_steps=2, decode_frames=1, gradient_checkpointing=True,
+        checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
     ))  # fmt: skip
 
 
 def distilled(folder) -> dict:
     """The consistency term beside a reward."""
     return trained(consistency.distilled(
-        folder, backprop.bright, per_device_train_batch_size=4 // WORLD, optim="sgd", learning_rate=1.0, max_steps=3,
+        folder, backprop.bright, per_device_train_batch_size=4 // PARTS, context_parallel=SHARED, optim="sgd",
+        learning_rate=1.0, max_steps=3,
     ))  # fmt: skip
 
 
@@ -123,6 +159,72 @@ def failing_rank(folder) -> dict:
     return trained(made(folder, fails, max_steps=2))
 
 
+def _saving(folder, reward, callbacks=(), **timeouts) -> dict:
+    """Three optimizer steps with a checkpoint each."""
+    return trained(made(folder, reward, max_steps=3, save_strategy="steps", save_steps=1, callbacks=list(callbacks),
+                        **timeouts))
+
+
+def dead_rank(folder) -> dict:
+    """The last process is killed after the first checkpoint."""
+    def kills(prompts, videos, trainer_state, **columns):
+        if RANK == WORLD - 1 and trainer_state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return tiny_runs.brightness(prompts, videos)
+
+    return _saving(folder, kills, ddp_timeout=400, reward_timeout=390)
+
+
+def hanging_reward(folder) -> dict:
+    """A reward that waits for ever for a server, on the last process."""
+    def waits(prompts, videos, trainer_state, **columns):
+        if RANK == WORLD - 1 and trainer_state.global_step == 1:
+            threading.Event().wait()
+        return tiny_runs.brightness(prompts, videos)
+
+    return _saving(folder, waits, ddp_timeout=400, reward_timeout=4)
+
+
+def stuck_rank(folder) -> dict:
+    """The last process is stuck outside of rewards."""
+    class Stuck(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 1:
+                time.sleep(40)
+                os._exit(3)
+
+    return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=15, reward_timeout=14)
+
+
+def dead_in_a_collective(folder) -> dict:
+    """The last process is killed while the first one gathers weights from it."""
+    class Kill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer = made(folder, max_steps=3, save_strategy="steps", save_steps=1, callbacks=[Kill()], ddp_timeout=400,
+                   reward_timeout=390)
+    trainer.policy.shard(init_device_mesh("cpu", (WORLD,)))
+    return trained(trainer)
+
+
+def disturbed_weights(folder) -> dict:
+    """One bit of one weight of the last process changes in the second of eight steps; compared every third."""
+    class Disturb(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if RANK == WORLD - 1 and state.global_step == 2:
+                next(iter(trainer.adapter.values())).data.view(-1)[0].view(torch.int32).bitwise_xor_(1)
+
+    trainer = made(folder, max_steps=8, equal_weights_steps=3, callbacks=[Disturb()])
+    message = ""
+    try:
+        trainer.train()
+    except RuntimeError as error:
+        message = str(error)
+    return {"weights": tiny_runs.weights(trainer), "message": message, "step": trainer.state.global_step}
+
+
 def unequal_weights(folder) -> dict:
     """A rank whose adapter has drifted is found."""
     trainer = made(folder, max_steps=1)
@@ -134,6 +236,54 @@ def unequal_weights(folder) -> dict:
     except RuntimeError as error:
         message = str(error)
     return {"weights": tiny_runs.weights(trainer), "message": message}
+
+
+def parts_of_weights(folder) -> dict:
+    """How many of the denoiser's own weights this process holds, in fp32 and in mixed precision."""
+    trainer = made(folder)
+    denoiser = trainer.policy.denoiser["transformer"]
+    frozen = [p for p in denoiser.parameters() if not p.requires_grad]
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+    return {"weights": tiny_runs.weights(trainer), "held": held, "whole": sum(p.numel() for p in frozen),
+            "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
+
+
+def unequal_texts(folder) -> dict:
+    """Kandinsky 5 runs a forward for each length of text: three on the first process, one on the last."""
+    prompts = [["a bird in the snow", "a", "a fish"], ["a fish", "a fish", "a fish"]][RANK]
+    pipe = tiny_runs.quiet(tiny_runs.BUILD["kandinsky5"]())
+    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
+    seeds = {"noise_seeds": [0, 1, 2], "step_seeds": [3, 4, 5], "steps": [0, 1]}
+    whole = policy.sample(prompts, **seeds)
+    policy.shard(init_device_mesh("cpu", (WORLD,)))
+    parts = policy.sample(prompts, **seeds)
+    scores = []
+    policy.replay(parts, [0, 1, 2], lambda step: (step.log_prob.sum().backward(), scores.append(step.log_prob)))
+    gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
+    return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
+            "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
+
+
+def refused_splits(folder) -> dict:
+    """Tokens that cannot be split: a class without a plan, and videos of three tokens."""
+    mesh = init_device_mesh("cpu", (1, 1, WORLD), mesh_dim_names=("data", "ring", "ulysses"))
+    messages = []
+    for family in ("cogvideox", "wan"):
+        pipe = tiny_runs.quiet(tiny_runs.BUILD[family]())
+        policy = VideoPolicy(pipe, num_inference_steps=2, pipeline_kwargs=CALLS[family])
+        try:
+            policy.share_tokens(mesh)
+            policy.sample(["a"], noise_seeds=[0])
+        except PolicyError as error:
+            messages.append(str(error))
+    return {"weights": {}, "messages": messages}
+
+
+def half_precision(folder) -> dict:
+    """Weights of two dtypes in a block, as bf16 pipelines have, with activations computed again."""
+    return trained(made(folder, model=tiny_runs.pipeline().to(torch.bfloat16), gradient_checkpointing=True,
+                        replay_tolerance=1.0))
 
 
 def run(name: str, folder: Path) -> dict:

@@ -1,8 +1,6 @@
 """Two real processes (torchrun, gloo, CPU) equal one."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,27 +11,17 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import scenarios
+from processes import run
 from tiny_runs import largest_difference
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
              "distilled"]
-TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "unequal_weights"]
+TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "disturbed_weights", "unequal_weights"]
 
 
 def torchrun(folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
-    """Two processes; all of them are ended when time runs out, so that a hang is a failure and not a hang."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(Path(scenarios.__file__)), str(folder), *names]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0]
-        raise AssertionError(f"two processes did not end within {timeout} s:\n{output[-3000:]}") from None
-    return subprocess.CompletedProcess(command, process.returncode, output)
+    return run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(Path(scenarios.__file__)),
+               str(folder), *names, timeout=timeout)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +42,7 @@ def numbers(folder: Path, name: str, rank: int = 0) -> dict:
     return json.loads((folder / f"{name}_{rank}.json").read_text())
 
 
-@pytest.mark.parametrize("name", [n for n in TOGETHER if n != "unequal_weights"])
+@pytest.mark.parametrize("name", [n for n in TOGETHER if n not in ("disturbed_weights", "unequal_weights")])
 def test_ranks_hold_equal_weights(two, name):
     first, second = (load_file(two / f"{name}_{rank}.safetensors") for rank in (0, 1))
     assert largest_difference(first, second) == 0
@@ -99,6 +87,12 @@ def test_evaluation_equals_that_of_one_process(two, tmp_path):
 
 def test_unequal_weights_are_found(two):
     assert "ranks [1] hold other adapter weights than rank 0" in numbers(two, "unequal_weights")["message"]
+
+
+def test_a_changed_bit_is_found_at_the_next_comparison(two):
+    for rank in (0, 1):
+        result = numbers(two, "disturbed_weights", rank)
+        assert "ranks [1] hold other adapter weights than rank 0" in result["message"] and result["step"] == 3
 
 
 def test_a_reward_that_fails_on_one_rank_ends_the_run(two, launched):

@@ -12,6 +12,7 @@ from .lora import (
     adapters_off,
     add_lora,
     check_saved_lora,
+    check_saved_weights,
     default_lora_config,
     load_lora,
     load_lora_state,
@@ -22,10 +23,11 @@ from .lora import (
 from .rollout import Rollout
 from .scheduler import PolicyError
 from .session import ReplayStep
+from .sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
     "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora",
-    "check_saved_lora", "default_lora_config", "has_guider", "load_lora", "load_lora_state", "lora_parameters",
-    "save_lora", "without_adapters",
+    "check_saved_lora", "check_saved_weights", "default_lora_config", "has_guider",
+    "is_sharded", "load_lora", "load_lora_state", "lora_parameters", "save_lora", "without_adapters",
 ]

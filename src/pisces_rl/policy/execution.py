@@ -41,7 +41,7 @@ def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The blocks a denoiser repeats, by diffusers' own lists of their classes."""
     names = set(denoiser._repeated_blocks or denoiser._no_split_modules or ())
-    return [module for module in denoiser.modules() if type(module).__name__ in names]
+    return [module for module in denoiser.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
 def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention", backend: str = "inductor",

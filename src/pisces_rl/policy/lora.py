@@ -285,6 +285,23 @@ def _strict(result, folder: Path) -> None:
         raise ValueError(f"{folder} holds weights the model has no place for: {result.unexpected_keys[:3]}.")
 
 
+def check_saved_weights(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Read a saved adapter back and compare it with the pipeline's own: a check that runs no model.
+
+    Raises:
+        RuntimeError: a tensor is missing, extra, or not equal to the bit.
+    """
+    folder = Path(folder)
+    for name, denoiser in _adapted(pipeline).items():
+        own, state = get_peft_model_state_dict(denoiser), _saved_state(pipeline, folder, name)
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if not torch.equal(own[k].cpu(), state[k])]
+        if wrong:
+            raise RuntimeError(
+                f"the adapter saved in {folder} is not that of {name}: {len(wrong)} tensors are missing, extra or "
+                f"differ, e.g. {wrong[0]!r}. Look at the disk; the checkpoints are whole."
+            )
+
+
 def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     """A fresh pipeline of the same class on the same base weights (shared, not copied), with no adapter."""
     fresh = copy.copy(pipeline)  # with the attributes that users set, such as prompt templates

@@ -62,6 +62,7 @@ class Session:
         self.conditions: dict = {}  # and those of its one video, where videos are conditioned
         self.scheduler, self.index = None, 0
         self.followers = 0  # copies of its scheduler that the pipeline made
+        self.lengths_agreed = False  # whether ranks that share weights have agreed how they treat unequal texts
 
     needs_prediction = True
 

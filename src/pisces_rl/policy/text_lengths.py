@@ -19,15 +19,26 @@ def takes_mask(denoiser: nn.Module) -> bool:
     return any("mask" in name for name in inspect.signature(type(denoiser).forward).parameters)
 
 
-def by_length(forward: Callable, **kwargs):
-    """`forward(**kwargs)` for each length of text; zeros that end a row of `encoder_hidden_states` are padding."""
+def by_length(forward: Callable, agree: Callable[[int], int] = int, **kwargs):
+    """`forward(**kwargs)` for each length of text; zeros that end a row of `encoder_hidden_states` are padding.
+
+    Args:
+        agree: takes the number of forwards that this batch needs, and gives the number that there shall be, at least
+            as many; where ranks share a sharded denoiser, that of the rank that needs most.
+    """
     text = kwargs[TEXT]
     lengths = (text != 0).any(-1).sum(1).tolist()
-    if min(lengths) == text.shape[1]:
+    groups = [[row for row, own in enumerate(lengths) if own == length] for length in sorted(set(lengths))]
+    count = agree(len(groups))
+    if count == 1 and min(lengths) == text.shape[1]:
         return forward(**kwargs)
+    while len(groups) < count:
+        largest = max(range(len(groups)), key=lambda i: len(groups[i]))
+        rows = groups[largest]
+        groups[largest:largest + 1] = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
     order, outputs, structure = [], [], None
-    for length in sorted(set(lengths)):
-        rows = [row for row, own in enumerate(lengths) if own == length]
+    for rows in groups:
+        length = lengths[rows[0]]
         part = {name: value[rows] if isinstance(value, Tensor) and name != POSITIONS else value
                 for name, value in kwargs.items()}  # fmt: skip
         part[TEXT] = part[TEXT][:, :length]

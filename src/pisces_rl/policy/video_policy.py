@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.distributed import DeviceMesh
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
@@ -34,6 +35,7 @@ from .scheduler import (
     training_scheduler,
 )
 from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
+from .sharding import largest_over_ranks, shard, share_tokens, tokens_divide
 from .text_lengths import by_length, takes_mask
 
 # Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
@@ -82,6 +84,8 @@ class VideoPolicy(nn.Module):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
         self.attention_kernel = attention_kernel
         self.compiled = False
+        self.mesh: DeviceMesh | None = None  # of the ranks that share the denoisers' weights
+        self.shares_tokens = False  # with other ranks, which sample the same videos
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
@@ -93,7 +97,8 @@ class VideoPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.denoiser.parameters()).device
+        """Where the denoisers run."""
+        return next(self.denoiser.parameters()).device if self.mesh is None else torch.device(self.mesh.device_type)
 
     def train(self, mode: bool = True):
         """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
@@ -129,6 +134,29 @@ class VideoPolicy(nn.Module):
             fuse_products(module)
             compile_blocks(module, recompute=recompute, backend=backend, mode=mode)
         self.compiled = True
+
+    def shard(self, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
+        """Share the denoisers' frozen weights among ranks, see `sharding.shard`; after adapters were added.
+
+        From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
+        """
+        for module in self.denoiser.values():
+            shard(module, mesh, reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload)
+        self.mesh = mesh
+
+    def share_tokens(self, mesh: DeviceMesh) -> None:
+        """Split each video's tokens over ranks, see `sharding.share_tokens`; these must make the same calls."""
+        if self.compiled:
+            raise PolicyError(
+                "context_parallel: blocks whose tokens are split cannot be compiled; leave it 1, or torch_compile off."
+            )
+        for module in self.denoiser.values():
+            share_tokens(module, mesh)
+        self.shares_tokens = True
+
+    def _agreed(self, number: int) -> int:
+        """A number of denoiser calls that is the same on all ranks where they must make the same."""
+        return number if self.mesh is None else largest_over_ranks(number, self.mesh)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The same by its older name, which transformers before 5.18 call."""
@@ -385,13 +413,23 @@ class VideoPolicy(nn.Module):
             plain = {k: v for k, v in session.conditions.items() if isinstance(v, (bool, int, float, str))}
             # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
             key = name, repr(sorted((plain | session.overrides).items())), rows / len(session.prompts)
-            if not session.needs_prediction and key in self._skipped_outputs:
+            known = key in self._skipped_outputs
+            if plain and not session.needs_prediction:  # other ranks' videos may have other conditions
+                known = not self._agreed(int(not known))
+            if not session.needs_prediction and known:
                 meta, videos = self._skipped_outputs[key]
                 return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
-            run = functools.partial(by_length, forward) if self.prompt_memo.padded else forward
+            if self.mesh is not None and self.prompt_memo.pad and not session.lengths_agreed:
+                # Unequal prompts on one rank: all of them run by length from here on.
+                self.prompt_memo.padded = bool(self._agreed(int(self.prompt_memo.padded)))
+                session.lengths_agreed = True
+            run = functools.partial(by_length, forward, self._agreed) if self.prompt_memo.padded else forward
             cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-            with attention_kernel(self.attention_kernel), cast:
+            divided = tokens_divide() if self.shares_tokens else contextlib.nullcontext()
+            with attention_kernel(self.attention_kernel), cast, divided:
                 output = run(*args, **kwargs)
+            if self.mesh is not None:  # gathering for backward hangs on the output, which must not be a view
+                output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
             if key not in self._skipped_outputs:
                 to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
                 self._skipped_outputs[key] = to_meta, len(session.prompts)

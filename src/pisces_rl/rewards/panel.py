@@ -1,6 +1,7 @@
 """Several rewards asked together."""
 
 import asyncio
+import contextlib
 import inspect
 import time
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import get_rank, is_available, is_initialized
 
 from .contract import (
     RewardError,
@@ -21,6 +23,7 @@ from .contract import (
     reward_name,
 )
 from .encodings import shared_encodings
+from .time_limit import time_limit
 
 
 @dataclass
@@ -46,12 +49,14 @@ class RewardPanel:
 
     Args:
         funcs: a reward callable or a list of them, see `pisces_rl.rewards.contract`.
+        timeout: seconds that a reward may take for a batch, see `time_limit`; 0: as long as it likes.
 
     Raises:
-        ValueError: an element is not callable. `RewardError` on calls, naming the reward that failed.
+        ValueError: an element is not callable. `RewardError` on calls, naming the reward that failed or took too long.
     """
 
-    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None):
+    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None, timeout: float = 0.0):
+        self.timeout = timeout
         self.funcs = [] if funcs is None else [funcs] if callable(funcs) else list(funcs)
         for func in self.funcs:
             if not callable(func):
@@ -72,7 +77,7 @@ class RewardPanel:
         with shared_encodings():
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
-                with _named(name):
+                with _named(name), self._limited(name):
                     values = func(**accepted_arguments(func, offered))
                 if inspect.isawaitable(values):
                     pending[i] = values
@@ -115,7 +120,7 @@ class RewardPanel:
         with shared_encodings(backward=True):
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
-                with _named(name):
+                with _named(name), self._limited(name):
                     values = func(**accepted_arguments(func, offered))
                 table.values[:, i] = checked_values(name, values, prompts)
                 if not isinstance(values, Tensor) or not values.requires_grad:
@@ -152,12 +157,25 @@ class RewardPanel:
                        log_metric=log_metric)
         return table, offered
 
+    def _limited(self, *names: str) -> contextlib.AbstractContextManager:
+        return time_limit(self.timeout, self._too_slow(*names))
+
+    def _too_slow(self, *names: str) -> str:
+        rank = f" on rank {get_rank()}" if is_available() and is_initialized() else ""
+        return (
+            f"reward {' or '.join(map(repr, names))} did not return within {self.timeout:g} s (reward_timeout){rank}. "
+            "Nothing is lost: mend the reward or raise reward_timeout, and resume from the last checkpoint."
+        )
+
     def _await_all(self, pending: dict) -> list:
         """The values of all awaitables, in a thread of their own: a notebook's has a running event loop already."""
 
         async def one(i: int, awaitable):
             with _named(self.names[i]):
-                return await awaitable
+                try:
+                    return await asyncio.wait_for(awaitable, self.timeout or None)
+                except asyncio.TimeoutError as error:
+                    raise RewardError(self._too_slow(self.names[i])) from error
 
         async def together():
             return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
@@ -166,8 +184,10 @@ class RewardPanel:
         def run() -> list:
             return asyncio.run(together())
 
-        with ThreadPoolExecutor(1) as thread:
-            return thread.submit(run).result()
+        # One that blocks its thread does not time out by itself; the others are ended before.
+        with time_limit(self.timeout and self.timeout + 1, self._too_slow(*(self.names[i] for i in pending))):
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(run).result()
 
 
 class _named:

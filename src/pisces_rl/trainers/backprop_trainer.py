@@ -61,11 +61,11 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                  peft_config=None, callbacks=None, video_dataset=None):
         args = RewardBackpropConfig() if args is None else args
         check_dataset("train_dataset", train_dataset)
-        needed = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:
             raise ValueError(
                 f"an optimizer step takes {needed} different prompts (per_device_train_batch_size "
-                f"{args.per_device_train_batch_size} * {args.world_size} processes * gradient_accumulation_steps "
+                f"{args.per_device_train_batch_size} * {args.data_parts} processes * gradient_accumulation_steps "
                 f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
             )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
@@ -86,7 +86,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         args = self.args
         sampler = EpochRepeatSampler(
             self.train_dataset if dataset is None else dataset, mini_repeat_count=1, shuffle=args.shuffle_dataset,
-            batch_size=self._train_batch_size * args.world_size * args.gradient_accumulation_steps, seed=args.seed,
+            batch_size=self._train_batch_size * args.data_parts * args.gradient_accumulation_steps, seed=args.seed,
         )
         sampler.current_epoch = lambda: int(self.state.epoch or 0)
         return sampler
@@ -104,7 +104,6 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             self.all_reduce_gradients()
             if len(self.rewards):
                 self._measure_spread()
-            self.check_equal_weights()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return loss
@@ -112,7 +111,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
     def _follow(self, prompts: list[str], columns: dict) -> Tensor:
         """Back-propagate the loss of one micro-batch; returns its value."""
         args, device = self.args, self.accelerator.device
-        batch = self._step * self.accelerator.num_processes + self.accelerator.process_index
+        batch = self._step * args.data_parts + self.data_part
         rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # of the run, however it is split into batches
         noise_seeds = [sample_seed(args.seed, NOISE, row) for row in rows]
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
@@ -161,7 +160,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def _measure_spread(self) -> None:
         """The standard deviation of each reward over the samples of an optimizer step, of all processes."""
-        values = torch.cat(gather_object([torch.cat(self._seen)]))
+        values = torch.cat(gather_object([torch.cat(self._seen)])[::self.args.context_parallel])
         self._seen = []
         if len(values) < 2:
             return

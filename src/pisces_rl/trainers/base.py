@@ -32,8 +32,10 @@ from ..policy import (
     adapters_off,
     add_lora,
     check_saved_lora,
+    check_saved_weights,
     default_lora_config,
     has_guider,
+    is_sharded,
     load_lora_state,
     lora_parameters,
     save_lora,
@@ -44,6 +46,8 @@ from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, restore_random_state, save_tree
 from .consistency import ConsistencyDistillation
 from .images import check_images, image_columns, images_of
+from .launch import requested_sharding, shard_policy, share_tokens_of_policy
+from .ranks import Ranks
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
 from .video_data import check_videos, undecoded
@@ -113,11 +117,13 @@ class VideoPolicyTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
+        sharding = requested_sharding(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
-        self.rewards, self.judges = RewardPanel(reward_funcs), RewardPanel(judge_funcs)
+        self.rewards, self.judges = (
+            RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
         if bool(args.consistency_weight) != (video_dataset is not None):
             raise ValueError(
                 f"consistency_weight={args.consistency_weight}, and video_dataset is a "
@@ -160,6 +166,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
                                         args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
+        self._weights = {name: _weights_digest(module) for name, module in self.policy.denoiser.items()}
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
                                        args.torch_compile_backend or "inductor", args.torch_compile_mode)
@@ -177,12 +184,20 @@ class VideoPolicyTrainer(_BaseTrainer):
                          eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
-        self.pipeline.to(self.accelerator.device)
+        self.ranks = Ranks(self.accelerator, args.ddp_timeout)
+        if args.context_parallel > 1:
+            share_tokens_of_policy(self.policy, self.accelerator, args.context_parallel)
+        if sharding is not None:
+            shard_policy(self.policy, self.accelerator, sharding)
+            self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
+        for component in self.pipeline.components.values():
+            if isinstance(component, nn.Module) and not is_sharded(component):
+                component.to(self.accelerator.device)
         # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
         # may call its denoisers as it likes.
         prepare_model = self.accelerator.prepare_model
         self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-            model, **kwargs | {"evaluation_mode": True})
+            model, **kwargs | {"evaluation_mode": True, "device_placement": False})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -250,7 +265,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             return torch.zeros((), device=self.accelerator.device)
         with self.stage("consistency"):
             count = self.args.consistency_batch_size or self.args.per_device_train_batch_size
-            part = self.accelerator.process_index, self.accelerator.num_processes
+            part = self.data_part, self.args.data_parts
             loss = self.consistency.loss(self._step, count, part).mean()
             self._metrics["train"]["consistency_loss"].append(loss.item())
             loss = self.args.consistency_weight * loss / self.current_gradient_accumulation_steps
@@ -269,18 +284,33 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
+    @property
+    def data_part(self) -> int:
+        """Which part of the videos this process works on, of `args.data_parts`."""
+        return self.accelerator.process_index // self.args.context_parallel
+
+    @property
+    def _calls_together(self) -> bool:
+        """Whether the policy runs only where several processes call it at the same time."""
+        return self.policy.mesh is not None or self.policy.shares_tokens
+
     def all_reduce_gradients(self) -> None:
         """Average the adapter's gradients over processes, in one message.
 
         Where every sample had advantage 0 there is none, and it becomes 0: the optimizer then takes the same step
         (of its momentum) on one process as on several.
         """
+        step = self.state.global_step
+        if step % self.args.equal_weights_steps == 0:
+            self.check_equal_weights()
+        self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
         for parameter in self.adapter.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         if self.accelerator.num_processes > 1:
             flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
-            flat = self.accelerator.reduce(flat, reduction="mean")
+            # the mean over videos, of the sum over the ranks that share a video's tokens
+            flat = self.accelerator.reduce(flat, reduction="mean") * self.args.context_parallel
             offset = 0
             for parameter in self.adapter.values():
                 parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
@@ -305,14 +335,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             )
 
     def check_equal_weights(self) -> None:
-        """All processes must hold the same adapter; a RuntimeError names the ranks that do not."""
-        if self.accelerator.num_processes == 1:
-            return
-        digest = hashlib.sha256(torch.cat([p.detach().flatten().cpu() for p in self.adapter.values()]).numpy())
-        digests = gather_object([digest.hexdigest()])
-        different = [rank for rank, d in enumerate(digests) if d != digests[0]]
-        if different:
-            raise RuntimeError(f"ranks {different} hold other adapter weights than rank 0: gradients were not shared.")
+        """All processes must hold the same adapter; a RankError names the ranks that do not."""
+        self.ranks.meet(f"to compare weights after optimizer step {self.state.global_step}")
+        self.ranks.check_equal(self.adapter.values())
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -356,9 +381,12 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _evaluate_set(self, name: str, dataset: Dataset) -> tuple[list[str], dict[str, list], dict[str, float]]:
         """Prompts and scores of one data set, in its order, and metrics; every process takes a consecutive share."""
-        ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
+        ranks, rank = self.args.data_parts, self.data_part
         share = -(-len(dataset) // ranks)
         own = list(range(min(rank * share, len(dataset)), min((rank + 1) * share, len(dataset))))
+        count = len(own)
+        if self.policy.mesh is not None:  # all ranks sample as many: the last rank samples some that it does not score
+            own += [len(dataset) - 1] * (share - count)
         batch = self.args.per_device_eval_batch_size
         rows, kept, recorded = [], [], []
         for start in range(0, len(own), batch):
@@ -369,11 +397,19 @@ class VideoPolicyTrainer(_BaseTrainer):
             prompts = part.pop("prompt")
             noise = [self._eval_noise(i) for i in indices]
             rollout = self.policy.sample(prompts, noise_seeds=noise, conditions=images)
+            indices = indices[:max(0, count - start)]
+            if not indices:
+                continue
+            prompts, rollout.videos = prompts[:len(indices)], rollout.videos[:len(indices)]
+            part = {key: values[:len(indices)] for key, values in part.items()}
             scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
+            if self.accelerator.process_index % self.args.context_parallel:  # another one has these
+                continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < self.args.num_sample_videos:
                 kept += list(rollout.videos.cpu()[:self.args.num_sample_videos - len(kept)])
+        self.ranks.meet(f"in the evaluation of {name!r}")
         rows = sorted(gather_object(rows), key=lambda r: r["row"])
         names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
         scores = {key: [row.get(key) for row in rows] for key in names}
@@ -436,19 +472,22 @@ class VideoPolicyTrainer(_BaseTrainer):
             return
         if self._evaluated_at != self.state.global_step:
             self.evaluate()
-        if not self.is_world_process_zero():
-            self._wait()
-            return
-        first = sorted((Path(self.args.output_dir) / "evaluations").glob("step_*.json"))[0]
-        before = json.loads(first.read_text())
-        same = {name: part for name, part in before["sets"].items()  # an earlier run here may have had other prompts
-                if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]}
-        if same and before["step"] < self._weights_step:
+        before, same = {}, {}
+        if self.is_world_process_zero():
+            first = sorted((Path(self.args.output_dir) / "evaluations").glob("step_*.json"))[0]
+            before = json.loads(first.read_text())
+            if before["step"] < self._weights_step:
+                same = {name: part for name, part in before["sets"].items()  # an earlier run here may have had others
+                        if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]}
+        names = broadcast_object_list([list(same)])[0]
+        samples_here = self.is_world_process_zero() or self._calls_together
+        videos = {name: self._before_and_after(name) for name in names} if samples_here else {}
+        if same:
             comparison = compare(same, self.last_evaluation)
             self._write_json("report.json", {"from_step": before["step"], "to_step": self._weights_step,
                                              "comparison": comparison})
             (Path(self.args.output_dir) / "report.md").write_text(markdown_comparison(comparison))
-            self._before_after_sheets(same)
+            self._before_after_sheets(same, videos)
             print_comparison(comparison, f"step {before['step']} -> {self._weights_step}", self.console)
         self._wait()
 
@@ -457,20 +496,25 @@ class VideoPolicyTrainer(_BaseTrainer):
         """The optimizer step whose weights the adapter holds."""
         return self.state.global_step if self._best_step is None else self._best_step
 
-    def _before_after_sheets(self, before: dict) -> None:
+    def _before_and_after(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """Videos of the base model and of the trained one for the first prompts of a set, of the same noise."""
+        if not self.args.num_sample_videos:
+            return None
+        dataset = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) else self.eval_dataset
+        part = dataset[:self.args.num_sample_videos]
+        prompts = list(part["prompt"])
+        own = {"noise_seeds": [self._eval_noise(i) for i in range(len(prompts))],
+               "conditions": images_of(part, self.image_columns)}
+        with adapters_off(self.policy):
+            base = self.policy.sample(prompts, **own).videos.cpu()
+        with self.ema or contextlib.nullcontext():
+            return base, self.policy.sample(prompts, **own).videos.cpu()
+
+    def _before_after_sheets(self, before: dict, videos: dict[str, tuple[Tensor, Tensor] | None]) -> None:
         """The base model and the trained one on the same prompts and noise, side by side."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
         for name in before if self.args.num_sample_videos else ():
-            dataset = sets[name]
-            count = min(self.args.num_sample_videos, len(dataset))
-            part = dataset[:count]
-            prompts = list(part["prompt"])
-            own = {"noise_seeds": [self._eval_noise(i) for i in range(count)],
-                   "conditions": images_of(part, self.image_columns)}
-            with adapters_off(self.policy):
-                base = self.policy.sample(prompts, **own).videos.cpu()
-            with self.ema or contextlib.nullcontext():
-                trained = self.policy.sample(prompts, **own).videos.cpu()
+            base, trained = videos[name]
+            prompts, count = before[name]["prompts"][:len(base)], len(base)
             path = Path(self.args.output_dir) / "samples" / f"before_after_{name}.png"
             media.before_after_sheet(
                 base, trained, prompts, path,
@@ -499,6 +543,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
             if self.is_world_process_zero():
                 self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
+            raise
+        except RuntimeError as error:
+            self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         self._finish()
         return output
@@ -548,7 +595,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             "model": self.model_name,
             "pipeline": type(self.pipeline).__name__,
             "denoisers": {name: _architecture(module) for name, module in self.policy.denoiser.items()},
-            "weights": {name: _weights_digest(module) for name, module in self.policy.denoiser.items()},
+            "weights": self._weights,
             "lora_scale": {name: _lora_scale(module) for name, module in self.policy.denoiser.items()},
             "batches": {name: getattr(self.args, name) for name in self._position_settings},
         }
@@ -679,6 +726,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter to a folder (output_dir by default), reload it in a fresh pipeline and compare its output.
 
+        Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
         With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
         """
         folder = Path(output_dir or self.args.output_dir)
@@ -690,10 +738,14 @@ class VideoPolicyTrainer(_BaseTrainer):
                 call |= {name: image for name, (image,) in images.items()}
                 dtypes = {next(module.parameters()).dtype for module in self.policy.denoiser.values()}
                 half = self.args.bf16 or not dtypes <= {torch.float32, torch.float64}
-                difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if half else 1e-4)
+                if self._calls_together:  # no rank can run a pipeline alone
+                    check_saved_weights(self.pipeline, folder)
+                    checked = "read back, equal to the trained one"
+                else:
+                    difference = check_saved_lora(self.pipeline, folder, call, 5e-2 if half else 1e-4)
+                    checked = f"reloaded in a fresh pipeline, relative difference {difference:.1e}"
             self.create_model_card()
-            self.console.print(
-                f"adapter in {folder}; reloaded in a fresh pipeline, relative difference {difference:.1e}")
+            self.console.print(f"adapter in {folder}; {checked}")
         self._wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()

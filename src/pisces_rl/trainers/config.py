@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ._trl import _BaseConfig
+from .launch import requested_sharding
 
 
 @dataclass
@@ -49,6 +50,11 @@ class VideoPolicyConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
     )
+    reward_timeout: float = field(
+        default=1200.0,
+        metadata={"help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
+                  "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."},
+    )
     lora_denoisers: list[str] | None = field(
         default=None,
         metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
@@ -58,6 +64,18 @@ class VideoPolicyConfig(_BaseConfig):
         default=None,
         metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
                   "saved. Unset: none."},
+    )
+
+    # --- many processes ---
+    context_parallel: int = field(
+        default=1,
+        metadata={"help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
+                  "attention); must divide the number of processes, and the denoiser's heads and tokens."},
+    )
+    equal_weights_steps: int = field(
+        default=10,
+        metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
+                  "also checked before each checkpoint."},
     )
 
     # --- the consistency term, on captioned videos ---
@@ -107,6 +125,7 @@ class VideoPolicyConfig(_BaseConfig):
             super().__post_init__()
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         self.torch_compile = self.torch_compile or any(compiled[1:])
+        requested_sharding(self)  # before a pipeline is loaded, by the trainer or by its caller
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         self._read_pipeline_kwargs()
@@ -114,6 +133,19 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
+        if self.reward_timeout < 0 or (self.world_size > 1 and self.reward_timeout >= self.ddp_timeout):
+            raise ValueError(
+                f"reward_timeout={self.reward_timeout:g} must be 0 (no limit) or, on several processes, between 0 and "
+                f"ddp_timeout={self.ddp_timeout}: the other ranks wait that long, and then name the rank, but not "
+                "the reward. Lower it, or raise ddp_timeout."
+            )
+        if self.context_parallel < 1 or self.world_size % self.context_parallel:
+            raise ValueError(
+                f"context_parallel={self.context_parallel} must be at least 1 and divide the number of processes, "
+                f"{self.world_size}."
+            )
+        if self.equal_weights_steps < 1:
+            raise ValueError(f"equal_weights_steps={self.equal_weights_steps} must be at least 1 optimizer step.")
         if self.consistency_weight < 0 or self.consistency_steps < 2 or not 0 < self.consistency_decay < 1:
             raise ValueError(
                 f"consistency_weight={self.consistency_weight} must not be negative, consistency_steps="
@@ -127,6 +159,11 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
             )
+
+    @property
+    def data_parts(self) -> int:
+        """Among how many the videos are divided: processes, or groups of them that share each video's tokens."""
+        return self.world_size // self.context_parallel
 
     def _read_pipeline_kwargs(self) -> None:
         if isinstance(self.pipeline_kwargs, str):

@@ -141,7 +141,7 @@ class VideoGRPOConfig(VideoPolicyConfig):
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
 
     def _check_batches(self) -> None:
-        per_step = self.per_device_train_batch_size * self.world_size
+        per_step = self.per_device_train_batch_size * self.data_parts
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
             raise ValueError("generation_batch_size and steps_per_generation say the same thing; give one of them.")
         if self.generation_batch_size is not None:
@@ -161,7 +161,7 @@ class VideoGRPOConfig(VideoPolicyConfig):
             raise ValueError(
                 f"a rollout of {self.generation_batch_size} videos (per_device_train_batch_size "
                 f"{self.per_device_train_batch_size} * steps_per_generation {self.steps_per_generation} * "
-                f"{self.world_size} processes) cannot be divided into groups of num_generations="
+                f"{self.data_parts} processes) cannot be divided into groups of num_generations="
                 f"{self.num_generations}; choose num_generations among {divisors}, or change the batch size."
             )
         if self.steps_per_generation % self.gradient_accumulation_steps and (

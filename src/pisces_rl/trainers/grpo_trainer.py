@@ -129,7 +129,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
-        first_row = self.accelerator.process_index * len(prompts)
+        first_row = self.data_part * len(prompts)
         ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
         noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
         noise_seeds = [sample_seed(args.seed, generation, NOISE, i) for i in noise_ids]
@@ -155,8 +155,10 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             )
         self._rollout.videos = None  # scored; the update needs the states only
 
-        values = self.accelerator.gather(table.values.to(self.accelerator.device)).cpu()
-        keys = gather_object(group_keys(prompts, images))
+        self.ranks.meet(f"with the rewards of rollout {generation}")
+        each = args.context_parallel  # processes that have the same videos; the first one's rewards are all theirs
+        values = self.accelerator.gather(table.values.to(self.accelerator.device)[None])[::each].flatten(0, 1).cpu()
+        keys = [key for own in gather_object([group_keys(prompts, images)])[::each] for key in own]
         self._check_groups(keys)
         advantages, rewards, group_std = group_advantages(
             values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
@@ -169,11 +171,10 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
         order = torch.arange(len(prompts))
         if args.steps_per_generation > 1:
-            seed = sample_seed(args.seed, generation, SHUFFLE, self.accelerator.process_index)
+            seed = sample_seed(args.seed, generation, SHUFFLE, self.data_part)
             order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
         self._micro_batches = [rows.tolist() for rows in order.chunk(args.steps_per_generation)]
         self._log_rollout(table, values, rewards, group_std)
-        self.check_equal_weights()
 
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
@@ -219,7 +220,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         """Back-propagate the loss of one micro-batch, one denoising step at a time; returns its value."""
         args, rollout, metrics = self.args, self._rollout, self._metrics["train"]
         batch_size = len(rows)
-        if not args.beta:  # without a KL term a sample of advantage 0 has no gradient
+        # Without a KL term a sample of advantage 0 has no gradient; but ranks that share weights make the same calls.
+        if not args.beta and self.policy.mesh is None:
             rows = [r for r in rows if self._advantages[r] != 0]
         total, errors = torch.zeros((), device=self.accelerator.device), []
         if not rows:

@@ -1,0 +1,55 @@
+"""Starting processes that may hang: all of them are ended when time runs out, so that a hang is a failure."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def together(script: str, *arguments: str, timeout: float) -> list[subprocess.CompletedProcess]:
+    """The script in two processes that nobody watches, as on two machines: when one ends, nobody ends the other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, script, *arguments]
+    common = os.environ | ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [subprocess.CompletedProcess(command, p.returncode, output) for p, output in zip(processes, outputs)]
+
+
+def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -> subprocess.CompletedProcess:
+    """`accelerate launch script folder names` with FSDP2 on two processes; `fsdp` changes its settings."""
+    settings = {
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "use_cpu": True, "num_machines": 1,
+        "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
+        "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
+    }  # fmt: skip
+    (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
+    return run("accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml"), script, str(folder),
+               *names, timeout=timeout)
+
+
+def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
+    """`python -m module arguments`, with what it and its children print as stdout."""
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output = process.communicate()[0]
+        raise AssertionError(f"{module} did not end within {timeout} s:\n{output[-3000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output)

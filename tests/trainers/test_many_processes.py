@@ -1,0 +1,38 @@
+"""Settings of many processes that are refused before a model is loaded, and the sum that compares weights."""
+
+import pytest
+import torch
+from tiny_runs import brightness, config, prompts
+
+from pisces_rl import VideoGRPOTrainer
+from pisces_rl.trainers.ranks import digest
+
+
+def test_deepspeed_is_refused(tmp_path, monkeypatch):
+    args = config(tmp_path)  # made before: without deepspeed installed, transformers refuses it first
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="DeepSpeed is asked for.*--use_fsdp --fsdp_version 2"):
+        VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"context_parallel": 2}, "context_parallel=2 must be at least 1 and divide the number of processes, 1"),
+    ({"context_parallel": 0}, "context_parallel=0 must be at least 1"),
+    ({"equal_weights_steps": 0}, "equal_weights_steps=0 must be at least 1 optimizer step"),
+    ({"reward_timeout": -1}, "reward_timeout=-1 must be 0"),
+])
+def test_settings(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+def test_any_changed_bit_and_any_exchange_shows_in_the_digest():
+    weights = [torch.randn(3, 5), torch.randn(7)]
+    before = digest(weights)
+    assert digest([w.clone() for w in weights]) == before
+    for bit in (0, 22, 31):
+        changed = [w.clone() for w in weights]
+        changed[1].view(torch.int32)[4] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+        assert digest(changed) != before
+    exchanged = [weights[0].clone(), weights[1][[1, 0, 2, 3, 4, 5, 6]]]
+    assert digest(exchanged) != before
