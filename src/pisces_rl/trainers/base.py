@@ -177,12 +177,15 @@ class VideoPolicyTrainer(_BaseTrainer):
                          eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
-        self.pipeline.to(self.accelerator.device)
+        members = args.offload or []
+        self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
+        for panel in (self.rewards, self.judges) if "rewards" in members else ():
+            panel.offload(self.accelerator.device)
         # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
         # may call its denoisers as it likes.
         prepare_model = self.accelerator.prepare_model
         self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-            model, **kwargs | {"evaluation_mode": True})
+            model, **kwargs | {"evaluation_mode": True, "device_placement": False})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -218,6 +221,9 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _wrap_model(self, model, training=True, dataloader=None):
         return model
+
+    def _move_model_to_device(self, model, device) -> None:
+        """`VideoPolicy.place` moves what is to be there."""
 
     @contextlib.contextmanager
     def stage(self, name: str):
