@@ -32,8 +32,8 @@ def resident(made) -> set[str]:
     {"offload": ALL, "gradient_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
 ], ids=["idle parts", "all", "reference and average", "compiled"])
 def test_grpo_leaves_the_same_adapter(tmp_path, settings):
-    common = {"eval_dataset": tiny_runs.prompts(2), "judges": tiny_runs.redness, "alive": True, "save_strategy": "steps",
-              "save_steps": 1}
+    common = {"eval_dataset": tiny_runs.prompts(2), "judges": tiny_runs.redness, "alive": True,
+              "save_strategy": "steps", "save_steps": 1}
     offloaded = tiny_runs.trainer(tmp_path / "a", **common, **settings)
     assert resident(offloaded) == set()
     plain = tiny_runs.trainer(tmp_path / "b", **common, **settings | {"offload": None})

@@ -42,7 +42,7 @@ def place(pipeline: DiffusionPipeline, device: torch.device | str, offload: Sequ
     `leave_idle`. One whose output carries gradients stays until they have come. An earlier `place` is undone.
 
     Raises:
-        PolicyError: a kind that is not in `OFFLOADED` or that the pipeline has not, or quantised weights.
+        PolicyError: a kind that is not in `OFFLOADED` or not in the pipeline; quantised weights, or none that are frozen.
     """
     device = torch.device(device)
     modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
@@ -187,6 +187,8 @@ def _bring_back(module: nn.Module) -> None:
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
+    if all(parameter.requires_grad for parameter in module.parameters()):
+        raise PolicyError(f"offload: {name} has no frozen weights; call its requires_grad_(False) before.")
     for key, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
             raise PolicyError(
