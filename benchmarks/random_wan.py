@@ -1,4 +1,7 @@
-"""Wan 2.1 at its real sizes with random weights, made where they are used: nothing is downloaded or converted."""
+"""Wan 2.1 at its real sizes with random weights, made where they are used: nothing is downloaded or converted.
+
+    python benchmarks/random_wan.py    # how large its parts are, in bf16; computes nothing
+"""
 
 from collections.abc import Sequence
 
@@ -44,7 +47,7 @@ def random_wan(tiny: bool, dtype: torch.dtype, device: str, *, model: str = "wan
         vae = AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1) if tiny else AutoencoderKLWan()
     for parameter in vae.parameters():
         parameter.data = parameter.data.to(vae_dtype)
-    fill(encoder, dtype, device, "cpu")
+    fill(encoder, dtype, device, "meta" if device == "meta" else "cpu")
     fill(transformer, dtype, device, device, keep=transformer._keep_in_fp32_modules or ())
     return WanPipeline(
         tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
@@ -72,3 +75,16 @@ def fill(module: nn.Module, dtype: torch.dtype, device: str, place: str, keep: S
             made[parameter] = nn.Parameter(value.to(place), requires_grad=False)
         owner, _, key = name.rpartition(".")
         setattr(module.get_submodule(owner), key, made[parameter])
+
+
+def main() -> None:
+    parts = ("text_encoder", "vae", "transformer")
+    print("GiB           " + "".join(f"{part:>14}" for part in parts))
+    for model in ("wan21_1.3b", "wan21_14b"):
+        pipe = random_wan(False, torch.bfloat16, "meta", model=model, text_encoder="full", vae_dtype=torch.bfloat16)
+        sizes = [sum(p.numel() * p.element_size() for p in getattr(pipe, part).parameters()) for part in parts]
+        print(f"{model:<14}" + "".join(f"{size / 2**30:>14.2f}" for size in sizes))
+
+
+if __name__ == "__main__":
+    main()

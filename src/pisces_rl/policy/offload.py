@@ -42,7 +42,7 @@ def place(pipeline: DiffusionPipeline, device: torch.device | str, offload: Sequ
     `leave_idle`. One whose output carries gradients stays until they have come. An earlier `place` is undone.
 
     Raises:
-        PolicyError: a kind that is not in `OFFLOADED` or not in the pipeline; quantised weights, or none that are frozen.
+        PolicyError: a kind that the pipeline has not, or weights that are quantised or not frozen.
     """
     device = torch.device(device)
     modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}

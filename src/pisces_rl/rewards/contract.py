@@ -42,7 +42,7 @@ def is_differentiable(func: RewardFunc) -> bool:
 
 
 def offload(func: RewardFunc, device: torch.device | str) -> None:
-    """A reward's attribute `offload`, where it has one that is None, becomes `device`; a partial has its function's."""
+    """A reward's attribute `offload`, if it has one that is None, becomes `device`; a partial has its function's."""
     func = _function(func)
     if getattr(func, "offload", device) is None:
         func.offload = device
