@@ -7,7 +7,7 @@
 Other options replace settings of the recipe. 81 frames of 480 x 832 in 24 GB, and the 14B model on one 80 GB GPU:
 
     python benchmarks/real_check.py --random_weights --text_encoder full --offload text_encoder vae rewards \\
-        --short --height 480 --width 832 --num_frames 81 --memory_limit 23
+        --short --height 480 --width 832 --num_frames 81 --recompute everything --memory_limit 23
     python benchmarks/real_check.py --random_weights --text_encoder full --offload text_encoder vae rewards \\
         --short --model wan21_14b --recompute everything
 
