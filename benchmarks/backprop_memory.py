@@ -15,7 +15,8 @@ import time
 
 import torch
 from datasets import Dataset
-from real_check import PROMPTS, random_wan
+from random_wan import random_wan
+from real_check import PROMPTS
 from reward_overhead import build
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer

@@ -1,112 +1,191 @@
-"""One short GRPO run of Wan 2.1 1.3B from its recipe: replay parity, seconds, peak memory, adapter reload.
+"""One short GRPO run of Wan 2.1 from its recipe: replay error, seconds and peak memory by stage, adapter reload.
 
     python benchmarks/real_check.py                    # weights from the Hub, one GPU
     python benchmarks/real_check.py --random_weights   # the same sizes with random weights, no Hub
     python benchmarks/real_check.py --tiny             # the same code path on a CPU in seconds
 
-Random weights keep the transformer and the VAE at full size; the 5.7 B text encoder is replaced by a small one of the
-same output width (4,096) and a byte tokenizer.
+Other options replace settings of the recipe. 81 frames of 480 x 832 in 24 GB, and the 14B model on one 80 GB GPU:
+
+    python benchmarks/real_check.py --random_weights --text_encoder full --offload text_encoder vae rewards \\
+        --short --height 480 --width 832 --num_frames 81 --recompute everything --memory_limit 23
+    python benchmarks/real_check.py --random_weights --text_encoder full --offload text_encoder vae rewards \\
+        --short --model wan21_14b --recompute everything
+
+Random weights keep the denoiser and the VAE at full size; without `--text_encoder full` the 5.7 B text encoder is
+replaced by a small one of the same output width (4,096). The tokenizer's tokens are bytes.
 """
 
 import argparse
+import contextlib
+import functools
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 import yaml
 from datasets import Dataset
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+from random_wan import TEXT_ENCODERS, random_wan
 
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.policy import default_lora_config
 from pisces_rl.rewards import motion_amount, temporal_smoothness
+from pisces_rl.trainers.config import OFFLOAD
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "wan21_1.3b_grpo.yaml"
 SCRIPT_KEYS = ("model", "dataset", "rewards", "eval_prompts", "lora_r")
+HUB = {"wan21_1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan21_14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
 PROMPTS = ["a cat walks over wet grass", "waves break on a rocky beach", "a paper plane crosses a classroom",
            "steam rises from a cup of tea"]
+REPLACES = {  # settings of the recipe
+    "height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float,
+    "num_generations": int, "per_device_train_batch_size": int, "gradient_accumulation_steps": int,
+    "rollout_batch_size": int, "recompute": str,
+}
+SHORT = dict(num_inference_steps=4, guidance_scale=5.0, num_generations=2, per_device_train_batch_size=1,
+             gradient_accumulation_steps=2, rollout_batch_size=1)
 
 
-def random_wan(tiny: bool, dtype: torch.dtype, device: str) -> WanPipeline:
-    """Wan 2.1 1.3B with weights N(0, 0.02); `tiny` shrinks every part."""
-    vocabulary = {t: i for i, t in enumerate(["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    width = 64 if tiny else 4096
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), d_model=width, d_kv=8, d_ff=64, num_layers=1,
-                                          num_heads=4, dropout_rate=0.0))
-    size = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=2) if tiny else dict(
-        num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30)
-    torch.manual_seed(0)
-    with torch.device(device):
-        transformer = WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=16, out_channels=16, text_dim=width,
-                                            freq_dim=256, cross_attn_norm=True,
-                                            qk_norm="rms_norm_across_heads", **size)
-        vae = AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1) if tiny else AutoencoderKLWan()
-    for parameter in transformer.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.02)
-    keep = transformer._keep_in_fp32_modules or []
-    for name, parameter in transformer.named_parameters():
-        if not any(k in name for k in keep):
-            parameter.data = parameter.data.to(dtype)
-    return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                          unk_token="<unk>", model_max_length=512),
-        text_encoder=encoder.to(dtype).eval(), vae=vae, transformer=transformer.eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-    )
+class Stages:
+    """Seconds and the device's peak memory by stage; what an inner stage takes is not the outer one's."""
+
+    def __init__(self, cuda: bool):
+        self.cuda, self.now, self.since = cuda, "building", time.perf_counter()
+        self.seconds, self.peaks, self.reserved = defaultdict(float), defaultdict(int), 0
+
+    def _close(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+            self.peaks[self.now] = max(self.peaks[self.now], torch.cuda.max_memory_allocated())
+            self.reserved = max(self.reserved, torch.cuda.max_memory_reserved())
+            torch.cuda.reset_peak_memory_stats()
+        now = time.perf_counter()
+        self.seconds[self.now] += now - self.since
+        self.since = now
+
+    @contextlib.contextmanager
+    def __call__(self, name: str):
+        self._close()
+        before, self.now = self.now, name
+        try:
+            yield
+        finally:
+            self._close()
+            self.now = before
+
+    def around(self, name: str | None, manager):
+        """A function that gives a context, inside a stage; None: of its argument's name."""
+        @contextlib.contextmanager
+        def both(*args):
+            with self(name or args[0]), manager(*args):
+                yield
+        return both
+
+    def watch(self, trainer: VideoGRPOTrainer) -> None:
+        """The trainer's own stages, and in its rollouts text and decoding."""
+        trainer.stage = self.around(None, trainer.stage)
+        memo, vae = trainer.policy.prompt_memo, trainer.pipeline.vae
+        memo.during = self.around("text", memo.during)
+        decode = vae.decode
+
+        @functools.wraps(decode)
+        def decode_watched(*args, **kwargs):
+            with self("decode"):
+                return decode(*args, **kwargs)
+
+        vae.decode = decode_watched
+
+    def table(self, steps: int) -> str:
+        """Seconds a step; building and the check are done once."""
+        order = ["building", "text", "rollout", "decode", "rewards", "update", "other", "adapter check"]
+        rows = [f"{'stage':<16}{'seconds':>9}{'peak GiB':>10}"]
+        for name in order:
+            peak = f"{self.peaks[name] / 2**30:.2f}" if self.cuda else "no GPU"
+            share = 1 if name in ("building", "adapter check") else steps
+            rows.append(f"{name:<16}{self.seconds[name] / share:>9.2f}{peak:>10}")
+        if self.cuda:
+            rows.append(f"{'reserved':<16}{'':>9}{self.reserved / 2**30:>10.2f}")
+        return "\n".join(rows)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random_weights", action="store_true", help="full size, random weights, no Hub")
     parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
+    parser.add_argument("--model", choices=list(HUB), default="wan21_1.3b")
+    parser.add_argument("--text_encoder", choices=list(TEXT_ENCODERS), default="small", help="of random weights")
+    parser.add_argument("--offload", nargs="*", choices=OFFLOAD, default=None, help="the setting of that name")
+    parser.add_argument("--short", action="store_true", help=f"settings that take little time: {SHORT}")
+    parser.add_argument("--memory_limit", type=float, default=None, help="GiB that torch may take; more is an error")
+    parser.add_argument("--tiling", action="store_true", help="decode tile by tile")
     parser.add_argument("--max_steps", type=int, default=2, help="optimizer steps")
     parser.add_argument("--output_dir", default=None, help="kept if given; a temporary folder otherwise")
+    for name, kind in REPLACES.items():
+        parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
     arguments = parser.parse_args()
-    cuda = torch.cuda.is_available()
-    if not cuda and not arguments.tiny:
+    if not torch.cuda.is_available() and not arguments.tiny:
         parser.error("no GPU was found; --tiny runs the same code on a CPU")
+    return arguments
 
+
+def settings_of(arguments: argparse.Namespace) -> dict:
+    """The recipe's settings, and what replaces them."""
     recipe = yaml.safe_load(RECIPE.read_text())
     settings = {key: value for key, value in recipe.items() if key not in SCRIPT_KEYS}
-    settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none")
+    settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none", offload=arguments.offload)
     settings["replay_tolerance"] = 1.0  # the difference is printed, not judged
     if arguments.tiny:
         settings |= dict(height=16, width=16, num_frames=9, num_inference_steps=10, use_cpu=True, learning_rate=1e-3,
                          torch_compile_backend="aot_eager")
+    settings |= SHORT if arguments.short else {}
+    settings |= {name: getattr(arguments, name) for name in REPLACES if getattr(arguments, name) is not None}
+    low, high = settings["sde_window_range"]
+    settings["sde_window_range"] = [low, min(high, settings["num_inference_steps"] - 1)]
+    return settings | {"lora_r": recipe["lora_r"]}
+
+
+def main() -> None:
+    arguments = parsed()
+    cuda = torch.cuda.is_available() and not arguments.tiny
+    settings = settings_of(arguments)
+    rank = settings.pop("lora_r")
+    if arguments.memory_limit is not None and cuda:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory_limit * 2**30 / total))
+    stages = Stages(cuda)
     with tempfile.TemporaryDirectory() as temporary:
-        settings["output_dir"] = arguments.output_dir or temporary
-        config = VideoGRPOConfig(**settings)
+        config = VideoGRPOConfig(**settings | {"output_dir": arguments.output_dir or temporary})
+        model = HUB[arguments.model]
         if arguments.random_weights or arguments.tiny:
             dtype = torch.bfloat16 if config.bf16 else torch.float32
-            model = random_wan(arguments.tiny, dtype, "cuda" if cuda and not arguments.tiny else "cpu")
-        else:
-            model = recipe["model"]
+            model = random_wan(arguments.tiny, dtype, "cuda" if cuda else "cpu", model=arguments.model,
+                               text_encoder=arguments.text_encoder, vae_dtype=dtype)
         trainer = VideoGRPOTrainer(
             model=model, reward_funcs=[temporal_smoothness, motion_amount], args=config,
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=default_lora_config(recipe["lora_r"]),
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=default_lora_config(rank),
         )
+        if arguments.tiling:
+            trainer.pipeline.vae.enable_tiling()
+        stages.watch(trainer)
         start = time.perf_counter()
-        trainer.train()
+        with stages("other"):
+            trainer.train()
         seconds = time.perf_counter() - start
-        trainer.save_model()  # raises if the reloaded adapter gives other latents
+        with stages("adapter check"):
+            trainer.save_model()  # raises if the reloaded adapter gives other latents
         logs = [row for row in trainer.state.log_history if "replay/max_log_prob_error" in row]
-        parts = {key.removeprefix("seconds/"): [row[key] for row in logs if key in row]
-                 for key in ("seconds/rollout", "seconds/rewards", "seconds/update")}
+        frozen = sum(p.numel() for p in trainer.policy.denoiser.parameters() if not p.requires_grad)
+        print(f"denoiser             {frozen / 1e9:.2f} B parameters; offload {config.offload or 'nothing'}")
         size = f"{config.num_frames} x {config.height} x {config.width}"
-        print(f"videos per step      {config.generation_batch_size} of {size}")
+        print(f"videos per step      {config.generation_batch_size} of {size}, {config.num_inference_steps} denoising "
+              f"steps, {config.sde_window_size} trained, guidance {config.guidance_scale}")
         print(f"replay parity        max |log p(update) - log p(sampling)| = "
               f"{max(row['replay/max_log_prob_error'] for row in logs):.2e}")
-        print(f"seconds per step     {seconds / len(logs):.1f} (" + ", ".join(
-            f"{name} {sum(values) / len(logs):.1f}" for name, values in parts.items()) + ")")
-        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if cuda else "no GPU"
-        print(f"peak memory          {peak}")
+        print(f"seconds per step     {seconds / len(logs):.1f}")
+        print(stages.table(len(logs)))
+        if cuda:
+            print(f"peak memory          {max(stages.peaks.values()) / 2**30:.1f} GiB")
         print("adapter reload       equal")
 
 

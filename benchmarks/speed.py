@@ -16,7 +16,7 @@ import time
 from statistics import median
 
 import torch
-from real_check import random_wan
+from random_wan import random_wan
 
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
 from pisces_rl.policy.execution import compile_blocks

@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from pisces_rl.policy.offload import Part
+
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
 
@@ -26,3 +28,23 @@ def parity_results():
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     PARITY_FILE.mkdir(parents=True, exist_ok=True)
     (PARITY_FILE / f"{worker}.json").write_text(json.dumps(rows, indent=1))
+
+
+@pytest.fixture
+def absent_weights_are_nan(monkeypatch):
+    """On a CPU the host's memory is the device's: NaN in what is offloaded shows every use that nobody announced."""
+    leave, begin = Part.leave, Part.__init__
+
+    def leave_nan(part):
+        leave(part)
+        if not part.is_resident:
+            for parameter in part.frozen:
+                if parameter.is_floating_point():
+                    parameter.data = torch.full_like(parameter, torch.nan)
+
+    def begin_nan(part, *args):
+        begin(part, *args)
+        part.leave()
+
+    monkeypatch.setattr(Part, "leave", leave_nan)
+    monkeypatch.setattr(Part, "__init__", begin_nan)

@@ -83,6 +83,8 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
     ({"kl_space": "y"}, "kl_space='y' must be one of"),
     ({"step_weighting": "dt"}, "step_weighting='dt' must be one of"),
     ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
+    ({"offload": "vae"}, "offload='vae' must be a list of some of"),
+    ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list of some of \['text_enc"),
     ({"epsilon": 0.0}, "epsilon=0.0 .*must be positive"),
     ({"beta": -0.1}, "beta=-0.1 must not be negative"),
     ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),

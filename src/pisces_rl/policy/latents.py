@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .offload import device_of
 from .scheduler import PolicyError
 from .session import LeavePipeline, Session, replaced_method
 
@@ -92,8 +93,7 @@ class LatentCodec:
                 f"{tuple(videos.shape)}; `fitted` makes them so."
             )
         vae = pipeline.vae
-        weight = next(vae.parameters())
-        x = (videos * 2 - 1).to(weight.device, weight.dtype)
+        x = (videos * 2 - 1).to(device_of(vae), next(vae.parameters()).dtype)
         x = x.flatten(0, 1) if self.by_frame else x.transpose(1, 2)
         z = vae.encode(x).latent_dist.mode().float()
         if self.by_frame:

@@ -19,6 +19,7 @@ from torch import nn
 
 from .execution import uncompile_blocks
 from .guider import guided
+from .offload import device_of
 from .products import unfuse_products
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
@@ -337,6 +338,10 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
     """
     fresh = without_adapters(pipeline)
     load_lora(fresh, folder)
+    for denoiser in _adapted(fresh).values():  # beside a weight that is offloaded they were made on the CPU
+        for name, parameter in denoiser.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(device_of(denoiser))
     latents = []
     for pipe in (pipeline, fresh):
         bar = vars(pipe).get("_progress_bar_config")

@@ -1,7 +1,9 @@
 """Prompt embeddings, computed once per prompt."""
 
+import contextlib
 import inspect
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,14 +26,31 @@ class PromptMemo:
         size: number of prompts to remember, least recently used first out.
         pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
             take no mask, see `text_lengths`.
+        during: gives a context that is entered while prompts are encoded, once a call that meets new ones.
     """
 
-    def __init__(self, encode_prompt, size: int = 256, pad: bool = False):
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False,
+                 during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
         self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
+        self.during = during
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
 
     def __call__(self, *args, **kwargs):
+        self.stack = None
+        try:
+            return self._remembered(*args, **kwargs)
+        finally:
+            if self.stack is not None:
+                self.stack.close()
+
+    def _encode(self, *args, **kwargs):
+        if self.stack is None:
+            self.stack = contextlib.ExitStack()
+            self.stack.enter_context(self.during())
+        return self.encode_prompt(*args, **kwargs)
+
+    def _remembered(self, *args, **kwargs):
         bound = self.signature.bind(*args, **kwargs).arguments
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
@@ -55,7 +74,7 @@ class PromptMemo:
         stacked = _stack(outputs, self._pair(bound) if compared else None)
         if stacked is not None:
             return stacked
-        together = self.encode_prompt(*args, **kwargs)
+        together = self._encode(*args, **kwargs)
         if not _masked(together):
             raise PolicyError(
                 f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
@@ -73,7 +92,7 @@ class PromptMemo:
         key = repr(sorted((name, value) for name, value in arguments.items()))
         if key not in self.memory:
             with torch.no_grad():
-                self.memory[key] = self.encode_prompt(**arguments)
+                self.memory[key] = self._encode(**arguments)
             while len(self.memory) > self.size:
                 self.memory.popitem(last=False)
         self.memory.move_to_end(key)

@@ -24,6 +24,7 @@ from .conditions import Conditions, calls, checked_conditions, of_video
 from .execution import ATTENTION_KERNELS, attention_kernel, compile_blocks
 from .guider import guided, has_guider
 from .latents import LatentCodec
+from .offload import device_of, kind_of, leave_idle, place, resident
 from .one_step import OneStep, Prediction
 from .products import fuse_products
 from .prompts import PromptMemo
@@ -87,7 +88,8 @@ class VideoPolicy(nn.Module):
         self.mesh: DeviceMesh | None = None  # of the ranks that share the denoisers' weights
         self.shares_tokens = False  # with other ranks, which sample the same videos
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
-        self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked)
+        encoders = [c for name, c in pipeline.components.items() if kind_of(name) == "text_encoder"]
+        self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.makes_images = False  # videos of one frame; known from the first sample on
@@ -98,7 +100,14 @@ class VideoPolicy(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the denoisers run."""
-        return next(self.denoiser.parameters()).device if self.mesh is None else torch.device(self.mesh.device_type)
+        if self.mesh is not None:
+            return torch.device(self.mesh.device_type)
+        return device_of(next(iter(self.denoiser.values())))
+
+    def place(self, device: torch.device | str, offload: Sequence[str] = ()) -> None:
+        """Move the pipeline to a device; the kinds of components in `offload` are there only while they are used, and
+        in the host's memory otherwise, see `offload.place`. After adapters were added."""
+        place(self.pipeline, device, offload)
 
     def train(self, mode: bool = True):
         """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
@@ -203,6 +212,7 @@ class VideoPolicy(nn.Module):
             output = self._call(session, session.prompts, noise, output_type)
             session.check_finished()
             parts.append(session.rollout(self._videos(output).float() if output_type == "pt" else None, noise))
+        leave_idle(self.pipeline)  # rewards come next
         return Rollout.cat(parts)
 
     def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
@@ -454,7 +464,7 @@ def _of(latents: Tensor, rows: Sequence[int], count: int) -> Tensor:
 def _denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     found = {
         name: component for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and name.split("_")[0] in ("transformer", "unet")
+        if isinstance(component, nn.Module) and kind_of(name) == "denoiser"
     }
     if not found:
         raise PolicyError(

@@ -6,7 +6,9 @@
 `prompts` is a list of B strings, `videos` a float32 tensor (B, F, 3, H, W) in [0, 1], every further column of the data
 set a list of B values. The callable returns B numbers (list, NumPy array or tensor); None where it does not apply. It
 may be `async def`. `log_extra(name, values)` records B per-sample values, `log_metric(name, value)` one scalar. A
-reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`.
+reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`. One with an
+attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU between
+calls.
 """
 
 import functools
@@ -37,6 +39,13 @@ def _function(func: RewardFunc) -> RewardFunc:
 def is_differentiable(func: RewardFunc) -> bool:
     """Whether a reward says that it carries gradients to its videos; a partial has its function's word."""
     return bool(getattr(_function(func), "differentiable", False))
+
+
+def offload(func: RewardFunc, device: torch.device | str) -> None:
+    """A reward's attribute `offload`, if it has one that is None, becomes `device`; a partial has its function's."""
+    func = _function(func)
+    if getattr(func, "offload", device) is None:
+        func.offload = device
 
 
 def is_async(func: RewardFunc) -> bool:

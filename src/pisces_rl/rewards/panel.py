@@ -20,6 +20,7 @@ from .contract import (
     checked_values,
     is_async,
     is_differentiable,
+    offload,
     reward_name,
 )
 from .encodings import shared_encodings
@@ -90,6 +91,11 @@ class RewardPanel:
                 table.values[:, i] = checked_values(self.names[i], values, prompts)
                 table.seconds[self.names[i]] += time.perf_counter() - start
         return table
+
+    def offload(self, device: torch.device | str) -> None:
+        """Rewards that hold weights work on `device`, and these lie on the CPU between calls (`contract.offload`)."""
+        for func in self.funcs:
+            offload(func, device)
 
     def check_differentiable(self) -> None:
         """A ValueError that names the rewards which do not say that they carry gradients, or are async."""

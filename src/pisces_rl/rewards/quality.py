@@ -67,6 +67,16 @@ class OTQualityReward:
             self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur)
         self.__name__ = name
 
+    @property
+    def offload(self) -> str | torch.device | None:
+        """The encoder's, see `VideoTextEncoder`."""
+        return self.encoder.offload
+
+    @offload.setter
+    def offload(self, device: str | torch.device | None) -> None:
+        self.encoder.offload = device
+        self.encoder.to("cpu")
+
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
         check_inputs(prompts, videos)
         with shared_encodings():

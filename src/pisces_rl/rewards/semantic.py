@@ -60,6 +60,16 @@ class OTSemanticReward:
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
 
+    @property
+    def offload(self) -> str | torch.device | None:
+        """The encoder's, see `VideoTextEncoder`."""
+        return self.encoder.offload
+
+    @offload.setter
+    def offload(self, device: str | torch.device | None) -> None:
+        self.encoder.offload = device
+        self.encoder.to("cpu")
+
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
         return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)
 

@@ -59,9 +59,19 @@ class VLMJudge:
             raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
         self.tokens = [token[0] for token in tokens]
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
-        self.__name__, self.offload = name, offload
+        self.__name__, self._offload = name, None
         if offload is not None:
-            self.model.to("cpu")
+            self.offload = offload
+
+    @property
+    def offload(self) -> str | torch.device | None:
+        """Where the model works while its weights lie on the CPU between calls; None: it stays where it is."""
+        return self._offload
+
+    @offload.setter
+    def offload(self, device: str | torch.device | None) -> None:
+        self._offload = device
+        self.model.to("cpu")
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:

@@ -35,7 +35,6 @@ from ..policy import (
     check_saved_weights,
     default_lora_config,
     has_guider,
-    is_sharded,
     load_lora_state,
     lora_parameters,
     save_lora,
@@ -190,9 +189,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         if sharding is not None:
             shard_policy(self.policy, self.accelerator, sharding)
             self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
-        for component in self.pipeline.components.values():
-            if isinstance(component, nn.Module) and not is_sharded(component):
-                component.to(self.accelerator.device)
+        members = args.offload or []
+        self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
+        for panel in (self.rewards, self.judges) if "rewards" in members else ():
+            panel.offload(self.accelerator.device)
         # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
         # may call its denoisers as it likes.
         prepare_model = self.accelerator.prepare_model
@@ -233,6 +233,9 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _wrap_model(self, model, training=True, dataloader=None):
         return model
+
+    def _move_model_to_device(self, model, device) -> None:
+        """`VideoPolicy.place` moves what is to be there."""
 
     @contextlib.contextmanager
     def stage(self, name: str):

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..policy.offload import OFFLOADED
 from ._trl import _BaseConfig
 from .launch import requested_sharding
+
+OFFLOAD = (*OFFLOADED, "rewards")  # what `offload` may name
 
 
 @dataclass
@@ -38,6 +41,13 @@ class VideoPolicyConfig(_BaseConfig):
         default="all_but_attention",
         metadata={"help": "With torch_compile and gradient_checkpointing: what backward computes again, "
                   "'all_but_attention' or 'everything' (slower, and less memory)."},
+    )
+
+    # --- memory ---
+    offload: list[str] | None = field(
+        default=None,
+        metadata={"help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
+                  "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."},
     )
 
     # --- data, rewards, weights ---
@@ -129,6 +139,8 @@ class VideoPolicyConfig(_BaseConfig):
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         self._read_pipeline_kwargs()
+        if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
+            raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
