@@ -1,5 +1,6 @@
 """Prompt embeddings, computed once per prompt."""
 
+import contextlib
 import inspect
 from collections import OrderedDict
 from typing import Any
@@ -30,6 +31,7 @@ class PromptMemo:
         self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
+        self.record = contextlib.nullcontext  # see `VideoPolicy.record_with`
 
     def __call__(self, *args, **kwargs):
         bound = self.signature.bind(*args, **kwargs).arguments
@@ -55,7 +57,8 @@ class PromptMemo:
         stacked = _stack(outputs, self._pair(bound) if compared else None)
         if stacked is not None:
             return stacked
-        together = self.encode_prompt(*args, **kwargs)
+        with self.record("text"):
+            together = self.encode_prompt(*args, **kwargs)
         if not _masked(together):
             raise PolicyError(
                 f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
@@ -72,7 +75,7 @@ class PromptMemo:
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))
         if key not in self.memory:
-            with torch.no_grad():
+            with self.record("text"), torch.no_grad():
                 self.memory[key] = self.encode_prompt(**arguments)
             while len(self.memory) > self.size:
                 self.memory.popitem(last=False)
