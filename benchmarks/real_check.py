@@ -97,8 +97,8 @@ def main() -> None:
         seconds = time.perf_counter() - start
         trainer.save_model()  # raises if the reloaded adapter gives other latents
         logs = [row for row in trainer.state.log_history if "replay/max_log_prob_error" in row]
-        parts = {key.removeprefix("seconds/"): [row[key] for row in logs if key in row]
-                 for key in ("seconds/rollout", "seconds/rewards", "seconds/update")}
+        parts = {key: [row[f"seconds/{key}"] for row in logs if f"seconds/{key}" in row]
+                 for key in ("text", "rollout", "decode", "rewards", "update", "idle")}
         size = f"{config.num_frames} x {config.height} x {config.width}"
         print(f"videos per step      {config.generation_batch_size} of {size}")
         print(f"replay parity        max |log p(update) - log p(sampling)| = "

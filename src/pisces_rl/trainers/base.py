@@ -504,13 +504,21 @@ class VideoPolicyTrainer(_BaseTrainer):
                 self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
             raise
         finally:
-            if self.args.trace_steps:
-                self.timeline.write_trace(Path(self.args.output_dir) / f"trace_rank{self.args.process_index}.json")
+            self._write_trace()
         if self.eval_dataset is not None:
             with self.timeline.span("evaluation", whole=True):
                 self._finish()
         self._print_timeline()
         return output
+
+    def _write_trace(self) -> None:
+        """Of this process, also where the run broke off; a run does not end for want of it."""
+        path = Path(self.args.output_dir) / f"trace_rank{self.args.process_index}.json"
+        try:
+            if self.args.trace_steps:
+                self.timeline.write_trace(path)
+        except OSError as error:
+            warnings.warn(f"{path} could not be written: {error}.", stacklevel=2)
 
     def _print_timeline(self) -> None:
         """Where the seconds of this training went, a mean over processes."""
