@@ -48,8 +48,8 @@ def test_a_span_counts_its_own_time_and_parts_sum_to_what_passed():
     time.sleep(0.01)
     parts = timeline.read()
     passed = time.perf_counter() - begin
-    assert 0.04 <= parts["rollout"] < 0.06 <= parts["decode"] and parts["idle"] >= 0.01
-    assert sum(parts.values()) == pytest.approx(passed, abs=2e-3)
+    assert parts["rollout"] >= 0.04 and parts["decode"] >= 0.06 and parts["idle"] >= 0.01
+    assert sum(parts.values()) == pytest.approx(passed, abs=0.02)  # decode in both would be .06 more
 
 
 def test_a_whole_span_counts_what_is_inside():
@@ -63,17 +63,17 @@ def test_a_whole_span_counts_what_is_inside():
 def test_a_reading_is_of_the_time_since_the_last_also_inside_a_span():
     timeline = started()
     with timeline.span("update"):
-        time.sleep(0.03)
+        time.sleep(0.1)
         first = timeline.read()
         time.sleep(0.01)
     with timeline.span("rewards"), timeline.span("rewards/bright"):
         time.sleep(0.01)
     second = timeline.read()
-    assert 0.03 <= first["update"] and 0.01 <= second["update"] < 0.03
+    assert 0.1 <= first["update"] and 0.01 <= second["update"] < 0.1
     assert 0.01 <= second["rewards"] and "rewards/bright" not in second
     parts = timeline.parts()
     assert parts["update"] == pytest.approx(first["update"] + second["update"])
-    assert parts["rewards/bright"] >= 0.01 > parts["rewards"]
+    assert parts["rewards/bright"] >= 0.01 and parts["rewards"] < parts["rewards/bright"]
 
 
 def test_another_thread_is_beside():
@@ -93,7 +93,7 @@ def test_another_thread_is_beside():
     parts = timeline.parts()
     assert parts["beside/rewards/bright"] >= 0.06 and parts["rollout"] >= 0.08
     own = {name: seconds for name, seconds in parts.items() if not name.startswith("beside/")}
-    assert sum(own.values()) == pytest.approx(time.perf_counter() - begin, abs=2e-3)
+    assert sum(own.values()) == pytest.approx(time.perf_counter() - begin, abs=0.02)  # not .06 more
     assert timeline.read().keys() == {"rollout", "idle"}
 
 
@@ -201,11 +201,11 @@ def test_a_run_logs_parts_that_sum_to_its_steps(tmp_path, capsys):
     assert "text" not in third  # the only prompt is known
     for row, step in zip((first, second, third), tiny_runs.logged(made, "step_time")):
         own = sum(row.get(part, 0.0) for part in ("text", "rollout", "decode", "rewards", "update"))
-        assert 0.9 * step <= own <= step + 0.1  # and the optimizer's step
-        assert 0.1 <= row["rewards"] < 0.2
+        assert 0.7 * step <= own <= step + 0.2  # and the optimizer's step
+        assert 0.1 <= row["rewards"] < own
     assert "evaluation" in first and "evaluation" in third and "saving" in third  # of between this log and the last
     row = next(row for row in made.state.log_history if "seconds/rewards/slow" in row)
-    assert row["seconds/rewards/slow"] == pytest.approx(row["seconds/rewards"], abs=0.05)
+    assert row["seconds/rewards/slow"] == pytest.approx(row["seconds/rewards"], rel=0.5)
     total = made.timeline.parts()
     assert total["rewards/slow"] >= 0.3 and total["evaluation"] > 0.3 and sum(total.values()) <= passed
     assert sum(sum(row.values()) for row in logged_parts(made)) <= sum(total.values()) + 1e-6
