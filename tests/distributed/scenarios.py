@@ -70,6 +70,16 @@ def split_group(folder) -> dict:
     return trained(made(folder, videos=4, max_steps=3))
 
 
+def overlapped(folder) -> dict:
+    """Rewards beside the rollout, parts of 2 videos; the time line of two steps."""
+    trainer = made(folder, max_steps=3, rollout_batch_size=2, overlap_rewards=True, trace_steps=2)
+    result = trained(trainer)
+    logs = [row for row in trainer.state.log_history if "seconds/rollout" in row]
+    parts = ("text", "rollout", "decode", "rewards", "update", "idle")
+    return result | {"parts": sum(row.get(f"seconds/{part}", 0.0) for row in logs for part in parts),
+                     "own": trainer.timeline.parts(), "own_steps": trainer.timeline.steps}  # fmt: skip
+
+
 def accumulated(folder) -> dict:
     return trained(made(folder, videos=4, steps_per_generation=2, gradient_accumulation_steps=2, max_steps=2))
 

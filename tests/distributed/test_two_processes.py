@@ -14,8 +14,8 @@ import scenarios
 from processes import run
 from tiny_runs import largest_difference
 
-EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
-             "distilled"]
+EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "accumulated", "idle_rank", "backpropagated",
+             "backpropagated_k2", "distilled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "disturbed_weights", "unequal_weights"]
 
 
@@ -58,6 +58,23 @@ def test_two_processes_equal_one(two, tmp_path, name):
     assert largest_difference(one["weights"], start) > 1e-4
     for key in scenarios.METRICS:
         assert numbers(two, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
+
+
+def test_each_process_writes_its_trace_and_logs_are_their_mean(two):
+    sums = []
+    for rank in (0, 1):
+        events = json.loads((two / f"overlapped_2/trace_rank{rank}.json").read_text())["traceEvents"]
+        spans = [event for event in events if event["ph"] == "X"]
+        assert {event["pid"] for event in spans} == {rank}
+        rollouts = [event for event in spans if event["name"] == "rollout"]
+        rewards = [event for event in spans if event["name"] == "rewards/brightness"]
+        assert len(rollouts) == 2 and len(rewards) == 4 and rewards[0]["tid"] != rollouts[0]["tid"]
+        assert rollouts[0]["ts"] < rewards[0]["ts"] < rollouts[0]["ts"] + rollouts[0]["dur"]
+        result = numbers(two, "overlapped", rank)
+        assert result["own_steps"] == 3
+        sums.append(sum(value for name, value in result["own"].items() if not name.startswith("beside/")))
+    logged = numbers(two, "overlapped")["parts"]
+    assert 0.8 * sum(sums) / 2 < logged <= sum(sums) / 2 + 1e-6
 
 
 def test_resumed_equals_uninterrupted(two):

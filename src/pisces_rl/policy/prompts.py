@@ -35,6 +35,7 @@ class PromptMemo:
         self.during = during
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
+        self.record = contextlib.nullcontext  # see `VideoPolicy.record_with`
 
     def __call__(self, *args, **kwargs):
         self.stack = None
@@ -74,7 +75,8 @@ class PromptMemo:
         stacked = _stack(outputs, self._pair(bound) if compared else None)
         if stacked is not None:
             return stacked
-        together = self._encode(*args, **kwargs)
+        with self.record("text"):
+            together = self._encode(*args, **kwargs)
         if not _masked(together):
             raise PolicyError(
                 f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
@@ -91,7 +93,7 @@ class PromptMemo:
     def _encode_one(self, arguments: dict):
         key = repr(sorted((name, value) for name, value in arguments.items()))
         if key not in self.memory:
-            with torch.no_grad():
+            with self.record("text"), torch.no_grad():
                 self.memory[key] = self._encode(**arguments)
             while len(self.memory) > self.size:
                 self.memory.popitem(last=False)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .backprop import DecodedPart, DifferentiableSampling, decoding
 from .conditions import Conditions, calls, checked_conditions, of_video
+from .decoder import recorded_decoding, set_decoder
 from .execution import ATTENTION_KERNELS, attention_kernel, compile_blocks
 from .guider import guided, has_guider
 from .latents import LatentCodec
@@ -61,6 +62,7 @@ class VideoPolicy(nn.Module):
         pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
         attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
+        vae_dtype, vae_slicing, vae_tiling: how the VAE decodes, see `decoder.set_decoder`.
 
     Raises:
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
@@ -69,7 +71,8 @@ class VideoPolicy(nn.Module):
     def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
                  num_inference_steps: int = 16, sde_window_size: int | None = None,
                  sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
-                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None):
+                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None,
+                 vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False):
         super().__init__()
         self.pipeline = pipeline
         self.denoiser = nn.ModuleDict(_denoisers(pipeline))
@@ -92,6 +95,9 @@ class VideoPolicy(nn.Module):
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
         self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
+        self.record = contextlib.nullcontext
+        self.vae_dtype = vae_dtype
+        set_decoder(pipeline, dtype=vae_dtype, slicing=vae_slicing, tiling=vae_tiling)
         self.makes_images = False  # videos of one frame; known from the first sample on
         if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:
             pipeline.vae.enable_slicing()
@@ -170,6 +176,10 @@ class VideoPolicy(nn.Module):
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The same by its older name, which transformers before 5.18 call."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def record_with(self, record: Callable[[str], contextlib.AbstractContextManager]) -> None:
+        """Enter record("text") where the pipeline encodes prompts, record("decode") where its VAE decodes."""
+        self.record = self.prompt_memo.record = record
 
     def draw_window(self, seed: int) -> list[int]:
         """The trained steps of one rollout; a random position where a window is smaller than its range."""
@@ -389,7 +399,8 @@ class VideoPolicy(nn.Module):
                      **session.overrides}  # fmt: skip
         if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
             arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-        with self._swapped(session), guided(self.pipeline, arguments) as arguments:
+        decoding = recorded_decoding(self.pipeline, self.record, self.vae_dtype)
+        with self._swapped(session), decoding, guided(self.pipeline, arguments) as arguments:
             return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type, **arguments)
 
     @contextlib.contextmanager

@@ -2,14 +2,14 @@
 
 import importlib
 
-from .contract import RewardError, reward_name
+from .contract import RewardError, compares_videos, reward_name
 from .motion import exposure, motion_amount, temporal_smoothness
 from .panel import RewardPanel, RewardTable
 
 _HOME = {"OTAttention": "ot_attention", "OTQualityReward": "quality", "OTSemanticReward": "semantic",
          "REWARDS": "loading", "VLMJudge": "vlm_judge", "cache_features": "features", "load_features": "features",
          "load_reward": "loading"}  # fmt: skip
-__all__ = ["RewardError", "RewardPanel", "RewardTable", "exposure", "motion_amount", "reward_name",
+__all__ = ["RewardError", "RewardPanel", "RewardTable", "compares_videos", "exposure", "motion_amount", "reward_name",
            "temporal_smoothness", *_HOME]
 
 

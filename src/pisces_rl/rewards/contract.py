@@ -6,9 +6,10 @@
 `prompts` is a list of B strings, `videos` a float32 tensor (B, F, 3, H, W) in [0, 1], every further column of the data
 set a list of B values. The callable returns B numbers (list, NumPy array or tensor); None where it does not apply. It
 may be `async def`. `log_extra(name, values)` records B per-sample values, `log_metric(name, value)` one scalar. A
-reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`. One with an
-attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU between
-calls.
+reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`; one with
+`compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
+with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
+between calls.
 """
 
 import functools
@@ -46,6 +47,11 @@ def offload(func: RewardFunc, device: torch.device | str) -> None:
     func = _function(func)
     if getattr(func, "offload", device) is None:
         func.offload = device
+
+
+def compares_videos(func: RewardFunc) -> bool:
+    """Whether a reward says that a video's value depends on the others of its call."""
+    return bool(getattr(_function(func), "compares_videos", False))
 
 
 def is_async(func: RewardFunc) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import inspect
 import time
 from collections.abc import Sequence
@@ -43,6 +44,33 @@ class RewardTable:
     metrics: dict[str, list[float]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @staticmethod
+    def stack(parts: Sequence["RewardTable"]) -> "RewardTable":
+        """One table of all samples, of the tables of some each; an extra that a part lacks is None there."""
+        table = RewardTable(torch.cat([part.values for part in parts]))
+        for name in dict.fromkeys(name for part in parts for name in part.extras):
+            table.extras[name] = [v for part in parts for v in part.extras.get(name, [None] * len(part.values))]
+        table._add(parts)
+        return table
+
+    @staticmethod
+    def side_by_side(tables: Sequence["RewardTable"], places: Sequence[Sequence[int]]) -> "RewardTable":
+        """One table of all rewards; the columns of `tables[k]` are at `places[k]`."""
+        width = sum(len(own) for own in places)
+        joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan))
+        for table, own in zip(tables, places):
+            joined.values[:, own] = table.values
+            joined.extras |= table.extras
+        joined._add(tables)
+        return joined
+
+    def _add(self, tables: Sequence["RewardTable"]) -> None:
+        for table in tables:
+            for name, values in table.metrics.items():
+                self.metrics.setdefault(name, []).extend(values)
+            for name, seconds in table.seconds.items():
+                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
 
 class RewardPanel:
     """Calls every reward on a batch; async rewards run at the same time. Rewards that share an encoder have it encode
@@ -51,6 +79,9 @@ class RewardPanel:
     Args:
         funcs: a reward callable or a list of them, see `pisces_rl.rewards.contract`.
         timeout: seconds that a reward may take for a batch, see `time_limit`; 0: as long as it likes.
+
+    Attributes:
+        record: record("rewards/NAME") is entered while a reward is called.
 
     Raises:
         ValueError: an element is not callable. `RewardError` on calls, naming the reward that failed or took too long.
@@ -67,8 +98,16 @@ class RewardPanel:
         names = [reward_name(func) for func in self.funcs]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
 
+        self.record = contextlib.nullcontext
+
     def __len__(self) -> int:
         return len(self.funcs)
+
+    def only(self, places: Sequence[int]) -> "RewardPanel":
+        """A panel of some of the rewards, under their names here."""
+        panel = copy.copy(self)
+        panel.funcs, panel.names = [self.funcs[i] for i in places], [self.names[i] for i in places]
+        return panel
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
@@ -78,12 +117,13 @@ class RewardPanel:
         with shared_encodings():
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
-                with _named(name), self._limited(name):
-                    values = func(**accepted_arguments(func, offered))
-                if inspect.isawaitable(values):
-                    pending[i] = values
-                else:
-                    table.values[:, i] = checked_values(name, values, prompts)
+                with self.record(f"rewards/{name}"):
+                    with _named(name), self._limited(name):
+                        values = func(**accepted_arguments(func, offered))
+                    if inspect.isawaitable(values):
+                        pending[i] = values
+                    else:
+                        table.values[:, i] = checked_values(name, values, prompts)
                 table.seconds[name] = time.perf_counter() - start
         if pending:
             start = time.perf_counter()

@@ -59,6 +59,7 @@ class OTQualityReward:
             raise ValueError("blur: the bank, a BankDivergence, has its own.")
         self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
         self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
+        self.compares_videos = bool(divergence_weight)
         self.bank = bank
         if divergence_weight and not isinstance(bank, BankDivergence):
             from pisces_rl.ot.metrics import default_blur

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import shutil
-import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -49,6 +48,7 @@ from .launch import requested_sharding, shard_policy, share_tokens_of_policy
 from .ranks import Ranks
 from .report import compare, markdown_comparison, print_comparison, read_evaluation
 from .seeds import sample_seed
+from .timeline import Timeline, TimelineSteps, timeline_table
 from .video_data import check_videos, undecoded
 
 
@@ -172,6 +172,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
+        self.timeline = Timeline(args.device, args.process_index, args.trace_steps)
+        self.policy.record_with(self.timeline.span)
+        self.rewards.record = self.judges.record = self.timeline.span
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
         self._idle_experts: set[str] = set()  # of which was said that they had no gradient
@@ -179,8 +182,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._best_step: int | None = None  # set when the best checkpoint replaces the last
         self.first_evaluation: dict | None = None
         self.last_evaluation: dict | None = None
+        own = [TimelineSteps(self.timeline), self.progress]
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
-                         eval_dataset=eval_dataset, callbacks=[self.progress, *(callbacks or [])])
+                         eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
@@ -239,16 +243,16 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     @contextlib.contextmanager
     def stage(self, name: str):
-        """Names what is being done on the progress bar, and logs its seconds."""
+        """Names what is being done on the progress bar and the time line, which logs its seconds."""
         self.progress.stage(name)
-        start = time.perf_counter()
-        yield
-        self._metrics["train"][f"seconds/{name}"].append(time.perf_counter() - start)
+        with self.timeline.span(name, whole=name in ("consistency", "saving")):
+            yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if not any(key.startswith("eval") for key in logs):
             own = {name: _as_floats(values) for name, values in self._metrics["train"].items()}
             own |= {"loss": [logs["loss"]]} if "loss" in logs else {}
+            own |= {f"seconds/{part}": [seconds] for part, seconds in self.timeline.read().items()}
             merged = defaultdict(list)  # over all processes
             for metrics in gather_object([own]):
                 for name, values in metrics.items():
@@ -358,7 +362,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         metrics, evaluation = {}, {}
         with self.ema or contextlib.nullcontext():
             for name, part in sets.items():
-                prompts, scores, recorded = self._evaluate_set(name, part)
+                with self.timeline.span("evaluation", whole=True):
+                    prompts, scores, recorded = self._evaluate_set(name, part)
                 evaluation[name] = {"prompts": prompts, "scores": scores}
                 prefix = f"{metric_key_prefix}_{name}" if isinstance(dataset, dict) else metric_key_prefix
                 metrics |= {f"{prefix}_{key}": value for key, value in recorded.items()}
@@ -471,8 +476,6 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _finish(self) -> None:
         """The last evaluation, and before against after."""
-        if self.eval_dataset is None:
-            return
         if self._evaluated_at != self.state.global_step:
             self.evaluate()
         before, same = {}, {}
@@ -550,8 +553,32 @@ class VideoPolicyTrainer(_BaseTrainer):
         except RuntimeError as error:
             self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
-        self._finish()
+        finally:
+            self._write_trace()
+        if self.eval_dataset is not None:
+            with self.timeline.span("evaluation", whole=True):
+                self._finish()
+        self._print_timeline()
         return output
+
+    def _write_trace(self) -> None:
+        """Of this process, also where the run broke off; a run does not end for want of it."""
+        path = Path(self.args.output_dir) / f"trace_rank{self.args.process_index}.json"
+        try:
+            if self.args.trace_steps:
+                self.timeline.write_trace(path)
+        except OSError as error:
+            warnings.warn(f"{path} could not be written: {error}.", stacklevel=2)
+
+    def _print_timeline(self) -> None:
+        """Where the seconds of this training went, a mean over processes."""
+        self.timeline.stop()
+        processes = gather_object([self.timeline.parts()])
+        if self.is_world_process_zero() and self.timeline.steps:
+            names = dict.fromkeys(name for parts in processes for name in parts)
+            parts = {name: sum(own.get(name, 0.0) for own in processes) / len(processes) for name in names}
+            title = f"time line: mean of {self.timeline.steps} steps, {len(processes)} x {self.args.device.type}"
+            self.console.print(timeline_table(parts, self.timeline.steps, title))
 
     def _set_aside_earlier_run(self) -> None:
         """A run that is not resumed must not find another's checkpoints and evaluations beside its own."""

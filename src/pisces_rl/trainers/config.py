@@ -50,6 +50,20 @@ class VideoPolicyConfig(_BaseConfig):
                   "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."},
     )
 
+    # --- how the VAE decodes ---
+    vae_dtype: str | None = field(
+        default=None,
+        metadata={"help": "float32 or bfloat16, of the VAE alone. Unset: that of the run (bfloat16 with bf16)."},
+    )
+    vae_slicing: bool = field(
+        default=False, metadata={"help": "Whether the VAE decodes one video at a time, for memory; the videos stay."}
+    )
+    vae_tiling: bool = field(
+        default=False,
+        metadata={"help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a "
+                  "little."},
+    )
+
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
         default=None,
@@ -111,6 +125,11 @@ class VideoPolicyConfig(_BaseConfig):
     num_sample_videos: int = field(
         default=8, metadata={"help": "Videos of each evaluation written to samples/ as mp4, sheet and TensorBoard."}
     )
+    trace_steps: int = field(
+        default=0,
+        metadata={"help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
+                  "chrome://tracing or Perfetto. 0: none."},
+    )
     fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
 
     # --- TrainingArguments with other defaults ---
@@ -167,6 +186,8 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"consistency_batch_size={self.consistency_batch_size} must be at least 1, or unset.")
         if self.num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
+        if self.trace_steps < 0:
+            raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
@@ -202,4 +223,5 @@ class VideoPolicyConfig(_BaseConfig):
         return {
             "num_inference_steps": self.num_inference_steps, "pipeline_kwargs": self.policy_kwargs(),
             "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
+            "vae_dtype": self.vae_dtype, "vae_slicing": self.vae_slicing, "vae_tiling": self.vae_tiling,
         }

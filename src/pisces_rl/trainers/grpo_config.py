@@ -49,6 +49,12 @@ class VideoGRPOConfig(VideoPolicyConfig):
         metadata={"help": "Videos per call of the pipeline while sampling. Unset: the process's whole share."},
     )
 
+    overlap_rewards: bool = field(
+        default=False,
+        metadata={"help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
+                  "thread and on a CUDA stream of their own. They are then called once for each such batch."},
+    )
+
     # --- groups and batches, as in GRPOConfig ---
     num_generations: int = field(default=8, metadata={"help": "Videos per prompt in a group (at least 2; below 8 the "
                                                       "sign of advantages is often wrong on video)."})
@@ -170,6 +176,13 @@ class VideoGRPOConfig(VideoPolicyConfig):
             raise ValueError(
                 f"steps_per_generation={self.steps_per_generation} and gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: one must divide the other."
+            )
+        share = self.generation_batch_size // self.world_size
+        if self.overlap_rewards and not (self.rollout_batch_size and self.rollout_batch_size < share):
+            raise ValueError(
+                f"overlap_rewards=True, but rollout_batch_size={self.rollout_batch_size} does not split a process's "
+                f"rollout of {share} videos, so there is no sampling left to score beside: set rollout_batch_size "
+                f"below {share}, or leave overlap_rewards out."
             )
         if self.num_generations < 8:
             warnings.warn(

@@ -33,6 +33,7 @@ from .losses import (
     prediction_distance,
     step_weight,
 )
+from .overlap import OverlappedRewards
 from .seeds import sample_seed
 
 NOISE, STEP, WINDOW, SHUFFLE = range(4)  # what a seed is for
@@ -87,6 +88,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
                          video_dataset)
+        self.overlapped = None
+        if args.overlap_rewards:
+            self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
         self._rollout: Rollout | None = None
         self._rollout_at = -1  # optimizer step at which it was drawn
         self._advantages: torch.Tensor | None = None
@@ -137,15 +141,20 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         steps = self.policy.draw_window(sample_seed(args.seed, generation, WINDOW))
 
         parts, chunk = [], args.rollout_batch_size or len(prompts)
-        with self.stage("rollout"):
-            for start in range(0, len(prompts), chunk):
-                part = slice(start, start + chunk)
-                parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
-                                                step_seeds=step_seeds[part], steps=steps,
-                                                conditions={name: own[part] for name, own in images.items()}))
-        self._rollout = Rollout.cat(parts)
-        with self.stage("rewards"):
-            table = self.rewards(prompts, self._rollout.videos, columns, self.state)
+        with self.overlapped or contextlib.nullcontext():
+            with self.stage("rollout"):
+                for start in range(0, len(prompts), chunk):
+                    part = slice(start, start + chunk)
+                    parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
+                                                    step_seeds=step_seeds[part], steps=steps,
+                                                    conditions={name: own[part] for name, own in images.items()}))
+                    if self.overlapped is not None:
+                        own = {name: values[part] for name, values in columns.items()}
+                        self.overlapped.submit(prompts[part], parts[-1].videos, own, self.state)
+            self._rollout = Rollout.cat(parts)
+            with self.stage("rewards"):
+                score = self.rewards if self.overlapped is None else self.overlapped.table
+                table = score(prompts, self._rollout.videos, columns, self.state)
         logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
         if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))

@@ -1,0 +1,83 @@
+"""How the VAE decodes: slices change nothing, its dtype is its own, and what it cannot do is said."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder
+from policy.test_replay_parity import PROMPTS
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
+
+from pisces_rl.policy import PolicyError, VideoPolicy
+
+
+def sampled(family: str, **settings):
+    policy = VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)
+    return policy, policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0],
+                                 conditions=CONDITIONS[family])  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx", "hunyuan", "animatediff", "sana_video", "qwen_image"])
+def test_slices_change_nothing(family):
+    policy, sliced = sampled(family, vae_slicing=True)
+    assert policy.pipeline.vae.use_slicing
+    whole = sampled(family)[1]
+    torch.testing.assert_close(sliced.videos, whole.videos, atol=2e-5, rtol=0)
+    assert torch.equal(sliced.log_probs, whole.log_probs)
+
+
+def test_slices_are_decoded_one_video_at_a_time():
+    policy = VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"], vae_slicing=True)
+    rows = []
+    hook = policy.pipeline.vae.decoder.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    policy.sample(PROMPTS, noise_seeds=[1, 2])
+    hook.remove()
+    assert rows and set(rows) == {1}
+
+
+def test_tiles_are_switched_on():
+    policy, tiled = sampled("wan", vae_tiling=True)
+    assert policy.pipeline.vae.use_tiling
+    assert torch.equal(tiled.videos, sampled("wan")[1].videos)  # smaller than a tile
+
+
+@pytest.mark.parametrize("family", ["wan", "cogvideox", "mochi", "latte", "ltx_i2v", "cogvideox_i2v"])
+def test_the_vae_has_a_dtype_of_its_own(family):
+    """Also where the pipeline hands it latents or images of the denoiser's dtype."""
+    policy, half = sampled(family, vae_dtype="bfloat16")
+    assert policy.pipeline.vae.dtype == torch.bfloat16 and policy.denoiser[next(iter(policy.denoiser))].dtype == (
+        torch.float32)
+    whole = sampled(family)[1]
+    assert half.videos.dtype == torch.float32
+    assert 0 < float((half.videos - whole.videos).abs().max()) < 0.2
+    if not CONDITIONS[family]:
+        assert torch.equal(half.log_probs, whole.log_probs)
+
+
+def test_gradients_pass_through_a_vae_of_another_dtype():
+    policy = VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"],
+                         vae_dtype="bfloat16")
+    weight = policy.denoiser["transformer"].proj_out.weight
+    policy.requires_grad_(False)
+    weight.requires_grad_()
+    policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2]).sum().backward()
+    assert float(weight.grad.abs().max()) > 0
+
+
+def test_the_pipeline_is_as_it_was_after_a_sample():
+    policy, _ = sampled("wan", vae_dtype="bfloat16")
+    assert not {"decode", "encode"} & vars(policy.pipeline.vae).keys()
+
+
+@pytest.mark.parametrize("family, settings, message", [
+    ("wan", {"vae_dtype": "half"}, r"vae_dtype='half' must be one of \['float32', 'bfloat16'\]"),
+    ("easyanimate", {"vae_slicing": True}, "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline cannot"),
+])
+def test_what_cannot_be_is_said(family, settings, message):
+    with pytest.raises(PolicyError, match=message):
+        VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)
+
+
+def test_a_vae_without_tiles():
+    pipe = quiet(BUILD["t2v_sd"]())
+    pipe.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,))
+    with pytest.raises(PolicyError, match="vae_tiling=True, but AutoencoderKLTemporalDecoder .* cannot do so; leave"):
+        VideoPolicy(pipe, num_inference_steps=2, pipeline_kwargs=CALLS["t2v_sd"], vae_tiling=True)
