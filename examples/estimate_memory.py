@@ -1,7 +1,8 @@
-"""Memory of a GRPO recipe on each GPU, without weights, without a GPU and without downloading a model.
+r"""Memory of a GRPO recipe on each GPU, without weights, without a GPU and without downloading a model.
 
     python examples/estimate_memory.py --config recipes/wan21_1.3b_grpo.yaml
-    python examples/estimate_memory.py --config recipes/wan21_14b_grpo.yaml --gpu_gib 80 --num_processes 8 --sharding fsdp2
+    python examples/estimate_memory.py --config recipes/wan21_14b_grpo.yaml --gpu_gib 40 --sharding fsdp2 \
+        --num_processes 8
     python examples/estimate_memory.py --table              # every recipe of recipes/architectures.json
 
 Arguments are those of grpo_t2v.py. A model of recipes/architectures.json is built from there; of any other one, a
@@ -31,7 +32,7 @@ GIB = 2**30
 @dataclass
 class EstimateArguments:
     gpu_gib: float | None = field(default=None, metadata={"help": "Memory of a GPU; says whether the run fits."})
-    num_processes: int = field(default=1, metadata={"help": "GPUs."})
+    num_processes: int = field(default=1, metadata={"help": "GPUs that share weights."})
     sharding: str = field(
         default="none", metadata={"help": "none: every GPU holds all weights; fsdp2: denoisers are sharded."}
     )
@@ -81,7 +82,8 @@ def markdown_line(path: Path) -> str:
 def main() -> None:
     arguments = sys.argv[1:]
     if "--table" in arguments:
-        print("| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | FSDP2 over 8 |")
+        print("| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
+              "FSDP2 over 8 |")
         print("|---|---|---|---|---|---|")
         for path in sorted(RECIPES.glob("*.yaml")):
             if any(f"model: {model}\n" in path.read_text() for model in ARCHITECTURES):
@@ -90,8 +92,9 @@ def main() -> None:
     own, script, config = parsed(arguments)
     if own.sharding not in ("none", "fsdp2"):
         raise SystemExit(f"sharding={own.sharding!r} must be 'none' or 'fsdp2'.")
-    if own.num_processes < 1:
-        raise SystemExit(f"num_processes={own.num_processes} must be at least 1.")
+    if own.sharding == "none" and own.num_processes != 1:
+        raise SystemExit(f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
+                         "it out, or set --sharding fsdp2.")
     try:
         estimate = estimated(script, config)
         if own.sharding == "fsdp2":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, WanTransformer3DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pisces_rl import VideoGRPOConfig, assets
@@ -26,6 +26,14 @@ def config(folder, **settings) -> VideoGRPOConfig:
 
 
 WAN = dict(height=64, width=64, num_frames=17, guidance_scale=5.0, pipeline_kwargs={"max_sequence_length": 16})
+
+
+def wan(width: int = 32):
+    """Tiny Wan, wide enough that its activations outweigh latents."""
+    pipeline = tiny_pipelines.BUILD["wan"]()
+    settings = dict(pipeline.transformer.config) | dict(num_attention_heads=4, attention_head_dim=width, ffn_dim=512)
+    pipeline.transformer = WanTransformer3DModel.from_config(settings)
+    return tiny_pipelines.quiet(pipeline)
 
 
 # --- the counter ---
@@ -79,7 +87,7 @@ def allocated_peak(call) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_takes_what_is_estimated(tmp_path, checkpointing):
     args = config(tmp_path, gradient_checkpointing=checkpointing, **WAN)
-    pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]())
+    pipeline = wan()
     estimate = estimate_memory(pipeline, args)
 
     policy = VideoPolicy(pipeline, **args.policy_settings())
@@ -93,7 +101,7 @@ def test_an_update_takes_what_is_estimated(tmp_path, checkpointing):
 
 def test_sampling_and_decoding_take_what_is_estimated(tmp_path):
     args = config(tmp_path, **WAN)
-    pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]())
+    pipeline = wan()
     estimate = estimate_memory(pipeline, args)
     policy = VideoPolicy(pipeline, **args.policy_settings())
     add_lora(dict(policy.denoiser.items()), default_lora_config())
@@ -103,7 +111,8 @@ def test_sampling_and_decoding_take_what_is_estimated(tmp_path):
     assert estimate.phases["sampling"]["denoiser"] == pytest.approx(sampling, rel=0.15)
     decoding = allocated_peak(lambda: policy.sample(**call))
     assert decoding > 1.5 * sampling  # so it is the decoder's
-    assert estimate.phases["decoding"]["decoder"] == pytest.approx(decoding, rel=0.15)
+    # oneDNN's convolution takes a workspace besides, here of 8 MiB
+    assert decoding - 9 * 2**20 < estimate.phases["decoding"]["decoder"] <= decoding
 
 
 def test_weights_and_states_are_exact(tmp_path):
@@ -117,7 +126,7 @@ def test_weights_and_states_are_exact(tmp_path):
         own = {id(t): t for t in [*module.parameters(), *module.buffers()]}
         assert estimate.resident[name] == sum(t.numel() * t.element_size() for t in own.values())
 
-    policy = VideoPolicy(pipeline, sde_window_size=1, **args.policy_settings())
+    policy = VideoPolicy(pipeline, **args.policy_settings())
     add_lora(dict(policy.denoiser.items()), default_lora_config(4))
     adapter = 4 * sum(p.numel() for p in lora_parameters(dict(policy.denoiser.items())).values())
     assert estimate.resident["adapter"] == adapter and estimate.resident["optimizer states"] == 2 * adapter
@@ -166,10 +175,10 @@ def test_one_adapter_of_two_experts(tmp_path):
     assert one["update"] < both["update"]
 
 
-@pytest.mark.parametrize("family", ["cogvideox", "ltx", "mochi", "hunyuan", "animatediff", "t2v_sd", "hunyuan15"])
+@pytest.mark.parametrize("family", ["cogvideox", "ltx", "mochi", "hunyuan", "animatediff", "t2v_sd"])
 def test_other_families(tmp_path, family):
-    found = peaks(tmp_path, family)
-    assert 0 < found["sampling"] < found["update"] and found["decoding"] > 0
+    base, larger = peaks(tmp_path, family), peaks(tmp_path, family, per_device_train_batch_size=8)
+    assert all(0 < base[phase] < larger[phase] for phase in base)
 
 
 def test_fsdp2_shares_the_denoiser(tmp_path):
@@ -181,6 +190,11 @@ def test_fsdp2_shares_the_denoiser(tmp_path):
     assert gathered > max(estimate.blocks["transformer"]) and "gathered weights" not in shared.phases["decoding"]
     with pytest.raises(ValueError, match="num_processes=1: fsdp2 needs at least 2"):
         estimate.fsdp2(1)
+
+
+def test_a_network_that_looks_at_numbers(tmp_path):
+    with pytest.raises(ValueError, match="HunyuanVideo15Pipeline: one of its networks branches on numbers"):
+        peaks(tmp_path, "hunyuan15")
 
 
 def test_no_blocks_no_compilation(tmp_path):
@@ -215,7 +229,8 @@ PUBLISHED = {  # billions of parameters of the denoisers and of the text encoder
 def test_architectures_have_the_published_sizes(model):
     pipeline = weightless_pipeline(model, torch.bfloat16, ARCHITECTURES)
     for kinds, expected in zip((("transformer", "unet"), ("text",)), PUBLISHED[model]):
-        found = sum(p.numel() for name, component in pipeline.components.items() if name.split("_")[0] in kinds
+        found = sum(p.numel() for name, component in pipeline.components.items()
+                    if component is not None and name.split("_")[0] in kinds
                     for p in component.parameters())  # fmt: skip
         assert found / 1e9 == pytest.approx(expected, rel=5e-3)
 

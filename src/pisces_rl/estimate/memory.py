@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd import Variable
 
 from ..policy import default_lora_config
@@ -74,11 +75,19 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         peft_config: as the trainer's.
 
     Raises:
+        ValueError: a network branches on numbers in a tensor.
         PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
     """
     with silenced_warnings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autocast.*")
-        return _estimate(Networks(pipeline, args, peft_config or default_lora_config()), args)
+        try:
+            return _estimate(Networks(pipeline, args, peft_config or default_lora_config()), args)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"{type(pipeline).__name__}: one of its networks branches on numbers in a tensor ({error}; "
+                "HunyuanVideo 1.5 asks whether image embeddings are all 0), and here tensors have none. Measure a run "
+                "of a few steps instead (torch.cuda.max_memory_allocated)."
+            ) from error
 
 
 def _estimate(networks: Networks, args) -> MemoryEstimate:
@@ -110,8 +119,9 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     }  # fmt: skip
     rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
     details = {"videos of a rollout": videos, "videos sampled at once": chunk, "videos of a micro-batch": micro,
-               "rows of a denoiser's call in the update": max(rows), "calls of a denoising step": len(trained.steps[0]),
-               "trained steps": steps, "trainable parameters": adapter // 4}  # fmt: skip
+               "rows of a denoiser's call in the update": max(rows),
+               "calls of a denoising step": len(trained.steps[0]), "trained steps": steps,
+               "trainable parameters": adapter // 4}  # fmt: skip
     return MemoryEstimate(resident, phases, networks.blocks, details)
 
 
@@ -124,15 +134,21 @@ def sampling_peak(networks: Networks, step: list) -> int:
 
 
 def update_peak(networks: Networks, step: list) -> int:
-    """Bytes at the peak of one trained step with its backward, gradients of the adapter among them."""
+    """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
+
+    A step of a denoiser without an adapter has no backward.
+    """
     with torch.enable_grad(), networks.mode, networks.counting(step) as count, AsOnCUDA():
         outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
-        loss = sum(t.float().square().mean() for t in tensors(outputs) if t.requires_grad)
+        losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs
-        # loss.backward() is itself what AsOnCUDA sees, and would run without it while blocks are computed again
-        Variable._execution_engine.run_backward((loss,), (torch.ones_like(loss),), False, False, (),
-                                                allow_unreachable=True, accumulate_grad=True)  # fmt: skip
-        del loss
+        if losses:
+            # loss.backward() is itself what AsOnCUDA sees, and would run without it while blocks are computed again
+            Variable._execution_engine.run_backward(
+                tuple(losses), tuple(map(torch.ones_like, losses)), False, False, (), allow_unreachable=True,
+                accumulate_grad=True,
+            )  # fmt: skip
+        del losses
     for parameter in networks.adapter.values():
         parameter.grad = None
     return count.peak
