@@ -139,6 +139,7 @@ def settings_of(arguments: argparse.Namespace) -> dict:
         settings |= dict(height=16, width=16, num_frames=9, num_inference_steps=10, use_cpu=True, learning_rate=1e-3,
                          torch_compile_backend="aot_eager")
     settings |= SHORT if arguments.short else {}
+    settings["vae_tiling"] = arguments.tiling
     settings |= {name: getattr(arguments, name) for name in REPLACES if getattr(arguments, name) is not None}
     low, high = settings["sde_window_range"]
     settings["sde_window_range"] = [low, min(high, settings["num_inference_steps"] - 1)]
@@ -165,8 +166,6 @@ def main() -> None:
             model=model, reward_funcs=[temporal_smoothness, motion_amount], args=config,
             train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=default_lora_config(rank),
         )
-        if arguments.tiling:
-            trainer.pipeline.vae.enable_tiling()
         stages.watch(trainer)
         start = time.perf_counter()
         with stages("other"):

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "policy": {"transitions"},
     "rewards": {"ot", "assets"},
     "trainers": {"policy", "rewards", "transitions", "assets", "media", "hub"},
+    "estimate": {"policy", "assets"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
     "cli": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
     # names of the top level are loaded on first use, so importing it costs nothing

@@ -44,14 +44,14 @@ def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     return [module for module in denoiser.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
-def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention", backend: str = "inductor",
+def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention", backend: str | None = "inductor",
                    mode: str | None = None) -> int:
     """Compile each repeated block of a denoiser; blocks of one class share their kernels.
 
     Args:
         recompute: what backward computes again instead of keeping: "nothing"; "all_but_attention", everything that it
             needs but the outputs of attention; "everything".
-        backend, mode: of `torch.compile`.
+        backend, mode: of `torch.compile`; backend None runs the same without a compiler (to count its memory).
 
     Returns:
         The number of blocks.
@@ -66,7 +66,9 @@ def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention",
             "there is nothing to compile block by block; leave torch_compile off."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # batch sizes, adapters off
-    run = torch.compile(_RUNS[recompute], backend=backend, mode=mode, dynamic=False, fullgraph=True)
+    run = _RUNS[recompute]
+    if backend is not None:
+        run = torch.compile(run, backend=backend, mode=mode, dynamic=False, fullgraph=True)
     carried: dict[type, set] = {}
     for block in blocks:
         block.forward = CompiledBlock(block, run, carried.setdefault(type(block), set()))

@@ -1,0 +1,64 @@
+"""The memory estimate against peaks that were measured on an H100 (docs/benchmarks.md); needs no GPU.
+
+    python benchmarks/estimate_check.py
+
+Same pipeline, sizes and adapter as benchmarks/speed.py and benchmarks/real_check.py: Wan 2.1 1.3B without weights, its
+VAE in fp32 and a small text encoder. speed.py has neither an optimizer nor decoding.
+"""
+
+import tempfile
+
+import torch
+import yaml
+from real_check import RECIPE, SCRIPT_KEYS, random_wan
+from speed import ATTENTION
+
+from pisces_rl import VideoGRPOConfig
+from pisces_rl.estimate import MemoryEstimate, estimate_memory
+from pisces_rl.policy import default_lora_config
+
+GIB = 2**30
+MEASURED = [  # frames, height, width, batch, micro-batch, GiB of rollout, GiB of update: benchmarks/speed.py
+    (33, 240, 416, 8, 4, 4.93, 11.82),
+    (81, 480, 832, 1, 1, 4.8, 22.6),
+]
+WHOLE_ITERATION = 21.4  # benchmarks/real_check.py --random_weights
+
+
+def estimated(settings: dict, lora) -> MemoryEstimate:
+    with tempfile.TemporaryDirectory() as folder:
+        config = VideoGRPOConfig(output_dir=folder, use_cpu=True, bf16=True, **settings)
+    return estimate_memory(random_wan(False, torch.bfloat16, "meta"), config, lora)
+
+
+def line(what: str, measured: float, counted: float) -> None:
+    print(f"| {what} | {measured:.1f} | {counted:.1f} | {100 * (counted / measured - 1):+.0f} % |", flush=True)
+
+
+def main() -> None:
+    print("| peak, GiB | measured | estimated | |")
+    print("|---|---|---|---|")
+    for frames, height, width, batch, micro, rollout, update in MEASURED:
+        estimate = estimated(dict(
+            per_device_train_batch_size=micro, generation_batch_size=batch, num_generations=8 if batch == 8 else 2,
+            gradient_accumulation_steps=1, height=height, width=width, num_frames=frames, num_inference_steps=4,
+            guidance_scale=5.0, torch_compile=True, gradient_checkpointing=True, report_to="none", max_steps=1,
+        ) | ({} if batch > 1 else dict(generation_batch_size=2, rollout_batch_size=1)),
+            default_lora_config(32, target_modules=ATTENTION))  # fmt: skip
+        resident, size = dict(estimate.resident), f"{frames} x {height} x {width}"
+        resident.pop("optimizer states")
+        phases = {name: dict(parts) for name, parts in estimate.phases.items()}
+        phases["sampling"].pop("videos")
+        plain = MemoryEstimate(resident, phases, estimate.blocks, estimate.details)
+        line(f"rollout without decoding, batch {batch} of {size}, guidance", rollout, plain.peaks["sampling"] / GIB)
+        line(f"update, micro-batch {micro} of {size}, guidance", update, plain.peaks["update"] / GIB)
+    recipe = yaml.safe_load(RECIPE.read_text())
+    settings = {key: value for key, value in recipe.items() if key not in (*SCRIPT_KEYS, "output_dir")}
+    settings |= dict(max_steps=2, save_strategy="no", report_to="none")
+    whole = estimated(settings, default_lora_config(recipe["lora_r"]))
+    line(f"a whole iteration of {RECIPE.name} ({max(whole.peaks, key=whole.peaks.get)})", WHOLE_ITERATION,
+         whole.peak / GIB)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""How much memory a GRPO run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.autograd import Variable
+
+from ..policy import default_lora_config
+from .calls import Calls, record, tensors
+from .live_bytes import AsOnCUDA
+from .networks import Networks, bytes_of
+from .weightless import silenced_warnings
+
+REMEMBERED_PROMPTS = 256  # size of policy.prompts.PromptMemo
+
+
+@dataclass
+class MemoryEstimate:
+    """Bytes on one GPU.
+
+    Attributes:
+        resident: {what: bytes} that is there from the first optimizer step on; weights under their component's name.
+        phases: {"sampling", "decoding", "update": {what: bytes}} that a phase holds besides at its peak.
+        blocks: {denoiser: bytes of each repeated block}.
+        details: the numbers behind it: videos at a time, rows of a denoiser's call, trainable parameters.
+    """
+
+    resident: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    blocks: dict[str, list[int]]
+    details: dict[str, int]
+
+    @property
+    def peaks(self) -> dict[str, int]:
+        """{phase: bytes at its peak, with what is resident}."""
+        always = sum(self.resident.values())
+        return {name: always + sum(parts.values()) for name, parts in self.phases.items()}
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def fsdp2(self, num_processes: int) -> "MemoryEstimate":
+        """The same with the frozen denoisers sharded by their blocks over several GPUs; everything else stays whole.
+
+        While a denoiser runs, what is in none of its blocks is gathered, and three blocks' bytes: the block that runs,
+        the next one, and the message that brings it.
+        """
+        if num_processes < 2:
+            raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
+        resident, gathered = dict(self.resident), 0
+        for name, blocks in self.blocks.items():
+            gathered = max(gathered, self.resident[name] - sum(blocks) + 3 * max(blocks, default=0))
+            resident[name] = -(-self.resident[name] // num_processes)
+        phases = {name: dict(parts) for name, parts in self.phases.items()}
+        phases["sampling"]["gathered weights"] = phases["update"]["gathered weights"] = gathered
+        return MemoryEstimate(resident, phases, self.blocks, self.details)
+
+
+def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None = None) -> MemoryEstimate:
+    """Memory that `VideoGRPOTrainer(model=pipeline, args=args, peft_config=peft_config)` takes on each GPU.
+
+    Networks, guidance, recomputation and the adapter are the run's own; their operators run on fake tensors, and what
+    lives at the same time is added up. Not counted: rewards, evaluation, the consistency term, the CUDA context,
+    workspaces of kernels, and what the allocator loses to fragmentation. Where blocks are compiled, temporaries are
+    counted as if no two operators were fused. Prompts are as long as they may be.
+
+    Args:
+        pipeline: with weights or without (`weightless_pipeline`); it is not changed.
+        args: a `VideoGRPOConfig`; its bf16 is the autocast's, the weights' dtype is the pipeline's.
+        peft_config: as the trainer's.
+
+    Raises:
+        ValueError: a network branches on numbers in a tensor.
+        PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
+    """
+    with silenced_warnings(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*autocast.*")
+        try:
+            return _estimate(Networks(pipeline, args, peft_config or default_lora_config()), args)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(
+                f"{type(pipeline).__name__}: one of its networks branches on numbers in a tensor ({error}; "
+                "HunyuanVideo 1.5 asks whether image embeddings are all 0), and here tensors have none. Measure a run "
+                "of a few steps instead (torch.cuda.max_memory_allocated)."
+            ) from error
+
+
+def _estimate(networks: Networks, args) -> MemoryEstimate:
+    adapter = bytes_of(networks.adapter.values())
+    micro = args.per_device_train_batch_size
+    videos = micro * args.steps_per_generation
+    chunk = min(args.rollout_batch_size or videos, videos)
+    call = {"num_inference_steps": args.num_inference_steps, **args.policy_kwargs()}
+    sampled, trained = record(networks, chunk, call), record(networks, micro, call)
+
+    resident = dict(networks.weights) | {"adapter": adapter, "optimizer states": 2 * adapter}
+    if args.ema_decay:
+        resident["adapter's average"] = adapter
+    prompts = min(REMEMBERED_PROMPTS, max(args.max_steps, 1) * max(1, videos // args.num_generations))
+    resident["prompt embeddings"] = prompts * sampled.prompt_bytes
+
+    low, high = args.sde_window_range or (0, args.num_inference_steps - 1)
+    steps = args.sde_window_size or high - low
+    states = (2 * steps + 1) * sampled.latent_bytes // chunk * videos  # of every trained step, and its mean
+    decoding, video = decoding_peak(networks, sampled)
+    if chunk < videos:
+        decoding = max(decoding, video * videos)  # the parts are joined
+    rollout = {"states of two rollouts": 2 * states, "videos": video * videos}  # the last one's are still there
+    phases = {
+        "sampling": rollout | {"denoiser": max(sampling_peak(networks, step) for step in sampled.steps)},
+        "decoding": rollout | {"decoder": decoding},
+        "update": {"states": states, "gradients of earlier steps": adapter,
+                   "activations and gradients": max(update_peak(networks, step) for step in trained.steps)},
+    }  # fmt: skip
+    rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
+    details = {"videos of a rollout": videos, "videos sampled at once": chunk, "videos of a micro-batch": micro,
+               "rows of a denoiser's call in the update": max(rows),
+               "calls of a denoising step": len(trained.steps[0]), "trained steps": steps,
+               "trainable parameters": adapter // 4}  # fmt: skip
+    return MemoryEstimate(resident, phases, networks.blocks, details)
+
+
+def sampling_peak(networks: Networks, step: list) -> int:
+    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Calls.steps`."""
+    with torch.no_grad(), networks.counting(step) as count:
+        kept = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+    del kept
+    return count.peak
+
+
+def update_peak(networks: Networks, step: list) -> int:
+    """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
+
+    A step of a denoiser without an adapter has no backward.
+    """
+    with torch.enable_grad(), networks.mode, networks.counting(step) as count, AsOnCUDA():
+        outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+        losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
+        del outputs
+        if losses:
+            # loss.backward() is itself what AsOnCUDA sees, and would run without it while blocks are computed again
+            Variable._execution_engine.run_backward(
+                tuple(losses), tuple(map(torch.ones_like, losses)), False, False, (), allow_unreachable=True,
+                accumulate_grad=True,
+            )  # fmt: skip
+        del losses
+    for parameter in networks.adapter.values():
+        parameter.grad = None
+    return count.peak
+
+
+def decoding_peak(networks: Networks, calls: Calls) -> tuple[int, int]:
+    """Bytes at the peak of decoding, the videos in fp32 included, and of one such video."""
+    if calls.decode is None:
+        return 0, 0
+    with networks.counting(calls.decode) as count:
+        video = tensors(networks.decode(*calls.decode))[0]
+        pixels = video.numel() * 4
+        del video
+    return max(count.peak, 3 * pixels), pixels // calls.batch  # scaled to [0, 1], stacked, in fp32

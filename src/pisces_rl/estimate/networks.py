@@ -1,0 +1,96 @@
+"""A pipeline's networks as a run has them: adapters on the denoisers, blocks recomputed, all on fake tensors."""
+
+import copy
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from ..policy import add_lora, lora_parameters
+from ..policy.execution import compile_blocks, repeated_blocks
+from ..policy.products import fuse_products
+from ..policy.scheduler import training_scheduler
+from .live_bytes import AsOnCUDA, LiveBytes
+from .weightless import replaced_tensors
+
+
+class Networks:
+    """A pipeline's networks on fake tensors, by component name.
+
+    Args:
+        pipeline: any text-to-video pipeline of diffusers; it is not changed, and its weights are not read.
+        args: a config of a trainer.
+        peft_config: of the adapter.
+
+    Attributes:
+        weights: {component: bytes of its parameters and buffers}, before adapters.
+        blocks: {denoiser: bytes of each repeated block}, before adapters.
+        adapter: trainable parameters by name.
+        pipeline: a copy of the pipeline around these networks.
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig):
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.autocast_dtype = torch.bfloat16 if args.bf16 else None
+        modules = {name: replaced_tensors(module, "meta") for name, module in pipeline.components.items()
+                   if isinstance(module, nn.Module)}
+        denoisers = {name: module for name, module in modules.items()
+                     if name.split("_")[0] in ("transformer", "unet")}
+        self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
+        self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
+                       for name, denoiser in denoisers.items()}
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+        add_lora(denoisers, peft_config, args.lora_denoisers)
+        for denoiser in denoisers.values():
+            if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
+                fuse_products(denoiser)
+            elif args.gradient_checkpointing and denoiser._supports_gradient_checkpointing:
+                denoiser.enable_gradient_checkpointing()
+        with self.mode:
+            self.modules = {name: replaced_tensors(module, "cpu") for name, module in modules.items()}
+        self.denoisers = {name: self.modules[name] for name in denoisers}
+        if args.torch_compile:
+            for denoiser in self.denoisers.values():
+                compile_blocks(denoiser, recompute=args.recompute if args.gradient_checkpointing else "nothing",
+                               backend=None)
+        self.adapter = lora_parameters(self.denoisers)
+        self.pipeline = copy.copy(pipeline)
+        for name, module in self.modules.items():
+            setattr(self.pipeline, name, module)
+        self.pipeline.scheduler = training_scheduler(pipeline.scheduler)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def fake(self, value):
+        """A structure with fake tensors in place of real ones."""
+        def one(leaf):
+            real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
+            return self.mode.from_tensor(leaf) if real else leaf
+        return tree_map(one, value)
+
+    def run(self, name: str, args: tuple, kwargs: dict):
+        """The output of a component's forward on fake tensors; of a denoiser under autocast."""
+        autocast = torch.autocast("cpu", self.autocast_dtype or torch.bfloat16,
+                                  enabled=self.autocast_dtype is not None and name in self.denoisers)
+        with self.mode, AsOnCUDA(), autocast:
+            return type(self.modules[name]).forward(self.modules[name], *args, **kwargs)
+
+    def decode(self, args: tuple, kwargs: dict):
+        with self.mode, AsOnCUDA(), torch.no_grad():
+            return type(self.modules["vae"]).decode(self.modules["vae"], *args, **kwargs)
+
+    def counting(self, inputs) -> LiveBytes:
+        """A count that leaves out the weights and begins with `inputs`."""
+        count = LiveBytes()
+        for module in self.modules.values():
+            count.leave_out([*module.parameters(), *module.buffers()])
+        count.hold(inputs)
+        return count
+
+
+def bytes_of(values) -> int:
+    """Bytes of tensors; one that is there twice counts once."""
+    return sum(t.numel() * t.element_size() for t in {id(t): t for t in values}.values())

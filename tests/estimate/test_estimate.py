@@ -1,0 +1,246 @@
+"""The memory estimate against bytes that were allocated, and what it must do with sizes."""
+
+import gc
+import json
+from pathlib import Path
+
+import pytest
+import tiny_pipelines
+import torch
+from diffusers import DiffusionPipeline, WanTransformer3DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pisces_rl import VideoGRPOConfig, assets
+from pisces_rl.estimate import estimate_memory, weightless_pipeline
+from pisces_rl.estimate.live_bytes import LiveBytes
+from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, default_lora_config, lora_parameters
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURES = json.loads((ROOT / "recipes" / "architectures.json").read_text())
+
+
+def config(folder, **settings) -> VideoGRPOConfig:
+    settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=8, max_steps=1,
+                    num_inference_steps=3, report_to="none", use_cpu=True, bf16=False) | settings  # fmt: skip
+    return VideoGRPOConfig(output_dir=str(folder), **settings)
+
+
+WAN = dict(height=64, width=64, num_frames=17, guidance_scale=5.0, pipeline_kwargs={"max_sequence_length": 16})
+
+
+def wan(width: int = 32):
+    """Tiny Wan, wide enough that its activations outweigh latents."""
+    pipeline = tiny_pipelines.BUILD["wan"]()
+    settings = dict(pipeline.transformer.config) | dict(num_attention_heads=4, attention_head_dim=width, ffn_dim=512)
+    pipeline.transformer = WanTransformer3DModel.from_config(settings)
+    return tiny_pipelines.quiet(pipeline)
+
+
+# --- the counter ---
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_live_bytes_of_a_few_operators(fake):
+    mode = FakeTensorMode() if fake else torch.no_grad()
+    with mode, LiveBytes() as count:
+        x = torch.zeros(1024)  # 4096 bytes
+        y = x + 1
+        view = y[:10]
+        assert count.live == 2 * 4096
+        z = torch.cat([x, y])  # twice as much
+        del z
+        assert (count.live, count.peak) == (2 * 4096, 4 * 4096)
+        del y
+        assert count.live == 2 * 4096  # the view keeps it
+        del view
+        assert count.live == 4096
+        x.add_(1)
+        assert (count.live, count.peak) == (4096, 4 * 4096)
+
+
+def test_weights_are_left_out_and_inputs_held():
+    weight, x = torch.zeros(1024), torch.zeros(256)
+    count = LiveBytes()
+    count.leave_out(weight)
+    count.hold(x, [x[:3]])
+    with count:
+        weight.mul_(2)
+    assert count.live == count.peak == 1024
+
+
+# --- against what was allocated ---
+
+
+def allocated_peak(call) -> int:
+    """The most bytes that the CPU's allocator held at once during a call, above what it held before."""
+    gc.collect()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_takes_what_is_estimated(tmp_path, checkpointing):
+    args = config(tmp_path, gradient_checkpointing=checkpointing, **WAN)
+    pipeline = wan()
+    estimate = estimate_memory(pipeline, args)
+
+    policy = VideoPolicy(pipeline, **args.policy_settings())
+    add_lora(dict(policy.denoiser.items()), default_lora_config())
+    if checkpointing:
+        policy.activation_checkpointing_enable()
+    rollout = policy.sample(["a prompt"] * 4, noise_seeds=range(4), step_seeds=range(4), steps=[0])
+    peak = allocated_peak(lambda: policy.replay(rollout, range(4), lambda step: step.log_prob.mean().backward()))
+    assert estimate.phases["update"]["activations and gradients"] == pytest.approx(peak, rel=0.1)
+
+
+def test_sampling_and_decoding_take_what_is_estimated(tmp_path):
+    args = config(tmp_path, **WAN)
+    pipeline = wan()
+    estimate = estimate_memory(pipeline, args)
+    policy = VideoPolicy(pipeline, **args.policy_settings())
+    add_lora(dict(policy.denoiser.items()), default_lora_config())
+    call = dict(prompts=["a prompt"] * 8, noise_seeds=range(8))
+    policy.sample(**call)  # prompts are encoded
+    sampling = allocated_peak(lambda: policy.sample(**call, output_type="latent"))
+    assert estimate.phases["sampling"]["denoiser"] == pytest.approx(sampling, rel=0.15)
+    decoding = allocated_peak(lambda: policy.sample(**call))
+    assert decoding > 1.5 * sampling  # so it is the decoder's
+    # oneDNN's convolution takes a workspace besides, here of 8 MiB
+    assert decoding - 9 * 2**20 < estimate.phases["decoding"]["decoder"] <= decoding
+
+
+def test_weights_and_states_are_exact(tmp_path):
+    pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]())
+    before = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+    args = config(tmp_path, sde_window_size=1, **WAN)
+    estimate = estimate_memory(pipeline, args, default_lora_config(4))
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.transformer.state_dict().items())
+    for name in ("transformer", "text_encoder", "vae"):
+        module = getattr(pipeline, name)
+        own = {id(t): t for t in [*module.parameters(), *module.buffers()]}
+        assert estimate.resident[name] == sum(t.numel() * t.element_size() for t in own.values())
+
+    policy = VideoPolicy(pipeline, **args.policy_settings())
+    add_lora(dict(policy.denoiser.items()), default_lora_config(4))
+    adapter = 4 * sum(p.numel() for p in lora_parameters(dict(policy.denoiser.items())).values())
+    assert estimate.resident["adapter"] == adapter and estimate.resident["optimizer states"] == 2 * adapter
+    rollout = policy.sample(["a prompt"] * 8, noise_seeds=range(8), step_seeds=range(8), steps=policy.draw_window(0))
+    kept = [*rollout.states.values(), *rollout.means.values()]
+    assert estimate.phases["update"]["states"] == sum(t.numel() * 4 for t in kept)
+    assert estimate.phases["sampling"]["videos"] == rollout.videos.numel() * 4
+    memo = [t for output in policy.prompt_memo.memory.values() for t in output if t is not None]
+    assert estimate.resident["prompt embeddings"] == sum(t.numel() * t.element_size() for t in memo)
+
+
+# --- more of this takes more of that ---
+
+
+def peaks(folder, family="wan", lora=None, **settings) -> dict[str, int]:
+    call = WAN if family == "wan" else tiny_pipelines.CALLS[family]
+    own = {name: call[name] for name in ("height", "width", "num_frames", "guidance_scale") if name in call}
+    own["pipeline_kwargs"] = call.get("pipeline_kwargs") or {
+        name: value for name, value in call.items() if name not in own and name != "num_inference_steps"}
+    pipeline = tiny_pipelines.BUILD[family]()
+    return estimate_memory(pipeline, config(folder, **own | settings), lora).peaks
+
+
+def test_more_frames_and_videos_take_more(tmp_path):
+    base = peaks(tmp_path)
+    longer, larger = peaks(tmp_path, num_frames=33), peaks(tmp_path, per_device_train_batch_size=8)
+    for other in (longer, larger):
+        assert all(other[phase] > base[phase] for phase in base)
+    chunked = peaks(tmp_path, rollout_batch_size=2)
+    assert chunked["decoding"] < base["decoding"] and chunked["update"] == base["update"]
+
+
+def test_guidance_recomputation_and_averages(tmp_path):
+    base = peaks(tmp_path, gradient_checkpointing=False)
+    assert peaks(tmp_path, gradient_checkpointing=False, guidance_scale=1.0)["update"] < base["update"]
+    checkpointed = peaks(tmp_path, gradient_checkpointing=True)
+    assert checkpointed["update"] < base["update"] and checkpointed["decoding"] == base["decoding"]
+    assert peaks(tmp_path, gradient_checkpointing=False, ema_decay=0.9)["update"] > base["update"]
+    compiled = [peaks(tmp_path, torch_compile=True, recompute=kind)["update"]
+                for kind in ("everything", "all_but_attention")]  # fmt: skip
+    assert compiled[0] < compiled[1] < base["update"]
+
+
+def test_one_adapter_of_two_experts(tmp_path):
+    both, one = (peaks(tmp_path, "wan22_a14b", **own) for own in ({}, {"lora_denoisers": ["transformer_2"]}))
+    assert one["update"] < both["update"]
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "ltx", "mochi", "hunyuan", "animatediff", "t2v_sd"])
+def test_other_families(tmp_path, family):
+    base, larger = peaks(tmp_path, family), peaks(tmp_path, family, per_device_train_batch_size=8)
+    assert all(0 < base[phase] < larger[phase] for phase in base)
+
+
+def test_fsdp2_shares_the_denoiser(tmp_path):
+    estimate = estimate_memory(tiny_pipelines.BUILD["wan"](), config(tmp_path, **WAN))
+    shared = estimate.fsdp2(4)
+    assert shared.resident["transformer"] == -(-estimate.resident["transformer"] // 4)
+    assert shared.resident["vae"] == estimate.resident["vae"]
+    gathered = shared.phases["update"]["gathered weights"]
+    assert gathered > max(estimate.blocks["transformer"]) and "gathered weights" not in shared.phases["decoding"]
+    with pytest.raises(ValueError, match="num_processes=1: fsdp2 needs at least 2"):
+        estimate.fsdp2(1)
+
+
+def test_a_network_that_looks_at_numbers(tmp_path):
+    with pytest.raises(ValueError, match="HunyuanVideo15Pipeline: one of its networks branches on numbers"):
+        peaks(tmp_path, "hunyuan15")
+
+
+def test_no_blocks_no_compilation(tmp_path):
+    with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
+        peaks(tmp_path, "t2v_sd", torch_compile=True)
+
+
+# --- pipelines without weights ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_folder_without_weights_is_the_loaded_one(dtype):
+    bare = weightless_pipeline("tiny-wan", dtype)
+    loaded = DiffusionPipeline.from_pretrained(assets.asset_path("tiny-wan"), dtype=dtype)
+    assert type(bare) is type(loaded)
+    for name in ("transformer", "text_encoder", "vae"):
+        found, expected = ({k: (v.shape, v.dtype) for k, v in getattr(p, name).named_parameters()}
+                           for p in (bare, loaded))  # fmt: skip
+        assert found == expected
+        assert all(p.is_meta for p in getattr(bare, name).parameters())
+
+
+PUBLISHED = {  # billions of parameters of the denoisers and of the text encoders
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.42, 5.68), "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.3, 5.68),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.6, 5.68), "hunyuanvideo-community/HunyuanVideo": (12.8, 7.63),
+    "zai-org/CogVideoX-5b": (5.57, 4.76), "Lightricks/LTX-Video": (1.92, 4.76),
+    "genmo/mochi-1-preview": (10.0, 4.76), "ali-vilab/text-to-video-ms-1.7b": (1.41, 0.34),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES)
+def test_architectures_have_the_published_sizes(model):
+    pipeline = weightless_pipeline(model, torch.bfloat16, ARCHITECTURES)
+    for kinds, expected in zip((("transformer", "unet"), ("text",)), PUBLISHED[model]):
+        found = sum(p.numel() for name, component in pipeline.components.items()
+                    if component is not None and name.split("_")[0] in kinds
+                    for p in component.parameters())  # fmt: skip
+        assert found / 1e9 == pytest.approx(expected, rel=5e-3)
+
+
+def test_every_recipe_with_a_hub_model_has_an_architecture():
+    models = {line.split()[1] for path in (ROOT / "recipes").glob("*.yaml") for line in path.read_text().splitlines()
+              if line.startswith("model: ") and "/" in line}  # fmt: skip
+    assert models == set(ARCHITECTURES)
+
+
+def test_an_unknown_model(tmp_path):
+    with pytest.raises(ValueError, match="must be a model folder or Hub id"):
+        weightless_pipeline(str(tmp_path), torch.float32)

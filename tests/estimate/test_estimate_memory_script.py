@@ -1,0 +1,62 @@
+"""examples/estimate_memory.py: what it prints, and what it refuses."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--model", "tiny-wan", "--height", "64", "--width", "64", "--num_frames", "17", "--report_to", "none",
+        "--pipeline_kwargs", '{"max_sequence_length": 24}', "--guidance_scale", "1", "--num_inference_steps", "4",
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]  # fmt: skip
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    module = importlib.import_module("estimate_memory")
+
+    def run(*arguments: str) -> None:
+        argv = ["estimate_memory.py", "--output_dir", str(tmp_path), *arguments]
+        monkeypatch.setattr(module.sys, "argv", argv)
+        module.main()
+
+    run.module = module
+    return run
+
+
+def test_prints_a_table_and_whether_it_fits(script, capsys):
+    script(*TINY, "--gpu_gib", "1")
+    printed = capsys.readouterr().out
+    for name in ("transformer", "adapter", "optimizer states", "peak", "Not counted: rewards"):
+        assert name in printed
+    assert "GiB fits 1 GiB" in printed
+    script(*TINY, "--gpu_gib", "0.001", "--sharding", "fsdp2", "--num_processes", "2")
+    printed = capsys.readouterr().out
+    assert "gathered weights" in printed and "does not fit 0.001 GiB" in printed
+
+
+def test_bf16_is_on_unless_said_otherwise(script):
+    for arguments, dtype in (([], torch.bfloat16), (["--bf16", "false"], torch.float32)):
+        _, _, config = script.module.parsed([*TINY, *arguments])
+        assert config.bf16 == (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--sharding", "zero3"], "sharding='zero3' must be 'none' or 'fsdp2'"),
+    (["--num_processes", "2"], "num_processes=2: without sharding every GPU takes what one takes"),
+    (["--sharding", "fsdp2"], "num_processes=1: fsdp2 needs at least 2"),
+    (["--model", "no-such-folder"], "model='no-such-folder' must be a model folder or Hub id"),
+])  # fmt: skip
+def test_refuses(script, arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        script(*TINY, *arguments)
+
+
+@pytest.mark.slow
+def test_a_recipe_at_full_size(script, capsys):
+    """14 B parameters in bf16 are 26.6 GiB, and with the text encoder of 5.7 B the run does not fit 40 GiB."""
+    script("--config", str(ROOT / "recipes" / "wan21_14b_grpo.yaml"), "--gpu_gib", "40")
+    printed = capsys.readouterr().out
+    assert "26.6" in printed and "10.58" in printed and "does not fit 40 GiB" in printed

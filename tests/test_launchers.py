@@ -1,0 +1,98 @@
+"""The files of recipes/accelerate: accelerate reads them as they are meant, and starts processes by them."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+
+ROOT = Path(__file__).parents[1]
+FILES = {
+    "one_gpu": (DistributedType.NO, 1), "ddp": (DistributedType.MULTI_GPU, 8), "fsdp2": (DistributedType.FSDP, 8),
+    "two_nodes": (DistributedType.MULTI_GPU, 16),
+}  # fmt: skip
+SCRIPT = """
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+total = accelerator.reduce(torch.ones(1) * (1 + accelerator.process_index))
+print(f"rank {accelerator.process_index} of {accelerator.num_processes}: {total.item():g}", flush=True)
+accelerator.end_training()
+"""
+
+
+def path_of(name: str) -> str:
+    return str(ROOT / "recipes" / "accelerate" / f"{name}.yaml")
+
+
+def read(name: str, *overrides: str):
+    """The arguments of `accelerate launch` after the file was read."""
+    return _validate_launch_command(launch_command_parser().parse_args(
+        ["--config_file", path_of(name), *overrides, "train.py"]))[0]  # fmt: skip
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in (ROOT / "recipes" / "accelerate").iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_reads_the_file(name):
+    config = load_config_from_file(path_of(name))
+    assert isinstance(config, ClusterConfig)
+    assert (config.distributed_type, config.num_processes) == FILES[name]
+    assert not config.use_cpu and config.dynamo_config == {}  # the recipe's torch_compile compiles blocks
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_command_line_overrides_the_number_of_processes(name):
+    assert read(name, "--num_processes", "2").num_processes == 2
+
+
+def test_fsdp2_reaches_the_processes():
+    env = prepare_multi_gpu_env(read("fsdp2"))
+    assert env["ACCELERATE_USE_FSDP"] == "true" and env["FSDP_VERSION"] == "2"
+    assert env["FSDP_RESHARD_AFTER_FORWARD"].lower() == "true" and env["FSDP_OFFLOAD_PARAMS"] == "false"
+    assert env["FSDP_ACTIVATION_CHECKPOINTING"] == "false" and env["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+def test_two_nodes_is_started_once_on_each():
+    first = read("two_nodes", "--main_process_ip", "10.0.0.1")
+    second = read("two_nodes", "--main_process_ip", "10.0.0.1", "--machine_rank", "1")
+    assert (first.machine_rank, second.machine_rank) == (0, 1)
+    for args in (first, second):
+        prepare_multi_gpu_env(args)  # which fills in torchrun's arguments
+        assert (args.nproc_per_node, args.nnodes, args.rdzv_endpoint) == ("8", "2", "10.0.0.1:29500")
+
+
+def launched(folder: Path, name: str, *overrides: str) -> str:
+    script = folder / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path_of(name), *overrides,
+               str(script)]  # fmt: skip
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"no end within 120 s:\n{process.communicate()[0][-3000:]}") from None
+    assert process.returncode == 0, output[-3000:]
+    return output
+
+
+def test_one_gpu_starts_one_process(tmp_path):
+    assert "rank 0 of 1: 1" in launched(tmp_path, "one_gpu", "--cpu")
+
+
+@pytest.mark.slow
+def test_ddp_starts_processes_that_see_each_other(tmp_path):
+    """Two, on a CPU: gloo in NCCL's place."""
+    output = launched(tmp_path, "ddp", "--num_processes", "2", "--main_process_port", "0")
+    assert "rank 0 of 2: 3" in output and "rank 1 of 2: 3" in output
