@@ -1,6 +1,7 @@
 """A reward that does not return ends with its name; one that cannot be interrupted ends the process."""
 
 import asyncio
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,6 +32,15 @@ async def slow_server(prompts, videos, **columns):
 async def quick_server(prompts, videos, **columns):
     await asyncio.sleep(0.01)
     return [1.0] * len(prompts)
+
+
+@pytest.fixture(autouse=True, params=["foreground", "background"])
+def shell(request):
+    """A shell that starts a process in the background lets it ignore SIGINT."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler if request.param == "foreground" else signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("reward", [slow, slow_server])

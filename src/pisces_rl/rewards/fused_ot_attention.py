@@ -101,8 +101,7 @@ if triton is not None:
         i = tl.arange(0, BLOCK_N)
         row = i[:, None]
         word = tl.load(words + video * n + i, mask=i < n, other=0) != 0
-        length = tl.load(of_words + video * n + i, mask=i < n, other=1.0)
-        towards = inverse_scaling / tl.maximum(length, 1e-12)
+        towards = inverse_scaling / tl.maximum(tl.load(of_words + video * n + i, mask=i < n, other=1.0), 1e-12)
         products += video * n * m
         of_tokens += video * m
         logits += problem * n * m

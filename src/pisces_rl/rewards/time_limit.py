@@ -44,6 +44,10 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
             print(f"{message} It cannot be interrupted, so this process ends.", file=sys.stderr, flush=True)
             os._exit(1)
 
+    in_main = threading.current_thread() is threading.main_thread()
+    ignored = in_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:  # by a shell that started the process in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
     timer.start()
@@ -56,5 +60,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         with lock:
             ended.set()
         timer.cancel()
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     if late:
         raise RewardError(message)
