@@ -52,6 +52,7 @@ TABLE = {
     "as published: floor 1e-6, class token, both": LOG(plan="unbalanced", floor=1e-6, class_tokens=True),
     "unbalanced, arithmetic, both": OTAttention(plan="unbalanced", fusion="arithmetic"),
     "unbalanced, gated, both": OTAttention(plan="unbalanced", fusion="gated"),
+    "unbalanced .5, gated, eps 1": OTAttention(plan="unbalanced", fusion="gated", mass=0.5, reg=1.0, **NO_PLACE),
     "partial .9, log": PARTIAL(**NO_PLACE),
     "partial .9, log, spatial": PARTIAL(temporal=0.0),
     "partial .9, log, temporal": PARTIAL(spatial=0.0),

@@ -51,6 +51,22 @@ SCRIPT = """
             close(*both(lambda: bound(0, query, key, logits, scaling)))
             half = both(lambda: bound(0, query, key, logits, scaling, None, torch.bfloat16))
             assert half[0].dtype == half[1].dtype == torch.bfloat16
+    if device == "cuda":  # from the second call on by a graph, if few cells: other values of the same shape, too
+        from pisces_rl.rewards import graphs, ot_attention
+        for settings in (dict(), dict(fusion="log", plan="balanced"), dict(temporal=0, spatial=0, fusion="gated")):
+            for seed in range(4):
+                torch.manual_seed(seed)
+                own = torch.rand(3, 19, device=device) < 0.7
+                inputs = torch.randn_like(query), torch.randn_like(key)
+                product = scaling * inputs[0] @ inputs[1].mT
+                bound = OTAttention(**settings).bind(own, positions)
+                with torch.inference_mode(seed % 2 == 1):
+                    ours = bound(0, *inputs, product, scaling)
+                    ot_attention.LAUNCH_BOUND = 0
+                    plain = bound(0, *inputs, product, scaling)
+                    ot_attention.LAUNCH_BOUND = 2**20
+                torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-7)
+        assert sum(graph is not None for graph in graphs._own.graphs.values()) >= 3
     logits[2, 3, 2] = float("nan")
     words[2, 2] = True
     bound = OTAttention().bind(words, positions)

@@ -20,10 +20,14 @@ import torch
 from torch import Tensor
 
 from pisces_rl.ot import cosine_cost, partial_transport_plan, pisces_plan, transport_plan
+from pisces_rl.ot import fused as fused_plans
+from pisces_rl.ot.constraints import Balanced, Penalised
 from pisces_rl.rewards import fused_ot_attention as fused
+from pisces_rl.rewards.graphs import by_graph
 
 PLANS = ("paper", "partial", "unbalanced", "balanced")
 FUSIONS = ("log", "arithmetic", "gated")
+LAUNCH_BOUND = 2**20  # cells of a layer up to which its kernels take less time than their launches
 
 
 @dataclass
@@ -93,6 +97,11 @@ class OTAttention:
             if value is not None and not _is_numbers(value):
                 raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")
 
+    @property
+    def reach(self) -> float | None:
+        """rho of the unbalanced plan."""
+        return self.reg * self.mass / (1 - self.mass) if self.plan == "unbalanced" else None
+
     def bind(self, words: Tensor, positions: Tensor, layers: Sequence[int] | None = None) -> "BoundOTAttention":
         """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3); at most in `layers`."""
         return BoundOTAttention(self, words, positions, layers)
@@ -104,6 +113,7 @@ class BoundOTAttention:
     words: Tensor
     positions: Tensor
     layers: Sequence[int] | None = None
+    repeated: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # weights by heads
 
     def changes(self, layer: int) -> bool:
         """Whether this layer's attention is fused at all."""
@@ -115,10 +125,15 @@ class BoundOTAttention:
     ) -> Tensor:  # fmt: skip
         """The weights (B, H, N, M) of one layer: softmax(logits + bias + mask) times each word's gate."""
         settings, dtype = self.settings, dtype or logits.dtype
+        plain = not settings.floor and settings.heads is None and settings.drawings is None and mask is None
+        plain = plain and not logits.requires_grad and fused.serves(logits)
+        if plain and logits.is_cuda and logits.numel() <= LAUNCH_BOUND:
+            weights = self._by_graph(query, key, logits, scaling, dtype)
+            if weights is not None:
+                return weights
         with torch.no_grad():
             plan = self.solve(self.cost(query, key, logits, scaling))
-        plain = not settings.floor and settings.heads is None and settings.drawings is None and mask is None
-        if plain and not logits.requires_grad and fused.serves(logits):
+        if plain:
             return fused.fuse(settings.fusion, logits, plan, self.words, self.columns, dtype)
         bias, gate = self.fuse(logits, plan)
         if settings.heads is not None:
@@ -132,6 +147,34 @@ class BoundOTAttention:
             drawn = (logits.softmax(-1), plan.expand_as(logits), weights)
             settings.drawings.append(Drawing(layer, *(x.detach().cpu() for x in drawn)))
         return weights.to(dtype)
+
+    def _by_graph(
+        self, query: Tensor, key: Tensor, logits: Tensor, scaling: float, dtype: torch.dtype
+    ) -> Tensor | None:
+        """The weights from one launch; None where that is not possible, or a plan does not reach its tolerance."""
+        s = self.settings
+        served = fused_plans.serves(logits[0], s.tolerance)
+        if not s.normalise or s.plan not in ("unbalanced", "balanced") or not served:
+            return None
+        heads = logits.shape[1] if s.temporal or s.spatial else 1
+        constraint = Balanced() if s.plan == "balanced" else Penalised(s.reach)
+
+        def weights(query, key, logits, words, columns, frame, place, a, b):
+            cost = fused.costs(query, key, logits, scaling, words, columns, frame, place, s.temporal, s.spatial)
+            plan, _, error, *_ = fused_plans.solve(
+                cost.flatten(0, 1), a, b, s.reg, constraint, s.tolerance, fused_plans.MAX_ITERATIONS
+            )
+            return fused.fuse(s.fusion, logits, plan.unflatten(0, (-1, heads)), words, columns, dtype), error
+
+        done = by_graph(
+            (s.plan, s.fusion, s.mass, s.reg, s.temporal, s.spatial, s.tolerance, scaling, dtype), weights,
+            query, key, logits, self.words, self.columns, *(z.to(logits) for z in self.places),
+            *self.weights_of(heads),
+        )  # fmt: skip
+        if done is None:
+            return None
+        result = done[0].clone()
+        return result if (done[1].cpu() <= s.tolerance).all() else None
 
     @cached_property
     def columns(self) -> Tensor:
@@ -156,10 +199,11 @@ class BoundOTAttention:
         b = self.columns.to(a) / self.columns.sum()
         return a, b.expand(len(a), -1)
 
-    @cached_property
-    def weights_by_head(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """The weights once a head, by the number of heads."""
-        return {1: self.weights}
+    def weights_of(self, heads: int) -> tuple[Tensor, Tensor]:
+        """The weights once a head, (B heads, N) and (B heads, M)."""
+        if heads not in self.repeated:
+            self.repeated[heads] = tuple(weights.repeat_interleave(heads, 0) for weights in self.weights)
+        return self.repeated[heads]
 
     def cost(self, query: Tensor, key: Tensor, logits: Tensor, scaling: float) -> Tensor:
         """(B, H, N, M) over words and `columns`, 0 outside; (B, 1, N, M) if nothing in it differs by head."""
@@ -192,9 +236,7 @@ class BoundOTAttention:
         """Plans of the shape of the costs, all problems of the layer in one batch. A text without words has a zero
         plan."""
         s, heads = self.settings, cost.shape[1]
-        if heads not in self.weights_by_head:
-            self.weights_by_head[heads] = tuple(weights.repeat_interleave(heads, 0) for weights in self.weights)
-        a, b = self.weights_by_head[heads]
+        a, b = self.weights_of(heads)
         cost = cost.flatten(0, 1)
         if s.plan == "paper":
             plan = pisces_plan(cost, a, b, mass=s.mass, reg=s.reg, tolerance=s.tolerance).plan
@@ -202,8 +244,7 @@ class BoundOTAttention:
             mass = s.mass * a.sum(1)
             plan = partial_transport_plan(cost, a, b, mass=mass, reg=s.reg, tolerance=s.tolerance).plan
         else:
-            reach = s.reg * s.mass / (1 - s.mass) if s.plan == "unbalanced" else None
-            plan = transport_plan(cost, a, b, reg=s.reg, reach=reach, tolerance=s.tolerance).plan
+            plan = transport_plan(cost, a, b, reg=s.reg, reach=s.reach, tolerance=s.tolerance).plan
         return plan.unflatten(0, (-1, heads))
 
     def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
