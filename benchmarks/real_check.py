@@ -182,6 +182,9 @@ def main() -> None:
         print(f"replay parity        max |log p(update) - log p(sampling)| = "
               f"{max(row['replay/max_log_prob_error'] for row in logs):.2e}")
         print(f"seconds per step     {seconds / len(logs):.1f}")
+        print("seconds of the last  " + ", ".join(
+            f"{key} {logs[-1][f'seconds/{key}']:.2f}"
+            for key in ("text", "rollout", "decode", "rewards", "update", "idle") if f"seconds/{key}" in logs[-1]))
         print(stages.table(len(logs)))
         if cuda:
             print(f"peak memory          {max(stages.peaks.values()) / 2**30:.1f} GiB")

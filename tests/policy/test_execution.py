@@ -16,8 +16,10 @@ from pisces_rl.policy import (
     VideoPolicy,
     adapters_off,
     add_lora,
+    check_saved_lora,
     default_lora_config,
     lora_parameters,
+    save_lora,
     without_adapters,
 )
 from pisces_rl.policy.execution import CompiledBlock, compile_blocks, repeated_blocks, uncompile_blocks
@@ -74,6 +76,34 @@ def test_compiled_blocks_are_one_graph_for_sampling_and_update(recompute):
     torch.testing.assert_close(compiled[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
+def kept(recompute: str) -> int:
+    """Bytes that a block with LoRA keeps for backward, compiled as inductor divides its graph; without its weights and
+    states of random numbers."""
+    policy, _ = build("wan")
+    torch._dynamo.reset()
+    policy.compile_blocks(recompute, backend="aot_eager_decomp_partition")
+    block, found = policy.denoiser["transformer"].blocks[0], []
+    run = vars(block)["forward"].run
+
+    def spied(*args, **kwargs):
+        output = run(*args, **kwargs)
+        weights = {parameter.data_ptr() for parameter in block.parameters()}
+        tensors = [t for t in output.grad_fn.saved_tensors if isinstance(t, torch.Tensor) and t.dtype != torch.uint8]
+        saved = {t.data_ptr(): t.nbytes for t in tensors}
+        found.append(sum(size for pointer, size in saved.items() if pointer not in weights))
+        return output
+
+    vars(block)["forward"].run = spied
+    policy.sample(PROMPTS, noise_seeds=[1, 2], output_type="latent")
+    return found[-1]
+
+
+def test_what_is_computed_again_is_not_kept():
+    everything, but_attention, nothing = (kept(r) for r in ("everything", "all_but_attention", "nothing"))
+    assert everything < but_attention < nothing, (everything, but_attention, nothing)
+    assert everything < nothing / 4
+
+
 SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("hunyuan", "mochi", "skyreels", "cogvideox")]
 
 
@@ -116,6 +146,16 @@ def test_the_reference_and_a_fresh_pipeline_are_the_plain_ones():
     assert not any(isinstance(vars(m).get("forward"), CompiledBlock) for m in fresh.modules())
     assert not any(isinstance(m, (OneProductGELU, OneProductLinear)) for m in fresh.modules())
     assert any(isinstance(vars(m).get("forward"), CompiledBlock) for m in policy.denoiser.modules())
+
+
+def test_a_saved_adapter_is_compared_without_the_compiler_s_rounding(tmp_path):
+    policy, _ = build("wan")
+    save_lora(policy.pipeline, tmp_path)
+    policy.compile_blocks(backend="aot_eager")
+    before = [(type(m), vars(m).get("forward")) for m in policy.denoiser.modules()]
+    call = {"prompt": ["a video"], "num_inference_steps": 2} | CALLS["wan"]
+    assert check_saved_lora(policy.pipeline, tmp_path, call, 1e-6) < 1e-6
+    assert [(type(m), vars(m).get("forward")) for m in policy.denoiser.modules()] == before
 
 
 def test_blocks_are_found_and_let_go():

@@ -7,7 +7,7 @@ cut off and its output is detached, and what the graph would keep for backward i
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,19 @@ def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention",
     return len(blocks)
 
 
+@contextlib.contextmanager
+def plain_blocks(module: nn.Module) -> Iterator[None]:
+    """Inside, the blocks of `compile_blocks` are not compiled."""
+    held = {block: vars(block)["forward"] for block in module.modules()
+            if isinstance(vars(block).get("forward"), CompiledBlock)}  # fmt: skip
+    uncompile_blocks(module)
+    try:
+        yield
+    finally:
+        for block, forward in held.items():
+            block.forward = forward
+
+
 def uncompile_blocks(module: nn.Module) -> None:
     """Undo `compile_blocks`, in a module or a copy of one."""
     for block in module.modules():
@@ -121,8 +134,14 @@ def _run(forward: Callable, block: nn.Module, *args, **kwargs):
     return forward(block, *args, **kwargs)
 
 
+def _recompute(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def _run_recomputed(forward: Callable, block: nn.Module, *args, **kwargs):
-    return checkpoint(forward, block, *args, use_reentrant=False, **kwargs)
+    # By a policy: without one, torch 2.11 marks no operator inside an autograd.Function, and keeps its products.
+    contexts = functools.partial(create_selective_checkpoint_contexts, _recompute)
+    return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
 
 def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:

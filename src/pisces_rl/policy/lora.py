@@ -17,10 +17,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .execution import uncompile_blocks
+from .execution import plain_blocks, uncompile_blocks
 from .guider import guided
 from .offload import device_of
-from .products import unfuse_products
+from .products import plain_products, unfuse_products
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
@@ -346,7 +346,10 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
     for pipe in (pipeline, fresh):
         bar = vars(pipe).get("_progress_bar_config")
         pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
-        with guided(pipe, call) as arguments:
+        with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:
+            for denoiser in _adapted(pipe).values():  # a compiler's rounding is no difference of the adapter
+                plainly.enter_context(plain_blocks(denoiser))
+                plainly.enter_context(plain_products(denoiser))
             output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
         latents.append(output[0].float())
         if bar is None:

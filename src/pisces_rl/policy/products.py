@@ -13,6 +13,9 @@ and the gradient of x, too, is one: [g, g s B] [[W], [A]]. A GELU after a projec
 its registers; backward computes its argument again. Only A and B get gradients: W is frozen.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from diffusers.models.activations import GELU
@@ -176,3 +179,15 @@ def unfuse_products(denoiser: nn.Module) -> None:
         for plain, fused in PROCESSORS.items():
             if type(getattr(module, "processor", None)) is fused:
                 module.processor.__class__ = plain
+
+
+@contextlib.contextmanager
+def plain_products(denoiser: nn.Module) -> Iterator[None]:
+    """Inside, `fuse_products` is undone."""
+    fused = any(type(module) in (OneProductLinear, OneProductGELU) for module in denoiser.modules())
+    unfuse_products(denoiser)
+    try:
+        yield
+    finally:
+        if fused:
+            fuse_products(denoiser)
