@@ -119,6 +119,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--short", action="store_true", help=f"settings that take little time: {SHORT}")
     parser.add_argument("--memory_limit", type=float, default=None, help="GiB that torch may take; more is an error")
     parser.add_argument("--tiling", action="store_true", help="decode tile by tile")
+    parser.add_argument("--recipe", type=Path, default=RECIPE, help="a YAML file of settings")
     parser.add_argument("--max_steps", type=int, default=2, help="optimizer steps")
     parser.add_argument("--output_dir", default=None, help="kept if given; a temporary folder otherwise")
     for name, kind in REPLACES.items():
@@ -131,7 +132,7 @@ def parsed() -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> dict:
     """The recipe's settings, and what replaces them."""
-    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe = yaml.safe_load(arguments.recipe.read_text())
     settings = {key: value for key, value in recipe.items() if key not in SCRIPT_KEYS}
     settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none", offload=arguments.offload)
     settings["replay_tolerance"] = 1.0  # the difference is printed, not judged
