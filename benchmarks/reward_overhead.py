@@ -37,16 +37,17 @@ def build(name: str, device: str):
     return model.to(torch.bfloat16).eval().requires_grad_(False)
 
 
-def median(call, device: str) -> float:
-    """Milliseconds a video."""
-    seconds = []
+def medians(device: str, *calls) -> list[float]:
+    """Milliseconds a video of each call; they take turns, so that what slows the machine slows all alike."""
+    seconds = [[] for _ in calls]
     for _ in range(25):
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[5:])[10] * 1000 / VIDEOS
+        for call, own in zip(calls, seconds):
+            start = time.perf_counter()
+            call()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            own.append(time.perf_counter() - start)
+    return [sorted(own[5:])[10] * 1000 / VIDEOS for own in seconds]
 
 
 @torch.no_grad()
@@ -78,11 +79,14 @@ def report(label: str, encoder: VideoTextEncoder, prompts: list[str], frames: in
 
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    of_videos = median(lambda: encoder.encode_video(videos), device)
-    of_texts = median(lambda: encoder.encode_text(prompts), device)
-    plain = median(lambda: encoder.match(text, video), device)
-    fused = median(lambda: encoder.match(text, video, fusion), device)
-    image = median(lambda: torch.cosine_similarity(linear(text.pooled), video.pooled), device)
+    of_videos, of_texts, plain, fused, image = medians(
+        device,
+        lambda: encoder.encode_video(videos),
+        lambda: encoder.encode_text(prompts),
+        lambda: encoder.match(text, video),
+        lambda: encoder.match(text, video, fusion),
+        lambda: torch.cosine_similarity(linear(text.pooled), video.pooled),
+    )
     share = 100 * (fused - plain) / (of_videos + of_texts)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
     cells = [f"{x:.3f}" for x in (of_videos, of_texts, plain, fused - plain, image)]
