@@ -2,12 +2,12 @@
 
     python benchmarks/best_recipe.py --output_dir outputs/best_recipe             # three seeds each, on a GPU
 
-Both train on the verifier for as many steps of as many videos; Flow-GRPO's recipe samples 20 guided steps, trains 19 of
-them and has a KL term (benchmarks/recipes/flow_grpo_tiny_wan.yaml), the quick-start's samples 4 steps without guidance
-and trains one (recipes/shapemotion_grpo.yaml). The first seed of each runs alone, for its time: the median step after
-three. Afterwards every policy is sampled by the unmodified pipeline without noise, in 4 steps without guidance and in
-20 under guidance 3, on the same prompts and noise; `correct` of the verifier, its gain over the base, and a 95 %
-bootstrap interval over prompts, of the mean over seeds.
+Both train on the verifier for as many steps of as many videos; Flow-GRPO's recipe samples 20 guided steps, trains 19
+of them and has a KL term (benchmarks/recipes/flow_grpo_tiny_wan.yaml), the quick-start's samples 4 steps without
+guidance and trains one (recipes/shapemotion_grpo.yaml). The first seed of each runs alone, for its time: the median
+step after three. Afterwards every policy is sampled by the unmodified pipeline without noise, in 4 steps without
+guidance and in 20 under guidance 3, on the same prompts and noise; `correct` of the verifier, its gain over the base,
+and a 95 % bootstrap interval over prompts, of the mean over seeds.
 """
 
 import argparse

@@ -1,8 +1,10 @@
 """Wan 2.1 at its real sizes with random weights, made where they are used: nothing is downloaded or converted.
 
-    python benchmarks/random_wan.py    # how large its parts are, in bf16; computes nothing
+    python benchmarks/random_wan.py                             # how large its parts are, in bf16; computes nothing
+    python benchmarks/random_wan.py --save /tmp/wan             # Wan 2.1 1.3B as a folder, with a small text encoder
 """
 
+import argparse
 from collections.abc import Sequence
 
 import torch
@@ -78,6 +80,15 @@ def fill(module: nn.Module, dtype: torch.dtype, device: str, place: str, keep: S
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", default=None, help="a folder for the pipeline")
+    parser.add_argument("--model", choices=list(SIZES), default="wan21_1.3b")
+    arguments = parser.parse_args()
+    if arguments.save:
+        device, tiny = "cuda" if torch.cuda.is_available() else "cpu", arguments.model == "tiny"
+        dtype = torch.float32 if tiny else torch.bfloat16
+        random_wan(tiny, dtype, device, model=arguments.model, vae_dtype=dtype).save_pretrained(arguments.save)
+        return
     parts = ("text_encoder", "vae", "transformer")
     print("GiB           " + "".join(f"{part:>14}" for part in parts))
     for model in ("wan21_1.3b", "wan21_14b"):

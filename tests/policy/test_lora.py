@@ -202,3 +202,18 @@ def test_state_is_restored_into_the_same_adapter(tmp_path):
     load_lora_state(other, tmp_path)
     for name in parameters:
         assert torch.equal(parameters[name], others[name])
+
+
+def test_the_rounding_of_a_large_adapter_is_no_error(tmp_path):
+    """A pipeline in bf16 loads an adapter in bf16, whatever it was trained in."""
+    pipe = quiet(BUILD["wan"]()).to(torch.bfloat16)
+    torch.manual_seed(0)
+    add_lora({"transformer": pipe.transformer}, default_lora_config(4))
+    for parameter in lora_parameters({"transformer": pipe.transformer}).values():
+        parameter.data = torch.randn(parameter.shape)
+    before = {name: p.data.clone() for name, p in lora_parameters({"transformer": pipe.transformer}).items()}
+    save_lora(pipe, tmp_path)
+    call = {"prompt": ["a video"], "num_inference_steps": 2} | CALLS["wan"]
+    assert check_saved_lora(pipe, tmp_path, call, 5e-2) < 1e-3
+    after = lora_parameters({"transformer": pipe.transformer})
+    assert all(torch.equal(before[name], p) and p.dtype == torch.float32 for name, p in after.items())

@@ -15,7 +15,7 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .execution import plain_blocks, uncompile_blocks
 from .guider import guided
@@ -338,24 +338,23 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
     """
     fresh = without_adapters(pipeline)
     load_lora(fresh, folder)
-    for denoiser in _adapted(fresh).values():  # beside a weight that is offloaded they were made on the CPU
+    rounded = {}  # diffusers loads an adapter in the dtype of the base: that rounding is no difference of the file
+    for key, denoiser in _adapted(fresh).items():
         for name, parameter in denoiser.named_parameters():
-            if "lora_" in name:
+            if "lora_" in name:  # beside a weight that is offloaded they were made on the CPU
                 parameter.data = parameter.data.to(device_of(denoiser))
-    latents = []
-    for pipe in (pipeline, fresh):
-        bar = vars(pipe).get("_progress_bar_config")
-        pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
-        with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:
-            for denoiser in _adapted(pipe).values():  # a compiler's rounding is no difference of the adapter
-                plainly.enter_context(plain_blocks(denoiser))
-                plainly.enter_context(plain_products(denoiser))
-            output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
-        latents.append(output[0].float())
-        if bar is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = bar
+                rounded[key] = parameter.dtype
+    trained = {p: p.data for key, denoiser in _adapted(pipeline).items() if key in rounded
+               for name, p in denoiser.named_parameters() if "lora_" in name}  # fmt: skip
+    for key in rounded:
+        for parameter in _adapted(pipeline)[key].parameters():
+            if parameter in trained:
+                parameter.data = parameter.data.to(rounded[key])
+    try:
+        latents = [_latents(pipe, call) for pipe in (pipeline, fresh)]
+    finally:
+        for parameter, data in trained.items():
+            parameter.data = data
     difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-8))
     if not difference <= tolerance:
         raise RuntimeError(
@@ -363,3 +362,19 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
             f"(allowed {tolerance:g}). The files were kept; please report this with the pipeline's class name."
         )
     return difference
+
+
+def _latents(pipe: DiffusionPipeline, call: dict) -> Tensor:
+    """Of one call of a pipeline, without compiler and fused products, whose rounding is no difference of adapters."""
+    bar = vars(pipe).get("_progress_bar_config")
+    pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
+    with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:
+        for denoiser in _adapted(pipe).values():
+            plainly.enter_context(plain_blocks(denoiser))
+            plainly.enter_context(plain_products(denoiser))
+        output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+    if bar is None:
+        del pipe._progress_bar_config
+    else:
+        pipe._progress_bar_config = bar
+    return output[0].float()
