@@ -10,7 +10,7 @@
    clip of the batch are no negatives. Clips are blurred, shaded and made noisy, as a policy's are.
 3. The moving average is saved in fp16 with settings.json and scores.json; with --keep also as it was after so many
    steps. `validation` in scores.json is the contrastive loss on clips of the train split that were not trained on: the
-   number by which a seed is chosen. Seeds 0 to 4 with --keep 300 1000, and their hashes: tiny_vtm_seeds.json.
+   number by which a seed is chosen. Seeds 0 to 4 with --keep 300 1000, and their hashes: tiny_vtm_seeds*.json.
 
 Only prompts and layouts of the train split are drawn.
 """

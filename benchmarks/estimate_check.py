@@ -10,7 +10,7 @@ import tempfile
 
 import torch
 import yaml
-from real_check import RECIPE, SCRIPT_KEYS, random_wan
+from real_check import RECIPE, SCRIPT_KEYS, SHORT, random_wan
 from speed import ATTENTION
 
 from pisces_rl import VideoGRPOConfig
@@ -23,12 +23,17 @@ MEASURED = [  # frames, height, width, batch, micro-batch, GiB of rollout, GiB o
     (81, 480, 832, 1, 1, 4.8, 22.6),
 ]
 WHOLE_ITERATION = 21.4  # benchmarks/real_check.py --random_weights
+OFFLOADED = {  # benchmarks/real_check.py --short --offload ...: text, decoding, update
+    "wan21_1.3b": (dict(height=480, width=832, num_frames=81), 14.21, 8.48, 12.94),
+    "wan21_14b": (dict(height=240, width=416, num_frames=33), 39.39, 29.92, 33.01),
+}
 
 
-def estimated(settings: dict, lora) -> MemoryEstimate:
+def estimated(settings: dict, lora, pipeline=None) -> MemoryEstimate:
     with tempfile.TemporaryDirectory() as folder:
         config = VideoGRPOConfig(output_dir=folder, use_cpu=True, bf16=True, **settings)
-    return estimate_memory(random_wan(False, torch.bfloat16, "meta"), config, lora)
+    pipeline = random_wan(False, torch.bfloat16, "meta") if pipeline is None else pipeline
+    return estimate_memory(pipeline, config, lora)
 
 
 def line(what: str, measured: float, counted: float) -> None:
@@ -58,6 +63,15 @@ def main() -> None:
     whole = estimated(settings, default_lora_config(recipe["lora_r"]))
     line(f"a whole iteration of {RECIPE.name} ({max(whole.peaks, key=whole.peaks.get)})", WHOLE_ITERATION,
          whole.peak / GIB)  # fmt: skip
+    for model, (size, *measured) in OFFLOADED.items():
+        pipeline = random_wan(
+            False, torch.bfloat16, "meta", model=model, text_encoder="full", vae_dtype=torch.bfloat16
+        )
+        own = settings | SHORT | size | dict(offload=["text_encoder", "vae", "rewards"], recompute="everything",
+                                             sde_window_range=[0, 3])  # fmt: skip
+        peaks = estimated(own, default_lora_config(recipe["lora_r"]), pipeline).peaks
+        for phase, value in zip(("text", "decoding", "update"), measured):
+            line(f"{phase}, {model} offloaded, {' x '.join(str(v) for v in size.values())}", value, peaks[phase] / GIB)
 
 
 if __name__ == "__main__":

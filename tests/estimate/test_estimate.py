@@ -244,3 +244,16 @@ def test_every_recipe_with_a_hub_model_has_an_architecture():
 def test_an_unknown_model(tmp_path):
     with pytest.raises(ValueError, match="must be a model folder or Hub id"):
         weightless_pipeline(str(tmp_path), torch.float32)
+
+
+def test_what_is_offloaded_counts_where_it_is_used(tmp_path):
+    plain = estimate_memory(wan(), config(tmp_path, **WAN))
+    away = estimate_memory(wan(), config(tmp_path, offload=["text_encoder", "vae", "denoiser"], **WAN))
+    text, vae, denoiser = (plain.resident[name] for name in ("text_encoder", "vae", "transformer"))
+    assert not {"text_encoder", "vae", "transformer"} & set(away.resident)
+    assert plain.peaks["update"] - away.peaks["update"] == text + vae
+    assert plain.peaks["sampling"] - away.peaks["sampling"] == text + vae
+    assert plain.peaks["decoding"] - away.peaks["decoding"] == text + denoiser
+    assert away.peaks["text"] == sum(away.resident.values()) + text
+    with pytest.raises(ValueError, match="offload: denoisers that are sharded"):
+        away.fsdp2(2)

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd import Variable
 
 from ..policy import default_lora_config
+from ..policy.offload import kind_of
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
 from .networks import Networks, bytes_of
@@ -24,7 +25,8 @@ class MemoryEstimate:
 
     Attributes:
         resident: {what: bytes} that is there from the first optimizer step on; weights under their component's name.
-        phases: {"sampling", "decoding", "update": {what: bytes}} that a phase holds besides at its peak.
+        phases: {"sampling", "decoding", "update": {what: bytes}} that a phase holds besides at its peak; and "text"
+            where text encoders are offloaded.
         blocks: {denoiser: bytes of each repeated block}.
         details: the numbers behind it: videos at a time, rows of a denoiser's call, trainable parameters.
     """
@@ -54,6 +56,8 @@ class MemoryEstimate:
             raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
         resident, gathered = dict(self.resident), 0
         for name, blocks in self.blocks.items():
+            if name not in resident:
+                raise ValueError("offload: denoisers that are sharded cannot be offloaded; leave 'denoiser' out.")
             gathered = max(gathered, self.resident[name] - sum(blocks) + 3 * max(blocks, default=0))
             resident[name] = -(-self.resident[name] // num_processes)
         phases = {name: dict(parts) for name, parts in self.phases.items()}
@@ -64,10 +68,10 @@ class MemoryEstimate:
 def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None = None) -> MemoryEstimate:
     """Memory that `VideoGRPOTrainer(model=pipeline, args=args, peft_config=peft_config)` takes on each GPU.
 
-    Networks, guidance, recomputation and the adapter are the run's own; their operators run on fake tensors, and what
-    lives at the same time is added up. Not counted: rewards, evaluation, the consistency term, the CUDA context,
-    workspaces of kernels, and what the allocator loses to fragmentation. Where blocks are compiled, temporaries are
-    counted as if no two operators were fused. Prompts are as long as they may be.
+    Networks, guidance, recomputation, offloading and the adapter are the run's own; their operators run on fake
+    tensors, and what lives at the same time is added up. Not counted: rewards, evaluation, the consistency term, the
+    CUDA context, workspaces of kernels, and what the allocator loses to fragmentation. Where blocks are compiled,
+    temporaries are counted as if no two operators were fused. Prompts are as long as they may be.
 
     Args:
         pipeline: with weights or without (`weightless_pipeline`); it is not changed.
@@ -117,6 +121,14 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
         "update": {"states": states, "gradients of earlier steps": adapter,
                    "activations and gradients": max(update_peak(networks, step) for step in trained.steps)},
     }  # fmt: skip
+    away = {kind: {name: resident.pop(name) for name in networks.weights if kind_of(name) == kind}
+            for kind in args.offload or ()}  # fmt: skip
+    if "text_encoder" in away:
+        phases["text"] = away["text_encoder"]
+    phases["decoding"] |= away.get("vae", {})
+    if "denoiser" in away:  # one at a time
+        name, size = max(away["denoiser"].items(), key=lambda item: item[1])
+        phases["sampling"][name] = phases["update"][name] = size
     rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
     details = {"videos of a rollout": videos, "videos sampled at once": chunk, "videos of a micro-batch": micro,
                "rows of a denoiser's call in the update": max(rows),
