@@ -7,8 +7,8 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-MOST = 16  # graphs that a thread keeps
-_own = threading.local()
+MOST = 16  # graphs that are kept
+_graphs: OrderedDict = OrderedDict()
 
 
 class _Graph:
@@ -18,6 +18,7 @@ class _Graph:
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
             torch._foreach_copy_(self.inputs, list(tensors))
+            function(*self.inputs)  # whatever a first call compiles must not be recorded
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
@@ -32,23 +33,24 @@ class _Graph:
 def by_graph(
     key: Hashable, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 ) -> tuple[Tensor, ...] | None:
-    """function(*tensors), without gradients, from a CUDA graph; None at the first call with a key and these shapes.
+    """function(*tensors), without gradients, from a CUDA graph; None at the first call with a key and these shapes,
+    and outside the main thread (recording waits for the whole device, which another thread may be using).
 
     Args:
-        key: what the function does beside its tensors. function: must not wait for the device; its kernels have run
-            before, outside a graph.
+        key: what the function does beside its tensors. function: must not wait for the device.
 
     Returns:
         Tensors that the next call with the key overwrites.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return None
     shapes = tuple((t.shape, t.dtype) for t in tensors)
     key = key, shapes, tensors[0].device, torch.cuda.current_stream(tensors[0].device)
-    graphs = _own.__dict__.setdefault("graphs", OrderedDict())
-    first = key not in graphs
-    if not first and graphs[key] is None:
-        graphs[key] = _Graph(function, tensors)
-    graphs.setdefault(key, None)
-    graphs.move_to_end(key)
-    while len(graphs) > MOST:
-        graphs.popitem(last=False)
-    return None if first else graphs[key](tensors)
+    first = key not in _graphs
+    if not first and _graphs[key] is None:
+        _graphs[key] = _Graph(function, tensors)
+    _graphs.setdefault(key, None)
+    _graphs.move_to_end(key)
+    while len(_graphs) > MOST:
+        _graphs.popitem(last=False)
+    return None if first else _graphs[key](tensors)
