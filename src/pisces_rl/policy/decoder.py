@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from .scheduler import PolicyError
 from .session import replaced_method
@@ -37,17 +37,22 @@ def set_decoder(pipeline: DiffusionPipeline, *, dtype: str | None = None, slicin
     if dtype is not None:
         vae.to(VAE_DTYPES[dtype])
     for name, value in (("slicing", slicing), ("tiling", tiling)):
-        if not value:
-            continue
-        try:
-            if name == "slicing" and type(vae).__name__ in WITHOUT_SLICES:
-                raise NotImplementedError
-            getattr(vae, f"enable_{name}")()
-        except (AttributeError, NotImplementedError) as error:
+        if value and not _enabled(vae, name):
             raise PolicyError(
                 f"vae_{name}=True, but {type(vae).__name__} of {type(pipeline).__name__} cannot do so; leave it False"
                 ", and lower rollout_batch_size (and per_device_eval_batch_size) to save memory."
-            ) from error
+            )
+
+
+def _enabled(vae: nn.Module, name: str) -> bool:
+    """Switches "slicing" or "tiling" on; False where the VAE cannot do so."""
+    if name == "slicing" and type(vae).__name__ in WITHOUT_SLICES:
+        return False
+    try:
+        getattr(vae, f"enable_{name}")()
+    except (AttributeError, NotImplementedError):  # diffusers' own, of a class without
+        return False
+    return True
 
 
 @contextlib.contextmanager
