@@ -13,6 +13,7 @@ backward at each step, in micro-batches. Two warm-up runs, median of --repeats; 
 
 import argparse
 import time
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -41,8 +42,11 @@ def build(name: str, args, device: str) -> VideoPolicy:
     for key, parameter in lora_parameters(denoisers).items():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.02)
-    size = dict(height=16, width=16, num_frames=9) if args.tiny else dict(
-        height=args.height, width=args.width, num_frames=args.frames)
+    size = (
+        dict(height=16, width=16, num_frames=9)
+        if args.tiny
+        else dict(height=args.height, width=args.width, num_frames=args.frames)
+    )
     policy = VideoPolicy(
         pipe, transition="flow_sde", num_inference_steps=args.steps,
         pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size),
@@ -105,14 +109,14 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
     update_seconds, update_peak = timed(update, args.repeats, device)
     if args.profile:
         for label, call in (("rollout", roll), ("update", update)):
-            profiled(label, call, device)
+            profiled(label, call, device, args.profile)
     per = 1000 / args.batch
     return (per * rollout_seconds / args.steps, per * update_seconds / len(trained), error, rollout_peak, update_peak,
             first)  # fmt: skip
 
 
-def profiled(label: str, call, device: str) -> None:
-    """The kernels that take the time of one call, and how long the device had none."""
+def profiled(label: str, call, device: str, shown: int) -> None:
+    """The kernels that take the time of one call, and where the device had none."""
     activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         start = time.perf_counter()
@@ -123,8 +127,15 @@ def profiled(label: str, call, device: str) -> None:
     rows = sorted(profile.key_averages(), key=lambda row: -row.self_device_time_total)
     busy = sum(row.self_device_time_total for row in rows) / 1000
     print(f"{label}: {wall:.0f} ms, of which kernels {busy:.0f} ms")
-    for row in rows[:18]:
+    for row in rows[:shown]:
         print(f"  {row.self_device_time_total / 1000:8.1f} ms  {row.count:6d}  {row.key[:100]}")
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events())
+    gaps = sorted(((after[0] - before[1]) / 1000, before[2], after[2]) for before, after in pairwise(events))
+    inner = [gap for gap, *_ in gaps if gap > 0]
+    short = sum(gap for gap in inner if gap < 0.02)
+    print(f"  between them {sum(inner):.0f} ms idle, {short:.0f} of it below 20 us each")
+    for gap, before, after in reversed(gaps[-shown // 3 :]):
+        print(f"  {gap:8.2f} ms between {before[:45]} and {after[:45]}")
 
 
 def main() -> None:
@@ -134,7 +145,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one rollout and one update")
+    parser.add_argument("--profile", type=int, nargs="?", const=18, default=0, metavar="ROWS",
+                        help="print the kernels of one rollout and one update")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--height", type=int, default=240)
     parser.add_argument("--width", type=int, default=416)

@@ -23,14 +23,8 @@ from pisces_rl.policy import (
     without_adapters,
 )
 from pisces_rl.policy.execution import CompiledBlock, compile_blocks, repeated_blocks, uncompile_blocks
-from pisces_rl.policy.products import (
-    OneProductGELU,
-    OneProductLinear,
-    _Product,
-    fuse_products,
-    gelu_product,
-    unfuse_products,
-)
+from pisces_rl.policy.linear import OneProductGELU, OneProductLinear, Product, gelu_product
+from pisces_rl.policy.products import fuse_products, unfuse_products
 
 
 def build(family: str) -> tuple[VideoPolicy, dict]:
@@ -207,9 +201,9 @@ def test_the_gradient_of_a_product(gelu, lora, bias):
     inputs = [t.requires_grad_() for t in (x, a, b) if t is not None]
     plain = F.linear(x, weight, shift) + (x @ a.T @ b.T if lora else 0)
     plain = F.gelu(plain, approximate="tanh") if gelu else plain
-    torch.testing.assert_close(_Product.apply(x, weight, shift, a, b, gelu), plain)
+    torch.testing.assert_close(Product.apply(x, weight, shift, a, b, gelu), plain)
     assert torch.autograd.gradcheck(
-        lambda x, *ab: _Product.apply(x, weight, shift, *(ab or (None, None)), gelu), inputs
+        lambda x, *ab: Product.apply(x, weight, shift, *(ab or (None, None)), gelu), inputs
     )
 
 

@@ -1,0 +1,312 @@
+"""A denoising block's passes over memory, each value read and written once: norms with what stands around them.
+
+Two functions and their gradients, as operators that a compiler leaves whole. On a CUDA device a Triton kernel each, of
+which a program does a few rows; elsewhere the same in plain torch. Everything is computed in fp32 (fp64 for fp64).
+
+    modulated_norm:   x' = x + gate * y,   n = (x' - mean) / sqrt(var + eps) * scale + shift
+    rotated_heads:    q' = R(q / sqrt(mean(q^2) + eps) * w_q),   k' alike,   R a rotation of neighbouring pairs
+
+x' is rounded before its norm and q before its rotation, as the models of diffusers round them.
+"""
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
+MAX_WIDTH = 16384
+ROWS = 8  # of a program: what is common to them, scale, shift and gate, is read once
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the kernels take tokens x (..., width)."""
+    return triton is not None and x.device.type == "cuda" and x.dtype != torch.float64 and x.shape[-1] <= MAX_WIDTH
+
+
+def _wide(rows: int, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """(rows, width), each row beginning at a multiple of 128 bytes."""
+    return torch.empty(rows, -(-width // 64) * 64, device=like.device, dtype=dtype)[:, :width]
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.custom_op("pisces_rl::modulated_norm", mutates_args=())
+def modulated_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, a: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' (B, L, D), empty without y, and [n, n a^T] (B L, D + R) in `dtype`.
+
+    Args:
+        x, y: (B, L, D).
+        gate, scale, shift: (B, D), fp32; a gate of None is 1.
+        a: (R, D) in `dtype`; None leaves n alone.
+    """
+    batch, length, width = x.shape
+    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+    joined = _wide(batch * length, width + (0 if a is None else len(a)), x, dtype)
+    n = joined[:, :width]
+    if serves(x):
+        _modulated_norm[batch, triton.cdiv(length, ROWS)](
+            x, y, gate, scale, shift, total, n, length, width, joined.stride(0), scale.stride(0), shift.stride(0),
+            0 if gate is None else gate.stride(0), eps, **_launch(width),
+        )  # fmt: skip
+    else:
+        if y is not None:
+            x = total.copy_(_precise(x) + (y if gate is None else y * gate[:, None]))
+        norm = torch.nn.functional.layer_norm(_precise(x), (width,), eps=eps)
+        n.copy_((norm * scale[:, None] + shift[:, None]).flatten(0, 1))
+    if a is not None:
+        torch.mm(n, a.T, out=joined[:, width:])
+    return total, joined
+
+
+@modulated_norm.register_fake
+def _(x, y, gate, scale, shift, eps, a, dtype):
+    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+    return total, _wide(x.shape[0] * x.shape[1], x.shape[2] + (0 if a is None else len(a)), x, dtype)
+
+
+@torch.library.custom_op("pisces_rl::modulated_norm_backward", mutates_args=())
+def modulated_norm_backward(
+    x: Tensor, grad_x: Tensor, grad_n: Tensor, gate: Tensor | None, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and, where there is a gate, of y, from those of x' (B, L, D) and n (B L, D)."""
+    batch, length, width = x.shape
+    out_x = torch.empty_like(x)
+    out_y = x.new_empty(0) if gate is None else torch.empty_like(x)
+    if serves(x):
+        grad_x, grad_n = grad_x.contiguous(), grad_n.contiguous()
+        _modulated_norm_backward[batch, triton.cdiv(length, ROWS)](
+            x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale.stride(0),
+            0 if gate is None else gate.stride(0), eps, **_launch(width),
+        )  # fmt: skip
+        return out_x, out_y
+    centred = _precise(x) - _precise(x).mean(-1, keepdim=True)
+    inverse = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normed, grad = centred * inverse, grad_n.view_as(x) * scale[:, None]
+    grad = grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True)
+    out_x.copy_(grad_x + inverse * grad)
+    if gate is not None:
+        out_y.copy_(gate[:, None] * (grad_x + inverse * grad))
+    return out_x, out_y
+
+
+@modulated_norm_backward.register_fake
+def _(x, grad_x, grad_n, gate, scale, eps):
+    return torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(x)
+
+
+@torch.library.custom_op("pisces_rl::rotated_heads", mutates_args=())
+def rotated_heads(
+    qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys (B, L, H, d), normed over all heads and rotated, in `dtype`.
+
+    Args:
+        qkv: (B, L, 3 H d).
+        weight_q, weight_k: (H d,).
+        cos, sin: (L, d), each angle's twice.
+    """
+    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    q = qkv.new_empty(batch, length, width // cos.shape[1], cos.shape[1], dtype=dtype)
+    k = torch.empty_like(q)
+    kept = torch.promote_types(qkv.dtype, weight_q.dtype)
+    if serves(qkv) and _is_power_of_two(cos.shape[1]):
+        grid, options = _launch_heads(q)
+        _rotated_heads[grid](qkv, weight_q, weight_k, cos, sin, q, k, batch * length, length, q.shape[2], eps,
+                             ROUNDED=kept != torch.float32, **options)  # fmt: skip
+        return q, k
+    for out, x, weight in zip((q, k), qkv.split(width, -1), (weight_q, weight_k)):
+        x = _precise(x)
+        x = (x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(kept).view(q.shape)
+        out.copy_(_rotated(_precise(x), cos, sin))
+    return q, k
+
+
+@rotated_heads.register_fake
+def _(qkv, weight_q, weight_k, cos, sin, eps, dtype):
+    heads = qkv.shape[2] // 3 // cos.shape[1]
+    shape = (*qkv.shape[:2], heads, cos.shape[1])
+    return qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("pisces_rl::rotated_heads_backward", mutates_args=())
+def rotated_heads_backward(
+    qkv: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor,
+    sin: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """The gradient of qkv (B, L, 3 H d) from those of the rotated queries and keys and of the values (B, L, H, d)."""
+    batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+    out = torch.empty_like(qkv)
+    if serves(qkv) and _is_power_of_two(cos.shape[1]):
+        grads = [g.contiguous() for g in (grad_q, grad_k, grad_v)]
+        grid, options = _launch_heads(grads[0])
+        _rotated_heads_backward[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, batch * length, length,
+                                      grad_q.shape[2], eps, **options)  # fmt: skip
+        return out
+    parts = out.split(width, -1)
+    for part, x, grad, weight in zip(parts, qkv.split(width, -1), (grad_q, grad_k), (weight_q, weight_k)):
+        x, grad = _precise(x), _rotated(_precise(grad), cos, -sin).flatten(2) * weight
+        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+        part.copy_(inverse * grad - x * inverse**3 * (grad * x).mean(-1, keepdim=True))
+    parts[2].copy_(grad_v.flatten(2))
+    return out
+
+
+@rotated_heads_backward.register_fake
+def _(qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cos, sin, eps):
+    return torch.empty_like(qkv)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring pairs of x (B, L, H, d) turned by the angles of cos and sin (L, d)."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, 0::2], sin[:, None, 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
+
+
+def _launch(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return dict(BLOCK=block, ROWS=ROWS, num_warps=min(max(block // 512, 1), 16))
+
+
+def _launch_heads(q: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    heads, size = q.shape[2:]
+    block = triton.next_power_of_2(heads)
+    warps = min(max(block * size // 512, 1), 16)
+    return (triton.cdiv(q.shape[0] * q.shape[1], ROWS),), dict(BLOCK_H=block, HEAD=size, ROWS=ROWS, num_warps=warps)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _modulated_norm(
+        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride, eps,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        video = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
+        offset = tl.load(shift + video * shift_stride + d, mask=inside, other=0.0)
+        if gate is not None:
+            opening = tl.load(gate + video * gate_stride + d, mask=inside, other=0.0)
+        first = tl.program_id(1) * ROWS
+        for token in range(first, tl.minimum(first + ROWS, length)):
+            row = video * length + token
+            value = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
+            if y is not None:
+                added = tl.load(y + row * width + d, mask=inside, other=0.0).to(tl.float32)
+                if gate is not None:
+                    added *= opening
+                rounded = (value + added).to(total.dtype.element_ty)
+                tl.store(total + row * width + d, rounded, mask=inside)
+                value = rounded.to(tl.float32)
+            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+            inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+            normed = centred * inverse * factor + offset
+            tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _modulated_norm_backward(
+        x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale_stride, gate_stride, eps,
+        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        video = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
+        if gate is not None:
+            opening = tl.load(gate + video * gate_stride + d, mask=inside, other=0.0)
+        first = tl.program_id(1) * ROWS
+        for token in range(first, tl.minimum(first + ROWS, length)):
+            at = (video * length + token) * width + d
+            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load(grad_n + at, mask=inside, other=0.0).to(tl.float32) * factor
+            passed = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32)
+            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+            inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+            normed = centred * inverse
+            grad = passed + inverse * (grad - tl.sum(grad, 0) / width - normed * (tl.sum(grad * normed, 0) / width))
+            tl.store(out_x + at, grad.to(out_x.dtype.element_ty), mask=inside)
+            if gate is not None:
+                tl.store(out_y + at, (grad * opening).to(out_y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _inverse_length(x, width, eps):
+        return tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps)
+
+    @triton.jit
+    def _pairs(x, BLOCK_H: tl.constexpr, HEAD: tl.constexpr):
+        return tl.split(tl.reshape(x, (BLOCK_H, HEAD // 2, 2)))
+
+    @triton.jit
+    def _rotated_heads(
+        qkv, weight_q, weight_k, cosines, sines, q, k, rows, length, heads, eps, ROUNDED: tl.constexpr,
+        BLOCK_H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        head = tl.arange(0, BLOCK_H)[:, None]
+        at = head * HEAD + tl.arange(0, HEAD)[None, :]
+        inside = (head < heads) & (at >= 0)
+        pair = tl.arange(0, HEAD // 2)[None, :]
+        width = heads * HEAD
+        w_q = tl.load(weight_q + at, mask=inside, other=0.0).to(tl.float32)
+        w_k = tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        for row in range(first, tl.minimum(first + ROWS, rows)):
+            token = row % length
+            cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
+            sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
+            start = row * width
+            for which in tl.static_range(2):
+                x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
+                x = x * _inverse_length(x, width, eps) * (w_q if which == 0 else w_k)
+                if ROUNDED:
+                    x = x.to(qkv.dtype.element_ty).to(tl.float32)
+                even, odd = _pairs(x, BLOCK_H, HEAD)
+                x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_H, HEAD))
+                out = q if which == 0 else k
+                tl.store(out + start + at, x.to(q.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _rotated_heads_backward(
+        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, rows, length, heads, eps,
+        BLOCK_H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+    ):  # fmt: skip
+        head = tl.arange(0, BLOCK_H)[:, None]
+        at = head * HEAD + tl.arange(0, HEAD)[None, :]
+        inside = (head < heads) & (at >= 0)
+        pair = tl.arange(0, HEAD // 2)[None, :]
+        width = heads * HEAD
+        w_q = tl.load(weight_q + at, mask=inside, other=0.0).to(tl.float32)
+        w_k = tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
+        first = tl.program_id(0).to(tl.int64) * ROWS
+        for row in range(first, tl.minimum(first + ROWS, rows)):
+            token = row % length
+            cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
+            sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
+            start = row * width
+            for which in tl.static_range(2):
+                x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
+                grads = grad_q if which == 0 else grad_k
+                grad = tl.load(grads + start + at, mask=inside, other=0.0).to(tl.float32)
+                even, odd = _pairs(grad, BLOCK_H, HEAD)
+                grad = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (BLOCK_H, HEAD))
+                grad *= w_q if which == 0 else w_k
+                inverse = _inverse_length(x, width, eps)
+                normed = x * inverse
+                grad = inverse * (grad - normed * (tl.sum(tl.sum(grad * normed, 1), 0) / width))
+                tl.store(out + 3 * start + which * width + at, grad.to(out.dtype.element_ty), mask=inside)
+            values = tl.load(grad_v + start + at, mask=inside, other=0.0)
+            tl.store(out + 3 * start + 2 * width + at, values.to(out.dtype.element_ty), mask=inside)

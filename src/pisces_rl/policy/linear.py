@@ -1,0 +1,176 @@
+"""Linear layers with LoRA, a GELU and the norm before them, in fewer passes over memory.
+
+peft computes y = x W^T + b + s (x A^T) B^T as three products and a sum. With u = x A^T,
+
+    y = [x, u] [W, s B]^T + b
+
+is one product of K = in + r, accumulated in fp32 like the product with W alone; no merged weight is rounded. Layers
+of one x, such as self attention's projections, become one product,
+
+    [q, k, v] = [x, u_q, u_k, u_v] [[W_q, s B_q, 0, 0], [W_k, 0, s B_k, 0], [W_v, 0, 0, s B_v]]^T + b,
+
+and the gradient of x, too, is one: [g, g s B] [[W], [A]]. A GELU after a projection is computed as the product leaves
+its registers; backward computes its argument again. A norm before a projection writes [n, n A^T] at once, with the
+residual sum before it (`kernels.modulated_norm`). Only x, A and B get gradients: the rest is frozen.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from .kernels import modulated_norm, modulated_norm_backward
+
+
+@torch.library.custom_op("pisces_rl::gelu_product", mutates_args=())
+def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """GELU(x W^T + b), by its tanh approximation; x (n, in), W (out, in). An operator of its own, since a compiler
+    would take product and activation apart again."""
+    if x.is_cuda:
+        return torch._addmm_activation(bias, x, weight.T, use_gelu=True)  # cuBLAS's epilogue is the tanh form
+    return F.gelu(F.linear(x, weight, bias), approximate="tanh")
+
+
+@gelu_product.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _linear(joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None, gelu: bool) -> Tensor:
+    weights = weight if b is None else torch.cat([weight, b], 1)
+    return gelu_product(joined, weights, bias) if gelu else F.linear(joined, weights, bias)
+
+
+def _linear_backward(
+    grad: Tensor, joined: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, A and B, where joined is [x, x A^T]."""
+    if gelu:
+        grad = torch.ops.aten.gelu_backward(grad, _linear(joined, weight, bias, b, False), approximate="tanh")
+    if a is None:
+        return grad @ weight, None, None
+    x, u = joined.split([weight.shape[1], len(a)], 1)
+    grad_u = grad @ b
+    return torch.cat([grad, grad_u], 1) @ torch.cat([weight, a]), grad_u.T @ x, grad.T @ u
+
+
+class Product(torch.autograd.Function):
+    """y = [x, x A^T] [W, B]^T + b, with a GELU where asked; x (n, in), W (out, in), A (R, in), B (out, R)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool):
+        ctx.save_for_backward(x, weight, bias, a, b)
+        ctx.gelu = gelu
+        return _linear(x if a is None else torch.cat([x, x @ a.T], 1), weight, bias, b, gelu)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, bias, a, b = ctx.saved_tensors
+        joined = x if a is None else torch.cat([x, x @ a.T], 1)
+        grad_x, grad_a, grad_b = _linear_backward(grad, joined, weight, bias, a, b, ctx.gelu)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+class NormProduct(torch.autograd.Function):
+    """x' = x + gate * y and the `Product` of its modulated norm; x and y (B, L, in), gate, scale and shift (B, in).
+
+    Without y, x' is x, handed on so that its gradient is summed where the norm's is computed.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+        weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool,
+    ):  # fmt: skip
+        total, joined = modulated_norm(x, y, gate, scale, shift, eps, a, weight.dtype)
+        total = x if y is None else total
+        ctx.save_for_backward(total, gate, scale, joined, weight, bias, a, b)
+        ctx.eps, ctx.gelu, ctx.y_dtype = eps, gelu, None if y is None else y.dtype
+        return total, _linear(joined, weight, bias, b, gelu)
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor, grad: Tensor):
+        total, gate, scale, *product = ctx.saved_tensors
+        grad_n, grad_a, grad_b = _linear_backward(grad, *product, ctx.gelu)
+        grad_x, grad_y = modulated_norm_backward(total, grad_total, grad_n, gate, scale, ctx.eps)
+        if ctx.y_dtype is not None:
+            grad_y = (grad_x if gate is None else grad_y).to(ctx.y_dtype)
+        else:
+            grad_y = None
+        return grad_x, grad_y, None, None, None, None, None, None, grad_a, grad_b, None
+
+
+def _gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+    """W, b, A and s B of layers side by side."""
+    a = b = None
+    bases = layers
+    if isinstance(layers[0], Linear):
+        bases = [layer.get_base_layer() for layer in layers]
+        names = [layer.active_adapters[0] for layer in layers]
+        a = torch.cat([layer.lora_A[name].weight for layer, name in zip(layers, names)]).to(dtype)
+        b = [layer.scaling[name] * layer.lora_B[name].weight for layer, name in zip(layers, names)]
+        b = torch.block_diag(*b).to(dtype)
+    weight = torch.cat([base.weight for base in bases]) if len(bases) > 1 else bases[0].weight
+    bias = bases[0].bias
+    if bias is not None:
+        bias = (torch.cat([base.bias for base in bases]) if len(bases) > 1 else bias).to(dtype)
+    return weight.to(dtype), bias, a, b
+
+
+def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Of a product of x: autocast's, or `dtype`, by default its own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype or x.dtype
+
+
+def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
+    """[layer(x) for layer in layers] side by side, (..., sum of out); of layers that `are_one_product`."""
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        y = Product.apply(x.flatten(0, -2).to(dtype), *_gathered(layers, dtype), gelu)
+    return y.unflatten(0, x.shape[:-1])
+
+
+def norm_product(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+    layers: list[nn.Module], gelu: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x' = x + gate * y and the `product` of its layer norm * scale + shift; x and y (B, L, D), the others (B, D)."""
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        x, out = NormProduct.apply(x, y, gate, scale, shift, eps, *_gathered(layers, dtype), gelu)
+    return x, out.unflatten(0, x.shape[:2])
+
+
+def are_one_product(layers: list[nn.Module]) -> bool:
+    """Whether layers are all plain and frozen, or all LoRA layers that `is_one_product`."""
+    plain = all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers)
+    return plain or all(is_one_product(layer) for layer in layers)
+
+
+def is_one_product(layer: nn.Module) -> bool:
+    """Whether a LoRA layer has one adapter, on, not merged, and without dropout, DoRA or a bias of its own."""
+    if type(layer) is not OneProductLinear or layer.disable_adapters or layer.merged:
+        return False
+    name = layer.active_adapters[0]
+    return (len(layer.active_adapters) == 1 and name in layer.lora_A and name not in layer.lora_variant
+            and not layer.lora_bias[name] and isinstance(layer.lora_dropout[name], nn.Identity))  # fmt: skip
+
+
+class OneProductLinear(Linear):
+    """peft's LoRA layer, computed in one product."""
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        if args or kwargs or not is_one_product(self):
+            return super().forward(x, *args, **kwargs)
+        return product(x, [self])
+
+
+class OneProductGELU(GELU):
+    """diffusers' projection with a tanh GELU, computed in one product."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if not are_one_product([self.proj]):
+            return super().forward(hidden_states)
+        return product(hidden_states, [self.proj], gelu=True)

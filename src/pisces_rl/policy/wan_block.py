@@ -1,0 +1,128 @@
+"""Wan's and SkyReels-V2's blocks in fewer passes over memory, by linear.py and kernels.py.
+
+A block whose layers are not what is expected here (a dropout in an adapter, image tokens, a timestep a token) computes
+as diffusers wrote it.
+"""
+
+import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.normalization import FP32LayerNorm
+from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2AttnProcessor, SkyReelsV2TransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
+from torch import Tensor, nn
+
+from .kernels import rotated_heads, rotated_heads_backward
+from .linear import OneProductGELU, are_one_product, compute_dtype, norm_product, product
+
+
+class _RotatedHeads(torch.autograd.Function):
+    """Queries and keys, normed and rotated, and values (B, L, H, d), of [q, k, v] (B, L, 3 H d)."""
+
+    @staticmethod
+    def forward(ctx, qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype):
+        q, k = rotated_heads(qkv, weight_q, weight_k, cos, sin, eps, dtype)
+        ctx.save_for_backward(qkv, weight_q, weight_k, cos, sin)
+        ctx.eps = eps
+        return q, k, qkv[..., 2 * qkv.shape[2] // 3 :].view(q.shape)
+
+    @staticmethod
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor):
+        qkv, *rest = ctx.saved_tensors
+        return rotated_heads_backward(qkv, grad_q, grad_k, grad_v, *rest, ctx.eps), *[None] * 6
+
+
+def _self_attention(attn: nn.Module, qkv: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention of projections (B, L, 3 H d), before its output projection, (B, L, H d)."""
+    processor = attn.processor
+    cos, sin = (angles.flatten(0, 2) for angles in rotary)
+    dtype = compute_dtype(qkv, torch.promote_types(qkv.dtype, attn.norm_q.weight.dtype))
+    q, k, v = _RotatedHeads.apply(qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.norm_q.eps, dtype)
+    x = dispatch_attention_fn(
+        q, k, v.to(dtype), attn_mask=mask, dropout_p=0.0, is_causal=False, backend=processor._attention_backend,
+        parallel_config=processor._parallel_config,
+    )  # fmt: skip
+    return x.flatten(2, 3).type_as(qkv)
+
+
+def _cross_attention(attn: nn.Module, q: Tensor, context: Tensor) -> Tensor:
+    """Attention of projected queries (B, L, H d) to a text's tokens, before its output projection."""
+    k = attn.norm_k(attn.to_k(context))
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), k, attn.to_v(context)))
+    x = dispatch_attention_fn(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
+                              backend=attn.processor._attention_backend)  # fmt: skip
+    return x.flatten(2, 3).type_as(q)
+
+
+def _output(attn: nn.Module, x: Tensor) -> Tensor:
+    return attn.to_out[1](attn.to_out[0](x))
+
+
+def _rotates(attn: nn.Module, rotary) -> bool:
+    """Whether queries and keys are normed by frozen weights, and rotated by the same angles in all videos."""
+    weights = (attn.norm_q.weight, attn.norm_k.weight)
+    return (isinstance(rotary, tuple) and rotary[0].shape[0] == rotary[0].shape[2] == 1
+            and not any(weight is None or weight.requires_grad for weight in weights))  # fmt: skip
+
+
+class _OneProductAttention:
+    """Mixed into the attention processors of Wan and SkyReels-V2: self attention with one product, then rotated."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        layers = [attn.to_q, attn.to_k, attn.to_v]
+        if encoder_hidden_states is not None or not are_one_product(layers) or not _rotates(attn, rotary_emb):
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        x = _self_attention(attn, product(hidden_states, layers), attention_mask, rotary_emb)
+        return _output(attn, x)
+
+
+class OneProductWanProcessor(_OneProductAttention, WanAttnProcessor):
+    """Wan's."""
+
+
+class OneProductSkyReelsProcessor(_OneProductAttention, SkyReelsV2AttnProcessor):
+    """SkyReels-V2's."""
+
+
+class _FewPassesBlock:
+    """Mixed into the blocks of Wan and SkyReels-V2: each norm in one pass with the residual sum before it."""
+
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, *mask):
+        attn, cross, projection = self.attn1, self.attn2, self.ffn.net[0]
+        first, second, third = [attn.to_q, attn.to_k, attn.to_v], [cross.to_q], [projection.proj]
+        if not (
+            self._is_usual(temb) and _rotates(attn, rotary_emb) and all(map(are_one_product, (first, second, third)))
+        ):
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, *mask)
+        shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).unbind(1)
+        x, qkv = norm_product(hidden_states, None, None, 1 + scale, shift, self.norm1.eps, first)
+        y = _output(attn, _self_attention(attn, qkv, *(mask or (None,)), rotary_emb))
+        weight, bias = (p.float().expand(len(temb), -1) for p in (self.norm2.weight, self.norm2.bias))
+        x, q = norm_product(x, y, gate, weight, bias, self.norm2.eps, second)
+        y = _output(cross, _cross_attention(cross, q, encoder_hidden_states))
+        x, y = norm_product(x, y, None, 1 + c_scale, c_shift, self.norm3.eps, third, gelu=True)
+        for layer in self.ffn.net[1:]:
+            y = layer(y)
+        return (x.float() + y.float() * c_gate[:, None]).type_as(x)
+
+    def _is_usual(self, temb: Tensor) -> bool:
+        """One timestep a video, a norm before cross attention, no image tokens, everything around products frozen."""
+        return (
+            temb.ndim == 3
+            and isinstance(self.norm2, FP32LayerNorm)
+            and self.attn2.add_k_proj is None
+            and not any(x.requires_grad for x in (temb, self.scale_shift_table, *self.norm2.parameters()))
+            and isinstance(self.attn1.processor, _OneProductAttention)
+            and isinstance(self.ffn.net[0], OneProductGELU)
+        )
+
+
+class FewPassesWanBlock(_FewPassesBlock, WanTransformerBlock):
+    """Wan's."""
+
+
+class FewPassesSkyReelsBlock(_FewPassesBlock, SkyReelsV2TransformerBlock):
+    """SkyReels-V2's."""
+
+
+PROCESSORS = {WanAttnProcessor: OneProductWanProcessor, SkyReelsV2AttnProcessor: OneProductSkyReelsProcessor}
+BLOCKS = {WanTransformerBlock: FewPassesWanBlock, SkyReelsV2TransformerBlock: FewPassesSkyReelsBlock}
