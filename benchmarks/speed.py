@@ -129,7 +129,8 @@ def profiled(label: str, call, device: str, shown: int) -> None:
     print(f"{label}: {wall:.0f} ms, of which kernels {busy:.0f} ms")
     for row in rows[:shown]:
         print(f"  {row.self_device_time_total / 1000:8.1f} ms  {row.count:6d}  {row.key[:100]}")
-    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events())
+    kind = torch.autograd.DeviceType.CUDA if device == "cuda" else torch.autograd.DeviceType.CPU
+    events = sorted((e.time_range.start, e.time_range.end, e.name) for e in profile.events() if e.device_type == kind)
     gaps = sorted(((after[0] - before[1]) / 1000, before[2], after[2]) for before, after in pairwise(events))
     inner = [gap for gap, *_ in gaps if gap > 0]
     short = sum(gap for gap in inner if gap < 0.02)

@@ -20,10 +20,10 @@ from diffusers.models.activations import GELU
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
-from .kernels import modulated_norm, modulated_norm_backward
+from .kernels import modulated_norm, modulated_norm_backward, operator
 
 
-@torch.library.custom_op("pisces_rl::gelu_product", mutates_args=())
+@operator
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU(x W^T + b), by its tanh approximation; x (n, in), W (out, in). An operator of its own, since a compiler
     would take product and activation apart again."""
@@ -32,7 +32,7 @@ def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
 
 
-@gelu_product.register_fake
+@torch.library.register_fake("pisces_rl::gelu_product")
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
