@@ -8,16 +8,10 @@ import importlib
 __version__ = "0.1.0.dev0"
 
 _HOME = {
-    "PolicyError": "policy",
-    "Rollout": "policy",
-    "VideoPolicy": "policy",
-    "RewardError": "rewards",
-    "RewardPanel": "rewards",
-    "RewardBackpropConfig": "trainers",
-    "RewardBackpropTrainer": "trainers",
-    "VideoGRPOConfig": "trainers",
-    "VideoGRPOTrainer": "trainers",
-    "load_pipeline": "trainers",
+    "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
+    "RewardError": "rewards", "RewardPanel": "rewards",
+    "RewardBackpropConfig": "trainers", "RewardBackpropTrainer": "trainers",
+    "VideoGRPOConfig": "trainers", "VideoGRPOTrainer": "trainers", "load_pipeline": "trainers",
 }
 __all__ = sorted(_HOME)
 

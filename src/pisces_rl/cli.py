@@ -43,7 +43,7 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) 
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
         parser.error(f"unknown argument {argument!r}{_nearest(name, known)}")
-    return tuple(instances[: len(dataclasses)])
+    return tuple(instances[:len(dataclasses)])
 
 
 def _config_path(arguments: list[str]) -> str | None:
@@ -94,9 +94,8 @@ def _nearest(name: str, known: set[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else "."
 
 
-def load_prompt_dataset(
-    source: str, split: str = "train", column: str = "prompt", images: Sequence[str] = ("image",)
-) -> Dataset:
+def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt",
+                        images: Sequence[str] = ("image",)) -> Dataset:
     """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
 
     Args:
@@ -195,9 +194,8 @@ def load_callable(name: str, known: Sequence[Callable] = (), also: Iterable[str]
         except ModuleNotFoundError as error:
             if error.name is None or not f"{location}.".startswith(f"{error.name}."):
                 raise  # something that the module itself imports
-            raise ValueError(
-                f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
-            ) from error
+            raise ValueError(f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
+                             ) from error
     if not callable(getattr(module, attribute, None)):
         raise ValueError(f"reward {name!r}: {location} has no function {attribute!r}.")
     return getattr(module, attribute)

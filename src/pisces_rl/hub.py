@@ -226,16 +226,8 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(
-    base_model: str,
-    pipeline_class: str,
-    repo_id: str | None,
-    folder: Path | None,
-    call: dict,
-    images: Sequence[str],
-    still: bool,
-    guider_scale: float | None,
-) -> str:
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
+             images: Sequence[str], still: bool, guider_scale: float | None) -> str:
     own = repo_id or "you/this-adapter"
     helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
     lines = ["import torch", f"from diffusers import {pipeline_class}"]

@@ -62,7 +62,8 @@ def record(networks: Networks, batch: int, call: dict) -> Calls:
         if key not in outputs:
             with torch.no_grad():
                 outputs[key] = networks.run(name, args, kwargs)
-        return tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, outputs[key])
+        return tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t,
+                        outputs[key])
 
     def step(own, model_output, timestep, sample, *args, **kwargs):
         if this_step:
@@ -90,12 +91,8 @@ def record(networks: Networks, batch: int, call: dict) -> Calls:
         module.forward = functools.partial(network, name)
     if "vae" in networks.modules:
         networks.modules["vae"].decode = decode
-    arguments = {
-        "prompt": ["a prompt"] * batch,
-        "output_type": "pt",
-        "generator": [torch.Generator().manual_seed(row) for row in range(batch)],
-        **call,
-    }
+    arguments = {"prompt": ["a prompt"] * batch, "output_type": "pt",
+                 "generator": [torch.Generator().manual_seed(row) for row in range(batch)], **call}
     if isinstance(arguments.get("negative_prompt"), str):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * batch
     try:

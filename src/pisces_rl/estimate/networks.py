@@ -35,17 +35,13 @@ class Networks:
     def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.autocast_dtype = torch.bfloat16 if args.bf16 else None
-        modules = {
-            name: replaced_tensors(module, "meta")
-            for name, module in pipeline.components.items()
-            if isinstance(module, nn.Module)
-        }
-        denoisers = {name: module for name, module in modules.items() if name.split("_")[0] in ("transformer", "unet")}
+        modules = {name: replaced_tensors(module, "meta") for name, module in pipeline.components.items()
+                   if isinstance(module, nn.Module)}
+        denoisers = {name: module for name, module in modules.items()
+                     if name.split("_")[0] in ("transformer", "unet")}
         self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
-        self.blocks = {
-            name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
-            for name, denoiser in denoisers.items()
-        }
+        self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
+                       for name, denoiser in denoisers.items()}
         for module in modules.values():
             module.requires_grad_(False).eval()
         add_lora(denoisers, peft_config, args.lora_denoisers)
@@ -59,9 +55,8 @@ class Networks:
         self.denoisers = {name: self.modules[name] for name in denoisers}
         if args.torch_compile:
             for denoiser in self.denoisers.values():
-                compile_blocks(
-                    denoiser, recompute=args.recompute if args.gradient_checkpointing else "nothing", backend=None
-                )
+                compile_blocks(denoiser, recompute=args.recompute if args.gradient_checkpointing else "nothing",
+                               backend=None)
         self.adapter = lora_parameters(self.denoisers)
         self.pipeline = copy.copy(pipeline)
         for name, module in self.modules.items():
@@ -71,20 +66,15 @@ class Networks:
 
     def fake(self, value):
         """A structure with fake tensors in place of real ones."""
-
         def one(leaf):
             real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
             return self.mode.from_tensor(leaf) if real else leaf
-
         return tree_map(one, value)
 
     def run(self, name: str, args: tuple, kwargs: dict):
         """The output of a component's forward on fake tensors; of a denoiser under autocast."""
-        autocast = torch.autocast(
-            "cpu",
-            self.autocast_dtype or torch.bfloat16,
-            enabled=self.autocast_dtype is not None and name in self.denoisers,
-        )
+        autocast = torch.autocast("cpu", self.autocast_dtype or torch.bfloat16,
+                                  enabled=self.autocast_dtype is not None and name in self.denoisers)
         with self.mode, AsOnCUDA(), autocast:
             return type(self.modules[name]).forward(self.modules[name], *args, **kwargs)
 

@@ -27,21 +27,7 @@ from .sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
-    "DecodedPart",
-    "PolicyError",
-    "ReplayStep",
-    "Rollout",
-    "VideoPolicy",
-    "adapters_off",
-    "add_lora",
-    "check_saved_lora",
-    "check_saved_weights",
-    "default_lora_config",
-    "has_guider",
-    "is_sharded",
-    "load_lora",
-    "load_lora_state",
-    "lora_parameters",
-    "save_lora",
-    "without_adapters",
+    "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora",
+    "check_saved_lora", "check_saved_weights", "default_lora_config", "has_guider",
+    "is_sharded", "load_lora", "load_lora_state", "lora_parameters", "save_lora", "without_adapters",
 ]

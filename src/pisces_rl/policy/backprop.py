@@ -44,15 +44,8 @@ class DifferentiableSampling(Session):
     `final` holds the latents after the last step.
     """
 
-    def __init__(
-        self,
-        policy,
-        prompts: Sequence[str],
-        start: int,
-        jump: bool = False,
-        renoise: tuple[Tensor, Sequence[int]] | None = None,
-        decode: bool = True,
-    ):
+    def __init__(self, policy, prompts: Sequence[str], start: int, jump: bool = False,
+                 renoise: tuple[Tensor, Sequence[int]] | None = None, decode: bool = True):
         super().__init__(policy, prompts)
         self.start, self.jump, self.renoise, self.decode = start, jump, renoise, decode
         self.final: Tensor | None = None

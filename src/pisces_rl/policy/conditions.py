@@ -18,9 +18,8 @@ RESERVED = ("self", "prompt", "generator", "latents", "output_type", "return_dic
 Conditions = Mapping[str, Sequence]
 
 
-def checked_conditions(
-    pipeline: DiffusionPipeline, known: Sequence[str], conditions: Conditions | None, count: int, fixed: Mapping
-) -> dict[str, list]:
+def checked_conditions(pipeline: DiffusionPipeline, known: Sequence[str], conditions: Conditions | None, count: int,
+                       fixed: Mapping) -> dict[str, list]:
     """{argument of the pipeline's call: its value for each of `count` videos}, or a PolicyError.
 
     Args:

@@ -15,9 +15,8 @@ WITHOUT_SLICES = ("AutoencoderKLMagvit",)
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def set_decoder(
-    pipeline: DiffusionPipeline, *, dtype: str | None = None, slicing: bool = False, tiling: bool = False
-) -> None:
+def set_decoder(pipeline: DiffusionPipeline, *, dtype: str | None = None, slicing: bool = False,
+                tiling: bool = False) -> None:
     """Set what a pipeline's VAE computes in, and in how many parts.
 
     Args:

@@ -44,23 +44,16 @@ def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modul
     The pattern is anchored to the blocks, so that token refiners and pooled-text attention stay untouched (a suffix
     such as `to_q` matches those too).
     """
-    return LoraConfig(
-        r=r,
-        lora_alpha=lora_alpha or r,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=target_modules or DEFAULT_TARGETS,
-    )
+    return LoraConfig(r=r, lora_alpha=lora_alpha or r, lora_dropout=0.0, bias="none",
+                      target_modules=target_modules or DEFAULT_TARGETS)
 
 
 def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear and convolutional modules that the config's `target_modules` selects."""
     targets = config.target_modules
-    candidates = [
-        name
-        for name, module in denoiser.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not _discarded(denoiser, name)
-    ]
+    candidates = [name for name, module in denoiser.named_modules()
+                  if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+                  and not _discarded(denoiser, name)]
     if targets == "all-linear":
         return [n for n in candidates if isinstance(denoiser.get_submodule(n), nn.Linear)]
     if isinstance(targets, str):
@@ -115,9 +108,8 @@ def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig, only: Sequence
         chosen = matched_modules(denoiser, config)
         unmatched = [] if chosen else [config.target_modules]
         if not isinstance(config.target_modules, str):
-            unmatched = [
-                t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in chosen)
-            ]
+            unmatched = [t for t in config.target_modules or ()
+                         if not any(n == t or n.endswith(f".{t}") for n in chosen)]
         if unmatched:
             raise ValueError(
                 f"LoRA target {unmatched} matches no module of {name} ({type(denoiser).__name__}). Its projections "
@@ -148,12 +140,8 @@ def _examples(denoiser: nn.Module) -> list[str]:
 
 def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The trainable adapter parameters, named `denoiser.module...`, in a fixed order."""
-    return {
-        f"{name}.{key}": parameter
-        for name, denoiser in denoisers.items()
-        for key, parameter in denoiser.named_parameters()
-        if parameter.requires_grad
-    }
+    return {f"{name}.{key}": parameter for name, denoiser in denoisers.items()
+            for key, parameter in denoiser.named_parameters() if parameter.requires_grad}
 
 
 @contextlib.contextmanager
@@ -173,8 +161,7 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     """Whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
     return hasattr(pipeline, "save_lora_weights") and all(
         name in pipeline._lora_loadable_modules and hasattr(component, "load_lora_adapter")
-        for name, component in _adapted(pipeline).items()
-    )
+        for name, component in _adapted(pipeline).items())
 
 
 def _has_own_layers(pipeline: DiffusionPipeline, name: str) -> bool:
@@ -187,11 +174,8 @@ def _has_own_layers(pipeline: DiffusionPipeline, name: str) -> bool:
 
 
 def _adapted(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    return {
-        name: component
-        for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in component.modules())
-    }
+    return {name: component for name, component in pipeline.components.items()
+            if isinstance(component, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in component.modules())}
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
@@ -211,13 +195,10 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapted = _adapted(pipeline)
-    states = {
-        name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
-        for name, d in adapted.items()
-    }
-    configs = {
-        name: json.loads(json.dumps(d.peft_config["default"].to_dict(), default=_plain)) for name, d in adapted.items()
-    }
+    states = {name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
+              for name, d in adapted.items()}
+    configs = {name: json.loads(json.dumps(d.peft_config["default"].to_dict(), default=_plain))
+               for name, d in adapted.items()}
     files = []
     if has_lora_loader(pipeline):
         together = [name for name in adapted if _has_own_layers(pipeline, name)]

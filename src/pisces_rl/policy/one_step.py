@@ -28,16 +28,8 @@ class Prediction:
 class OneStep(Session):
     """Skips to a step, puts in a state, and leaves with the prediction."""
 
-    def __init__(
-        self,
-        policy,
-        prompts: Sequence[str],
-        at: int,
-        state: Tensor | None,
-        renoise: tuple[Tensor, Sequence[int]] | None,
-        grad: bool,
-        overrides: dict,
-    ):
+    def __init__(self, policy, prompts: Sequence[str], at: int, state: Tensor | None,
+                 renoise: tuple[Tensor, Sequence[int]] | None, grad: bool, overrides: dict):
         super().__init__(policy, prompts)
         self.at, self.state, self.renoise, self.grad, self.overrides = at, state, renoise, grad, overrides
         if at > 0 and (state is None) == (renoise is None):

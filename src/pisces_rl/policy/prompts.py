@@ -29,13 +29,8 @@ class PromptMemo:
         during: gives a context that is entered while prompts are encoded, once a call that meets new ones.
     """
 
-    def __init__(
-        self,
-        encode_prompt,
-        size: int = 256,
-        pad: bool = False,
-        during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
-    ):
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False,
+                 during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
         self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.during = during
         self.signature = inspect.signature(encode_prompt)

@@ -45,8 +45,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         return EDMEulerScheduler.from_config(scheduler.config)
     if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=config["num_train_timesteps"],
-            shift=config.get("flow_shift") or 1.0,
+            num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift") or 1.0,
             use_dynamic_shifting=config.get("use_dynamic_shifting", False),
         )
     if name.startswith("CogVideoX"):
@@ -54,9 +53,8 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if "beta_schedule" in config:
         spacing = config.get("timestep_spacing", "leading")
         spacing = "trailing" if spacing == "linspace" else spacing  # DDIM steps by 1000 // N, whatever the spacing
-        return DDIMScheduler.from_config(
-            scheduler.config, clip_sample=False, thresholding=False, timestep_spacing=spacing
-        )
+        return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False,
+                                         timestep_spacing=spacing)
     raise PolicyError(
         f"{name} is neither a flow-matching nor an alpha-bar nor an EDM schedule, so no transition fits it. Set the "
         "pipeline's scheduler to FlowMatchEulerDiscreteScheduler, DDIMScheduler or EDMEulerScheduler first."
@@ -64,7 +62,7 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def transition_family(scheduler: SchedulerMixin) -> str:
-    """ "flow", "edm" or "ddim": the kernels that fit a scheduler returned by `training_scheduler`."""
+    """"flow", "edm" or "ddim": the kernels that fit a scheduler returned by `training_scheduler`."""
     if isinstance(scheduler, EDMEulerScheduler):
         return "edm"
     return "flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "ddim"
@@ -83,9 +81,8 @@ def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
     return TRANSITIONS[name]
 
 
-def kernel_moments(
-    scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor, noise_level: float
-) -> tuple[Tensor, Tensor]:
+def kernel_moments(scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor,
+                   noise_level: float) -> tuple[Tensor, Tensor]:
     """(mean, std) of step `index`, from the schedule's own numbers in fp32; noise level 0 is the ODE step.
 
     sigma comes from the step's index, never from the integer timestep, which loses its fraction.
@@ -95,15 +92,8 @@ def kernel_moments(
         sigmas = scheduler.host_sigmas
         if scheduler.config.invert_sigmas:  # Mochi: time runs from 0 to 1, and the model predicts x0 - e
             sigmas, prediction = 1 - sigmas, -prediction
-        return transition.kernel(
-            x,
-            prediction,
-            sigmas[index],
-            sigmas[index + 1],
-            noise_level=noise_level,
-            sigma_max=sigmas[1],
-            sigma_min=sigmas[-1],
-        )
+        return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level,
+                                 sigma_max=sigmas[1], sigma_min=sigmas[-1])
     if transition.family == "edm":
         sigmas = scheduler.host_sigmas
         return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level)
@@ -111,14 +101,8 @@ def kernel_moments(
     timestep = scheduler.host_timesteps[index]
     previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     alpha_next = alphas[previous] if previous >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
-    return transition.kernel(
-        x,
-        prediction,
-        alphas[timestep],
-        alpha_next,
-        noise_level=noise_level,
-        prediction_type=scheduler.config.prediction_type,
-    )
+    return transition.kernel(x, prediction, alphas[timestep], alpha_next, noise_level=noise_level,
+                             prediction_type=scheduler.config.prediction_type)
 
 
 def _keep_on_host(scheduler: SchedulerMixin) -> None:
@@ -210,9 +194,8 @@ def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, 
     level = noise_level_of(scheduler, transition, index)
     if transition.family == "flow":
         return x + level * prediction if scheduler.config.invert_sigmas else x - level * prediction
-    return transition.kernel(
-        x, prediction, level, torch.ones_like(level), noise_level=0.0, prediction_type=scheduler.config.prediction_type
-    )[0]
+    return transition.kernel(x, prediction, level, torch.ones_like(level), noise_level=0.0,
+                             prediction_type=scheduler.config.prediction_type)[0]
 
 
 def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Tensor) -> Tensor:

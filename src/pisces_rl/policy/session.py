@@ -96,7 +96,8 @@ class Session:
 class Sampling(Session):
     """Draws x' at the stochastic steps and records them; ODE steps elsewhere."""
 
-    def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None, steps: Sequence[int]):
+    def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None,
+                 steps: Sequence[int]):
         super().__init__(policy, prompts)
         self.steps = sorted(steps)
         self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
@@ -187,18 +188,8 @@ class Sampling(Session):
 
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
-        return Rollout(
-            self.prompts,
-            noise_seeds,
-            videos,
-            self.steps,
-            self.states,
-            self.means,
-            log_probs,
-            self.rows_per_video,
-            self.followed,
-            {name: [value] for name, value in self.conditions.items()},
-        )
+        return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
+                       self.rows_per_video, self.followed, {name: [value] for name, value in self.conditions.items()})
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         if index in self.steps:

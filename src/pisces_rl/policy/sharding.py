@@ -18,9 +18,8 @@ from .execution import repeated_blocks
 from .scheduler import PolicyError
 
 
-def shard(
-    denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False
-) -> None:
+def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True,
+          cpu_offload: bool = False) -> None:
     """Shard the frozen parameters of a denoiser over a mesh of one dimension; trainable ones are left alone.
 
     Args:

@@ -35,7 +35,7 @@ def by_length(forward: Callable, agree: Callable[[int], int] = int, **kwargs):
     while len(groups) < count:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         rows = groups[largest]
-        groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+        groups[largest:largest + 1] = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
     order, outputs, structure = [], [], None
     for rows in groups:
         length = lengths[rows[0]]

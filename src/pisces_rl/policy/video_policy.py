@@ -68,22 +68,11 @@ class VideoPolicy(nn.Module):
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
     """
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        *,
-        transition: str | None = None,
-        noise_level: float | None = None,
-        num_inference_steps: int = 16,
-        sde_window_size: int | None = None,
-        sde_window_range: tuple[int, int] | None = None,
-        pipeline_kwargs: dict | None = None,
-        autocast_dtype: torch.dtype | None = None,
-        attention_kernel: str | None = None,
-        vae_dtype: str | None = None,
-        vae_slicing: bool = False,
-        vae_tiling: bool = False,
-    ):
+    def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
+                 num_inference_steps: int = 16, sde_window_size: int | None = None,
+                 sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
+                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None,
+                 vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False):
         super().__init__()
         self.pipeline = pipeline
         self.denoiser = nn.ModuleDict(_denoisers(pipeline))
@@ -130,9 +119,8 @@ class VideoPolicy(nn.Module):
         """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None,
+                                        every_n_layers: int = 1, offload: bool = False) -> None:
         """Checkpoint activations in every denoiser, as diffusers does it; transformers' Trainer calls this by name.
 
         A class that cannot (UNet3DConditionModel) warns and goes on.
@@ -148,15 +136,11 @@ class VideoPolicy(nn.Module):
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing()
             else:
-                warnings.warn(
-                    f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
-                    "keeps all activations of one denoising step.",
-                    stacklevel=2,
-                )
+                warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
+                              "keeps all activations of one denoising step.", stacklevel=2)
 
-    def compile_blocks(
-        self, recompute: str = "all_but_attention", backend: str = "inductor", mode: str | None = None
-    ) -> None:
+    def compile_blocks(self, recompute: str = "all_but_attention", backend: str = "inductor",
+                       mode: str | None = None) -> None:
         """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
 
         Before anything else runs them, and after adapters were added. Sampling and update then run the same graphs.
@@ -211,16 +195,8 @@ class VideoPolicy(nn.Module):
     # --- sampling ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[str],
-        *,
-        noise_seeds: Sequence[int],
-        step_seeds: Sequence[int] | None = None,
-        steps: Sequence[int] = (),
-        output_type: str = "pt",
-        conditions: Conditions | None = None,
-    ) -> Rollout:
+    def sample(self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step_seeds: Sequence[int] | None = None,
+               steps: Sequence[int] = (), output_type: str = "pt", conditions: Conditions | None = None) -> Rollout:
         """Sample one video a prompt.
 
         All randomness of a video comes from its own two seeds, so that neither its batch-mates nor the number of
@@ -249,9 +225,8 @@ class VideoPolicy(nn.Module):
         leave_idle(self.pipeline)  # rewards come next
         return Rollout.cat(parts)
 
-    def replay(
-        self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None], grad: bool = True
-    ) -> None:
+    def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
+               grad: bool = True) -> None:
         """Score the recorded transitions of the videos `rows` under the current weights.
 
         Args:
@@ -270,11 +245,9 @@ class VideoPolicy(nn.Module):
 
     # --- gradients through the sampler -------------------------------------------------------------------------------
 
-    def final_latents(
-        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], conditions: Conditions | None = None
-    ) -> Tensor:
+    def final_latents(self, prompts: Sequence[str], *, noise_seeds: Sequence[int],
+                      conditions: Conditions | None = None) -> Tensor:
         """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
-
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
             self._call_and_leave(session, session.prompts, seeds, "latent")
             return session.final
@@ -330,13 +303,9 @@ class VideoPolicy(nn.Module):
                 ) from error
             videos = output[0]
             if not isinstance(videos, Tensor) or not videos.requires_grad:
-                mend = (
-                    "Use GRPO."
-                    if part is None
-                    else (
-                        "Decode all frames (decode_frames unset), or more than "
-                        f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
-                    )
+                mend = "Use GRPO." if part is None else (
+                    "Decode all frames (decode_frames unset), or more than "
+                    f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
                 )
                 raise PolicyError(
                     f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
@@ -369,7 +338,6 @@ class VideoPolicy(nn.Module):
             noise_seeds: B seeds. grad: build a graph. conditions: as in `sample`.
             overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
         """
-
         def one_call(session: OneStep, seeds: list[int]) -> Prediction:
             self._call_and_leave(session, session.prompts, seeds, "latent")
             return session.found
@@ -387,9 +355,8 @@ class VideoPolicy(nn.Module):
         known = inspect.signature(inspect.unwrap(type(self.pipeline).__call__)).parameters
         return checked_conditions(self.pipeline, list(known), conditions, count, self.pipeline_kwargs)
 
-    def _each_call(
-        self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int], conditions: Conditions | None
-    ) -> list:
+    def _each_call(self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int],
+                   conditions: Conditions | None) -> list:
         """What `one_call(session, seeds)` returns for the videos of each call, with `session_of(rows)`."""
         conditions = self._checked_conditions(conditions, len(noise_seeds))
         results = []
@@ -507,8 +474,7 @@ def _of(latents: Tensor, rows: Sequence[int], count: int) -> Tensor:
 
 def _denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     found = {
-        name: component
-        for name, component in pipeline.components.items()
+        name: component for name, component in pipeline.components.items()
         if isinstance(component, nn.Module) and kind_of(name) == "denoiser"
     }
     if not found:

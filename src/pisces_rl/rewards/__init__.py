@@ -9,17 +9,8 @@ from .panel import RewardPanel, RewardTable
 _HOME = {"OTAttention": "ot_attention", "OTQualityReward": "quality", "OTSemanticReward": "semantic",
          "REWARDS": "loading", "VLMJudge": "vlm_judge", "cache_features": "features", "load_features": "features",
          "load_reward": "loading"}  # fmt: skip
-__all__ = [
-    "RewardError",
-    "RewardPanel",
-    "RewardTable",
-    "compares_videos",
-    "exposure",
-    "motion_amount",
-    "reward_name",
-    "temporal_smoothness",
-    *_HOME,
-]
+__all__ = ["RewardError", "RewardPanel", "RewardTable", "compares_videos", "exposure", "motion_amount", "reward_name",
+           "temporal_smoothness", *_HOME]
 
 
 def __getattr__(name: str):

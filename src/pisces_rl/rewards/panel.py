@@ -110,9 +110,8 @@ class RewardPanel:
         return panel
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
-    ) -> RewardTable:
+    def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+                 trainer_state=None) -> RewardTable:
         table, offered = self._offer(prompts, videos, columns, trainer_state)
         pending = {}
         with shared_encodings():
@@ -154,9 +153,8 @@ class RewardPanel:
             )
 
     @torch.enable_grad()
-    def with_gradients(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
-    ) -> tuple[RewardTable, list[Tensor]]:
+    def with_gradients(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+                       trainer_state=None) -> tuple[RewardTable, list[Tensor]]:
         """The table, and for each reward the gradient of its sum over samples with respect to the videos, like them.
 
         Raises:
@@ -188,9 +186,8 @@ class RewardPanel:
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
 
-    def _offer(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state
-    ) -> tuple[RewardTable, dict]:
+    def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
+               trainer_state) -> tuple[RewardTable, dict]:
         """An empty table, and the arguments that rewards may take; what they record goes to the table."""
         table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
 
@@ -202,14 +199,8 @@ class RewardPanel:
         def log_metric(name: str, value: float) -> None:
             table.metrics.setdefault(name, []).append(float(value))
 
-        offered = dict(
-            columns,
-            prompts=prompts,
-            videos=videos,
-            trainer_state=trainer_state,
-            log_extra=log_extra,
-            log_metric=log_metric,
-        )
+        offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
+                       log_metric=log_metric)
         return table, offered
 
     def _limited(self, *names: str) -> contextlib.AbstractContextManager:

@@ -7,10 +7,6 @@ from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer
 
 __all__ = [
-    "RewardBackpropConfig",
-    "RewardBackpropTrainer",
-    "VideoGRPOConfig",
-    "VideoGRPOTrainer",
-    "VideoPolicyTrainer",
+    "RewardBackpropConfig", "RewardBackpropTrainer", "VideoGRPOConfig", "VideoGRPOTrainer", "VideoPolicyTrainer",
     "load_pipeline",
 ]

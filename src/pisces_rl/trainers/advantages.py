@@ -12,14 +12,8 @@ def aggregate_rewards(values: Tensor, weights: Tensor) -> Tensor:
     return total.masked_fill(values.isnan().all(1), torch.nan)
 
 
-def group_advantages(
-    values: Tensor,
-    weights: Tensor,
-    num_generations: int,
-    *,
-    scale_rewards: str = "group",
-    aggregation: str = "sum_then_normalize",
-) -> tuple[Tensor, Tensor, Tensor]:
+def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, scale_rewards: str = "group",
+                     aggregation: str = "sum_then_normalize") -> tuple[Tensor, Tensor, Tensor]:
     """Group-relative advantages, A = (r - mean of the group) / (std + 1e-4).
 
     Args:

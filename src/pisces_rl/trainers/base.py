@@ -113,25 +113,16 @@ class VideoPolicyTrainer(_BaseTrainer):
     _may_lack_rewards = False  # where there is a consistency term
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
-    def __init__(
-        self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config: LoraConfig | None = None,
-        callbacks: list | None = None,
-        video_dataset=None,
-    ):
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
         sharding = requested_sharding(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
-        self.rewards, self.judges = (RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
+        self.rewards, self.judges = (
+            RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
         if bool(args.consistency_weight) != (video_dataset is not None):
             raise ValueError(
                 f"consistency_weight={args.consistency_weight}, and video_dataset is a "
@@ -162,11 +153,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._checked_checkpoint(args, args.resume_from_checkpoint)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
-        self.model_name = (
-            str(model)
-            if isinstance(model, (str, os.PathLike))
-            else (getattr(model, "name_or_path", "") or type(model).__name__)
-        )
+        self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
+            getattr(model, "name_or_path", "") or type(model).__name__)
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
         self.image_columns = image_columns(self.pipeline, args.image_columns)
         check_images("train_dataset", train_dataset, self.image_columns)
@@ -174,17 +162,13 @@ class VideoPolicyTrainer(_BaseTrainer):
             check_images("eval_dataset", eval_dataset, self.image_columns)
         self._freeze(args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
-        self.adapted_modules = add_lora(
-            dict(self.policy.denoiser.items()), peft_config or default_lora_config(), args.lora_denoisers
-        )
+        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
+                                        args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
         self._weights = {name: _weights_digest(module) for name, module in self.policy.denoiser.items()}
         if args.torch_compile:
-            self.policy.compile_blocks(
-                args.recompute if args.gradient_checkpointing else "nothing",
-                args.torch_compile_backend or "inductor",
-                args.torch_compile_mode,
-            )
+            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
+                                       args.torch_compile_backend or "inductor", args.torch_compile_mode)
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
@@ -199,14 +183,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.first_evaluation: dict | None = None
         self.last_evaluation: dict | None = None
         own = [TimelineSteps(self.timeline), self.progress]
-        super().__init__(
-            model=self.policy,
-            args=args,
-            data_collator=identity,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=[*own, *(callbacks or [])],
-        )
+        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
         for bar in (ProgressCallback, PrinterCallback):
             self.remove_callback(bar)
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
@@ -223,21 +201,15 @@ class VideoPolicyTrainer(_BaseTrainer):
         # may call its denoisers as it likes.
         prepare_model = self.accelerator.prepare_model
         self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-            model, **kwargs | {"evaluation_mode": True, "device_placement": False}
-        )
+            model, **kwargs | {"evaluation_mode": True, "device_placement": False})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
         self.consistency = None
         if args.consistency_weight:
             self.consistency = ConsistencyDistillation(
-                self.policy,
-                self.adapter,
-                video_dataset,
-                steps=args.consistency_steps,
-                guidance=args.consistency_guidance,
-                decay=args.consistency_decay,
-                seed=args.seed,
+                self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
+                guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
                 image_columns=self.image_columns,
             )
             self.add_callback(self.consistency.average)
@@ -348,7 +320,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             flat = self.accelerator.reduce(flat, reduction="mean") * self.args.context_parallel
             offset = 0
             for parameter in self.adapter.values():
-                parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
+                parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
                 offset += parameter.numel()
         if len(self.adapted_modules) > 1:
             self._log_gradient_of_experts()
@@ -366,8 +338,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             warnings.warn(
                 f"no trained denoising step called {idle[0]} at optimizer step {self.state.global_step + 1}, so its "
                 "adapter got no gradient. Where that is always so, let the trained steps reach its part of the "
-                "schedule (sde_window_range, last_steps), or leave it out of lora_denoisers.",
-                stacklevel=2,
+                "schedule (sde_window_range, last_steps), or leave it out of lora_denoisers.", stacklevel=2,
             )
 
     def check_equal_weights(self) -> None:
@@ -410,10 +381,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             self._evaluated_at = self.state.global_step
             self.last_evaluation = evaluation
             self.first_evaluation = self.first_evaluation or evaluation
-            self._write_json(
-                f"evaluations/step_{self.state.global_step:06d}.json",
-                {"step": self.state.global_step, "sets": evaluation},
-            )
+            self._write_json(f"evaluations/step_{self.state.global_step:06d}.json",
+                             {"step": self.state.global_step, "sets": evaluation})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -430,37 +399,32 @@ class VideoPolicyTrainer(_BaseTrainer):
         rows, kept, recorded = [], [], []
         for start in range(0, len(own), batch):
             self.progress.stage(f"evaluation {name} {100 * start // max(len(own), 1)}%")
-            indices = own[start : start + batch]
+            indices = own[start:start + batch]
             part = dataset[indices]
             images = images_of(part, self.image_columns)
             prompts = part.pop("prompt")
             noise = [self._eval_noise(i) for i in indices]
             rollout = self.policy.sample(prompts, noise_seeds=noise, conditions=images)
-            indices = indices[: max(0, count - start)]
+            indices = indices[:max(0, count - start)]
             if not indices:
                 continue
-            prompts, rollout.videos = prompts[: len(indices)], rollout.videos[: len(indices)]
-            part = {key: values[: len(indices)] for key, values in part.items()}
+            prompts, rollout.videos = prompts[:len(indices)], rollout.videos[:len(indices)]
+            part = {key: values[:len(indices)] for key, values in part.items()}
             scores, metrics = self._score_evaluation(prompts, rollout.videos, part)
             if self.accelerator.process_index % self.args.context_parallel:  # another one has these
                 continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < self.args.num_sample_videos:
-                kept += list(rollout.videos.cpu()[: self.args.num_sample_videos - len(kept)])
+                kept += list(rollout.videos.cpu()[:self.args.num_sample_videos - len(kept)])
         self.ranks.meet(f"in the evaluation of {name!r}")
         rows = sorted(gather_object(rows), key=lambda r: r["row"])
         names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
         scores = {key: [row.get(key) for row in rows] for key in names}
         if self.is_world_process_zero() and kept:
-            prompts = dataset["prompt"][: len(kept)]
-            self._write_samples(
-                f"samples/step_{self.state.global_step:06d}/{name}",
-                torch.stack(kept),
-                list(prompts),
-                {k: v[: len(kept)] for k, v in scores.items()},
-                tag=f"eval/{name}",
-            )
+            prompts = dataset["prompt"][:len(kept)]
+            self._write_samples(f"samples/step_{self.state.global_step:06d}/{name}", torch.stack(kept), list(prompts),
+                                {k: v[:len(kept)] for k, v in scores.items()}, tag=f"eval/{name}")
         totals: dict[str, list[float]] = {}
         for key, value, count in gather_object(recorded):
             total = totals.setdefault(key, [0.0, 0.0])
@@ -519,19 +483,15 @@ class VideoPolicyTrainer(_BaseTrainer):
             first = sorted((Path(self.args.output_dir) / "evaluations").glob("step_*.json"))[0]
             before = json.loads(first.read_text())
             if before["step"] < self._weights_step:
-                same = {
-                    name: part
-                    for name, part in before["sets"].items()  # an earlier run here may have had others
-                    if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]
-                }
+                same = {name: part for name, part in before["sets"].items()  # an earlier run here may have had others
+                        if name in self.last_evaluation and part["prompts"] == self.last_evaluation[name]["prompts"]}
         names = broadcast_object_list([list(same)])[0]
         samples_here = self.is_world_process_zero() or self._calls_together
         videos = {name: self._before_and_after(name) for name in names} if samples_here else {}
         if same:
             comparison = compare(same, self.last_evaluation)
-            self._write_json(
-                "report.json", {"from_step": before["step"], "to_step": self._weights_step, "comparison": comparison}
-            )
+            self._write_json("report.json", {"from_step": before["step"], "to_step": self._weights_step,
+                                             "comparison": comparison})
             (Path(self.args.output_dir) / "report.md").write_text(markdown_comparison(comparison))
             self._before_after_sheets(same, videos)
             print_comparison(comparison, f"step {before['step']} -> {self._weights_step}", self.console)
@@ -547,12 +507,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         if not self.args.num_sample_videos:
             return None
         dataset = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) else self.eval_dataset
-        part = dataset[: self.args.num_sample_videos]
+        part = dataset[:self.args.num_sample_videos]
         prompts = list(part["prompt"])
-        own = {
-            "noise_seeds": [self._eval_noise(i) for i in range(len(prompts))],
-            "conditions": images_of(part, self.image_columns),
-        }
+        own = {"noise_seeds": [self._eval_noise(i) for i in range(len(prompts))],
+               "conditions": images_of(part, self.image_columns)}
         with adapters_off(self.policy):
             base = self.policy.sample(prompts, **own).videos.cpu()
         with self.ema or contextlib.nullcontext():
@@ -562,13 +520,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         """The base model and the trained one on the same prompts and noise, side by side."""
         for name in before if self.args.num_sample_videos else ():
             base, trained = videos[name]
-            prompts, count = before[name]["prompts"][: len(base)], len(base)
+            prompts, count = before[name]["prompts"][:len(base)], len(base)
             path = Path(self.args.output_dir) / "samples" / f"before_after_{name}.png"
             media.before_after_sheet(
-                base,
-                trained,
-                prompts,
-                path,
+                base, trained, prompts, path,
                 before_scores=before[name]["scores"]["reward"][:count],
                 after_scores=self.last_evaluation[name]["scores"]["reward"][:count],
             )
@@ -730,12 +685,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                     os.replace(final, old)
                 os.replace(staging, final)
                 shutil.rmtree(old, ignore_errors=True)
-                rotate_checkpoints(
-                    output_dir=self.args.output_dir,
-                    save_total_limit=self.args.save_total_limit,
-                    best_model_checkpoint=self.state.best_model_checkpoint,
-                    use_mtime=True,
-                )
+                rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit,
+                                   best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
@@ -853,16 +804,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
         guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
         card = hub.model_card(
-            base_model=str(self.model_name),
-            trainer=self._name,
-            pipeline_class=type(self.pipeline).__name__,
-            settings=self._card_settings(),
-            comparison=comparison,
-            folder=Path(self.args.output_dir),
-            call=call,
-            guider_scale=guider_scale,
-            images=self.image_columns,
-            still=self.policy.makes_images,
+            base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
+            settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
+            call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
         )
         (Path(self.args.output_dir) / "README.md").write_text(card)
 
@@ -878,11 +822,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         url = None
         if self.is_world_process_zero():
             url = hub.push_adapter(
-                self.args.output_dir,
-                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
-                private=self.args.hub_private_repo,
-                token=self.args.hub_token,
-                commit_message=commit_message,
+                self.args.output_dir, self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
+                private=self.args.hub_private_repo, token=self.args.hub_token, commit_message=commit_message,
                 revision=self.args.hub_revision,
             )
         return broadcast_object_list([url])[0]

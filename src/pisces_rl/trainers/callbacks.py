@@ -15,14 +15,8 @@ class StageProgress(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps,
-                initial=state.global_step,
-                dynamic_ncols=True,
-                unit="step",
-                file=sys.stderr,
-                smoothing=0.1,
-            )
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step",
+                            file=sys.stderr, smoothing=0.1)
 
     def stage(self, text: str) -> None:
         if self.bar is not None:

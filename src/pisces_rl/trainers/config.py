@@ -27,35 +27,27 @@ class VideoPolicyConfig(_BaseConfig):
     num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
     pipeline_kwargs: dict | str | None = field(
         default=None,
-        metadata={
-            "help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
-            '{"max_sequence_length": 226, "negative_prompt": "blurry"}.'
-        },
+        metadata={"help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
+                  "{\"max_sequence_length\": 226, \"negative_prompt\": \"blurry\"}."},
     )
 
     # --- how the denoiser is run, in sampling and update alike ---
     attention_kernel: str | None = field(
         default=None,
-        metadata={
-            "help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
-            "math. Unset: torch's choice."
-        },
+        metadata={"help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
+                  "math. Unset: torch's choice."},
     )
     recompute: str = field(
         default="all_but_attention",
-        metadata={
-            "help": "With torch_compile and gradient_checkpointing: what backward computes again, "
-            "'all_but_attention' or 'everything' (slower, and less memory)."
-        },
+        metadata={"help": "With torch_compile and gradient_checkpointing: what backward computes again, "
+                  "'all_but_attention' or 'everything' (slower, and less memory)."},
     )
 
     # --- memory ---
     offload: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
-            "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."
-        },
+        metadata={"help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
+                  "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."},
     )
 
     # --- how the VAE decodes ---
@@ -68,18 +60,15 @@ class VideoPolicyConfig(_BaseConfig):
     )
     vae_tiling: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a little."
-        },
+        metadata={"help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a "
+                  "little."},
     )
 
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
         default=None,
-        metadata={
-            "help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
-            "the same names, video by video. Unset: `image` where its call has such an argument."
-        },
+        metadata={"help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
+                  "the same names, video by video. Unset: `image` where its call has such an argument."},
     )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
     reward_weights: list[float] | None = field(
@@ -87,47 +76,39 @@ class VideoPolicyConfig(_BaseConfig):
     )
     reward_timeout: float = field(
         default=1200.0,
-        metadata={
-            "help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
-            "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."
-        },
+        metadata={"help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
+                  "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."},
     )
     lora_denoisers: list[str] | None = field(
         default=None,
-        metadata={
-            "help": 'Denoisers that get an adapter, for instance ["transformer_2"], the low-noise expert of '
-            "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."
-        },
+        metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
+                  "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."},
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={
-            "help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
-            "saved. Unset: none."
-        },
+        metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
+                  "saved. Unset: none."},
     )
 
     # --- many processes ---
     context_parallel: int = field(
         default=1,
-        metadata={
-            "help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
-            "attention); must divide the number of processes, and the denoiser's heads and tokens."
-        },
+        metadata={"help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
+                  "attention); must divide the number of processes, and the denoiser's heads and tokens."},
     )
     equal_weights_steps: int = field(
         default=10,
-        metadata={
-            "help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
-            "also checked before each checkpoint."
-        },
+        metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
+                  "also checked before each checkpoint."},
     )
 
     # --- the consistency term, on captioned videos ---
     consistency_weight: float = field(
         default=0.0, metadata={"help": "Weight of consistency distillation on video_dataset beside the rewards."}
     )
-    consistency_steps: int = field(default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."})
+    consistency_steps: int = field(
+        default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."}
+    )
     consistency_guidance: float | None = field(
         default=None,
         metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
@@ -146,10 +127,8 @@ class VideoPolicyConfig(_BaseConfig):
     )
     trace_steps: int = field(
         default=0,
-        metadata={
-            "help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
-            "chrome://tracing or Perfetto. 0: none."
-        },
+        metadata={"help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
+                  "chrome://tracing or Perfetto. 0: none."},
     )
     fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
 
@@ -242,11 +221,7 @@ class VideoPolicyConfig(_BaseConfig):
     def policy_settings(self) -> dict:
         """The arguments of `VideoPolicy`."""
         return {
-            "num_inference_steps": self.num_inference_steps,
-            "pipeline_kwargs": self.policy_kwargs(),
-            "autocast_dtype": torch.bfloat16 if self.bf16 else None,
-            "attention_kernel": self.attention_kernel,
-            "vae_dtype": self.vae_dtype,
-            "vae_slicing": self.vae_slicing,
-            "vae_tiling": self.vae_tiling,
+            "num_inference_steps": self.num_inference_steps, "pipeline_kwargs": self.policy_kwargs(),
+            "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
+            "vae_dtype": self.vae_dtype, "vae_slicing": self.vae_slicing, "vae_tiling": self.vae_tiling,
         }

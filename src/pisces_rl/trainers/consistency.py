@@ -41,19 +41,8 @@ class ConsistencyDistillation:
         seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
     """
 
-    def __init__(
-        self,
-        policy: VideoPolicy,
-        adapter: dict,
-        dataset,
-        *,
-        steps: int = 16,
-        guidance: float | None = None,
-        decay: float = 0.95,
-        huber_c: float = 1e-3,
-        seed: int = 0,
-        image_columns=(),
-    ):
+    def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
+                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=()):
         self.policy, self.steps, self.huber_c, self.seed = policy, steps, huber_c, seed
         self.dataset = undecoded(dataset)
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
@@ -75,7 +64,9 @@ class ConsistencyDistillation:
         grid = {"num_inference_steps": self.steps, "conditions": images}
 
         with adapters_off(self.policy):
-            teacher = self.policy.predict(prompts, noise_seeds=seeds, step=step, clean=clean, **grid, **self.guidance)
+            teacher = self.policy.predict(
+                prompts, noise_seeds=seeds, step=step, clean=clean, **grid, **self.guidance
+            )
         target = teacher.following
         if step + 1 < self.steps:
             with self.average:

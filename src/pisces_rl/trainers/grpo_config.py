@@ -23,10 +23,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     # --- the policy: how a video is sampled ---
     transition: str | None = field(
         default=None,
-        metadata={
-            "help": "Transition kernel: flow_sde, flow_sde_linear, dance_sde or cps for flow matching, ddim for "
-            "epsilon- and v-prediction, ancestral for EDM. Unset: the first that fits the scheduler."
-        },
+        metadata={"help": "Transition kernel: flow_sde, flow_sde_linear, dance_sde or cps for flow matching, ddim for "
+                  "epsilon- and v-prediction, ancestral for EDM. Unset: the first that fits the scheduler."},
     )
     noise_level: float | None = field(
         default=None,
@@ -34,10 +32,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     )
     sde_window_size: int | None = field(
         default=None,
-        metadata={
-            "help": "Consecutive denoising steps that are stochastic and trained; the others are ODE steps. The "
-            "window is common to a rollout. Unset: all steps but the last."
-        },
+        metadata={"help": "Consecutive denoising steps that are stochastic and trained; the others are ODE steps. The "
+                  "window is common to a rollout. Unset: all steps but the last."},
     )
     sde_window_range: list[int] | None = field(
         default=None,
@@ -45,10 +41,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     )
     share_initial_noise: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the videos of a group start from the same noise, so that only the transitions' "
-            "noise tells them apart."
-        },
+        metadata={"help": "Whether the videos of a group start from the same noise, so that only the transitions' "
+                  "noise tells them apart."},
     )
     rollout_batch_size: int | None = field(
         default=None,
@@ -57,20 +51,13 @@ class VideoGRPOConfig(VideoPolicyConfig):
 
     overlap_rewards: bool = field(
         default=False,
-        metadata={
-            "help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
-            "thread and on a CUDA stream of their own. They are then called once for each such batch."
-        },
+        metadata={"help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
+                  "thread and on a CUDA stream of their own. They are then called once for each such batch."},
     )
 
     # --- groups and batches, as in GRPOConfig ---
-    num_generations: int = field(
-        default=8,
-        metadata={
-            "help": "Videos per prompt in a group (at least 2; below 8 the "
-            "sign of advantages is often wrong on video)."
-        },
-    )
+    num_generations: int = field(default=8, metadata={"help": "Videos per prompt in a group (at least 2; below 8 the "
+                                                      "sign of advantages is often wrong on video)."})
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Videos of a rollout over all processes. Unset: the effective batch size."}
     )
@@ -80,24 +67,19 @@ class VideoGRPOConfig(VideoPolicyConfig):
     num_iterations: int = field(default=1, metadata={"help": "How often each rollout is used (mu in the algorithm)."})
 
     # --- the objective ---
-    beta: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the KL to the reference (the adapter switched off); 0 skips the reference pass."},
-    )
+    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference (the adapter switched off); "
+                                               "0 skips the reference pass."})
     kl_space: str = field(
         default="x",
-        metadata={
-            "help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the "
-            "predictions, the better one when training without guidance."
-        },
+        metadata={"help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the "
+                  "predictions, the better one when training without guidance."},
     )
     epsilon: float = field(default=1e-3, metadata={"help": "Lower clip range of the per-step ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Unset: epsilon."})
     scale_rewards: str = field(
         default="group",
-        metadata={
-            "help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by nothing."
-        },
+        metadata={"help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by "
+                  "nothing."},
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
@@ -106,10 +88,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to +- this value."})
     step_weighting: str = field(
         default="none",
-        metadata={
-            "help": "Weights across denoising steps: 'none', 'guard' (GRPO-Guard: normalised ratios, 1/dt) or "
-            "'longcat' (cancels the sensitivity of a step to the prediction)."
-        },
+        metadata={"help": "Weights across denoising steps: 'none', 'guard' (GRPO-Guard: normalised ratios, 1/dt) or "
+                  "'longcat' (cancels the sensitivity of a step to the prediction)."},
     )
     per_prompt_stat_tracking: bool = field(
         default=False,
@@ -121,10 +101,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     )
     replay_tolerance: float = field(
         default=1e-3,
-        metadata={
-            "help": "Training stops when |log p(update) - log p(sampling)| exceeds this before the first "
-            "optimizer step on a rollout: rollout and update must be the same computation."
-        },
+        metadata={"help": "Training stops when |log p(update) - log p(sampling)| exceeds this before the first "
+                  "optimizer step on a rollout: rollout and update must be the same computation."},
     )
 
     # --- evaluation and what a run leaves ---
@@ -209,8 +187,7 @@ class VideoGRPOConfig(VideoPolicyConfig):
         if self.num_generations < 8:
             warnings.warn(
                 f"num_generations={self.num_generations}: groups below 8 often give advantages of the wrong sign on "
-                "video; training goes on.",
-                stacklevel=2,
+                "video; training goes on.", stacklevel=2,
             )
 
     def policy_settings(self) -> dict:

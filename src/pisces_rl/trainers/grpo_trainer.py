@@ -72,26 +72,11 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
-    _position_settings = (
-        "generation_batch_size",
-        "num_generations",
-        "steps_per_generation",
-        "gradient_accumulation_steps",
-        "num_iterations",
-    )
+    _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
+                          "gradient_accumulation_steps", "num_iterations")
 
-    def __init__(
-        self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        video_dataset=None,
-    ):
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config=None, callbacks=None, video_dataset=None):
         args = VideoGRPOConfig() if args is None else args
         check_dataset("train_dataset", train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
@@ -101,9 +86,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
                 f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
-        super().__init__(
-            model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks, video_dataset
-        )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
+                         video_dataset)
         self.overlapped = None
         if args.overlap_rewards:
             self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
@@ -111,11 +95,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._rollout_at = -1  # optimizer step at which it was drawn
         self._advantages: torch.Tensor | None = None
         self._micro_batches: list[list[int]] = []
-        self.prompt_statistics = (
-            PromptStatistics(args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count)
-            if args.per_prompt_stat_tracking
-            else None
-        )
+        self.prompt_statistics = PromptStatistics(
+            args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
+        ) if args.per_prompt_stat_tracking else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         self._rollout = None
@@ -126,22 +108,16 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     def get_train_dataloader(self):
         return self._get_dataloader(
-            self.train_dataset,
-            "Training",
-            self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler,
-            is_training=True,
+            self.train_dataset, "Training", self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler, is_training=True,
         )
 
     def _get_train_sampler(self, dataset=None):
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
-            mini_repeat_count=args.num_generations,
+            self.train_dataset if dataset is None else dataset, mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // args.num_generations,
-            repeat_count=args.num_iterations * args.steps_per_generation,
-            shuffle=args.shuffle_dataset,
-            seed=args.seed,
+            repeat_count=args.num_iterations * args.steps_per_generation, shuffle=args.shuffle_dataset, seed=args.seed,
         )
         sampler.current_epoch = lambda: int(self.state.epoch or 0)
         return sampler
@@ -169,15 +145,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             with self.stage("rollout"):
                 for start in range(0, len(prompts), chunk):
                     part = slice(start, start + chunk)
-                    parts.append(
-                        self.policy.sample(
-                            prompts[part],
-                            noise_seeds=noise_seeds[part],
-                            step_seeds=step_seeds[part],
-                            steps=steps,
-                            conditions={name: own[part] for name, own in images.items()},
-                        )
-                    )
+                    parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
+                                                    step_seeds=step_seeds[part], steps=steps,
+                                                    conditions={name: own[part] for name, own in images.items()}))
                     if self.overlapped is not None:
                         own = {name: values[part] for name, values in columns.items()}
                         self.overlapped.submit(prompts[part], parts[-1].videos, own, self.state)
@@ -189,11 +159,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
             self._write_samples(
-                f"samples/rollout_{self.state.global_step:06d}",
-                self._rollout.videos[:count].cpu(),
-                prompts[:count],
-                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)},
-                tag="rollout",
+                f"samples/rollout_{self.state.global_step:06d}", self._rollout.videos[:count].cpu(), prompts[:count],
+                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, tag="rollout",
             )
         self._rollout.videos = None  # scored; the update needs the states only
 
@@ -203,16 +170,13 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         keys = [key for own in gather_object([group_keys(prompts, images)])[::each] for key in own]
         self._check_groups(keys)
         advantages, rewards, group_std = group_advantages(
-            values,
-            self.reward_weights,
-            args.num_generations,
-            scale_rewards=args.scale_rewards,
+            values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
         if self.prompt_statistics is not None:
             advantages = self.prompt_statistics.advantages(keys, rewards)
         advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-        self._advantages = advantages[first_row : first_row + len(prompts)]
+        self._advantages = advantages[first_row:first_row + len(prompts)]
 
         order = torch.arange(len(prompts))
         if args.steps_per_generation > 1:
@@ -224,8 +188,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
         for start in range(0, len(keys), size):
-            if len(set(keys[start : start + size])) != 1:
-                raise RuntimeError(f"group {start // size} mixes prompts {set(keys[start : start + size])}.")
+            if len(set(keys[start:start + size])) != 1:
+                raise RuntimeError(f"group {start // size} mixes prompts {set(keys[start:start + size])}.")
 
     def _log_rollout(self, table, values, rewards, group_std) -> None:
         metrics = self._metrics["train"]

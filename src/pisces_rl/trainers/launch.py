@@ -36,8 +36,7 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
     # but the first, for FSDP to fill, and text encoders are not sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin = FullyShardedDataParallelPlugin(
-        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"}
-    )
+        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"})
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing=true: set it to false, and gradient_checkpointing=True in the config: "
@@ -49,11 +48,8 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
 def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
     """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy.shard(
-        mesh,
-        reshard_after_forward=plugin.reshard_after_forward,
-        cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu",
-    )
+    policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
+                 cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
     accelerator.state.distributed_type = PartialState().distributed_type
 
 

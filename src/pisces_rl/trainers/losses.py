@@ -20,9 +20,8 @@ def clipped_policy_loss(log_ratio: Tensor, advantage: Tensor, epsilon_low: float
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
 
 
-def clip_fractions(
-    log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float
-) -> tuple[Tensor, Tensor]:
+def clip_fractions(log_ratio: Tensor, advantage: Tensor, epsilon_low: float,
+                   epsilon_high: float) -> tuple[Tensor, Tensor]:
     """(low, high): shares of the batch whose gradient the clip removed, on either side."""
     ratio = log_ratio.detach().exp()
     low = ((ratio < 1 - epsilon_low) & (advantage < 0)).float().mean()
@@ -52,9 +51,8 @@ def _mean_square(difference: Tensor, rows_per_video: int) -> Tensor:
     return difference.square().flatten(1).mean(1).view(-1, rows_per_video).mean(1)
 
 
-def guarded_log_ratio(
-    log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, rows_per_video: int = 1
-) -> Tensor:
+def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor,
+                      rows_per_video: int = 1) -> Tensor:
     """GRPO-Guard's RatioNorm (arXiv 2510.22319): a log-ratio with mean 0 and equal spread at every step.
 
         log rho^ = std (log p - log p_old + mean |m - m_old|^2 / (2 std^2))

@@ -206,9 +206,8 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     """
     inside = {name: value for name, value in parts.items() if not name.startswith("beside/") and name not in APART}
     total = sum(inside.values())
-    table = Table(
-        title=title, title_justify="left", caption_justify="left", caption="idle: data, logging, other processes"
-    )
+    table = Table(title=title, title_justify="left", caption_justify="left",
+                  caption="idle: data, logging, other processes")
     for column in ("part", "seconds a step", "share"):
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
 

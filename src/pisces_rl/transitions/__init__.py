@@ -35,13 +35,5 @@ TRANSITIONS: dict[str, Transition] = {
 }
 
 __all__ = [
-    "TRANSITIONS",
-    "Transition",
-    "ancestral",
-    "cps",
-    "dance_sde",
-    "ddim",
-    "flow_sde",
-    "flow_sde_linear",
-    "log_prob",
+    "TRANSITIONS", "Transition", "ancestral", "cps", "dance_sde", "ddim", "flow_sde", "flow_sde_linear", "log_prob",
 ]

@@ -389,7 +389,9 @@ class _Training:
 class _Batches:
     """Batches of normalised points on the device: drawn at random from a tensor, or read in turn from an iterable."""
 
-    def __init__(self, name: str, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int, width: int):
+    def __init__(
+        self, name: str, data, batch: int, map_: NeuralMap, seed: int, rank: int, world: int, width: int
+    ):
         self.name, self.data, self.batch, self.map, self.drawn, self.width = name, data, batch, map_, 0, width
         self.rank, self.world = rank, world
         if isinstance(data, Tensor):
