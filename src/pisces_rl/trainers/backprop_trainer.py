@@ -11,7 +11,8 @@ from ..policy import DecodedPart
 from ._trl import EpochRepeatSampler
 from .advantages import nanstd
 from .backprop_config import RewardBackpropConfig
-from .base import VideoPolicyTrainer, check_dataset
+from .base import VideoPolicyTrainer
+from .checks import check_dataset
 from .images import images_of
 from .seeds import sample_seed
 

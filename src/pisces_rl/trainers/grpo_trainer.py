@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from ..policy import ReplayStep, Rollout, adapters_off
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
-from .base import VideoPolicyTrainer, check_dataset
+from .base import VideoPolicyTrainer
+from .checks import check_dataset
 from .grpo_config import VideoGRPOConfig
 from .images import group_keys, images_of
 from .losses import (
