@@ -4,11 +4,9 @@ import contextlib
 import copy
 import json
 import os
-import warnings
 from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from peft import LoraConfig
@@ -27,14 +25,14 @@ from ..policy import (
     lora_parameters,
     save_lora,
 )
-from ..rewards import RewardPanel, RewardTable
+from ..rewards import RewardPanel
 from ._trl import _BaseTrainer, identity
 from .adapter_files import check_adapter, write_adapter
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, remove_incomplete, restore_random_state, save_tree, write_whole
 from .checks import check_consistency, check_dataset, checked_weights, settle_evaluation
 from .consistency import ConsistencyDistillation
-from .evaluation import Evaluator
+from .evaluation import Evaluator, means_of_sets
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
 from .launch import requested_sharding, shard_policy, share_tokens_of_policy
@@ -52,7 +50,7 @@ from .run_folder import (
     write_report,
     write_samples,
 )
-from .timeline import Timeline, TimelineSteps, timeline_table
+from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
 
 
@@ -203,16 +201,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.accelerator.backward(loss)
         return loss.detach()
 
-    def _log_recorded(self, table: RewardTable) -> None:
-        """What rewards recorded: metrics, and means of per-sample values."""
-        metrics = self._metrics["train"]
-        for name, recorded in table.metrics.items():
-            metrics[name] += recorded
-        for name, recorded in table.extras.items():
-            known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
-            if known:
-                metrics[f"{name}/mean"].append(sum(known) / len(known))
-
     # --- many processes ----------------------------------------------------------------------------------------------
 
     @property
@@ -254,32 +242,24 @@ class VideoPolicyTrainer(_BaseTrainer):
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_dataset("eval_dataset", dataset, several=True)
         sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
-        metrics, evaluation = {}, {}
+        scored = {}
         with self.ema or contextlib.nullcontext():
             for name, part in sets.items():
                 with self.timeline.span("evaluation", whole=True):
-                    scored = self.evaluator.evaluate(name, part, self.state)
-                    if scored.videos is not None and self.is_world_process_zero():
-                        count = len(scored.videos)
-                        self._write_samples(
-                            f"samples/step_{self.state.global_step:06d}/{name}", scored.videos, scored.prompts[:count],
-                            {key: values[:count] for key, values in scored.scores.items()}, tag=f"eval/{name}",
-                        )
-                evaluation[name] = {"prompts": scored.prompts, "scores": scored.scores}
-                prefix = f"{metric_key_prefix}_{name}" if isinstance(dataset, dict) else metric_key_prefix
-                metrics |= {f"{prefix}_{key}": value for key, value in scored.means().items()}
-        if isinstance(dataset, dict):
-            keys = [f"{metric_key_prefix}_{name}_reward" for name in sets]
-            rewards = [metrics[key] for key in keys if key in metrics]  # a reward may apply to no prompt of a set
-            if rewards:
-                metrics[f"{metric_key_prefix}_reward"] = float(np.mean(rewards))
+                    scored[name] = own = self.evaluator.evaluate(name, part, self.state)
+                    if own.videos is not None and self.is_world_process_zero():
+                        count = len(own.videos)
+                        scores = {score: values[:count] for score, values in own.scores.items()}
+                        self._write_samples(f"samples/step_{self.state.global_step:06d}/{name}", own.videos,
+                                            own.prompts[:count], scores, tag=f"eval/{name}")
+        metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
         if eval_dataset is None:
             self._evaluated_at = self.state.global_step
-            self.last_evaluation = evaluation
-            self.first_evaluation = self.first_evaluation or evaluation
+            self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
+            self.first_evaluation = self.first_evaluation or self.last_evaluation
             if self.is_world_process_zero():
                 write_json(evaluation_path(self.args.output_dir, self.state.global_step),
-                           {"step": self.state.global_step, "sets": evaluation})
+                           {"step": self.state.global_step, "sets": self.last_evaluation})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -337,31 +317,18 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         finally:
-            self._write_trace()
+            if self.args.trace_steps:
+                self.timeline.leave_trace(self.args.output_dir)
         if self.eval_dataset is not None:
             with self.timeline.span("evaluation", whole=True):
                 self._finish()
-        self._print_timeline()
-        return output
-
-    def _write_trace(self) -> None:
-        """Of this process, also where the run broke off; a run does not end for want of it."""
-        path = Path(self.args.output_dir) / f"trace_rank{self.args.process_index}.json"
-        try:
-            if self.args.trace_steps:
-                self.timeline.write_trace(path)
-        except OSError as error:
-            warnings.warn(f"{path} could not be written: {error}.", stacklevel=2)
-
-    def _print_timeline(self) -> None:
-        """Where the seconds of this training went, a mean over processes."""
         self.timeline.stop()
-        processes = gather_object([self.timeline.parts()])
+        parts = mean_parts(gather_object([self.timeline.parts()]))
         if self.is_world_process_zero() and self.timeline.steps:
-            names = dict.fromkeys(name for parts in processes for name in parts)
-            parts = {name: sum(own.get(name, 0.0) for own in processes) / len(processes) for name in names}
-            title = f"time line: mean of {self.timeline.steps} steps, {len(processes)} x {self.args.device.type}"
+            on = f"{self.accelerator.num_processes} x {self.args.device.type}"
+            title = f"time line: mean of {self.timeline.steps} steps, {on}"
             self.console.print(timeline_table(parts, self.timeline.steps, title))
+        return output
 
     def _set_aside_earlier_run(self) -> None:
         """A run that is not resumed must not find another's checkpoints and evaluations beside its own."""
@@ -409,20 +376,19 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
-        averages = {"ema": self.ema, "consistency": self.consistency and self.consistency.average}
-        states = {name: None if average is None else average.state_dict() for name, average in averages.items()}
+        states = {name: average and average.state_dict() for name, average in self._averages().items()}
         return states | {"micro_batches": self._step}
 
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
-        if self.consistency is not None and state.get("consistency") is not None:
-            self.consistency.average.load_state_dict(state["consistency"])
-        elif self.consistency is not None:
-            self.consistency.average.restart()
-        if self.ema is not None and state["ema"] is not None:
-            self.ema.load_state_dict(state["ema"])
-        elif self.ema is not None:
-            self.ema.restart()
+        for name, average in self._averages().items():
+            if average is not None and state.get(name) is not None:
+                average.load_state_dict(state[name])
+            elif average is not None:
+                average.restart()
+
+    def _averages(self) -> dict[str, AdapterEMA | None]:
+        return {"consistency": self.consistency and self.consistency.average, "ema": self.ema}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_lora_state(self.pipeline, resume_from_checkpoint)
@@ -439,13 +405,12 @@ class VideoPolicyTrainer(_BaseTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        folder = Path(checkpoint)
-        if not (folder / "optimizer.json").exists():
+        if not (Path(checkpoint) / "optimizer.json").exists():
             raise ValueError(
                 f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
             )
-        self.optimizer.load_state_dict(load_tree(folder / "optimizer"))
-        self.lr_scheduler.load_state_dict(load_tree(folder / "scheduler"))
+        for name, own in {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}.items():
+            own.load_state_dict(load_tree(Path(checkpoint) / name))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         path = None if checkpoint is None else Path(checkpoint) / f"random_{self.accelerator.process_index}"

@@ -129,5 +129,16 @@ class Evaluator:
             return base, self.sample(rows, part).cpu()
 
 
+def means_of_sets(scored: dict[str, Scored], prefix: str, several: bool) -> dict[str, float]:
+    """{prefix_METRIC: mean} of one data set; of several {prefix_SET_METRIC: mean}, and the mean of their rewards."""
+    if not several:
+        (one,) = scored.values()
+        return {f"{prefix}_{key}": mean for key, mean in one.means().items()}
+    means = {name: part.means() for name, part in scored.items()}
+    metrics = {f"{prefix}_{name}_{key}": mean for name, own in means.items() for key, mean in own.items()}
+    rewards = [own["reward"] for own in means.values() if "reward" in own]  # it may apply to no prompt of a set
+    return metrics | ({f"{prefix}_reward": float(np.mean(rewards))} if rewards else {})
+
+
 def _with_none(values: Tensor) -> list[float | None]:
     return [None if v != v else v for v in values.tolist()]

@@ -34,6 +34,7 @@ from .losses import (
     prediction_distance,
     step_weight,
 )
+from .metrics import add_recorded
 from .overlap import OverlappedRewards
 from .seeds import sample_seed
 
@@ -205,7 +206,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         for (i, a), (j, b) in itertools.combinations(enumerate(self.rewards.names), 2):
             if not correlation[i, j].isnan():
                 metrics[f"reward_correlation/{a}/{b}"].append(correlation[i, j].item())
-        self._log_recorded(table)
+        add_recorded(metrics, table)
 
     # --- stage 2: update ---------------------------------------------------------------------------------------------
 

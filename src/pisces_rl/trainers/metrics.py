@@ -6,12 +6,24 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..rewards import RewardTable
+
 
 def as_floats(values: list[float | Tensor]) -> list[float]:
     """Metrics stay on their device until they are logged, so that no step waits for one."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     known = iter(torch.stack(tensors).tolist() if tensors else ())
     return [next(known) if isinstance(value, Tensor) else value for value in values]
+
+
+def add_recorded(metrics: dict[str, list], table: RewardTable) -> None:
+    """What rewards recorded: metrics, and means of per-sample values."""
+    for name, recorded in table.metrics.items():
+        metrics[name] += recorded
+    for name, recorded in table.extras.items():
+        known = [float(v) for v in recorded if isinstance(v, (bool, int, float))]
+        if known:
+            metrics[f"{name}/mean"].append(sum(known) / len(known))
 
 
 def merged_over_processes(own: dict[str, list[float]], processes: int) -> dict[str, float]:
