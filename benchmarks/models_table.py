@@ -104,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.run:
         for file in RESULTS.glob("*.json"):
             file.unlink()
-        suite = [sys.executable, "-m", "pytest", "-q", "tests/policy/test_replay_parity.py"]
+        suite = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "tests/policy/test_replay_parity.py"]
         subprocess.run([*suite, "-k", "test_replay_equals_sampling"], cwd=ROOT, check=False)
     sys.path.insert(0, str(ROOT / "tests"))
     from policy.test_replay_parity import SLICE_TOLERANCE

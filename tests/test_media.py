@@ -1,6 +1,7 @@
 """Files made of videos are read back by another reader and compared with what went in."""
 
 import io
+import os
 
 import av
 import numpy as np
@@ -11,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from pisces_rl import media
+from pisces_rl.media.encoding import has_encoder
 
 
 def moving_square(frames=9, height=64, width=64, color=(0.9, 0.2, 0.1)) -> torch.Tensor:
@@ -40,7 +42,7 @@ def test_mp4_holds_the_video(tmp_path):
     frames, (codec, pixel_format, rate) = decode(path)
     assert frames.shape == (9, 256, 256, 3)
     assert pixel_format == "yuv420p" and rate == 8
-    if media._has_encoder("libx264"):
+    if has_encoder("libx264"):
         assert codec == "h264"
     wanted = video.repeat_interleave(4, 2).repeat_interleave(4, 3).movedim(1, -1).numpy() * 255
     error = np.abs(frames.astype(float) - wanted)
@@ -170,7 +172,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(media.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         media.save_video(moving_square(color=(0, 0, 1)), path)
     assert path.read_bytes() == old and [p.name for p in tmp_path.iterdir()] == ["a.mp4"]

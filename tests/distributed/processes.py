@@ -41,6 +41,12 @@ def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -
                *names, timeout=timeout)
 
 
+def torchrun(script: str, folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
+    """`torchrun script folder names` on two processes."""
+    return run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(folder), *names,
+               timeout=timeout)
+
+
 def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
     """`python -m module arguments`, with what it and its children print as stdout."""
     command = [sys.executable, "-m", module, *arguments]

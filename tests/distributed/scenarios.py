@@ -196,14 +196,26 @@ def hanging_reward(folder) -> dict:
 
 
 def stuck_rank(folder) -> dict:
-    """The last process is stuck outside of rewards."""
+    """The last process is stuck outside of rewards, for as long as the first one runs."""
     class Stuck(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
+            if RANK == 0 and state.global_step == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "pid").write_text(str(os.getpid()))
             if RANK == WORLD - 1 and state.global_step == 1:
-                time.sleep(40)
+                while _runs(int((folder / "pid").read_text())):
+                    time.sleep(0.2)
                 os._exit(3)
 
     return _saving(folder, tiny_runs.brightness, [Stuck()], ddp_timeout=15, reward_timeout=14)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def dead_in_a_collective(folder) -> dict:

@@ -163,14 +163,14 @@ def test_bad_input_names_the_argument(clouds):
 def test_neural_resumes_to_the_same_map(clouds, tmp_path, monkeypatch):
     x, y = clouds
     whole = NeuralMap(**TINY).fit(x, y, progress=False)
-    advance = maps.neural._Training.advance
+    advance = maps.neural_training.Training.advance
 
     def interrupted(training):
         if training.step == 7:
             raise KeyboardInterrupt
         advance(training)
 
-    monkeypatch.setattr(maps.neural._Training, "advance", interrupted)
+    monkeypatch.setattr(maps.neural_training.Training, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         NeuralMap(**TINY).fit(x, y, folder=tmp_path, progress=False)
     monkeypatch.undo()
@@ -208,14 +208,14 @@ def test_neural_held_out_of_another_width(clouds):
 
 def test_a_neural_map_that_is_no_longer_finite_ends_with_the_best(clouds, monkeypatch):
     x, y = clouds
-    advance = maps.neural._Training.advance
+    advance = maps.neural_training.Training.advance
 
     def breaking(training):
         advance(training)
         if training.step == 6:
             training.average[0].weight.data.fill_(float("nan"))
 
-    monkeypatch.setattr(maps.neural._Training, "advance", breaking)
+    monkeypatch.setattr(maps.neural_training.Training, "advance", breaking)
     with pytest.warns(UserWarning, match="no longer finite after 8 steps"):
         fitted = NeuralMap(**TINY).fit(x, y, progress=False)
     assert fitted(x).isfinite().all() and fitted.report["steps_done"] == 8
@@ -233,7 +233,7 @@ def test_neural_replayed_from_a_graph_is_neural_step_by_step(clouds, monkeypatch
     x, y = clouds
     settings = TINY | dict(steps=40, skip=skip, device="cuda")
     replayed = NeuralMap(**settings).fit(x, y, progress=False)
-    monkeypatch.setattr(maps.neural, "WARM_UP", 10**6)
+    monkeypatch.setattr(maps.neural_training, "WARM_UP", 10**6)
     by_step = NeuralMap(**settings).fit(x, y, progress=False)
     torch.testing.assert_close(replayed(x), by_step(x), rtol=1e-4, atol=1e-4)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from policy.adapted import give_adapter
 from policy.test_replay_parity import PROMPTS, adapted, seeded
 from tiny_pipelines import BUILD, CALLS, EXPERTS, FLOW, GUIDANCE, REFUSES, quiet
 
 from pisces_rl import load_pipeline
-from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, add_lora, default_lora_config, lora_parameters
+from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, lora_parameters
 
 STEPS = 3
 DIFFERENTIABLE = [family for family in BUILD if (family, "backpropagation") not in REFUSES]
@@ -122,13 +123,7 @@ def trained_wan() -> tuple[VideoPolicy, dict]:
     pipe = quiet(load_pipeline("tiny-wan", torch.float32))
     call = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0, "max_sequence_length": 24}
     policy = VideoPolicy(pipe, num_inference_steps=STEPS, pipeline_kwargs=call)
-    torch.manual_seed(0)
-    add_lora(dict(policy.denoiser.items()), default_lora_config(4))
-    parameters = lora_parameters(dict(policy.denoiser.items()))
-    for name, parameter in parameters.items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return policy, parameters
+    return policy, give_adapter(dict(policy.denoiser.items()), std=0.05)[0]
 
 
 @pytest.mark.parametrize("family", DIFFERENTIABLE)

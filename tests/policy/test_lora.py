@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from policy.adapted import give_adapter
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, quiet
 
 from pisces_rl.hub import model_card
@@ -18,7 +19,7 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
-from pisces_rl.policy.lora import LORA_FILE, has_lora_loader
+from pisces_rl.policy.lora_files import LORA_FILE, has_lora_loader
 
 # plain diffusers has no LoRA loader for them
 PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos", "hunyuan15")
@@ -27,12 +28,7 @@ PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos", "hunyuan15
 def adapted(family, r=4, seed=0, only=None):
     pipe = quiet(BUILD[family]())
     denoisers = dict(VideoPolicy(pipe).denoiser.items())
-    torch.manual_seed(seed)
-    counts = add_lora(denoisers, default_lora_config(r), only)
-    parameters = lora_parameters(denoisers)
-    for name, parameter in parameters.items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
+    parameters, counts = give_adapter(denoisers, r, seed, std=0.3, only=only)
     return pipe, denoisers, parameters, counts
 
 

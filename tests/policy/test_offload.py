@@ -4,16 +4,14 @@ import copy
 
 import pytest
 import torch
+from policy.adapted import build
 from policy.test_replay_parity import PROMPTS, seeded
-from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, REFUSES, quiet
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, REFUSES
 
 from pisces_rl.policy import (
     PolicyError,
     VideoPolicy,
-    add_lora,
     check_saved_lora,
-    default_lora_config,
-    lora_parameters,
     save_lora,
     without_adapters,
 )
@@ -24,23 +22,6 @@ CPU = torch.device("cpu")
 
 
 pytestmark = pytest.mark.usefixtures("absent_weights_are_nan")
-
-
-def build(family: str, steps: int = 3):
-    """A policy with an adapter that is not zero, and the adapter's parameters."""
-    pipe = quiet(BUILD[family]())
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.requires_grad_(False)
-    policy = VideoPolicy(pipe, num_inference_steps=steps, pipeline_kwargs=CALLS[family])
-    denoisers = dict(policy.denoiser.items())
-    torch.manual_seed(0)
-    add_lora(denoisers, default_lora_config(4))
-    parameters = lora_parameters(denoisers)
-    for name, parameter in parameters.items():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    return policy, parameters
 
 
 def kinds(policy: VideoPolicy) -> list[str]:

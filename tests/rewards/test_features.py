@@ -19,6 +19,7 @@ from pisces_rl.rewards import cache_features, features, load_features, load_rewa
 from pisces_rl.rewards.features import Features as Cached
 
 ROOT = Path(__file__).parents[2]
+SHARD = features.SHARD
 
 
 @pytest.fixture(autouse=True)
@@ -161,16 +162,28 @@ def test_two_processes_encode_what_one_does(tmp_path):
     torch.testing.assert_close(both.text, one.text), torch.testing.assert_close(both.video, one.video)
 
 
-@pytest.fixture
-def fit(tmp_path):
-    """Calls examples/fit_ot_map.py on rows of a file of videos and captions, with the shipped encoder."""
+def arguments(tmp_path, rows, *options) -> list[str]:
+    """Of examples/fit_ot_map.py on rows of a file of videos and captions, with the shipped encoder."""
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return ["examples/fit_ot_map.py", "--dataset", str(tmp_path / "clips.jsonl"),
+            "--output_dir", str(tmp_path / "map"), "--bank_size", "10", *options]  # fmt: skip
 
-    def call(rows, *options):
-        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        command = [sys.executable, "examples/fit_ot_map.py", "--dataset", str(tmp_path / "clips.jsonl"),
-                   "--output_dir", str(tmp_path / "map"), "--bank_size", "10", *options]  # fmt: skip
-        environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
+
+@pytest.fixture
+def script(monkeypatch):
+    """examples/fit_ot_map.py, in this process."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    return importlib.import_module("fit_ot_map")
+
+
+@pytest.fixture
+def fit(tmp_path, script, monkeypatch, capsys):
+    """What the script prints when it is called in this process."""
+
+    def call(rows, *options) -> str:
+        monkeypatch.setattr(sys, "argv", arguments(tmp_path, rows, *options))
+        script.main()
+        return capsys.readouterr().out
 
     return call
 
@@ -184,9 +197,12 @@ def clips(folder, n):
     return rows
 
 
-def test_the_script_fits_a_map_that_the_reward_loads(tmp_path, fit):
+def test_the_script_fits_a_map_that_the_reward_loads(tmp_path, fit, monkeypatch):
+    monkeypatch.setattr(features, "SHARD", SHARD)  # as in the script's own process
     rows = clips(tmp_path, 24)
-    done = fit(rows)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *arguments(tmp_path, rows)], capture_output=True, text=True, timeout=240,
+                          cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
     assert "| identity |" in done.stdout and "24 texts and 24 videos" in done.stdout and "recall@1" in done.stdout
     reward = load_reward("ot_quality", ot_map=tmp_path / "map", divergence_weight=0.1)
@@ -195,20 +211,12 @@ def test_the_script_fits_a_map_that_the_reward_loads(tmp_path, fit):
         video.unlink()
     # another split of the same features: no video is read; and a map that did not win
     again = fit(rows, "--seed", "1", "--maps", "regressed", "shuffled", "--save", "mean_shift")
-    assert again.returncode == 0, again.stderr
-    assert "| regressed |" in again.stdout and "| shuffled |" in again.stdout
+    assert "| regressed |" in again and "| shuffled |" in again
     assert load_reward("ot_quality", ot_map=tmp_path / "map").ot_map.kind == "mean_shift"
-    other = fit(rows[1:])
-    assert other.returncode and "holds features of source" in other.stderr
-    wrong = fit(rows, "--maps", "cubic")
-    assert wrong.returncode and "maps: cubic: expected some of" in wrong.stderr
-
-
-@pytest.fixture
-def script(monkeypatch):
-    """examples/fit_ot_map.py, in this process."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("fit_ot_map")
+    with pytest.raises(ValueError, match="holds features of source"):
+        fit(rows[1:])
+    with pytest.raises(ValueError, match="maps: cubic: expected some of"):
+        fit(rows, "--maps", "cubic")
 
 
 def test_the_script_reads_data_sets_of_videos(tmp_path, script):
@@ -246,6 +254,5 @@ def test_the_script_refuses_what_it_cannot_fit_or_save(tmp_path, script, monkeyp
 def test_the_script_does_not_pair_what_is_only_equally_many(tmp_path, fit):
     rows = clips(tmp_path, 20)
     halves = [{**row, "caption" if i % 2 else "video": None} for i, row in enumerate(rows)]
-    done = fit(halves)
-    assert done.returncode == 0, done.stderr
-    assert "10 texts and 10 videos" in done.stdout and "recall" not in done.stdout
+    printed = fit(halves)
+    assert "10 texts and 10 videos" in printed and "recall" not in printed

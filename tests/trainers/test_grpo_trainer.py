@@ -311,7 +311,7 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
     made = trainer(tmp_path, callbacks=[Keep()], max_steps=3, seed=42, eval_seed=42)
     made.train()
     assert len(set(seen)) == 12
-    assert not set(seen) & {made._eval_noise(row) for row in range(100)}
+    assert not set(seen) & {made.evaluator.noise(row) for row in range(100)}
     kinds = [sample_seed(*parts) for parts in ((1,), (1, 0), (1, 0, 0), (0, 1), (1, 1), (1, 2), (2, 1))]
     assert len(set(kinds)) == len(kinds)
 
@@ -477,7 +477,7 @@ def test_the_average_is_saved_and_evaluated(tmp_path):
     checkpoint = load_file(tmp_path / "checkpoint-3" / "pytorch_lora_weights.safetensors")
     assert largest_difference(averages, checkpoint) == 0
     with made.ema:
-        rows = made._evaluate_set("eval", made.eval_dataset)[1]["reward"]
+        rows = made.evaluator.evaluate("eval", made.eval_dataset, made.state).scores["reward"]
     last = json.loads((tmp_path / "evaluations" / "step_000003.json").read_text())["sets"]["eval"]["scores"]["reward"]
     assert rows == last
 

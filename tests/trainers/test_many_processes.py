@@ -15,6 +15,15 @@ def test_deepspeed_is_refused(tmp_path, monkeypatch):
         VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
 
 
+def test_fsdp1_is_refused(tmp_path, monkeypatch):
+    """What `accelerate launch --use_fsdp` tells its processes, here without --fsdp_version 2."""
+    args = config(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    with pytest.raises(ValueError, match="fsdp_version=1: FSDP1 flattens.*--fsdp_version 2"):
+        VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
+
+
 @pytest.mark.parametrize(("settings", "message"), [
     ({"context_parallel": 2}, "context_parallel=2 must be at least 1 and divide the number of processes, 1"),
     ({"context_parallel": 0}, "context_parallel=0 must be at least 1"),

@@ -8,18 +8,9 @@ what the user passed in.
 
 from .backprop import DecodedPart
 from .guider import has_guider
-from .lora import (
-    adapters_off,
-    add_lora,
-    check_saved_lora,
-    check_saved_weights,
-    default_lora_config,
-    load_lora,
-    load_lora_state,
-    lora_parameters,
-    save_lora,
-    without_adapters,
-)
+from .lora import adapters_off, add_lora, default_lora_config, lora_parameters
+from .lora_check import check_saved_lora, check_saved_weights, without_adapters
+from .lora_files import load_lora, load_lora_state, save_lora
 from .rollout import Rollout
 from .scheduler import PolicyError
 from .session import ReplayStep

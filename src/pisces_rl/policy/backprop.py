@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .one_step import seeded_noise
+from .pipeline_call import run_until_left, videos_of
 from .scheduler import PolicyError, denoised, noised
 from .session import LeavePipeline, Session, replaced_method, starts_without_followed
 
@@ -136,3 +137,30 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
 
     with replaced_method(vae, "decode", entry):
         yield
+
+
+def decoded_videos(session: DifferentiableSampling, noise_seeds: Sequence[int], part: DecodedPart | None,
+                   checkpointed: bool) -> Tensor:
+    """(B, F, 3, H, W) fp32 videos of one call with gradients; a PolicyError where the pipeline cuts the graph."""
+    name = type(session.policy.pipeline).__name__
+    try:
+        with decoding(session, part, checkpointed):
+            output = run_until_left(session, noise_seeds, "pt")
+    except RuntimeError as error:
+        if "numpy() on Tensor that requires grad" not in str(error):
+            raise
+        raise PolicyError(
+            f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which "
+            "cuts the graph, so rewards cannot be back-propagated. Use GRPO."
+        ) from error
+    videos = output[0]
+    if not isinstance(videos, Tensor) or not videos.requires_grad:
+        mend = "Use GRPO." if part is None else (
+            "Decode all frames (decode_frames unset), or more than "
+            f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+        )
+        raise PolicyError(
+            f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
+            f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
+        )
+    return videos_of(session.policy, output).float()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .offload import device_of
+from .pipeline_call import run_until_left
 from .scheduler import PolicyError
 from .session import LeavePipeline, Session, replaced_method
 
@@ -152,5 +153,5 @@ class _Probe(Session):
             return decode(z, *args, **kwargs)
 
         with replaced_method(vae, "decode", look):
-            policy._call_and_leave(probe, probe.prompts, [0], "pt")
+            run_until_left(probe, [0], "pt")
         return probe

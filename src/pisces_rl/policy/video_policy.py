@@ -8,37 +8,31 @@ are the pipeline's own in both passes, hence equal by construction. No code here
 """
 
 import contextlib
-import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
-from torch.utils._pytree import tree_leaves, tree_map
 
-from .backprop import DecodedPart, DifferentiableSampling, decoding
+from .backprop import DecodedPart, DifferentiableSampling, decoded_videos
 from .conditions import Conditions, calls, checked_conditions, of_video
-from .decoder import recorded_decoding, set_decoder
-from .execution import ATTENTION_KERNELS, attention_kernel, compile_blocks
-from .guider import guided, has_guider
+from .decoder import set_decoder
+from .execution import ATTENTION_KERNELS, compile_blocks
 from .latents import LatentCodec
 from .offload import device_of, kind_of, leave_idle, place, resident
 from .one_step import OneStep, Prediction
+from .pipeline_call import run, run_until_left, videos_of
 from .products import fuse_products
 from .prompts import PromptMemo
 from .rollout import Rollout
-from .scheduler import (
-    PolicyError,
-    find_transition,
-    stochastic,
-    training_scheduler,
-)
-from .session import LeavePipeline, Replay, ReplayStep, Sampling, Session
-from .sharding import largest_over_ranks, shard, share_tokens, tokens_divide
-from .text_lengths import by_length, takes_mask
+from .rules import checked_kwargs, checked_window, denoisers_of
+from .scheduler import PolicyError, find_transition, training_scheduler
+from .session import Replay, ReplayStep, Sampling
+from .sharding import largest_over_ranks, shard, share_tokens
+from .text_lengths import takes_mask
 
 # Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
 ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
@@ -75,14 +69,14 @@ class VideoPolicy(nn.Module):
                  vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False):
         super().__init__()
         self.pipeline = pipeline
-        self.denoiser = nn.ModuleDict(_denoisers(pipeline))
+        self.denoiser = nn.ModuleDict(denoisers_of(pipeline))
         self.scheduler = training_scheduler(pipeline.scheduler)
         self.transition = find_transition(transition, self.scheduler)
         self.noise_level = self.transition.noise_level if noise_level is None else noise_level
         self.num_inference_steps = num_inference_steps
         self.sde_window_size = sde_window_size
-        self.sde_window_range = _checked_window(sde_window_size, sde_window_range, num_inference_steps)
-        self.pipeline_kwargs = _checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
+        self.sde_window_range = checked_window(sde_window_size, sde_window_range, num_inference_steps)
+        self.pipeline_kwargs = checked_kwargs(pipeline, dict(pipeline_kwargs or {}))
         self.autocast_dtype = autocast_dtype
         if attention_kernel not in (None, *ATTENTION_KERNELS):
             raise PolicyError(f"attention_kernel={attention_kernel!r} must be one of {list(ATTENTION_KERNELS)}.")
@@ -93,7 +87,7 @@ class VideoPolicy(nn.Module):
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         encoders = [c for name, c in pipeline.components.items() if kind_of(name) == "text_encoder"]
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
-        self._skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
+        self.skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.record = contextlib.nullcontext
         self.vae_dtype = vae_dtype
@@ -169,7 +163,7 @@ class VideoPolicy(nn.Module):
             share_tokens(module, mesh)
         self.shares_tokens = True
 
-    def _agreed(self, number: int) -> int:
+    def agreed(self, number: int) -> int:
         """A number of denoiser calls that is the same on all ranks where they must make the same."""
         return number if self.mesh is None else largest_over_ranks(number, self.mesh)
 
@@ -219,9 +213,9 @@ class VideoPolicy(nn.Module):
             session = Sampling(self, [prompts[r] for r in rows], seeds, steps)
             session.conditions = of_video(conditions, rows)
             noise = [noise_seeds[r] for r in rows]
-            output = self._call(session, session.prompts, noise, output_type)
+            output = run(session, noise, output_type)
             session.check_finished()
-            parts.append(session.rollout(self._videos(output).float() if output_type == "pt" else None, noise))
+            parts.append(session.rollout(videos_of(self, output).float() if output_type == "pt" else None, noise))
         leave_idle(self.pipeline)  # rewards come next
         return Rollout.cat(parts)
 
@@ -241,7 +235,7 @@ class VideoPolicy(nn.Module):
             part = [rows[i] for i in part]
             session = Replay(self, rollout, part, visitor, grad)
             session.conditions = of_video(rollout.conditions, part)
-            self._call_and_leave(session, session.prompts, [rollout.noise_seeds[r] for r in part], "latent")
+            run_until_left(session, [rollout.noise_seeds[r] for r in part], "latent")
 
     # --- gradients through the sampler -------------------------------------------------------------------------------
 
@@ -249,7 +243,7 @@ class VideoPolicy(nn.Module):
                       conditions: Conditions | None = None) -> Tensor:
         """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
-            self._call_and_leave(session, session.prompts, seeds, "latent")
+            run_until_left(session, seeds, "latent")
             return session.final
 
         def session_of(rows: list[int]) -> DifferentiableSampling:
@@ -290,28 +284,7 @@ class VideoPolicy(nn.Module):
         start = steps - last_steps if jump_at is None else jump_at
 
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
-            name = type(self.pipeline).__name__
-            try:
-                with decoding(session, part, checkpoint_decoder):
-                    output = self._call_and_leave(session, session.prompts, seeds, "pt")
-            except RuntimeError as error:
-                if "numpy() on Tensor that requires grad" not in str(error):
-                    raise
-                raise PolicyError(
-                    f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which "
-                    "cuts the graph, so rewards cannot be back-propagated. Use GRPO."
-                ) from error
-            videos = output[0]
-            if not isinstance(videos, Tensor) or not videos.requires_grad:
-                mend = "Use GRPO." if part is None else (
-                    "Decode all frames (decode_frames unset), or more than "
-                    f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
-                )
-                raise PolicyError(
-                    f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
-                    f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
-                )
-            return self._videos(output).float()
+            return decoded_videos(session, seeds, part, checkpoint_decoder)
 
         def session_of(rows: list[int]) -> DifferentiableSampling:
             clean = None if renoise is None else (_of(renoise[0], rows, len(prompts)), [renoise[1][r] for r in rows])
@@ -339,7 +312,7 @@ class VideoPolicy(nn.Module):
             overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
         """
         def one_call(session: OneStep, seeds: list[int]) -> Prediction:
-            self._call_and_leave(session, session.prompts, seeds, "latent")
+            run_until_left(session, seeds, "latent")
             return session.found
 
         def session_of(rows: list[int]) -> OneStep:
@@ -366,156 +339,7 @@ class VideoPolicy(nn.Module):
             results.append(one_call(session, [noise_seeds[r] for r in rows]))
         return results
 
-    def _videos(self, output) -> Tensor:
-        """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame."""
-        found = output[0]  # frames, or images
-        if isinstance(found, Tensor) and found.ndim == 4:
-            self.makes_images, found = True, found[:, None]
-        if not isinstance(found, Tensor) or found.ndim != 5:
-            raise PolicyError(
-                f"{type(self.pipeline).__name__} returned no video tensor for output_type='pt' "
-                f"({type(found).__name__}); a policy needs frames (B, F, 3, H, W) or images (B, 3, H, W)."
-            )
-        return found
-
-    def _call_and_leave(self, session: "Session", prompts, noise_seeds, output_type: str):
-        """Run the pipeline without gradients, but where the session turns them on; None where it leaves early."""
-        grad_mode = torch.is_grad_enabled()
-        output = None
-        try:
-            with torch.no_grad():
-                output = self._call(session, list(prompts), list(noise_seeds), output_type)
-        except LeavePipeline:
-            pass
-        finally:
-            torch.set_grad_enabled(grad_mode)
-        session.check_finished()
-        return output
-
-    def _call(self, session: "Session", prompts: list[str], noise_seeds: list[int], output_type: str):
-        generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
-        call = inspect.unwrap(type(self.pipeline).__call__)  # without the no_grad decorator
-        arguments = {"num_inference_steps": self.num_inference_steps, **self.pipeline_kwargs, **session.conditions,
-                     **session.overrides}  # fmt: skip
-        if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
-            arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
-        decoding = recorded_decoding(self.pipeline, self.record, self.vae_dtype)
-        with self._swapped(session), decoding, guided(self.pipeline, arguments) as arguments:
-            return call(self.pipeline, prompt=prompts, generator=generators, output_type=output_type, **arguments)
-
-    @contextlib.contextmanager
-    def _swapped(self, session: "Session") -> Iterator[None]:
-        """The pipeline with our scheduler, prompt memo and denoiser entry; as it was on leaving."""
-        pipeline = self.pipeline
-        scheduler = pipeline.scheduler
-        own_encoder, own_bar = vars(pipeline).get("encode_prompt"), vars(pipeline).get("_progress_bar_config")
-        own_forwards = {name: vars(module).get("forward") for name, module in self.denoiser.items()}
-        pipeline.scheduler = stochastic(self.scheduler, session)
-        pipeline.encode_prompt = self.prompt_memo
-        pipeline.set_progress_bar_config(**(own_bar or {}) | {"disable": True})
-        for name, module in self.denoiser.items():
-            module.forward = self._entry(name, module.forward, session)
-        try:
-            yield
-        finally:
-            pipeline.scheduler = scheduler
-            for owner, attribute, value in [
-                (pipeline, "encode_prompt", own_encoder),
-                (pipeline, "_progress_bar_config", own_bar),
-                *((module, "forward", own_forwards[name]) for name, module in self.denoiser.items()),
-            ]:
-                delattr(owner, attribute) if value is None else setattr(owner, attribute, value)
-
-    def _entry(self, name: str, forward: Callable, session: "Session") -> Callable:
-        """The denoiser's forward, skipped where the session has no use for its output."""
-
-        def entry(*args, **kwargs):
-            rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
-            plain = {k: v for k, v in session.conditions.items() if isinstance(v, (bool, int, float, str))}
-            # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
-            key = name, repr(sorted((plain | session.overrides).items())), rows / len(session.prompts)
-            known = key in self._skipped_outputs
-            if plain and not session.needs_prediction:  # other ranks' videos may have other conditions
-                known = not self._agreed(int(not known))
-            if not session.needs_prediction and known:
-                meta, videos = self._skipped_outputs[key]
-                return tree_map(lambda t: _zeros(t, len(session.prompts), videos, self.device), meta)
-            if self.mesh is not None and self.prompt_memo.pad and not session.lengths_agreed:
-                # Unequal prompts on one rank: all of them run by length from here on.
-                self.prompt_memo.padded = bool(self._agreed(int(self.prompt_memo.padded)))
-                session.lengths_agreed = True
-            run = functools.partial(by_length, forward, self._agreed) if self.prompt_memo.padded else forward
-            cast = torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
-            divided = tokens_divide() if self.shares_tokens else contextlib.nullcontext()
-            with attention_kernel(self.attention_kernel), cast, divided:
-                output = run(*args, **kwargs)
-            if self.mesh is not None:  # gathering for backward hangs on the output, which must not be a view
-                output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
-            if key not in self._skipped_outputs:
-                to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
-                self._skipped_outputs[key] = to_meta, len(session.prompts)
-            return output
-
-        return entry
-
-
-def _zeros(template, videos: int, recorded_videos: int, device: torch.device):
-    """Zeros in the place of a skipped denoiser output, with as many rows as the batch asks for."""
-    if not isinstance(template, Tensor):
-        return template
-    rows = template.shape[0] * videos // recorded_videos
-    return torch.zeros((rows, *template.shape[1:]), dtype=template.dtype, device=device)
-
 
 def _of(latents: Tensor, rows: Sequence[int], count: int) -> Tensor:
     """The latents of the videos `rows` among those of `count` videos."""
     return latents.unflatten(0, (count, -1))[list(rows)].flatten(0, 1)
-
-
-def _denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    found = {
-        name: component for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module) and kind_of(name) == "denoiser"
-    }
-    if not found:
-        raise PolicyError(
-            f"{type(pipeline).__name__} has no component named transformer or unet (it has "
-            f"{sorted(pipeline.components)}); a policy needs a denoiser."
-        )
-    for need in ("scheduler", "encode_prompt"):
-        if not hasattr(pipeline, need):
-            raise PolicyError(f"{type(pipeline).__name__} has no {need}; a policy needs one.")
-    return found
-
-
-def _checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
-    """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
-    known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
-    for name, value in kwargs.items():
-        if name not in known and not (name == "guidance_scale" and has_guider(pipeline)):
-            raise PolicyError(
-                f"{type(pipeline).__name__} takes no argument {name!r}; it takes {sorted(set(known) - {'self'})}."
-            )
-        if name in ("callback_on_step_end", "callback", "latents", "generator") and value is not None:
-            raise PolicyError(f"pipeline argument {name!r} would change the policy's latents or noise; leave it out.")
-        if name.startswith("num_") and name.endswith("_per_prompt") and value != 1:
-            raise PolicyError(f"{name}={value}: repeat the prompt instead, one row a video.")
-    for name in ("prompt", "generator", "output_type", "num_inference_steps"):
-        if name not in known:
-            raise PolicyError(f"{type(pipeline).__name__}.__call__ has no argument {name!r}; a policy needs it.")
-    return kwargs
-
-
-def _checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:
-    """[low, high) of the steps that may be trained; the last step is never stochastic."""
-    if num_steps == 1 and size is None and window is None:
-        return 0, 0  # it samples, and carries gradients, but has no step to draw
-    low, high = (0, num_steps - 1) if window is None else (int(window[0]), int(window[1]))
-    if not 0 <= low < high <= num_steps - 1:
-        raise PolicyError(
-            f"sde_window_range={[low, high]} must satisfy 0 <= low < high <= {num_steps - 1} "
-            f"(num_inference_steps - 1: noise drawn at the last step would stay in the video)."
-        )
-    if size is not None and not 1 <= size <= high - low:
-        raise PolicyError(f"sde_window_size={size} must be between 1 and {high - low}, the length of its range.")
-    return low, high

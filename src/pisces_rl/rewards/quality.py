@@ -10,12 +10,13 @@ from torch import Tensor
 from pisces_rl.ot import BankDivergence
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.rewards.contract import check_inputs
+from pisces_rl.rewards.encoder_reward import EncoderReward
 from pisces_rl.rewards.encoders.base import VideoTextEncoder
 from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 
 
-class OTQualityReward:
+class OTQualityReward(EncoderReward):
     """How near a video's embedding x is to that of real videos.
 
         R_q = cosine_weight cos(T(y), x) - divergence_weight F(x)
@@ -35,8 +36,6 @@ class OTQualityReward:
     A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,), differentiable: the gradient of the
     divergence term's sum is that of B times the divergence. Source: arXiv 2602.01624, section 4.1.
     """
-
-    differentiable = True
 
     def __init__(
         self, encoder: VideoTextEncoder | str | Path, ot_map: TransportMap | None = None, *,
@@ -67,16 +66,6 @@ class OTQualityReward:
             blur = default_blur(bank) if blur is None else blur
             self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur)
         self.__name__ = name
-
-    @property
-    def offload(self) -> str | torch.device | None:
-        """The encoder's, see `VideoTextEncoder`."""
-        return self.encoder.offload
-
-    @offload.setter
-    def offload(self, device: str | torch.device | None) -> None:
-        self.encoder.offload = device
-        self.encoder.to("cpu")
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
         check_inputs(prompts, videos)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from pisces_rl.rewards.contract import check_inputs
+from pisces_rl.rewards.encoder_reward import EncoderReward
 from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
 from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 from pisces_rl.rewards.ot_attention import BoundOTAttention, Drawing, OTAttention
 
 
-class OTSemanticReward:
+class OTSemanticReward(EncoderReward):
     """P(match) of a video-text matching model whose cross-attention is fused with transport plans.
 
         R_s = softmax(VTM(A~ x))[match]
@@ -29,8 +30,6 @@ class OTSemanticReward:
     A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,) in [0, 1], differentiable. A prompt
     without words is matched without a plan. Source: arXiv 2602.01624, section 4.2.
     """
-
-    differentiable = True
 
     def __init__(
         self, matcher: VideoTextEncoder | str | Path, attention: OTAttention | None = None, *,
@@ -59,16 +58,6 @@ class OTSemanticReward:
             )
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
-
-    @property
-    def offload(self) -> str | torch.device | None:
-        """The encoder's, see `VideoTextEncoder`."""
-        return self.encoder.offload
-
-    @offload.setter
-    def offload(self, device: str | torch.device | None) -> None:
-        self.encoder.offload = device
-        self.encoder.to("cpu")
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
         return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)

@@ -2,9 +2,10 @@
 
 from .backprop_config import RewardBackpropConfig
 from .backprop_trainer import RewardBackpropTrainer
-from .base import VideoPolicyTrainer, load_pipeline
+from .base import VideoPolicyTrainer
 from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer
+from .loading import load_pipeline
 
 __all__ = [
     "RewardBackpropConfig", "RewardBackpropTrainer", "VideoGRPOConfig", "VideoGRPOTrainer", "VideoPolicyTrainer",

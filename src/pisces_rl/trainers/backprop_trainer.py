@@ -11,8 +11,10 @@ from ..policy import DecodedPart
 from ._trl import EpochRepeatSampler
 from .advantages import nanstd
 from .backprop_config import RewardBackpropConfig
-from .base import VideoPolicyTrainer, check_dataset
+from .base import VideoPolicyTrainer
+from .checks import check_dataset
 from .images import images_of
+from .metrics import add_recorded
 from .seeds import sample_seed
 
 NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
@@ -182,7 +184,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         for i, j in itertools.combinations(range(len(gradients)), 2):
             cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
             metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)
-        self._log_recorded(table)
+        add_recorded(metrics, table)
 
     # --- resume, card ------------------------------------------------------------------------------------------------
 

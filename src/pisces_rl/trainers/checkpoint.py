@@ -1,14 +1,58 @@
-"""Optimizer, schedule and random states on disk, as safetensors and JSON: no pickle."""
+"""Checkpoints: folders that are complete, of states as safetensors and JSON: no pickle."""
 
 import json
 import os
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from .resume import last_checkpoint
+
+
+def write_whole(final: Path, write: Callable[[Path], None], rank: int, publishes: bool) -> None:
+    """Write a checkpoint into a staging folder and rename it: what is named checkpoint-N is always complete.
+
+    Args:
+        write: writes a process's files into the folder given; all processes call it. publishes: whether this process
+            renames the folder.
+
+    Raises:
+        OSError: on every process, where one could not write. An earlier folder of the name is whole.
+    """
+    staging, error = final.with_name(f".incomplete-{final.name}"), None
+    try:
+        write(staging)
+    except (OSError, SafetensorError) as caught:
+        error = f"rank {rank}: {caught}"
+    errors = [e for e in gather_object([error]) if e]
+    if errors:
+        if publishes:
+            shutil.rmtree(staging, ignore_errors=True)
+        last = last_checkpoint(str(final.parent)) or "none"
+        raise OSError(
+            f"checkpoint {final} could not be written ({'; '.join(errors)}). Earlier checkpoints are whole "
+            f"(the last: {last}); free some space, or lower save_total_limit, and resume from it."
+        )
+    if publishes:
+        old = final.with_name(f".incomplete-old-{final.name}")
+        if final.exists():  # resumed from an earlier one
+            os.replace(final, old)
+        os.replace(staging, final)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_incomplete(output_dir: str | os.PathLike) -> None:
+    """What a process that was killed while it wrote has left."""
+    for leftover in Path(output_dir).glob(".incomplete-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def save_tree(tree: Any, path: str | os.PathLike) -> None:

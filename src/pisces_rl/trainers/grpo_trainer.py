@@ -22,7 +22,8 @@ from accelerate.utils import gather_object
 from ..policy import ReplayStep, Rollout, adapters_off
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
-from .base import VideoPolicyTrainer, check_dataset
+from .base import VideoPolicyTrainer
+from .checks import check_dataset
 from .grpo_config import VideoGRPOConfig
 from .images import group_keys, images_of
 from .losses import (
@@ -33,6 +34,7 @@ from .losses import (
     prediction_distance,
     step_weight,
 )
+from .metrics import add_recorded
 from .overlap import OverlappedRewards
 from .seeds import sample_seed
 
@@ -204,7 +206,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         for (i, a), (j, b) in itertools.combinations(enumerate(self.rewards.names), 2):
             if not correlation[i, j].isnan():
                 metrics[f"reward_correlation/{a}/{b}"].append(correlation[i, j].item())
-        self._log_recorded(table)
+        add_recorded(metrics, table)
 
     # --- stage 2: update ---------------------------------------------------------------------------------------------
 

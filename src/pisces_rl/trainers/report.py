@@ -83,3 +83,9 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
 def read_evaluation(path: str | Path) -> dict:
     """One evaluation the trainer wrote, {data set: {"prompts", "scores"}}."""
     return json.loads(Path(path).read_text())["sets"]
+
+
+def run_console() -> Console:
+    """The terminal; where there is none, 120 columns."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)

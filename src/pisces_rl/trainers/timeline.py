@@ -5,6 +5,7 @@ import json
 import os
 import threading
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import pairwise
@@ -170,6 +171,14 @@ class Timeline:
         temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
         os.replace(temporary, path)
 
+    def leave_trace(self, folder: str | os.PathLike) -> None:
+        """`write_trace` into trace_rankN.json, also where a run broke off; a run does not end for want of it."""
+        path = Path(folder) / f"trace_rank{self.rank}.json"
+        try:
+            self.write_trace(path)
+        except OSError as error:
+            warnings.warn(f"{path} could not be written: {error}.", stacklevel=2)
+
     def _lane(self) -> _Lane:
         if threading.get_ident() == self.owner:
             return self.main
@@ -196,6 +205,12 @@ def grouped(parts: dict[str, float]) -> dict[str, float]:
     for name, seconds in parts.items():
         sums[name.partition("/")[0]] += seconds
     return dict(sums)
+
+
+def mean_parts(processes: list[dict[str, float]]) -> dict[str, float]:
+    """`Timeline.parts` of several processes, a mean over them."""
+    names = dict.fromkeys(name for parts in processes for name in parts)
+    return {name: sum(own.get(name, 0.0) for own in processes) / len(processes) for name in names}
 
 
 def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:

@@ -58,7 +58,7 @@ class TransportMap:
         if x.shape[-1:] != (dimension,):
             raise ValueError(f"x: expected (..., {dimension}), got {tuple(x.shape)}.")
         with exact_products(x.device):
-            x = self._normalised(x if x.dtype == torch.float64 else x.float())
+            x = self.normalised(x if x.dtype == torch.float64 else x.float())
             return self._map(x.reshape(-1, dimension)).reshape(x.shape)
 
     def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -76,9 +76,10 @@ class TransportMap:
         if not isinstance(x, Tensor) or x.ndim != 2 or len(x) < 2 or not x.isfinite().all():
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"{name}: expected two or more finite points (n, D), got {found}.")
-        return self._normalised(x.detach().cpu().double())
+        return self.normalised(x.detach().cpu().double())
 
-    def _normalised(self, x: Tensor) -> Tensor:
+    def normalised(self, x: Tensor) -> Tensor:
+        """Points (..., D) as `normalise` says."""
         return torch.nn.functional.normalize(x, dim=-1) if self.normalise == "l2" else x
 
     def save(self, folder: str | Path) -> None:

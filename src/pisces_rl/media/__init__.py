@@ -1,0 +1,14 @@
+"""Videos as files to look at: mp4, GIF, contact sheets, and animated images for TensorBoard.
+
+A video is a float tensor (F, 3, H, W) in [0, 1], a batch (B, F, 3, H, W). Values outside [0, 1] are clipped, values
+that are not finite are an error. Files appear whole or not at all.
+"""
+
+from .encoding import add_gif, gif_bytes, gif_summary, save_gif, save_video
+from .reading import load_image, load_video
+from .sheets import before_after_sheet, contact_sheet
+
+__all__ = [
+    "add_gif", "before_after_sheet", "contact_sheet", "gif_bytes", "gif_summary", "load_image", "load_video",
+    "save_gif", "save_video",
+]

@@ -1,0 +1,129 @@
+"""Videos as mp4 and GIF files, and as animated images for TensorBoard."""
+
+import io
+import math
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .pixels import enlarge, pixels
+from .whole_files import atomically
+
+_CODECS = (("libx264", {"crf": "14", "preset": "veryfast"}), ("h264", {}), ("mpeg4", {"qscale": "2"}))
+
+
+def save_video(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 256) -> Path:
+    """Write one video as mp4 (H.264 with yuv420p where PyAV has an encoder for it, else MPEG-4).
+
+    Args:
+        video: (F, 3, H, W) float in [0, 1].
+        path: of the file; its folder is made.
+        fps: frames per second.
+        min_size: the shorter side is enlarged to at least this many pixels, by a whole factor and nearest neighbour; 0
+            keeps the size. Odd sides get one more row or column, since yuv420p needs even ones.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: a video of another shape or dtype, or with values that are not finite; fps not positive.
+    """
+    frames = pixels("video", video, 4)
+    if not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"fps={fps!r} must be a positive number, for instance 8.")
+    frames = enlarge(frames, min_size)
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    return atomically(path, lambda file: _encode(frames, file, fps))
+
+
+def save_gif(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 256) -> Path:
+    """Write one video (F, 3, H, W) in [0, 1] as a GIF that loops; arguments and errors as `save_video`'s."""
+    data = gif_bytes(video, fps, min_size)
+    return atomically(path, lambda file: file.write(data))
+
+
+def gif_bytes(video: Tensor, fps: float = 8, min_size: int = 0) -> bytes:
+    """One video (F, 3, H, W) in [0, 1] as the bytes of a GIF; arguments and errors as `save_video`'s.
+
+    A GIF counts time in hundredths of a second, so the frame rate is rounded to 100 / round(100 / fps);
+    a frame that equals the one before it is stored as a longer one.
+    """
+    frames = enlarge(pixels("video", video, 4), min_size)
+    if not (fps > 0 and math.isfinite(fps)):
+        raise ValueError(f"fps={fps!r} must be a positive number, for instance 8.")
+    # one palette for all frames: the colours of a still object must not flicker
+    strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
+    palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    images = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in frames]
+    buffer = io.BytesIO()
+    images[0].save(
+        buffer, "GIF", save_all=True, append_images=images[1:], duration=10 * max(1, round(100 / fps)), loop=0
+    )
+    return buffer.getvalue()
+
+
+def add_gif(writer, tag: str, videos: Tensor, step: int, fps: float = 8) -> None:
+    """Log videos to TensorBoard as one animated image.
+
+    torch's own `SummaryWriter.add_video` needs a module that moviepy no longer has, so the GIF goes in as an image.
+
+    Args:
+        writer: a `torch.utils.tensorboard.SummaryWriter`.
+        tag: name of the image.
+        videos: (F, 3, H, W) or (B, F, 3, H, W) float in [0, 1]; a batch is laid out as a grid.
+        step: of training.
+        fps: frames per second.
+
+    Raises:
+        ValueError: videos of another shape or dtype, or with values that are not finite.
+    """
+    writer._get_file_writer().add_summary(gif_summary(tag, videos, fps), step)
+
+
+def gif_summary(tag: str, videos: Tensor, fps: float = 8):
+    """The protobuf that `add_gif` writes: a TensorBoard image summary whose bytes are a GIF; arguments as there."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    if isinstance(videos, Tensor) and videos.ndim == 5:
+        videos = _grid(videos)
+    data = gif_bytes(videos, fps)
+    height, width = videos.shape[-2:]
+    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=data)
+    return Summary(value=[Summary.Value(tag=tag, image=image)])
+
+
+def _encode(frames: np.ndarray, file, fps: float) -> None:
+    """frames (F, H, W, 3) uint8 with even sides -> an mp4 in an open file."""
+    codec, options = next((c, o) for c, o in _CODECS if has_encoder(c))
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=_rate(fps), options=options)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _rate(fps: float):
+    return Fraction(fps).limit_denominator(1001)
+
+
+def has_encoder(name: str) -> bool:
+    try:
+        return av.Codec(name, "w") is not None
+    except Exception:  # the class that PyAV raises has moved between versions
+        return False
+
+
+def _grid(videos: Tensor) -> Tensor:
+    """(B, F, 3, H, W) -> (F, 3, rows * H, columns * W), missing cells mid-gray."""
+    columns = math.ceil(math.sqrt(len(videos)))
+    rows = math.ceil(len(videos) / columns)
+    missing = videos.new_full((rows * columns - len(videos), *videos.shape[1:]), 0.5)
+    cells = torch.cat([videos, missing]).unflatten(0, (rows, columns))
+    return cells.permute(2, 3, 0, 4, 1, 5).flatten(4, 5).flatten(2, 3)

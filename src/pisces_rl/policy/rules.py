@@ -1,0 +1,61 @@
+"""What a pipeline and a policy's settings must keep; a PolicyError says which rule is broken."""
+
+import inspect
+from collections.abc import Sequence
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from .guider import has_guider
+from .offload import kind_of
+from .scheduler import PolicyError
+
+
+def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by name; a PolicyError where it has none, or lacks what else a policy needs."""
+    found = {
+        name: component for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and kind_of(name) == "denoiser"
+    }
+    if not found:
+        raise PolicyError(
+            f"{type(pipeline).__name__} has no component named transformer or unet (it has "
+            f"{sorted(pipeline.components)}); a policy needs a denoiser."
+        )
+    for need in ("scheduler", "encode_prompt"):
+        if not hasattr(pipeline, need):
+            raise PolicyError(f"{type(pipeline).__name__} has no {need}; a policy needs one.")
+    return found
+
+
+def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
+    """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
+    known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    for name, value in kwargs.items():
+        if name not in known and not (name == "guidance_scale" and has_guider(pipeline)):
+            raise PolicyError(
+                f"{type(pipeline).__name__} takes no argument {name!r}; it takes {sorted(set(known) - {'self'})}."
+            )
+        if name in ("callback_on_step_end", "callback", "latents", "generator") and value is not None:
+            raise PolicyError(f"pipeline argument {name!r} would change the policy's latents or noise; leave it out.")
+        if name.startswith("num_") and name.endswith("_per_prompt") and value != 1:
+            raise PolicyError(f"{name}={value}: repeat the prompt instead, one row a video.")
+    for name in ("prompt", "generator", "output_type", "num_inference_steps"):
+        if name not in known:
+            raise PolicyError(f"{type(pipeline).__name__}.__call__ has no argument {name!r}; a policy needs it.")
+    return kwargs
+
+
+def checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:
+    """[low, high) of the steps that may be trained; the last step is never stochastic."""
+    if num_steps == 1 and size is None and window is None:
+        return 0, 0  # it samples, and carries gradients, but has no step to draw
+    low, high = (0, num_steps - 1) if window is None else (int(window[0]), int(window[1]))
+    if not 0 <= low < high <= num_steps - 1:
+        raise PolicyError(
+            f"sde_window_range={[low, high]} must satisfy 0 <= low < high <= {num_steps - 1} "
+            f"(num_inference_steps - 1: noise drawn at the last step would stay in the video)."
+        )
+    if size is not None and not 1 <= size <= high - low:
+        raise PolicyError(f"sde_window_size={size} must be between 1 and {high - low}, the length of its range.")
+    return low, high

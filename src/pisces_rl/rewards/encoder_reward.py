@@ -1,0 +1,22 @@
+"""What rewards that are one video-text encoder's share."""
+
+import torch
+
+from pisces_rl.rewards.encoders.base import VideoTextEncoder
+
+
+class EncoderReward:
+    """A differentiable reward whose weights are those of `encoder`."""
+
+    differentiable = True
+    encoder: VideoTextEncoder
+
+    @property
+    def offload(self) -> str | torch.device | None:
+        """The encoder's, see `VideoTextEncoder`."""
+        return self.encoder.offload
+
+    @offload.setter
+    def offload(self, device: str | torch.device | None) -> None:
+        self.encoder.offload = device
+        self.encoder.to("cpu")

@@ -1,0 +1,62 @@
+"""What must hold before a model is loaded: data sets of prompts, rewards, settings that need each other."""
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ..rewards import RewardPanel
+from .video_data import check_videos
+
+
+def check_dataset(name: str, dataset, several: bool = False) -> None:
+    """A data set of prompts (where `several` may be: or a dict of them), or a ValueError that says what is missing."""
+    if several and isinstance(dataset, dict):
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part)
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset with a `prompt` column.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one prompt.")
+    for row, prompt in enumerate(dataset["prompt"]):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name} row {row}: prompt is {prompt!r}; every prompt must be a string.")
+
+
+def check_consistency(args, video_dataset) -> None:
+    """A ValueError where the consistency term has a weight without videos, videos without a weight, or wrong ones."""
+    if bool(args.consistency_weight) != (video_dataset is not None):
+        raise ValueError(
+            f"consistency_weight={args.consistency_weight}, and video_dataset is a "
+            f"{type(video_dataset).__name__}: the consistency term needs both, or leave both out."
+        )
+    if video_dataset is not None:
+        check_videos(video_dataset)
+
+
+def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:
+    """(R,) weights of the rewards, 1 each by default; a ValueError where there is no reward, or not one for each."""
+    if not len(rewards) and not may_lack_rewards:
+        raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
+    weights = weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
+        raise ValueError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards; give one each.")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def settle_evaluation(args, eval_dataset, rewards: RewardPanel) -> None:
+    """Sets what `args` leaves open of evaluation; a ValueError where it asks for what cannot be measured."""
+    if eval_dataset is None:
+        args.eval_on_start = False
+        if args.eval_strategy != "no":
+            raise ValueError(f"eval_strategy={str(args.eval_strategy.value)!r} needs an eval_dataset.")
+    if args.load_best_model_at_end and args.metric_for_best_model == "loss":
+        args.metric_for_best_model, args.greater_is_better = "reward", True
+    if args.load_best_model_at_end and args.metric_for_best_model == "reward" and not len(rewards):
+        raise ValueError(
+            "load_best_model_at_end=True, but without rewards nothing says which model is best: set "
+            "metric_for_best_model to a judge, for instance 'judges/NAME/mean' (with several evaluation sets "
+            "'SET_judges/NAME/mean')."
+        )

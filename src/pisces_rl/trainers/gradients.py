@@ -1,0 +1,52 @@
+"""The adapter's gradients: averaged over processes in one message; their norms, denoiser by denoiser."""
+
+import warnings
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+def average_gradients(adapter: dict[str, nn.Parameter], accelerator: Accelerator, context_parallel: int) -> None:
+    """The mean over videos, of the sum over the `context_parallel` processes that share a video's tokens.
+
+    A gradient that is None, as where every sample had advantage 0, becomes 0: the optimizer then takes the same step
+    (of its momentum) on one process as on several.
+    """
+    for parameter in adapter.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if accelerator.num_processes == 1:
+        return
+    flat = torch.cat([p.grad.flatten() for p in adapter.values()])
+    flat = accelerator.reduce(flat, reduction="mean") * context_parallel
+    offset = 0
+    for parameter in adapter.values():
+        parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
+        offset += parameter.numel()
+
+
+class ExpertGradients:
+    """Gradient norms of a pipeline's denoisers; says once of each that no trained denoising step called it.
+
+    Args:
+        adapter: {"DENOISER.parameter": trained parameter}. names: of the denoisers that have an adapter.
+    """
+
+    def __init__(self, adapter: dict[str, nn.Parameter], names: list[str]):
+        self.parameters = {n: [p for key, p in adapter.items() if key.startswith(f"{n}.")] for n in names}
+        self.idle: set[str] = set()  # of which it was said
+
+    def norms(self, step: int) -> dict[str, float]:
+        """{denoiser: norm of its adapter's gradient} at an optimizer step."""
+        norms = {name: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in own]))).item()
+                 for name, own in self.parameters.items()}
+        idle = [name for name, norm in norms.items() if norm == 0 and name not in self.idle]
+        if idle and any(norms.values()):
+            self.idle.update(idle)
+            warnings.warn(
+                f"no trained denoising step called {idle[0]} at optimizer step {step}, so its adapter got no "
+                "gradient. Where that is always so, let the trained steps reach its part of the schedule "
+                "(sde_window_range, last_steps), or leave it out of lora_denoisers.", stacklevel=2,
+            )
+        return norms

@@ -1,0 +1,98 @@
+"""Whether a checkpoint can be resumed: it is one, and of the same trainer, model, adapter and batches."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.trainer_utils import get_last_checkpoint
+
+from ..policy import VideoPolicy
+
+
+def last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+
+
+def requested_checkpoint(output_dir: str, checkpoint: str | bool | None) -> str | None:
+    """The folder to resume from; a ValueError where there is none, or it is not a checkpoint."""
+    if checkpoint in (None, False, "", "False", "false"):
+        return None
+    if checkpoint in (True, "True", "true"):
+        last = last_checkpoint(output_dir)
+        if last is None:
+            raise ValueError(f"resume_from_checkpoint=True, but output_dir={output_dir!r} holds no checkpoint.")
+        return last
+    if not os.path.isfile(os.path.join(checkpoint, "policy.json")):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is not a checkpoint of this package (no policy.json in it); "
+            "pass an output_dir/checkpoint-N folder, or True for the last one."
+        )
+    return str(checkpoint)
+
+
+def run_identity(trainer: str, model: str, policy: VideoPolicy, batches: dict[str, int]) -> dict:
+    """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted.
+
+    Args:
+        trainer: its name. model: where the pipeline is from. batches: settings by which the position in the data is
+            counted.
+    """
+    denoisers = policy.denoiser
+    return {
+        "trainer": trainer,
+        "model": model,
+        "pipeline": type(policy.pipeline).__name__,
+        "denoisers": {name: _architecture(module) for name, module in denoisers.items()},
+        "weights": {name: _weights_digest(module) for name, module in denoisers.items()},
+        "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
+        "batches": batches,
+    }
+
+
+def check_same_run(checkpoint: str, own: dict) -> None:
+    """A ValueError that says in what the checkpoint differs from the run of identity `own`."""
+    saved = json.loads((Path(checkpoint) / "policy.json").read_text())
+    if saved.get("trainer", own["trainer"]) != own["trainer"]:
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is a run of {saved['trainer']}, not of {own['trainer']}: resume "
+            "it with the trainer that wrote it."
+        )
+    if (saved["pipeline"], saved["denoisers"]) != (own["pipeline"], own["denoisers"]):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
+            f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
+        )
+    differences = (("weights", "other base weights"), ("lora_scale", "another lora_alpha or other lora_denoisers"))
+    for key, what in differences:
+        if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
+            raise ValueError(
+                f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
+                f"mean something else. It was made from {saved['model']!r}."
+            )
+    for name, value in own["batches"].items():
+        if saved["batches"][name] != value:
+            raise ValueError(
+                f"{name}={value}, but resume_from_checkpoint={checkpoint!r} was saved with "
+                f"{saved['batches'][name]}: the position in the data would be another. Keep it, or start anew."
+            )
+
+
+def _architecture(module: nn.Module) -> str:
+    """A digest of a module's config, without where it was loaded from."""
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _weights_digest(module: nn.Module) -> str:
+    """A digest of some of a module's own weights, the same in fp32 and bf16."""
+    weights = [p for name, p in sorted(module.named_parameters()) if "lora_" not in name]
+    some = weights[:: max(1, len(weights) // 8)]
+    parts = [p.detach().flatten()[:256].float().cpu().bfloat16().float() for p in some]
+    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()
+
+
+def _lora_scale(module: nn.Module) -> list[float]:
+    return sorted({config.lora_alpha / config.r for config in getattr(module, "peft_config", {}).values()})
