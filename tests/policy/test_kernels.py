@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from pisces_rl.policy.kernels import modulated_norm, modulated_norm_backward, rotated_heads, rotated_heads_backward
 from pisces_rl.policy.linear import NormProduct
 from pisces_rl.policy.products import fuse_products, unfuse_products
-from pisces_rl.policy.wan_block import FewPassesWanBlock, _RotatedHeads
+from pisces_rl.policy.wan_block import FewPassesWanBlock, _NormHeads, _RotatedHeads
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -61,19 +61,42 @@ def test_the_gradient_of_rotated_heads():
     )
 
 
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_gradient_of_heads_after_a_norm(lora):
+    torch.manual_seed(0)
+    x, scale, shift = draw(2, 3, 8), draw(2, 8), draw(2, 8)
+    weight, bias, a, b = draw(24, 8), draw(24), draw(2, 8), draw(24, 2)
+    if not lora:
+        a = b = None
+    last = (draw(8), draw(8), *angles(3, 4), 1e-6, torch.float64)
+
+    def apart(x, a, b):
+        x, qkv = NormProduct.apply(x, None, None, scale, shift, 1e-6, weight, bias, a, b, False)
+        return x, *_RotatedHeads.apply(qkv.view(2, 3, 24), *last)
+
+    def ours(x, a, b):
+        return _NormHeads.apply(x, scale, shift, 1e-6, weight, bias, a, b, *last)
+
+    inputs = [t if t is None else t.requires_grad_() for t in (x, a, b)]
+    for mine, theirs in zip(ours(*inputs), apart(*inputs)):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.autograd.gradcheck(ours, inputs)
+
+
 def test_the_operators_are_whole():
     torch.manual_seed(0)
     x, y, gate, scale, shift, a = (
         draw(*s, dtype=torch.float32) for s in ((2, 3, 8), (2, 3, 8), *[(2, 8)] * 3, (2, 8))
     )
     qkv, weight, (cos, sin) = draw(2, 3, 24, dtype=torch.float32), scale[0], angles(3, 4, torch.float32)
-    heads = draw(2, 3, 2, 4, dtype=torch.float32)
+    heads, b = draw(2, 3, 2, 4, dtype=torch.float32), draw(24, 2, dtype=torch.float32)
     for operator, arguments in (
         (modulated_norm, (x, y, gate, scale, shift, 1e-6, a, torch.float32)),
         (modulated_norm, (x, None, None, scale, shift, 1e-6, None, torch.bfloat16)),
         (modulated_norm_backward, (x, y, x.flatten(0, 1), gate, scale, 1e-6)),
         (rotated_heads, (qkv, weight, weight, cos, sin, 1e-6, torch.float32)),
-        (rotated_heads_backward, (qkv, heads, heads, heads, weight, weight, cos, sin, 1e-6)),
+        (rotated_heads_backward, (qkv, heads, heads, heads, weight, weight, cos, sin, 1e-6, None)),
+        (rotated_heads_backward, (qkv, heads, heads, heads, weight, weight, cos, sin, 1e-6, b)),
     ):
         torch.library.opcheck(operator, arguments)
 
@@ -148,7 +171,9 @@ SCRIPT = """
             cos, sin = angle.cos(), angle.sin()
             grads = [draw(batch, heads, length, size, dtype=out).transpose(1, 2) for _ in range(3)]
             close(both(kernels.rotated_heads, qkv, weight_q, weight_k, cos, sin, 1e-6, out), out)
-            close(both(kernels.rotated_heads_backward, qkv, *grads, weight_q, weight_k, cos, sin, 1e-6), out)
+            b = draw(3 * heads * size, 5, dtype=out) / size
+            for b in (None, b):
+                close(both(kernels.rotated_heads_backward, qkv, *grads, weight_q, weight_k, cos, sin, 1e-6, b), out)
     print("agree")
 """
 

@@ -154,29 +154,37 @@ def _(qkv, weight_q, weight_k, cos, sin, eps, dtype):
 @operator
 def rotated_heads_backward(
     qkv: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor,
-    sin: Tensor, eps: float,
+    sin: Tensor, eps: float, b: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of qkv (B, L, 3 H d) from those of the rotated queries and keys and of the values (B, L, H, d)."""
+    """[g, g b] (B L, 3 H d + R) of the gradient g of qkv, from those of queries, keys and values (B, L, H, d).
+
+    Args:
+        b: (3 H d, R); None leaves g alone.
+    """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-    out = torch.empty_like(qkv)
+    joined = _wide(batch * length, 3 * width + (0 if b is None else b.shape[1]), qkv, qkv.dtype)
+    out = joined[:, : 3 * width]
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grads = [g.contiguous() for g in (grad_q, grad_k, grad_v)]
         grid, options = _launch_heads(grads[0])
         _rotated_heads_backward[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, batch * length, length,
-                                      grad_q.shape[2], eps, **options)  # fmt: skip
-        return out
-    parts = out.split(width, -1)
-    for part, x, grad, weight in zip(parts, qkv.split(width, -1), (grad_q, grad_k), (weight_q, weight_k)):
-        x, grad = _precise(x), _rotated(_precise(grad), cos, -sin).flatten(2) * weight
-        inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        part.copy_(inverse * grad - x * inverse**3 * (grad * x).mean(-1, keepdim=True))
-    parts[2].copy_(grad_v.flatten(2))
-    return out
+                                      grad_q.shape[2], out.stride(0), eps, **options)  # fmt: skip
+    else:
+        parts = out.split(width, -1)
+        for part, x, grad, weight in zip(parts, qkv.split(width, -1), (grad_q, grad_k), (weight_q, weight_k)):
+            x, grad = _precise(x), _rotated(_precise(grad), cos, -sin).flatten(2) * weight
+            inverse = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+            part.copy_((inverse * grad - x * inverse**3 * (grad * x).mean(-1, keepdim=True)).flatten(0, 1))
+        parts[2].copy_(grad_v.flatten(2).flatten(0, 1))
+    if b is not None:
+        torch.mm(out, b, out=joined[:, 3 * width :])
+    return joined
 
 
 @torch.library.register_fake("pisces_rl::rotated_heads_backward")
-def _(qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cos, sin, eps):
-    return torch.empty_like(qkv)
+def _(qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cos, sin, eps, b):
+    width = qkv.shape[2] + (0 if b is None else b.shape[1])
+    return _wide(qkv.shape[0] * qkv.shape[1], width, qkv, qkv.dtype)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -295,7 +303,7 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads_backward(
-        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, rows, length, heads, eps,
+        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, rows, length, heads, out_stride, eps,
         BLOCK_H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
     ):  # fmt: skip
         head = tl.arange(0, BLOCK_H)[:, None]
@@ -321,6 +329,6 @@ if triton is not None:
                 inverse = _inverse_length(x, width, eps)
                 normed = x * inverse
                 grad = inverse * (grad - normed * (tl.sum(tl.sum(grad * normed, 1), 0) / width))
-                tl.store(out + 3 * start + which * width + at, grad.to(out.dtype.element_ty), mask=inside)
+                tl.store(out + row * out_stride + which * width + at, grad.to(out.dtype.element_ty), mask=inside)
             values = tl.load(grad_v + start + at, mask=inside, other=0.0)
-            tl.store(out + 3 * start + 2 * width + at, values.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + row * out_stride + 2 * width + at, values.to(out.dtype.element_ty), mask=inside)

@@ -37,22 +37,31 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _linear(joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None, gelu: bool) -> Tensor:
+def linear(joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None, gelu: bool) -> Tensor:
     weights = weight if b is None else torch.cat([weight, b], 1)
     return gelu_product(joined, weights, bias) if gelu else F.linear(joined, weights, bias)
 
 
-def _linear_backward(
-    grad: Tensor, joined: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool
+def gelu_argument_gradient(
+    grad: Tensor, joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None
+) -> Tensor:
+    """From the gradient of GELU(z) that of z, computed again."""
+    return torch.ops.aten.gelu_backward(grad, linear(joined, weight, bias, b, False), approximate="tanh")
+
+
+def with_product(grad: Tensor, b: Tensor | None) -> Tensor:
+    """[g, g B], or g without an adapter."""
+    return grad if b is None else torch.cat([grad, grad @ b], 1)
+
+
+def linear_backward(
+    grads: Tensor, joined: Tensor, weight: Tensor, a: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B, where joined is [x, x A^T]."""
-    if gelu:
-        grad = torch.ops.aten.gelu_backward(grad, _linear(joined, weight, bias, b, False), approximate="tanh")
+    """The gradients of x, A and B from [g, g B] and [x, x A^T]."""
     if a is None:
-        return grad @ weight, None, None
-    x, u = joined.split([weight.shape[1], len(a)], 1)
-    grad_u = grad @ b
-    return torch.cat([grad, grad_u], 1) @ torch.cat([weight, a]), grad_u.T @ x, grad.T @ u
+        return grads @ weight, None, None
+    (grad, grad_u), (x, u) = (t.split([n, len(a)], 1) for t, n in zip((grads, joined), weight.shape))
+    return grads @ torch.cat([weight, a]), grad_u.T @ x, grad.T @ u
 
 
 class Product(torch.autograd.Function):
@@ -62,13 +71,15 @@ class Product(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool):
         ctx.save_for_backward(x, weight, bias, a, b)
         ctx.gelu = gelu
-        return _linear(x if a is None else torch.cat([x, x @ a.T], 1), weight, bias, b, gelu)
+        return linear(x if a is None else torch.cat([x, x @ a.T], 1), weight, bias, b, gelu)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         x, weight, bias, a, b = ctx.saved_tensors
         joined = x if a is None else torch.cat([x, x @ a.T], 1)
-        grad_x, grad_a, grad_b = _linear_backward(grad, joined, weight, bias, a, b, ctx.gelu)
+        if ctx.gelu:
+            grad = gelu_argument_gradient(grad, joined, weight, bias, b)
+        grad_x, grad_a, grad_b = linear_backward(with_product(grad, b), joined, weight, a)
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -87,12 +98,14 @@ class NormProduct(torch.autograd.Function):
         total = x if y is None else total
         ctx.save_for_backward(total, gate, scale, joined, weight, bias, a, b)
         ctx.eps, ctx.gelu, ctx.y_dtype = eps, gelu, None if y is None else y.dtype
-        return total, _linear(joined, weight, bias, b, gelu)
+        return total, linear(joined, weight, bias, b, gelu)
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, grad: Tensor):
-        total, gate, scale, *product = ctx.saved_tensors
-        grad_n, grad_a, grad_b = _linear_backward(grad, *product, ctx.gelu)
+        total, gate, scale, joined, weight, bias, a, b = ctx.saved_tensors
+        if ctx.gelu:
+            grad = gelu_argument_gradient(grad, joined, weight, bias, b)
+        grad_n, grad_a, grad_b = linear_backward(with_product(grad, b), joined, weight, a)
         grad_x, grad_y = modulated_norm_backward(total, grad_total, grad_n, gate, scale, ctx.eps)
         if ctx.y_dtype is not None:
             grad_y = (grad_x if gate is None else grad_y).to(ctx.y_dtype)
@@ -101,7 +114,7 @@ class NormProduct(torch.autograd.Function):
         return grad_x, grad_y, None, None, None, None, None, None, grad_a, grad_b, None
 
 
-def _gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
     """W, b, A and s B of layers side by side."""
     a = b = None
     bases = layers
@@ -128,7 +141,7 @@ def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
     """[layer(x) for layer in layers] side by side, (..., sum of out); of layers that `are_one_product`."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y = Product.apply(x.flatten(0, -2).to(dtype), *_gathered(layers, dtype), gelu)
+        y = Product.apply(x.flatten(0, -2).to(dtype), *gathered(layers, dtype), gelu)
     return y.unflatten(0, x.shape[:-1])
 
 
@@ -139,7 +152,7 @@ def norm_product(
     """x' = x + gate * y and the `product` of its layer norm * scale + shift; x and y (B, L, D), the others (B, D)."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        x, out = NormProduct.apply(x, y, gate, scale, shift, eps, *_gathered(layers, dtype), gelu)
+        x, out = NormProduct.apply(x, y, gate, scale, shift, eps, *gathered(layers, dtype), gelu)
     return x, out.unflatten(0, x.shape[:2])
 
 

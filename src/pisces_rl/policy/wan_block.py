@@ -11,8 +11,17 @@ from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2Attn
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor, WanTransformerBlock
 from torch import Tensor, nn
 
-from .kernels import rotated_heads, rotated_heads_backward
-from .linear import OneProductGELU, are_one_product, compute_dtype, norm_product, product
+from .kernels import modulated_norm, modulated_norm_backward, rotated_heads, rotated_heads_backward
+from .linear import (
+    OneProductGELU,
+    are_one_product,
+    compute_dtype,
+    gathered,
+    linear,
+    linear_backward,
+    norm_product,
+    product,
+)
 
 
 class _RotatedHeads(torch.autograd.Function):
@@ -28,20 +37,65 @@ class _RotatedHeads(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor):
         qkv, *rest = ctx.saved_tensors
-        return rotated_heads_backward(qkv, grad_q, grad_k, grad_v, *rest, ctx.eps), *[None] * 6
+        grad = rotated_heads_backward(qkv, grad_q, grad_k, grad_v, *rest, ctx.eps, None)
+        return grad.view(qkv.shape), *[None] * 6
 
 
-def _self_attention(attn: nn.Module, qkv: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention of projections (B, L, 3 H d), before its output projection, (B, L, H d)."""
+class _NormHeads(torch.autograd.Function):
+    """x, handed on, and the heads of the product of its modulated norm: `linear.NormProduct`, then `_RotatedHeads`.
+
+    In one function, since the gradient of the product is then written beside its own product with B.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None,
+        a: Tensor | None, b: Tensor | None, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
+        heads_eps: float, dtype: torch.dtype,
+    ):  # fmt: skip
+        heads = weight_q, weight_k, cos, sin
+        _, joined = modulated_norm(x, None, None, scale, shift, eps, a, weight.dtype)
+        qkv = linear(joined, weight, bias, b, False).unflatten(0, x.shape[:2])
+        q, k = rotated_heads(qkv, *heads, heads_eps, dtype)
+        ctx.save_for_backward(x, scale, joined, qkv, weight, a, b, *heads)
+        ctx.eps, ctx.heads_eps = eps, heads_eps
+        return x, q, k, qkv[..., 2 * qkv.shape[2] // 3 :].view(q.shape)
+
+    @staticmethod
+    def backward(ctx, grad_x: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor):
+        x, scale, joined, qkv, weight, a, b, *heads = ctx.saved_tensors
+        grads = rotated_heads_backward(qkv, grad_q, grad_k, grad_v, *heads, ctx.heads_eps, b)
+        grad_n, grad_a, grad_b = linear_backward(grads, joined, weight, a)
+        grad_x, _ = modulated_norm_backward(x, grad_x, grad_n, None, scale, ctx.eps)
+        return grad_x, *[None] * 5, grad_a, grad_b, *[None] * 6
+
+
+def _norm_and_angles(attn: nn.Module, x: Tensor, dtype: torch.dtype, rotary: tuple[Tensor, Tensor]) -> tuple:
+    """What `_RotatedHeads` takes beside projections of this dtype, of x."""
+    weights = attn.norm_q.weight, attn.norm_k.weight
+    dtype = compute_dtype(x, torch.promote_types(dtype, weights[0].dtype))
+    return *weights, *(angles.flatten(0, 2) for angles in rotary), attn.norm_q.eps, dtype
+
+
+def _norm_heads(
+    x: Tensor, scale: Tensor, shift: Tensor, eps: float, attn: nn.Module, rotary: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (B, L, D) and self attention's heads (B, L, H, d) of its layer norm * scale + shift, each (B, D)."""
+    dtype = compute_dtype(x)
+    heads = _norm_and_angles(attn, x, dtype, rotary)
+    with torch.autocast(x.device.type, enabled=False):
+        layers = gathered([attn.to_q, attn.to_k, attn.to_v], dtype)
+        return _NormHeads.apply(x, scale, shift, eps, *layers, *heads)
+
+
+def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of heads (B, L, H, d), in the dtype of v and before its output projection, (B, L, H d)."""
     processor = attn.processor
-    cos, sin = (angles.flatten(0, 2) for angles in rotary)
-    dtype = compute_dtype(qkv, torch.promote_types(qkv.dtype, attn.norm_q.weight.dtype))
-    q, k, v = _RotatedHeads.apply(qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.norm_q.eps, dtype)
     x = dispatch_attention_fn(
-        q, k, v.to(dtype), attn_mask=mask, dropout_p=0.0, is_causal=False, backend=processor._attention_backend,
+        q, k, v.to(q.dtype), attn_mask=mask, dropout_p=0.0, is_causal=False, backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
     )  # fmt: skip
-    return x.flatten(2, 3).type_as(qkv)
+    return x.flatten(2, 3).to(v.dtype)
 
 
 def _cross_attention(attn: nn.Module, q: Tensor, context: Tensor) -> Tensor:
@@ -71,8 +125,9 @@ class _OneProductAttention:
         layers = [attn.to_q, attn.to_k, attn.to_v]
         if encoder_hidden_states is not None or not are_one_product(layers) or not _rotates(attn, rotary_emb):
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
-        x = _self_attention(attn, product(hidden_states, layers), attention_mask, rotary_emb)
-        return _output(attn, x)
+        qkv = product(hidden_states, layers)
+        heads = _RotatedHeads.apply(qkv, *_norm_and_angles(attn, qkv, qkv.dtype, rotary_emb))
+        return _output(attn, _self_attention(attn, *heads, attention_mask))
 
 
 class OneProductWanProcessor(_OneProductAttention, WanAttnProcessor):
@@ -94,8 +149,8 @@ class _FewPassesBlock:
         ):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, *mask)
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).unbind(1)
-        x, qkv = norm_product(hidden_states, None, None, 1 + scale, shift, self.norm1.eps, first)
-        y = _output(attn, _self_attention(attn, qkv, *(mask or (None,)), rotary_emb))
+        x, *heads = _norm_heads(hidden_states, 1 + scale, shift, self.norm1.eps, attn, rotary_emb)
+        y = _output(attn, _self_attention(attn, *heads, *(mask or (None,))))
         weight, bias = (p.float().expand(len(temb), -1) for p in (self.norm2.weight, self.norm2.bias))
         x, q = norm_product(x, y, gate, weight, bias, self.norm2.eps, second)
         y = _output(cross, _cross_attention(cross, q, encoder_hidden_states))
