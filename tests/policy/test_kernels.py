@@ -126,6 +126,17 @@ def test_a_block_is_diffusers_own(change):
     torch.testing.assert_close(block(x, text, temb, rotary), expected, rtol=0, atol=0)
 
 
+def test_bf16_products_on_a_cpu_read_no_rubbish():
+    """They read on behind a row's end: what lies there must be a number."""
+    torch.manual_seed(0)
+    for _ in range(20):
+        rubbish = torch.full((22, 192), torch.nan, dtype=torch.bfloat16)
+        x, scale, a = (draw(*s, dtype=torch.bfloat16) for s in ((2, 11, 144), (2, 144), (5, 144)))
+        del rubbish
+        joined = modulated_norm(x, None, None, scale.float(), scale.float(), 1e-6, a, torch.bfloat16)[1]
+        assert joined.isfinite().all()
+
+
 SCRIPT = """
     import sys
     import torch

@@ -43,7 +43,9 @@ def serves(x: Tensor) -> bool:
 
 def _wide(rows: int, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
     """(rows, width), each row beginning at a multiple of 128 bytes."""
-    return torch.empty(rows, -(-width // 64) * 64, device=like.device, dtype=dtype)[:, :width]
+    # On a CPU products in bf16 read on behind a row's end, and make NaN of what is none.
+    new = torch.empty if like.device.type == "cuda" else torch.zeros
+    return new(rows, -(-width // 64) * 64, device=like.device, dtype=dtype)[:, :width]
 
 
 def _precise(x: Tensor) -> Tensor:
