@@ -97,7 +97,8 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
                 errors.append((step.log_prob.detach() - old).abs().max())
                 step.log_prob.mean().backward()
 
-            policy.replay(rollout, rows, visit)
+            policy.replay(rollout, rows, visit, wait=False)
+        policy.check_replays()
 
     start = time.perf_counter()
     roll()

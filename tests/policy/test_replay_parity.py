@@ -9,7 +9,7 @@ import torch
 from policy.adapted import give_adapter
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, EDM, FLOW, GUIDANCE, quiet
 
-from pisces_rl.policy import VideoPolicy, lora_parameters
+from pisces_rl.policy import PolicyError, VideoPolicy, lora_parameters
 from pisces_rl.policy.lora_files import has_lora_loader
 
 # No text mask: plain diffusers attends to the padding of a batch, the policy treats each prompt as alone.
@@ -211,6 +211,21 @@ def test_untrained_steps_skip_the_denoiser():
     policy.replay(rollout, [0, 1], lambda s: None)
     handle.remove()
     assert len(calls) == 1 and sorted(rollout.states) == [2, 3]
+
+
+def test_a_replay_of_other_states_is_noticed_at_once_or_when_asked():
+    policy = VideoPolicy(adapted("wan"), num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
+    rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1])
+    policy.replay(rollout, [0, 1], lambda s: None, wait=False)
+    policy.check_replays()
+    rollout.states[0] = rollout.states[0] + 0.5
+    with pytest.raises(PolicyError, match="at step 0 the replay reached a state that differs .* by 0.5"):
+        policy.replay(rollout, [0, 1], lambda s: None)
+    policy.replay(rollout, [0, 1], lambda s: None, wait=False)
+    policy.replay(rollout, [1], lambda s: None, wait=False)
+    with pytest.raises(PolicyError, match="at step 0"):
+        policy.check_replays()
+    policy.check_replays()  # each is told once
 
 
 def test_an_exception_in_the_visitor_leaves_the_pipeline_whole():

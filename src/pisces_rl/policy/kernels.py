@@ -1,7 +1,7 @@
 """A denoising block's passes over memory, each value read and written once: norms with what stands around them.
 
 Two functions and their gradients, as operators that a compiler leaves whole. On a CUDA device a Triton kernel each, of
-which a program does a few rows; elsewhere the same in plain torch. Everything is computed in fp32 (fp64 for fp64).
+which a program does one token; elsewhere the same in plain torch. Everything is computed in fp32 (fp64 for fp64).
 
     modulated_norm:   x' = x + gate * y,   n = (x' - mean) / sqrt(var + eps) * scale + shift
     rotated_heads:    q' = R(q / sqrt(mean(q^2) + eps) * w_q),   k' alike,   R a rotation of neighbouring pairs
@@ -21,7 +21,6 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
 
 MAX_WIDTH = 16384
-ROWS = 8  # of a program: what is common to them, scale, shift and gate, is read once
 
 
 def operator(function: Callable) -> Callable:
@@ -69,7 +68,7 @@ def modulated_norm(
     joined = _wide(batch * length, width + (0 if a is None else len(a)), x, dtype)
     n = joined[:, :width]
     if serves(x):
-        _modulated_norm[batch, triton.cdiv(length, ROWS)](
+        _modulated_norm[(batch * length,)](
             x, y, gate, scale, shift, total, n, length, width, joined.stride(0), scale.stride(0), shift.stride(0),
             0 if gate is None else gate.stride(0), eps, **_launch(width),
         )  # fmt: skip
@@ -99,7 +98,7 @@ def modulated_norm_backward(
     out_y = x.new_empty(0) if gate is None else torch.empty_like(x)
     if serves(x):
         grad_x, grad_n = grad_x.contiguous(), grad_n.contiguous()
-        _modulated_norm_backward[batch, triton.cdiv(length, ROWS)](
+        _modulated_norm_backward[(batch * length,)](
             x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale.stride(0),
             0 if gate is None else gate.stride(0), eps, **_launch(width),
         )  # fmt: skip
@@ -136,7 +135,7 @@ def rotated_heads(
     kept = torch.promote_types(qkv.dtype, weight_q.dtype)
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grid, options = _launch_heads(q)
-        _rotated_heads[grid](qkv, weight_q, weight_k, cos, sin, q, k, batch * length, length, q.shape[2], eps,
+        _rotated_heads[grid](qkv, weight_q, weight_k, cos, sin, q, k, length, q.shape[2], eps,
                              ROUNDED=kept != torch.float32, **options)  # fmt: skip
         return q, k
     for out, x, weight in zip((q, k), qkv.split(width, -1), (weight_q, weight_k)):
@@ -169,7 +168,7 @@ def rotated_heads_backward(
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grads = [g.contiguous() for g in (grad_q, grad_k, grad_v)]
         grid, options = _launch_heads(grads[0])
-        _rotated_heads_backward[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, batch * length, length,
+        _rotated_heads_backward[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, length,
                                       grad_q.shape[2], out.stride(0), eps, **options)  # fmt: skip
     else:
         parts = out.split(width, -1)
@@ -202,14 +201,14 @@ def _is_power_of_two(number: int) -> bool:
 
 def _launch(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
-    return dict(BLOCK=block, ROWS=ROWS, num_warps=min(max(block // 512, 1), 16))
+    return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 16))
 
 
 def _launch_heads(q: Tensor) -> tuple[tuple[int], dict[str, int]]:
     heads, size = q.shape[2:]
     block = triton.next_power_of_2(heads)
     warps = min(max(block * size // 512, 1), 16)
-    return (triton.cdiv(q.shape[0] * q.shape[1], ROWS),), dict(BLOCK_H=block, HEAD=size, ROWS=ROWS, num_warps=warps)
+    return (q.shape[0] * q.shape[1],), dict(BLOCK_H=block, HEAD=size, num_warps=warps)
 
 
 if triton is not None:
@@ -217,55 +216,52 @@ if triton is not None:
     @triton.jit
     def _modulated_norm(
         x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride, eps,
-        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        video = tl.program_id(0).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
+        video = row // length
         d = tl.arange(0, BLOCK)
         inside = d < width
         factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
         offset = tl.load(shift + video * shift_stride + d, mask=inside, other=0.0)
         if gate is not None:
             opening = tl.load(gate + video * gate_stride + d, mask=inside, other=0.0)
-        first = tl.program_id(1) * ROWS
-        for token in range(first, tl.minimum(first + ROWS, length)):
-            row = video * length + token
-            value = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
-            if y is not None:
-                added = tl.load(y + row * width + d, mask=inside, other=0.0).to(tl.float32)
-                if gate is not None:
-                    added *= opening
-                rounded = (value + added).to(total.dtype.element_ty)
-                tl.store(total + row * width + d, rounded, mask=inside)
-                value = rounded.to(tl.float32)
-            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
-            inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-            normed = centred * inverse * factor + offset
-            tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
+        value = tl.load(x + row * width + d, mask=inside, other=0.0).to(tl.float32)
+        if y is not None:
+            added = tl.load(y + row * width + d, mask=inside, other=0.0).to(tl.float32)
+            if gate is not None:
+                added *= opening
+            rounded = (value + added).to(total.dtype.element_ty)
+            tl.store(total + row * width + d, rounded, mask=inside)
+            value = rounded.to(tl.float32)
+        centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+        normed = centred * inverse * factor + offset
+        tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _modulated_norm_backward(
         x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale_stride, gate_stride, eps,
-        BLOCK: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
-        video = tl.program_id(0).to(tl.int64)
+        row = tl.program_id(0).to(tl.int64)
+        video = row // length
         d = tl.arange(0, BLOCK)
         inside = d < width
         factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
         if gate is not None:
             opening = tl.load(gate + video * gate_stride + d, mask=inside, other=0.0)
-        first = tl.program_id(1) * ROWS
-        for token in range(first, tl.minimum(first + ROWS, length)):
-            at = (video * length + token) * width + d
-            value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-            grad = tl.load(grad_n + at, mask=inside, other=0.0).to(tl.float32) * factor
-            passed = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32)
-            centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
-            inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-            normed = centred * inverse
-            grad = passed + inverse * (grad - tl.sum(grad, 0) / width - normed * (tl.sum(grad * normed, 0) / width))
-            tl.store(out_x + at, grad.to(out_x.dtype.element_ty), mask=inside)
-            if gate is not None:
-                tl.store(out_y + at, (grad * opening).to(out_y.dtype.element_ty), mask=inside)
+        at = row * width + d
+        value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_n + at, mask=inside, other=0.0).to(tl.float32) * factor
+        passed = tl.load(grad_x + at, mask=inside, other=0.0).to(tl.float32)
+        centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
+        inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+        normed = centred * inverse
+        grad = passed + inverse * (grad - tl.sum(grad, 0) / width - normed * (tl.sum(grad * normed, 0) / width))
+        tl.store(out_x + at, grad.to(out_x.dtype.element_ty), mask=inside)
+        if gate is not None:
+            tl.store(out_y + at, (grad * opening).to(out_y.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _inverse_length(x, width, eps):
@@ -277,60 +273,54 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads(
-        qkv, weight_q, weight_k, cosines, sines, q, k, rows, length, heads, eps, ROUNDED: tl.constexpr,
-        BLOCK_H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+        qkv, weight_q, weight_k, cosines, sines, q, k, length, heads, eps, ROUNDED: tl.constexpr,
+        BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
     ):  # fmt: skip
         head = tl.arange(0, BLOCK_H)[:, None]
         at = head * HEAD + tl.arange(0, HEAD)[None, :]
         inside = (head < heads) & (at >= 0)
         pair = tl.arange(0, HEAD // 2)[None, :]
         width = heads * HEAD
-        w_q = tl.load(weight_q + at, mask=inside, other=0.0).to(tl.float32)
-        w_k = tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
-        first = tl.program_id(0).to(tl.int64) * ROWS
-        for row in range(first, tl.minimum(first + ROWS, rows)):
-            token = row % length
-            cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
-            sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
-            start = row * width
-            for which in tl.static_range(2):
-                x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
-                x = x * _inverse_length(x, width, eps) * (w_q if which == 0 else w_k)
-                if ROUNDED:
-                    x = x.to(qkv.dtype.element_ty).to(tl.float32)
-                even, odd = _pairs(x, BLOCK_H, HEAD)
-                x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_H, HEAD))
-                out = q if which == 0 else k
-                tl.store(out + start + at, x.to(q.dtype.element_ty), mask=inside)
+        row = tl.program_id(0).to(tl.int64)
+        token = row % length
+        cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
+        sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
+        start = row * width
+        for which in tl.static_range(2):
+            weight = tl.load((weight_q if which == 0 else weight_k) + at, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
+            x = x * _inverse_length(x, width, eps) * weight
+            if ROUNDED:
+                x = x.to(qkv.dtype.element_ty).to(tl.float32)
+            even, odd = _pairs(x, BLOCK_H, HEAD)
+            x = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), (BLOCK_H, HEAD))
+            tl.store((q if which == 0 else k) + start + at, x.to(q.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _rotated_heads_backward(
-        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, rows, length, heads, out_stride, eps,
-        BLOCK_H: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr,
+        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, length, heads, out_stride, eps,
+        BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
     ):  # fmt: skip
         head = tl.arange(0, BLOCK_H)[:, None]
         at = head * HEAD + tl.arange(0, HEAD)[None, :]
         inside = (head < heads) & (at >= 0)
         pair = tl.arange(0, HEAD // 2)[None, :]
         width = heads * HEAD
-        w_q = tl.load(weight_q + at, mask=inside, other=0.0).to(tl.float32)
-        w_k = tl.load(weight_k + at, mask=inside, other=0.0).to(tl.float32)
-        first = tl.program_id(0).to(tl.int64) * ROWS
-        for row in range(first, tl.minimum(first + ROWS, rows)):
-            token = row % length
-            cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
-            sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
-            start = row * width
-            for which in tl.static_range(2):
-                x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
-                grads = grad_q if which == 0 else grad_k
-                grad = tl.load(grads + start + at, mask=inside, other=0.0).to(tl.float32)
-                even, odd = _pairs(grad, BLOCK_H, HEAD)
-                grad = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (BLOCK_H, HEAD))
-                grad *= w_q if which == 0 else w_k
-                inverse = _inverse_length(x, width, eps)
-                normed = x * inverse
-                grad = inverse * (grad - normed * (tl.sum(tl.sum(grad * normed, 1), 0) / width))
-                tl.store(out + row * out_stride + which * width + at, grad.to(out.dtype.element_ty), mask=inside)
-            values = tl.load(grad_v + start + at, mask=inside, other=0.0)
-            tl.store(out + row * out_stride + 2 * width + at, values.to(out.dtype.element_ty), mask=inside)
+        row = tl.program_id(0).to(tl.int64)
+        token = row % length
+        cos = tl.load(cosines + token * HEAD + 2 * pair).to(tl.float32)
+        sin = tl.load(sines + token * HEAD + 2 * pair + 1).to(tl.float32)
+        start = row * width
+        for which in tl.static_range(2):
+            weight = tl.load((weight_q if which == 0 else weight_k) + at, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(qkv + 3 * start + which * width + at, mask=inside, other=0.0).to(tl.float32)
+            grad = tl.load((grad_q if which == 0 else grad_k) + start + at, mask=inside, other=0.0).to(tl.float32)
+            even, odd = _pairs(grad, BLOCK_H, HEAD)
+            grad = tl.reshape(tl.join(even * cos + odd * sin, odd * cos - even * sin), (BLOCK_H, HEAD))
+            grad *= weight
+            inverse = _inverse_length(x, width, eps)
+            normed = x * inverse
+            grad = inverse * (grad - normed * (tl.sum(tl.sum(grad * normed, 1), 0) / width))
+            tl.store(out + row * out_stride + which * width + at, grad.to(out.dtype.element_ty), mask=inside)
+        values = tl.load(grad_v + start + at, mask=inside, other=0.0)
+        tl.store(out + row * out_stride + 2 * width + at, values.to(out.dtype.element_ty), mask=inside)

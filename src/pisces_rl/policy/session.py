@@ -260,8 +260,23 @@ class Replay(Session):
                 f"{type(self.policy.pipeline).__name__} stopped at step {self.index} of the replay, before the last "
                 f"trained step {max(self.steps)}."
             )
-        differences = torch.stack([difference for _, difference in self.reached]).tolist()
-        for (index, _), difference in zip(self.reached, differences):
+        indices, differences = zip(*self.reached)
+        self.comparison = Comparison(type(self.policy.pipeline).__name__, indices, torch.stack(differences))
+
+
+class Comparison:
+    """By how much the states that a replay reached differ from the recorded ones; nobody waits until it is checked."""
+
+    def __init__(self, pipeline: str, indices: Sequence[int], differences: Tensor):
+        self.pipeline, self.indices = pipeline, indices
+        self.differences = differences.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.current_stream(differences.device).record_event() if differences.is_cuda else None
+
+    def check(self) -> None:
+        """Raises PolicyError if any does."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        for index, difference in zip(self.indices, self.differences.tolist()):
             if not difference == 0:
                 raise PolicyError(
                     f"at step {index} the replay reached a state that differs from the recorded one by "

@@ -30,7 +30,7 @@ from .prompts import PromptMemo
 from .rollout import Rollout
 from .rules import checked_kwargs, checked_window, denoisers_of
 from .scheduler import PolicyError, find_transition, training_scheduler
-from .session import Replay, ReplayStep, Sampling
+from .session import Comparison, Replay, ReplayStep, Sampling
 from .sharding import largest_over_ranks, shard, share_tokens
 from .text_lengths import takes_mask
 
@@ -83,6 +83,7 @@ class VideoPolicy(nn.Module):
         self.attention_kernel = attention_kernel
         self.compiled = False
         self.mesh: DeviceMesh | None = None  # of the ranks that share the denoisers' weights
+        self._comparisons: list[Comparison] = []  # of replays whose states nobody has looked at yet
         self.shares_tokens = False  # with other ranks, which sample the same videos
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         encoders = [c for name, c in pipeline.components.items() if kind_of(name) == "text_encoder"]
@@ -220,7 +221,7 @@ class VideoPolicy(nn.Module):
         return Rollout.cat(parts)
 
     def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
-               grad: bool = True) -> None:
+               grad: bool = True, wait: bool = True) -> None:
         """Score the recorded transitions of the videos `rows` under the current weights.
 
         Args:
@@ -229,6 +230,8 @@ class VideoPolicy(nn.Module):
             visitor: called once per trained step, in order; it may call backward. Where videos are conditioned, once
                 per video and trained step: `ReplayStep.rows` says of which.
             grad: build graphs at the trained steps.
+            wait: for the device, to see that the replay reached the recorded states; False leaves that to
+                `check_replays`, and the next replay begins while the device is busy with this one.
         """
         rows = list(rows)
         for part in calls(len(rows), rollout.conditions):
@@ -236,6 +239,19 @@ class VideoPolicy(nn.Module):
             session = Replay(self, rollout, part, visitor, grad)
             session.conditions = of_video(rollout.conditions, part)
             run_until_left(session, [rollout.noise_seeds[r] for r in part], "latent")
+            self._comparisons.append(session.comparison)
+        if wait:
+            self.check_replays()
+
+    def check_replays(self) -> None:
+        """Of the replays that nobody waited for.
+
+        Raises:
+            PolicyError: one of them reached other states than the recorded ones.
+        """
+        comparisons, self._comparisons = self._comparisons, []
+        for comparison in comparisons:
+            comparison.check()
 
     # --- gradients through the sampler -------------------------------------------------------------------------------
 

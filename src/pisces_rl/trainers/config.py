@@ -136,6 +136,11 @@ class VideoPolicyConfig(_BaseConfig):
     learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the adapter."})
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns reach the rewards: keep."})
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between logs."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Whether losses that are no number are left out of the log; every micro-batch then waits "
+                  "for the device."},
+    )
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "Where scalars and videos are logged."}
     )

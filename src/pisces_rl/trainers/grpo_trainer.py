@@ -222,6 +222,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         loss += self._distil()
         with self.stage("update"):
             if self.accelerator.sync_gradients:
+                self.policy.check_replays()
                 self.all_reduce_gradients()
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
@@ -277,7 +278,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             metrics["ratio/mean"].append(log_ratio.detach().exp().mean())
             metrics["ratio/max_deviation"].append((log_ratio.detach().exp() - 1).abs().max())
 
-        self.policy.replay(rollout, rows, visit)
+        self.policy.replay(rollout, rows, visit, wait=False)
         self._check_replay(errors)
         return total
 
@@ -285,7 +286,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         """The trained steps under the reference policy, by index and first row: the adapter off, no gradients."""
         steps: list[ReplayStep] = []
         with adapters_off(self.policy):
-            self.policy.replay(self._rollout, rows, steps.append, grad=False)
+            self.policy.replay(self._rollout, rows, steps.append, grad=False, wait=False)
         return {(step.index, step.rows[0]): step for step in steps}
 
     def _check_replay(self, errors: list[tuple[int, torch.Tensor]]) -> None:
