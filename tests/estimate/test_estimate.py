@@ -175,6 +175,28 @@ def test_guidance_recomputation_and_averages():
     assert compiled[0] < compiled[1] < base["update"]
 
 
+def test_how_the_vae_decodes():
+    large = dict(height=320, width=320, num_frames=5, guidance_scale=1.0)
+    base, half = estimated("wan", **large), estimated("wan", vae_dtype="bfloat16", **large)
+    assert half.resident["vae"] < 0.6 * base.resident["vae"]
+    decoder = [e.phases["decoding"]["decoder"] for e in (
+        base, half, *(estimated("wan", **large, **{name: True}) for name in ("vae_slicing", "vae_tiling"))
+    )]  # fmt: skip
+    assert all(smaller < decoder[0] for smaller in decoder[1:])
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(vae_dtype="float64"), "vae_dtype='float64' must be one of"),
+    (dict(transition="ddim"), "transition='ddim' does not fit"),
+    (dict(sde_window_range=[0, 9]), r"sde_window_range=\[0, 9\] must satisfy"),
+    (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
+    (dict(pipeline_kwargs={"fps": 8}), "WanPipeline takes no argument 'fps'"),
+])  # fmt: skip
+def test_settings_are_refused_as_in_training(settings, message):
+    with pytest.raises(PolicyError, match=message):
+        estimate_memory(wan(), config(**WAN | settings))
+
+
 def test_one_adapter_of_two_experts():
     both, one = (peaks("wan22_a14b", **own) for own in ({}, {"lora_denoisers": ("transformer_2",)}))
     assert one["update"] < both["update"]

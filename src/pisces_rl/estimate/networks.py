@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..policy import add_lora, lora_parameters
+from ..policy import VideoPolicy, add_lora, lora_parameters
+from ..policy.decoder import VAE_DTYPES
 from ..policy.execution import compile_blocks, repeated_blocks
 from ..policy.products import fuse_products
-from ..policy.scheduler import training_scheduler
 from .live_bytes import AsOnCUDA, LiveBytes
 from .weightless import replaced_tensors
 
@@ -35,10 +35,14 @@ class Networks:
     def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.autocast_dtype = torch.bfloat16 if args.bf16 else None
+        self.vae_dtype = VAE_DTYPES.get(args.vae_dtype)
+        self.pipeline = copy.copy(pipeline)
         modules = {name: replaced_tensors(module, "meta") for name, module in pipeline.components.items()
                    if isinstance(module, nn.Module)}
-        denoisers = {name: module for name, module in modules.items()
-                     if name.split("_")[0] in ("transformer", "unet")}
+        for name, module in modules.items():
+            setattr(self.pipeline, name, module)
+        policy = VideoPolicy(self.pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
+        denoisers = dict(policy.denoiser.items())
         self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
         self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
                        for name, denoiser in denoisers.items()}
@@ -58,10 +62,9 @@ class Networks:
                 compile_blocks(denoiser, recompute=args.recompute if args.gradient_checkpointing else "nothing",
                                backend=None)
         self.adapter = lora_parameters(self.denoisers)
-        self.pipeline = copy.copy(pipeline)
         for name, module in self.modules.items():
             setattr(self.pipeline, name, module)
-        self.pipeline.scheduler = training_scheduler(pipeline.scheduler)
+        self.pipeline.scheduler = policy.scheduler
         self.pipeline.set_progress_bar_config(disable=True)
 
     def fake(self, value):
@@ -80,7 +83,8 @@ class Networks:
 
     def decode(self, args: tuple, kwargs: dict):
         with self.mode, AsOnCUDA(), torch.no_grad():
-            return type(self.modules["vae"]).decode(self.modules["vae"], *args, **kwargs)
+            latents = args[0] if self.vae_dtype is None else args[0].to(self.vae_dtype)
+            return type(self.modules["vae"]).decode(self.modules["vae"], latents, *args[1:], **kwargs)
 
     def counting(self, inputs) -> LiveBytes:
         """A count that leaves out the weights and begins with `inputs`."""
