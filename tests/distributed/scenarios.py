@@ -71,8 +71,8 @@ def split_group(folder) -> dict:
 
 
 def overlapped(folder) -> dict:
-    """Rewards beside the rollout, parts of 2 videos; the time line of two steps."""
-    trainer = made(folder, max_steps=3, rollout_batch_size=2, overlap_rewards=True, trace_steps=2)
+    """Rewards beside the rollout, half of a process's videos at a time; the time line of two steps."""
+    trainer = made(folder, max_steps=3, rollout_batch_size=4 // PARTS, overlap_rewards=True, trace_steps=2)
     result = trained(trainer)
     logs = [row for row in trainer.state.log_history if "seconds/rollout" in row]
     parts = ("text", "rollout", "decode", "rewards", "update", "idle")

@@ -7,7 +7,8 @@ import scenarios
 from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
 from processes import accelerate, torchrun
 
-EQUAL_ONE = ["whole_groups", "accumulated", "backpropagated", "backpropagated_k2", "distilled", "unlike_rewards"]
+EQUAL_ONE = ["whole_groups", "accumulated", "backpropagated", "backpropagated_k2", "distilled", "unlike_rewards",
+             "overlapped"]
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,8 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
     ({"generation_batch_size": 8, "steps_per_generation": 2}, "say the same thing; give one"),
     ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation=3 and gradient_accumulation_"
                                                                     "steps=2: one must divide the other"),
+    ({"rollout_batch_size": 0}, "rollout_batch_size=0 must be at least 1, or unset"),
+    ({"rollout_batch_size": -1}, "rollout_batch_size=-1 must be at least 1"),
     ({"fp16": True}, "fp16=True is not supported"),
     ({"scale_rewards": "std"}, "scale_rewards='std' must be one of"),
     ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be one of"),

@@ -177,7 +177,9 @@ class VideoGRPOConfig(VideoPolicyConfig):
                 f"steps_per_generation={self.steps_per_generation} and gradient_accumulation_steps="
                 f"{self.gradient_accumulation_steps}: one must divide the other."
             )
-        share = self.generation_batch_size // self.world_size
+        if self.rollout_batch_size is not None and self.rollout_batch_size < 1:
+            raise ValueError(f"rollout_batch_size={self.rollout_batch_size} must be at least 1, or unset.")
+        share = self.per_device_train_batch_size * self.steps_per_generation
         if self.overlap_rewards and not (self.rollout_batch_size and self.rollout_batch_size < share):
             raise ValueError(
                 f"overlap_rewards=True, but rollout_batch_size={self.rollout_batch_size} does not split a process's "
