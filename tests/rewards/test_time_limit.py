@@ -1,6 +1,7 @@
 """A reward that does not return ends with its name; one that cannot be interrupted ends the process."""
 
 import asyncio
+import io
 import signal
 import sys
 import time
@@ -51,6 +52,22 @@ def test_a_slow_reward_is_named(reward, capfd):
     assert time.monotonic() - start < 25
     if reward is slow:  # and where it was
         assert "time.sleep(30)" in capfd.readouterr().err
+
+
+def test_a_reward_that_ends_while_it_is_being_interrupted(monkeypatch):
+    """The message is still being written when the block ends; the interrupt comes afterwards."""
+    class SlowTerminal(io.StringIO):
+        def write(self, text):
+            time.sleep(0.3)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stderr", SlowTerminal())
+    monkeypatch.setattr(time_limit, "GRACE", 0.5)
+    with pytest.raises(RewardError, match="too late"):
+        with time_limit.time_limit(0.1, "too late"):
+            time.sleep(0.2)
+    time.sleep(1.0)  # no process ends
+    assert "cannot be interrupted" not in sys.stderr.getvalue()
 
 
 def test_a_reward_in_time_is_left_alone():

@@ -52,13 +52,16 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        try:
+            yield
+        finally:
+            with lock:  # expire may hold it, and interrupt this wait in the place of the block
+                ended.set()
     except KeyboardInterrupt:
         if not late:
             raise
     finally:
-        with lock:
-            ended.set()
+        ended.set()
         timer.cancel()
         if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
