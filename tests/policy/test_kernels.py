@@ -140,7 +140,9 @@ def test_bf16_products_on_a_cpu_read_no_rubbish():
 SCRIPT = """
     import sys
     import torch
+    from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
     from pisces_rl.policy import kernels
+    from pisces_rl.policy.products import fuse_products
     device = sys.argv[1]
     torch.manual_seed(0)
 
@@ -185,6 +187,18 @@ SCRIPT = """
             b = draw(3 * heads * size, 5, dtype=out) / size
             for b in (None, b):
                 close(both(kernels.rotated_heads_backward, qkv, *grads, weight_q, weight_k, cos, sin, 1e-6, b), out)
+
+    block = SkyReelsV2TransformerBlock(16, 32, 2, cross_attn_norm=True).requires_grad_(False).to(device)
+    fuse_products(block)
+    angle = draw(1, 5, 1, 4).repeat_interleave(2, -1)
+    x = draw(2, 16, 5).transpose(1, 2).requires_grad_()  # as the patches of a video come
+    inputs = draw(2, 3, 16), draw(2, 6, 16), (angle.cos(), angle.sin())
+
+    def run(x):
+        out = block(x, *inputs, None)
+        return out, *torch.autograd.grad(out.square().sum(), x)
+
+    close(both(run, x), full)
     print("agree")
 """
 

@@ -59,7 +59,7 @@ def modulated_norm(
     """x' (B, L, D), empty without y, and [n, n a^T] (B L, D + R) in `dtype`.
 
     Args:
-        x, y: (B, L, D).
+        x, y: (B, L, D), contiguous.
         gate, scale, shift: (B, D), fp32; a gate of None is 1.
         a: (R, D) in `dtype`; None leaves n alone.
     """

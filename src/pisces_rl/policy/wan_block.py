@@ -149,7 +149,8 @@ class _FewPassesBlock:
         ):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, *mask)
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).unbind(1)
-        x, *heads = _norm_heads(hidden_states, 1 + scale, shift, self.norm1.eps, attn, rotary_emb)
+        x = hidden_states.contiguous()  # SkyReels-V2 hands its first block a transposed view
+        x, *heads = _norm_heads(x, 1 + scale, shift, self.norm1.eps, attn, rotary_emb)
         y = _output(attn, _self_attention(attn, *heads, *(mask or (None,))))
         weight, bias = (p.float().expand(len(temb), -1) for p in (self.norm2.weight, self.norm2.bias))
         x, q = norm_product(x, y, gate, weight, bias, self.norm2.eps, second)
