@@ -81,7 +81,10 @@ def markdown_line(path: Path) -> str:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if "--table" in arguments:
+    own, script, config = parsed(arguments)
+    if own.table and len(arguments) > 1:
+        raise SystemExit("Write --table alone: it prints every recipe as it is.")
+    if own.table:
         print("| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
               "FSDP2 over 8 |")
         print("|---|---|---|---|---|---|")
@@ -89,7 +92,6 @@ def main() -> None:
             if any(f"model: {model}\n" in path.read_text() for model in ARCHITECTURES):
                 print(markdown_line(path), flush=True)
         return
-    own, script, config = parsed(arguments)
     if own.sharding not in ("none", "fsdp2"):
         raise SystemExit(f"sharding={own.sharding!r} must be 'none' or 'fsdp2'.")
     if own.sharding == "none" and own.num_processes != 1:

@@ -47,6 +47,8 @@ def test_bf16_is_on_unless_said_otherwise(script):
     (["--sharding", "zero3"], "sharding='zero3' must be 'none' or 'fsdp2'"),
     (["--num_processes", "2"], "num_processes=2: without sharding every GPU takes what one takes"),
     (["--sharding", "fsdp2"], "num_processes=1: fsdp2 needs at least 2"),
+    (["--table"], "Write --table alone"),
+    (["--table=true"], "Write --table alone"),
     (["--model", "no-such-folder"], "model='no-such-folder' must be a model folder or Hub id"),
 ])  # fmt: skip
 def test_refuses(script, arguments, message):
