@@ -226,6 +226,12 @@ def test_a_network_that_looks_at_numbers():
         peaks("hunyuan15")
 
 
+@pytest.mark.parametrize("family", ["wan_i2v", "ltx_i2v"])
+def test_images_are_not_known(family):
+    with pytest.raises(ValueError, match=r"takes \['image'\] with each video.*Measure a run"):
+        peaks(family)
+
+
 def test_no_blocks_no_compilation():
     with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
         peaks("t2v_sd", torch_compile=True)

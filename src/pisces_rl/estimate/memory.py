@@ -11,12 +11,14 @@ from torch.autograd import Variable
 
 from ..policy import default_lora_config
 from ..policy.offload import kind_of
+from ..trainers.images import image_columns
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
 from .networks import Networks, bytes_of
 from .weightless import silenced_warnings
 
 REMEMBERED_PROMPTS = 256  # size of policy.prompts.PromptMemo
+MEASURE = "Measure a run of a few steps instead (torch.cuda.max_memory_allocated)."
 
 
 @dataclass
@@ -79,9 +81,14 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         peft_config: as the trainer's.
 
     Raises:
-        ValueError: a network branches on numbers in a tensor.
+        ValueError: a network branches on numbers in a tensor, or each video comes with an image.
         PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
     """
+    images = image_columns(pipeline, args.image_columns)
+    if images:
+        raise ValueError(
+            f"{type(pipeline).__name__} takes {images} with each video, which are not known here. {MEASURE}"
+        )
     with silenced_warnings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autocast.*")
         try:
@@ -89,8 +96,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{type(pipeline).__name__}: one of its networks branches on numbers in a tensor ({error}; "
-                "HunyuanVideo 1.5 asks whether image embeddings are all 0), and here tensors have none. Measure a run "
-                "of a few steps instead (torch.cuda.max_memory_allocated)."
+                f"HunyuanVideo 1.5 asks whether image embeddings are all 0), and here tensors have none. {MEASURE}"
             ) from error
 
 
