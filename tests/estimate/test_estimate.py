@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pisces_rl import VideoGRPOConfig, assets
 from pisces_rl.estimate import estimate_memory, weightless_pipeline
 from pisces_rl.estimate.live_bytes import LiveBytes
+from pisces_rl.estimate.memory import remembered_prompts
 from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, default_lora_config, lora_parameters
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +138,18 @@ def test_weights_and_states_are_exact():
     assert estimate.phases["sampling"]["videos"] == rollout.videos.numel() * 4
     memo = [t for output in policy.prompt_memo.memory.values() for t in output if t is not None]
     assert estimate.resident["prompt embeddings"] == sum(t.numel() * t.element_size() for t in memo)
+
+
+@pytest.mark.parametrize("settings, prompts", [
+    (dict(max_steps=3), 3),
+    (dict(max_steps=1000), 256),
+    (dict(num_train_epochs=1, max_steps=-1), 256),
+    (dict(max_steps=3, gradient_accumulation_steps=8, steps_per_generation=2), 12),
+    (dict(max_steps=3, num_iterations=2), 2),
+    (dict(max_steps=3, num_generations=4), 6),
+])  # fmt: skip
+def test_prompts_that_are_remembered(settings, prompts):
+    assert remembered_prompts(config(**settings), videos=8) == prompts
 
 
 # --- more of this takes more of that ---

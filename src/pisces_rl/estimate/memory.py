@@ -111,8 +111,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     resident = dict(networks.weights) | {"adapter": adapter, "optimizer states": 2 * adapter}
     if args.ema_decay:
         resident["adapter's average"] = adapter
-    prompts = min(REMEMBERED_PROMPTS, max(args.max_steps, 1) * max(1, videos // args.num_generations))
-    resident["prompt embeddings"] = prompts * sampled.prompt_bytes
+    resident["prompt embeddings"] = remembered_prompts(args, videos) * sampled.prompt_bytes
 
     low, high = args.sde_window_range or (0, args.num_inference_steps - 1)
     steps = args.sde_window_size or high - low
@@ -141,6 +140,16 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
                "calls of a denoising step": len(trained.steps[0]), "trained steps": steps,
                "trainable parameters": adapter // 4}  # fmt: skip
     return MemoryEstimate(resident, phases, networks.blocks, details)
+
+
+def remembered_prompts(args, videos: int) -> int:
+    """How many prompts a process remembers at the end of a run whose rollouts give it so many videos; the most where
+    the data set says how long the run is."""
+    if args.max_steps < 1:
+        return REMEMBERED_PROMPTS
+    uses = args.steps_per_generation * args.num_iterations  # micro-batches of a rollout
+    rollouts = -(-args.max_steps * args.gradient_accumulation_steps // uses)
+    return min(REMEMBERED_PROMPTS, rollouts * max(1, videos // args.num_generations))
 
 
 def sampling_peak(networks: Networks, step: list) -> int:
