@@ -10,8 +10,9 @@ Where the costs, less their c-transform, span more than `TRANSFORMED_RANGE` eps 
 c-transform, `EXP_RANGE`), the kernel would underflow: those problems are annealed, eps 4^k, ..., 4 eps, eps, each
 stage beginning with iterations in the log domain.
 
-Every problem of a batch runs its own schedule and stops by its own error, so what it shares a batch with does not
-change its result. Errors are read every `BLOCK` iterations; one read is one wait for the device.
+Balanced problems whose kernel holds as it is need no logarithms: `scale`. Every problem of a batch runs its own
+schedule and stops by its own error, so what it shares a batch with does not change its result. Errors are read after
+every few iterations; one read is one wait for the device.
 """
 
 import contextlib
@@ -354,8 +355,8 @@ def scale(
 ) -> Scaled:
     """Balanced problems as matrix scaling, q = a / (K w), w = b / (K^T q), up to `count` iterations.
 
-    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, each problem by its own r. What is looked
-    at is q before its w, whose products are there already. A problem that is done is put aside, and scaled on with the
+    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, each problem by its own r. q is looked
+    at before its w: its products are there already. A problem that is done is put aside and scaled on with the
     others, as an empty one is from the beginning. It ends early where scalings leave what one kernel can hold. full:
     there is no padding.
     """
