@@ -367,3 +367,23 @@ def test_precision_settings_are_inherited_again():
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
     finally:
         parent.fp32_precision, child.fp32_precision = before
+
+
+@pytest.mark.parametrize("shape", [(128, 8, 64), (24, 16, 40)])
+def test_a_plan_that_is_done_before_the_others_stays_its_own(shape):
+    """Under the c-transform, where others' scalings need another kernel: marginals and potentials are the plan's."""
+    batch, n, m = shape
+    generator = torch.Generator().manual_seed(0)
+    torch.randn(16, 272, 64, generator=generator)
+    x, y = (torch.randn(batch, k, 64, generator=generator) for k in (n, m))
+    cost = cosine_cost(x, y)
+    low, high = cost.amin((1, 2), keepdim=True), cost.amax((1, 2), keepdim=True)
+    cost = (cost - low) / (high - low)
+    solved = transport_plan(cost, reg=0.01, tolerance=1e-3)
+    rows, columns = solved.plan.sum(2) - 1 / n, solved.plan.sum(1) - 1 / m
+    torch.testing.assert_close(rows.abs().sum(1) + columns.abs().sum(1), solved.marginal_error, rtol=0, atol=1e-5)
+    exponents = (solved.potential_a[:, :, None] + solved.potential_b[:, None] - cost) / 0.01
+    torch.testing.assert_close(exponents.exp() / (n * m), solved.plan, rtol=1e-3, atol=1e-6)
+    alone = transport_plan(cost[:1], reg=0.01, tolerance=1e-6)
+    together = transport_plan(cost, reg=0.01, tolerance=1e-6)
+    torch.testing.assert_close(together.plan[:1], alone.plan, rtol=0, atol=1e-6)

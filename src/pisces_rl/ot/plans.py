@@ -14,7 +14,7 @@ from torch import Tensor
 from pisces_rl.ot import fused
 from pisces_rl.ot.constraints import Balanced, Constraint, Penalised
 from pisces_rl.ot.costs import as_float
-from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
+from pisces_rl.ot.solver import Start, annealing_stages, full_precision, scale, solve
 
 BAD_COST = "cost: NaN or infinite where both weights are positive."
 MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
@@ -126,6 +126,7 @@ class _Problems:
     b: Tensor
     batched: bool
     slack: float = MASS_TOLERANCE
+    uniform: bool = False  # both weights are our own
 
     @staticmethod
     def of(cost: Tensor, a: Tensor | None, b: Tensor | None) -> "_Problems":
@@ -135,8 +136,9 @@ class _Problems:
         batched = cost.ndim == 3
         cost = as_float(cost if batched else cost[None])
         half = any(isinstance(w, Tensor) and w.dtype in (torch.float16, torch.bfloat16) for w in (a, b))
+        uniform = a is None and b is None
         a, b = _weights("a", a, cost, cost.shape[1]), _weights("b", b, cost, cost.shape[2])
-        return _Problems(cost, a, b, batched, HALF_TOLERANCE if half else MASS_TOLERANCE)
+        return _Problems(cost, a, b, batched, HALF_TOLERANCE if half else MASS_TOLERANCE, uniform)
 
     def solve(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> TransportPlan:
         """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
@@ -158,6 +160,9 @@ class _Problems:
         return fields
 
     def masked(self) -> "Masked":
+        if self.uniform:
+            nothing = torch.zeros(len(self.a), dtype=torch.bool, device=self.a.device)
+            return Masked(self.cost.detach(), self.a, self.b, self.a, self.b, nothing, True, {}, self.slack)
         return Masked.of(self.cost.detach(), self.a, self.b, self.slack)
 
     def finish(self, plan: Tensor, value: Tensor, *rest: Tensor) -> TransportPlan:
@@ -239,8 +244,9 @@ def _solve_checked(
     if isinstance(constraint, Balanced):
         of_a, of_b = a.sum(1), b.sum(1)
         text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
-        gap = (of_a - of_b).abs() > problems.slack * torch.maximum(of_a, of_b)
-        problems.flags[text] = (gap & live).any()
+        if problems.flags:  # else the weights are our own
+            gap = (of_a - of_b).abs() > problems.slack * torch.maximum(of_a, of_b)
+            problems.flags[text] = (gap & live).any()
         b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
     begin = Start.of(cost, constraint, reg, problems.full)
     problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
@@ -254,6 +260,10 @@ def _solve_checked(
         order = torch.cat(parts).argsort()
         return tuple(torch.cat(f)[order] for f in zip(*(f for f, _ in solved))), all(done for _, done in solved)
     alpha, beta, far = problems.alpha, problems.beta, distance > FAR
+    if isinstance(constraint, Balanced) and problems.full and begin.flat and not (stages or far):
+        fields = _scaled_alone(cost, a, b, alpha, beta, begin.l0, reg, tolerance, max_iterations)
+        if fields is not None:
+            return fields, True
     solution = solve(cost, a, b, alpha, beta, reg, constraint, begin, int(stages), far, tolerance, max_iterations)
     plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
     error = torch.where(live, solution.error, 0.0)
@@ -266,6 +276,21 @@ def _solve_checked(
         f = f + solution.shift[:, None] * (a > 0)
     value = torch.where(live, value - reg * (moved - alpha.sum(1) * beta.sum(1)), 0.0)
     return (plan, value, error, solution.iterations, f, g), solution.converged
+
+
+def _scaled_alone(
+    cost: Tensor, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, low: Tensor, reg: float, tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, ...] | None:  # fmt: skip
+    """The fields of balanced problems without padding whose kernel holds as it is; None if that does not suffice."""
+    kernel = torch.add((low / reg)[:, :, None], cost, alpha=-1 / reg).exp_()
+    scaled = scale(kernel, a, b, alpha, beta, tolerance, max_iterations, full=True)
+    if bool(scaled.active.any()):
+        return None
+    f, g = low + reg * (scaled.q / alpha).log(), reg * (scaled.w / beta).log()
+    plan = kernel.mul_(scaled.q[:, :, None]).mul_(scaled.w[:, None])
+    value = (a * f).sum(1) + (b * g).sum(1) - reg * (b.sum(1) - alpha.sum(1) * beta.sum(1))
+    return plan, value, scaled.error, scaled.iterations, f, g
 
 
 def _weights(name: str, weights: Tensor | None, cost: Tensor, n: int) -> Tensor:

@@ -10,13 +10,14 @@ Where the costs, less their c-transform, span more than `TRANSFORMED_RANGE` eps 
 c-transform, `EXP_RANGE`), the kernel would underflow: those problems are annealed, eps 4^k, ..., 4 eps, eps, each
 stage beginning with iterations in the log domain.
 
-Every problem of a batch runs its own schedule and stops by its own error, so what it shares a batch with does not
-change its result. Errors are read every `BLOCK` iterations; one read is one wait for the device.
+Balanced problems whose kernel holds as it is need no logarithms: `scale`. Every problem of a batch runs its own
+schedule and stops by its own error, so what it shares a batch with does not change its result. Errors are read after
+every few iterations; one read is one wait for the device.
 """
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -33,6 +34,7 @@ STAGE_FACTOR = 4.0
 STAGE_ITERATIONS = 6
 BLOCK = 5
 SCALING_ITERATIONS = 40
+CHECK_FACTOR = 1.2  # matrix scaling is looked at after 1, 2, ..., 6, 7, 8, 9, 10, 12, 14, 16, 19, ... iterations
 RELAX_EVERY = 20
 RELAX_LIMIT = 0.9995
 
@@ -191,6 +193,7 @@ class Start:
     g0: Tensor
     l0: Tensor
     span: Tensor
+    flat: bool = True  # g0 is 0
 
     @staticmethod
     def of(cost: Tensor, constraint: Constraint, reg: float, full: bool) -> "Start":
@@ -199,14 +202,17 @@ class Start:
         low = _finite(cost.amin((1, 2)), full)
         high = (cost if full else torch.where(cost.isfinite(), cost, -math.inf)).amax((1, 2))
         span = high - low if full else _finite(high, full) - low
-        if isinstance(constraint, Bounded) or not bool((span > EXP_RANGE * reg).any()):
+        needed = span > EXP_RANGE * reg
+        if isinstance(constraint, Bounded) or not bool(needed.any()):
             return Start(f0, g0, low[:, None], span)
         f0 = _finite(cost.amin(2), full)
         reduced = cost - f0[:, :, None]
         g0 = _finite(reduced.amin(1), full)
         reduced -= g0[:, None, :]
-        span = (reduced if full else torch.where(reduced.isfinite(), reduced, 0.0)).amax((1, 2))
-        return Start(f0, g0, torch.zeros_like(low)[:, None], span)
+        reduced = (reduced if full else torch.where(reduced.isfinite(), reduced, 0.0)).amax((1, 2))
+        own = needed[:, None]  # each by its own need, whatever it shares a batch with
+        f0, g0, l0 = torch.where(own, f0, 0.0), torch.where(own, g0, 0.0), torch.where(own, 0.0, low[:, None])
+        return Start(f0, g0, l0, torch.where(needed, reduced, span), flat=False)
 
 
 def _finite(x: Tensor, full: bool) -> Tensor:
@@ -234,11 +240,11 @@ def solve(
     if stages == 0 and far:
         # exact where costs are alike; their quotients by eps, taken one by one, would not be
         cost, base = cost - begin.l0[:, :, None], begin.l0.double()
-        begin = Start(begin.f0, begin.g0, torch.zeros_like(begin.l0), begin.span)
+        begin = replace(begin, l0=torch.zeros_like(begin.l0))
     problem = _Problem(cost, a, b, alpha, beta, constraint)
     offsets = (offset.double() for offset in (begin.f0, begin.g0, begin.l0))
     rests = torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(begin.l0)
-    flat = stages == 0 and not bounded
+    flat = begin.flat and stages == 0 and not bounded
     half = torch.zeros_like(base) if bounded else base / 2
     state = _State(*offsets, *rests, precise=stages > 0, flat=flat, base=half)
     if not bounded:  # only bounded plans have a multiplier of the mass
@@ -301,8 +307,13 @@ def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_
     relaxation = torch.ones_like(state.z)
     done, go_on, last = 0, True, error
     if isinstance(problem.constraint, Balanced):
-        done = min(SCALING_ITERATIONS, max_iterations)
-        active, error, iterations = _scale(problem, kernel, state, tolerance, done)
+        scaled = scale(
+            kernel, problem.a, problem.b, problem.alpha * state.x.exp(), problem.beta * state.y.exp(), tolerance,
+            max_iterations,
+        )  # fmt: skip
+        state.x = torch.where(problem.a > 0, (scaled.q / problem.alpha).log(), 0.0)
+        state.y = torch.where(problem.b > 0, (scaled.w / problem.beta).log(), 0.0)
+        active, error, iterations, done = scaled.active[:, None], scaled.error, scaled.iterations, scaled.done
         go_on = bool(active.any())
     while go_on and done < max_iterations:
         for _ in range(BLOCK):
@@ -327,35 +338,71 @@ def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_
     return Solution(plan, f, g, shift, error, iterations, not go_on)
 
 
-def _scale(
-    problem: _Problem, kernel: Tensor, state: _State, tolerance: float, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Up to `count` iterations of a balanced problem as plain matrix scaling, q = a / (K w), w = b / (K^T q): most
-    solves end here. Since w makes the columns exact, q (K w) - a is the whole error. Returns active, error,
-    iterations.
+@dataclass
+class Scaled:
+    """q (B, N), w (B, M); which are not converged, error, iterations (B,); iterations that were made."""
+
+    q: Tensor
+    w: Tensor
+    active: Tensor
+    error: Tensor
+    iterations: Tensor
+    done: int
+
+
+def scale(
+    kernel: Tensor, a: Tensor, b: Tensor, q: Tensor, w: Tensor, tolerance: float, count: int, full: bool = False
+) -> Scaled:
+    """Balanced problems as matrix scaling, q = a / (K w), w = b / (K^T q), up to `count` iterations.
+
+    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, each problem by its own r. q is looked
+    at before its w: its products are there already. A problem that is done is put aside and scaled on with the
+    others, as an empty one is from the beginning. It ends early where scalings leave what one kernel can hold. full:
+    there is no padding.
     """
-    a, b, total = problem.a, problem.b, problem.a.sum(1).clamp_min(problem.tiny)
-    limit = math.exp(REBUILD)
-    q, w = problem.alpha * state.x.exp(), problem.beta * state.y.exp()
-    active = torch.ones_like(state.z, dtype=torch.bool)
-    error, iterations = torch.full_like(total, math.inf), torch.zeros_like(total, dtype=torch.long)
-    every = 1 if kernel.device.type == "cpu" else BLOCK
-    whole = True  # no problem has converged yet: nothing needs to be masked
-    for done in range(count + 1):
-        sums = _times(kernel, w)
-        if done and (done % every == 0 or done == count):
-            present = (q * sums).sub_(a).abs_().sum(1).div_(total)
-            if not whole or done == count or not bool((present > tolerance).all()):
-                whole = False
-                error = torch.where(active[:, 0], present, error)
-                iterations = torch.where(active[:, 0], done, iterations)
-                active = active & ~(error <= tolerance)[:, None]
-                if done == count or not bool(active.any()):
+    tiny = torch.finfo(kernel.dtype).tiny
+    total = a.sum(1).clamp_min(tiny)
+    active = torch.ones_like(total, dtype=torch.bool) if full else (a > 0).any(1) & (b > 0).any(1)
+    a, b, q, w = a[:, None], b[:, None], q[:, None], w[:, None]
+    limit, transposed = math.exp(1.5 * REBUILD), kernel.mT
+    left = torch.where(active, math.inf, torch.zeros_like(total))
+    iterations = torch.zeros_like(total, dtype=torch.long)
+    kept, relaxation, last = None if full else (q, w), None, None
+    check = 1
+
+    def scaled(old: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
+        new = weights / (sums if full else sums.clamp_min_(tiny))
+        if relaxation is not None:
+            new = old * (new / old).nan_to_num_(1.0).pow_(relaxation)
+        return new.clamp_max_(limit)
+
+    for done in range(1, count + 1):
+        sums = torch.bmm(w, transposed)
+        q = scaled(q, a, sums)
+        own = torch.bmm(q, kernel)
+        adapt = done >= SCALING_ITERATIONS and done % RELAX_EVERY == 0
+        if done == check or adapt or done == count:
+            check = max(done + 1, int(CHECK_FACTOR * done)) if done >= check else check
+            wrong = (w * own).sub_(b).abs_().sum((1, 2))
+            if relaxation is not None:
+                wrong += (q * sums).sub_(a).abs_().sum((1, 2))
+            wrong /= total
+            finished = wrong <= tolerance
+            if done == count or bool(finished.any()):
+                now = active[:, None, None]
+                kept = (q, w) if kept is None else tuple(torch.where(now, *pair) for pair in zip((q, w), kept))
+                left, iterations = torch.where(active, wrong, left), torch.where(active, done, iterations)
+                active = active & ~finished
+                if not bool(active.any()):
                     break
-        new = (a / sums.clamp_min_(problem.tiny)).clamp_max_(limit)
-        q = new if whole else torch.where(active, new, q)
-        new = (b / torch.bmm(q[:, None, :], kernel)[:, 0].clamp_min_(problem.tiny)).clamp_max_(limit)
-        w = new if whole else torch.where(active, new, w)
-    state.x = torch.where(a > 0, (q / problem.alpha).log(), 0.0)
-    state.y = torch.where(b > 0, (w / problem.beta).log(), 0.0)
-    return active, error, iterations
+            if adapt:
+                if bool((q.amax((1, 2)).log() + w.amax((1, 2)).log() > 2 * REBUILD)[active].any()):
+                    break
+                relaxation = torch.ones_like(a[:, :, :1]) if relaxation is None else relax(
+                    relaxation[:, 0], (wrong / last)[:, None] ** (1 / RELAX_EVERY))[:, None]  # fmt: skip
+                last = wrong
+        w = scaled(w, b, own)
+    if kept is not None:
+        now = active[:, None, None]
+        q, w = (torch.where(now, *pair) for pair in zip((q, w), kept))
+    return Scaled(q[:, 0], w[:, 0], active, left, iterations, done)
