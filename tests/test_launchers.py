@@ -70,9 +70,9 @@ def test_two_nodes_is_started_once_on_each():
         assert (args.nproc_per_node, args.nnodes, args.rdzv_endpoint) == ("8", "2", "10.0.0.1:29500")
 
 
-def launched(folder: Path, name: str, *overrides: str) -> str:
+def launched(folder: Path, name: str, *overrides: str, code: str = SCRIPT, fails: bool = False) -> str:
     script = folder / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(code)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path_of(name), *overrides,
                str(script)]  # fmt: skip
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -83,7 +83,7 @@ def launched(folder: Path, name: str, *overrides: str) -> str:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"no end within 120 s:\n{process.communicate()[0][-3000:]}") from None
-    assert process.returncode == 0, output[-3000:]
+    assert bool(process.returncode) == fails, output[-3000:]
     return output
 
 
@@ -96,3 +96,12 @@ def test_ddp_starts_processes_that_see_each_other(tmp_path):
     """Two, on a CPU: gloo in NCCL's place."""
     output = launched(tmp_path, "ddp", "--num_processes", "2", "--main_process_port", "0")
     assert "rank 0 of 2: 3" in output and "rank 1 of 2: 3" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_processes_that_do_not_see_each_other_do_not_train(tmp_path, name):
+    """Without a GPU and without use_cpu, accelerate lets each run on its own: two runs in one folder."""
+    output = launched(tmp_path, name, "--num_processes", "2", "--main_process_port", "0", code=(
+        "from pisces_rl import VideoGRPOConfig\nVideoGRPOConfig(output_dir='run', report_to='none')\n"), fails=True)
+    assert "2 processes were launched, but they do not see each other" in output

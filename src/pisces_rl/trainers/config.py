@@ -8,7 +8,7 @@ import torch
 
 from ..policy.offload import OFFLOADED
 from ._trl import _BaseConfig
-from .launch import requested_sharding
+from .launch import check_processes, requested_sharding
 
 OFFLOAD = (*OFFLOADED, "rewards")  # what `offload` may name
 
@@ -159,6 +159,7 @@ class VideoPolicyConfig(_BaseConfig):
             super().__post_init__()
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         self.torch_compile = self.torch_compile or any(compiled[1:])
+        check_processes(self)
         requested_sharding(self)  # before a pipeline is loaded, by the trainer or by its caller
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
