@@ -40,6 +40,11 @@ else:
     SHARED = 1
 PARTS = WORLD // SHARED
 
+if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a faster collective, which it would compile first
+
 
 def made(folder, rewards=tiny_runs.brightness, videos: int = 8, **settings):
     """A trainer whose rollouts have `videos` videos over all processes."""

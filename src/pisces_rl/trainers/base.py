@@ -50,6 +50,7 @@ from .report import compare, markdown_comparison, print_comparison, read_evaluat
 from .seeds import sample_seed
 from .timeline import Timeline, TimelineSteps, timeline_table
 from .video_data import check_videos, undecoded
+from .zero import PartitionedOptimizer, requested_zero, use_zero
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -116,7 +117,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
-        sharding = requested_sharding(args)
+        sharding, zero_stage = requested_sharding(args), requested_zero(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
@@ -193,6 +194,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if sharding is not None:
             shard_policy(self.policy, self.accelerator, sharding)
             self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
+        if zero_stage is not None:
+            use_zero(zero_stage, self.policy, self.accelerator, args.max_grad_norm)
+            self.is_deepspeed_enabled = False  # likewise
         members = args.offload or []
         self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
         for panel in (self.rewards, self.judges) if "rewards" in members else ():
@@ -314,7 +318,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         for parameter in self.adapter.values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        if self.accelerator.num_processes > 1:
+        if isinstance(self.optimizer, PartitionedOptimizer):
+            torch._foreach_mul_([p.grad for p in self.adapter.values()], self.args.context_parallel)
+            self.optimizer.reduce()
+        elif self.accelerator.num_processes > 1:
             flat = torch.cat([p.grad.flatten() for p in self.adapter.values()])
             # the mean over videos, of the sum over the ranks that share a video's tokens
             flat = self.accelerator.reduce(flat, reduction="mean") * self.args.context_parallel
@@ -327,11 +334,15 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _log_gradient_of_experts(self) -> None:
         """Logs each denoiser's gradient norm; says once where one had none, since no trained step called it."""
-        norms = {}
-        for name in self.adapted_modules:
-            own = [p.grad for key, p in self.adapter.items() if key.startswith(f"{name}.")]
-            norms[name] = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(own))).item()
-            self._metrics["train"][f"grad_norm/{name}"].append(norms[name])
+        parts = {name: [p for key, p in self.adapter.items() if key.startswith(f"{name}.")]
+                 for name in self.adapted_modules}  # fmt: skip
+        if isinstance(self.optimizer, PartitionedOptimizer):
+            norms = self.optimizer.norms(parts)
+        else:
+            norms = {name: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in own]))).item()
+                     for name, own in parts.items()}  # fmt: skip
+        for name, norm in norms.items():
+            self._metrics["train"][f"grad_norm/{name}"].append(norm)
         idle = [name for name, norm in norms.items() if norm == 0 and name not in self._idle_experts]
         if idle and any(norms.values()):
             self._idle_experts.update(idle)
@@ -690,6 +701,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
+        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()  # which all ranks may have a part of
         folder.mkdir(parents=True, exist_ok=True)
         save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
         if not self.args.should_save:
@@ -697,7 +709,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         with self.ema or contextlib.nullcontext():
             save_lora(self.pipeline, folder)
         if not self.args.save_only_model:
-            save_tree(self.optimizer.state_dict(), folder / "optimizer")
+            save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
         save_tree(self._extra_state(), folder / "trainer")
         own = [*self.callback_handler.callbacks, self.control]
