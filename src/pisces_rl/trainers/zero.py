@@ -64,7 +64,7 @@ def use_zero(stage: int, policy: VideoPolicy, accelerator: Accelerator, max_grad
     def prepare(optimizer, device_placement=None):
         if not isinstance(optimizer, PartitionedOptimizer):  # as a second `train` has it
             optimizer = PartitionedOptimizer(optimizer, max_grad_norm)
-            accelerator._optimizers.append(optimizer)
+        accelerator._optimizers = [optimizer]
         return optimizer
 
     def gradient_norm(parameters, max_norm, norm_type=2):
