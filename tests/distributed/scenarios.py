@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
@@ -28,6 +29,7 @@ from transformers import TrainerCallback  # noqa: E402
 
 from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, lora_parameters  # noqa: E402
 from pisces_rl.policy.zero import partition  # noqa: E402
+from pisces_rl.trainers.checkpoint import load_tree  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
@@ -138,12 +140,19 @@ def stopped(folder) -> dict:
 
 
 def resumed_elsewhere(folder) -> dict:
-    """What `stopped` left, on one process and on two, goes on."""
-    result = {}
+    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what lies in the checkpoint."""
+    class Compare(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            own, saved = (tree_flatten(tree)[0] for tree in (trainer.optimizer.state_dict(), kept))
+            same.append(len(own) == len(saved) and all(bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)))
+
+    weights, same = {}, []
     for world in (1, 2):
-        checkpoint = str(folder.parent / f"stopped_{world}" / "checkpoint-2")
-        result[world] = trained(made(folder / str(world), **ADAMW), resume_from_checkpoint=checkpoint)["weights"]
-    return {"weights": result[1], "difference": tiny_runs.largest_difference(result[1], result[2])}
+        checkpoint = folder.parent / f"stopped_{world}" / "checkpoint-2"
+        kept = load_tree(checkpoint / "optimizer")
+        trainer = made(folder / str(world), callbacks=[Compare()], **ADAMW)
+        weights[world] = trained(trainer, resume_from_checkpoint=str(checkpoint))["weights"]
+    return {"weights": weights[1], "same": same, "difference": tiny_runs.largest_difference(weights[1], weights[2])}
 
 
 def trained_twice(folder) -> dict:

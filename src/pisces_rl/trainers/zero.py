@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DistributedType, is_deepspeed_available
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -17,16 +17,20 @@ OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 def requested_zero(args) -> int | None:
-    """The ZeRO stage of `accelerate launch` or of `args.deepspeed`; None where DeepSpeed is not asked for.
+    """The ZeRO stage that `accelerate launch` asks for; None where it does not ask for DeepSpeed.
 
     Raises:
-        ValueError: DeepSpeed is not installed, or something is asked for that has no meaning here.
+        ValueError: something is asked for that has no meaning here.
     """
     plugin = args.deepspeed_plugin
     if plugin is None:
         return None
-    if not is_deepspeed_available():
-        raise ValueError("DeepSpeed is asked for, but not installed: pip install deepspeed, or use FSDP2.")
+    if args.deepspeed:
+        raise ValueError(
+            f"deepspeed={args.deepspeed!r}: leave it unset and start the run with accelerate launch --config_file "
+            "recipes/accelerate/deepspeed_zero2.yaml (or deepspeed_zero3.yaml), which may name the same file as "
+            "deepspeed_config_file."
+        )
     if plugin.zero_stage not in (2, 3):
         raise ValueError(
             f"zero_stage={plugin.zero_stage}: set zero_stage: 2 or 3 under deepspeed_config in the file of accelerate, "
