@@ -10,12 +10,13 @@ import pytest
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 ROOT = Path(__file__).parents[1]
 FILES = {
     "one_gpu": (DistributedType.NO, 1), "ddp": (DistributedType.MULTI_GPU, 8), "fsdp2": (DistributedType.FSDP, 8),
-    "two_nodes": (DistributedType.MULTI_GPU, 16),
+    "two_nodes": (DistributedType.MULTI_GPU, 16), "deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
+    "deepspeed_zero3": (DistributedType.DEEPSPEED, 8),
 }  # fmt: skip
 SCRIPT = """
 import torch
@@ -59,6 +60,15 @@ def test_fsdp2_reaches_the_processes():
     assert env["ACCELERATE_USE_FSDP"] == "true" and env["FSDP_VERSION"] == "2"
     assert env["FSDP_RESHARD_AFTER_FORWARD"].lower() == "true" and env["FSDP_OFFLOAD_PARAMS"] == "false"
     assert env["FSDP_ACTIVATION_CHECKPOINTING"] == "false" and env["ACCELERATE_MIXED_PRECISION"] == "no"
+
+
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_deepspeed_reaches_the_processes(stage):
+    """`tests/distributed/test_deepspeed.py` trains by these files."""
+    _, env = prepare_deepspeed_cmd_env(read(f"deepspeed_zero{stage}"))
+    assert env["ACCELERATE_USE_DEEPSPEED"] == "true" and env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
+    assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false" and env["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert {env[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] for what in ("PARAM", "OPTIMIZER")} == {"none"}
 
 
 def test_two_nodes_is_started_once_on_each():

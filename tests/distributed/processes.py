@@ -37,8 +37,12 @@ def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -
         "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
     }  # fmt: skip
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
-    return run("accelerate.commands.launch", "--config_file", str(folder / "accelerate.yaml"), script, str(folder),
-               *names, timeout=timeout)
+    return launch(folder / "accelerate.yaml", script, str(folder), *names, timeout=timeout)
+
+
+def launch(file: Path, *command: str, timeout: float) -> subprocess.CompletedProcess:
+    """`accelerate launch --config_file file command`."""
+    return run("accelerate.commands.launch", "--config_file", str(file), *command, timeout=timeout)
 
 
 def torchrun(script: str, folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:

@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
-Started by `accelerate launch` with FSDP2, the same scenarios run with sharded denoisers; with SHARE_TOKENS=1, both
-processes share each video's tokens.
+Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers; with
+SHARE_TOKENS=1, both processes share each video's tokens.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_flatten
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
@@ -27,6 +28,8 @@ from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, lora_parameters  # noqa: E402
+from pisces_rl.policy.zero import partition  # noqa: E402
+from pisces_rl.trainers.checkpoint import load_tree  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
@@ -39,6 +42,11 @@ if os.environ.get("SHARE_TOKENS"):
 else:
     SHARED = 1
 PARTS = WORLD // SHARED
+
+if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a faster collective, which it would compile first
 
 
 def made(folder, rewards=tiny_runs.brightness, videos: int = 8, **settings):
@@ -116,6 +124,52 @@ def resumed(folder) -> dict:
     difference = tiny_runs.largest_difference(whole["weights"], again["weights"])
     return {"weights": again["weights"], "difference": difference, "rewards": [whole["reward"], again["reward"]],
             "files": tiny_runs.checkpoints(folder / "broken")}
+
+
+def clipped(folder) -> dict:
+    """The norm of every gradient is above the limit; the schedule is not constant."""
+    return trained(made(folder, max_steps=3, max_grad_norm=1e-3, lr_scheduler_type="linear"))
+
+
+ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-2, "weight_decay": 0.1, "max_steps": 4}
+
+
+def stopped(folder) -> dict:
+    """AdamW, stopped at step 2 of 4 with a checkpoint."""
+    return trained(made(folder, callbacks=[tiny_runs.StopAt(2)], **ADAMW))
+
+
+def resumed_elsewhere(folder) -> dict:
+    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what lies in the checkpoint."""
+    class Compare(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            own, saved = (tree_flatten(tree)[0] for tree in (trainer.optimizer.state_dict(), kept))
+            same.append(len(own) == len(saved) and all(bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)))
+
+    weights, same = {}, []
+    for world in (1, 2):
+        checkpoint = folder.parent / f"stopped_{world}" / "checkpoint-2"
+        kept = load_tree(checkpoint / "optimizer")
+        trainer = made(folder / str(world), callbacks=[Compare()], **ADAMW)
+        weights[world] = trained(trainer, resume_from_checkpoint=str(checkpoint))["weights"]
+    return {"weights": weights[1], "same": same, "difference": tiny_runs.largest_difference(weights[1], weights[2])}
+
+
+def trained_twice(folder) -> dict:
+    """`train` again, after somebody has set the weights."""
+    trainer = made(folder, max_steps=2)
+    trainer.train()
+    tiny_runs.enliven(trainer)
+    return trained(trainer)
+
+
+def two_experts(folder) -> dict:
+    """Wan 2.2: the first trained step calls one denoiser, the second the other."""
+    pipe = tiny_runs.quiet(tiny_runs.BUILD["wan22_a14b"]())
+    pipe.register_to_config(boundary_ratio=0.9)
+    trainer = made(folder, model=pipe, max_steps=2)
+    result = trained(trainer)
+    return result | {"norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules]}
 
 
 def backpropagated(folder) -> dict:
@@ -261,13 +315,28 @@ def unequal_weights(folder) -> dict:
 
 
 def parts_of_weights(folder) -> dict:
-    """How many of the denoiser's own weights this process holds, in fp32 and in mixed precision."""
-    trainer = made(folder)
+    """How many of the denoiser's own weights and of the optimizer's states this process holds."""
+    trainer = made(folder, **ADAMW)
+    trainer.train()
     denoiser = trainer.policy.denoiser["transformer"]
     frozen = [p for p in denoiser.parameters() if not p.requires_grad]
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
-    return {"weights": tiny_runs.weights(trainer), "held": held, "whole": sum(p.numel() for p in frozen),
+    partitioned = hasattr(frozen[0], "ds_tensor")
+    trainer.policy.sample(["a"], noise_seeds=[0])  # frees what backward has left
+    held = sum(p.numel() + p.ds_tensor.numel() if partitioned else (p.to_local() if isinstance(p, DTensor) else p).numel()
+               for p in frozen)  # fmt: skip
+    states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
+    return {"weights": tiny_runs.weights(trainer), "held": held,
+            "whole": sum(p.ds_numel if partitioned else p.numel() for p in frozen),
+            "states": sum(state.numel() for state in states), "trained": sum(p.numel() for p in trainer.adapter.values()),
             "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
+
+
+def share(policy) -> None:
+    """By FSDP2, or by DeepSpeed where that was asked for."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
+        partition(policy, "cpu", WORLD)
+    else:
+        policy.shard(init_device_mesh("cpu", (WORLD,)))
 
 
 def unequal_texts(folder) -> dict:
@@ -278,7 +347,7 @@ def unequal_texts(folder) -> dict:
     policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
     seeds = {"noise_seeds": [0, 1, 2], "step_seeds": [3, 4, 5], "steps": [0, 1]}
     whole = policy.sample(prompts, **seeds)
-    policy.shard(init_device_mesh("cpu", (WORLD,)))
+    share(policy)
     parts = policy.sample(prompts, **seeds)
     scores = []
     policy.replay(parts, [0, 1, 2], lambda step: (step.log_prob.sum().backward(), scores.append(step.log_prob)))
@@ -304,8 +373,11 @@ def refused_splits(folder) -> dict:
 
 def half_precision(folder) -> dict:
     """Weights of two dtypes in a block, as bf16 pipelines have, with activations computed again."""
-    return trained(made(folder, model=tiny_runs.pipeline().to(torch.bfloat16), gradient_checkpointing=True,
-                        replay_tolerance=1.0))
+    model = tiny_runs.pipeline().to(torch.bfloat16)
+    for name, parameter in model.transformer.named_parameters():
+        if any(part in model.transformer._keep_in_fp32_modules for part in name.split(".")):
+            parameter.data = parameter.data.float()
+    return trained(made(folder, model=model, gradient_checkpointing=True, replay_tolerance=1.0))
 
 
 def run(name: str, folder: Path) -> dict:

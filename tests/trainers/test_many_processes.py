@@ -2,16 +2,31 @@
 
 import pytest
 import torch
+from accelerate import DeepSpeedPlugin
 from tiny_runs import brightness, config, prompts
 
 from pisces_rl import VideoGRPOTrainer
 from pisces_rl.trainers.ranks import digest
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
-    args = config(tmp_path)  # made before: without deepspeed installed, transformers refuses it first
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"ZERO_STAGE": "1"}, "zero_stage=1: set zero_stage: 2 or 3"),
+    ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device='cpu': set it to none"),
+    ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device='nvme': set it to none"),
+])
+def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, settings, message):
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match="DeepSpeed is asked for.*--use_fsdp --fsdp_version 2"):
+    for name, value in settings.items():
+        monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        VideoGRPOTrainer("tiny-wan", brightness, config(tmp_path), prompts())
+
+
+def test_deepspeed_is_asked_for_by_the_launcher(tmp_path):
+    args = config(tmp_path)
+    args.deepspeed, args.deepspeed_plugin = "zero.json", DeepSpeedPlugin(zero_stage=2)
+    with pytest.raises(ValueError, match="deepspeed='zero.json': leave it unset.*deepspeed_zero2.yaml"):
         VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
 
 

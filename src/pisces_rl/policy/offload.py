@@ -189,7 +189,7 @@ def _check_plain(name: str, module: nn.Module) -> None:
     if all(parameter.requires_grad for parameter in module.parameters()):
         raise PolicyError(f"offload: {name} has no frozen weights; call its requires_grad_(False) before.")
     for key, parameter in module.named_parameters():
-        if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor:
+        if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or hasattr(parameter, "ds_id"):
             raise PolicyError(
                 f"offload: {key} of {name} is a {type(parameter).__name__} of {type(parameter.data).__name__} "
                 f"(quantised or sharded weights), which cannot come and go; leave {kind_of(name)!r} out of offload."

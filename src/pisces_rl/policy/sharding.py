@@ -75,7 +75,8 @@ def tokens_divide() -> Iterator[None]:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, FSDPModule)
+    """Whether a module's weights lie in parts, by FSDP2 or by DeepSpeed."""
+    return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def largest_over_ranks(number: int, mesh: DeviceMesh) -> int:

@@ -52,6 +52,7 @@ from .run_folder import (
 )
 from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
+from .zero import requested_zero, use_zero
 
 
 class VideoPolicyTrainer(_BaseTrainer):
@@ -79,7 +80,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
-        sharding = requested_sharding(args)
+        sharding, zero_stage = requested_sharding(args), requested_zero(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
             check_dataset("eval_dataset", eval_dataset, several=True)
@@ -136,6 +137,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if sharding is not None:
             shard_policy(self.policy, self.accelerator, sharding)
             self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
+        if zero_stage is not None:
+            use_zero(zero_stage, self.policy, self.accelerator, args.max_grad_norm)
+            self.is_deepspeed_enabled = False  # likewise
         members = args.offload or []
         self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
         for panel in (self.rewards, self.judges) if "rewards" in members else ():
@@ -219,9 +223,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         if step % self.args.equal_weights_steps == 0:
             self.check_equal_weights()
         self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
-        average_gradients(self.adapter, self.accelerator, self.args.context_parallel)
+        average_gradients(self.adapter, self.accelerator, self.args.context_parallel, self.optimizer)
         if len(self.adapted_modules) > 1:
-            for name, norm in self.expert_gradients.norms(step + 1).items():
+            for name, norm in self.expert_gradients.norms(step + 1, self.optimizer).items():
                 self._metrics["train"][f"grad_norm/{name}"].append(norm)
 
     def check_equal_weights(self) -> None:
@@ -358,6 +362,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
+        # of which every rank may have a part
+        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
         if not self.args.should_save:
@@ -365,7 +371,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         with self.ema or contextlib.nullcontext():
             save_lora(self.pipeline, folder)
         if not self.args.save_only_model:
-            save_tree(self.optimizer.state_dict(), folder / "optimizer")
+            save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
         save_tree(self._extra_state(), folder / "trainer")
         own = [*self.callback_handler.callbacks, self.control]

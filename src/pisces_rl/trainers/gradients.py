@@ -5,17 +5,26 @@ import warnings
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim import Optimizer
+
+from .zero import PartitionedOptimizer
 
 
-def average_gradients(adapter: dict[str, nn.Parameter], accelerator: Accelerator, context_parallel: int) -> None:
+def average_gradients(
+    adapter: dict[str, nn.Parameter], accelerator: Accelerator, context_parallel: int, optimizer: Optimizer
+) -> None:
     """The mean over videos, of the sum over the `context_parallel` processes that share a video's tokens.
 
     A gradient that is None, as where every sample had advantage 0, becomes 0: the optimizer then takes the same step
-    (of its momentum) on one process as on several.
+    (of its momentum) on one process as on several. An optimizer in parts reduces them itself.
     """
     for parameter in adapter.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+    if isinstance(optimizer, PartitionedOptimizer):
+        torch._foreach_mul_([p.grad for p in adapter.values()], context_parallel)
+        optimizer.reduce()
+        return
     if accelerator.num_processes == 1:
         return
     flat = torch.cat([p.grad.flatten() for p in adapter.values()])
@@ -37,10 +46,13 @@ class ExpertGradients:
         self.parameters = {n: [p for key, p in adapter.items() if key.startswith(f"{n}.")] for n in names}
         self.idle: set[str] = set()  # of which it was said
 
-    def norms(self, step: int) -> dict[str, float]:
+    def norms(self, step: int, optimizer: Optimizer) -> dict[str, float]:
         """{denoiser: norm of its adapter's gradient} at an optimizer step."""
-        norms = {name: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in own]))).item()
-                 for name, own in self.parameters.items()}
+        if isinstance(optimizer, PartitionedOptimizer):
+            norms = optimizer.norms(self.parameters)
+        else:
+            norms = {name: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in own]))).item()
+                     for name, own in self.parameters.items()}
         idle = [name for name, norm in norms.items() if norm == 0 and name not in self.idle]
         if idle and any(norms.values()):
             self.idle.update(idle)

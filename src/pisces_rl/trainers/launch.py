@@ -25,14 +25,8 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
     """The FSDP settings of `accelerate launch` or of `args.fsdp`; None where nothing is to be sharded.
 
     Raises:
-        ValueError: FSDP1, DeepSpeed, or an option of FSDP that has no meaning here is asked for.
+        ValueError: FSDP1, or an option of FSDP that has no meaning here is asked for.
     """
-    if args.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise ValueError(
-            "DeepSpeed is asked for, but it would wrap the denoiser and own its optimizer, while a pipeline calls its "
-            "denoiser itself. Use FSDP2 (accelerate launch --use_fsdp --fsdp_version 2): it shards the frozen weights "
-            "as ZeRO-3 does; gradients and optimizer state are the adapter's, too small to shard."
-        )
     if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
     settings = args.fsdp_plugin_args or {}

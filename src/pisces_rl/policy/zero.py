@@ -1,0 +1,56 @@
+"""Denoisers' frozen weights in parts by DeepSpeed's ZeRO-3 (arXiv 1910.02054): each block gathered when it runs.
+
+The pipeline calls its denoisers itself, so nothing is wrapped: hooks of the submodules gather and free. Adapters are
+gathered once and stay whole on every rank. Gathering is a collective: every rank must call as often as every other.
+"""
+
+from torch.distributed import init_device_mesh
+
+from .execution import repeated_blocks
+from .scheduler import PolicyError
+from .video_policy import VideoPolicy
+
+# One video and one step, because it asks for numbers; nothing of it is used. Weights are gathered when they are needed
+# and not before: what comes next differs between sampling and update.
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1, "steps_per_print": None,
+    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_prefetch_bucket_size": 0,
+                          "stage3_param_persistence_threshold": 0},
+}  # fmt: skip
+
+
+def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
+    """Share the denoisers' frozen weights among all ranks; after adapters were added.
+
+    From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
+
+    Raises:
+        PolicyError: the policy is compiled.
+    """
+    import deepspeed
+    from deepspeed.utils import set_z3_leaf_module
+
+    if policy.compiled:
+        raise PolicyError(
+            "ZeRO-3 of DeepSpeed moves weights where a compiled graph does not see it: leave torch_compile off, or use "
+            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
+        )
+    denoisers = policy.denoiser
+    for denoiser in denoisers.values():
+        for block in repeated_blocks(denoiser):
+            set_z3_leaf_module(block, True)
+        for buffer in denoiser.buffers():
+            buffer.data = buffer.data.to(device_type)
+    adapter = [p for p in denoisers.parameters() if p.requires_grad]
+    deepspeed.zero.Init(module=denoisers, config_dict_or_path=CONFIG)
+    engine = deepspeed.initialize(model=denoisers, config=CONFIG)[0]
+    adapter[0].all_gather(param_list=adapter)
+    for parameter in adapter:
+        parameter.ds_active_sub_modules.add("adapter")  # what a module uses is not freed
+
+    def start(module, inputs):
+        engine.optimizer.release_backward_leftovers()  # of modules whose inputs have no gradient; and keeps the engine
+
+    for denoiser in denoisers.values():
+        denoiser.register_forward_pre_hook(start, prepend=True)
+    policy.mesh = init_device_mesh(device_type, (ranks,))
