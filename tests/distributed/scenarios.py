@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
-Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers; with
-SHARE_TOKENS=1, both processes share each video's tokens.
+Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers;
+with SHARE_TOKENS=1, both processes share each video's tokens.
 """
 
 import json
@@ -140,11 +140,12 @@ def stopped(folder) -> dict:
 
 
 def resumed_elsewhere(folder) -> dict:
-    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what lies in the checkpoint."""
+    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what the checkpoint has."""
     class Compare(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             own, saved = (tree_flatten(tree)[0] for tree in (trainer.optimizer.state_dict(), kept))
-            same.append(len(own) == len(saved) and all(bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)))
+            equal = [bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)]
+            same.append(len(own) == len(saved) and all(equal))
 
     weights, same = {}, []
     for world in (1, 2):
@@ -322,12 +323,15 @@ def parts_of_weights(folder) -> dict:
     frozen = [p for p in denoiser.parameters() if not p.requires_grad]
     partitioned = hasattr(frozen[0], "ds_tensor")
     trainer.policy.sample(["a"], noise_seeds=[0])  # frees what backward has left
-    held = sum(p.numel() + p.ds_tensor.numel() if partitioned else (p.to_local() if isinstance(p, DTensor) else p).numel()
-               for p in frozen)  # fmt: skip
+    held = sum(
+        p.numel() + p.ds_tensor.numel() if partitioned else (p.to_local() if isinstance(p, DTensor) else p).numel()
+        for p in frozen
+    )
     states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
     return {"weights": tiny_runs.weights(trainer), "held": held,
             "whole": sum(p.ds_numel if partitioned else p.numel() for p in frozen),
-            "states": sum(state.numel() for state in states), "trained": sum(p.numel() for p in trainer.adapter.values()),
+            "states": sum(state.numel() for state in states),
+            "trained": sum(p.numel() for p in trainer.adapter.values()),
             "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
 
 

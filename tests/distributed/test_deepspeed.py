@@ -115,8 +115,8 @@ def test_evaluation_equals_that_of_one_process_and_the_adapter_reloads(runs, sta
     saved = folder / "evaluated_2"
     pipe = scenarios.tiny_runs.pipeline()
     pipe.load_lora_weights(saved)  # whole, by plain diffusers
-    loaded = {f"transformer.{n.replace('default_0', 'default')}": p.detach() for n, p in pipe.transformer.named_parameters()
-              if "lora_" in n}  # fmt: skip
+    loaded = {f"transformer.{n.replace('default_0', 'default')}": p.detach()
+              for n, p in pipe.transformer.named_parameters() if "lora_" in n}  # fmt: skip
     assert largest_difference(loaded, load_file(folder / "evaluated_0.safetensors")) == 0
     assert (saved / "samples" / "before_after_five.png").exists()
 

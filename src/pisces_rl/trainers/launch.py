@@ -12,12 +12,12 @@ from ..policy import VideoPolicy
 
 
 def check_processes(args) -> None:
-    """A ValueError where a launcher started several processes and this one is alone: each would train its own model."""
+    """A ValueError where a launcher started several processes and this one is alone: each would train a model."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched > 1 and args.world_size == 1:
         raise ValueError(
-            f"{launched} processes were launched, but they do not see each other, because no GPU was found: each would "
-            "train a model of its own. Set use_cpu=True (--use_cpu) to train on CPUs, or launch one process."
+            f"{launched} processes were launched, but they do not see each other, because no GPU was found: each "
+            "would train a model of its own. Set use_cpu=True (--use_cpu) to train on CPUs, or launch one process."
         )
 
 
