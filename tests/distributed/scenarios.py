@@ -360,6 +360,20 @@ def unequal_texts(folder) -> dict:
             "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
 
 
+def freed_behind_backward(folder) -> dict:
+    """Which part of the frozen weights is whole after a backward through two calls of the denoiser (guidance)."""
+    pipe = tiny_runs.pipeline()
+    config = dict(pipe.transformer.config) | {"num_layers": 8}
+    pipe.transformer = type(pipe.transformer).from_config(config).requires_grad_(False).eval()
+    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["wan"] | {"guidance_scale": 4.0})
+    share(policy)
+    rollout = policy.sample(["a"], noise_seeds=[0], step_seeds=[1], steps=[0])
+    policy.replay(rollout, [0], lambda step: step.log_prob.sum().backward())
+    frozen = [p for p in policy.denoiser.parameters() if not p.requires_grad]
+    return {"weights": {}, "whole": sum(p.numel() for p in frozen) / sum(p.ds_numel for p in frozen)}
+
+
 def refused_splits(folder) -> dict:
     """Tokens that cannot be split: a class without a plan, and videos of three tokens."""
     mesh = init_device_mesh("cpu", (1, 1, WORLD), mesh_dim_names=("data", "ring", "ulysses"))
