@@ -1,5 +1,6 @@
 """How much memory a GRPO run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
 
+import inspect
 import warnings
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ from torch.autograd import Variable
 
 from ..policy import default_lora_config
 from ..policy.offload import kind_of
-from ..trainers.images import image_columns
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
 from .networks import Networks, bytes_of
@@ -84,7 +84,9 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         ValueError: a network branches on numbers in a tensor, or each video comes with an image.
         PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
     """
-    images = image_columns(pipeline, args.image_columns)
+    images = args.image_columns  # unset: as in trainers.images.image_columns
+    if images is None and "image" in inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters:
+        images = ["image"]
     if images:
         raise ValueError(
             f"{type(pipeline).__name__} takes {images} with each video, which are not known here. {MEASURE}"
