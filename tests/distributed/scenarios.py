@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
-Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers; with
-SHARE_TOKENS=1, both processes share each video's tokens.
+Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers;
+with SHARE_TOKENS=1, both processes share each video's tokens.
 """
 
 import json
@@ -140,11 +140,12 @@ def stopped(folder) -> dict:
 
 
 def resumed_elsewhere(folder) -> dict:
-    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what lies in the checkpoint."""
+    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what was saved."""
     class Compare(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             own, saved = (tree_flatten(tree)[0] for tree in (trainer.optimizer.state_dict(), kept))
-            same.append(len(own) == len(saved) and all(bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)))
+            equal = [bool(torch.as_tensor(a == b).all()) for a, b in zip(own, saved)]
+            same.append(len(own) == len(saved) and all(equal))
 
     weights, same = {}, []
     for world in (1, 2):
@@ -308,14 +309,16 @@ def parts_of_weights(folder) -> dict:
     trainer.train()
     denoiser = trainer.policy.denoiser["transformer"]
     frozen = [p for p in denoiser.parameters() if not p.requires_grad]
-    partitioned = hasattr(frozen[0], "ds_tensor")
     trainer.policy.sample(["a"], noise_seeds=[0])  # frees what backward has left
-    held = sum(p.numel() + p.ds_tensor.numel() if partitioned else (p.to_local() if isinstance(p, DTensor) else p).numel()
-               for p in frozen)  # fmt: skip
+    if hasattr(frozen[0], "ds_tensor"):
+        held, whole = sum(p.numel() + p.ds_tensor.numel() for p in frozen), sum(p.ds_numel for p in frozen)
+    else:
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in frozen)
+        whole = sum(p.numel() for p in frozen)
     states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
-    return {"weights": tiny_runs.weights(trainer), "held": held,
-            "whole": sum(p.ds_numel if partitioned else p.numel() for p in frozen),
-            "states": sum(state.numel() for state in states), "trained": sum(p.numel() for p in trainer.adapter.values()),
+    return {"weights": tiny_runs.weights(trainer), "held": held, "whole": whole,
+            "states": sum(state.numel() for state in states),
+            "trained": sum(p.numel() for p in trainer.adapter.values()),
             "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
 
 
@@ -342,6 +345,20 @@ def unequal_texts(folder) -> dict:
     gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
     return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
             "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
+
+
+def freed_behind_backward(folder) -> dict:
+    """Which part of the frozen weights is whole after a backward through two calls of the denoiser (guidance)."""
+    pipe = tiny_runs.pipeline()
+    config = dict(pipe.transformer.config) | {"num_layers": 8}
+    pipe.transformer = type(pipe.transformer).from_config(config).requires_grad_(False).eval()
+    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["wan"] | {"guidance_scale": 4.0})
+    share(policy)
+    rollout = policy.sample(["a"], noise_seeds=[0], step_seeds=[1], steps=[0])
+    policy.replay(rollout, [0], lambda step: step.log_prob.sum().backward())
+    frozen = [p for p in policy.denoiser.parameters() if not p.requires_grad]
+    return {"weights": {}, "whole": sum(p.numel() for p in frozen) / sum(p.ds_numel for p in frozen)}
 
 
 def refused_splits(folder) -> dict:

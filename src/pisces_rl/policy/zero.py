@@ -7,7 +7,6 @@ gathered once and stay whole on every rank. Gathering is a collective: every ran
 from torch.distributed import init_device_mesh
 
 from .execution import repeated_blocks
-from .scheduler import PolicyError
 from .video_policy import VideoPolicy
 
 # One video and one step, because it asks for numbers; nothing of it is used. Weights are gathered when they are needed
@@ -23,18 +22,10 @@ def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
     """Share the denoisers' frozen weights among all ranks; after adapters were added.
 
     From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
-
-    Raises:
-        PolicyError: the policy is compiled.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
 
-    if policy.compiled:
-        raise PolicyError(
-            "ZeRO-3 of DeepSpeed moves weights where a compiled graph does not see it: leave torch_compile off, or use "
-            "FSDP2 (accelerate launch --use_fsdp --fsdp_version 2)."
-        )
     denoisers = policy.denoiser
     for denoiser in denoisers.values():
         for block in repeated_blocks(denoiser):
@@ -45,6 +36,7 @@ def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
     deepspeed.zero.Init(module=denoisers, config_dict_or_path=CONFIG)
     engine = deepspeed.initialize(model=denoisers, config=CONFIG)[0]
     adapter[0].all_gather(param_list=adapter)
+    _free_after_each_call(engine.optimizer)
     for parameter in adapter:
         parameter.ds_active_sub_modules.add("adapter")  # what a module uses is not freed
 
@@ -54,3 +46,22 @@ def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
     for denoiser in denoisers.values():
         denoiser.register_forward_pre_hook(start, prepend=True)
     policy.mesh = init_device_mesh(device_type, (ranks,))
+
+
+def _free_after_each_call(offload) -> None:
+    """A module is freed in backward when gradients of its inputs have come; DeepSpeed counts those of its last call.
+
+    Guidance calls a denoiser twice before backward, so the count starts again for the call before. Else all weights
+    would be gathered by the end of backward.
+    """
+    end_forward, end_backward = offload.post_sub_module_forward_function, offload.post_sub_module_backward_function
+
+    def forward(module):
+        end_forward(module)
+        module.inputs_with_gradient = module.ds_grads_remaining
+
+    def backward(module):
+        end_backward(module)
+        module.ds_grads_remaining = module.inputs_with_gradient
+
+    offload.post_sub_module_forward_function, offload.post_sub_module_backward_function = forward, backward

@@ -701,7 +701,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()  # which all ranks may have a part of
+        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()  # of all ranks
         folder.mkdir(parents=True, exist_ok=True)
         save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
         if not self.args.should_save:

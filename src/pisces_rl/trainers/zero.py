@@ -33,8 +33,8 @@ def requested_zero(args) -> int | None:
         )
     if plugin.zero_stage not in (2, 3):
         raise ValueError(
-            f"zero_stage={plugin.zero_stage}: set zero_stage: 2 or 3 under deepspeed_config in the file of accelerate, "
-            "or --zero_stage; without sharding, use DDP (accelerate launch --multi_gpu)."
+            f"zero_stage={plugin.zero_stage}: set zero_stage: 2 or 3 under deepspeed_config in the file of "
+            "accelerate, or --zero_stage; without sharding, use DDP (accelerate launch --multi_gpu)."
         )
     for name in ("offload_optimizer_device", "offload_param_device"):
         if getattr(plugin, name) not in (None, "none"):
