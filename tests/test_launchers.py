@@ -2,8 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,20 @@ accelerator = Accelerator(cpu=True)
 total = accelerator.reduce(torch.ones(1) * (1 + accelerator.process_index))
 print(f"rank {accelerator.process_index} of {accelerator.num_processes}: {total.item():g}", flush=True)
 accelerator.end_training()
+"""
+TRAINING = """
+from datasets import Dataset
+from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
+from pisces_rl.rewards import temporal_smoothness
+
+args = VideoGRPOConfig(
+    output_dir={folder!r}, use_cpu=True, max_steps=1, height=32, width=32, num_frames=5, guidance_scale=1.0,
+    num_inference_steps=2, per_device_train_batch_size=2, num_generations=4, report_to="none", save_strategy="no",
+    pipeline_kwargs=dict(max_sequence_length=24),
+)
+trainer = VideoGRPOTrainer("tiny-wan", temporal_smoothness, args, Dataset.from_dict(dict(prompt=["a red circle"])))
+trainer.train()
+trainer.save_model()
 """
 
 
@@ -114,6 +130,32 @@ def test_ddp_starts_processes_that_see_each_other(tmp_path):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2"])
 def test_processes_that_do_not_see_each_other_do_not_train(tmp_path, name):
     """Without a GPU and without use_cpu, accelerate lets each run on its own: two runs in one folder."""
-    output = launched(tmp_path, name, "--num_processes", "2", "--main_process_port", "0", code=(
-        "from pisces_rl import VideoGRPOConfig\nVideoGRPOConfig(output_dir='run', report_to='none')\n"), fails=True)
+    code = "from pisces_rl import VideoGRPOConfig\nVideoGRPOConfig(output_dir='run', report_to='none')\n"
+    output = launched(tmp_path, name, "--num_processes", "2", "--main_process_port", "0", code=code, fails=True)
     assert "2 processes were launched, but they do not see each other" in output
+
+
+@pytest.mark.slow
+def test_fsdp2_trains(tmp_path):
+    """From the file itself, on two processes of a CPU."""
+    output = launched(tmp_path, "fsdp2", "--num_processes", "2", "--main_process_port", "0",
+                      code=TRAINING.format(folder=str(tmp_path)))  # fmt: skip
+    assert "2 x cpu" in output and "read back, equal to the trained one" in output
+
+
+@pytest.mark.slow
+def test_two_nodes_meet(tmp_path):
+    """Both commands on one machine, a process each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def node(rank: str) -> str:
+        folder = tmp_path / rank
+        folder.mkdir()
+        own = "--machine_rank", rank, "--main_process_port", port
+        return launched(folder, "two_nodes", "--num_processes", "2", *own)
+
+    with ThreadPoolExecutor(2) as both:
+        first, second = both.map(node, "01")
+    assert "rank 0 of 2: 3" in first and "rank 1 of 2: 3" in second
