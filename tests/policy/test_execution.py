@@ -212,6 +212,15 @@ def test_attention_kernels_are_named():
     torch.testing.assert_close(run(policy, parameters)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["efficient", "math", "flash"])
+def test_gradient_checkpointing_computes_again_by_the_same_attention_kernel(kernel):
+    policy, parameters = build("wan")
+    policy.attention_kernel = kernel
+    expected = run(policy, parameters)[2]
+    policy.activation_checkpointing_enable()
+    assert torch.equal(run(policy, parameters)[2], expected)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_step_waits_for_the_device():
     """As many waits in eight steps as in four, sampled and scored again with gradients."""

@@ -38,6 +38,17 @@ def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if name is None else sdpa_kernel(list(ATTENTION_KERNELS[name]), set_priority=True)
 
 
+def checkpointed(kernel: Callable[[], str | None]) -> Callable:
+    """What diffusers calls a block by under gradient checkpointing: backward computes it again by the same attention
+    kernel, which `kernel` names."""
+
+    def call(block: nn.Module, *args):
+        return checkpoint(block.__call__, *args, use_reentrant=False,
+                          context_fn=lambda: (contextlib.nullcontext(), attention_kernel(kernel())))  # fmt: skip
+
+    return call
+
+
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     """The blocks a denoiser repeats, by diffusers' own lists of their classes."""
     names = set(denoiser._repeated_blocks or denoiser._no_split_modules or ())

@@ -20,7 +20,7 @@ from torch.distributed import DeviceMesh
 from .backprop import DecodedPart, DifferentiableSampling, decoded_videos
 from .conditions import Conditions, calls, checked_conditions, of_video
 from .decoder import set_decoder
-from .execution import ATTENTION_KERNELS, compile_blocks
+from .execution import ATTENTION_KERNELS, checkpointed, compile_blocks
 from .latents import LatentCodec
 from .offload import device_of, kind_of, leave_idle, place, resident
 from .one_step import OneStep, Prediction
@@ -129,7 +129,7 @@ class VideoPolicy(nn.Module):
             return  # the blocks compute again what `compile_blocks` was told
         for name, module in self.denoiser.items():
             if module._supports_gradient_checkpointing:
-                module.enable_gradient_checkpointing()
+                module.enable_gradient_checkpointing(checkpointed(lambda: self.attention_kernel))
             else:
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
