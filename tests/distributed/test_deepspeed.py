@@ -138,6 +138,7 @@ def test_backward_frees_behind_itself(runs):
     assert 0 < numbers(runs.two(3), "freed_behind_backward")["whole"] < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_with_context_parallelism(runs, tmp_path, monkeypatch, stage):
     monkeypatch.setenv("SHARE_TOKENS", "1")

@@ -16,6 +16,7 @@ DIFFERENT = {
     "logging_steps": "a step takes minutes",
     "report_to": "videos go to TensorBoard",
     "eval_on_start": "the evaluation before training is the 'before' of the report",
+    "logging_nan_inf_filter": "it would wait for the device, and hide a loss that is no number",
     "num_generations": "never None",
     "shuffle_dataset": "never None",
 }

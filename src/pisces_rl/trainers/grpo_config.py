@@ -13,7 +13,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     Names and defaults are those of `trl.GRPOConfig` where they mean the same. Deliberate differences: `epsilon`
     (per-step Gaussian log-ratios are small next to a token's), `learning_rate` (an adapter, not a language model),
     `bf16` only where CUDA supports it, `logging_steps=1`, `report_to="tensorboard"` (videos go there), and
-    `eval_on_start=True` (the "before" of the report). There is no `loss_type`: all videos have as many steps.
+    `eval_on_start=True` (the "before" of the report), `logging_nan_inf_filter=False` (it waits for the device after
+    every micro-batch). There is no `loss_type`: all videos have as many steps.
 
     How much is sampled and updated: every `steps_per_generation * num_iterations` micro-batches one rollout of
     `generation_batch_size` videos is drawn, in groups of `num_generations` per prompt; each optimizer step uses
