@@ -1,13 +1,6 @@
 """The CUDA kernel against the general solver: on a GPU, or by Triton's interpreter where only triton is installed."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
-
-import pytest
-import torch
+from triton_scripts import check, needs_triton
 
 SCRIPT = """
     import sys, warnings
@@ -60,13 +53,6 @@ SCRIPT = """
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which torch for CUDA brings")
+@needs_triton
 def test_the_kernel_agrees_with_the_general_solver(tmp_path):
-    script = tmp_path / "agree.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    environment = os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run(
-        [sys.executable, str(script), device], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert "agree" in done.stdout, done.stderr[-3000:]
+    check(SCRIPT, tmp_path)

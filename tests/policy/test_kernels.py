@@ -1,15 +1,10 @@
 """The passes of a block: gradients, the plain forms, and Triton's kernels on a GPU or by its interpreter."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-import textwrap
-
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from triton_scripts import check, needs_triton
 
 from pisces_rl.policy.kernels import modulated_norm, modulated_norm_backward, rotated_heads, rotated_heads_backward
 from pisces_rl.policy.linear import NormProduct
@@ -203,13 +198,6 @@ SCRIPT = """
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which torch for CUDA brings")
+@needs_triton
 def test_the_kernels_agree_with_plain_torch(tmp_path):
-    script = tmp_path / "agree.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    environment = os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
-    done = subprocess.run(
-        [sys.executable, str(script), device], env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert "agree" in done.stdout, done.stderr[-3000:]
+    check(SCRIPT, tmp_path)

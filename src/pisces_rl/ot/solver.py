@@ -387,7 +387,7 @@ def scale(
             if relaxation is not None:
                 wrong += (q * sums).sub_(a).abs_().sum((1, 2))
             wrong /= total
-            finished = wrong <= tolerance
+            finished = active & (wrong <= tolerance)
             if done == count or bool(finished.any()):
                 now = active[:, None, None]
                 kept = (q, w) if kept is None else tuple(torch.where(now, *pair) for pair in zip((q, w), kept))

@@ -48,10 +48,9 @@ def _enabled(vae: nn.Module, name: str) -> bool:
     """Switches "slicing" or "tiling" on; False where the VAE cannot do so."""
     if name == "slicing" and type(vae).__name__ in WITHOUT_SLICES:
         return False
-    try:
-        getattr(vae, f"enable_{name}")()
-    except (AttributeError, NotImplementedError):  # diffusers' own, of a class without
+    if not (hasattr(vae, f"enable_{name}") and hasattr(vae, f"use_{name}")):  # by the second diffusers itself tells
         return False
+    getattr(vae, f"enable_{name}")()
     return True
 
 

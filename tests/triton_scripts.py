@@ -1,0 +1,27 @@
+"""Scripts that compare Triton kernels with plain torch: on a GPU, or by Triton's interpreter where only it is."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton, which torch for CUDA brings"
+)
+
+
+def check(script: str, folder: Path) -> None:
+    """The script, in a process of its own with the device as its argument, must print "agree" at its end."""
+    path = folder / "agree.py"
+    path.write_text(textwrap.dedent(script))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    environment = os.environ | ({} if device == "cuda" else {"TRITON_INTERPRET": "1"})
+    done = subprocess.run(
+        [sys.executable, str(path), device], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert "agree" in done.stdout, done.stderr[-3000:]
