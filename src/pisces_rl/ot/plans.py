@@ -14,7 +14,8 @@ from torch import Tensor
 from pisces_rl.ot import fused
 from pisces_rl.ot.constraints import Balanced, Constraint, Penalised
 from pisces_rl.ot.costs import as_float
-from pisces_rl.ot.solver import Start, annealing_stages, full_precision, scale, solve
+from pisces_rl.ot.scaling import scale
+from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
 
 BAD_COST = "cost: NaN or infinite where both weights are positive."
 MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have

@@ -10,9 +10,9 @@ Where the costs, less their c-transform, span more than `TRANSFORMED_RANGE` eps 
 c-transform, `EXP_RANGE`), the kernel would underflow: those problems are annealed, eps 4^k, ..., 4 eps, eps, each
 stage beginning with iterations in the log domain.
 
-Balanced problems whose kernel holds as it is need no logarithms: `scale`. Every problem of a batch runs its own
-schedule and stops by its own error, so what it shares a batch with does not change its result. Errors are read after
-every few iterations; one read is one wait for the device.
+Balanced problems whose kernel holds as it is need no logarithms: `scaling.scale`. Every problem of a batch runs its
+own schedule and stops by its own error, so what it shares a batch with does not change its result. Errors are read
+after every few iterations; one read is one wait for the device.
 """
 
 import contextlib
@@ -25,18 +25,14 @@ from torch import Tensor
 
 from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
 from pisces_rl.ot.costs import exact_products
+from pisces_rl.ot.scaling import REBUILD, RELAX_EVERY, SCALING_ITERATIONS, relax, scale
 
 EXP_RANGE = 60.0  # e^-60 times any weight that matters is far above the smallest float
 #: After the c-transform each row and column has a cell of reduced cost 0, so that far cells may underflow unharmed.
 TRANSFORMED_RANGE = 120.0
-REBUILD = 30.0  # absorb once a rest exceeds this many eps
 STAGE_FACTOR = 4.0
 STAGE_ITERATIONS = 6
 BLOCK = 5
-SCALING_ITERATIONS = 40
-CHECK_FACTOR = 1.2  # matrix scaling is looked at after 1, 2, ..., 6, 7, 8, 9, 10, 12, 14, 16, 19, ... iterations
-RELAX_EVERY = 20
-RELAX_LIMIT = 0.9995
 
 
 @dataclass
@@ -283,21 +279,6 @@ def _stage(problem: _Problem, state: _State, eps: float, active: Tensor, iterati
         state.absorb(eps)
 
 
-def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
-    """The over-relaxation w of balanced iterations from the error's rate of decrease q under the present w.
-
-    Near the solution Sinkhorn's iteration is block Gauss-Seidel, so with t its own rate (Young 1954)
-    (q + w - 1)^2 = q w^2 t, and the best w is 2 / (1 + sqrt(1 - t)). An error that grows brings w nearer to 1. Source:
-    Thibault et al. (arXiv 1711.01851), Lehmann et al. (arXiv 2012.12562).
-    """
-    own = (rate + relaxation - 1).square() / (rate * relaxation.square()).clamp_min(1e-12)
-    best = 2 / (1 + (1 - own.clamp(0, RELAX_LIMIT)).sqrt())
-    slow = rate > relaxation - 1 + 1e-3
-    return torch.where(
-        rate < 1, torch.where(slow, torch.maximum(best, relaxation), relaxation), 1 + 0.9 * (relaxation - 1)
-    )
-
-
 def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_iterations: int) -> Solution:
     """Iterate at the final eps until each problem's error is below the tolerance."""
     kernel = state.exponent(problem.cost, eps).exp_()
@@ -336,73 +317,3 @@ def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_
     state.absorb(eps)
     f, g, shift = (offset.to(problem.cost) for offset in (state.f0, state.g0, state.l0[:, 0]))
     return Solution(plan, f, g, shift, error, iterations, not go_on)
-
-
-@dataclass
-class Scaled:
-    """q (B, N), w (B, M); which are not converged, error, iterations (B,); iterations that were made."""
-
-    q: Tensor
-    w: Tensor
-    active: Tensor
-    error: Tensor
-    iterations: Tensor
-    done: int
-
-
-def scale(
-    kernel: Tensor, a: Tensor, b: Tensor, q: Tensor, w: Tensor, tolerance: float, count: int, full: bool = False
-) -> Scaled:
-    """Balanced problems as matrix scaling, q = a / (K w), w = b / (K^T q), up to `count` iterations.
-
-    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, each problem by its own r. q is looked
-    at before its w: its products are there already. A problem that is done is put aside and scaled on with the
-    others, as an empty one is from the beginning. It ends early where scalings leave what one kernel can hold. full:
-    there is no padding.
-    """
-    tiny = torch.finfo(kernel.dtype).tiny
-    total = a.sum(1).clamp_min(tiny)
-    active = torch.ones_like(total, dtype=torch.bool) if full else (a > 0).any(1) & (b > 0).any(1)
-    a, b, q, w = a[:, None], b[:, None], q[:, None], w[:, None]
-    limit, transposed = math.exp(1.5 * REBUILD), kernel.mT
-    left = torch.where(active, math.inf, torch.zeros_like(total))
-    iterations = torch.zeros_like(total, dtype=torch.long)
-    kept, relaxation, last = None if full else (q, w), None, None
-    check = 1
-
-    def scaled(old: Tensor, weights: Tensor, sums: Tensor) -> Tensor:
-        new = weights / (sums if full else sums.clamp_min_(tiny))
-        if relaxation is not None:
-            new = old * (new / old).nan_to_num_(1.0).pow_(relaxation)
-        return new.clamp_max_(limit)
-
-    for done in range(1, count + 1):
-        sums = torch.bmm(w, transposed)
-        q = scaled(q, a, sums)
-        own = torch.bmm(q, kernel)
-        adapt = done >= SCALING_ITERATIONS and done % RELAX_EVERY == 0
-        if done == check or adapt or done == count:
-            check = max(done + 1, int(CHECK_FACTOR * done)) if done >= check else check
-            wrong = (w * own).sub_(b).abs_().sum((1, 2))
-            if relaxation is not None:
-                wrong += (q * sums).sub_(a).abs_().sum((1, 2))
-            wrong /= total
-            finished = active & (wrong <= tolerance)
-            if done == count or bool(finished.any()):
-                now = active[:, None, None]
-                kept = (q, w) if kept is None else tuple(torch.where(now, *pair) for pair in zip((q, w), kept))
-                left, iterations = torch.where(active, wrong, left), torch.where(active, done, iterations)
-                active = active & ~finished
-                if not bool(active.any()):
-                    break
-            if adapt:
-                if bool((q.amax((1, 2)).log() + w.amax((1, 2)).log() > 2 * REBUILD)[active].any()):
-                    break
-                relaxation = torch.ones_like(a[:, :, :1]) if relaxation is None else relax(
-                    relaxation[:, 0], (wrong / last)[:, None] ** (1 / RELAX_EVERY))[:, None]  # fmt: skip
-                last = wrong
-        w = scaled(w, b, own)
-    if kept is not None:
-        now = active[:, None, None]
-        q, w = (torch.where(now, *pair) for pair in zip((q, w), kept))
-    return Scaled(q[:, 0], w[:, 0], active, left, iterations, done)
