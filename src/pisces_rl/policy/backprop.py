@@ -163,4 +163,4 @@ def decoded_videos(session: DifferentiableSampling, noise_seeds: Sequence[int], 
             f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
             f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
         )
-    return videos_of(session.policy, output).float()
+    return videos_of(session.policy, output, whole=part is None).float()

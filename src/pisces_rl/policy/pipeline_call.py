@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .decoder import recorded_decoding
 from .execution import attention_kernel
 from .guider import guided
+from .rules import check_video
 from .scheduler import PolicyError, stochastic
 from .session import LeavePipeline, Session
 from .sharding import tokens_divide
@@ -48,8 +49,8 @@ def run_until_left(session: Session, noise_seeds: Sequence[int], output_type: st
     return output
 
 
-def videos_of(policy, output) -> Tensor:
-    """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame."""
+def videos_of(policy, output, whole: bool = True) -> Tensor:
+    """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame. `whole`: all frames are decoded."""
     found = output[0]  # frames, or images
     if isinstance(found, Tensor) and found.ndim == 4:
         policy.makes_images, found = True, found[:, None]
@@ -58,6 +59,8 @@ def videos_of(policy, output) -> Tensor:
             f"{type(policy.pipeline).__name__} returned no video tensor for output_type='pt' "
             f"({type(found).__name__}); a policy needs frames (B, F, 3, H, W) or images (B, 3, H, W)."
         )
+    if whole:
+        check_video(policy.pipeline, policy.pipeline_kwargs, found.shape)
     return found
 
 

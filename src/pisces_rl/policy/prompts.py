@@ -1,13 +1,16 @@
 """Prompt embeddings, computed once per prompt."""
 
 import contextlib
+import hashlib
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL.Image import Image
 from torch.utils._pytree import tree_leaves
 
 from .scheduler import PolicyError
@@ -20,6 +23,9 @@ class PromptMemo:
     appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already carry embeddings,
     or whose outputs do not stack (different lengths), go to the pipeline as they are; but without a mask its padding
     would count, and a video would change with its batch-mates (Latte cuts a prompt alone and pads prompts together).
+
+    What is remembered belongs to the contents of all arguments, pixels of images included (see `content_key`); a call
+    with an argument whose contents have no key is made anew each time.
 
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
@@ -54,19 +60,24 @@ class PromptMemo:
     def _remembered(self, *args, **kwargs):
         bound = self.signature.bind(*args, **kwargs).arguments
         prompt = bound.get("prompt")
-        has_embeddings = any(isinstance(value, torch.Tensor) for value in bound.values())
+        has_embeddings = any(isinstance(value, torch.Tensor) for name, value in bound.items() if "prompt" in name)
         if prompt is None and "batch_size" in bound:  # as many empty prompts
             prompt = [None] * bound["batch_size"]
         if not isinstance(prompt, list) or has_embeddings:
             return self.encode_prompt(*args, **kwargs)
-        negative = bound.get("negative_prompt")
+        if len(prompt) > 1 and any(_several_images(value) for name, value in bound.items() if "prompt" not in name):
+            with self.record("text"):
+                return self._encode(*args, **kwargs)  # which image goes with which prompt, the pipeline knows
+        texts = {name: value for name, value in bound.items() if "prompt" in name and isinstance(value, list)}
+        for name, values in texts.items():
+            if len(values) != len(prompt):
+                raise PolicyError(f"{name} has {len(values)} values for {len(prompt)} prompts; give one string.")
         outputs = []
         for row, text in enumerate(prompt):
-            one = dict(bound, prompt=None if text is None else [text])
+            one = bound | {name: values[row:row + 1] for name, values in texts.items()}
+            one["prompt"] = None if text is None else [text]
             if "batch_size" in bound:
                 one["batch_size"] = 1
-            if isinstance(negative, list):
-                one["negative_prompt"] = [negative[row]]
             outputs.append(self._encode_one(one))
         unequal = self.pad and isinstance(outputs[0], tuple) and _lengths_differ(outputs)
         if unequal:
@@ -87,18 +98,55 @@ class PromptMemo:
 
     def _pair(self, bound: dict):
         """The first prompt twice: shows which outputs grow with the batch."""
-        lists = (name for name in ("prompt", "negative_prompt") if isinstance(bound.get(name), list))
+        lists = (name for name, value in bound.items() if "prompt" in name and isinstance(value, list))
         return self._encode_one(bound | {name: bound[name][:1] * 2 for name in lists})
 
     def _encode_one(self, arguments: dict):
-        key = repr(sorted((name, value) for name, value in arguments.items()))
-        if key not in self.memory:
+        key = content_key(arguments)
+        if key is None or key not in self.memory:
             with self.record("text"), torch.no_grad():
-                self.memory[key] = self._encode(**arguments)
+                output = self._encode(**arguments)
+            if key is None:
+                return output
+            self.memory[key] = output
             while len(self.memory) > self.size:
                 self.memory.popitem(last=False)
         self.memory.move_to_end(key)
         return self.memory[key]
+
+
+def content_key(value):
+    """A hashable key of a value's contents, different for different contents; None where it has none.
+
+    Text, numbers, dtypes and devices, images, arrays and tensors have one, and lists, tuples and dicts of these.
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, (str, bytes, int, float, np.generic, torch.dtype, torch.device)):
+        return kind, repr(value)
+    if isinstance(value, Image):
+        return kind, value.mode, value.size, repr(value.getpalette()), _digest(value.tobytes())
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return kind, str(value.dtype), tuple(value.shape), str(value.device), _digest(flat.numpy())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return kind, str(value.dtype), value.shape, _digest(np.ascontiguousarray(value))
+    if isinstance(value, dict):
+        value = sorted(value.items(), key=repr)
+    if isinstance(value, (list, tuple)):
+        keys = tuple(content_key(item) for item in value)
+        return None if None in keys else (kind, keys)
+    return None
+
+
+def _digest(data) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _several_images(value) -> bool:
+    """Whether a value may hold an image for each prompt."""
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(leaf, (Image, torch.Tensor, np.ndarray)) for leaf in tree_leaves(value))
+    return isinstance(value, (torch.Tensor, np.ndarray))
 
 
 def _is_text(value) -> bool:
@@ -146,7 +194,7 @@ def _stack(outputs: list, pair=None):
     if isinstance(first, torch.Tensor):
         if pair is not None and not _batched(first):
             if pair.shape == first.shape:
-                return first if all(torch.equal(o, first) for o in (pair, *outputs)) else None
+                return first.clone() if all(torch.equal(o, first) for o in (pair, *outputs)) else None
             if first.ndim == 0 or pair.shape[0] != 2 * first.shape[0]:
                 return None
         return torch.cat(outputs) if all(o.shape[1:] == first.shape[1:] for o in outputs) else None

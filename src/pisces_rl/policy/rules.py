@@ -1,14 +1,15 @@
 """What a pipeline and a policy's settings must keep; a PolicyError says which rule is broken."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import nn
 
 from .guider import has_guider
 from .offload import kind_of
-from .scheduler import PolicyError
+from .scheduler import PolicyError, flow_config, training_scheduler, transition_family
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -28,9 +29,24 @@ def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return found
 
 
+def scheduler_of(pipeline: DiffusionPipeline) -> SchedulerMixin:
+    """By which a pipeline is sampled; a PolicyError where its model predicts a flow and its scheduler expects none."""
+    scheduler = training_scheduler(pipeline.scheduler)
+    declared = inspect.signature(type(pipeline).__init__).parameters.get("scheduler")
+    flows = declared is not None and declared.annotation is FlowMatchEulerDiscreteScheduler
+    if flows and transition_family(scheduler) != "flow":
+        name = type(pipeline.scheduler).__name__
+        raise PolicyError(
+            f"{type(pipeline).__name__} is a flow-matching pipeline, and its {name} is not set for one: it has "
+            f"prediction_type={pipeline.scheduler.config.get('prediction_type')!r}. {flow_config(name)}"
+        )
+    return scheduler
+
+
 def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
     """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+    check_call(kwargs)
     for name, value in kwargs.items():
         if name not in known and not (name == "guidance_scale" and has_guider(pipeline)):
             raise PolicyError(
@@ -44,6 +60,36 @@ def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
         if name not in known:
             raise PolicyError(f"{type(pipeline).__name__}.__call__ has no argument {name!r}; a policy needs it.")
     return kwargs
+
+
+def check_call(kwargs: Mapping) -> None:
+    """What can be said of a pipeline's arguments before there is a pipeline.
+
+    Raises:
+        PolicyError: a size is no whole number of at least 1, or there is a list of texts, one for each video.
+    """
+    for name in ("height", "width", "num_frames"):
+        value = kwargs.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            what = "frames" if name == "num_frames" else "pixels"
+            raise PolicyError(f"{name}={value!r} must be a whole number of {what}, at least 1, or left out.")
+    for name, value in kwargs.items():
+        if "prompt" in name and isinstance(value, (list, tuple)):
+            raise PolicyError(
+                f"{name}={value!r} is a list, but a policy calls the pipeline with any number of videos. Give one "
+                "string, which all videos get."
+            )
+
+
+def check_video(pipeline: DiffusionPipeline, kwargs: Mapping, shape: Sequence[int]) -> None:
+    """A PolicyError where the videos (B, F, 3, H, W) are not of the size that was asked for: some pipelines round."""
+    made = {"num_frames": shape[1], "height": shape[3], "width": shape[4]}
+    for name, value in made.items():
+        if kwargs.get(name) not in (None, value):
+            raise PolicyError(
+                f"{name}={kwargs[name]}, but {type(pipeline).__name__} rounds it and made {value}. Set {name}={value} "
+                "or another value that it takes as it is."
+            )
 
 
 def checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:

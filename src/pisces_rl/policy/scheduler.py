@@ -5,11 +5,23 @@ import functools
 import inspect
 
 import torch
-from diffusers import CogVideoXDDIMScheduler, DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LTXEulerAncestralRFScheduler,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
 from ..transitions import TRANSITIONS, Transition
+from .grids import AlphaGrid, FlowGrid, as_class, on_own_grid
+
+#: Schedulers of flow matching, besides Euler's, whose config does not say so.
+OTHER_FLOW = FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
 
 
 class PolicyError(ValueError):
@@ -17,15 +29,14 @@ class PolicyError(ValueError):
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The first-order schedule on which a pipeline is sampled as a policy.
+    """The scheduler by which a pipeline is sampled as a policy: first order, on the grid of the pipeline's own.
 
-    A multistep or ancestral solver has no single-step density, so it is replaced by the first-order scheduler of the
-    same noise schedule: flow matching by `FlowMatchEulerDiscreteScheduler` with the pipeline's shift (and UniPC's
-    integer timesteps, which lose up to 0.999 of a timestep, go), everything with cumulative alphas by
-    `DDIMScheduler`, EDM's by `EDMEulerScheduler`.
+    A multistep or ancestral solver has no single-step density, so it steps by first order from one of its noise
+    levels to the next (see `grids`). CogVideoX's DPM, whose pipeline calls it otherwise, and EDM's solvers give way to
+    the first-order scheduler of the same grid.
 
     Raises:
-        PolicyError: no first-order equivalent is known, or the scheduler clips its prediction.
+        PolicyError: no transition fits the scheduler, it clips its prediction, or its settings contradict each other.
     """
     config = dict(scheduler.config)
     name = type(scheduler).__name__
@@ -40,24 +51,39 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
         raise PolicyError(f"{name} has stochastic_sampling=True, a second source of noise; set it to False.")
     first_order = FlowMatchEulerDiscreteScheduler, DDIMScheduler, CogVideoXDDIMScheduler, EDMEulerScheduler
     if isinstance(scheduler, first_order):
-        return type(scheduler).from_config(scheduler.config)
+        return copy.deepcopy(scheduler)
     if name.startswith("EDM"):
         return EDMEulerScheduler.from_config(scheduler.config)
-    if config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(
-            num_train_timesteps=config["num_train_timesteps"], shift=config.get("flow_shift") or 1.0,
-            use_dynamic_shifting=config.get("use_dynamic_shifting", False),
+    if isinstance(scheduler, OTHER_FLOW):
+        return on_own_grid(scheduler, FlowGrid)
+    sigmas, prediction = config.get("use_flow_sigmas", False), config.get("prediction_type")
+    if sigmas != (prediction == "flow_prediction"):
+        raise PolicyError(
+            f"{name} has use_flow_sigmas={sigmas} and prediction_type={prediction!r}. A flow-matching pipeline needs "
+            f"use_flow_sigmas=True with 'flow_prediction', any other pipeline neither. {flow_config(name)}"
         )
+    if sigmas:
+        if config.get("flow_shift") is None and not config.get("use_dynamic_shifting"):
+            raise PolicyError(f"{name} has flow_shift=None, from which it makes no schedule. {flow_config(name)}")
+        return on_own_grid(scheduler, FlowGrid)
     if name.startswith("CogVideoX"):
         return CogVideoXDDIMScheduler.from_config(scheduler.config)
     if "beta_schedule" in config:
-        spacing = config.get("timestep_spacing", "leading")
-        spacing = "trailing" if spacing == "linspace" else spacing  # DDIM steps by 1000 // N, whatever the spacing
-        return DDIMScheduler.from_config(scheduler.config, clip_sample=False, thresholding=False,
-                                         timestep_spacing=spacing)
+        return on_own_grid(scheduler, AlphaGrid)
     raise PolicyError(
         f"{name} is neither a flow-matching nor an alpha-bar nor an EDM schedule, so no transition fits it. Set the "
         "pipeline's scheduler to FlowMatchEulerDiscreteScheduler, DDIMScheduler or EDMEulerScheduler first."
+    )
+
+
+def flow_config(name: str) -> str:
+    """What to do about a scheduler of that class whose settings do not fit flow matching."""
+    if name not in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
+        name = "FlowMatchEulerDiscreteScheduler"
+        return f"Set pipe.scheduler = {name}(shift=...), with the shift of the model's card."
+    return (
+        f"Set pipe.scheduler = {name}.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
+        "prediction_type='flow_prediction', flow_shift=...), with the shift of the model's card."
     )
 
 
@@ -65,7 +91,7 @@ def transition_family(scheduler: SchedulerMixin) -> str:
     """"flow", "edm" or "ddim": the kernels that fit a scheduler returned by `training_scheduler`."""
     if isinstance(scheduler, EDMEulerScheduler):
         return "edm"
-    return "flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else "ddim"
+    return "flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowGrid) else "ddim"
 
 
 def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
@@ -90,26 +116,34 @@ def kernel_moments(scheduler, transition: Transition, index: int, prediction: Te
     prediction, x = prediction.float(), x.float()
     if transition.family == "flow":
         sigmas = scheduler.host_sigmas
-        if scheduler.config.invert_sigmas:  # Mochi: time runs from 0 to 1, and the model predicts x0 - e
+        if scheduler.config.get("invert_sigmas"):  # Mochi: time runs from 0 to 1, and the model predicts x0 - e
             sigmas, prediction = 1 - sigmas, -prediction
         return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level,
                                  sigma_max=sigmas[1], sigma_min=sigmas[-1])
     if transition.family == "edm":
         sigmas = scheduler.host_sigmas
         return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level)
-    alphas = scheduler.alphas_cumprod.float()
-    timestep = scheduler.host_timesteps[index]
-    previous = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    alpha_next = alphas[previous] if previous >= 0 else torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
-    return transition.kernel(x, prediction, alphas[timestep], alpha_next, noise_level=noise_level,
+    alpha, alpha_next = scheduler.host_alphas[index]
+    return transition.kernel(x, prediction, alpha, alpha_next, noise_level=noise_level,
                              prediction_type=scheduler.config.prediction_type)
+
+
+def _alphas(scheduler: SchedulerMixin) -> list[tuple[Tensor, Tensor]]:
+    """The cumulative alphas between which each step goes, fp32."""
+    if isinstance(scheduler, AlphaGrid):
+        alphas = scheduler.grid_alphas.float()
+        return list(zip(alphas[:-1], alphas[1:]))
+    alphas, stride = scheduler.alphas_cumprod.float(), scheduler.config.num_train_timesteps
+    stride //= scheduler.num_inference_steps  # by which DDIM steps, whatever the spacing of its timesteps
+    final = torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
+    return [(alphas[t], alphas[t - stride] if t >= stride else final) for t in scheduler.timesteps.tolist()]
 
 
 def _keep_on_host(scheduler: SchedulerMixin) -> None:
     """A copy of the schedule on the CPU: a step's scalars come from there, so that no step waits for the device."""
-    if hasattr(scheduler, "alphas_cumprod"):
+    if transition_family(scheduler) == "ddim":
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.cpu()
-        scheduler.host_timesteps = scheduler.timesteps.tolist()
+        scheduler.host_alphas = _alphas(scheduler)
     else:
         scheduler.host_sigmas = scheduler.sigmas.float().cpu()
 
@@ -133,7 +167,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
             super().set_timesteps(*args, **kwargs)
             if not asks_first and hasattr(self, "sigmas"):  # some pipelines read one each step, which would wait
                 self.sigmas = self.sigmas.cpu()
-            _check_sigmas(self, session)
+            _check_grid(self, session)
             session.begin(self)
 
         def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
@@ -151,7 +185,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
 
     Stochastic.step.__signature__ = inspect.signature(base.step)
     Stochastic.__name__ = base.__name__
-    return Stochastic.from_config(scheduler.config)
+    return as_class(scheduler, Stochastic)
 
 
 def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> SchedulerMixin:
@@ -171,18 +205,41 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
 
     Follower.step.__signature__ = inspect.signature(base.step)
     Follower.__name__ = base.__name__
-    follower = Follower.from_config(scheduler.config)
-    vars(follower).update(copy.deepcopy(vars(scheduler), memo), steps_taken=0)
+    follower = as_class(scheduler, Follower)
+    follower.steps_taken = 0
     return follower
 
 
-def _check_sigmas(scheduler: SchedulerMixin, session) -> None:
-    """x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts the sigmas of EDM, up to 80, into a flow scheduler."""
+def _check_grid(scheduler: SchedulerMixin, session) -> None:
+    """x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts the sigmas of EDM, up to 80, into a flow scheduler.
+    A solver's own grid must have one time a step, with less noise at each."""
+    pipeline, name = type(session.policy.pipeline).__name__, type(scheduler).__name__
     if transition_family(scheduler) == "flow" and float(scheduler.sigmas.max()) > 1:
         raise PolicyError(
-            f"{type(session.policy.pipeline).__name__} runs {type(scheduler).__name__} with sigmas up to "
-            f"{float(scheduler.sigmas.max()):g}: a flow-matching schedule lies in [0, 1], so no transition fits it."
+            f"{pipeline} runs {name} with sigmas up to {float(scheduler.sigmas.max()):g}: a flow-matching schedule "
+            "lies in [0, 1], so no transition fits it."
         )
+    if not isinstance(scheduler, FlowGrid | AlphaGrid):
+        return
+    levels = scheduler.sigmas if isinstance(scheduler, FlowGrid) else 1 - scheduler.grid_alphas
+    if scheduler.config.get("invert_sigmas"):
+        levels = 1 - levels
+    falls = bool((levels[1:-1] < levels[:-2]).all()) and levels[-1] <= levels[-2]
+    if not falls or len(scheduler.timesteps) != scheduler.num_inference_steps:
+        raise PolicyError(
+            f"{pipeline} runs {name}, whose times for {scheduler.num_inference_steps} steps, "
+            f"{[round(t, 1) for t in scheduler.timesteps.tolist()]}, are not one for each step with less noise at "
+            "each, so first-order steps do not fit them. Set the pipeline's scheduler to DDIMScheduler or, for flow "
+            "matching, FlowMatchEulerDiscreteScheduler first."
+        )
+
+
+def sampler_of(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
+    """In words, how a scheduler of `training_scheduler` samples."""
+    name = type(scheduler).__name__
+    grid = f"the grid of {name}" if isinstance(scheduler, FlowGrid | AlphaGrid) else f"{name}'s grid"
+    step = "DDIM" if transition_family(scheduler) == "ddim" else "Euler"
+    return f"first-order {step}, {num_inference_steps} steps on {grid}"
 
 
 def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor) -> Tensor:
@@ -193,7 +250,7 @@ def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, 
         return prediction
     level = noise_level_of(scheduler, transition, index)
     if transition.family == "flow":
-        return x + level * prediction if scheduler.config.invert_sigmas else x - level * prediction
+        return x + level * prediction if scheduler.config.get("invert_sigmas") else x - level * prediction
     return transition.kernel(x, prediction, level, torch.ones_like(level), noise_level=0.0,
                              prediction_type=scheduler.config.prediction_type)[0]
 
@@ -215,5 +272,5 @@ def noise_level_of(scheduler, transition: Transition, index: int) -> Tensor:
         return scheduler.host_sigmas[index]
     if transition.family == "flow":
         sigma = scheduler.host_sigmas[index]
-        return 1 - sigma if scheduler.config.invert_sigmas else sigma
-    return scheduler.alphas_cumprod[scheduler.host_timesteps[index]].float()
+        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
+    return scheduler.host_alphas[index][0]

@@ -28,8 +28,8 @@ from .pipeline_call import run, run_until_left, videos_of
 from .products import fuse_products
 from .prompts import PromptMemo
 from .rollout import Rollout
-from .rules import checked_kwargs, checked_window, denoisers_of
-from .scheduler import PolicyError, find_transition, training_scheduler
+from .rules import checked_kwargs, checked_window, denoisers_of, scheduler_of
+from .scheduler import PolicyError, find_transition, sampler_of
 from .session import Comparison, Replay, ReplayStep, Sampling
 from .sharding import largest_over_ranks, shard, share_tokens
 from .text_lengths import takes_mask
@@ -70,7 +70,7 @@ class VideoPolicy(nn.Module):
         super().__init__()
         self.pipeline = pipeline
         self.denoiser = nn.ModuleDict(denoisers_of(pipeline))
-        self.scheduler = training_scheduler(pipeline.scheduler)
+        self.scheduler = scheduler_of(pipeline)
         self.transition = find_transition(transition, self.scheduler)
         self.noise_level = self.transition.noise_level if noise_level is None else noise_level
         self.num_inference_steps = num_inference_steps
@@ -104,6 +104,11 @@ class VideoPolicy(nn.Module):
         if self.mesh is not None:
             return torch.device(self.mesh.device_type)
         return device_of(next(iter(self.denoiser.values())))
+
+    @property
+    def sampler(self) -> str:
+        """Which sampler draws the videos, in words: its order, steps and grid."""
+        return sampler_of(self.scheduler, self.num_inference_steps)
 
     def place(self, device: torch.device | str, offload: Sequence[str] = ()) -> None:
         """Move the pipeline to a device; the kinds of components in `offload` are there only while they are used, and

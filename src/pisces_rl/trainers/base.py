@@ -459,6 +459,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def _card_settings(self) -> dict:
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
         settings = {"rewards": ", ".join(self.rewards.names) or "none"} | {n: getattr(self.args, n) for n in names}
+        settings["sampler"] = self.policy.sampler
         if self.consistency is not None:
             settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
         return settings

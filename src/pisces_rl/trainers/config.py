@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..policy.offload import OFFLOADED
+from ..policy.rules import check_call
 from ._trl import _BaseConfig
 from .launch import check_processes, requested_sharding
 
@@ -164,6 +165,7 @@ class VideoPolicyConfig(_BaseConfig):
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         self._read_pipeline_kwargs()
+        check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
             raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
         if self.fp16:
