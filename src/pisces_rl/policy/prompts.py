@@ -59,6 +59,9 @@ class PromptMemo:
 
     def _remembered(self, *args, **kwargs):
         bound = self.signature.bind(*args, **kwargs).arguments
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for name, value in bound.items() if "prompt" in name)
         if prompt is None and "batch_size" in bound:  # as many empty prompts
