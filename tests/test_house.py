@@ -24,7 +24,8 @@ MAY_IMPORT = {
     "trainers": {"policy", "rewards", "transitions", "assets", "media", "hub"},
     "estimate": {"policy", "assets"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
-    "cli": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
+    "prompt_files": set(),
+    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
     # names of the top level are loaded on first use, so importing it costs nothing
     "__init__": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub"},
 }

@@ -14,6 +14,8 @@ import yaml
 from datasets import Dataset, Value, load_dataset
 from transformers import HfArgumentParser
 
+from .prompt_files import PROMPT_FILES, read_prompt_file
+
 
 def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) -> tuple:
     """Dataclasses from `--config file.yaml` and command-line overrides, the command line first.
@@ -98,6 +100,10 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
                         images: Sequence[str] = ("image",)) -> Dataset:
     """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
 
+    Files are UTF-8, or UTF-16 with a byte order mark. Of a .txt, blank lines and spaces around a line are dropped. A
+    .csv is separated by commas, semicolons or tabs. A .json or .jsonl holds objects, one after the other or in a list,
+    an object of lists, or strings. Prompts that occur twice are kept twice.
+
     Args:
         source: a path or a Hub id.
         split: split of a Hub data set.
@@ -105,19 +111,10 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
         images: columns of a file's table that may hold paths of images; relative ones are looked for beside the file.
 
     Raises:
-        ValueError: the file is missing or empty, or has no such column.
+        ValueError: the file is missing or empty, cannot be read, has no such column, or has a row without a prompt.
     """
-    kind = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json"}.get(Path(source).suffix.lower())
-    if kind is not None:
-        if not os.path.isfile(source):
-            raise ValueError(f"dataset={source!r}: no such file.")
-        if kind == "text":
-            lines = [line.strip() for line in Path(source).read_text(encoding="utf-8-sig").splitlines()]
-            dataset = Dataset.from_dict({"prompt": [line for line in lines if line]})
-        elif os.path.getsize(source) == 0:
-            dataset = Dataset.from_dict({"prompt": []})
-        else:
-            dataset = _beside(_read_table(kind, source), Path(source).parent, images)
+    if Path(source).suffix.lower() in PROMPT_FILES:
+        dataset = _beside(read_prompt_file(source, column), Path(source).parent, images)
     else:
         try:
             dataset = load_dataset(source, split=split)
@@ -126,25 +123,20 @@ def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt
                 f"dataset={source!r} is neither a .txt, .csv, .json or .jsonl file nor a data set that could be "
                 f"loaded (split {split!r}): {error}"
             ) from error
+    if len(dataset) == 0:
+        raise ValueError(f"dataset={source!r} holds no prompt; it needs at least one.")
     if column not in dataset.column_names:
         raise ValueError(
             f"dataset={source!r} has columns {dataset.column_names} but none named {column!r}; name the text column "
             "with --dataset_column."
         )
     if column != "prompt":
+        if "prompt" in dataset.column_names:
+            raise ValueError(
+                f"dataset={source!r} has a column 'prompt' beside {column!r}, which becomes 'prompt'; remove one."
+            )
         dataset = dataset.rename_column(column, "prompt")
-    if len(dataset) == 0:
-        raise ValueError(f"dataset={source!r} holds no prompt; it needs at least one.")
     return dataset
-
-
-def _read_table(kind: str, source: str) -> Dataset:
-    try:
-        return load_dataset(kind, data_files=source, split="train")
-    except Exception as error:  # as above
-        if "corresponds to no data" in str(error):  # a header and no rows
-            return Dataset.from_dict({"prompt": []})
-        raise ValueError(f"dataset={source!r} could not be read as {kind}: {error.__cause__ or error}") from error
 
 
 def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:

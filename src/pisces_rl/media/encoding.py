@@ -8,13 +8,15 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
 from .pixels import enlarge, pixels
 from .whole_files import atomically
 
-_CODECS = (("libx264", {"crf": "14", "preset": "veryfast"}), ("h264", {}), ("mpeg4", {"qscale": "2"}))
+# of software: "h264" may be that of a GPU which is not there
+_CODECS = (("libx264", {"crf": "14", "preset": "veryfast"}), ("libopenh264", {}), ("mpeg4", {"qscale": "2"}))
 
 
 def save_video(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 256) -> Path:
@@ -31,11 +33,11 @@ def save_video(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 
         The path.
 
     Raises:
-        ValueError: a video of another shape or dtype, or with values that are not finite; fps not positive.
+        ValueError: a video of another shape or dtype, or with values that are not finite; fps not from 0.01 to 1000;
+            PyAV has no encoder for it.
     """
     frames = pixels("video", video, 4)
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ValueError(f"fps={fps!r} must be a positive number, for instance 8.")
+    _check_fps(fps)
     frames = enlarge(frames, min_size)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     return atomically(path, lambda file: _encode(frames, file, fps))
@@ -54,8 +56,7 @@ def gif_bytes(video: Tensor, fps: float = 8, min_size: int = 0) -> bytes:
     a frame that equals the one before it is stored as a longer one.
     """
     frames = enlarge(pixels("video", video, 4), min_size)
-    if not (fps > 0 and math.isfinite(fps)):
-        raise ValueError(f"fps={fps!r} must be a positive number, for instance 8.")
+    _check_fps(fps)
     # one palette for all frames: the colours of a still object must not flicker
     strip = Image.fromarray(frames.reshape(-1, *frames.shape[2:]))
     palette = strip.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
@@ -89,7 +90,7 @@ def gif_summary(tag: str, videos: Tensor, fps: float = 8):
     """The protobuf that `add_gif` writes: a TensorBoard image summary whose bytes are a GIF; arguments as there."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
-    if isinstance(videos, Tensor) and videos.ndim == 5:
+    if isinstance(videos, Tensor) and videos.ndim == 5 and videos.numel():
         videos = _grid(videos)
     data = gif_bytes(videos, fps)
     height, width = videos.shape[-2:]
@@ -99,14 +100,38 @@ def gif_summary(tag: str, videos: Tensor, fps: float = 8):
 
 def _encode(frames: np.ndarray, file, fps: float) -> None:
     """frames (F, H, W, 3) uint8 with even sides -> an mp4 in an open file."""
-    codec, options = next((c, o) for c, o in _CODECS if has_encoder(c))
+    codec, options = _mp4_encoder()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=_rate(fps), options=options)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        # what the conversion below writes; untagged, a player may guess another matrix, and colours shift
+        stream.codec_context.colorspace, stream.codec_context.color_range = Colorspace.ITU601, ColorRange.MPEG
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def check_mp4(fps: float) -> None:
+    """A ValueError where `save_video` could not write at that rate, or has no encoder; for a check before a run."""
+    _check_fps(fps)
+    _mp4_encoder()
+
+
+def _mp4_encoder() -> tuple[str, dict[str, str]]:
+    for codec, options in _CODECS:
+        if has_encoder(codec):
+            return codec, options
+    raise ValueError(
+        f"mp4 files need one of the encoders {', '.join(codec for codec, _ in _CODECS)}, and the FFmpeg of this PyAV "
+        f"({av.__version__}) has none of them. Install the PyAV of PyPI, which has libx264 (pip install "
+        "--force-reinstall --only-binary av av), use save_gif, or train with num_sample_videos=0."
+    )
+
+
+def _check_fps(fps: float) -> None:
+    if not 0.01 <= fps <= 1000:  # NaN is neither
+        raise ValueError(f"fps={fps!r} must be a number from 0.01 to 1000, for instance 8.")
 
 
 def _rate(fps: float):

@@ -1,61 +1,119 @@
-"""Video and picture files as tensors and PIL images."""
+"""Video files as tensors."""
 
 import io
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from av.sidedata.sidedata import Type
+from av.stream import Disposition
 from torch import Tensor
 
 
 def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
-    """A video file as (F, 3, H, W) float in [0, 1].
+    """A video file as (F, 3, H, W) float in [0, 1], as a player shows it.
+
+    Rotations and mirrorings of the header are applied; pixels that are not square are resampled in width; transparent
+    parts become black; an interlaced frame keeps its upper field, and the lines between are interpolated. The file's
+    colour matrix and range are used. HDR is not tone-mapped, and the alpha channel of VP8 and VP9 is not read. Cover
+    art is skipped; a picture is a video of one frame.
 
     Args:
         path: of the file, or the file's bytes.
-        frames: keep this many, evenly spread from first to last; None keeps all. A shorter video keeps all.
+        frames: keep this many, the nearest to instants that are evenly spread in time from the first frame to the
+            last, so a frame that stands long may be kept more than once; memory holds only these. A video that has no
+            more keeps all, and None keeps all, whatever their times.
 
-    Raises ValueError for a file that is no video or has no frames.
+    Raises:
+        ValueError: the file is no video, has no frames, or breaks off in the middle; frames below 1.
     """
+    if frames is not None and frames < 1:
+        raise ValueError(f"frames={frames!r} must be at least 1, or None for all.")
     name = f"{len(path)} bytes" if isinstance(path, bytes) else path
+    if path == b"" or not isinstance(path, bytes) and os.path.isfile(path) and not os.path.getsize(path):
+        raise ValueError(f"{name}: cannot be read as a video (it is empty).")
+    count = 0
     try:
-        with av.open(io.BytesIO(path) if isinstance(path, bytes) else str(path)) as container:
-            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (av.FFmpegError, OSError, IndexError) as error:
-        raise ValueError(f"{name}: cannot be read as a video ({error}).") from error
-    if not decoded:
+        chosen = None
+        if frames is not None:  # a first pass for the times: headers do not tell them, and are often wrong
+            times = []
+            for frame, _ in _decoded(path):
+                times.append(frame.pts)
+                count = len(times)
+            chosen, count = _spread(times, frames), 0
+        kept, size = [], None
+        for count, (frame, aspect) in enumerate(_decoded(path), 1):
+            size = size or (max(1, round(frame.width * aspect)), frame.height)
+            copies = 1 if chosen is None else chosen.count(count - 1)
+            if copies:
+                kept += [_shown(frame, *size)] * copies
+            if chosen is not None and len(kept) == len(chosen):
+                break
+    except (av.FFmpegError, OSError) as error:
+        where = f" after {count} frames" if count else ""
+        fix = "Check the path." if isinstance(error, FileNotFoundError) else (
+            "Replace the file, or re-encode it, for instance as H.264 in mp4.")
+        raise ValueError(f"{name}: cannot be read as a video{where} ({error}). {fix}") from error
+    except _NoVideo as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not kept:
         raise ValueError(f"{name}: the video has no frames.")
-    if frames is not None and frames < len(decoded):
-        decoded = [decoded[i] for i in np.linspace(0, len(decoded) - 1, frames).round().astype(int)]
-    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2).float().div_(255)
 
 
-def load_image(given) -> Image.Image:
-    """An RGB picture from a PIL image, a path, or a tensor (3, H, W) in [0, 1] or of whole numbers up to 255.
+class _NoVideo(Exception):
+    """A media file of other things."""
 
-    Raises ValueError for anything else, and for a file that is no picture.
-    """
-    if isinstance(given, Image.Image):
-        return given.convert("RGB")
-    if isinstance(given, (str, os.PathLike)):
-        try:
-            with Image.open(given) as opened:
-                return ImageOps.exif_transpose(opened).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{given}: cannot be read as an image ({error}).") from error
-    if isinstance(given, (Tensor, np.ndarray, list)):
-        try:
-            pixels = torch.as_tensor(given)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"expected an image, got a {type(given).__name__}, no tensor ({error}).") from error
-        if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
-            raise ValueError(f"expected an image tensor (3, H, W), got {tuple(pixels.shape)}.")
-        pixels = pixels.float() * 255 if pixels.is_floating_point() else pixels.float()
-        if not 0 <= float(pixels.min()) <= float(pixels.max()) <= 255:  # NaN is neither
-            low, high = float(pixels.min()) / 255, float(pixels.max()) / 255
-            raise ValueError(f"expected an image tensor in [0, 1] (or whole numbers up to 255), got {low} to {high}.")
-        return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())
-    raise ValueError(f"expected an image (PIL, a path or a tensor), got a {type(given).__name__}.")
+
+def _decoded(path: str | Path | bytes) -> Iterator[tuple[av.VideoFrame, float]]:
+    """The frames of the first stream that is no cover art, and the width of a pixel over its height."""
+    if isinstance(path, bytes):
+        source = io.BytesIO(path)
+    else:  # a file's name with a colon must not be taken for a protocol
+        source = f"file:{path}" if os.path.isfile(path) else str(path)
+    with av.open(source) as container:
+        streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+        if not streams:
+            cover = ", only a cover picture" if container.streams.video else ""
+            raise _NoVideo(f"the file holds no video{cover} ({container.format.long_name}); give a video.")
+        aspect = float(streams[0].sample_aspect_ratio or 1)
+        for frame in container.decode(streams[0]):
+            yield frame, aspect
+
+
+def _spread(times: Sequence[int | None], count: int) -> list[int]:
+    """Which frames are nearest to `count` instants from the first time to the last; by number where times are bad."""
+    if len(times) <= count:
+        return list(range(len(times)))
+    if None in times or (np.diff(times) <= 0).any():
+        times = range(len(times))
+    instants = np.linspace(times[0], times[-1], count)
+    # decimals: what the interpolation loses must not decide where an instant lies half-way
+    return np.interp(instants, times, np.arange(len(times))).round(6).round().astype(int).tolist()
+
+
+def _shown(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
+    """A decoded frame as a player shows it, (H, W, 3) uint8."""
+    transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
+    image = frame.to_ndarray(format="rgba" if transparent else "rgb24", width=width, height=height)
+    if transparent:
+        image = (image[..., :3] * (image[..., 3:] / 255)).round().astype(np.uint8)
+    if frame.interlaced_frame and height > 2:
+        image = image.copy()
+        above, below = image[0:-2:2].astype(np.uint16), image[2::2]
+        image[1:-1:2] = (above + below + 1) // 2
+        if height % 2 == 0:
+            image[-1] = image[-2]
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    return image if matrix is None else _turned(image, np.frombuffer(bytes(matrix), np.int32))
+
+
+def _turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """By the display matrix, which takes column p and row q to column a p + c q and row b p + d q; quarter turns."""
+    a, b, _, c, d = (int(entry) for entry in matrix[:5])
+    if abs(b) > abs(a):
+        image, a, d = image.swapaxes(0, 1), c, b
+    return image[:: -1 if d < 0 else 1, :: -1 if a < 0 else 1]

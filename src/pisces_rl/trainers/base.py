@@ -88,6 +88,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.rewards, self.judges = (
             RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
         check_consistency(args, video_dataset)
+        if args.num_sample_videos:
+            media.check_mp4(args.fps)
         self.reward_weights = checked_weights(args.reward_weights, self.rewards,
                                               self._may_lack_rewards and args.consistency_weight)
         settle_evaluation(args, eval_dataset, self.rewards)

@@ -7,7 +7,7 @@ from ..policy import VideoPolicy, adapters_off
 from .callbacks import AdapterEMA
 from .images import images_of
 from .seeds import sample_seed
-from .video_data import as_video, check_prompt, undecoded
+from .video_data import check_prompt, undecoded, video_of
 
 ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
 
@@ -87,5 +87,5 @@ class ConsistencyDistillation:
         columns = {name: [s[name] for s in samples] for name in self.image_columns if name in samples[0]}
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
         codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
-        videos = torch.stack([codec.fitted(as_video(sample["video"], codec.video[0])) for sample in samples])
-        return prompts, images, codec.encode(self.policy.pipeline, videos)
+        videos = [codec.fitted(video_of(row, sample, codec.video[0])) for row, sample in zip(rows, samples)]
+        return prompts, images, codec.encode(self.policy.pipeline, torch.stack(videos))

@@ -55,6 +55,14 @@ def check_prompt(row: int, prompt) -> None:
         raise ValueError(f"video_dataset row {row}: prompt is {prompt!r}; every prompt must be a string.")
 
 
+def video_of(row: int, sample: dict, frames: int) -> Tensor:
+    """The video of a row, as `as_video` reads it; its errors name the row."""
+    try:
+        return as_video(sample["video"], frames)
+    except ValueError as error:
+        raise ValueError(f"video_dataset row {row}: {error}") from error
+
+
 def as_video(given, frames: int | None = None) -> Tensor:
     """(F, 3, H, W) fp32 in [0, 1], of `frames` frames or fewer where it is read from a file.
 
@@ -62,7 +70,7 @@ def as_video(given, frames: int | None = None) -> Tensor:
         given: a path, the bytes of a file, a dict with either, or a tensor: floats in [0, 1] or uint8.
     """
     if isinstance(given, dict):
-        given = given["path"] if given.get("bytes") is None else given["bytes"]
+        given = given.get("path") if given.get("bytes") is None else given["bytes"]
     if isinstance(given, (str, os.PathLike, bytes)):
         return load_video(given, frames)
     try:
