@@ -135,11 +135,28 @@ def test_the_advice_to_merge_a_peft_model_works(tmp_path):
     made.save_model()
 
 
+def one_step(folder, pipe) -> tuple[dict, dict]:
+    """Weights after one optimizer step, and the classes of a pipeline's modules."""
+    made = trainer(folder, model=pipe, max_steps=1)
+    modules = {f"{name}.{key}": m for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)
+               for key, m in c.named_modules()}
+    assert not any(vars(m).keys() & {"_hf_hook", "decode", "encode"} for m in modules.values())
+    assert not any(isinstance(vars(m).get("forward"), CompiledBlock) for m in modules.values())
+    assert not pipe.transformer.is_gradient_checkpointing
+    made.train()
+    return weights(made), {key: type(m) for key, m in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def fresh_run(tmp_path_factory):
+    return one_step(tmp_path_factory.mktemp("fresh"), tiny_runs.pipeline())
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"torch_compile": True, "torch_compile_backend": "eager"}, {"gradient_checkpointing": True},
     {"offload": ["text_encoder", "vae"]},
 ], ids=["plain", "compiled", "checkpointed", "offloaded"])
-def test_two_trainers_on_one_pipeline(settings, tmp_path):
+def test_two_trainers_on_one_pipeline(settings, tmp_path, fresh_run):
     """A notebook: a second trainer on the pipeline of the first. It is refused; after unloading it is like new."""
     pipe = tiny_runs.pipeline()
     first = trainer(tmp_path / "first", model=pipe, max_steps=1, **settings)
@@ -148,18 +165,9 @@ def test_two_trainers_on_one_pipeline(settings, tmp_path):
     with pytest.raises(ValueError, match="transformer carries the adapter 'default' already"):
         trainer(tmp_path / "second", model=pipe)
     pipe.unload_lora_weights()
-    runs = []
-    for name, model in (("second", pipe), ("fresh", tiny_runs.pipeline())):
-        made = trainer(tmp_path / name, model=model)
-        modules = {f"{name}.{key}": m for name, c in model.components.items() if isinstance(c, torch.nn.Module)
-                   for key, m in c.named_modules()}
-        assert not any(vars(m).keys() & {"_hf_hook", "decode", "encode"} for m in modules.values())
-        assert not any(isinstance(vars(m).get("forward"), CompiledBlock) for m in modules.values())
-        assert not model.transformer.is_gradient_checkpointing
-        made.train()
-        runs.append((weights(made), {key: type(m) for key, m in modules.items()}))
-    assert runs[0][1] == runs[1][1]
-    assert largest_difference(runs[0][0], runs[1][0]) == 0
+    own, classes = one_step(tmp_path / "second", pipe)
+    assert classes == fresh_run[1]
+    assert largest_difference(own, fresh_run[0]) == 0
 
 
 # --- options of peft ---
