@@ -11,11 +11,10 @@ optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. 
 
 from pathlib import Path
 
-from grpo_t2v import ScriptArguments, arguments, load_datasets, load_rewards, load_videos
+from grpo_t2v import ScriptArguments, arguments, load_datasets, load_rewards, load_videos, lora_config
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
-from pisces_rl.policy import default_lora_config
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_backprop.yaml"
 
@@ -30,7 +29,7 @@ def main() -> None:
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),
+        peft_config=lora_config(script, config),
         video_dataset=load_videos(script, config, train_dataset),
     )
     trainer.train()

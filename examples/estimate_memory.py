@@ -15,14 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from grpo_t2v import ScriptArguments
+from grpo_t2v import ScriptArguments, lora_config
 from rich.console import Console
 from rich.table import Table
 
 from pisces_rl import VideoGRPOConfig
 from pisces_rl.cli import parse_arguments
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
-from pisces_rl.policy import default_lora_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARCHITECTURES = json.loads((RECIPES / "architectures.json").read_text())
@@ -43,7 +42,7 @@ def estimated(script: ScriptArguments, config: VideoGRPOConfig) -> MemoryEstimat
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     return estimate_memory(
         weightless_pipeline(script.model, dtype, ARCHITECTURES), config,
-        default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),
+        lora_config(script, config),
     )
 
 

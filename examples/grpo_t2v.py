@@ -5,8 +5,10 @@
         --rewards my_rewards.py:score --height 240 --width 416 --num_frames 33 --output_dir outputs/wan
     accelerate launch examples/grpo_t2v.py --model Wan-AI/Wan2.1-I2V-14B-480P-Diffusers --dataset captions.jsonl \
         --rewards my_rewards.py:score --height 480 --width 832 --num_frames 33 --output_dir outputs/wan-i2v
+    accelerate launch examples/grpo_t2v.py --continue_from outputs/shapemotion_ot --output_dir outputs/further
 
-The last trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file beside it}.
+The third trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file beside it}. The last
+trains a saved adapter further.
 Without --config and --model it follows recipes/shapemotion_ot.yaml: the embedded tiny-wan on ShapeMotion, trained on
 the optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU.
 """
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
 
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
@@ -71,7 +74,9 @@ class ScriptArguments:
     reward_offload: str | None = field(
         default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the adapter."})
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the adapter. Unset: 16, or that of --continue_from."}
+    )
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Unset: attention and feed-forward projections."}
@@ -123,6 +128,14 @@ def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     return [load(name, **options.get(name, {})) for name in names]
 
 
+def lora_config(script: ScriptArguments, config) -> LoraConfig | None:
+    """The adapter's settings; None where those of the saved adapter to continue from are meant."""
+    given = script.lora_r, script.lora_alpha, script.lora_target_modules
+    if config.continue_from and given == (None, None, None):
+        return None
+    return default_lora_config(16 if script.lora_r is None else script.lora_r, *given[1:])
+
+
 def load_videos(script: ScriptArguments, config, train_dataset: Dataset):
     """Captioned videos for the consistency term, where it has a weight: ShapeMotion's, or the column `video`."""
     if not config.consistency_weight:
@@ -151,7 +164,7 @@ def main() -> None:
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),
+        peft_config=lora_config(script, config),
         video_dataset=load_videos(script, config, train_dataset),
     )
     trainer.train()

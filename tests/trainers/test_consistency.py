@@ -48,7 +48,8 @@ def live(family: str, **settings) -> tuple[VideoPolicy, dict, ConsistencyDistill
     """A family's policy with an adapter and a moving average that are not zero and not each other."""
     policy = VideoPolicy(adapted(family), num_inference_steps=3, pipeline_kwargs=CALLS[family] | GUIDANCE[family][1])
     adapter = lora_parameters(dict(policy.denoiser.items()))
-    consistency = ConsistencyDistillation(policy, adapter, Videos(), steps=4, **settings)
+    consistency = ConsistencyDistillation(policy, adapter, Videos(), steps=4,
+                                          reference=lambda: adapters_off(policy), **settings)
     generator = torch.Generator().manual_seed(9)
     for value in consistency.average.average.values():
         value.add_(0.1 * torch.randn(value.shape, generator=generator))

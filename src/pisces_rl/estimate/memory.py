@@ -10,7 +10,6 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd import Variable
 
-from ..policy import default_lora_config
 from ..policy.offload import kind_of
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
@@ -94,7 +93,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
     with silenced_warnings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autocast.*")
         try:
-            return _estimate(Networks(pipeline, args, peft_config or default_lora_config()), args)
+            return _estimate(Networks(pipeline, args, peft_config), args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{type(pipeline).__name__}: one of its networks branches on numbers in a tensor ({error}; "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..policy import VideoPolicy, add_lora, lora_parameters
+from ..policy import VideoPolicy, add_lora, lora_parameters, read_adapter
 from ..policy.decoder import VAE_DTYPES
 from ..policy.execution import compile_blocks, repeated_blocks
 from ..policy.products import fuse_products
@@ -32,7 +32,7 @@ class Networks:
         pipeline: a copy of the pipeline around these networks.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig):
+    def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.autocast_dtype = torch.bfloat16 if args.bf16 else None
         self.vae_dtype = VAE_DTYPES.get(args.vae_dtype)
@@ -48,7 +48,8 @@ class Networks:
                        for name, denoiser in denoisers.items()}
         for module in modules.values():
             module.requires_grad_(False).eval()
-        add_lora(denoisers, peft_config, args.lora_denoisers)
+        add_lora(denoisers, peft_config, args.lora_denoisers,
+                 read_adapter(args.continue_from) if args.continue_from else None)
         for denoiser in denoisers.values():
             if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
                 fuse_products(denoiser)

@@ -8,17 +8,27 @@ what the user passed in.
 
 from .backprop import DecodedPart
 from .guider import has_guider
-from .lora import adapters_off, add_lora, default_lora_config, lora_parameters
+from .lora import (
+    adapter_values,
+    adapters_off,
+    add_lora,
+    check_no_adapters,
+    default_lora_config,
+    lora_parameters,
+)
 from .lora_check import check_saved_lora, check_saved_weights, without_adapters
 from .lora_files import load_lora, load_lora_state, save_lora
+from .lora_options import check_lora_config
 from .rollout import Rollout
+from .saved_adapter import SavedAdapter, read_adapter
 from .scheduler import PolicyError
 from .session import ReplayStep
 from .sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
-    "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "VideoPolicy", "adapters_off", "add_lora",
-    "check_saved_lora", "check_saved_weights", "default_lora_config", "has_guider",
-    "is_sharded", "load_lora", "load_lora_state", "lora_parameters", "save_lora", "without_adapters",
+    "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy", "adapter_values",
+    "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora", "check_saved_weights",
+    "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state", "lora_parameters",
+    "read_adapter", "save_lora", "without_adapters",
 ]

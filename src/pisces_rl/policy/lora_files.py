@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .lora import adapted_denoisers
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
-PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
+from .saved_adapter import LORA_FILE, PEFT_PREFIX
 
 
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:

@@ -19,10 +19,11 @@ from .. import hub, media
 from ..policy import (
     VideoPolicy,
     add_lora,
-    default_lora_config,
+    check_lora_config,
     has_guider,
     load_lora_state,
     lora_parameters,
+    read_adapter,
     save_lora,
 )
 from ..rewards import RewardPanel
@@ -35,8 +36,9 @@ from .consistency import ConsistencyDistillation
 from .evaluation import Evaluator, means_of_sets
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
+from .initial import InitialPolicy
 from .launch import requested_sharding, shard_policy, share_tokens_of_policy
-from .loading import freeze, load_pipeline
+from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
 from .ranks import Ranks
 from .report import print_comparison, read_evaluation, run_console
@@ -59,14 +61,15 @@ class VideoPolicyTrainer(_BaseTrainer):
     """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
 
     Args:
-        model: a text-to-video pipeline of diffusers, a Hub id, a folder, or an embedded model's name.
+        model: a text-to-video pipeline of diffusers without adapters, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
         train_dataset: prompts in a column `prompt`; every other column reaches the rewards (one of `datasets.Video` as
             its file, {"path", "bytes"}), and those of args.image_columns the pipeline.
         eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
         judge_funcs: reward callables that are only measured, on the evaluation set.
-        peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections.
+        peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections, or, with
+            args.continue_from, what was saved there.
         callbacks: further callbacks.
         video_dataset: captioned videos for the consistency term: rows with `prompt`, the image columns, and `video`: a
             path, the bytes of a file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8. Needed where
@@ -93,6 +96,11 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.reward_weights = checked_weights(args.reward_weights, self.rewards,
                                               self._may_lack_rewards and args.consistency_weight)
         settle_evaluation(args, eval_dataset, self.rewards)
+        if peft_config is not None:
+            check_lora_config(peft_config)
+        continued = read_adapter(args.continue_from) if args.continue_from else None
+        if continued is not None:
+            continued.check_asked(peft_config)
         requested_checkpoint(args.output_dir, args.resume_from_checkpoint)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
@@ -103,14 +111,16 @@ class VideoPolicyTrainer(_BaseTrainer):
         check_images("train_dataset", train_dataset, self.image_columns)
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
+        check_unused(self.pipeline)
         freeze(self.pipeline, args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
-        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
-                                        args.lora_denoisers)
+        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config, args.lora_denoisers,
+                                        continued)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
+        self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
         self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
         batches = {name: getattr(args, name) for name in self._position_settings}
-        self._identity = run_identity(self._name, self.model_name, self.policy, batches)
+        self._identity = run_identity(self._name, self.model_name, self.policy, batches) | self.initial.identity
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
                                        args.torch_compile_backend or "inductor", args.torch_compile_mode)
@@ -159,7 +169,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.consistency = ConsistencyDistillation(
                 self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
                 guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
-                image_columns=self.image_columns,
+                image_columns=self.image_columns, reference=self.initial.reference,
             )
             self.add_callback(self.consistency.average)
         self.console = run_console()
@@ -290,7 +300,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.args.num_sample_videos and (self.is_world_process_zero() or self._calls_together):
             for name in names:
                 part = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) else self.eval_dataset
-                videos[name] = self.evaluator.before_and_after(part, self.ema or contextlib.nullcontext())
+                videos[name] = self.evaluator.before_and_after(part, self.initial.untrained(),
+                                                               self.ema or contextlib.nullcontext())
         if before:
             comparison = write_report(folder, (first_step, step), before, self.last_evaluation, videos)
             print_comparison(comparison, f"step {first_step} -> {step}", self.console)
@@ -464,7 +475,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         settings["sampler"] = self.policy.sampler
         if self.consistency is not None:
             settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
-        return settings
+        return settings | self.initial.card_settings
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
         """Upload adapter, model card and sample videos from output_dir; returns the repository's address."""

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -84,6 +85,16 @@ class VideoPolicyConfig(_BaseConfig):
         default=None,
         metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
                   "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."},
+    )
+    continue_from: str | None = field(
+        default=None,
+        metadata={"help": "A saved LoRA to train further: a folder that a trainer, diffusers or peft wrote, a file of "
+                  "diffusers' layout, or a Hub id. Its rank, alpha and modules stay. Unset: a new adapter."},
+    )
+    continue_reference: str = field(
+        default="base",
+        metadata={"help": "With continue_from, the reference policy of the KL penalty and the teacher of the "
+                  "consistency term: 'base' (the model without an adapter) or 'adapter' (with that saved one)."},
     )
     ema_decay: float | None = field(
         default=None,
@@ -168,6 +179,17 @@ class VideoPolicyConfig(_BaseConfig):
         check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
             raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
+        if self.continue_reference not in ("base", "adapter"):
+            raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
+        if self.continue_reference == "adapter" and not self.continue_from:
+            raise ValueError("continue_reference='adapter' needs continue_from, the saved adapter that is meant.")
+        if self.continue_from and Path(self.output_dir).resolve() in [
+                Path(self.continue_from).resolve(), *Path(self.continue_from).resolve().parents]:
+            raise ValueError(
+                f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
+                "checkpoints this run replaces; give this run an output_dir of its own (to go on with an interrupted "
+                "run, set resume_from_checkpoint instead)."
+            )
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:

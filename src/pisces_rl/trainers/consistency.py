@@ -1,9 +1,12 @@
 """Consistency distillation on captioned videos: its own ODE, learnt to be crossed in one step from anywhere."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor
 
-from ..policy import VideoPolicy, adapters_off
+from ..policy import VideoPolicy
 from .callbacks import AdapterEMA
 from .images import images_of
 from .seeds import sample_seed
@@ -27,7 +30,7 @@ class ConsistencyDistillation:
     From a clip's latents x0 and a step n of a schedule of N,
 
         x_n     = x0 with noise at the level of step n
-        x_{n+1} = the step of the model's ODE from x_n, without the adapter, perhaps guided
+        x_{n+1} = the step of the reference policy's ODE from x_n, perhaps guided
         L       = huber( x0^(x_n),  x0^_average(x_{n+1}) ),         huber(d) = sqrt(d^2 + c^2) - c
 
     with x0^ the model's prediction under the adapter, and under the adapter's moving average. At the last step x_{n+1}
@@ -39,14 +42,17 @@ class ConsistencyDistillation:
             (F, 3, H, W) in [0, 1] or uint8.
         steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
         seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
+        reference: gives a context in which the policy is the reference, for instance without its adapter.
     """
 
     def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
-                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=()):
+                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=(),
+                 reference: Callable[[], AbstractContextManager]):
         self.policy, self.steps, self.huber_c, self.seed = policy, steps, huber_c, seed
         self.dataset = undecoded(dataset)
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
         self.average, self.image_columns = TargetAverage(adapter, decay), image_columns
+        self.reference = reference
 
     def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
         """(count,) losses with gradients of a part (which, of how many) of the batch of that number.
@@ -63,7 +69,7 @@ class ConsistencyDistillation:
         step = int(torch.randint(self.steps, (1,), generator=generator))
         grid = {"num_inference_steps": self.steps, "conditions": images}
 
-        with adapters_off(self.policy):
+        with self.reference():
             teacher = self.policy.predict(
                 prompts, noise_seeds=seeds, step=step, clean=clean, **grid, **self.guidance
             )

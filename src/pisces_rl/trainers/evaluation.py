@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerState
 
-from ..policy import VideoPolicy, adapters_off
+from ..policy import VideoPolicy
 from ..rewards import RewardPanel
 from .images import images_of
 from .ranks import Ranks
@@ -115,15 +115,17 @@ class Evaluator:
                 scores[key] = [None if v is None else float(v) for v in values]
         return scores, metrics
 
-    def before_and_after(self, dataset: Dataset, trained) -> tuple[Tensor, Tensor]:
-        """Videos of the base model and of the trained one for the first rows, from the same noise, on the CPU.
+    def before_and_after(self, dataset: Dataset, untrained, trained) -> tuple[Tensor, Tensor]:
+        """Videos of the model before training and of the trained one for the first rows, from the same noise, on the
+        CPU.
 
         Args:
-            trained: a context in which the adapter is what is saved.
+            untrained: a context in which the adapter is what training began with. trained: in which it is what is
+                saved.
         """
         part = dataset[:self.args.num_sample_videos]
         rows = list(range(len(part["prompt"])))
-        with adapters_off(self.policy):
+        with untrained:
             base = self.sample(rows, part).cpu()
         with trained:
             return base, self.sample(rows, part).cpu()

@@ -19,7 +19,7 @@ import time
 import torch
 from accelerate.utils import gather_object
 
-from ..policy import ReplayStep, Rollout, adapters_off
+from ..policy import ReplayStep, Rollout
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .base import VideoPolicyTrainer
@@ -283,9 +283,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         return total
 
     def _reference_steps(self, rows: list[int]) -> dict[tuple[int, int], ReplayStep]:
-        """The trained steps under the reference policy, by index and first row: the adapter off, no gradients."""
+        """The trained steps under the reference policy, by index and first row, without gradients."""
         steps: list[ReplayStep] = []
-        with adapters_off(self.policy):
+        with self.initial.reference():
             self.policy.replay(self._rollout, rows, steps.append, grad=False, wait=False)
         return {(step.index, step.rows[0]): step for step in steps}
 

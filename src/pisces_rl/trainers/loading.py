@@ -8,6 +8,10 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from .. import assets
+from ..policy import check_no_adapters
+from ..policy.execution import uncompile_blocks
+from ..policy.offload import kind_of
+from ..policy.products import unfuse_products
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
@@ -30,6 +34,23 @@ def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = No
             f"model={str(model)!r} is neither a folder with a diffusers pipeline, nor a Hub id that could be read, "
             f"nor one of the embedded models {assets.available()}: {error}"
         ) from error
+
+
+def check_unused(pipeline: DiffusionPipeline) -> None:
+    """That no component has adapters; what an earlier trainer left on the denoisers (compiled blocks, fused products,
+    recomputation in backward) goes.
+
+    Raises:
+        ValueError: a component carries adapters, or lies in parts on several ranks.
+    """
+    modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
+    check_no_adapters(modules)
+    for name, module in modules.items():
+        if kind_of(name) == "denoiser":
+            uncompile_blocks(module)
+            unfuse_products(module)
+            if module.is_gradient_checkpointing:
+                module.disable_gradient_checkpointing()
 
 
 def freeze(pipeline: DiffusionPipeline, device: torch.device) -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -72,12 +73,24 @@ def check_same_run(checkpoint: str, own: dict) -> None:
                 f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
                 f"mean something else. It was made from {saved['model']!r}."
             )
+    if _beginning(saved) != _beginning(own):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} began from {_beginning(saved)}, this run from {_beginning(own)}. "
+            "Resume with the continue_from and continue_reference of that run, and the same file there."
+        )
     for name, value in own["batches"].items():
         if saved["batches"][name] != value:
             raise ValueError(
                 f"{name}={value}, but resume_from_checkpoint={checkpoint!r} was saved with "
                 f"{saved['batches'][name]}: the position in the data would be another. Keep it, or start anew."
             )
+
+
+def _beginning(identity: dict) -> str:
+    began = identity.get("continued")
+    if began is None:
+        return "a new adapter"
+    return f"a saved one (SHA-256 {began['adapter'][:16]}, continue_reference={began['reference']!r})"
 
 
 def _architecture(module: nn.Module) -> str:
@@ -95,4 +108,7 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 def _lora_scale(module: nn.Module) -> list[float]:
-    return sorted({config.lora_alpha / config.r for config in getattr(module, "peft_config", {}).values()})
+    """The factor of the adapter's product: one for all modules, or theirs in order where they differ."""
+    scales = [scale for layer in module.modules() if isinstance(layer, BaseTunerLayer)
+              for scale in layer.scaling.values()]
+    return scales if len(set(scales)) > 1 else scales[:1]
