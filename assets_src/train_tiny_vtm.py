@@ -313,8 +313,9 @@ def main(arguments=None) -> None:
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
         print(f"{folder.name}  validation {loss:.4f}  sha256 {digest}", flush=True)
         report = {"validation": round(loss, 4), "sha256": digest, "pairs": scores(part, args, tokenizer, device)}
-        (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
-        (folder / "settings.json").write_text(json.dumps(settings | {"stopped_at": step}, indent=1) + "\n")
+        (folder / "scores.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        stopped = json.dumps(settings | {"stopped_at": step}, indent=1) + "\n"
+        (folder / "settings.json").write_text(stopped, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -311,7 +311,8 @@ def save(args: argparse.Namespace, text_encoder, vae, transformer, seconds: floa
     build_pipeline(build_tokenizer(), *parts).save_pretrained(staging, safe_serialization=True)
     for path in (staging / "model_index.json", staging / "tokenizer" / "tokenizer_config.json"):
         # the name that every transformers 5 knows this class by
-        path.write_text(path.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+        text = path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        path.write_text(text, encoding="utf-8")
     for path in staging.rglob("*.safetensors"):
         if path.stat().st_size >= MAX_FILE:
             raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes; files of assets stay under {MAX_FILE}.")
@@ -322,7 +323,7 @@ def save(args: argparse.Namespace, text_encoder, vae, transformer, seconds: floa
     settings |= {"seconds": round(seconds), "torch": torch.__version__, "vae_trained_here": args.vae is None}
     if args.device == "cuda":
         settings["gpu"] = torch.cuda.get_device_name()
-    (staging / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (staging / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if args.output.exists():
         if not (args.output / "model_index.json").exists():
             raise RuntimeError(f"--output {args.output} exists and is no pipeline; the result lies in {staging}.")

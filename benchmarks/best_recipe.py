@@ -42,14 +42,14 @@ def start(recipe: str, seed: int, folder: Path, extra: list[str]) -> subprocess.
     command += ["--seed", str(seed), "--output_dir", str(folder), "--eval_prompts", "0", "--num_sample_videos", "0",
                 "--save_strategy", "steps", "--save_total_limit", "1", "--report_to", "none", *extra]  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log:
+    with open(folder / "log.txt", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
 
 def seconds_a_step(folder: Path) -> float:
     """The median after three steps, from the log that the last checkpoint keeps."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = [sum(row.get(f"seconds/{part}", 0.0) for part in PARTS) for row in history if "seconds/update" in row]
     return median(steps[3:] or steps)
 

@@ -57,7 +57,7 @@ def main() -> None:
         plain = MemoryEstimate(resident, phases, estimate.blocks, estimate.details)
         line(f"rollout without decoding, batch {batch} of {size}, guidance", rollout, plain.peaks["sampling"] / GIB)
         line(f"update, micro-batch {micro} of {size}, guidance", update, plain.peaks["update"] / GIB)
-    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     settings = {key: value for key, value in recipe.items() if key not in (*SCRIPT_KEYS, "output_dir")}
     settings |= dict(max_steps=2, save_strategy="no", report_to="none")
     whole = estimated(settings | dict(gradient_accumulation_steps=2), default_lora_config(recipe["lora_r"]),

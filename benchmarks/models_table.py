@@ -43,7 +43,7 @@ def read_results(folder: Path = RESULTS) -> list[dict]:
     """Rows of the suite; of two of the same case the later file's."""
     found = {}
     for file in sorted(folder.glob("*.json"), key=os.path.getmtime):
-        for row in json.loads(file.read_text()):
+        for row in json.loads(file.read_text(encoding="utf-8")):
             found[row["family"], row["transition"], row["guided"], row["checkpointed"]] = row
     return list(found.values())
 
@@ -110,13 +110,13 @@ def main(arguments: list[str] | None = None) -> None:
     from policy.test_replay_parity import SLICE_TOLERANCE
     from tiny_pipelines import BUILD
 
-    rows, notes = read_results(), yaml.safe_load(NOTES.read_text())
+    rows, notes = read_results(), yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     wrong = complaints(rows, list(BUILD), SLICE_TOLERANCE, notes)
     if wrong:
         sys.exit("docs/models.md is not written:\n" + "\n".join(wrong))
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(table(rows, list(BUILD), notes))
-    print(options.output.read_text())
+    options.output.write_text(table(rows, list(BUILD), notes), encoding="utf-8")
+    print(options.output.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

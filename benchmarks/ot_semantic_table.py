@@ -153,7 +153,7 @@ def main() -> None:
     variants = SWEEP if args.sweep else TABLE
     if args.variants:
         variants = {k: v for k, v in variants.items() if k == "vanilla" or any(x in k for x in args.variants)}
-    kept = json.loads(args.json.read_text()) if args.json and args.json.is_file() else {}
+    kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
     start = time.time()
     sets, samples = problems(args.sweep, args.count)
     sizes = {k: len(v[1]) for k, v in sets.items()} | {"samples": len(samples[2])}
@@ -167,7 +167,7 @@ def main() -> None:
                 if label not in own:
                     own[label] = measure(encoder, attention, sets, samples)
                     if args.json:
-                        args.json.write_text(json.dumps(kept, indent=1) + "\n")
+                        args.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         found.append(own)
         print(f"{encoder.name}  {time.time() - start:.0f} s", file=sys.stderr, flush=True)
     print("| variant | " + " | ".join(SETS) + " | mean | error cut % |\n" + "|---" * (len(SETS) + 3) + "|")

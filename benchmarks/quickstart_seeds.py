@@ -24,7 +24,7 @@ def main() -> None:
         files = sorted((run / "evaluations").glob("step_*.json"))
         if len(files) < 2:
             parser.error(f"{run} has fewer than two evaluations")
-        evaluations.append([json.loads(path.read_text())["sets"] for path in (files[0], files[-1])])
+        evaluations.append([json.loads(path.read_text(encoding="utf-8"))["sets"] for path in (files[0], files[-1])])
     print("| set | score | n | base | " + " | ".join(run.name for run in arguments.runs) + " | mean |")
     print("|---" * (5 + len(arguments.runs)) + "|")
     for name, first in evaluations[0][0].items():

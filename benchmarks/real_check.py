@@ -132,7 +132,7 @@ def parsed() -> argparse.Namespace:
 
 def settings_of(arguments: argparse.Namespace) -> dict:
     """The recipe's settings, and what replaces them."""
-    recipe = yaml.safe_load(arguments.recipe.read_text())
+    recipe = yaml.safe_load(arguments.recipe.read_text(encoding="utf-8"))
     settings = {key: value for key, value in recipe.items() if key not in SCRIPT_KEYS}
     settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none", offload=arguments.offload)
     settings["replay_tolerance"] = 1.0  # the difference is printed, not judged

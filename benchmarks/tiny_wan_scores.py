@@ -87,7 +87,7 @@ def main() -> None:
     show(rows, args.per_dimension, args.lora or args.model)
     print(f"{sum(row['n'] for row in rows)} clips in {time.time() - start:.0f} s")
     if args.json:
-        args.json.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1) + "\n")
+        args.json.write_text(json.dumps({"seed": args.seed, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def show(rows: list[dict], per_dimension: bool, name: str) -> None:

@@ -24,7 +24,7 @@ from pisces_rl.cli import parse_arguments
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-ARCHITECTURES = json.loads((RECIPES / "architectures.json").read_text())
+ARCHITECTURES = json.loads((RECIPES / "architectures.json").read_text(encoding="utf-8"))
 GIB = 2**30
 
 
@@ -88,7 +88,7 @@ def main() -> None:
               "FSDP2 over 8 |")
         print("|---|---|---|---|---|---|")
         for path in sorted(RECIPES.glob("*.yaml")):
-            if any(f"model: {model}\n" in path.read_text() for model in ARCHITECTURES):
+            if any(f"model: {model}\n" in path.read_text(encoding="utf-8") for model in ARCHITECTURES):
                 print(markdown_line(path), flush=True)
         return
     if own.sharding not in ("none", "fsdp2"):

@@ -22,6 +22,7 @@ from torch import Tensor
 from pisces_rl.cli import load_reward_function, parse_arguments
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
 from pisces_rl.evaluation.rewards import STRENGTHS
+from pisces_rl.markdown import escape
 from pisces_rl.media import load_video
 from pisces_rl.rewards import REWARDS, OTSemanticReward
 
@@ -149,14 +150,14 @@ def main() -> None:
     for name, reward in rewards.items():
         report = evaluate_reward(reward, clips, device)
         curves[name] = report.curves
-        section = f"## {name}\n\n{report}"
+        section = f"## {escape(name)}\n\n{report}"
         if isinstance(reward, OTSemanticReward) and reward.attention is not None:
             draw_plans(reward, clips, output / "plans.png")
             if clips.scenes:
                 section += f"\n\n{table_of_shares(plan_inside_objects(reward, clips))}"
         sections.append(section)
         print(section, flush=True)
-        (output / "rewards.md").write_text("\n\n".join(sections) + "\n")
+        (output / "rewards.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
         draw_curves(curves, output / "strength.png")
     print(f"written to {output}")
 

@@ -130,7 +130,7 @@ def main() -> None:
     saved.save(output)
     rows = torch.randperm(len(video), generator=torch.Generator().manual_seed(args.seed))[: args.bank_size]
     save_file({"bank": video[rows].half()}, output / BANK)
-    (output / "maps.md").write_text(f"{best}\n")
+    (output / "maps.md").write_text(f"{best}\n", encoding="utf-8")
     print(f"{best}\n{len(text)} texts and {len(video)} videos; the {saved.kind} map is in {output}.")
 
 

@@ -11,10 +11,11 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "study"
 def cells(stage: str = "") -> list[str]:
     """Names of the cells, of one stage or of all; the first line of a recipe names its stage."""
     paths = [path for path in RECIPES.glob("*.yaml") if path.stem != "shared"]
-    return sorted(path.stem for path in paths if re.match(rf"# Stage {stage or '.'}\.", path.read_text()))
+    first = rf"# Stage {stage or '.'}\."
+    return sorted(path.stem for path in paths if re.match(first, path.read_text(encoding="utf-8")))
 
 
 def settings_of(cell: str) -> dict:
     """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
-    shared, own = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text()) for name in ("shared", cell))
+    shared, own = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("shared", cell))
     return shared["all"] | shared[own["trainer"]] | own

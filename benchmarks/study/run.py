@@ -100,13 +100,13 @@ class Divergence(TrainerCallback):
         kl = [kl_to_reference(scored[0][i].mean, scored[1][i].mean, scored[0][i].std, rollout.rows_per_video)
               for i in steps]  # fmt: skip
         path = Path(args.output_dir) / "kl.json"
-        known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(known | {str(state.global_step): float(sum(kl).mean())}))
+        known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps(known | {str(state.global_step): float(sum(kl).mean())}), encoding="utf-8")
 
 
 def check_same(path: Path, settings: dict, extra: list[str]) -> None:
     """That a JSON file of an earlier run is of these settings and options; where it lies may differ."""
-    earlier = json.loads(path.read_text())
+    earlier = json.loads(path.read_text(encoding="utf-8"))
     found, wanted = ({**e["settings"], "output_dir": None, "options": e["extra"]}
                      for e in (earlier, {"settings": settings, "extra": extra}))  # fmt: skip
     different = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
@@ -134,14 +134,14 @@ def begin(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     elif any(folder.glob("checkpoint-*")):
         raise ValueError(f"{folder} holds checkpoints but no settings.json to know them by; remove it.")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"settings": settings, "extra": extra}))
+    path.write_text(json.dumps({"settings": settings, "extra": extra}), encoding="utf-8")
     return settings
 
 
 def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     settings = begin(cell, seed, output, extra)
     make_config, make_trainer = TRAINERS[settings.pop("trainer")]
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(settings, file)
         file.flush()
         script, config = parse_arguments(ScriptArguments, make_config, arguments=["--config", file.name, *extra])
@@ -165,9 +165,10 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         "cell": cell, "seed": seed, "settings": settings, "extra": extra, "seconds": seconds,
         "steps": [{k: v for k, v in row.items() if not k.startswith("eval")} for row in logs if "loss" in row],
         "evaluations": [
-            json.loads(path.read_text()) for path in sorted(Path(config.output_dir).glob("evaluations/step_*.json"))
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(Path(config.output_dir).glob("evaluations/step_*.json"))
         ],
-        "kl": json.loads((Path(config.output_dir) / "kl.json").read_text()),
+        "kl": json.loads((Path(config.output_dir) / "kl.json").read_text(encoding="utf-8")),
         "diversity": diversity(trainer.policy, encoder, prompts),
     }  # fmt: skip
 
@@ -184,7 +185,7 @@ def record(cell: str, seed: int, output: Path, extra: list[str], threads: int | 
     if threads:
         torch.set_num_threads(threads)
     result = run(cell, seed, output, extra)
-    path.with_suffix(".partial").write_text(json.dumps(result))
+    path.with_suffix(".partial").write_text(json.dumps(result), encoding="utf-8")
     path.with_suffix(".partial").rename(path)
     return f"{cell} seed {seed}: {result['seconds']:.0f} s"
 

@@ -30,7 +30,7 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     """{cell: {seed: record}}."""
     records = defaultdict(dict)
     for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         records[record["cell"]][record["seed"]] = record
     return records
 

@@ -61,7 +61,7 @@ def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
     if not os.path.isfile(path):
         parser.error(f"--config {path}: no such file; recipes lie in recipes/.")
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         parser.error(f"--config {path} is not YAML: {error}")
     if not isinstance(settings, dict):

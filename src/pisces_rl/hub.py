@@ -3,26 +3,33 @@
 TRL's own card speaks of text generation and loads a language model, so this one is ours.
 """
 
+import fnmatch
 import json
+import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from .markdown import code, escape, one_line, target
+from .run_files import CARD_MARK, OTHER_CARD, README, described
+
+LORA = "pytorch_lora_weights.safetensors"
 #: What `push_adapter` uploads, as globs under the folder: never a checkpoint, an optimizer state or an event file.
 PATTERNS = (
-    "README.md",
-    "pytorch_lora_weights.safetensors",
-    "*/pytorch_lora_weights.safetensors",
+    README,
+    LORA,
+    f"*/{LORA}",
     "*/adapter_model.safetensors",
     "*/adapter_config.json",
     "report.md",
     "samples/**/*.mp4",
     "samples/**/*.png",
+    OTHER_CARD,  # as README.md
 )
 _ADAPTERS = PATTERNS[1:4]
 _EMBEDDED = Path(__file__).parent / "assets"
@@ -72,6 +79,8 @@ def model_card(
     tags: Sequence[str] = (),
     images: Sequence[str] = (),
     still: bool = False,
+    dtype: str = "bfloat16",
+    files: Sequence[str] | None = None,
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
 
@@ -91,6 +100,9 @@ def model_card(
         tags: further tags.
         images: arguments of the pipeline's call that take an image, as image-to-video's do.
         still: whether the pipeline makes images, not videos.
+        dtype: of torch, in which the snippet loads the model.
+        files: what of the folder the card may speak of, as relative paths; None is what the folder's run wrote
+            (run_files.json), or where that is not known, what is named like it.
 
     Returns:
         Markdown whose YAML front matter the Hub reads.
@@ -98,8 +110,12 @@ def model_card(
     grpo = "grpo" in trainer.lower()
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
-    videos = _videos(folder)
-    use = _snippet(base_model, pipeline_class, repo_id, folder, call or {}, images, still, guider_scale)
+    if folder is None:
+        files = []
+    elif files is None:
+        files = [path.relative_to(folder).as_posix() for path in _uploaded(folder)]
+    videos, sheets = _videos(folder, files), sorted(fnmatch.filter(files, "samples/before_after*.png"))
+    use = _snippet(base_model, pipeline_class, repo_id, files, call or {}, images, still, guider_scale, dtype)
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
@@ -109,22 +125,20 @@ def model_card(
     if _is_hub_id(base_model):
         front = {"base_model": base_model, "base_model_relation": "adapter"} | front
     if videos:
-        front["widget"] = [{"text": prompt, "output": {"url": path}} for path, prompt in videos]
+        front["widget"] = [{"text": one_line(prompt), "output": {"url": target(path)}} for path, prompt in videos]
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
-        f"# {_text(name)}, LoRA trained with {_text(trainer)}",
-        f"A LoRA adapter for `{name}`, trained by reinforcement learning with pisces_rl ({_text(trainer)}). Plain "
-        "diffusers loads it.",
+        f"# {escape(name)}, LoRA trained with {escape(trainer)}",
+        f"A LoRA adapter for {code(name)}, trained {CARD_MARK} ({escape(trainer)}). Plain diffusers loads it.",
         f"## Use\n\n```python\n{use}\n```",
     ]
     if comparison:
         parts.append("## Before and after\n\n" + _evaluation(comparison))
-    sheets = _sheets(folder)
     if sheets or videos:
-        pictures = [f"![{Path(path).stem.replace('_', ' ')}]({path})" for path in sheets]
-        links = "\n".join(f"- [{_text(prompt)}]({path})" for path, prompt in videos)
+        pictures = [f"![{escape(Path(path).stem.replace('_', ' '))}]({target(path)})" for path in sheets]
+        links = "\n".join(f"- [{escape(prompt)}]({target(path)})" for path, prompt in videos)
         parts.append("\n\n".join(["## Samples", *pictures, *([links] if links else [])]))
-    rows = [f"| {_text(key)} | {_text(value)} |" for key, value in settings.items() if value is not None]
+    rows = [f"| {escape(key)} | {escape(value)} |" for key, value in settings.items() if value is not None]
     parts.append("\n".join(["## Training\n", "| setting | value |", "|---|---|", *rows]))
     parts.append("## Citation\n\n" + _citations(grpo, str(settings.get("transition", ""))))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
@@ -138,7 +152,7 @@ def push_adapter(
     token: str | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
-    allow_patterns: Sequence[str] = PATTERNS,
+    allow_patterns: Sequence[str] | None = None,
     endpoint: str | None = None,
 ) -> str:
     """Upload an adapter with its model card and samples, in one commit, and return the repository's address.
@@ -150,8 +164,9 @@ def push_adapter(
         token: of the Hub; None takes the one that is logged in.
         commit_message: of the commit.
         revision: branch, made if it does not exist; None is the main one.
-        allow_patterns: globs under the folder. Checkpoint folders (`checkpoint-*`) and hidden files stay behind in any
-            case.
+        allow_patterns: globs under the folder; None is `PATTERNS`, and of those files only what the folder's run wrote
+            (run_files.json, where there is one). Checkpoints (`checkpoint-*`), earlier runs (`earlier-*`) and hidden
+            files stay behind in any case.
         endpoint: of another Hub; None takes HF_ENDPOINT or the public one.
 
     Raises:
@@ -159,10 +174,12 @@ def push_adapter(
         RuntimeError: the Hub refused, or could not be reached. The files are still in the folder; the message says so.
     """
     folder = Path(folder)
-    if not any(_found(folder, pattern) for pattern in _ADAPTERS):
+    files = _uploaded(folder, allow_patterns)
+    if not any(path.match(pattern) for path in _uploaded(folder) for pattern in _ADAPTERS):
         raise ValueError(
             f"folder={str(folder)!r} holds no adapter: neither pytorch_lora_weights.safetensors nor "
-            "*/adapter_model.safetensors. Give the output_dir of a run that has saved (trainer.save_model())."
+            "*/adapter_model.safetensors that its run wrote. Give the output_dir of a run that has saved "
+            "(trainer.save_model())."
         )
     try:
         validate_repo_id(repo_id)
@@ -170,7 +187,9 @@ def push_adapter(
         raise ValueError(
             f"repo_id={repo_id!r} is no name of a repository; allowed: 'name' or 'you/name'. {error}"
         ) from None
-    files = sorted({path for pattern in allow_patterns for path in _found(folder, pattern)})
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    if folder / OTHER_CARD in names:
+        names = {path: name for path, name in names.items() if name != README} | {folder / OTHER_CARD: README}
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -178,7 +197,7 @@ def push_adapter(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         commit = api.create_commit(
             repo_id,
-            [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files],
+            [CommitOperationAdd(name, path) for path, name in names.items()],
             commit_message=commit_message or "Upload adapter",
             revision=revision,
         )
@@ -207,14 +226,28 @@ def _reason(status: int | None) -> str:
     return known.get(status, f"HTTP {status}")
 
 
-def _found(folder: Path, pattern: str) -> list[Path]:
-    """Files that match a glob and are neither hidden nor in a checkpoint."""
-    found = []
-    for path in folder.glob(pattern):
+def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]:
+    """Files that match one of the globs and are neither hidden nor in a checkpoint or an earlier run; without globs
+    those of `PATTERNS` that the folder's run wrote."""
+    found, written = set(), described(folder) if patterns is None else None
+    for path in (path for pattern in patterns or PATTERNS for path in folder.glob(pattern)):
         parts = path.relative_to(folder).parts
-        if path.is_file() and not any(part.startswith((".", "checkpoint-")) for part in parts):
-            found.append(path)
-    return found
+        stays = any(part.startswith((".", "checkpoint-", "earlier-")) for part in parts)
+        if path.is_file() and not stays and (written is None or "/".join(parts) in written):
+            found.add(path)
+    return sorted(found)
+
+
+def _string(text: str) -> str:
+    """A Python string in double quotes."""
+    return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
+def _is_plain(value) -> bool:
+    """Whether its repr is Python."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
 
 
 def _is_hub_id(base_model: str) -> bool:
@@ -226,40 +259,40 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: Path | None, call: dict,
-             images: Sequence[str], still: bool, guider_scale: float | None) -> str:
-    own = repo_id or "you/this-adapter"
+def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: Sequence[str], call: dict,
+             images: Sequence[str], still: bool, guider_scale: float | None, dtype: str) -> str:
+    own = _string(repo_id or "you/this-adapter")
     helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
     lines = ["import torch", f"from diffusers import {pipeline_class}"]
     lines += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
-    name, dtype = _shown_name(base_model), "torch.bfloat16"
+    name = _shown_name(base_model)
     if not _is_hub_id(base_model) and (_EMBEDDED / name).is_dir():
         lines.append("from pisces_rl.assets import asset_path  # the base model ships with pisces_rl")
-        model, dtype = f'asset_path("{name}")', "torch.float32"
-    elif _is_hub_id(base_model):
-        model = f'"{base_model}"'
+        model, dtype = f'asset_path("{name}")', "float32"
     else:
-        model = f'"path/to/{name}"'
-    lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype={dtype})"]
-    together, second, alone = (_found(folder, pattern) if folder is not None else [] for pattern in _ADAPTERS)
-    experts = [file.parent.name for file in second]
+        model = _string(base_model if _is_hub_id(base_model) else f"path/to/{name}")
+    lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype=torch.{dtype})"]
+    together, second, alone = ([path for path in sorted(files) if PurePosixPath(path).parts[-1] == file
+                                and path.count("/") == depth]
+                               for depth, file in ((0, LORA), (1, LORA), (1, "adapter_model.safetensors")))
+    experts = [path.split("/")[0] for path in second]
     peft_files = [] if together or second else alone
     if peft_files:
         lines = ["from peft import PeftModel", *lines]
-        for component in (file.parent.name for file in peft_files):
-            load = f'PeftModel.from_pretrained(pipe.{component}, "{own}", subfolder="{component}")'
+        for component in (path.split("/")[0] for path in peft_files):
+            load = f'PeftModel.from_pretrained(pipe.{component}, {own}, subfolder="{component}")'
             lines.append(f"pipe.{component} = {load}")
     elif not experts:
-        lines.append(f'pipe.load_lora_weights("{own}")')
+        lines.append(f"pipe.load_lora_weights({own})")
     else:  # named, since diffusers would guess
         if together:
-            lines.append(f'pipe.load_lora_weights("{own}", weight_name="{_ADAPTERS[0]}")')
+            lines.append(f'pipe.load_lora_weights({own}, weight_name="{LORA}")')
         for name in experts:
-            file = f'weight_name="{name}/{_ADAPTERS[0]}", load_into_{name}=True'
-            lines.append(f'pipe.load_lora_weights("{own}", {file})')
+            file = f'weight_name="{name}/{LORA}", load_into_{name}=True'
+            lines.append(f"pipe.load_lora_weights({own}, {file})")
     if guider_scale is not None:
         lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale!r})")
-    plain = {name: value for name, value in call.items() if isinstance(value, (bool, int, float, str))}
+    plain = {name: value for name, value in call.items() if _is_plain(value)}
     arguments = "".join(f", {name}={value!r}" for name, value in plain.items())
     if images:
         pictures = "".join(f', {name}=load_image("your_{name}.png")' for name in images)
@@ -273,24 +306,16 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, folder: 
     return "\n".join(lines)
 
 
-def _videos(folder: Path | None) -> list[tuple[str, str]]:
-    """(relative path, prompt) of a few videos of the last evaluation."""
-    steps = sorted(folder.glob("samples/step_*")) if folder is not None else []
-    if not steps:
-        return []
+def _videos(folder: Path | None, files: Sequence[str]) -> list[tuple[str, str]]:
+    """(relative path, prompt) of a few videos of the last evaluation among the files."""
+    videos = sorted(fnmatch.filter(files, "samples/step_*/*.mp4"))
     shown = []
-    for path in sorted(steps[-1].glob("**/*.mp4"))[:_SHOWN_VIDEOS]:
-        listed = path.parent / "rewards.json"
-        prompts = json.loads(listed.read_text())["prompts"] if listed.exists() else []
-        row = int(path.stem) if path.stem.isdigit() else len(prompts)
-        prompt = str(prompts[row]) if row < len(prompts) else path.stem
-        shown.append((path.relative_to(folder).as_posix(), prompt))
+    for path in [path for path in videos if path.split("/")[1] == videos[-1].split("/")[1]][:_SHOWN_VIDEOS]:
+        stem, listed = PurePosixPath(path).stem, (folder / path).parent / "rewards.json"
+        prompts = json.loads(listed.read_text(encoding="utf-8"))["prompts"] if listed.exists() else []
+        row = int(stem) if stem.isdecimal() else len(prompts)
+        shown.append((path, str(prompts[row]) if row < len(prompts) else stem))
     return shown
-
-
-def _sheets(folder: Path | None) -> list[str]:
-    paths = sorted(folder.glob("samples/before_after*.png")) if folder is not None else []
-    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def _evaluation(comparison: dict[str, dict[str, dict]]) -> str:
@@ -299,7 +324,7 @@ def _evaluation(comparison: dict[str, dict[str, dict]]) -> str:
         for score, row in scores.items():
             if row.get("n"):
                 lines.append(
-                    f"| {_text(name)} | {_text(score)} | {row['n']} | {row['before']:.3f} | {row['after']:.3f} | "
+                    f"| {escape(name)} | {escape(score)} | {row['n']} | {row['before']:.3f} | {row['after']:.3f} | "
                     f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] |"
                 )
     lines += ["", "The same prompts and noise before and after; differences are paired, intervals bootstrapped."]
@@ -312,9 +337,3 @@ def _citations(grpo: bool, transition: str) -> str:
         keys.append("grpo")
     keys += [key for key in ("flow_sde", "dance_sde", "ddim") if key in transition]
     return "\n\n".join(f"{_CITATIONS[key][0]}:\n\n```bibtex\n{_CITATIONS[key][1]}\n```" for key in keys)
-
-
-def _text(value) -> str:
-    """A value inside a Markdown table or heading."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return re.sub(r"([|\[\]<>`])", r"\\\1", text.replace("\n", " "))

@@ -67,7 +67,8 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     for name, state in states.items():
         (folder / name).mkdir(exist_ok=True)
         save_file({f"{PEFT_PREFIX}{k}": v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
-        (folder / name / "adapter_config.json").write_text(json.dumps(configs[name], indent=2, sort_keys=True))
+        config = json.dumps(configs[name], indent=2, sort_keys=True)
+        (folder / name / "adapter_config.json").write_text(config, encoding="utf-8")
         files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
     return files
 
@@ -90,12 +91,12 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
 
 
 def _load_peft_layout(pipeline: DiffusionPipeline, folder: Path) -> None:
-    found = [path.parent for path in folder.glob("*/adapter_config.json")]
+    found = [folder / name for name in pipeline.components if (folder / name / "adapter_config.json").exists()]
     if not found:
         raise ValueError(f"{folder} holds no adapter: no {LORA_FILE}, no */adapter_config.json.")
     for path in found:
         denoiser = getattr(pipeline, path.name)
-        config = LoraConfig(**json.loads((path / "adapter_config.json").read_text()))
+        config = LoraConfig(**json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
         inject_adapter_in_model(config, denoiser)
         _strict(set_peft_model_state_dict(denoiser, _peft_state(path)), path)
 

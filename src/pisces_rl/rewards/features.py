@@ -84,7 +84,7 @@ def cache_features(
 def load_features(folder: str | Path, samples: float = math.inf) -> Features:
     """What `cache_features` left there of the first so many samples, in their order."""
     folder = Path(folder)
-    processes = json.loads((folder / CARD).read_text())["processes"]
+    processes = json.loads((folder / CARD).read_text(encoding="utf-8"))["processes"]
     files = [path for process in range(processes) for path in sorted(folder.glob(f"{process}-*.safetensors"))]
     shards = [load_file(path) for path in files]
     found = {}
@@ -99,13 +99,13 @@ def load_features(folder: str | Path, samples: float = math.inf) -> Features:
 
 def _claim(folder: Path, card: dict) -> None:
     if (folder / CARD).is_file():
-        found = json.loads((folder / CARD).read_text())
+        found = json.loads((folder / CARD).read_text(encoding="utf-8"))
         differ = [f"{k} {found.get(k)!r} instead of {v!r}" for k, v in card.items() if found.get(k) != v]
         if differ:
             raise ValueError(f"folder: {folder} holds features of {', '.join(differ)}; choose another folder.")
         return
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{CARD}.partial").write_text(json.dumps(card) + "\n")
+    (folder / f"{CARD}.partial").write_text(json.dumps(card) + "\n", encoding="utf-8")
     os.replace(folder / f"{CARD}.partial", folder / CARD)
 
 

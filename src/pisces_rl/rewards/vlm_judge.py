@@ -47,7 +47,8 @@ class VLMJudge:
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        self.question = question.read_text() if hasattr(question, "read_text") else Path(question).read_text()
+        question = question if hasattr(question, "read_text") else Path(question)
+        self.question = question.read_text(encoding="utf-8")
         if "{prompt}" not in self.question:
             raise ValueError(f"question: {question} does not say {{prompt}}.")
         tokens = [processor.tokenizer.encode(str(score), add_special_tokens=False) for score in scores]

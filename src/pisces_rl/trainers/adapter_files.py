@@ -10,13 +10,17 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from ..policy import VideoPolicy, check_saved_lora, check_saved_weights, save_lora
+from ..run_files import RunFiles
 
 
-def write_adapter(pipeline: DiffusionPipeline, folder: Path) -> None:
+def write_adapter(pipeline: DiffusionPipeline, files: RunFiles) -> None:
     """Files appear whole or not at all: an earlier adapter in the folder is not lost to a full disk."""
+    folder = files.folder
     staging = folder / ".incomplete-adapter"
     try:
-        for path in save_lora(pipeline, staging):
+        paths = save_lora(pipeline, staging)
+        files.claim_adapter(path.relative_to(staging).as_posix() for path in paths)
+        for path in paths:
             final = folder / path.relative_to(staging)
             final.parent.mkdir(exist_ok=True)
             os.replace(path, final)

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import json
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import torch
@@ -13,7 +13,6 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import rotate_checkpoints
 
 from .. import hub, media
 from ..policy import (
@@ -27,10 +26,19 @@ from ..policy import (
     save_lora,
 )
 from ..rewards import RewardPanel
+from ..run_files import RunFiles
 from ._trl import _BaseTrainer, identity
 from .adapter_files import check_adapter, write_adapter
 from .callbacks import AdapterEMA, StageProgress
-from .checkpoint import load_tree, random_state, remove_incomplete, restore_random_state, save_tree, write_whole
+from .checkpoint import (
+    load_tree,
+    random_state,
+    remove_incomplete,
+    remove_old_checkpoints,
+    restore_random_state,
+    save_tree,
+    write_whole,
+)
 from .checks import check_consistency, check_dataset, checked_weights, settle_evaluation
 from .consistency import ConsistencyDistillation
 from .evaluation import Evaluator, means_of_sets
@@ -42,16 +50,8 @@ from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
 from .ranks import Ranks
 from .report import print_comparison, read_evaluation, run_console
-from .resume import check_same_run, last_checkpoint, requested_checkpoint, run_identity
-from .run_folder import (
-    earlier_run,
-    evaluation_path,
-    first_evaluation,
-    set_aside,
-    write_json,
-    write_report,
-    write_samples,
-)
+from .resume import check_same_run, last_checkpoint, requested_checkpoint, run_identity, step_of
+from .run_folder import evaluation_file, first_evaluation, write_json, write_report, write_samples
 from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
 from .zero import requested_zero, use_zero
@@ -134,6 +134,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._step = 0  # micro-batches so far
         self._evaluated_at: int | None = None
         self._best_step: int | None = None  # set when the best checkpoint replaces the last
+        self._comparison: dict | None = None  # of the run that has ended
+        self.files = RunFiles(args.output_dir, self.pipeline.components)
+        self._files_elsewhere: dict[Path, RunFiles] = {}
         self.first_evaluation: dict | None = None
         self.last_evaluation: dict | None = None
         own = [TimelineSteps(self.timeline), self.progress]
@@ -177,7 +180,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             total = sum(p.numel() for p in self.adapter.values())
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
             remove_incomplete(args.output_dir)
-            self._earlier_run = earlier_run(args.output_dir)
 
     def _send_telemetry(self) -> None:
         """TRL's reads a language model's config; a diffusion policy has none."""
@@ -203,6 +205,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             logs.update(merged_over_processes(own, self.accelerator.num_processes))
             self._metrics["train"].clear()
         super().log(logs, start_time)
+        self._list_tensorboard()
 
     def _distil(self) -> Tensor:
         """Back-propagate the consistency term of one micro-batch, if there is one; returns its weighted value."""
@@ -274,27 +277,42 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
             self.first_evaluation = self.first_evaluation or self.last_evaluation
             if self.is_world_process_zero():
-                write_json(evaluation_path(self.args.output_dir, self.state.global_step),
-                           {"step": self.state.global_step, "sets": self.last_evaluation})
+                path = evaluation_file(self.state.global_step)
+                self.files.claim(path)
+                write_json(self.files.folder / path, {"step": self.state.global_step, "sets": self.last_evaluation})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str) -> None:
         """Files in output_dir, and videos for TensorBoard."""
-        write_samples(Path(self.args.output_dir) / name, videos, prompts, scores, self.args.fps)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                media.add_gif(callback.tb_writer, tag, videos, self.state.global_step, fps=self.args.fps)
+        write_samples(self.files, name, videos, prompts, scores, self.args.fps)
+        for writer in self._tensorboard_writers():
+            media.add_gif(writer, tag, videos, self.state.global_step, fps=self.args.fps)
+
+    def _tensorboard_writers(self) -> list:
+        return [callback.tb_writer for callback in self.callback_handler.callbacks
+                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None]
+
+    def _list_tensorboard(self) -> None:
+        """The folders of event files are the run's, where they are in output_dir."""
+        for writer in self._tensorboard_writers() if self.is_world_process_zero() else ():
+            path, folder = (Path(p).resolve() for p in (writer.log_dir, self.args.output_dir))
+            if path != folder and path.is_relative_to(folder):
+                self.files.add(path.relative_to(folder).as_posix())
+
+    @property
+    def _saved_step(self) -> int:
+        """The step of the adapter as it is."""
+        return self.state.global_step if self._best_step is None else self._best_step
 
     def _finish(self) -> None:
         """The last evaluation, and before against after."""
-        if self._evaluated_at != self.state.global_step:
+        if self._best_step is None and self._evaluated_at != self.state.global_step:
             self.evaluate()
-        folder, step = self.args.output_dir, self.state.global_step if self._best_step is None else self._best_step
-        before = {}
+        step, before = self._saved_step, {}
         if self.is_world_process_zero():
-            first_step, before = first_evaluation(folder, self.last_evaluation, before_step=step)
+            first_step, before = first_evaluation(self.files, self.last_evaluation, before_step=step)
         names = broadcast_object_list([list(before)])[0]
         videos = {}
         if self.args.num_sample_videos and (self.is_world_process_zero() or self._calls_together):
@@ -303,8 +321,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                 videos[name] = self.evaluator.before_and_after(part, self.initial.untrained(),
                                                                self.ema or contextlib.nullcontext())
         if before:
-            comparison = write_report(folder, (first_step, step), before, self.last_evaluation, videos)
-            print_comparison(comparison, f"step {first_step} -> {step}", self.console)
+            self._comparison = write_report(self.files, (first_step, step), before, self.last_evaluation, videos)
+            print_comparison(self._comparison, f"step {first_step} -> {step}", self.console)
         self._wait()
 
     def _wait(self) -> None:
@@ -314,14 +332,14 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
-        self._best_step = None
+        self._best_step = self._comparison = self._evaluated_at = None
         checkpoint = requested_checkpoint(self.args.output_dir,
                                           resume_from_checkpoint or self.args.resume_from_checkpoint)
         if checkpoint is not None:
             check_same_run(checkpoint, self._identity)
             self.args.eval_on_start = False
-        elif self.is_world_process_zero():
-            self._set_aside_earlier_run()
+        if self.is_world_process_zero():
+            self._set_aside_earlier_run(checkpoint)
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -347,14 +365,17 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(timeline_table(parts, self.timeline.steps, title))
         return output
 
-    def _set_aside_earlier_run(self) -> None:
-        """A run that is not resumed must not find another's checkpoints and evaluations beside its own."""
-        earlier, self._earlier_run = [path for path in self._earlier_run if path.exists()], []
-        if not earlier:
-            return
-        output = Path(self.args.output_dir)
-        aside = set_aside(output, earlier)
-        self.console.print(f"{output} holds an earlier run: its checkpoints and evaluations are in {aside} now.")
+    def _set_aside_earlier_run(self, checkpoint: str | None) -> None:
+        """A run that does not resume from a checkpoint in its folder must not find another's files beside its own."""
+        output = self.files.folder
+        if checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve():
+            self.files.resume(step_of(checkpoint))
+        else:
+            aside = self.files.begin()
+            if aside is not None:
+                self.console.print(f"{output} holds an earlier run: what it wrote is in {aside} now.")
+        if self.args.trace_steps:
+            self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
 
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
@@ -368,10 +389,13 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         with self.stage("saving"):
+            if self.args.should_save:
+                self.files.claim(final.name)
             write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
             if self.args.should_save:
-                rotate_checkpoints(output_dir=self.args.output_dir, save_total_limit=self.args.save_total_limit,
-                                   best_model_checkpoint=self.state.best_model_checkpoint, use_mtime=True)
+                best = self.state.best_model_checkpoint
+                remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit,
+                                       keep=[final] if best is None else [final, best])
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
@@ -391,7 +415,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         for callback in [c for c in own if isinstance(c, ExportableState)]:
             self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         self.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "policy.json").write_text(json.dumps(self._identity, indent=2))
+        (folder / "policy.json").write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
@@ -419,7 +443,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.ema.restart()
         self._best_step = self.state.best_global_step
         if self.is_world_process_zero():
-            self.last_evaluation = read_evaluation(evaluation_path(self.args.output_dir, self._best_step))
+            folder = Path(self.state.best_model_checkpoint).parent  # not output_dir, if resumed from elsewhere
+            self.last_evaluation = read_evaluation(folder / evaluation_file(self._best_step))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -437,7 +462,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             restore_random_state(load_tree(path))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter to a folder (output_dir by default), reload it in a fresh pipeline and compare its output.
+        """Write the adapter and its card to a folder (output_dir by default), reload it in a fresh pipeline and
+        compare its output.
 
         Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
         With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
@@ -445,29 +471,47 @@ class VideoPolicyTrainer(_BaseTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.is_world_process_zero():
             with self.ema or contextlib.nullcontext():
-                write_adapter(self.pipeline, folder)
+                write_adapter(self.pipeline, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
                 checked = check_adapter(self.policy, folder, {name: image for name, (image,) in images.items()},
                                         bf16=self.args.bf16, alone=not self._calls_together)
-            self.create_model_card()
+            self.create_model_card(output_dir=folder)
             self.console.print(f"adapter in {folder}; {checked}")
         self._wait()
         if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub()
+            self.push_to_hub(output_dir=folder)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, **kwargs) -> None:
+    def _files_of(self, folder: Path) -> RunFiles:
+        folder, output = Path(folder).resolve(), self.files.folder.resolve()
+        elsewhere = self._files_elsewhere
+        return self.files if folder == output else elsewhere.setdefault(
+            folder, RunFiles(folder, self.pipeline.components))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
+        """Write the card of the adapter in a folder (output_dir by default): this run's results, and nothing else's.
+
+        It is README.md, or model_card.md where README.md is the user's own.
+        """
         if not self.is_world_process_zero():
             return
-        report = Path(self.args.output_dir) / "report.json"
-        comparison = json.loads(report.read_text())["comparison"] if report.exists() else None
+        files = self._files_of(output_dir or self.args.output_dir)
+        dtypes = Counter(p.dtype for module in self.policy.denoiser.values() for p in module.parameters()
+                         if not p.requires_grad)
+        samples = f"samples/step_{self._saved_step:06d}/"
+        described = [p for p in files.current() if p.startswith(samples) or not p.startswith("samples/step")]
         call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
         guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
-            settings=self._card_settings(), comparison=comparison, folder=Path(self.args.output_dir),
+            settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
+            dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
-        (Path(self.args.output_dir) / "README.md").write_text(card)
+        name = files.card()
+        files.claim(name)
+        (files.folder / name).write_text(card, encoding="utf-8")
+        if name != "README.md":
+            self.console.print(f"{files.folder / 'README.md'} is not a card of this package: the card is in {name}.")
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
@@ -477,12 +521,15 @@ class VideoPolicyTrainer(_BaseTrainer):
             settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
         return settings | self.initial.card_settings
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, **kwargs):
-        """Upload adapter, model card and sample videos from output_dir; returns the repository's address."""
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None,
+                    **kwargs):
+        """Upload adapter, model card and sample videos from a folder (output_dir by default); returns the repository's
+        address."""
         url = None
         if self.is_world_process_zero():
             url = hub.push_adapter(
-                self.args.output_dir, self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).name,
+                output_dir or self.args.output_dir,
+                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
                 private=self.args.hub_private_repo, token=self.args.hub_token, commit_message=commit_message,
                 revision=self.args.hub_revision,
             )

@@ -3,8 +3,9 @@
 import json
 import os
 import random
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..run_files import own_checkpoints
 from .resume import last_checkpoint
 
 
@@ -52,7 +54,29 @@ def write_whole(final: Path, write: Callable[[Path], None], rank: int, publishes
 def remove_incomplete(output_dir: str | os.PathLike) -> None:
     """What a process that was killed while it wrote has left."""
     for leftover in Path(output_dir).glob(".incomplete-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        if re.fullmatch(r"\.incomplete-(adapter|(old-)?checkpoint-[0-9]+)", leftover.name):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None,
+                           keep: Sequence[str | os.PathLike]) -> None:
+    """Delete the oldest of the folder's own checkpoints beyond `limit`; None or 0 deletes none.
+
+    Args:
+        keep: checkpoints that stay in any case: the newest, from which a run resumes, and the best.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {os.path.abspath(path) for path in keep}
+    # by time, since a run that was resumed from an earlier checkpoint writes smaller numbers later
+    oldest = sorted(own_checkpoints(output_dir).items(), key=lambda item: (_written(item[1]), item[0]))
+    spare = [path for _, path in oldest if os.path.abspath(path) not in kept]
+    for path in spare[: max(0, len(oldest) - max(limit, len(oldest) - len(spare)))]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _written(checkpoint: Path) -> int:
+    return (checkpoint / "policy.json").stat().st_mtime_ns
 
 
 def save_tree(tree: Any, path: str | os.PathLike) -> None:
@@ -80,7 +104,7 @@ def save_tree(tree: Any, path: str | os.PathLike) -> None:
 
     skeleton = encode(tree)
     save_file(tensors, f"{path}.safetensors")
-    Path(f"{path}.json").write_text(json.dumps(skeleton))
+    Path(f"{path}.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
 
 def load_tree(path: str | os.PathLike) -> Any:
@@ -99,7 +123,7 @@ def load_tree(path: str | os.PathLike) -> Any:
             return tuple(decode(v) for v in value["tuple"])
         return [decode(v) for v in value["list"]]
 
-    return decode(json.loads(Path(f"{path}.json").read_text()))
+    return decode(json.loads(Path(f"{path}.json").read_text(encoding="utf-8")))
 
 
 def random_state() -> dict:

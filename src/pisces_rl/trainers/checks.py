@@ -1,5 +1,9 @@
 """What must hold before a model is loaded: data sets of prompts, rewards, settings that need each other."""
 
+import os
+import re
+import sys
+
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -11,6 +15,7 @@ from .video_data import check_videos
 def check_dataset(name: str, dataset, several: bool = False) -> None:
     """A data set of prompts (where `several` may be: or a dict of them), or a ValueError that says what is missing."""
     if several and isinstance(dataset, dict):
+        check_set_names(name, list(dataset))
         for key, part in dataset.items():
             check_dataset(f"{name}[{key!r}]", part)
         return
@@ -23,6 +28,41 @@ def check_dataset(name: str, dataset, several: bool = False) -> None:
     for row, prompt in enumerate(dataset["prompt"]):
         if not isinstance(prompt, str):
             raise ValueError(f"{name} row {row}: prompt is {prompt!r}; every prompt must be a string.")
+
+
+def check_set_names(name: str, keys: list) -> None:
+    """A ValueError where the name of an evaluation set cannot name its files on every system."""
+    for i, key in enumerate(keys):
+        problem = _not_a_file_name(key)
+        if problem is None and key.casefold() in (str(other).casefold() for other in keys[:i]):
+            problem = "differs from another set's in upper and lower case only"
+        if problem is not None:
+            raise ValueError(
+                f"{name}[{key!r}]: the name {problem}, but samples and sheets are filed under it. Name the set like "
+                "'held_out', or 'new prompts'."
+            )
+    if not keys:
+        raise ValueError(f"{name} is an empty dict; it needs at least one data set, or pass None.")
+
+
+def _not_a_file_name(key) -> str | None:
+    """What is wrong with it."""
+    if not isinstance(key, str):
+        return f"is a {type(key).__name__} and no string"
+    if not key:
+        return "is empty"
+    bad = sorted({c for c in key if c in '/\\:*?"<>|' or not c.isprintable()})
+    if bad:
+        return f"has characters that no file may have in its name: {bad}"
+    if key != key.strip() or key.startswith(".") or key.endswith("."):
+        return "starts or ends with a space or a dot"
+    if re.fullmatch(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", key, re.IGNORECASE):
+        return "is reserved on Windows"
+    try:
+        long = len(os.fsencode(key)) > 100
+    except UnicodeEncodeError:
+        return f"cannot be encoded for this system's files ({sys.getfilesystemencoding()}; set PYTHONUTF8=1)"
+    return "is longer than 100 bytes" if long else None
 
 
 def check_consistency(args, video_dataset) -> None:

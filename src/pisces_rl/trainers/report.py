@@ -1,12 +1,16 @@
 """Before and after: paired differences with intervals, as a table and as files."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from ..markdown import escape
 
 
 def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0.95, seed: int = 0) -> dict:
@@ -55,9 +59,9 @@ def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
 
 def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console: Console | None = None) -> None:
     """A rich table: score, n, before, after, difference with its interval; green or red where it is clear of 0."""
-    console = console or Console()
+    console = console or run_console()
     for name, scores in comparison.items():
-        table = Table(title=f"{title}: {name}", title_justify="left", caption_justify="left",
+        table = Table(title=Text(f"{title}: {name}"), title_justify="left", caption_justify="left",
                       caption="difference: mean over paired prompts and noise, 95 % bootstrap interval")
         for column in ("score", "n", "before", "after", "difference"):
             table.add_column(column, justify="left" if column == "score" else "right", no_wrap=True)
@@ -66,7 +70,7 @@ def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console
                 continue
             colour = "green" if row["low"] > 0 else "red" if row["high"] < 0 else "default"
             difference = Text(f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]", style=colour)
-            table.add_row(score, str(row["n"]), f"{row['before']:.3f}", f"{row['after']:.3f}", difference)
+            table.add_row(Text(score), str(row["n"]), f"{row['before']:.3f}", f"{row['after']:.3f}", difference)
         console.print(table)
 
 
@@ -74,7 +78,7 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
     """The same table as Markdown."""
     lines = ["| data set | score | n | before | after | difference (95 %) |", "|---|---|---|---|---|---|"]
     for name, scores in comparison.items():
-        lines += [f"| {name} | {score} | {r['n']} | {r['before']:.3f} | {r['after']:.3f} | "
+        lines += [f"| {escape(name)} | {escape(score)} | {r['n']} | {r['before']:.3f} | {r['after']:.3f} | "
                   f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] |"
                   for score, r in scores.items() if r["n"]]
     return "\n".join(lines) + "\n"
@@ -82,10 +86,13 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
 
 def read_evaluation(path: str | Path) -> dict:
     """One evaluation the trainer wrote, {data set: {"prompts", "scores"}}."""
-    return json.loads(Path(path).read_text())["sets"]
+    return json.loads(Path(path).read_text(encoding="utf-8"))["sets"]
 
 
 def run_console() -> Console:
-    """The terminal; where there is none, 120 columns."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    """The terminal; where there is none, 120 columns. Text is shown as it is: names of users are no markup."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a run does not end for a character
+    plain = {"markup": False, "emoji": False}
+    console = Console(**plain)
+    return console if console.is_terminal else Console(width=120, **plain)

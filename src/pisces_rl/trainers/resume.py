@@ -8,13 +8,14 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..policy import VideoPolicy
+from ..run_files import own_checkpoints
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    """The checkpoint of the highest step; another program's or a user's `checkpoint-...` is none."""
+    return next((str(path) for path in reversed(own_checkpoints(output_dir).values())), None)
 
 
 def requested_checkpoint(output_dir: str, checkpoint: str | bool | None) -> str | None:
@@ -32,6 +33,11 @@ def requested_checkpoint(output_dir: str, checkpoint: str | bool | None) -> str 
             "pass an output_dir/checkpoint-N folder, or True for the last one."
         )
     return str(checkpoint)
+
+
+def step_of(checkpoint: str) -> int:
+    """The optimizer step of a checkpoint, whatever its folder is called."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
 def run_identity(trainer: str, model: str, policy: VideoPolicy, batches: dict[str, int]) -> dict:
@@ -55,7 +61,7 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, batches: dict[st
 
 def check_same_run(checkpoint: str, own: dict) -> None:
     """A ValueError that says in what the checkpoint differs from the run of identity `own`."""
-    saved = json.loads((Path(checkpoint) / "policy.json").read_text())
+    saved = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8"))
     if saved.get("trainer", own["trainer"]) != own["trainer"]:
         raise ValueError(
             f"resume_from_checkpoint={checkpoint!r} is a run of {saved['trainer']}, not of {own['trainer']}: resume "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerCallback
 
 IDLE = "idle"  # what no span covers: data, logging, waiting for other processes
@@ -168,7 +169,7 @@ class Timeline:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
+        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
         os.replace(temporary, path)
 
     def leave_trace(self, folder: str | os.PathLike) -> None:
@@ -221,13 +222,13 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     """
     inside = {name: value for name, value in parts.items() if not name.startswith("beside/") and name not in APART}
     total = sum(inside.values())
-    table = Table(title=title, title_justify="left", caption_justify="left",
+    table = Table(title=Text(title), title_justify="left", caption_justify="left",
                   caption="idle: data, logging, other processes")
     for column in ("part", "seconds a step", "share"):
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
 
     def row(name: str, seconds: float) -> None:
-        table.add_row(name, f"{seconds / steps:.3f}", f"{100 * seconds / total:.1f} %")
+        table.add_row(Text(name), f"{seconds / steps:.3f}", f"{100 * seconds / total:.1f} %")
 
     sums = grouped(inside)
     order = [*(name for name in ORDER if name in sums), *(n for n in sums if n not in (*ORDER, IDLE)), IDLE]
@@ -239,7 +240,7 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     row("step", total)
     table.add_section()
     for name in [name for name in parts if name.startswith("beside/")]:
-        table.add_row(f"beside it: {name.partition('/')[2]}", f"{parts[name] / steps:.3f}", "")
+        table.add_row(Text(f"beside it: {name.partition('/')[2]}"), f"{parts[name] / steps:.3f}", "")
     for name in [name for name in APART if name in parts]:
         table.add_row(f"apart: {name}", f"{parts[name]:.3f} in all", "")
     return table

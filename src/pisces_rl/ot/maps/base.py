@@ -96,7 +96,7 @@ class TransportMap:
             "settings": {name: getattr(self, name) for name in self.settings}, "report": self.report,
         }  # fmt: skip
         temporary = folder / f"{CARD}.partial"
-        temporary.write_text(json.dumps(card, indent=2) + "\n")
+        temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / CARD)
 
     @staticmethod
@@ -106,7 +106,7 @@ class TransportMap:
         if not (folder / CARD).is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder} holds no map: {CARD} and {WEIGHTS} are needed.")
         try:
-            card = json.loads((folder / CARD).read_text())
+            card = json.loads((folder / CARD).read_text(encoding="utf-8"))
             tensors = load_file(folder / WEIGHTS)
             kind, version, own_encoder = str(card["kind"]), card["format"], card["encoder"]
             settings = card["settings"] | {"encoder": own_encoder, "normalise": card["normalise"]}

@@ -190,7 +190,7 @@ class Training:
         save_file(tensors, folder / name)
         state = {"file": name, "step": self.step, "stale": self.stale, "best": self.best, "curve": self.curve,
                  "arguments": self.arguments()}  # fmt: skip
-        (folder / f"{PROGRESS}.partial").write_text(json.dumps(state))
+        (folder / f"{PROGRESS}.partial").write_text(json.dumps(state), encoding="utf-8")
         os.replace(folder / f"{PROGRESS}.partial", folder / PROGRESS)
         for old in folder.glob(f"*.{STATE}"):
             if old.name != name:
@@ -205,7 +205,7 @@ class Training:
         if not (folder / PROGRESS).is_file():
             return
         try:
-            state = json.loads((folder / PROGRESS).read_text())
+            state = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
             arguments = state["arguments"]
             tensors = load_file(folder / state["file"], device=str(self.map.device))
         except (KeyError, TypeError, OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:

@@ -133,13 +133,13 @@ class InternVideo2(VideoTextEncoder):
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         self.tokenizer.save_pretrained(folder)
         card = {"model_type": "internvideo2", "name": self.name.split("@")[0], **asdict(self.config)}
-        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: PreTrainedTokenizerBase, dtype=torch.float32) -> "InternVideo2":
         """From a folder that `save` wrote, frozen. Its name carries the hash of its weights."""
         folder = Path(folder)
-        card = json.loads((folder / CARD).read_text())
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         config = InternVideo2Config(**{k: card[k] for k in InternVideo2Config.__dataclass_fields__})
         with torch.device("meta"):
             model = cls(config, tokenizer, f"{card['name']}@{digest(folder / WEIGHTS)}")

@@ -89,7 +89,7 @@ def _take(name: str, options: dict, known: dict) -> None:
 def _kind(name: str) -> str:
     card = Path(name) / "config.json"
     if card.is_file():
-        return json.loads(card.read_text()).get("model_type", "")
+        return json.loads(card.read_text(encoding="utf-8")).get("model_type", "")
     return AutoConfig.from_pretrained(name).model_type
 
 
@@ -138,7 +138,7 @@ def _pixels(name: str) -> dict:
         path = Path(name) / file
         try:
             path = path if Path(name).is_dir() else Path(hf_hub_download(name, file))
-            card = json.loads(path.read_text())
+            card = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             continue
         card = card.get("image_processor") or card.get("video_processor") or card

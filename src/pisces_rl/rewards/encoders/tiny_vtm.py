@@ -121,13 +121,13 @@ class TinyVTM(VideoTextEncoder):
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
         self.tokenizer.save_pretrained(folder)
         card = {"model_type": "tiny_vtm", **asdict(self.config), **card}
-        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n")
+        (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> "TinyVTM":
         """From a folder that `save` wrote, in fp32, frozen. Its name carries the hash of its weights."""
         folder = Path(folder)
-        card = json.loads((folder / CARD).read_text())
+        card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         known = {k: card[k] for k in TinyVTMConfig.__dataclass_fields__}
         known["video_patch"] = tuple(known["video_patch"])
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
