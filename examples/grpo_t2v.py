@@ -25,19 +25,8 @@ from peft import LoraConfig
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
 from pisces_rl.policy import default_lora_config
-from pisces_rl.rewards import exposure, motion_amount, temporal_smoothness
-from pisces_rl.shapemotion import (
-    Clips,
-    load_prompts,
-    shapemotion_alignment,
-    shapemotion_correct,
-    shapemotion_product,
-    shapemotion_quality,
-    shapemotion_reward,
-)
+from pisces_rl.shapemotion import Clips, load_prompts
 
-KNOWN_REWARDS = [shapemotion_reward, shapemotion_correct, shapemotion_alignment, shapemotion_quality,
-                 shapemotion_product, temporal_smoothness, motion_amount, exposure]
 RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_ot.yaml"
 
 
@@ -122,9 +111,7 @@ def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     attention = None if script.ot_attention is None else json.loads(script.ot_attention)
     quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
     options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
-    load = functools.partial(
-        load_reward_function, known=KNOWN_REWARDS, encoder=script.reward_encoder, offload=script.reward_offload
-    )
+    load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload)
     return [load(name, **options.get(name, {})) for name in names]
 
 

@@ -12,8 +12,9 @@ import pytest
 import yaml
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig
-from pisces_rl.cli import load_callable, load_prompt_dataset, load_reward_function, parse_arguments
-from pisces_rl.rewards import OTAttention
+from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
+from pisces_rl.rewards import OTAttention, exposure, load_reward
+from pisces_rl.shapemotion import shapemotion_reward
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,31 +289,25 @@ def test_bad_prompt_files(tmp_path, name, content, message):
 # --- rewards by name ---
 
 
-def score(prompts, **kwargs):
-    return [0.0] * len(prompts)
-
-
 def test_known_files_and_modules(tmp_path):
-    assert load_callable("score", [score]) is score
+    assert load_reward("exposure") is exposure and load_reward("shapemotion_reward") is shapemotion_reward
     (tmp_path / "mine.py").write_text("def f(prompts, **k):\n    return [7.0] * len(prompts)\n\nx = 3\n")
-    assert load_callable(f"{tmp_path}/mine.py:f")(["a"]) == [7.0]
-    from pisces_rl.rewards import exposure
-
-    assert load_callable("pisces_rl.rewards:exposure") is exposure
+    assert load_reward(f"{tmp_path}/mine.py:f")(["a"]) == [7.0]
+    assert load_reward("pisces_rl.rewards:exposure") is exposure
 
 
 @pytest.mark.parametrize("name, message", [
-    ("scor", "did you mean 'score'"), ("nowhere.py:f", "no file 'nowhere.py'"),
+    ("exposur", "did you mean 'exposure'"), ("nowhere.py:f", "no file 'nowhere.py'"),
     ("pisces_rl.rewards:exposur", "has no function 'exposur'"), ("no_such_package:f", "no module 'no_such_package'"),
     ("pisces_rl.rewards:__name__", "has no function"),
 ])
 def test_unknown_rewards(name, message):
     with pytest.raises(ValueError, match=message) as caught:
-        load_callable(name, [score])
+        load_reward(name)
     assert repr(name) in str(caught.value)
 
 
 def test_an_error_inside_the_users_file_shows_itself(tmp_path):
     (tmp_path / "mine.py").write_text("import a_package_that_is_missing\n")
     with pytest.raises(ModuleNotFoundError, match="a_package_that_is_missing"):
-        load_callable(f"{tmp_path}/mine.py:f")
+        load_reward(f"{tmp_path}/mine.py:f")

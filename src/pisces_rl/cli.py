@@ -1,12 +1,10 @@
 """What the scripts in examples/ share: arguments from YAML and the command line, prompts and rewards by name."""
 
 import difflib
-import importlib
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -148,46 +146,8 @@ def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
     return dataset
 
 
-def load_reward_function(name: str, known: Sequence[Callable] = (), **options) -> Callable:
-    """A reward by name: one of `pisces_rl.rewards.REWARDS`, built with `options`, or as `load_callable` finds it."""
+def load_reward_function(name: str, **options) -> Callable:
+    """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function."""
     from pisces_rl.rewards import REWARDS, load_reward
 
-    return load_reward(name, **options) if name in REWARDS else load_callable(name, known, also=REWARDS)
-
-
-def load_callable(name: str, known: Sequence[Callable] = (), also: Iterable[str] = ()) -> Callable:
-    """A reward by name: one of `known`, or `file.py:function`, or `package.module:function`.
-
-    Args:
-        also: names that the caller knows besides, for the message.
-
-    Raises:
-        ValueError: there is no such function; the nearest known name is given.
-    """
-    by_name = {func.__name__: func for func in known}
-    if name in by_name:
-        return by_name[name]
-    location, _, attribute = name.rpartition(":")
-    names = {*by_name, *also}
-    if not location:
-        raise ValueError(
-            f"reward {name!r} is unknown{_nearest(name, names)} Known: {sorted(names)}; your own is named "
-            "file.py:function or package.module:function."
-        )
-    if location.endswith(".py"):
-        if not os.path.isfile(location):
-            raise ValueError(f"reward {name!r}: no file {location!r}.")
-        spec = importlib.util.spec_from_file_location(Path(location).stem, location)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        try:
-            module = importlib.import_module(location)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{location}.".startswith(f"{error.name}."):
-                raise  # something that the module itself imports
-            raise ValueError(f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
-                             ) from error
-    if not callable(getattr(module, attribute, None)):
-        raise ValueError(f"reward {name!r}: {location} has no function {attribute!r}.")
-    return getattr(module, attribute)
+    return load_reward(name, **options) if name in REWARDS else load_reward(name)

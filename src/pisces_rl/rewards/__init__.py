@@ -4,13 +4,15 @@ import importlib
 
 from .contract import RewardError, compares_videos, reward_name
 from .motion import exposure, motion_amount, temporal_smoothness
-from .panel import RewardPanel, RewardTable
+from .panel import RewardPanel
+from .signature import OFFERED
+from .table import RewardTable
 
 _HOME = {"OTAttention": "ot_attention", "OTQualityReward": "quality", "OTSemanticReward": "semantic",
          "REWARDS": "loading", "VLMJudge": "vlm_judge", "cache_features": "features", "load_features": "features",
          "load_reward": "loading"}  # fmt: skip
-__all__ = ["RewardError", "RewardPanel", "RewardTable", "compares_videos", "exposure", "motion_amount", "reward_name",
-           "temporal_smoothness", *_HOME]
+__all__ = ["OFFERED", "RewardError", "RewardPanel", "RewardTable", "compares_videos", "exposure", "motion_amount",
+           "reward_name", "temporal_smoothness", *_HOME]
 
 
 def __getattr__(name: str):

@@ -10,16 +10,21 @@ reward with the attribute `differentiable = True` returns a tensor that carries 
 `compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
 between calls.
+
+A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
+it on its device. Lists and dicts are copied for each reward; `videos` and what else a column holds are shared, and a
+reward that writes into `videos` is an error. Two rewards may not record different values under one name.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .signature import inner, parameters_of
 
 OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
 
@@ -30,51 +35,60 @@ class RewardError(RuntimeError):
     """A reward failed; the message names the reward, the prompt and the mend. The run's checkpoints are whole."""
 
 
-def _function(func: RewardFunc) -> RewardFunc:
-    """What a partial is of."""
-    while isinstance(func, functools.partial):
-        func = func.func
-    return func
-
-
 def is_differentiable(func: RewardFunc) -> bool:
     """Whether a reward says that it carries gradients to its videos; a partial has its function's word."""
-    return bool(getattr(_function(func), "differentiable", False))
+    return bool(getattr(inner(func), "differentiable", False))
 
 
 def offload(func: RewardFunc, device: torch.device | str) -> None:
     """A reward's attribute `offload`, if it has one that is None, becomes `device`; a partial has its function's."""
-    func = _function(func)
+    func = inner(func)
     if getattr(func, "offload", device) is None:
         func.offload = device
 
 
 def compares_videos(func: RewardFunc) -> bool:
     """Whether a reward says that a video's value depends on the others of its call."""
-    return bool(getattr(_function(func), "compares_videos", False))
+    return bool(getattr(inner(func), "compares_videos", False))
 
 
 def is_async(func: RewardFunc) -> bool:
-    """Whether a reward is `async def`, itself or its `__call__`."""
-    func = _function(func)
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(type(func).__call__)
+    """Whether a reward is `async def`, itself, its `__call__` or its `forward`."""
+    func = inner(func)
+    call = func.forward if isinstance(func, nn.Module) else type(func).__call__
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(call)
 
 
 def reward_name(func: RewardFunc) -> str:
-    """The name under which a reward is logged; a partial has its function's."""
-    func = _function(func)
+    """The name under which a reward is logged; a partial has its function's, a module its class's."""
+    func = inner(func)
+    if isinstance(func, torch.jit.ScriptModule):
+        return func.original_name
     name = getattr(func, "__name__", None)
     if name is None or name == "<lambda>":
         name = type(func).__name__ if name is None else "lambda"
     return name
 
 
-def accepted_arguments(func: RewardFunc, offered: dict) -> dict:
-    """The offered keyword arguments that a callable takes; all of them if it takes **kwargs."""
-    parameters = inspect.signature(func).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return offered
-    return {name: value for name, value in offered.items() if name in parameters}
+def check_reward(func: RewardFunc) -> None:
+    """A ValueError where an object cannot be a reward: it cannot be called, is a class, or does not say what it takes.
+    """
+    if not callable(func):
+        raise ValueError(
+            f"reward {func!r} is not callable; pass functions f(prompts, videos, **columns) -> list of floats."
+        )
+    if inspect.isclass(func):
+        raise ValueError(f"reward {func.__name__} is a class; pass an instance of it: {func.__name__}(...).")
+    module = inner(func)
+    if isinstance(module, nn.Module) and type(module).forward is nn.Module.forward:
+        raise ValueError(f"reward {reward_name(func)} has no forward(prompts, videos), so it cannot be called.")
+    try:
+        parameters_of(func)
+    except ValueError as error:
+        raise ValueError(
+            f"reward {func!r} does not say which arguments it takes ({error}); call it from a function of your own, "
+            "f(prompts, videos, **columns)."
+        ) from error
 
 
 def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:

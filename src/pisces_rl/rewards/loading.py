@@ -1,7 +1,8 @@
-"""The optimal-transport rewards by name, with what is shipped as their defaults, and the same rewards without OT."""
+"""Rewards by name: the optimal-transport rewards, with what is shipped as their defaults, and the same rewards without
+OT; functions of this package; functions in files and modules."""
 
-import difflib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -11,6 +12,7 @@ from pisces_rl.ot.maps import TransportMap
 from pisces_rl.rewards.encoders import VideoTextEncoder
 from pisces_rl.rewards.encoders.loading import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
+from pisces_rl.rewards.functions import load_function
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.rewards.quality import OTQualityReward
 from pisces_rl.rewards.semantic import OTSemanticReward
@@ -24,15 +26,22 @@ REWARDS = {
     "matching": "ot_semantic without plans",
 }
 
+_WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
+FUNCTIONS = {
+    f"shapemotion_{score}": f"{_WORLD}shapemotion_{score}"
+    for score in ("reward", "correct", "alignment", "quality", "product")
+} | {name: f"pisces_rl.rewards.motion:{name}" for name in ("temporal_smoothness", "motion_amount", "exposure")}
+
 
 def load_reward(
     name: str, *, encoder: str | Path | VideoTextEncoder = DEFAULT_ENCODER, ot_map: str | Path | None = None,
     attention: OTAttention | dict | None = None, offload: str | None = None, **options,
-) -> OTQualityReward | OTSemanticReward:  # fmt: skip
+) -> Callable:  # fmt: skip
     """A reward by name; rewards of one encoder's name share one encoder.
 
     Args:
-        name: one of `REWARDS`. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the
+        name: one of `REWARDS`; or of `FUNCTIONS`, or file.py:function, or package.module:function, which take no
+            options. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the
             divergence to the bank that lies with the map.
         encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder.
         ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
@@ -44,8 +53,10 @@ def load_reward(
     Raises ValueError for an unknown name, for options that the reward does not use, and for a map of another encoder.
     """
     if name not in REWARDS:
-        nearest = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"reward {name!r} is unknown; did you mean {nearest!r}? Known: {', '.join(REWARDS)}.")
+        function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
+        if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
+            raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
+        return function
     parts = {"ot_map": ot_map, "attention": attention}
     _check_used(name, [*options, *(part for part, value in parts.items() if value is not None)])
     if isinstance(encoder, VideoTextEncoder) and offload is not None:

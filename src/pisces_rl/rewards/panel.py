@@ -5,19 +5,18 @@ import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import get_rank, is_available, is_initialized
 
 from .contract import (
     RewardError,
     RewardFunc,
-    accepted_arguments,
+    check_reward,
     checked_values,
     is_async,
     is_differentiable,
@@ -25,51 +24,10 @@ from .contract import (
     reward_name,
 )
 from .encodings import shared_encodings
+from .inputs import Untouched, own_lists
+from .signature import OFFERED, arguments, inner
+from .table import RewardTable
 from .time_limit import time_limit
-
-
-@dataclass
-class RewardTable:
-    """What a panel returned for B samples.
-
-    Attributes:
-        values: (B, number of rewards) fp32 on the CPU, NaN where a reward does not apply.
-        extras: {name: B values} per-sample values the rewards recorded.
-        metrics: {name: scalars} the rewards recorded.
-        seconds: {reward: wall-clock seconds}.
-    """
-
-    values: Tensor
-    extras: dict[str, list] = field(default_factory=dict)
-    metrics: dict[str, list[float]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @staticmethod
-    def stack(parts: Sequence["RewardTable"]) -> "RewardTable":
-        """One table of all samples, of the tables of some each; an extra that a part lacks is None there."""
-        table = RewardTable(torch.cat([part.values for part in parts]))
-        for name in dict.fromkeys(name for part in parts for name in part.extras):
-            table.extras[name] = [v for part in parts for v in part.extras.get(name, [None] * len(part.values))]
-        table._add(parts)
-        return table
-
-    @staticmethod
-    def side_by_side(tables: Sequence["RewardTable"], places: Sequence[Sequence[int]]) -> "RewardTable":
-        """One table of all rewards; the columns of `tables[k]` are at `places[k]`."""
-        width = sum(len(own) for own in places)
-        joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan))
-        for table, own in zip(tables, places):
-            joined.values[:, own] = table.values
-            joined.extras |= table.extras
-        joined._add(tables)
-        return joined
-
-    def _add(self, tables: Sequence["RewardTable"]) -> None:
-        for table in tables:
-            for name, values in table.metrics.items():
-                self.metrics.setdefault(name, []).extend(values)
-            for name, seconds in table.seconds.items():
-                self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
 
 class RewardPanel:
@@ -77,27 +35,27 @@ class RewardPanel:
     each video once.
 
     Args:
-        funcs: a reward callable or a list of them, see `pisces_rl.rewards.contract`.
+        funcs: a reward or a list of them: callables, see `pisces_rl.rewards.contract`, or names for `load_reward`.
         timeout: seconds that a reward may take for a batch, see `time_limit`; 0: as long as it likes.
 
     Attributes:
         record: record("rewards/NAME") is entered while a reward is called.
 
     Raises:
-        ValueError: an element is not callable. `RewardError` on calls, naming the reward that failed or took too long.
+        ValueError: an element cannot be a reward, or no reward has its name. `RewardError` on calls, naming the reward
+            that failed, took too long or wrote into the videos.
     """
 
     def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None, timeout: float = 0.0):
         self.timeout = timeout
-        self.funcs = [] if funcs is None else [funcs] if callable(funcs) else list(funcs)
-        for func in self.funcs:
-            if not callable(func):
-                raise ValueError(
-                    f"reward {func!r} is not callable; pass functions f(prompts, videos, **columns) -> list of floats."
-                )
+        self.funcs = _loaded(_as_list(funcs))
         names = [reward_name(func) for func in self.funcs]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
-
+        if len(set(self.names)) < len(names):
+            raise ValueError(f"rewards named {names} cannot be told apart; give them other names (__name__).")
+        for module in [inner(func) for func in self.funcs]:
+            if isinstance(module, nn.Module):
+                module.eval()
         self.record = contextlib.nullcontext
 
     def __len__(self) -> int:
@@ -113,23 +71,24 @@ class RewardPanel:
     def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
                  trainer_state=None) -> RewardTable:
         table, offered = self._offer(prompts, videos, columns, trainer_state)
-        pending = {}
+        pending, guard = {}, Untouched(videos)
         with shared_encodings():
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
                 with self.record(f"rewards/{name}"):
-                    with _named(name), self._limited(name):
-                        values = func(**accepted_arguments(func, offered))
+                    values = self._call(name, func, offered(name))
                     if inspect.isawaitable(values):
                         pending[i] = values
                     else:
                         table.values[:, i] = checked_values(name, values, prompts)
+                        guard.check(name)
                 table.seconds[name] = time.perf_counter() - start
         if pending:
             start = time.perf_counter()
             for i, values in zip(pending, self._await_all(pending)):
                 table.values[:, i] = checked_values(self.names[i], values, prompts)
                 table.seconds[self.names[i]] += time.perf_counter() - start
+            guard.check(*(self.names[i] for i in pending))
         return table
 
     def offload(self, device: torch.device | str) -> None:
@@ -162,13 +121,13 @@ class RewardPanel:
         """
         videos = videos.detach().requires_grad_()
         table, offered = self._offer(prompts, videos, columns, trainer_state)
-        gradients = []
+        gradients, guard = [], Untouched(videos)
         with shared_encodings(backward=True):
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
-                with _named(name), self._limited(name):
-                    values = func(**accepted_arguments(func, offered))
+                values = self._call(name, func, offered(name))
                 table.values[:, i] = checked_values(name, values, prompts)
+                guard.check(name)
                 if not isinstance(values, Tensor) or not values.requires_grad:
                     raise RewardError(
                         f"reward {name!r} says differentiable = True, but returned a {type(values).__name__} without "
@@ -187,21 +146,39 @@ class RewardPanel:
         return table, gradients
 
     def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
-               trainer_state) -> tuple[RewardTable, dict]:
-        """An empty table, and the arguments that rewards may take; what they record goes to the table."""
+               trainer_state) -> tuple[RewardTable, Callable[[str], dict]]:
+        """An empty table, and for a reward's name the arguments that it may take; what it records goes to the table.
+        """
+        if taken := sorted(set(OFFERED) & set(columns)):
+            raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
         table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
 
-        def log_extra(name: str, values: Sequence) -> None:
-            if len(values) != len(prompts):
-                raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
-            table.extras[name] = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
+        def offered(reward: str) -> dict:
+            scalars: dict[str, list[float]] = {}
 
-        def log_metric(name: str, value: float) -> None:
-            table.metrics.setdefault(name, []).append(float(value))
+            def log_extra(name: str, values: Sequence) -> None:
+                if len(values) != len(prompts):
+                    raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
+                values = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
+                table.claim(reward, name, "extras", values)
+                table.extras[name] = values
 
-        offered = dict(columns, prompts=prompts, videos=videos, trainer_state=trainer_state, log_extra=log_extra,
-                       log_metric=log_metric)
+            def log_metric(name: str, value: float) -> None:
+                own = scalars.setdefault(name, [])
+                own.append(float(value))
+                table.claim(reward, name, "metrics", own)
+                if table.recorded_by[name] == reward:
+                    table.metrics[name] = own
+
+            return dict(own_lists(columns), prompts=list(prompts), videos=videos, trainer_state=trainer_state,
+                        log_extra=log_extra, log_metric=log_metric)
+
         return table, offered
+
+    def _call(self, name: str, func: RewardFunc, offered: dict):
+        with _named(name), self._limited(name):
+            positional, named = arguments(func, offered)
+            return func(*positional, **named)
 
     def _limited(self, *names: str) -> contextlib.AbstractContextManager:
         return time_limit(self.timeout, self._too_slow(*names))
@@ -236,6 +213,31 @@ class RewardPanel:
                 return thread.submit(run).result()
 
 
+def _as_list(funcs) -> list:
+    """One reward or several; a `torch.nn.ModuleList` is several."""
+    if isinstance(funcs, (Mapping, Set, nn.ModuleDict)):
+        raise ValueError(
+            f"reward_funcs or judge_funcs is a {type(funcs).__name__}; pass a list: the order is that of "
+            "reward_weights, and a reward is logged under its __name__."
+        )
+    one = isinstance(funcs, str) or callable(funcs) or not isinstance(funcs, Iterable)
+    if isinstance(funcs, nn.ModuleList) or not one:
+        return list(funcs)
+    return [] if funcs is None else [funcs]
+
+
+def _loaded(funcs: list) -> list[RewardFunc]:
+    """Rewards, those that are given by name loaded; what cannot be a reward is found before weights are loaded."""
+    if any(isinstance(func, str) for func in funcs):
+        from .loading import REWARDS, load_reward  # needs transformers
+
+        funcs = [load_reward(f) if isinstance(f, str) and f not in REWARDS else f for f in funcs]
+    for func in funcs:
+        if not isinstance(func, str):
+            check_reward(func)
+    return [load_reward(func) if isinstance(func, str) else func for func in funcs]
+
+
 class _named:
     """Turns whatever a reward raises into a RewardError that names it."""
 
@@ -247,8 +249,12 @@ class _named:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, RewardError):
+            advice = "" if not any(f"unexpected keyword argument '{name}'" in str(error) for name in OFFERED) else (
+                " What takes **kwargs is given all that a reward may take: use functools.wraps in a decorator, or let "
+                "the function that it calls take **columns."
+            )
             raise RewardError(
-                f"reward {self.name!r} raised {kind.__name__}: {error}. Nothing is lost: mend the reward and resume "
-                "from the last checkpoint."
+                f"reward {self.name!r} raised {kind.__name__}: {error}.{advice} Nothing is lost: mend the reward and "
+                "resume from the last checkpoint."
             ) from error
         return False

@@ -5,6 +5,9 @@ from collections import deque
 import torch
 from torch import Tensor
 
+#: Values that differ by less than this share of the largest are equal: the rounding of a few fp32 operations.
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+
 
 def aggregate_rewards(values: Tensor, weights: Tensor) -> Tensor:
     """Weighted sum over rewards, (B, n) -> (B,); rewards that do not apply (NaN) are left out, NaN if none applies."""
@@ -14,7 +17,7 @@ def aggregate_rewards(values: Tensor, weights: Tensor) -> Tensor:
 
 def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, scale_rewards: str = "group",
                      aggregation: str = "sum_then_normalize") -> tuple[Tensor, Tensor, Tensor]:
-    """Group-relative advantages, A = (r - mean of the group) / (std + 1e-4).
+    """Group-relative advantages, A = (r - mean of the group) / (std + 1e-4), computed in fp64.
 
     Args:
         values: (B, n) one column a reward, NaN where it does not apply; rows of a group are consecutive.
@@ -26,23 +29,25 @@ def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, s
             batch afterwards (as TRL does).
 
     Returns:
-        (advantages, rewards, group_std): each (B,); advantages are 0 where no reward applies.
+        (advantages, rewards, group_std): each (B,) fp32; advantages are exactly 0 where no reward applies, and in a
+        group whose rewards are equal or differ only by rounding (`ROUNDING`), where group_std is 0, too.
     """
+    values, weights = values.double(), weights.double()
     rewards = aggregate_rewards(values, weights)
-    grouped = rewards.view(-1, num_generations)
-    group_std = nanstd(grouped, dim=1).repeat_interleave(num_generations)
+    sizes = aggregate_rewards(values.abs(), weights.abs())  # what the rounding of a sum is relative to
+    deviation, group_std = deviations(rewards.view(-1, num_generations), 1, sizes.view(-1, num_generations))
+    group_std = group_std.flatten().repeat_interleave(num_generations)
     if aggregation == "normalize_then_sum":
-        by_group = values.view(-1, num_generations, values.shape[1])
-        scaled = (by_group - by_group.nanmean(1, keepdim=True)) / (nanstd(by_group, dim=1, keepdim=True) + 1e-4)
-        total = aggregate_rewards(scaled.view_as(values), weights)
-        advantages = (total - total.nanmean()) / (nanstd(total) + 1e-4)
+        deviation, std = deviations(values.view(-1, num_generations, values.shape[1]), 1)
+        total = aggregate_rewards((deviation / (std + 1e-4)).view_as(values), weights)
+        advantages = total / (nanstd(total) + 1e-4)  # their mean is 0, as it is in each group
     else:
-        advantages = rewards - grouped.nanmean(1).repeat_interleave(num_generations)
+        advantages = deviation.flatten()
         if scale_rewards == "group":
             advantages = advantages / (group_std + 1e-4)
         elif scale_rewards == "batch":
-            advantages = advantages / (nanstd(rewards) + 1e-4)
-    return advantages.nan_to_num(0.0), rewards, group_std
+            advantages = advantages / (deviations(rewards, 0, sizes)[1] + 1e-4)
+    return advantages.nan_to_num(0.0).float(), rewards.float(), group_std.float()
 
 
 def group_correlation(values: Tensor, num_generations: int) -> Tensor:
@@ -59,14 +64,31 @@ def group_correlation(values: Tensor, num_generations: int) -> Tensor:
     return centred.T @ centred / (squares * squares.T).sqrt()
 
 
+def deviations(values: Tensor, dim: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Differences from the mean, and the unbiased standard deviation (with the dimension kept), in fp64; NaN is left
+    out. Both are exactly 0 where the values differ by rounding only, or fewer than two are left.
+
+    Args:
+        sizes: of what the values were computed from, in their shape; unset: their own.
+    """
+    values = values.double()
+    known = ~values.isnan()
+    high = values.masked_fill(~known, -torch.inf).amax(dim, True)
+    low = values.masked_fill(~known, torch.inf).amin(dim, True)
+    largest = (values if sizes is None else sizes).abs().nan_to_num().amax(dim, True)
+    differences = values - values.nanmean(dim, True)
+    differences = differences.masked_fill(known & (high - low <= ROUNDING * largest), 0.0)
+    count = known.sum(dim, True)
+    return differences, (differences.square().nansum(dim, True) / (count - 1).clamp(min=1)).sqrt()
+
+
 def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Unbiased standard deviation that leaves NaN out; 0 where fewer than two values are left."""
+    """Unbiased standard deviation that leaves NaN out, computed in fp64, in the values' dtype; 0 where they differ by
+    rounding only, or fewer than two are left."""
     if dim is None:
         values, dim = values.flatten(), 0
-    mean = values.nanmean(dim, keepdim=True)
-    count = (~values.isnan()).sum(dim, keepdim=keepdim)
-    variance = (values - mean).square().nansum(dim, keepdim=keepdim) / (count - 1).clamp(min=1)
-    return variance.sqrt()
+    std = deviations(values, dim)[1].to(values.dtype)
+    return std if keepdim else std.squeeze(dim)
 
 
 class PromptStatistics:
@@ -84,18 +106,22 @@ class PromptStatistics:
         self.buffers: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        """(B,) A = (r - mean) / (std + 1e-4), after the batch's rewards have entered the buffers; NaN gives 0."""
-        for prompt, reward in zip(prompts, rewards.tolist()):
+        """(B,) A = (r - mean) / (std + 1e-4), after the batch's rewards have entered the buffers; NaN gives 0, and so
+        does a reward that differs from what it is compared with only by rounding. The standard deviation is the biased
+        one."""
+        numbers = rewards.double()
+        for prompt, reward in zip(prompts, numbers.tolist()):
             if reward == reward:
                 self.buffers.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
-        batch = rewards[~rewards.isnan()]
-        result = torch.zeros_like(rewards)
+        batch = numbers[~numbers.isnan()]
+        result = torch.zeros_like(numbers)
         for row, prompt in enumerate(prompts):
             kept = self.buffers.get(prompt, ())
-            known = batch if len(kept) < self.min_count else torch.tensor(list(kept), dtype=rewards.dtype)
-            if len(known):
-                result[row] = (rewards[row] - known.mean()) / (known.std(unbiased=False) + 1e-4)
-        return result.nan_to_num(0.0)
+            known = batch if len(kept) < self.min_count else torch.tensor(list(kept), dtype=torch.float64)
+            together = torch.cat([known, numbers[row:row + 1]])  # the buffer may have lost this one already
+            if len(known) and bool((deviations(together, 0)[0] != 0).any()):
+                result[row] = (numbers[row] - known.mean()) / (known.std(unbiased=False) + 1e-4)
+        return result.nan_to_num(0.0).float()
 
     def state_dict(self) -> dict[str, list[float]]:
         return {prompt: list(values) for prompt, values in self.buffers.items()}

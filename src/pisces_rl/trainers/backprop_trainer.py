@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policy import DecodedPart
 from ._trl import EpochRepeatSampler
-from .advantages import nanstd
+from .advantages import aggregate_rewards, nanstd
 from .backprop_config import RewardBackpropConfig
 from .base import VideoPolicyTrainer
 from .checks import check_dataset
@@ -168,11 +168,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             return
         present, decay = nanstd(values, 0), self.args.reward_std_decay
         average = decay * self.reward_std + (1 - decay) * present
-        self.reward_std = torch.where(self.reward_std.isnan(), present, average)
+        average = torch.where(self.reward_std.isnan(), present, average)
+        self.reward_std = torch.where(present > 0, average, self.reward_std)  # equal values tell nothing of the scale
         if self.is_world_process_zero():
             for name, std in zip(self.rewards.names, present.tolist()):
                 self._metrics["train"][f"rewards/{name}/std"].append(std)
-            self._metrics["train"]["reward_std"].append(nanstd(values @ self.reward_weights).item())
+            self._metrics["train"]["reward_std"].append(nanstd(aggregate_rewards(values, self.reward_weights)).item())
 
     def _log_rewards(self, table, gradients: list[Tensor]) -> None:
         metrics, values = self._metrics["train"], table.values

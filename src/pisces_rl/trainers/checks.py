@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..rewards import RewardPanel
+from ..rewards import OFFERED, RewardPanel
 from .video_data import check_videos
 
 
@@ -23,6 +23,11 @@ def check_dataset(name: str, dataset, several: bool = False) -> None:
         raise ValueError(f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset with a `prompt` column.")
     if "prompt" not in dataset.column_names:
         raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
+    if taken := [column for column in dataset.column_names if column in OFFERED]:
+        raise ValueError(
+            f"{name} has columns {taken}, but every reward is given arguments of these names ({', '.join(OFFERED)}), "
+            "so the columns would never reach one; rename them, or remove them with remove_columns."
+        )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; it needs at least one prompt.")
     for row, prompt in enumerate(dataset["prompt"]):

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import TrainerState
 
 from ..policy import VideoPolicy
-from ..rewards import RewardPanel
+from ..rewards import RewardPanel, RewardTable
+from .advantages import aggregate_rewards
 from .images import images_of
+from .metrics import check_recorded
 from .ranks import Ranks
 from .seeds import sample_seed
 
@@ -83,12 +85,12 @@ class Evaluator:
             if process % args.context_parallel:  # another one has these
                 continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
-            rows += [{"row": i} | {k: v[j] for k, v in scores.items()} for j, i in enumerate(indices)]
+            rows += [(i, {k: v[j] for k, v in scores.items()}) for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < args.num_sample_videos:
                 kept += list(videos.cpu()[:args.num_sample_videos - len(kept)])
         self.ranks.meet(f"in the evaluation of {name!r}")
-        rows = sorted(gather_object(rows), key=lambda r: r["row"])
-        names = list(dict.fromkeys(key for row in rows for key in row if key != "row"))
+        rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
+        names = list(dict.fromkeys(key for row in rows for key in row))
         totals: dict[str, list[float]] = {}
         for key, value, count in gather_object(recorded):
             total = totals.setdefault(key, [0.0, 0.0])
@@ -101,19 +103,18 @@ class Evaluator:
     def _score(self, prompts: list[str], videos: Tensor, columns: dict, state: TrainerState) -> tuple[dict, dict]:
         """Per-sample scores: weighted reward, each reward, each judge, and what they recorded; and their metrics."""
         table = self.rewards(prompts, videos, columns, state)
-        total = (table.values * self.reward_weights).nansum(1).masked_fill(table.values.isnan().all(1), torch.nan)
-        scores = {"reward": _with_none(total)}
+        scores = {"reward": _with_none(aggregate_rewards(table.values, self.reward_weights))}
         scores |= {f"rewards/{n}": _with_none(table.values[:, i]) for i, n in enumerate(self.rewards.names)}
-        extras, metrics = dict(table.extras), dict(table.metrics)
         if len(self.judges):
             judged = self.judges(prompts, videos, columns, state)
             scores |= {f"judges/{n}": _with_none(judged.values[:, i]) for i, n in enumerate(self.judges.names)}
-            extras |= judged.extras
-            metrics |= judged.metrics
-        for key, values in extras.items():
+            count, judges = len(self.rewards), len(self.judges)
+            table = RewardTable.side_by_side([table, judged], [range(count), range(count, count + judges)])
+        check_recorded(table)
+        for key, values in table.extras.items():
             if all(v is None or isinstance(v, (bool, int, float)) for v in values):
                 scores[key] = [None if v is None else float(v) for v in values]
-        return scores, metrics
+        return scores, table.metrics
 
     def before_and_after(self, dataset: Dataset, untrained, trained) -> tuple[Tensor, Tensor]:
         """Videos of the model before training and of the trained one for the first rows, from the same noise, on the

@@ -94,7 +94,8 @@ class VideoGRPOConfig(VideoPolicyConfig):
     )
     per_prompt_stat_tracking: bool = field(
         default=False,
-        metadata={"help": "Advantages from running statistics of each prompt (DDPO) instead of the group's."},
+        metadata={"help": "Advantages from running statistics of each prompt's summed rewards (DDPO) instead of the "
+                  "group's; not with other scale_rewards or multi_objective_aggregation."},
     )
     per_prompt_stat_tracking_buffer_size: int = field(default=16, metadata={"help": "Rewards kept per prompt."})
     per_prompt_stat_tracking_min_count: int = field(
@@ -139,6 +140,13 @@ class VideoGRPOConfig(VideoPolicyConfig):
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
                 f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
             )
+        for name, only in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
+            if self.per_prompt_stat_tracking and getattr(self, name) != only:
+                raise ValueError(
+                    "per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's summed "
+                    f"rewards, so {name}={getattr(self, name)!r} would have no effect; leave it {only!r}, or leave "
+                    "per_prompt_stat_tracking out."
+                )
         if self.num_inference_steps < 2:
             raise ValueError(
                 f"num_inference_steps={self.num_inference_steps}: GRPO needs at least 2 steps, the last is "

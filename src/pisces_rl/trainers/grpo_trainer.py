@@ -19,7 +19,8 @@ import time
 import torch
 from accelerate.utils import gather_object
 
-from ..policy import ReplayStep, Rollout
+from ..policy import ReplayStep, Rollout, adapter_values
+from ..policy.execution import attention_kernel
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .base import VideoPolicyTrainer
@@ -95,6 +96,8 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
         self._rollout: Rollout | None = None
         self._rollout_at = -1  # optimizer step at which it was drawn
+        self._rollout_state: dict = {}  # what draws it again in a run that is resumed inside it
+        self._resumed_rollout: dict | None = None
         self._advantages: torch.Tensor | None = None
         self._micro_batches: list[list[int]] = []
         self.prompt_statistics = PromptStatistics(
@@ -102,7 +105,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         ) if args.per_prompt_stat_tracking else None
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        self._rollout = None
+        self._rollout = self._resumed_rollout = None
         self._step += -self._step % self._uses_per_rollout  # a second train() begins with a rollout of its own
         return super().train(resume_from_checkpoint, **kwargs)
 
@@ -132,29 +135,17 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     def _generate_and_score(self, inputs: list[dict]) -> None:
         args, generation = self.args, self._step // self._uses_per_rollout
-        prompts = [row["prompt"] for row in inputs]
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-        images = images_of(columns | {"prompt": prompts}, self.image_columns)
-        first_row = self.data_part * len(prompts)
-        ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
-        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
-        noise_seeds = [sample_seed(args.seed, generation, NOISE, i) for i in noise_ids]
-        step_seeds = [sample_seed(args.seed, generation, STEP, i) for i in ids]
-        steps = self.policy.draw_window(sample_seed(args.seed, generation, WINDOW))
+        prompts, columns, images = self._columns(inputs)
 
-        parts, chunk = [], args.rollout_batch_size or len(prompts)
+        def submit(part: slice, videos: torch.Tensor) -> None:
+            if self.overlapped is not None:
+                own = {name: values[part] for name, values in columns.items()}
+                self.overlapped.submit(prompts[part], videos, own, self.state)
+
         with self.overlapped or contextlib.nullcontext():
-            with self.stage("rollout"):
-                for start in range(0, len(prompts), chunk):
-                    part = slice(start, start + chunk)
-                    parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
-                                                    step_seeds=step_seeds[part], steps=steps,
-                                                    conditions={name: own[part] for name, own in images.items()}))
-                    if self.overlapped is not None:
-                        own = {name: values[part] for name, values in columns.items()}
-                        self.overlapped.submit(prompts[part], parts[-1].videos, own, self.state)
-            self._rollout = Rollout.cat(parts)
-            with self.stage("rewards"):
+            self._rollout = self._sample(prompts, images, submit)
+            # Also where nothing overlaps, rewards have the denoiser's attention kernel.
+            with self.stage("rewards"), attention_kernel(args.attention_kernel):
                 score = self.rewards if self.overlapped is None else self.overlapped.table
                 table = score(prompts, self._rollout.videos, columns, self.state)
         logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
@@ -177,15 +168,56 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         )
         if self.prompt_statistics is not None:
             advantages = self.prompt_statistics.advantages(keys, rewards)
-        advantages = advantages.clamp(-args.advantage_clip, args.advantage_clip)
-        self._advantages = advantages[first_row:first_row + len(prompts)]
+        self._rollout_at = self.state.global_step
+        self._take_advantages(advantages.clamp(-args.advantage_clip, args.advantage_clip), len(prompts))
+        if self._uses_per_rollout > args.gradient_accumulation_steps:  # checkpoints may lie inside it
+            self._rollout_state["weights"] = {name: p.detach().clone() for name, p in self.adapter.items()}
+        self._log_rollout(table, values, rewards, group_std)
 
-        order = torch.arange(len(prompts))
+    def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
+        """A rollout's prompts, further columns, and images of the pipeline, by row."""
+        prompts = [row["prompt"] for row in inputs]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        return prompts, columns, images_of(columns | {"prompt": prompts}, self.image_columns)
+
+    def _sample(self, prompts: list[str], images: dict[str, list], each) -> Rollout:
+        """This process's share of the present rollout; each(rows, videos) is called for every part that is ready."""
+        args, generation = self.args, self._step // self._uses_per_rollout
+        first_row = self.data_part * len(prompts)
+        ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
+        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
+        noise_seeds = [sample_seed(args.seed, generation, NOISE, i) for i in noise_ids]
+        step_seeds = [sample_seed(args.seed, generation, STEP, i) for i in ids]
+        steps = self.policy.draw_window(sample_seed(args.seed, generation, WINDOW))
+        parts, chunk = [], args.rollout_batch_size or len(prompts)
+        with self.stage("rollout"):
+            for start in range(0, len(prompts), chunk):
+                part = slice(start, start + chunk)
+                parts.append(self.policy.sample(prompts[part], noise_seeds=noise_seeds[part],
+                                                step_seeds=step_seeds[part], steps=steps,
+                                                conditions={name: own[part] for name, own in images.items()}))
+                each(part, parts[-1].videos)
+        return Rollout.cat(parts)
+
+    def _take_advantages(self, advantages: torch.Tensor, count: int) -> None:
+        """This process's of those of the whole rollout, and the rows of its micro-batches."""
+        args, generation = self.args, self._step // self._uses_per_rollout
+        self._rollout_state = {"advantages": advantages, "at": self._rollout_at}
+        self._advantages = advantages[self.data_part * count:(self.data_part + 1) * count]
+        order = torch.arange(count)
         if args.steps_per_generation > 1:
             seed = sample_seed(args.seed, generation, SHUFFLE, self.data_part)
-            order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
         self._micro_batches = [rows.tolist() for rows in order.chunk(args.steps_per_generation)]
-        self._log_rollout(table, values, rewards, group_std)
+
+    def _draw_again(self, inputs: list[dict], state: dict) -> None:
+        """The rollout inside which a run was resumed, under the weights that drew it; its rewards are known."""
+        prompts, _, images = self._columns(inputs)
+        with adapter_values(self.adapter, state["weights"]):
+            self._rollout = self._sample(prompts, images, lambda rows, videos: None)
+        self._rollout.videos, self._rollout_at = None, state["at"]
+        self._take_advantages(state["advantages"], len(prompts))
+        self._rollout_state["weights"] = state["weights"]
 
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
@@ -201,7 +233,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
         metrics["reward"].append(rewards.nanmean().item())
         metrics["reward_std"].append(nanstd(rewards).item())
-        metrics["frac_reward_zero_std"].append((group_std < 1e-8).float().mean().item())
+        metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
         correlation = group_correlation(values, self.args.num_generations)
         for (i, a), (j, b) in itertools.combinations(enumerate(self.rewards.names), 2):
             if not correlation[i, j].isnan():
@@ -213,9 +245,10 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         start = time.perf_counter()
         use = self._step % self._uses_per_rollout
-        if use == 0 or self._rollout is None:
+        if self._rollout is None and use and self._resumed_rollout is not None:
+            self._draw_again(inputs, self._resumed_rollout)
+        elif self._rollout is None or use == 0:
             self._generate_and_score(inputs)
-            self._rollout_at = self.state.global_step
         rows = self._micro_batches[self._step % self.args.steps_per_generation]
         with self.stage("update"):
             loss = self._update(rows, before_first_step=self.state.global_step == self._rollout_at)
@@ -326,11 +359,12 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     def _extra_state(self) -> dict:
         statistics = None if self.prompt_statistics is None else self.prompt_statistics.state_dict()
-        return super()._extra_state() | {"prompt_statistics": statistics}
+        unfinished = self._rollout_state if self._step % self._uses_per_rollout else None
+        return super()._extra_state() | {"prompt_statistics": statistics, "rollout": unfinished}
 
     def _load_extra_state(self, state: dict) -> None:
         super()._load_extra_state(state)
-        self._rollout = None
+        self._rollout, self._resumed_rollout = None, state.get("rollout")
         if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
             self.prompt_statistics.load_state_dict(state["prompt_statistics"])
 

@@ -1,0 +1,111 @@
+"""Functions in files and modules, by name: file.py:function or package.module:function."""
+
+import ast
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+
+def load_function(name: str, known: Sequence[str] = ()) -> Callable:
+    """The function file.py:function or package.module:function.
+
+    Args:
+        known: names that the caller knows besides, for the message.
+
+    Raises:
+        ValueError: there is no such file, module or function; the message lists those there are. What the file itself
+            raises passes through, with its file and line.
+    """
+    location, _, attribute = name.rpartition(":")
+    if name.endswith(".py"):  # the colon, if any, is of the path
+        location, attribute = name, ""
+    if location.endswith(".py"):
+        module = _module_of_file(name, Path(location).expanduser())
+    elif re.fullmatch(r"\w+(\.\w+)*", location):
+        try:
+            module = importlib.import_module(location)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{location}.".startswith(f"{error.name}."):
+                raise  # something that the module itself imports
+            raise ValueError(
+                f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
+            ) from error
+    else:
+        near = difflib.get_close_matches(name, known, n=3)
+        advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise ValueError(
+            f"reward {name!r} is unknown{advice} Known: {', '.join(known)}; your own is named file.py:function or "
+            "package.module:function."
+        )
+    if not attribute or not callable(getattr(module, attribute, None)):
+        there = ", ".join(sorted(n for n, value in vars(module).items() if _is_function(n, value, module.__name__)))
+        asked = f"{location} has no function {attribute!r}" if attribute else f"name a function, {location}:FUNCTION"
+        near = difflib.get_close_matches(attribute, there.split(", "), n=1)
+        advice = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"reward {name!r}: {asked}{advice} There are: {there or 'none'}.")
+    return getattr(module, attribute)
+
+
+def _is_function(name: str, value: object, module: str) -> bool:
+    """Whether it is a public function, or another callable that is no class, of the module's own package."""
+    if name.startswith("_") or not callable(value) or inspect.isclass(value):
+        return False
+    own = value.__module__ if inspect.isfunction(value) else type(value).__module__
+    return isinstance(value, functools.partial) or (own or "").split(".")[0] == module.split(".")[0]
+
+
+def _module_of_file(name: str, path: Path) -> ModuleType:
+    """The module of a file, loaded once for each content: dataclasses and pickle find it in sys.modules, where files
+    of one stem have different names. Its folder is the last place where Python looks for what it imports."""
+    if not path.is_file():
+        raise ValueError(f"reward {name!r}: no file {str(path)!r}.")
+    path = path.resolve()
+    content = path.read_bytes()
+    digest = hashlib.sha256(str(path).encode() + content).hexdigest()[:12]
+    own = re.sub(r"\W", "_", path.stem) + f"_{digest}"
+    if own in sys.modules:
+        return sys.modules[own]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    importlib.invalidate_caches()  # the files may be as old as this process
+    _check_neighbours(name, path, content)
+    spec = importlib.util.spec_from_file_location(own, path)
+    module = sys.modules[own] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[own]
+        raise
+    return module
+
+
+def _check_neighbours(name: str, path: Path, content: bytes) -> None:
+    """A ValueError where the file imports a module that lies beside it, but Python would take another of that name."""
+    tree = ast.parse(content, filename=str(path))
+    for node in ast.walk(tree):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        for top in {module.split(".")[0] for module in imported}:
+            beside = [p for p in (path.parent / f"{top}.py", path.parent / top / "__init__.py") if p.is_file()]
+            if beside and top not in sys.builtin_module_names and (taken := _file_of(top)) not in map(str, beside):
+                raise ValueError(
+                    f"reward {name!r}: it imports {top!r}, which lies beside it as {beside[0]}, but Python takes "
+                    f"{taken}; rename the one beside it."
+                )
+
+
+def _file_of(module: str) -> str | None:
+    if module in sys.modules:
+        found = getattr(sys.modules[module], "__file__", None)
+    else:
+        spec = importlib.util.find_spec(module)
+        found = None if spec is None else spec.origin
+    return None if found is None else str(Path(found).resolve())

@@ -1,0 +1,95 @@
+"""Which of the arguments that are offered a reward takes."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+#: What every reward is offered beside the columns of the data set; no column may have such a name.
+OFFERED = ("prompts", "videos", "trainer_state", "log_extra", "log_metric")
+Parameters = Mapping[str, inspect.Parameter]
+
+
+def arguments(func: Callable, offered: dict) -> tuple[list, dict]:
+    """The offered arguments that a callable takes, by position where it takes them only so; with **kwargs, all."""
+    parameters = parameters_of(func)
+    by_position = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
+    while by_position and not set(by_position) <= set(offered):
+        by_position.pop()  # it has a default, or Python names what is missing
+    named = offered if _takes_any(parameters) else parameters
+    return [offered[name] for name in by_position], {
+        name: offered[name] for name in named if name in offered and name not in by_position
+    }
+
+
+def parameters_of(func: Callable) -> Parameters:
+    """The parameters of a reward: of a module those of its `forward`, of a partial those that it leaves open, of a
+    wrapper without `functools.wraps` those of what it wraps.
+
+    Raises:
+        ValueError: a callable without a signature, such as a built-in function.
+    """
+    if isinstance(func, functools.partial):
+        left = parameters_of(func.func)
+        by_position = [name for name, p in left.items() if p.kind < inspect.Parameter.VAR_POSITIONAL]
+        bound = {*by_position[: len(func.args)], *func.keywords}
+        return {name: p for name, p in left.items() if name not in bound}
+    held = _wrapped(func)
+    return _parameters(func) if held is None else parameters_of(held)
+
+
+def inner(func: Callable) -> Callable:
+    """What a partial, or a wrapper without `functools.wraps`, is of."""
+    while isinstance(func, functools.partial) or _wrapped(func) is not None:
+        func = func.func if isinstance(func, functools.partial) else _wrapped(func)
+    return func
+
+
+def _parameters(func: Callable) -> Parameters:
+    return inspect.signature(func.forward if isinstance(func, nn.Module) else func).parameters
+
+
+def _takes_any(parameters: Parameters) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def _names_inputs(parameters: Parameters) -> bool:
+    return "prompts" in parameters or "videos" in parameters
+
+
+def _wrapped(func: Callable) -> Callable | None:
+    """What a callable wraps that says no more than **kwargs: the one callable that it holds (in its closure, its
+    attributes, its child modules) which takes `prompts` or `videos`. Found without a call, since a call that failed
+    might have done half of its work."""
+    if isinstance(func, functools.partial):
+        return None
+    try:
+        parameters = _parameters(func)
+    except ValueError:
+        return None
+    if not _takes_any(parameters) or _names_inputs(parameters):
+        return None
+    found = [held for held in _held(func) if _takes_inputs(held)]
+    return found[0] if len(found) == 1 else None
+
+
+def _takes_inputs(held: object) -> bool:
+    if not callable(held) or inspect.isclass(held):
+        return False
+    try:
+        return _names_inputs(parameters_of(held))
+    except (ValueError, RecursionError):  # no signature; holds itself
+        return False
+
+
+def _held(func: Callable) -> list:
+    """What a wrapper holds: a module its children, a function its closure, an object its attributes."""
+    if isinstance(func, nn.Module):
+        return list(func.children())
+    if inspect.isfunction(func):
+        return [cell.cell_contents for cell in func.__closure__ or () if cell != types.CellType()]
+    if inspect.ismethod(func):
+        return []
+    return list(vars(func).values()) if hasattr(func, "__dict__") else []

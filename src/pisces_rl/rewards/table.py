@@ -1,0 +1,74 @@
+"""What rewards returned and recorded for a batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .contract import RewardError
+
+
+@dataclass
+class RewardTable:
+    """What a panel returned for B samples.
+
+    Attributes:
+        values: (B, number of rewards) fp32 on the CPU, NaN where a reward does not apply.
+        extras: {name: B values} per-sample values the rewards recorded.
+        metrics: {name: scalars} the rewards recorded.
+        seconds: {reward: wall-clock seconds}.
+        recorded_by: {name of an extra or a metric: the reward that recorded it}.
+    """
+
+    values: Tensor
+    extras: dict[str, list] = field(default_factory=dict)
+    metrics: dict[str, list[float]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    recorded_by: dict[str, str] = field(default_factory=dict)
+
+    @staticmethod
+    def stack(parts: Sequence["RewardTable"]) -> "RewardTable":
+        """One table of all samples, of the tables of some each; an extra that a part lacks is None there."""
+        table = RewardTable(torch.cat([part.values for part in parts]))
+        for name in dict.fromkeys(name for part in parts for name in part.extras):
+            table.extras[name] = [v for part in parts for v in part.extras.get(name, [None] * len(part.values))]
+        for part in parts:
+            table.recorded_by |= part.recorded_by
+            for name, values in part.metrics.items():
+                table.metrics.setdefault(name, []).extend(values)
+            table._add_seconds(part)
+        return table
+
+    @staticmethod
+    def side_by_side(tables: Sequence["RewardTable"], places: Sequence[Sequence[int]]) -> "RewardTable":
+        """One table of all rewards; the columns of `tables[k]` are at `places[k]`.
+
+        Raises RewardError where rewards of two tables recorded different values under one name.
+        """
+        width = sum(len(own) for own in places)
+        joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan))
+        for table, own in zip(tables, places):
+            joined.values[:, own] = table.values
+            for kind in ("extras", "metrics"):
+                for name, values in getattr(table, kind).items():
+                    joined.claim(table.recorded_by[name], name, kind, values)
+                    getattr(joined, kind)[name] = values
+            joined._add_seconds(table)
+        return joined
+
+    def claim(self, reward: str, name: str, kind: str, values: list) -> None:
+        """That `reward` may record `values` under `name` in `kind`: another may have recorded only the same.
+
+        Raises RewardError that names both.
+        """
+        owner = self.recorded_by.setdefault(name, reward)
+        if owner != reward and getattr(self, kind).get(name, [])[:len(values)] != values:
+            raise RewardError(
+                f"rewards {owner!r} and {reward!r} both record {name!r}, with different values; record under another "
+                f"name in one of them, for instance {f'{reward}/{name}'!r}."
+            )
+
+    def _add_seconds(self, table: "RewardTable") -> None:
+        for name, seconds in table.seconds.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
