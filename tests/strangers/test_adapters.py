@@ -198,7 +198,7 @@ def test_options_that_a_run_cannot_keep(option):
     """Someone copies a peft config from a language model's script."""
     asked = LoraConfig(r=4, target_modules=["to_q"])
     setattr(asked, option, VALUES[option])
-    with pytest.raises(ValueError, match=f"peft_config: {option}=.* is not supported: .{{10}}"):
+    with pytest.raises(ValueError, match=f"peft_config: {option}=[^:]*.*: .{{10}}"):
         check_lora_config(asked)
 
 

@@ -365,9 +365,13 @@ def test_nothing_to_continue_from(saved, tmp_path):
         read_adapter(tmp_path)
     with pytest.raises(ValueError, match="could not be read"):
         read_adapter(tmp_path / "x.safetensors")
-    for inside in (saved, saved / "checkpoint-3"):
+    shutil.copytree(saved, tmp_path / "run")
+    shutil.copytree(saved, tmp_path / "run" / "checkpoint-3")
+    for inside in (".", LORA_FILE, "checkpoint-3"):
         with pytest.raises(ValueError, match="lies in output_dir"):
-            VideoGRPOConfig(output_dir=str(saved), continue_from=str(inside), use_cpu=True)
+            VideoGRPOConfig(output_dir=str(tmp_path / "run"), continue_from=str(tmp_path / "run" / inside),
+                            use_cpu=True)
+    config(tmp_path, continue_from=str(tmp_path / "run"))  # another run's folder under a common one
     with pytest.raises(ValueError, match="continue_reference='adapter' needs continue_from"):
         config(tmp_path, continue_reference="adapter")
     with pytest.raises(ValueError, match="continue_reference='other' must be"):

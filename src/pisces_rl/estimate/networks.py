@@ -1,6 +1,7 @@
 """A pipeline's networks as a run has them: adapters on the denoisers, blocks recomputed, all on fake tensors."""
 
 import copy
+import warnings
 
 import torch
 from diffusers import DiffusionPipeline
@@ -48,8 +49,10 @@ class Networks:
                        for name, denoiser in denoisers.items()}
         for module in modules.values():
             module.requires_grad_(False).eval()
-        add_lora(denoisers, peft_config, args.lora_denoisers,
-                 read_adapter(args.continue_from) if args.continue_from else None)
+        continued = read_adapter(args.continue_from) if args.continue_from else None
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # its values: none here
+            add_lora(denoisers, peft_config, args.lora_denoisers, continued)
         for denoiser in denoisers.values():
             if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
                 fuse_products(denoiser)

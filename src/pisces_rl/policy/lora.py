@@ -11,10 +11,10 @@ from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from .lora_options import check_lora_config
 from .saved_adapter import SavedAdapter
-from .sharding import is_sharded
 
 # Attention and feed-forward projections of the denoising blocks, by their diffusers names.
 ATTENTION = (
@@ -133,11 +133,9 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
                 f"run would neither train nor save: merge it into the base first, by {fix}; or give a newly loaded "
                 "pipeline, and pass continue_from=FOLDER in the config to train a saved adapter further."
             )
-        if is_sharded(component):
-            raise ValueError(
-                f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline again for this "
-                "one."
-            )
+        if isinstance(component, FSDPModule):
+            raise ValueError(f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "
+                             "again for this one.")
 
 
 def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraConfig | None) -> LoraConfig:

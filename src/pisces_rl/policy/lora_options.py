@@ -68,7 +68,7 @@ def check_lora_config(config: LoraConfig) -> None:
         if field.name in KEPT | NOTES or value == default or not (value or default):
             continue
         fix = REFUSED.get(field.name, "this version of pisces_rl does not know it; leave it out")
-        raise ValueError(f"peft_config: {field.name}={value!r} is not supported: {fix}.")
+        raise ValueError(f"peft_config: {field.name}={value!r}: {fix}.")
     start = config.init_lora_weights
     if start is not True and str(start).lower() != "gaussian":
         raise ValueError(

@@ -183,13 +183,7 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
         if self.continue_reference == "adapter" and not self.continue_from:
             raise ValueError("continue_reference='adapter' needs continue_from, the saved adapter that is meant.")
-        if self.continue_from and Path(self.output_dir).resolve() in [
-                Path(self.continue_from).resolve(), *Path(self.continue_from).resolve().parents]:
-            raise ValueError(
-                f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
-                "checkpoints this run replaces; give this run an output_dir of its own (to go on with an interrupted "
-                "run, set resume_from_checkpoint instead)."
-            )
+        self._check_start_stays()
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -221,6 +215,19 @@ class VideoPolicyConfig(_BaseConfig):
         if self.auto_find_batch_size:
             raise ValueError(
                 "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
+            )
+
+    def _check_start_stays(self) -> None:
+        """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""
+        start, output = Path(self.continue_from or ""), Path(self.output_dir).resolve()
+        if not self.continue_from or not start.exists() or not start.resolve().is_relative_to(output):
+            return
+        inside = start.resolve().relative_to(output).parts
+        if not inside or inside[0].startswith("checkpoint-") or len(inside) == 1 and start.is_file():
+            raise ValueError(
+                f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
+                "checkpoints this run replaces; choose another output_dir. To resume an interrupted run, set "
+                "resume_from_checkpoint instead."
             )
 
     @property
