@@ -30,7 +30,14 @@ from ._trl import _BaseTrainer, identity
 from .adapter_files import check_adapter, write_adapter
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import load_tree, random_state, remove_incomplete, restore_random_state, save_tree, write_whole
-from .checks import check_consistency, check_dataset, checked_weights, settle_evaluation
+from .checks import (
+    check_best_metric,
+    check_consistency,
+    check_dataset,
+    check_output_dir,
+    checked_weights,
+    settle_evaluation,
+)
 from .consistency import ConsistencyDistillation
 from .evaluation import Evaluator, means_of_sets
 from .gradients import ExpertGradients, average_gradients
@@ -80,6 +87,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
+        args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
         sharding, zero_stage = requested_sharding(args), requested_zero(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
@@ -92,6 +100,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                                               self._may_lack_rewards and args.consistency_weight)
         settle_evaluation(args, eval_dataset, self.rewards)
         requested_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
@@ -101,8 +110,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         check_images("train_dataset", train_dataset, self.image_columns)
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
-        freeze(self.pipeline, args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
+        freeze(self.pipeline, args.device)
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config or default_lora_config(),
                                         args.lora_denoisers)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
@@ -258,6 +267,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                                             own.prompts[:count], scores, tag=f"eval/{name}")
         metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
         if eval_dataset is None:
+            check_best_metric(self.args.metric_for_best_model, metric_key_prefix, metrics)
             self._evaluated_at = self.state.global_step
             self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
             self.first_evaluation = self.first_evaluation or self.last_evaluation
@@ -299,6 +309,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     # --- train, save, resume -----------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a caller's would leave nothing to train
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self._best_step = None
@@ -344,6 +355,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.console.print(f"{output} holds an earlier run: its checkpoints and evaluations are in {aside} now.")
 
     def _run_epoch(self, **kwargs) -> None:
+        best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if os.path.isdir(best):  # the state names it by a whole path, which the folder of a resumed run may have left
+            self.state.best_model_checkpoint = best
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
             self.control.should_training_stop = True
             return
