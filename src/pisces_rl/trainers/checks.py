@@ -18,14 +18,14 @@ def check_dataset(name: str, dataset, several: bool = False) -> None:
         return
     if not isinstance(dataset, Dataset):
         raise ValueError(f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset with a `prompt` column.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
     shown = dataset.format
     if not (shown["type"] in (None, "custom") or shown["output_all_columns"] or "prompt" in shown["columns"]):
         raise ValueError(
             f"{name} has the format {shown['type']!r} of the columns {shown['columns']}, which leaves out `prompt`; "
             "pass output_all_columns=True to set_format, or call with_format(None)."
         )
-    if "prompt" not in dataset.column_names:
-        raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty; it needs at least one prompt.")
     # by the slice, 100 times faster; but a transform works on what it is given, so it gets one row at a time

@@ -194,7 +194,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
             if len(set(keys[start:start + size])) != 1:
                 raise RuntimeError(
                     f"group {start // size} mixes prompts {set(keys[start:start + size])}. A transform of "
-                    "train_dataset that draws at random gives each video of a group another prompt: draw in dataset.map."
+                    "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
                 )
 
     def _log_rollout(self, table, values, rewards, group_std) -> None:
