@@ -5,6 +5,8 @@ import contextlib
 import torch
 from torch import Tensor
 
+EPS = 1e-12  # shorter vectors count as zero
+
 
 @contextlib.contextmanager
 def exact_products(device: torch.device):
@@ -42,11 +44,15 @@ def squared_cost(x: Tensor, y: Tensor) -> Tensor:
         return (norms / 2 - x @ y.transpose(-1, -2)).clamp_min(0)
 
 
+def unit(x: Tensor) -> Tensor:
+    """Vectors (..., D) of length 1; a zero vector stays zero and gets no gradient (`normalize` alone: some 1e12)."""
+    zero = x.norm(dim=-1, keepdim=True) < EPS
+    return torch.nn.functional.normalize(x, dim=-1, eps=EPS).masked_fill(zero, 0.0)
+
+
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
     """C_ij = 1 - cos(x_i, y_j), (..., N, M); a zero vector is at right angles to all. Equal to `squared_cost` of unit
     vectors."""
     with exact_products(x.device):
         x, y = as_float(x), as_float(y)
-        x = torch.nn.functional.normalize(x, dim=-1)
-        y = torch.nn.functional.normalize(y, dim=-1)
-        return 1 - x @ y.transpose(-1, -2)
+        return 1 - unit(x) @ unit(y).transpose(-1, -2)

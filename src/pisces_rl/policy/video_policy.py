@@ -21,6 +21,7 @@ from .backprop import DecodedPart, DifferentiableSampling, decoded_videos
 from .conditions import Conditions, calls, checked_conditions, of_video
 from .decoder import set_decoder
 from .execution import ATTENTION_KERNELS, checkpointed, compile_blocks
+from .inference_only import check_trainable
 from .latents import LatentCodec
 from .offload import device_of, kind_of, leave_idle, place, resident
 from .one_step import OneStep, Prediction
@@ -69,7 +70,9 @@ class VideoPolicy(nn.Module):
                  vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False):
         super().__init__()
         self.pipeline = pipeline
-        self.denoiser = nn.ModuleDict(denoisers_of(pipeline))
+        denoisers = denoisers_of(pipeline)
+        check_trainable(pipeline, denoisers)
+        self.denoiser = nn.ModuleDict(denoisers)
         self.scheduler = scheduler_of(pipeline)
         self.transition = find_transition(transition, self.scheduler)
         self.noise_level = self.transition.noise_level if noise_level is None else noise_level
@@ -194,6 +197,7 @@ class VideoPolicy(nn.Module):
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a caller's would leave tensors, in the memo too, that backward cannot use
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step_seeds: Sequence[int] | None = None,
                steps: Sequence[int] = (), output_type: str = "pt", conditions: Conditions | None = None) -> Rollout:

@@ -76,6 +76,7 @@ def cache_features(
         if _samples_in(path) < len(shard):
             tensors = _encode(encoder, shard, batch_size, hidden)
             save_file(tensors, f"{path}.partial", metadata={"samples": str(len(shard))})
+            os.chmod(f"{path}.partial", folder.stat().st_mode & 0o666)  # safetensors: for the owner alone
             os.replace(f"{path}.partial", path)
     state.wait_for_everyone()
     return load_features(folder, count)

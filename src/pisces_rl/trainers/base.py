@@ -39,7 +39,14 @@ from .checkpoint import (
     save_tree,
     write_whole,
 )
-from .checks import check_consistency, check_dataset, checked_weights, settle_evaluation
+from .checks import (
+    check_best_metric,
+    check_consistency,
+    check_dataset,
+    check_output_dir,
+    checked_weights,
+    settle_evaluation,
+)
 from .consistency import ConsistencyDistillation
 from .evaluation import Evaluator, means_of_sets
 from .gradients import ExpertGradients, average_gradients
@@ -83,6 +90,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
         args = copy.copy(args)  # the caller's serves another trainer
+        args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
         sharding, zero_stage = requested_sharding(args), requested_zero(args)
         check_dataset("train_dataset", train_dataset)
         if eval_dataset is not None:
@@ -102,6 +110,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         if continued is not None:
             continued.check_asked(peft_config)
         requested_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
@@ -112,8 +121,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
         check_unused(self.pipeline)
-        freeze(self.pipeline, args.device)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
+        freeze(self.pipeline, args.device)
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config, args.lora_denoisers,
                                         continued)
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
@@ -273,6 +282,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                                             own.prompts[:count], scores, tag=f"eval/{name}")
         metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
         if eval_dataset is None:
+            check_best_metric(self.args.metric_for_best_model, metric_key_prefix, metrics)
             self._evaluated_at = self.state.global_step
             self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
             self.first_evaluation = self.first_evaluation or self.last_evaluation
@@ -330,6 +340,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     # --- train, save, resume -----------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a caller's would leave nothing to train
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self._best_step = self._comparison = self._evaluated_at = None
@@ -378,6 +389,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
 
     def _run_epoch(self, **kwargs) -> None:
+        best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+        if os.path.isdir(best):  # the state names it by a whole path, which the folder of a resumed run may have left
+            self.state.best_model_checkpoint = best
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
             self.control.should_training_stop = True
             return

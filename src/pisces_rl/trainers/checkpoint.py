@@ -104,6 +104,7 @@ def save_tree(tree: Any, path: str | os.PathLike) -> None:
 
     skeleton = encode(tree)
     save_file(tensors, f"{path}.safetensors")
+    os.chmod(f"{path}.safetensors", Path(path).parent.stat().st_mode & 0o666)  # safetensors: for the owner alone
     Path(f"{path}.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
 

@@ -166,6 +166,8 @@ class VideoPolicyConfig(_BaseConfig):
         # accelerate would compile the policy as a whole; here its blocks are compiled (policy/execution.py)
         compiled = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
+        if self.report_to is None:  # transformers takes it for the name of an integration
+            self.report_to = "none"
         with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
             super().__post_init__()

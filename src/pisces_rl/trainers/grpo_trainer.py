@@ -15,6 +15,7 @@ policy gradient (arXiv 2305.13301) with group advantages. The structure and name
 import contextlib
 import itertools
 import time
+import warnings
 
 import torch
 from accelerate.utils import gather_object
@@ -223,10 +224,19 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         size = self.args.num_generations
         for start in range(0, len(keys), size):
             if len(set(keys[start:start + size])) != 1:
-                raise RuntimeError(f"group {start // size} mixes prompts {set(keys[start:start + size])}.")
+                raise RuntimeError(
+                    f"group {start // size} mixes prompts {set(keys[start:start + size])}. A transform of "
+                    "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
+                )
 
     def _log_rollout(self, table, values, rewards, group_std) -> None:
         metrics = self._metrics["train"]
+        unscored = int(values.isnan().all(1).sum())
+        if unscored and len(self.rewards) and self.is_world_process_zero():
+            warnings.warn(
+                f"no reward applies to {unscored} of a rollout's {len(values)} videos (all returned None): they teach "
+                "nothing. Reward their prompts, or leave them out of train_dataset.", stacklevel=2,
+            )
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())

@@ -33,7 +33,7 @@ def check_videos(dataset) -> None:
     if not len(dataset):
         raise ValueError("video_dataset is empty; it needs at least one row with `prompt` and `video`.")
     if isinstance(dataset, Dataset):
-        columns, prompts = dataset.column_names, dataset["prompt"] if "prompt" in dataset.column_names else []
+        columns, prompts = dataset.column_names, dataset["prompt"][:] if "prompt" in dataset.column_names else []
     else:
         try:
             first = dict(dataset[0])

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pisces_rl.ot.costs import exact_products
+from pisces_rl.ot.costs import exact_products, unit
 
 FORMAT = 1
 NORMALISATIONS = ("none", "l2")
@@ -80,7 +80,7 @@ class TransportMap:
 
     def normalised(self, x: Tensor) -> Tensor:
         """Points (..., D) as `normalise` says."""
-        return torch.nn.functional.normalize(x, dim=-1) if self.normalise == "l2" else x
+        return unit(x) if self.normalise == "l2" else x
 
     def save(self, folder: str | Path) -> None:
         """map.safetensors (fp32) and map.json; the JSON is written last, so a killed save leaves no map that loads."""
@@ -91,6 +91,7 @@ class TransportMap:
         (folder / CARD).unlink(missing_ok=True)
         tensors = {k: (v.float() if v.is_floating_point() else v).contiguous().cpu() for k, v in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         card = {
             "format": FORMAT, "kind": self.kind, "encoder": self.encoder, "normalise": self.normalise,
             "settings": {name: getattr(self, name) for name in self.settings}, "report": self.report,

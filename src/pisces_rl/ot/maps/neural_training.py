@@ -188,6 +188,7 @@ class Training:
         tensors = {f"{a}/{b}": v.contiguous().clone() for a, part in self._modules().items() for b, v in part.items()}
         name = f"{self.step}.{STATE}"
         save_file(tensors, folder / name)
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         state = {"file": name, "step": self.step, "stale": self.stale, "best": self.best, "curve": self.curve,
                  "arguments": self.arguments()}  # fmt: skip
         (folder / f"{PROGRESS}.partial").write_text(json.dumps(state), encoding="utf-8")

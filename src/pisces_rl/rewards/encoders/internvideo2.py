@@ -131,6 +131,7 @@ class InternVideo2(VideoTextEncoder):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         self.tokenizer.save_pretrained(folder)
         card = {"model_type": "internvideo2", "name": self.name.split("@")[0], **asdict(self.config)}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
