@@ -492,6 +492,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
+            fps=self.args.fps, vae_tiling=self.args.vae_tiling,
             dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
         name = files.card()
