@@ -235,7 +235,8 @@ def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]
     """Files that match one of the globs and are neither hidden nor in a checkpoint or an earlier run; without globs
     those of `PATTERNS` that the folder's run wrote."""
     found, written = set(), described(folder) if patterns is None else None
-    for path in (path for pattern in patterns or PATTERNS for path in folder.glob(pattern)):
+    patterns = PATTERNS if patterns is None else patterns
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         parts = path.relative_to(folder).parts
         stays = any(part.startswith((".", "checkpoint-", "earlier-")) for part in parts)
         if path.is_file() and not stays and (written is None or "/".join(parts) in written):

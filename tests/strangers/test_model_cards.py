@@ -64,13 +64,14 @@ def test_the_snippet_makes_what_the_trained_model_makes(kind, tmp_path, monkeypa
     trained = trained_output(made, images)
     assert (tmp_path / ("image.png" if kind == "still" else "video.mp4")).stat().st_size > 0
     shown = pixels(Image.open("image.png") if kind == "still" else found["video"])
-    tolerance = 5e-2 if kind == "bf16" else 1.01 / 255  # some pipelines return pictures of 8 bits
-    assert shown.shape == trained.shape and np.abs(shown - trained).max() <= tolerance
+    tolerance = 1e-2 if kind == "bf16" else 1e-4 if isinstance(found.get("video"), np.ndarray) else 1.01 / 255
+    error = np.abs(shown - trained).max()
+    assert shown.shape == trained.shape and error <= tolerance
     with torch.no_grad():
         for name, parameter in made.adapter.items():
             if "lora_B" in name:
                 parameter.zero_()
-    assert np.abs(trained_output(made, images) - trained).max() > 2 * tolerance  # the adapter matters
+    assert np.abs(trained_output(made, images) - trained).max() > 2 * error + 1e-3  # the adapter matters
 
 
 def trained_output(made, images) -> np.ndarray:

@@ -206,7 +206,7 @@ def test_saved_elsewhere_the_card_goes_with_the_adapter(tmp_path):
 
 
 def test_the_best_model_s_card_shows_the_best_step(tmp_path):
-    """load_best_model_at_end: the numbers are of step 2, so are the clips; step 3 was never measured with them."""
+    """load_best_model_at_end: the numbers are of step 2, and so are the clips."""
 
     def falling(prompts, videos, trainer_state, **columns):
         return [-float(trainer_state.global_step)] * len(prompts)
@@ -220,7 +220,10 @@ def test_the_best_model_s_card_shows_the_best_step(tmp_path):
     clips = [link for link in links_of(tmp_path) if link.endswith(".mp4")]
     assert clips == [f"samples/step_000002/eval/00{i}.mp4" for i in (0, 1)]
     written = {path.name for path in (tmp_path / "evaluations").iterdir()}
-    assert written == {f"step_00000{step}.json" for step in (0, 2, 4)}
+    assert written == {f"step_00000{step}.json" for step in (0, 2, 4, 5)}
+    last = (tmp_path / "evaluations" / "step_000005.json").read_bytes()
+    made.evaluate()  # of the best model, which is not that of step 5
+    assert (tmp_path / "evaluations" / "step_000005.json").read_bytes() == last
 
 
 def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path):
