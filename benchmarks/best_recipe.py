@@ -26,6 +26,7 @@ from pisces_rl.assets import asset_path
 from pisces_rl.policy import load_lora
 from pisces_rl.shapemotion import load_prompts, verify
 from pisces_rl.trainers.report import paired_bootstrap
+from pisces_rl.trainers.resume import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -48,7 +49,7 @@ def start(recipe: str, seed: int, folder: Path, extra: list[str]) -> subprocess.
 
 def seconds_a_step(folder: Path) -> float:
     """The median after three steps, from the log that the last checkpoint keeps."""
-    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    last = Path(last_checkpoint(folder))
     history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = [sum(row.get(f"seconds/{part}", 0.0) for part in PARTS) for row in history if "seconds/update" in row]
     return median(steps[3:] or steps)

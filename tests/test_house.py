@@ -109,6 +109,47 @@ def test_nobody_imports_shapemotion_but_examples_evaluation_and_tests():
     assert users <= {"shapemotion", "evaluation"}
 
 
+def opened_without_encoding(path: Path) -> list[int]:
+    """Lines of a source file that read or write text in whatever encoding the user's locale has."""
+    lines = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
+        if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        texts = [a.value for a in [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
+                 if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+        mode = next((text for text in texts if re.fullmatch(r"[rwaxbt+]{1,3}", text)), None)
+        opens = ast.unparse(node.func) == "open" or (name == "open" and mode is not None)
+        temporary = name in ("NamedTemporaryFile", "TemporaryFile", "fdopen") and mode is not None
+        if ast.unparse(node.func) == "av.open":
+            continue
+        if name in ("read_text", "write_text") or ((opens or temporary) and "b" not in (mode or "r")):
+            lines.append(node.lineno)
+    return sorted(lines)
+
+
+def programs() -> list[Path]:
+    return [p for folder in ("src", "examples", "benchmarks", "assets_src") for p in (ROOT / folder).rglob("*.py")]
+
+
+def test_text_files_are_utf8_whatever_the_locale_is():
+    """A prompt in Chinese under LC_ALL=C lost a model when the card was written."""
+    found = [f"{path.relative_to(ROOT)}:{line}" for path in programs() for line in opened_without_encoding(path)]
+    assert not found, f'pass encoding="utf-8": {found}'
+
+
+@pytest.mark.parametrize("line, wrong", [
+    ("path.read_text()", True), ("path.write_text('x')", True), ("open(path)", True), ("open(path, 'w')", True),
+    ("path.open()", False), ("path.open('a')", True), ("open(path, mode='r')", True), ("os.fdopen(1, 'w')", True),
+    ("open(path, 'rb')", False), ("path.open('wb')", False), ("open(path, encoding='utf-8')", False),
+    ("av.open(path, 'w')", False), ("path.read_text(encoding='utf-8', errors='replace')", False),
+    ("NamedTemporaryFile('w')", True), ("NamedTemporaryFile()", False),
+])
+def test_the_rule_on_encodings_notices_a_breach(tmp_path, line, wrong):
+    (tmp_path / "a.py").write_text(line)
+    assert opened_without_encoding(tmp_path / "a.py") == ([1] if wrong else [])
+
+
 def test_no_file_is_called_utils():
     assert not [p for p in tracked_files() if re.fullmatch(r"utils?|helpers?|misc|common", p.stem)]
 

@@ -120,7 +120,7 @@ def test_other_tasks(settings, task, line):
     assert front_matter(text)["pipeline_tag"] == task and task in front_matter(text)["tags"]
     code = re.search(r"```python\n(.*?)```", text, re.S)[1]
     compile(code, "snippet", "exec")
-    assert line in code and ("export_to_video" in code) == task.endswith("video")
+    assert line in code and ("encode_video" in code) == task.endswith("video")
 
 
 def test_snippet_for_peft_layout(tmp_path):

@@ -42,6 +42,7 @@ from pisces_rl.policy.lora import adapters_off
 from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.trainers.losses import kl_to_reference
+from pisces_rl.trainers.resume import last_checkpoint
 
 TRAINERS = {"grpo": (VideoGRPOConfig, VideoGRPOTrainer), "backprop": (RewardBackpropConfig, RewardBackpropTrainer)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards
@@ -131,7 +132,7 @@ def begin(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     path = folder / "settings.json"
     if path.exists():
         check_same(path, settings, extra)
-    elif any(folder.glob("checkpoint-*")):
+    elif last_checkpoint(folder):
         raise ValueError(f"{folder} holds checkpoints but no settings.json to know them by; remove it.")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, "extra": extra}), encoding="utf-8")
@@ -157,8 +158,7 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     )  # fmt: skip
     divergence.pipeline = trainer.pipeline
     start = time.perf_counter()
-    begun = any(Path(config.output_dir).glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=begun or None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     seconds = time.perf_counter() - start
     logs = trainer.state.log_history
     return {

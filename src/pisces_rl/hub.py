@@ -80,6 +80,8 @@ def model_card(
     images: Sequence[str] = (),
     still: bool = False,
     dtype: str = "bfloat16",
+    fps: int = 8,
+    vae_tiling: bool = False,
     files: Sequence[str] | None = None,
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
@@ -101,6 +103,8 @@ def model_card(
         images: arguments of the pipeline's call that take an image, as image-to-video's do.
         still: whether the pipeline makes images, not videos.
         dtype: of torch, in which the snippet loads the model.
+        fps: frames per second of the file that the snippet writes.
+        vae_tiling: whether the VAE decodes in tiles, which changes frames a little.
         files: what of the folder the card may speak of, as relative paths; None is what the folder's run wrote
             (run_files.json), or where that is not known, what is named like it.
 
@@ -115,7 +119,8 @@ def model_card(
     elif files is None:
         files = [path.relative_to(folder).as_posix() for path in _uploaded(folder)]
     videos, sheets = _videos(folder, files), sorted(fnmatch.filter(files, "samples/before_after*.png"))
-    use = _snippet(base_model, pipeline_class, repo_id, files, call or {}, images, still, guider_scale, dtype)
+    use = _snippet(base_model, pipeline_class, repo_id, files, call or {}, images, still, guider_scale, dtype, fps,
+                   vae_tiling)
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
@@ -230,7 +235,8 @@ def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]
     """Files that match one of the globs and are neither hidden nor in a checkpoint or an earlier run; without globs
     those of `PATTERNS` that the folder's run wrote."""
     found, written = set(), described(folder) if patterns is None else None
-    for path in (path for pattern in patterns or PATTERNS for path in folder.glob(pattern)):
+    patterns = PATTERNS if patterns is None else patterns
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
         parts = path.relative_to(folder).parts
         stays = any(part.startswith((".", "checkpoint-", "earlier-")) for part in parts)
         if path.is_file() and not stays and (written is None or "/".join(parts) in written):
@@ -260,9 +266,10 @@ def _shown_name(base_model: str) -> str:
 
 
 def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: Sequence[str], call: dict,
-             images: Sequence[str], still: bool, guider_scale: float | None, dtype: str) -> str:
+             images: Sequence[str], still: bool, guider_scale: float | None, dtype: str, fps: int,
+             vae_tiling: bool) -> str:
     own = _string(repo_id or "you/this-adapter")
-    helpers = ([] if still else ["export_to_video"]) + (["load_image"] if images else [])
+    helpers = ([] if still else ["encode_video"]) + (["load_image"] if images else [])
     lines = ["import torch", f"from diffusers import {pipeline_class}"]
     lines += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
     name = _shown_name(base_model)
@@ -290,6 +297,8 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: S
         for name in experts:
             file = f'weight_name="{name}/{LORA}", load_into_{name}=True'
             lines.append(f"pipe.load_lora_weights({own}, {file})")
+    if vae_tiling:
+        lines.append("pipe.vae.enable_tiling()")
     if guider_scale is not None:
         lines.append(f"pipe.guider = pipe.guider.new(guidance_scale={guider_scale!r})")
     plain = {name: value for name, value in call.items() if _is_plain(value)}
@@ -302,7 +311,7 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: S
         lines.append(f'pipe({prompt}{arguments}).images[0].save("image.png")')
     else:
         lines.append(f"video = pipe({prompt}{arguments}).frames[0]")
-        lines.append('export_to_video(video, "video.mp4")')
+        lines.append(f'encode_video(video, fps={fps}, output_path="video.mp4")  # needs PyAV: pip install av')
     return "\n".join(lines)
 
 

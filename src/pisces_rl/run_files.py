@@ -101,9 +101,13 @@ class RunFiles:
         self._set_aside([path for path in self._adapters() if path not in paths])
         self.claim(*paths)
 
-    def card(self) -> str:
-        """Where the model card goes: README.md, unless that is the user's."""
-        return OTHER_CARD if self._exists(README) and not self._is_our_card() else README
+    def claim_card(self) -> Path:
+        """`claim` for the model card: README.md, or model_card.md where README.md is the user's own."""
+        name = OTHER_CARD if self._exists(README) and not self._is_our_card() else README
+        self.claim(name)
+        if name == README and self.own.get(OTHER_CARD):  # the user has removed that README
+            (self.folder / OTHER_CARD).unlink(missing_ok=True)
+        return self.folder / name
 
     def current(self) -> list[str]:
         """Files that describe the present state of this run, and exist."""
@@ -160,8 +164,8 @@ class RunFiles:
     def _known_names(self) -> list[str]:
         """What a version that kept no list has left."""
         folder = self.folder
-        known = [path.name for path in own_checkpoints(folder).values()] + self._adapters()
-        known += [README] if self._is_our_card() else []
+        known = [path.name for path in own_checkpoints(folder).values()]
+        known += [README, *self._adapters()] if self._is_our_card() else []  # saved together
         known += ["report.json", "report.md"] if _is_our_report(folder / "report.json") else []
         paths = [p for place in ("*", "evaluations/*", "samples/**/*") for p in folder.glob(place) if p.is_file()]
         known += [path for path in (p.relative_to(folder).as_posix() for p in paths) if _KNOWN.fullmatch(path)]

@@ -88,7 +88,7 @@ def test_evaluation_adapter_and_card(tmp_path):
     assert "pipeline_tag: image-to-video" in card
     code = re.search(r"```python\n(.*?)```", card, re.S)[1]
     compile(code, "snippet", "exec")
-    assert 'image=load_image("your_image.png")' in code and "import export_to_video, load_image" in code
+    assert 'image=load_image("your_image.png")' in code and "import encode_video, load_image" in code
 
 
 def test_the_columns_may_hold_pictures_paths_or_tensors(tmp_path):

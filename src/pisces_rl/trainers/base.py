@@ -278,7 +278,7 @@ class VideoPolicyTrainer(_BaseTrainer):
                     if own.videos is not None and self.is_world_process_zero():
                         count = len(own.videos)
                         scores = {score: values[:count] for score, values in own.scores.items()}
-                        self._write_samples(f"samples/step_{self.state.global_step:06d}/{name}", own.videos,
+                        self._write_samples(f"samples/step_{self._saved_step:06d}/{name}", own.videos,
                                             own.prompts[:count], scores, tag=f"eval/{name}")
         metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
         if eval_dataset is None:
@@ -287,9 +287,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
             self.first_evaluation = self.first_evaluation or self.last_evaluation
             if self.is_world_process_zero():
-                path = evaluation_file(self.state.global_step)
+                path = evaluation_file(self._saved_step)
                 self.files.claim(path)
-                write_json(self.files.folder / path, {"step": self.state.global_step, "sets": self.last_evaluation})
+                write_json(self.files.folder / path, {"step": self._saved_step, "sets": self.last_evaluation})
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -403,8 +403,6 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
         with self.stage("saving"):
-            if self.args.should_save:
-                self.files.claim(final.name)
             write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
             if self.args.should_save:
                 best = self.state.best_model_checkpoint
@@ -419,6 +417,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
         if not self.args.should_save:
             return
+        self.files.claim(f"checkpoint-{self.state.global_step}")
         with self.ema or contextlib.nullcontext():
             save_lora(self.pipeline, folder)
         if not self.args.save_only_model:
@@ -519,13 +518,13 @@ class VideoPolicyTrainer(_BaseTrainer):
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
+            fps=self.args.fps, vae_tiling=self.args.vae_tiling,
             dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
-        name = files.card()
-        files.claim(name)
-        (files.folder / name).write_text(card, encoding="utf-8")
-        if name != "README.md":
-            self.console.print(f"{files.folder / 'README.md'} is not a card of this package: the card is in {name}.")
+        path = files.claim_card()
+        path.write_text(card, encoding="utf-8")
+        if path.name != "README.md":
+            self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
