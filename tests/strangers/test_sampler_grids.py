@@ -75,6 +75,11 @@ def test_unipc_at_four_steps_by_number():
     assert ours.timesteps.tolist() == pytest.approx([1000, 900.12, 750.37, 501.00], abs=0.01)  # UniPC's own are whole
 
 
+def test_experts_of_the_wan22_recipe():
+    """Its window is the 5 of 16 steps of the high-noise expert, at or above 0.875; it ships with UniPC and shift 3."""
+    assert (on_grid(UNIPC, 16)[1].timesteps >= 875).tolist() == [True] * 5 + [False] * 11
+
+
 def test_other_grids_of_flow_solvers():
     """Karras sigmas (Cosmos 2.5), a last sigma above 0, sigmas or a shift that the pipeline passes."""
     given = UniPCMultistepScheduler(use_dynamic_shifting=True, flow_shift=None, **FLOW)
