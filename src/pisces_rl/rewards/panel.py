@@ -27,6 +27,7 @@ from .encodings import shared_encodings
 from .inputs import Untouched, own_lists
 from .signature import OFFERED, arguments, inner
 from .table import RewardTable
+from .thread_settings import with_settings_of_this_thread
 from .time_limit import time_limit
 
 
@@ -203,9 +204,7 @@ class RewardPanel:
         async def together():
             return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
 
-        @torch.no_grad()
-        def run() -> list:
-            return asyncio.run(together())
+        run = with_settings_of_this_thread(lambda: asyncio.run(together()))
 
         # One that blocks its thread does not time out by itself; the others are ended before.
         with time_limit(self.timeout and self.timeout + 1, self._too_slow(*(self.names[i] for i in pending))):
