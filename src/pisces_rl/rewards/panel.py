@@ -152,7 +152,7 @@ class RewardPanel:
         """
         if taken := sorted(set(OFFERED) & set(columns)):
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
-        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
+        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan, device="cpu"))
 
         def offered(reward: str) -> dict:
             scalars: dict[str, list[float]] = {}
@@ -248,7 +248,7 @@ class _named:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, RewardError):
-            advice = "" if not any(f"unexpected keyword argument '{name}'" in str(error) for name in OFFERED) else (
+            advice = "" if "unexpected keyword argument" not in str(error) else (
                 " What takes **kwargs is given all that a reward may take: use functools.wraps in a decorator, or let "
                 "the function that it calls take **columns."
             )
