@@ -153,7 +153,7 @@ def test_model(tmp_path, model, message):
 @pytest.mark.parametrize("rewards, settings, message", [
     (None, {}, "reward_funcs is empty; pass at least one callable"),
     ([], {}, "reward_funcs is empty"),
-    (["brightness"], {}, "reward 'brightness' is not callable"),
+    (["brightness"], {}, "reward 'brightness' is unknown"),
     (tiny_runs.brightness, {"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 rewards; give one each"),
 ])
 def test_reward_funcs(tmp_path, shared, rewards, settings, message):
@@ -162,7 +162,7 @@ def test_reward_funcs(tmp_path, shared, rewards, settings, message):
 
 
 def test_judges_are_checked_too(tmp_path, shared):
-    with pytest.raises(ValueError, match="'judge' is not callable"):
+    with pytest.raises(ValueError, match="'judge' is unknown"):
         trainer(tmp_path, model=shared, judges=["judge"])
 
 

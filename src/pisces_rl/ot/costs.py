@@ -4,25 +4,35 @@ import contextlib
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.linear.default}
+
+
+class _InDoublePrecision(TorchDispatchMode):
+    """Inside, and in this thread only, products of fp32 tensors are computed in fp64 and rounded."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func not in _PRODUCTS or args[0].dtype != torch.float32:
+            return func(*args, **kwargs or {})
+        args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
+        return func(*args, **kwargs or {}).float()
 
 EPS = 1e-12  # shorter vectors count as zero
 
 
 @contextlib.contextmanager
 def exact_products(device: torch.device):
-    """No autocast, no TF32 or bf16 in products; everything as it was afterwards, also on an error."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before):
-            backend.fp32_precision = "none"  # inherited, as it may have been: what is read does not tell
-            if backend.fp32_precision != precision:
-                backend.fp32_precision = precision
+    """No autocast, no TF32 or bf16 in products.
+
+    Torch keeps the precision of products for all threads at once: to change it here would change what the denoiser
+    computes beside a reward. So where it is reduced, products go through fp64 instead.
+    """
+    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    reduced = backend.fp32_precision in ("tf32", "bf16")
+    with torch.autocast(device.type, enabled=False), _InDoublePrecision() if reduced else contextlib.nullcontext():
+        yield
 
 
 def as_float(x: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def check_reward(func: RewardFunc) -> None:
     if inspect.isclass(func):
         raise ValueError(f"reward {func.__name__} is a class; pass an instance of it: {func.__name__}(...).")
     module = inner(func)
-    if isinstance(module, nn.Module) and type(module).forward is nn.Module.forward:
+    if isinstance(module, nn.Module) and getattr(module.forward, "__func__", None) is nn.Module.forward:
         raise ValueError(f"reward {reward_name(func)} has no forward(prompts, videos), so it cannot be called.")
     try:
         parameters_of(func)
@@ -151,7 +151,8 @@ def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
             f"reward {name!r} returned {len(values)} values for {len(prompts)} videos; return one float (or None) "
             "per video, in order."
         )
-    numbers = torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float32)
+    numbers = [math.nan if value is None else value for value in values]
+    numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu")
     for row, value in enumerate(values):
         if value is not None and not numbers[row].isfinite():
             raise RewardError(

@@ -27,6 +27,7 @@ from .encodings import shared_encodings
 from .inputs import Untouched, own_lists
 from .signature import OFFERED, arguments, inner
 from .table import RewardTable
+from .thread_settings import with_settings_of_this_thread
 from .time_limit import time_limit
 
 
@@ -151,7 +152,7 @@ class RewardPanel:
         """
         if taken := sorted(set(OFFERED) & set(columns)):
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
-        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan))
+        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan, device="cpu"))
 
         def offered(reward: str) -> dict:
             scalars: dict[str, list[float]] = {}
@@ -203,9 +204,7 @@ class RewardPanel:
         async def together():
             return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
 
-        @torch.no_grad()
-        def run() -> list:
-            return asyncio.run(together())
+        run = with_settings_of_this_thread(lambda: asyncio.run(together()))
 
         # One that blocks its thread does not time out by itself; the others are ended before.
         with time_limit(self.timeout and self.timeout + 1, self._too_slow(*(self.names[i] for i in pending))):
@@ -249,7 +248,7 @@ class _named:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, RewardError):
-            advice = "" if not any(f"unexpected keyword argument '{name}'" in str(error) for name in OFFERED) else (
+            advice = "" if "unexpected keyword argument" not in str(error) else (
                 " What takes **kwargs is given all that a reward may take: use functools.wraps in a decorator, or let "
                 "the function that it calls take **columns."
             )

@@ -85,11 +85,14 @@ def _takes_inputs(held: object) -> bool:
 
 
 def _held(func: Callable) -> list:
-    """What a wrapper holds: a module its children, a function its closure, an object its attributes."""
+    """What a wrapper holds: the closure of its code, and a module's children or an object's attributes."""
     if isinstance(func, nn.Module):
-        return list(func.children())
-    if inspect.isfunction(func):
-        return [cell.cell_contents for cell in func.__closure__ or () if cell != types.CellType()]
-    if inspect.ismethod(func):
-        return []
-    return list(vars(func).values()) if hasattr(func, "__dict__") else []
+        code, attributes = getattr(func.forward, "__func__", None), func.children()
+    elif inspect.isfunction(func):
+        code, attributes = func, ()
+    elif inspect.ismethod(func):
+        code, attributes = func.__func__, getattr(func.__self__, "__dict__", {}).values()
+    else:
+        code, attributes = type(func).__call__, getattr(func, "__dict__", {}).values()
+    cells = code.__closure__ or () if inspect.isfunction(code) else ()
+    return [*(cell.cell_contents for cell in cells if cell != types.CellType()), *attributes]

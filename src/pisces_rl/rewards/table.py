@@ -47,7 +47,7 @@ class RewardTable:
         Raises RewardError where rewards of two tables recorded different values under one name.
         """
         width = sum(len(own) for own in places)
-        joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan))
+        joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan, device="cpu"))
         for table, own in zip(tables, places):
             joined.values[:, own] = table.values
             for kind in ("extras", "metrics"):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..policy.execution import attention_kernel
 from ..rewards import RewardPanel, RewardTable, compares_videos
+from ..rewards.thread_settings import with_settings_of_this_thread
 
 
 class OverlappedRewards:
@@ -42,7 +43,8 @@ class OverlappedRewards:
         self.kernel = attention_kernel(self.attention)
         self.kernel.__enter__()
         work = self.queue, self.tables, self.stopped  # of this rollout: an earlier, interrupted one keeps its own
-        self.thread = threading.Thread(target=self._work, args=work, name="rewards", daemon=True)
+        target = with_settings_of_this_thread(self._work)
+        self.thread = threading.Thread(target=target, args=work, name="rewards", daemon=True)
         self.thread.start()
         return self
 
