@@ -37,7 +37,8 @@ def test_encodings_that_say_what_they_are(tmp_path, encoding):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
 @pytest.mark.parametrize(("encoding", "message"), [
-    ("cp1252", r"line 3: byte 0xe9 is not UTF-8\. Save the file as UTF-8.*iconv"), ("utf-16-le", r"line \d: .*UTF-16LE"),
+    ("cp1252", r"line 3: byte 0xe9 is not UTF-8\. Save the file as UTF-8.*iconv"),
+    ("utf-16-le", r"line \d: .*UTF-16LE"),
 ])  # fmt: skip
 def test_encodings_that_must_be_guessed(tmp_path, name, encoding, message):
     """Excel's CSV of a German PC: a UnicodeDecodeError without the file's name."""
