@@ -82,7 +82,7 @@ def test_words_stay_whole_and_long_ones_are_cut():
 
 def test_marks_stay_with_their_letter():
     """A line must not begin with the accent of the letter before."""
-    found, _ = lines("e\u0301" * 300)
+    found, _ = lines("q\u0301" * 300)
     assert not any(line.startswith("\u0301") for line in found)
 
 
@@ -100,6 +100,14 @@ def test_without_a_font_the_caption_says_what_is_missing(tmp_path, videos, latin
     assert lines(text) == ([wanted], False)
     media.contact_sheet(videos, [text], tmp_path / "sheet.png")
     assert (tmp_path / "sheet.captions.txt").read_text(encoding="utf-8") == f"1: {text}\n"
+
+
+@pytest.mark.parametrize(("text", "wanted"), [
+    ("a caf\u00e9 \u2013 na\u00efve", "a cafe - naive"), ("e\u0301te\u0301", "ete"), ("\uff21\uff0c b", "A, b"),
+])  # fmt: skip
+def test_without_a_font_accents_go(latin_only, text, wanted):
+    """Pillow's own font has no e with an accent and no dash."""
+    assert lines(text) == ([wanted], True)
 
 
 def test_a_font_of_the_machine_is_taken(tmp_path, monkeypatch):
@@ -127,7 +135,7 @@ def test_a_font_of_the_machine_is_taken(tmp_path, monkeypatch):
 
 def test_latin_captions_keep_their_font():
     """A sheet of English looks as it did, whichever fonts are there."""
-    _, font, whole = captions.wrapped("a caf\u00e9: 50 % \"red\", it's 1 + 1 = 2", 500)
+    _, font, whole = captions.wrapped("a cafe: 50 % \"red\", it's 1 + 1 = 2", 500)
     assert whole and font.getname() == ImageFont.load_default(15).getname()
 
 

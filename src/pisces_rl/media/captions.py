@@ -48,8 +48,8 @@ def shows(number: int, character: str) -> bool:
 def wrapped(text: str, width: float, max_lines: int = MAX_LINES) -> tuple[list[str], ImageFont.FreeTypeFont, bool]:
     """Lines of a caption no wider than `width` pixels, the font that shows most of it, and whether this is all of it.
 
-    What that font lacks is named, a symbol by its name and letters by their number and script; what is beyond
-    `max_lines` gives way to an ellipsis.
+    Of what that font lacks, letters with accents lose them; a symbol is named, and other letters are counted by their
+    script. What is beyond `max_lines` gives way to an ellipsis.
     """
     limit = int(max_lines * width)  # more characters cannot fit: none is narrower than a pixel, or few are
     text, whole = _clean(text[:limit]), len(text) <= limit
@@ -57,7 +57,10 @@ def wrapped(text: str, width: float, max_lines: int = MAX_LINES) -> tuple[list[s
     number = min(range(len(fonts())), key=lambda n: sum(map(text.count, missing[n])))
     font = fonts()[number]
     if missing[number]:
-        text, whole = _named(text, missing[number]), False
+        text = "".join(_plain(c, number) if c in missing[number] else c for c in text)
+        lacking = {c for c in set(text) if not shows(number, c)}
+        if lacking:
+            text, whole = _named(text, lacking), False
     lines = []
     for line in _lines(text, font, width):
         if len(lines) == max_lines:
@@ -71,7 +74,15 @@ def _clean(text: str) -> str:
     """Without line ends, control characters, and marks of direction and of variants, which draw boxes."""
     instead = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd", "Cf": ""}
     kept = (instead.get(unicodedata.category(c), c) for c in text if not "\ufe00" <= c <= "\ufe0f")
-    return " ".join("".join(kept).split())
+    return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
+
+
+def _plain(character: str, number: int) -> str:
+    """The letter without its accents, a hyphen for a dash; the character where the font lacks these, too."""
+    if unicodedata.category(character) == "Pd":
+        return "-"
+    letters = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
+    return letters if all(shows(number, c) for c in letters) else character
 
 
 def _named(text: str, missing: set[str]) -> str:
