@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .captions import FONT_SIZE, MAX_LINES, fonts, wrapped
 from .pixels import enlarge, pixels
 from .whole_files import atomically
 
-_MARGIN, _GAP, _FONT_SIZE = 12, 4, 15
+_MARGIN, _GAP = 12, 4
 _PAPER, _INK, _FAINT, _BETTER, _WORSE = "#e9ecf1", "#1b1f24", "#6b7480", "#127a3a", "#b3261e"
 
 
@@ -28,7 +29,9 @@ def contact_sheet(
 
     Args:
         videos: (B, F, 3, H, W) float in [0, 1].
-        captions: B texts, wrapped to the strip's width.
+        captions: B texts, wrapped to the strip's width. A font of this machine that shows them is taken; where none
+            does (install Noto Sans CJK, for instance), or a text has more than 12 lines, the picture says so, and all
+            captions are written beside it, to NAME.captions.txt.
         path: of the picture; its suffix decides the format (.png).
         scores: B numbers or texts, shown beside the captions; None shows none.
         frames: how many of the F frames are shown, evenly spaced, the first and the last among them.
@@ -55,7 +58,7 @@ def contact_sheet(
         _Cell(caption, [_Row("", strip, _show(score), _INK)])
         for caption, strip, score in zip(captions, strips, scores, strict=True)
     ]
-    return _save_image(_sheet(cells, columns), path)
+    return _save_sheet(cells, columns, path)
 
 
 def before_after_sheet(
@@ -100,19 +103,32 @@ def before_after_sheet(
     cells = []
     for i, caption in enumerate(captions):
         old, new = scores[0][i], scores[1][i]
-        color = _INK if old is None or new is None or old == new else _BETTER if new > old else _WORSE
+        color = _INK  # where one is missing or NaN, too
+        if old is not None and new is not None:
+            color = _BETTER if new > old else _WORSE if new < old else _INK
         rows = [
             _Row("before", _strip(first[i], frames, min_size), _show(old), _INK),
             _Row("after", _strip(second[i], frames, min_size), _show(new), color),
         ]
         cells.append(_Cell(caption, rows))
-    return _save_image(_sheet(cells, columns), path)
+    return _save_sheet(cells, columns, path)
+
+
+class _Text:
+    """Lines in the font that shows most of them; `whole` where that and MAX_LINES are enough."""
+
+    def __init__(self, text: str, width: float, max_lines: int = MAX_LINES):
+        self.lines, self.font, self.whole = wrapped(text, width, max_lines)
+
+    @property
+    def width(self) -> float:
+        return max(map(self.font.getlength, self.lines))
 
 
 class _Row:
     """One strip with a label before it and a score after it."""
 
-    def __init__(self, label: str, strip: Image.Image, score: str, color: str):
+    def __init__(self, label: str, strip: Image.Image, score: _Text, color: str):
         self.label, self.strip, self.score, self.color = label, strip, score, color
 
 
@@ -139,24 +155,45 @@ def _strip(clip: np.ndarray, frames: int, min_size: int) -> Image.Image:
     return strip
 
 
-def _sheet(cells: list[_Cell], columns: int) -> Image.Image:
-    """Cells of equal strips in a grid, on white."""
-    font = ImageFont.load_default(_FONT_SIZE)
-    line = _FONT_SIZE + 5
+def _save_sheet(cells: list[_Cell], columns: int, path: str | Path) -> Path:
+    """The picture, and where it does not show all of a caption, all captions beside it."""
+    path = Path(path)
+    captions = path.with_suffix(".captions.txt")
+    sheet, whole = _sheet(cells, columns, captions.name)
+    path = _save_image(sheet, path)
+    if not whole:
+        text = "".join(f"{i}: {cell.caption}\n" for i, cell in enumerate(cells, 1))
+        atomically(captions, lambda file: file.write(text.encode(errors="replace")))  # half of a pair has no UTF-8
+    return path
+
+
+def _sheet(cells: list[_Cell], columns: int, captions: str) -> tuple[Image.Image, bool]:
+    """Cells of equal strips in a grid, on paper, and whether they show all of their captions.
+
+    Args:
+        captions: name of the file to look into where a cell does not.
+    """
+    font = fonts()[0]
+    line = FONT_SIZE + 5
     rows = [row for cell in cells for row in cell.rows]
     label = max((font.getlength(row.label) for row in rows), default=0)
     label = math.ceil(label) + 8 if label else 0
-    score = max((font.getlength(row.score) for row in rows), default=0)
+    score = max((row.score.width for row in rows), default=0)
     score = math.ceil(score) + 8 if score else 0
     strip_width = max(max(row.strip.width for row in rows), 160)
     width = label + strip_width + score
-    wrapped = [_wrap(cell.caption, font, width) for cell in cells]
+    texts = [_Text(cell.caption, width) for cell in cells]
+    blocks = [[(words, _INK, text.font) for words in text.lines] for text in texts]
+    for i, (block, text) in enumerate(zip(blocks, texts), 1):
+        if not text.whole:
+            note = _Text(f"(in full: {captions}, {i})", width)
+            block += [(words, _FAINT, note.font) for words in note.lines]
     columns = min(columns, len(cells))
     heights = []
     for start in range(0, len(cells), columns):
         group = range(start, min(start + columns, len(cells)))
         strips = max(sum(row.strip.height + _GAP for row in cells[i].rows) for i in group)
-        heights.append((max(len(wrapped[i]) for i in group) * line, strips))
+        heights.append((max(len(blocks[i]) for i in group) * line, strips))
     total = sum(text + strips + _MARGIN for text, strips in heights) + _MARGIN
     image = Image.new("RGB", (columns * (width + 2 * _MARGIN), total), _PAPER)
     draw = ImageDraw.Draw(image)
@@ -164,43 +201,28 @@ def _sheet(cells: list[_Cell], columns: int) -> Image.Image:
     for r, (text, strips) in enumerate(heights):
         for c, i in enumerate(range(r * columns, min((r + 1) * columns, len(cells)))):
             x = c * (width + 2 * _MARGIN) + _MARGIN
-            for k, words in enumerate(wrapped[i]):
-                draw.text((x, y + text - (len(wrapped[i]) - k) * line), words, fill=_INK, font=font)
+            for k, (words, color, own) in enumerate(blocks[i]):
+                draw.text((x, y + text - (len(blocks[i]) - k) * line), words, fill=color, font=own)
             top = y + text
             for row in cells[i].rows:
                 middle = top + row.strip.height / 2
                 draw.text((x, middle), row.label, fill=_FAINT, font=font, anchor="lm")
                 image.paste(row.strip, (x + label, top))
-                draw.text((x + label + row.strip.width + 8, middle), row.score, fill=row.color, font=font, anchor="lm")
+                draw.text((x + label + row.strip.width + 8, middle), row.score.lines[0], fill=row.color,
+                          font=row.score.font, anchor="lm")
                 top += row.strip.height + _GAP
         y += text + strips + _MARGIN
-    return image
+    return image, all(text.whole for text in texts)
 
 
-def _wrap(text: str, font, width: float) -> list[str]:
-    """Lines no wider than `width` pixels; a word that alone is wider is cut."""
-    lines, line = [], ""
-    for word in text.split() or [""]:
-        while font.getlength(word) > width and len(word) > 1:
-            fits = max(n for n in range(1, len(word)) if n == 1 or font.getlength(word[:n]) <= width)
-            if line:
-                lines.append(line)
-                line = ""
-            lines.append(word[:fits])
-            word = word[fits:]
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = longer
-    return [*lines, line]
-
-
-def _show(score: float | str | None) -> str:
+def _show(score: float | str | None) -> "_Text":
     if score is None:
-        return ""
-    return score if isinstance(score, str) else f"{float(score):.2f}"
+        return _Text("", 320)
+    if isinstance(score, str):
+        return _Text(score, 320, max_lines=1)
+    score = float(score)
+    plain = score == 0 or 0.005 <= abs(score) < 1e6  # NaN and infinity are not
+    return _Text(f"{score:.2f}" if plain else f"{score:.3g}", 320)
 
 
 def _check_length(name: str, values: Sequence, wanted: int) -> None:
