@@ -1,12 +1,28 @@
 """What several processes must have in common with one."""
 
+import functools
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
 import scenarios
 from safetensors.torch import load_file
 from scenarios import tiny_runs
+
+
+@functools.cache
+def one_process(name: str) -> dict:
+    """What a scenario gives without other processes: run once, whatever the number of files that compare with it."""
+    with tempfile.TemporaryDirectory() as folder:
+        return scenarios.run(name, Path(folder))
+
+
+@functools.cache
+def start() -> dict:
+    """The weights that training starts from."""
+    with tempfile.TemporaryDirectory() as folder:
+        return tiny_runs.weights(scenarios.made(folder))
 
 
 def numbers(folder: Path, name: str, rank: int = 0) -> dict:
@@ -18,12 +34,11 @@ def assert_equal_ranks(folder: Path, name: str) -> None:
     assert tiny_runs.largest_difference(first, second) == 0
 
 
-def assert_equals_one(folder: Path, tmp_path: Path, name: str, metrics=()) -> None:
+def assert_equals_one(folder: Path, name: str, metrics=()) -> None:
     """The weights of a scenario, which moved, and its metrics."""
-    one = scenarios.run(name, tmp_path)
+    one = one_process(name)
     assert tiny_runs.largest_difference(one["weights"], load_file(folder / f"{name}_0.safetensors")) < 1e-6
-    start = tiny_runs.weights(scenarios.made(tmp_path / "start"))
-    assert tiny_runs.largest_difference(one["weights"], start) > 1e-4
+    assert tiny_runs.largest_difference(one["weights"], start()) > 1e-4
     for key in metrics:
         assert numbers(folder, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
 
@@ -34,9 +49,9 @@ def assert_resumed(folder: Path) -> None:
         assert result["difference"] == 0 and result["rewards"][0] == result["rewards"][1]
 
 
-def assert_evaluated_as_one(folder: Path, tmp_path: Path) -> None:
+def assert_evaluated_as_one(folder: Path) -> None:
     """Five prompts, and one, of which a process has none: scores in the data set's order, and a run's files."""
-    one = scenarios.run("evaluated", tmp_path)
+    one = one_process("evaluated")
     for rank in (0, 1):
         result = numbers(folder, "evaluated", rank)
         assert result["metrics"].keys() == one["metrics"].keys()

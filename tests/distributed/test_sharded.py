@@ -29,18 +29,18 @@ def test_each_process_holds_about_half_of_the_weights(sharded):
 
 
 @pytest.mark.parametrize("name", EQUAL_ONE)
-def test_sharded_processes_equal_one(sharded, tmp_path, name):
+def test_sharded_processes_equal_one(sharded, name):
     assert_equal_ranks(sharded, name)
-    assert_equals_one(sharded, tmp_path, name, scenarios.METRICS)
+    assert_equals_one(sharded, name, scenarios.METRICS)
 
 
 def test_a_sharded_run_resumes(sharded):
     assert_resumed(sharded)
 
 
-def test_evaluation_of_few_prompts_equals_that_of_one_process(sharded, tmp_path):
+def test_evaluation_of_few_prompts_equals_that_of_one_process(sharded):
     """A process without a prompt of its own samples with the other, and scores nothing."""
-    assert_evaluated_as_one(sharded, tmp_path)
+    assert_evaluated_as_one(sharded)
 
 
 def test_processes_with_texts_of_unequal_lengths_make_the_same_calls(sharded):
@@ -57,4 +57,4 @@ def test_weights_of_two_dtypes_are_sharded(sharded):
 def test_gathered_weights_may_be_kept(tmp_path):
     result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=100, fsdp_reshard_after_forward=False)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert_equals_one(tmp_path, tmp_path / "one", "split_group")
+    assert_equals_one(tmp_path, "split_group")

@@ -34,9 +34,9 @@ def test_ranks_hold_equal_weights(two, name):
 
 
 @pytest.mark.parametrize("name", EQUAL_ONE)
-def test_two_processes_equal_one(two, tmp_path, name):
+def test_two_processes_equal_one(two, name):
     """The same videos are drawn, and the gradient is that of the gathered batch."""
-    assert_equals_one(two, tmp_path, name, scenarios.METRICS)
+    assert_equals_one(two, name, scenarios.METRICS)
 
 
 def test_each_process_writes_its_trace_and_logs_are_their_mean(two):
@@ -63,8 +63,8 @@ def test_resumed_equals_uninterrupted(two):
     assert {p.name for p in folder.glob("random_*.json")} == {"random_0.json", "random_1.json"}
 
 
-def test_evaluation_equals_that_of_one_process(two, tmp_path):
-    assert_evaluated_as_one(two, tmp_path)
+def test_evaluation_equals_that_of_one_process(two):
+    assert_evaluated_as_one(two)
 
 
 def test_unequal_weights_are_found(two):

@@ -1,8 +1,11 @@
 """The other processes of a run: one that is gone or stuck is named, and so is one with other weights."""
 
+import atexit
 import re
+import time
 from collections.abc import Iterable
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -10,6 +13,8 @@ from torch import Tensor
 from torch.distributed import isend, monitored_barrier, new_group
 
 ROLL_CALL = 20  # seconds that the others have to answer once a collective has failed
+EXIT_LIMIT = 10.0  # seconds that gloo's threads have to come to rest before the process ends
+_TASKS = Path("/proc/self/task")  # Linux: a folder for each thread of this process
 _PEER_LOST = re.compile(r"Connection (closed|reset) by peer|gloo/transport|NCCL (error|communicator)|Broken pipe")
 _GOES_ON = "Checkpoints are written whole: mend what stopped that rank, and resume with resume_from_checkpoint=True."
 
@@ -101,3 +106,36 @@ def digest(weights: Iterable[Tensor]) -> Tensor:
         total = total + (bits * (2 * places + 1)).sum()
         start += len(bits)
     return total
+
+
+@atexit.register
+def let_gloo_rest(limit: float = EXIT_LIMIT) -> None:
+    """Wait, for at most `limit` seconds, until every worker thread of gloo sleeps. Called when the interpreter exits.
+
+    A worker lets go of a collective's tensors a moment after those who waited for the collective go on, and needs the
+    interpreter for that. Should the interpreter be gone by then, Python 3.11 to 3.13 ends the thread inside a C++
+    destructor, and the process dies of SIGABRT ("terminate called without an active exception"). destroy_process_group
+    ends the workers only where nobody else, for instance a DeviceMesh, knows the group.
+    """
+    if not _TASKS.is_dir():
+        time.sleep(0.1)
+        return
+    end, before = time.monotonic() + limit, None
+    while (workers := _gloo_workers()) and time.monotonic() < end:
+        if workers == before and all(state == "S" for state, _ in workers.values()):
+            return  # one that waited for the interpreter would have had it meanwhile
+        before = workers
+        time.sleep(0.02)
+
+
+def _gloo_workers() -> dict[str, tuple[str, str]]:
+    """State and number of context switches of each worker thread of gloo."""
+    workers = {}
+    for task in _TASKS.iterdir():
+        try:
+            if (task / "comm").read_text() == "pt_gloo_runloop\n":
+                status = (task / "status").read_text()
+                workers[task.name] = re.search(r"State:\s+(\w)", status)[1], status.partition("voluntary")[2]
+        except OSError:  # it has ended
+            continue
+    return workers
