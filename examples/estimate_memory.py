@@ -19,7 +19,7 @@ from grpo_t2v import ScriptArguments
 from rich.console import Console
 from rich.table import Table
 
-from pisces_rl import VideoGRPOConfig
+from pisces_rl import VideoGRPOConfig, assets
 from pisces_rl.cli import parse_arguments
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 from pisces_rl.policy import default_lora_config
@@ -41,6 +41,7 @@ class EstimateArguments:
 
 def estimated(script: ScriptArguments, config: VideoGRPOConfig) -> MemoryEstimate:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
+    config.settle_call(assets.call_defaults(script.model))
     return estimate_memory(
         weightless_pipeline(script.model, dtype, ARCHITECTURES), config,
         default_lora_config(script.lora_r, script.lora_alpha, script.lora_target_modules),

@@ -14,7 +14,7 @@ class StageProgress(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step",
                             file=sys.stderr, smoothing=0.1)
 
@@ -37,6 +37,13 @@ class StageProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+@torch.no_grad()
+def copy_into(parameters: dict[str, torch.nn.Parameter], values: dict[str, torch.Tensor]) -> None:
+    """Set parameters to the values of the same names."""
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
 
 
 class AdapterEMA(TrainerCallback):
@@ -72,10 +79,8 @@ class AdapterEMA(TrainerCallback):
         self._copy(self.kept)
         self.kept = None
 
-    @torch.no_grad()
     def _copy(self, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+        copy_into(self.parameters, values)
 
     def state_dict(self) -> dict:
         weights = self.kept or {name: p.detach() for name, p in self.parameters.items()}
