@@ -19,7 +19,7 @@ from grpo_t2v import ScriptArguments, lora_config
 from rich.console import Console
 from rich.table import Table
 
-from pisces_rl import VideoGRPOConfig
+from pisces_rl import VideoGRPOConfig, assets
 from pisces_rl.cli import parse_arguments
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
@@ -40,6 +40,7 @@ class EstimateArguments:
 
 def estimated(script: ScriptArguments, config: VideoGRPOConfig) -> MemoryEstimate:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
+    config.settle_call(assets.call_defaults(script.model))
     return estimate_memory(
         weightless_pipeline(script.model, dtype, ARCHITECTURES), config,
         lora_config(script, config),

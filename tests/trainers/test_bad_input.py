@@ -91,7 +91,7 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
     ({"beta": -0.1}, "beta=-0.1 must not be negative"),
     ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
     ({"sde_window_range": [1]}, r"sde_window_range=\[1\] must be two integers"),
-    ({"auto_find_batch_size": True}, "auto_find_batch_size would change the batch"),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported: it would change the batch"),
     ({"pipeline_kwargs": "max_sequence_length=24"}, "pipeline_kwargs='max_sequence_length=24' is not JSON"),
     ({"pipeline_kwargs": "[1]"}, r"pipeline_kwargs=\[1\] must be a dict"),
 ])

@@ -1,6 +1,7 @@
 """Models shipped with the package, found by name."""
 
 import difflib
+import json
 from importlib import resources
 from pathlib import Path
 
@@ -22,3 +23,16 @@ def asset_path(name: str, card: str = "model_index.json") -> Path:
         raise ValueError(f"{name!r} is not an embedded model; did you mean {nearest[0] if nearest else None!r}? "
                          f"Available: {available(card)}.")
     return Path(str(resources.files(__name__).joinpath(name)))
+
+
+def call_defaults(model: str) -> dict:
+    """What a pipeline's call takes of an embedded model where nobody says otherwise: size, frames, steps, guidance.
+
+    Args:
+        model: a name, a Hub id or a folder. Only an embedded model's folder holds a file `call.json`; of any other
+            model nothing is known.
+    """
+    folder = asset_path(model) if model in available() else Path(model)
+    if folder.parent != Path(str(resources.files(__name__))) or not (folder / "call.json").is_file():
+        return {}
+    return json.loads((folder / "call.json").read_text(encoding="utf-8"))

@@ -1,5 +1,6 @@
 """How much memory a GRPO run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
 
+import copy
 import inspect
 import warnings
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from peft import LoraConfig
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd import Variable
 
+from .. import assets
 from ..policy.offload import kind_of
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
@@ -83,6 +85,8 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         ValueError: a network branches on numbers in a tensor, or each video comes with an image.
         PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
     """
+    args = copy.copy(args)
+    args.settle_call(assets.call_defaults(pipeline.name_or_path or ""))
     images = args.image_columns  # unset: as in trainers.images.image_columns
     if images is None and "image" in inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters:
         images = ["image"]

@@ -15,6 +15,7 @@ from .lora import (
     check_no_adapters,
     default_lora_config,
     lora_parameters,
+    set_adapter,
 )
 from .lora_check import check_saved_lora, check_saved_weights, without_adapters
 from .lora_files import load_lora, load_lora_state, save_lora
@@ -30,5 +31,5 @@ __all__ = [
     "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy", "adapter_values",
     "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora", "check_saved_weights",
     "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state", "lora_parameters",
-    "read_adapter", "save_lora", "without_adapters",
+    "read_adapter", "save_lora", "set_adapter", "without_adapters",
 ]

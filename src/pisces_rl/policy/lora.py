@@ -232,14 +232,15 @@ def adapter_values(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) 
     """Inside, the adapter has other values, for instance those that it began with; no graph may wait for its own."""
     own = {name: parameter.detach().clone() for name, parameter in adapter.items()}
     try:
-        _copy(adapter, values)
+        set_adapter(adapter, values)
         yield
     finally:
-        _copy(adapter, own)
+        set_adapter(adapter, own)
 
 
 @torch.no_grad()
-def _copy(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def set_adapter(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    """Set an adapter's parameters to the values of the same names."""
     for name, parameter in adapter.items():
         parameter.copy_(values[name])
 

@@ -51,20 +51,26 @@ class RewardBackpropConfig(VideoPolicyConfig):
         for name, allowed in (("backprop_through", THROUGH), ("scale_rewards", ("none", "std"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
-        if not 1 <= self.backprop_steps <= self.num_inference_steps:
-            raise ValueError(
-                f"backprop_steps={self.backprop_steps} must lie between 1 and num_inference_steps="
-                f"{self.num_inference_steps}."
-            )
         for name in ("low_variance_samples", "decode_frames"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1.")
-        window = self.one_step_range or [0, self.num_inference_steps]
-        if len(window) != 2 or not 0 <= window[0] < window[1] <= self.num_inference_steps:
-            raise ValueError(
-                f"one_step_range={self.one_step_range} must be two integers with 0 <= low < high <= "
-                f"num_inference_steps={self.num_inference_steps}."
-            )
         if not 0 <= self.reward_std_decay < 1:
             raise ValueError(f"reward_std_decay={self.reward_std_decay} must lie in [0, 1).")
+
+    def _check_steps(self, steps: int) -> None:
+        super()._check_steps(steps)
+        if not 1 <= self.backprop_steps <= steps:
+            raise ValueError(
+                f"backprop_steps={self.backprop_steps} must lie between 1 and num_inference_steps={steps}."
+            )
+        window = self.one_step_range or [0, steps]
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= steps:
+            raise ValueError(
+                f"one_step_range={self.one_step_range} must be two integers with 0 <= low < high <= "
+                f"num_inference_steps={steps}."
+            )
+
+    def videos_a_step(self) -> str:
+        videos = self.per_device_train_batch_size * self.data_parts * self.gradient_accumulation_steps
+        return f"each optimizer step samples {videos} videos"

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
-from .. import hub, media
+from .. import assets, hub, media
 from ..policy import (
     VideoPolicy,
     add_lora,
@@ -24,6 +24,7 @@ from ..policy import (
     lora_parameters,
     read_adapter,
     save_lora,
+    set_adapter,
 )
 from ..rewards import RewardPanel
 from ..run_files import RunFiles
@@ -55,9 +56,18 @@ from .initial import InitialPolicy
 from .launch import requested_sharding, shard_policy, share_tokens_of_policy
 from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
+from .plan import step_plan
 from .ranks import Ranks
 from .report import print_comparison, read_evaluation, run_console
-from .resume import check_same_run, last_checkpoint, requested_checkpoint, run_identity, step_of
+from .resume import (
+    changes_since,
+    check_same_run,
+    follow_settings,
+    last_checkpoint,
+    requested_checkpoint,
+    run_identity,
+    step_of,
+)
 from .run_folder import evaluation_file, first_evaluation, write_json, write_report, write_samples
 from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
@@ -115,6 +125,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         set_seed(args.seed)  # the same LoRA initialisation on every process
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
             getattr(model, "name_or_path", "") or type(model).__name__)
+        args.settle_call(assets.call_defaults(self.model_name))
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
         self.image_columns = image_columns(self.pipeline, args.image_columns)
         check_images("train_dataset", train_dataset, self.image_columns)
@@ -128,8 +139,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
         self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
         self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
-        batches = {name: getattr(args, name) for name in self._position_settings}
-        self._identity = run_identity(self._name, self.model_name, self.policy, batches) | self.initial.identity
+        self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings)
+        self._identity |= self.initial.identity
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
                                        args.torch_compile_backend or "inductor", args.torch_compile_mode)
@@ -348,9 +359,14 @@ class VideoPolicyTrainer(_BaseTrainer):
                                           resume_from_checkpoint or self.args.resume_from_checkpoint)
         if checkpoint is not None:
             check_same_run(checkpoint, self._identity)
+            self._identity["changes"] = changes_since(checkpoint, self._identity)
             self.args.eval_on_start = False
         if self.is_world_process_zero():
             self._set_aside_earlier_run(checkpoint)
+            for line in step_plan(self.policy, self.model_name, self.args):
+                self.console.print(line, highlight=False)
+            for change in self._identity["changes"]:
+                self.console.print(f"changed on resume: {change}", highlight=False)
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -437,6 +453,8 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
+        if state.get("ema") is not None:  # what the adapter's file holds is the average
+            set_adapter(self.adapter, state["ema"]["weights"])
         for name, average in self._averages().items():
             if average is not None and state.get(name) is not None:
                 average.load_state_dict(state[name])
@@ -452,8 +470,9 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         load_lora_state(self.pipeline, self.state.best_model_checkpoint)
-        if self.ema is not None:  # what was saved there is the average
-            self.ema.restart()
+        for average in self._averages().values():
+            if average is not None:  # what is evaluated and saved from here on is what was loaded
+                average.restart()
         self._best_step = self.state.best_global_step
         if self.is_world_process_zero():
             folder = Path(self.state.best_model_checkpoint).parent  # not output_dir, if resumed from elsewhere
@@ -466,8 +485,15 @@ class VideoPolicyTrainer(_BaseTrainer):
             raise ValueError(
                 f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
             )
+        groups = [dict(group) for group in self.optimizer.param_groups]
         for name, own in {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}.items():
             own.load_state_dict(load_tree(Path(checkpoint) / name))
+        follow_settings(self.optimizer, self.lr_scheduler, groups)
+
+    def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
+        return position
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         path = None if checkpoint is None else Path(checkpoint) / f"random_{self.accelerator.process_index}"
@@ -530,6 +556,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
         settings = {"rewards": ", ".join(self.rewards.names) or "none"} | {n: getattr(self.args, n) for n in names}
         settings["sampler"] = self.policy.sampler
+        if self._identity["changes"]:
+            settings["changed on resume"] = "; ".join(self._identity["changes"])
         if self.consistency is not None:
             settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
         return settings | self.initial.card_settings

@@ -6,6 +6,8 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ..policy import set_adapter
+
 
 class StageProgress(TrainerCallback):
     """One bar over optimizer steps, whose text names the stage (rollout, rewards, update, evaluation, saving)."""
@@ -14,7 +16,7 @@ class StageProgress(TrainerCallback):
         self.bar = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step",
                             file=sys.stderr, smoothing=0.1)
 
@@ -72,10 +74,8 @@ class AdapterEMA(TrainerCallback):
         self._copy(self.kept)
         self.kept = None
 
-    @torch.no_grad()
     def _copy(self, values: dict[str, torch.Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+        set_adapter(self.parameters, values)
 
     def state_dict(self) -> dict:
         weights = self.kept or {name: p.detach() for name, p in self.parameters.items()}

@@ -10,9 +10,12 @@ import torch
 from ..policy.offload import OFFLOADED
 from ..policy.rules import check_call
 from ._trl import _BaseConfig
+from .inherited_settings import check_inherited
 from .launch import check_processes, requested_sharding
 
 OFFLOAD = (*OFFLOADED, "rewards")  # what `offload` may name
+STEPS = 16  # denoising steps where neither the config nor an embedded model says how many
+CALL = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")
 
 
 @dataclass
@@ -20,13 +23,15 @@ class VideoPolicyConfig(_BaseConfig):
     """Settings of every trainer of a video policy, on top of `transformers.TrainingArguments`."""
 
     # --- the policy: how a video is sampled ---
-    num_inference_steps: int = field(default=16, metadata={"help": "Denoising steps of a sample."})
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance scale. Unset: the pipeline's default."}
+    num_inference_steps: int | None = field(
+        default=None, metadata={"help": "Denoising steps of a sample. Unset: an embedded model's own, otherwise 16."}
     )
-    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
-    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the pipeline's default."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the pipeline's default."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance scale. Unset: the model's default."}
+    )
+    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the model's default."})
+    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the model's default."})
+    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the model's default."})
     pipeline_kwargs: dict | str | None = field(
         default=None,
         metadata={"help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
@@ -173,6 +178,7 @@ class VideoPolicyConfig(_BaseConfig):
             super().__post_init__()
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         self.torch_compile = self.torch_compile or any(compiled[1:])
+        check_inherited(self)
         check_processes(self)
         requested_sharding(self)  # before a pipeline is loaded, by the trainer or by its caller
         if self.recompute not in ("all_but_attention", "everything"):
@@ -210,14 +216,9 @@ class VideoPolicyConfig(_BaseConfig):
             )
         if self.consistency_batch_size is not None and self.consistency_batch_size < 1:
             raise ValueError(f"consistency_batch_size={self.consistency_batch_size} must be at least 1, or unset.")
-        if self.num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={self.num_inference_steps} must be at least 1.")
+        self._check_steps(STEPS if self.num_inference_steps is None else self.num_inference_steps)
         if self.trace_steps < 0:
             raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size would change the batch under way; lower per_device_train_batch_size."
-            )
 
     def _check_start_stays(self) -> None:
         """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""
@@ -249,10 +250,33 @@ class VideoPolicyConfig(_BaseConfig):
         if not isinstance(self.pipeline_kwargs, dict | None):
             raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of the pipeline's arguments.")
 
+    def _check_steps(self, steps: int) -> None:
+        """Whether everything that counts denoising steps fits so many."""
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps} must be at least 1.")
+
+    def settle_call(self, defaults: dict) -> None:
+        """Take what is unset of the pipeline's call from `defaults` (`assets.call_defaults`), steps in any case.
+
+        Raises:
+            ValueError: another setting does not fit that number of steps.
+        """
+        given = self.pipeline_kwargs or {}
+        for name in CALL:
+            if getattr(self, name) is None and name not in given:
+                setattr(self, name, defaults.get(name))
+        self.pipeline_kwargs = {n: v for n, v in defaults.items() if n not in CALL} | given
+        self.num_inference_steps = self.num_inference_steps or STEPS
+        self._check_steps(self.num_inference_steps)
+
+    def videos_a_step(self) -> str:
+        """How many videos are sampled how often, in words."""
+        raise NotImplementedError
+
     def policy_kwargs(self) -> dict:
         """The arguments of the pipeline's call that this config sets."""
         call = dict(self.pipeline_kwargs or {})
-        for name in ("guidance_scale", "height", "width", "num_frames"):
+        for name in CALL[1:]:
             if getattr(self, name) is not None:
                 call[name] = getattr(self, name)
         return call
@@ -260,7 +284,7 @@ class VideoPolicyConfig(_BaseConfig):
     def policy_settings(self) -> dict:
         """The arguments of `VideoPolicy`."""
         return {
-            "num_inference_steps": self.num_inference_steps, "pipeline_kwargs": self.policy_kwargs(),
+            "num_inference_steps": self.num_inference_steps or STEPS, "pipeline_kwargs": self.policy_kwargs(),
             "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
             "vae_dtype": self.vae_dtype, "vae_slicing": self.vae_slicing, "vae_tiling": self.vae_tiling,
         }

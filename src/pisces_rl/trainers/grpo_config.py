@@ -147,13 +147,16 @@ class VideoGRPOConfig(VideoPolicyConfig):
                     f"rewards, so {name}={getattr(self, name)!r} would have no effect; leave it {only!r}, or leave "
                     "per_prompt_stat_tracking out."
                 )
-        if self.num_inference_steps < 2:
-            raise ValueError(
-                f"num_inference_steps={self.num_inference_steps}: GRPO needs at least 2 steps, the last is "
-                "deterministic; RewardBackpropTrainer takes 1."
-            )
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
+
+    def _check_steps(self, steps: int) -> None:
+        super()._check_steps(steps)
+        if steps < 2:
+            raise ValueError(
+                f"num_inference_steps={steps}: GRPO needs at least 2 steps, the last is deterministic; "
+                "RewardBackpropTrainer takes 1."
+            )
 
     def _check_batches(self) -> None:
         per_step = self.per_device_train_batch_size * self.data_parts
@@ -200,6 +203,12 @@ class VideoGRPOConfig(VideoPolicyConfig):
                 f"num_generations={self.num_generations}: groups below 8 often give advantages of the wrong sign on "
                 "video; training goes on.", stacklevel=2,
             )
+
+    def videos_a_step(self) -> str:
+        groups = self.generation_batch_size // self.num_generations
+        uses = -(-self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        steps = "optimizer step" if uses == 1 else f"{uses} optimizer steps"
+        return f"each {steps} samples {self.generation_batch_size} videos ({groups} x {self.num_generations})"
 
     def policy_settings(self) -> dict:
         names = ("transition", "noise_level", "sde_window_size", "sde_window_range")

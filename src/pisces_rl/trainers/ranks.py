@@ -133,8 +133,8 @@ def _gloo_workers() -> dict[str, tuple[str, str]]:
     workers = {}
     for task in _TASKS.iterdir():
         try:
-            if (task / "comm").read_text() == "pt_gloo_runloop\n":
-                status = (task / "status").read_text()
+            if (task / "comm").read_text(encoding="utf-8") == "pt_gloo_runloop\n":
+                status = (task / "status").read_text(encoding="utf-8")
                 workers[task.name] = re.search(r"State:\s+(\w)", status)[1], status.partition("voluntary")[2]
         except OSError:  # it has ended
             continue

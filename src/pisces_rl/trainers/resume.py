@@ -8,9 +8,24 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import SchedulerType
 
 from ..policy import VideoPolicy
 from ..run_files import own_checkpoints
+
+#: Settings that may change on resume. They act from there on, and the run says so: on the console and in its card.
+TOLD = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
+        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "num_inference_steps",
+        "guidance_scale", "ema_decay", "consistency_weight", "reward_weights")
+#: Settings that may not: what a checkpoint holds would mean something else.
+FIXED = {
+    "optim": "the optimizer's state is of another kind",
+    "optim_args": "the optimizer's state is of another kind",
+    "metric_for_best_model": "the best value so far is of another metric",
+}
+_SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+_FOLLOWS_SCORES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that are no function of the step
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -40,12 +55,13 @@ def step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
-def run_identity(trainer: str, model: str, policy: VideoPolicy, batches: dict[str, int]) -> dict:
-    """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted.
+def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: tuple[str, ...]) -> dict:
+    """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted; and the
+    settings of the run, with what changed in them where it was resumed.
 
     Args:
-        trainer: its name. model: where the pipeline is from. batches: settings by which the position in the data is
-            counted.
+        trainer: its name. model: where the pipeline is from. args: the config. position: settings by which the
+            position in the data is counted.
     """
     denoisers = policy.denoiser
     return {
@@ -55,7 +71,9 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, batches: dict[st
         "denoisers": {name: _architecture(module) for name, module in denoisers.items()},
         "weights": {name: _weights_digest(module) for name, module in denoisers.items()},
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
-        "batches": batches,
+        "batches": {name: getattr(args, name) for name in position},
+        "settings": {name: getattr(args, name) for name in (*TOLD, *FIXED)},
+        "changes": [],
     }
 
 
@@ -90,6 +108,48 @@ def check_same_run(checkpoint: str, own: dict) -> None:
                 f"{name}={value}, but resume_from_checkpoint={checkpoint!r} was saved with "
                 f"{saved['batches'][name]}: the position in the data would be another. Keep it, or start anew."
             )
+    settings, own = saved.get("settings", own["settings"]), own["settings"]
+    for name, why in FIXED.items():
+        unused = name == "metric_for_best_model" and None in (settings[name], own[name])  # nothing is best yet
+        if settings[name] != own[name] and not unused:
+            raise ValueError(
+                f"{name}={own[name]!r}, but resume_from_checkpoint={checkpoint!r} was saved with "
+                f"{settings[name]!r}: {why}. Keep it, or start anew."
+            )
+    kinds = {settings["lr_scheduler_type"], own["lr_scheduler_type"]}
+    for name in _SCHEDULE if kinds & set(_FOLLOWS_SCORES) else ():
+        if settings[name] != own[name]:
+            raise ValueError(
+                f"{name}={own[name]!r}, but resume_from_checkpoint={checkpoint!r} was saved with "
+                f"{settings[name]!r}: a schedule that follows the scores cannot be changed under way. Keep it, or "
+                "start anew."
+            )
+
+
+def changes_since(checkpoint: str, own: dict) -> list[str]:
+    """What changed at this checkpoint and at earlier ones: "learning_rate 0.001 until step 20, then 0.0001"."""
+    saved, step = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8")), step_of(checkpoint)
+    settings = saved.get("settings", own["settings"])
+    return saved.get("changes", []) + [
+        f"{name} {settings[name]} until step {step}, then {own['settings'][name]}"
+        for name in TOLD if settings[name] != own["settings"][name]
+    ]
+
+
+def follow_settings(optimizer: torch.optim.Optimizer, scheduler, groups: list[dict]) -> None:
+    """An optimizer and its schedule that were loaded take the settings of this run; their state stays.
+
+    Args:
+        groups: the optimizer's groups before they were loaded.
+    """
+    for group, own in zip(optimizer.param_groups, groups):
+        group.update({key: own[key] for key in ("betas", "eps", "weight_decay", "initial_lr") if key in own})
+    if isinstance(scheduler, LambdaLR):  # the others follow scores: `check_same_run` keeps them as they were
+        scheduler.base_lrs = [group["initial_lr"] for group in groups]
+        rates = [rate * part(scheduler.last_epoch) for rate, part in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
+        for group, rate in zip(optimizer.param_groups, rates):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
 
 def _beginning(identity: dict) -> str:

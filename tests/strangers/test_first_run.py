@@ -1,0 +1,134 @@
+"""A newcomer's first hour: the shortest script, and every snippet of the README and the docs as it is written."""
+
+import argparse
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from tiny_pipelines import BUILD, quiet
+
+from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, VideoGRPOTrainer, cli, load_pipeline
+from pisces_rl.assets import call_defaults
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HUB = re.compile(r'"[A-Z][\w-]*/[\w.-]+"')  # a model that cannot be downloaded here
+FOUR = Dataset.from_dict({"prompt": ["a red circle", "a blue square", "a green triangle", "a red cross"]})
+
+
+def brightness(prompts, videos, **columns):
+    return videos.mean(dim=(1, 2, 3, 4)).tolist()
+
+
+def python_snippets() -> list:
+    found = [(page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
+    return [pytest.param(code, id=f"{page.stem}-{i}", marks=pytest.mark.slow if trains(code) else ())
+            for i, (page, code) in enumerate(found)]
+
+
+def trains(code: str) -> bool:
+    """The shortest script takes half a minute on two cores."""
+    return ".train()" in code and not HUB.search(code)
+
+
+def commands() -> list:
+    """Indented lines, and code in the text, that start a script of this repository."""
+    found = []
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S).replace("\\\n", " ")
+        lines = re.findall(r"^    (.+)$", text, re.M) + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", text)]
+        starts = [line for line in lines if re.match(r"(\w+=\S+ )*(python|accelerate launch) .*\w+/\w+\.py", line)]
+        found += [(page.stem, line) for line in dict.fromkeys(starts)]
+    return [pytest.param(line, id=f"{page}-{i}") for i, (page, line) in enumerate(found)]
+
+
+class Parsed(Exception):
+    """A script has read its arguments."""
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_the_docs_is_one(line, monkeypatch):
+    """Each script reads its arguments with its own parser; nothing more is run."""
+    words = shlex.split(line)
+    start = next(i for i, word in enumerate(words) if re.fullmatch(r"\w+(/\w+)*\.py", word))
+    assert all((ROOT / word).is_file() for word in words[:start + 1] if word.endswith((".yaml", ".py")))
+    parse_arguments, parse_args = cli.parse_arguments, argparse.ArgumentParser.parse_args
+
+    def parsed(parse):
+        def then_leave(*args, **kwargs):
+            parse(*args, **kwargs)
+            raise Parsed
+        return then_leave
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str((ROOT / words[start]).parent))
+    monkeypatch.setattr(cli, "parse_arguments", parsed(parse_arguments))
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed(parse_args))
+    monkeypatch.setattr(sys, "argv", [w.replace("RECIPE", "recipes/shapemotion_grpo.yaml") for w in words[start:]])
+    with pytest.raises(Parsed):
+        runpy.run_path(words[start], run_name="__main__")
+
+
+@pytest.mark.parametrize("code", python_snippets())
+def test_a_snippet_of_the_docs_runs(code, tmp_path, monkeypatch):
+    """As it is written; where it names a model of the Hub, on tiny-wan, up to the training."""
+    monkeypatch.chdir(tmp_path)
+    if HUB.search(code):
+        code = re.sub(r"trainer\.\w+\(\)", "", HUB.sub('"tiny-wan"', code))
+    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_an_embedded_model_brings_its_call(tmp_path):
+    """Without a size tiny-wan trained at the 480 x 832 x 81 of its class."""
+    own = {"height": 64, "width": 64, "num_frames": 17, "guidance_scale": 1.0, "max_sequence_length": 24}
+    for model in ("tiny-wan", load_pipeline("tiny-wan")):
+        args = VideoGRPOConfig(output_dir=str(tmp_path), report_to="none")
+        made = VideoGRPOTrainer(model, brightness, args, FOUR)
+        assert made.policy.pipeline_kwargs == own and made.policy.num_inference_steps == 4
+        assert args.height is None  # the caller's config serves another model
+
+
+def test_what_is_set_wins(tmp_path):
+    """A user's size, steps and pipeline_kwargs go before the model's own."""
+    args = VideoGRPOConfig(output_dir=str(tmp_path), height=32, num_inference_steps=3,
+                           pipeline_kwargs={"width": 48, "negative_prompt": "grey"})  # fmt: skip
+    args.settle_call(call_defaults("tiny-wan"))
+    assert args.policy_kwargs() == {"height": 32, "width": 48, "num_frames": 17, "guidance_scale": 1.0,
+                                    "max_sequence_length": 24, "negative_prompt": "grey"}
+    assert args.num_inference_steps == 3
+
+
+def test_another_model_has_its_pipelines_size_and_16_steps(tmp_path):
+    """Nothing is known of a model that does not ship with the package."""
+    args = VideoGRPOConfig(output_dir=str(tmp_path))
+    args.settle_call(call_defaults("Wan-AI/Wan2.1-T2V-1.3B-Diffusers"))
+    assert args.policy_kwargs() == {} and args.num_inference_steps == 16
+
+
+def test_settings_that_count_steps_are_checked_against_the_models_own(tmp_path):
+    """backprop_steps=10 fits 16 steps, but not the 4 of tiny-wan."""
+    args = RewardBackpropConfig(output_dir=str(tmp_path), backprop_steps=10)
+    with pytest.raises(ValueError, match="backprop_steps=10 must lie between 1 and num_inference_steps=4"):
+        args.settle_call(call_defaults("tiny-wan"))
+
+
+def test_fewer_prompts_than_a_rollout_takes(tmp_path):
+    """Four prompts do for the defaults, and a larger batch says what it needs."""
+    args = VideoGRPOConfig(output_dir=str(tmp_path), gradient_accumulation_steps=8)
+    with pytest.raises(ValueError, match="a rollout takes 8 different prompts .* but train_dataset has only 4"):
+        VideoGRPOTrainer("tiny-wan", brightness, args, FOUR)
+
+
+def test_a_run_says_what_a_step_takes(tmp_path):
+    """A run at the pipeline's default size went on for minutes without a word."""
+    from pisces_rl.trainers.plan import step_plan
+
+    args = VideoGRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
+    made = VideoGRPOTrainer(quiet(BUILD["wan"](0)), brightness, args, FOUR)
+    size, memory = step_plan(made.policy, made.model_name, made.args)
+    assert size == ("each optimizer step samples 8 videos (1 x 8): 81 frames of 480 x 832, 16 denoising steps")
+    assert re.match(r"weights \d+\.\d\d GiB in all, .*examples/estimate_memory.py", memory)
