@@ -55,6 +55,6 @@ def test_weights_of_two_dtypes_are_sharded(sharded):
 
 
 def test_gathered_weights_may_be_kept(tmp_path):
-    result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=100, fsdp_reshard_after_forward=False)
+    result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=300, fsdp_reshard_after_forward=False)
     assert result.returncode == 0, result.stdout[-3000:]
     assert_equals_one(tmp_path, "split_group")

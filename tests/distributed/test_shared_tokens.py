@@ -44,7 +44,7 @@ def test_what_cannot_be_split_is_said(shared):
 
 def test_tokens_and_weights_in_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARE_TOKENS", "1")
-    result = accelerate(scenarios.__file__, tmp_path, "accumulated", timeout=100)
+    result = accelerate(scenarios.__file__, tmp_path, "accumulated", timeout=300)
     assert result.returncode == 0, result.stdout[-5000:]
     assert_equal_ranks(tmp_path, "accumulated")
     assert_equals_one(tmp_path, "accumulated")
