@@ -29,6 +29,7 @@ PATTERNS = (
     "report.md",
     "samples/**/*.mp4",
     "samples/**/*.png",
+    "samples/**/*.captions.txt",
     OTHER_CARD,  # as README.md
 )
 _ADAPTERS = PATTERNS[1:4]

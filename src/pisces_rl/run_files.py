@@ -12,8 +12,8 @@ README, OTHER_CARD = "README.md", "model_card.md"  # the second where the user's
 CARD_MARK = "by reinforcement learning with pisces_rl"  # a sentence of our cards; a README without it is the user's
 ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 _KNOWN = re.compile(
-    r"trace_rank[0-9]+\.json|evaluations/step_[0-9]{6,}\.json|samples/before_after_.*\.png"
-    r"|samples/(step|rollout)_[0-9]{6,}/(.*/)?([0-9]{3,}\.mp4|sheet\.png|rewards\.json)"
+    r"trace_rank[0-9]+\.json|evaluations/step_[0-9]{6,}\.json|samples/before_after_.*\.(png|captions\.txt)"
+    r"|samples/(step|rollout)_[0-9]{6,}/(.*/)?([0-9]{3,}\.mp4|sheet\.(png|captions\.txt)|rewards\.json)"
 )
 _STEP = re.compile(r"(?:checkpoint-|evaluations/step_|samples/(?:step|rollout)_)([0-9]+)")
 

@@ -24,10 +24,11 @@ def write_samples(files: RunFiles, name: str, videos: Tensor, prompts: list[str]
     """mp4 files of (B, F, 3, H, W) videos, a contact sheet with the first of the scores, and rewards.json, in the
     folder `name` of the run's; what the run wrote there before is gone."""
     clips = [f"{row:03d}.mp4" for row in range(len(videos))]
-    files.claim(*(f"{name}/{file}" for file in (*clips, "sheet.png", "rewards.json")))
+    written = [*clips, "sheet.png", "sheet.captions.txt", "rewards.json"]
+    files.claim(*(f"{name}/{file}" for file in written))
     folder = files.folder / name
     for path in [path for path in files.own if path.startswith(f"{name}/") and path.removeprefix(f"{name}/") not in
-                 (*clips, "sheet.png", "rewards.json")]:
+                 written]:
         (files.folder / path).unlink(missing_ok=True)
     for video, clip in zip(videos, clips):
         media.save_video(video, folder / clip, fps=fps)
@@ -62,7 +63,8 @@ def write_report(files: RunFiles, steps: tuple[int, int], before: dict, after: d
         steps: of the two evaluations `before` and `after`. videos: {data set: (base model's, trained model's)}.
     """
     folder, comparison = files.folder, compare(before, after)
-    files.claim("report.json", "report.md", *(f"samples/before_after_{name}.png" for name in videos))
+    files.claim("report.json", "report.md", *(f"samples/before_after_{name}.{kind}" for name in videos
+                                              for kind in ("png", "captions.txt")))
     write_json(folder / "report.json", {"from_step": steps[0], "to_step": steps[1], "comparison": comparison})
     (folder / "report.md").write_text(markdown_comparison(comparison), encoding="utf-8")
     for name, (base, trained) in videos.items():
