@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "shapemotion": set(),
     "policy": {"transitions"},
     "rewards": {"ot", "assets"},
-    "trainers": {"policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files"},
+    "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files"},
     "estimate": {"policy", "assets"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
     "prompt_files": set(),

@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from tiny_pipelines import BUILD, quiet
+from trainers.tiny_runs import largest_difference, trainer, weights
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, VideoGRPOTrainer, cli, load_pipeline
 from pisces_rl.assets import call_defaults
+from pisces_rl.trainers import plan
+from pisces_rl.trainers.plan import step_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -25,7 +28,8 @@ def brightness(prompts, videos, **columns):
 
 
 def python_snippets() -> list:
-    found = [(page, code) for page in PAGES for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.S)]
+    found = [(page, code) for page in PAGES
+             for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
     return [pytest.param(code, id=f"{page.stem}-{i}", marks=pytest.mark.slow if trains(code) else ())
             for i, (page, code) in enumerate(found)]
 
@@ -42,7 +46,7 @@ def commands() -> list:
     """
     found = []
     for page in PAGES:
-        text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S).replace("\\\n", " ")
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S).replace("\\\n", " ")
         lines = re.findall(r"^    (.+)$", text, re.M) + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", text)]
         starts = [line for line in lines if re.match(r"(\w+=\S+ )*(python|accelerate launch) .*\w+/\w+\.py", line)
                   and "benchmarks/study/run.py" not in line]
@@ -133,10 +137,19 @@ def test_fewer_prompts_than_a_rollout_takes(tmp_path):
 
 def test_a_run_says_what_a_step_takes(tmp_path):
     """A run at the pipeline's default size went on for minutes without a word."""
-    from pisces_rl.trainers.plan import step_plan
-
     args = VideoGRPOConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     made = VideoGRPOTrainer(quiet(BUILD["wan"](0)), brightness, args, FOUR)
-    size, memory = step_plan(made.policy, made.model_name, made.args)
-    assert size == ("each optimizer step samples 8 videos (1 x 8): 81 frames of 480 x 832, 16 denoising steps")
-    assert re.match(r"weights \d+\.\d\d GiB in all, .*examples/estimate_memory.py", memory)
+    wanted = "each optimizer step samples 8 videos (1 x 8): 81 frames of 480 x 832, 16 denoising steps"
+    assert step_plan(made.policy, made.args) == wanted
+
+
+def test_a_large_model_s_memory_is_estimated_before_the_first_step(tmp_path, monkeypatch, capsys):
+    """Here every model is large. The estimate changes no weight: it draws nothing and leaves the pipeline alone."""
+    runs = {}
+    for large in (2**30, 0):
+        monkeypatch.setattr(plan, "LARGE", large)
+        runs[large] = trainer(tmp_path / str(large), max_steps=1)
+        runs[large].train()
+    shown = capsys.readouterr().out
+    assert largest_difference(*map(weights, runs.values())) == 0
+    assert len(re.findall(r"estimated memory: 0\.\d GiB a process \(sampling .*, decoding .*, update ", shown)) == 1

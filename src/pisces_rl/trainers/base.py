@@ -56,7 +56,7 @@ from .initial import InitialPolicy
 from .launch import requested_sharding, shard_policy, share_tokens_of_policy
 from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
-from .plan import step_plan
+from .plan import memory_plan, step_plan
 from .ranks import Ranks
 from .report import print_comparison, read_evaluation, run_console
 from .resume import (
@@ -95,6 +95,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     loss_is_scaled_for_ga = True
     _may_lack_rewards = False  # where there is a consistency term
+    _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
@@ -132,6 +133,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
         check_unused(self.pipeline)
+        counted = self._counts_memory and args.process_index == 0
+        self._memory_plan = memory_plan(self.pipeline, args, peft_config) if counted else None
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         freeze(self.pipeline, args.device)
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config, args.lora_denoisers,
@@ -363,8 +366,9 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.args.eval_on_start = False
         if self.is_world_process_zero():
             self._set_aside_earlier_run(checkpoint)
-            for line in step_plan(self.policy, self.model_name, self.args):
-                self.console.print(line, highlight=False)
+            for line in (step_plan(self.policy, self.args), self._memory_plan):
+                if line is not None:
+                    self.console.print(line, highlight=False)
             for change in self._identity["changes"]:
                 self.console.print(f"changed on resume: {change}", highlight=False)
         try:

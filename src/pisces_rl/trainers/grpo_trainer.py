@@ -76,6 +76,7 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
+    _counts_memory = True
     _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
                           "gradient_accumulation_steps", "num_iterations")
 

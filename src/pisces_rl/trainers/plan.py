@@ -2,19 +2,24 @@
 
 import inspect
 
+import torch
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from torch import nn
 
-from .. import assets
+from ..estimate import estimate_memory
 from ..policy import VideoPolicy
 
+GIB = 2**30
+#: Bytes of weights from which memory is estimated: counting takes about 20 s on one core, which a step then exceeds.
+LARGE = GIB
 
-def step_plan(policy: VideoPolicy, model: str, args) -> list[str]:
-    """One line of videos, their size and the denoising steps; another of memory where the model is not embedded.
 
-    The estimate itself takes as long as a few steps (minutes on a CPU), so its command is printed instead.
+def step_plan(policy: VideoPolicy, args) -> str:
+    """The videos of a step, their size and the denoising steps.
 
     Args:
-        model: where the pipeline is from. args: a config whose call is settled.
+        args: a config whose call is settled.
     """
     known = inspect.signature(inspect.unwrap(type(policy.pipeline).__call__)).parameters
     call = {name: policy.pipeline_kwargs.get(name, known[name].default)
@@ -22,12 +27,23 @@ def step_plan(policy: VideoPolicy, model: str, args) -> list[str]:
     open_ = [name for name, value in call.items() if value is None or value is inspect.Parameter.empty]
     frames = f"{call['num_frames']} frames of " if "num_frames" in call and "num_frames" not in open_ else ""
     size = "the pipeline's own size" if open_ else f"{call.get('height')} x {call.get('width')}"
-    plan = [f"{args.videos_a_step()}: {frames}{size}, {args.num_inference_steps} denoising steps"]
-    if assets.call_defaults(model):
-        return plan
-    parts = [c for c in policy.pipeline.components.values() if isinstance(c, nn.Module)]
-    weights = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
-    return plan + [
-        f"weights {weights / 2**30:.2f} GiB in all, activations besides: examples/estimate_memory.py, with the "
-        f"arguments of this run, estimates the peak"
-    ]
+    return f"{args.videos_a_step()}: {frames}{size}, {args.num_inference_steps} denoising steps"
+
+
+def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None) -> str | None:
+    """The memory that a GRPO run will take, in a sentence; None for a pipeline of less than `LARGE` bytes.
+
+    Draws no random numbers. Args as in `estimate_memory`; the pipeline has no adapters yet.
+    """
+    modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
+    weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    if weights < LARGE:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            peaks = estimate_memory(pipeline, args, peft_config).peaks
+    except (ValueError, NotImplementedError, RuntimeError) as error:  # an estimate must not end a run
+        return f"memory: weights {weights / GIB:.1f} GiB, the rest could not be estimated ({error})"
+    parts = ", ".join(f"{phase} {peak / GIB:.1f}" for phase, peak in peaks.items())
+    return (f"estimated memory: {max(peaks.values()) / GIB:.1f} GiB a process ({parts}), rewards and evaluation "
+            "besides; examples/estimate_memory.py says of what")
