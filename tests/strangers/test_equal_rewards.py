@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from trainers.tiny_runs import (
     StopAt,
     brightness,
@@ -141,3 +142,31 @@ def test_a_resume_inside_a_rollout(tmp_path):
     assert largest_difference(weights(whole), weights(resumed)) == 0
     for name in ("reward", "loss", "ratio/mean"):
         assert logged(whole, name) == logged(resumed, name)
+
+
+@pytest.mark.parametrize("change", [{"seed": 7}, {"num_inference_steps": 4}, {"other_prompts": True}])
+def test_a_changed_run_resumed_inside_a_rollout_scores_it_anew(tmp_path, change):
+    """The advantages of other videos were taken over, in silence."""
+    settings, calls = {"max_steps": 4, "num_iterations": 2, "per_prompt_stat_tracking": True}, []
+
+    def counted(prompts, videos, **columns):
+        calls.append(len(prompts))
+        return brightness(prompts, videos)
+
+    broken = trainer(tmp_path, counted, prompts(1), callbacks=[StopAt(3)], **settings)
+    broken.train()
+    data = Dataset.from_dict({"prompt": ["another"]}) if change.pop("other_prompts", False) else prompts(1)
+    resumed, calls[:] = trainer(tmp_path, counted, data, **settings | change), []
+    resumed.train(resume_from_checkpoint=True)
+    assert calls == [4]
+    entered = sum(len(rewards) for rewards in resumed.prompt_statistics.state_dict().values())
+    assert entered == 8  # of two rollouts, not of three
+
+
+def test_a_constant_reward_does_not_drown_a_small_one():
+    """A = 10,000 in all rows and B = .001 to .004 gave advantages of 0."""
+    small = torch.tensor([0.001, 0.002, 0.003, 0.004])
+    values = torch.stack([torch.full((4,), 1e4), small], 1)
+    both = group_advantages(values, torch.ones(2), 4)[0]
+    alone = group_advantages(small[:, None], torch.ones(1), 4)[0]
+    assert torch.allclose(both, alone, atol=1e-6) and both.abs().max() > 0.5

@@ -40,6 +40,14 @@ def test_a_changed_learning_rate_acts_and_is_told(tmp_path):
         assert part in changes
 
 
+def test_settings_are_told_by_their_values(tmp_path):
+    """The card said "SchedulerType.COSINE"."""
+    trainer(tmp_path, callbacks=[StopAt(2)], **LINEAR).train()
+    made = trainer(tmp_path, **LINEAR | {"lr_scheduler_type": "cosine"})
+    made.train(resume_from_checkpoint=True)
+    assert made._card_settings()["changed on resume"] == "lr_scheduler_type linear until step 2, then cosine"
+
+
 def test_a_longer_run_follows_its_own_schedule_at_once(tmp_path):
     """After max_steps the old schedule had reached 0, with which the first step of the longer run was made."""
     trainer(tmp_path, **LINEAR | {"max_steps": 2}, save_strategy="steps", save_steps=2).train()

@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import transformers.trainer
+from trainers.tiny_runs import trainer
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, trainers
 from pisces_rl.trainers._trl import _BaseConfig
-from pisces_rl.trainers.inherited_settings import OPTIMIZERS_WITHOUT_STEP, SOME_WITHOUT_EFFECT, WITHOUT_EFFECT
+from pisces_rl.trainers.inherited_settings import (
+    HARMLESS,
+    OPTIMIZERS_WITHOUT_STEP,
+    SOME_WITHOUT_EFFECT,
+    WITHOUT_EFFECT,
+)
 
 CONFIGS = (VideoGRPOConfig, RewardBackpropConfig)
 
@@ -48,8 +54,8 @@ OTHER = {
     "liger_kernel_config": {"rope": True}, "train_sampling_strategy": "group_by_length", "length_column_name": "size",
     "data_seed": 1, "dataloader_in_order": False, "accelerator_config": {"split_batches": True},
     "eval_accumulation_steps": 4, "eval_do_concat_batches": False, "include_for_metrics": ["inputs"],
-    "torch_empty_cache_steps": 10, "activation_checkpointing_kwargs": {"use_reentrant": False},
-    "gradient_checkpointing_kwargs": {"use_reentrant": False}, "optim_target_modules": "all-linear",
+    "torch_empty_cache_steps": 10, "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "gradient_checkpointing_kwargs": {"use_reentrant": True}, "optim_target_modules": "all-linear",
     "ddp_bucket_cap_mb": 50, "parallelism_config": {"cp_size": 2},
 }
 
@@ -113,3 +119,27 @@ def test_defaults_and_what_they_are_filled_in_with_pass(tmp_path):
     made = config(RewardBackpropConfig, tmp_path)
     own = {f.name: getattr(made, f.name) for f in fields(made) if f.init}
     RewardBackpropConfig(**own)
+
+
+@pytest.mark.parametrize("name", [*HARMLESS, "data_seed"])
+def test_what_is_so_anyway_may_be_said(name, tmp_path):
+    """gradient_checkpointing_kwargs={"use_reentrant": False} stands in nearly every recipe."""
+    for value in HARMLESS.get(name, (42,)):
+        config(VideoGRPOConfig, tmp_path, **{name: value})
+
+
+def test_checkpointing_without_reentry_is_what_is_done(tmp_path):
+    trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
+            max_steps=1).train()
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({}, "each optimizer step samples 8 videos (2 x 4)"),
+    ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, "each optimizer step samples 32 videos (8 x 4)"),
+    ({"num_iterations": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
+     "every 1.5 optimizer steps sample 16 videos (4 x 4)"),
+])
+def test_videos_a_step(settings, said, tmp_path):
+    """A step that takes several rollouts was said to sample one."""
+    made = config(VideoGRPOConfig, tmp_path, per_device_train_batch_size=8, num_generations=4, **settings)
+    assert made.videos_a_step() == said

@@ -128,7 +128,8 @@ class VideoPolicy(nn.Module):
 
         A class that cannot (UNet3DConditionModel) warns and goes on.
         """
-        if activation_checkpointing_kwargs or every_n_layers != 1 or offload:
+        as_it_is = None, {}, {"use_reentrant": False}
+        if activation_checkpointing_kwargs not in as_it_is or every_n_layers != 1 or offload:
             raise ValueError(
                 f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "
                 f"every_n_layers={every_n_layers}, offload={offload}; leave gradient_checkpointing_kwargs unset."

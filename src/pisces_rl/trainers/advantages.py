@@ -33,20 +33,25 @@ def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, s
         group whose rewards are equal or differ only by rounding (`ROUNDING`), where group_std is 0, too.
     """
     values, weights = values.double(), weights.double()
-    rewards = aggregate_rewards(values, weights)
-    sizes = aggregate_rewards(values.abs(), weights.abs())  # what the rounding of a sum is relative to
-    deviation, group_std = deviations(rewards.view(-1, num_generations), 1, sizes.view(-1, num_generations))
+    groups = values.view(-1, num_generations, values.shape[1])
+    by_reward, std_by_reward = deviations(groups, 1)
+    # A reward that is equal in a group stands at its mean, so that its rounding does not drown the others.
+    equal = (std_by_reward == 0) & ~groups.isnan()
+    settled = torch.where(equal, groups.nanmean(1, True), groups)
+    varying = settled.abs().masked_fill(equal, 0.0).view_as(values)
+    rewards, settled = aggregate_rewards(values, weights), aggregate_rewards(settled.view_as(values), weights)
+    sizes = aggregate_rewards(varying, weights.abs())  # what the rounding of a sum is relative to
+    deviation, group_std = deviations(settled.view(-1, num_generations), 1, sizes.view(-1, num_generations))
     group_std = group_std.flatten().repeat_interleave(num_generations)
     if aggregation == "normalize_then_sum":
-        deviation, std = deviations(values.view(-1, num_generations, values.shape[1]), 1)
-        total = aggregate_rewards((deviation / (std + 1e-4)).view_as(values), weights)
+        total = aggregate_rewards((by_reward / (std_by_reward + 1e-4)).view_as(values), weights)
         advantages = total / (nanstd(total) + 1e-4)  # their mean is 0, as it is in each group
     else:
         advantages = deviation.flatten()
         if scale_rewards == "group":
             advantages = advantages / (group_std + 1e-4)
         elif scale_rewards == "batch":
-            advantages = advantages / (deviations(rewards, 0, sizes)[1] + 1e-4)
+            advantages = advantages / (deviations(settled, 0, sizes)[1] + 1e-4)
     return advantages.nan_to_num(0.0).float(), rewards.float(), group_std.float()
 
 

@@ -133,8 +133,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
         check_unused(self.pipeline)
-        counted = self._counts_memory and args.process_index == 0
-        self._memory_plan = memory_plan(self.pipeline, args, peft_config) if counted else None
+        if args.process_index == 0:
+            self._memory_plan = memory_plan(self.pipeline, args, peft_config, self._counts_memory)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         freeze(self.pipeline, args.device)
         self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config, args.lora_denoisers,

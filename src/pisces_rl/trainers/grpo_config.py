@@ -205,10 +205,12 @@ class VideoGRPOConfig(VideoPolicyConfig):
             )
 
     def videos_a_step(self) -> str:
-        groups = self.generation_batch_size // self.num_generations
-        uses = -(-self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
-        steps = "optimizer step" if uses == 1 else f"{uses} optimizer steps"
-        return f"each {steps} samples {self.generation_batch_size} videos ({groups} x {self.num_generations})"
+        """How many videos an optimizer step samples, or several together do, in words."""
+        uses, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        videos = self.generation_batch_size * max(1, accumulated // uses)
+        steps = f"every {uses / accumulated:g} optimizer steps sample" if uses > accumulated else (
+            "each optimizer step samples")
+        return f"{steps} {videos} videos ({videos // self.num_generations} x {self.num_generations})"
 
     def policy_settings(self) -> dict:
         names = ("transition", "noise_level", "sde_window_size", "sde_window_range")

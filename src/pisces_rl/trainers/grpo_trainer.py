@@ -13,6 +13,7 @@ policy gradient (arXiv 2305.13301) with group advantages. The structure and name
 """
 
 import contextlib
+import hashlib
 import itertools
 import time
 import warnings
@@ -162,18 +163,21 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self.ranks.meet(f"with the rewards of rollout {generation}")
         each = args.context_parallel  # processes that have the same videos; the first one's rewards are all theirs
         values = self.accelerator.gather(table.values.to(self.accelerator.device)[None])[::each].flatten(0, 1).cpu()
-        keys = [key for own in gather_object([group_keys(prompts, images)])[::each] for key in own]
+        keys = self._keys(prompts, images)
         self._check_groups(keys)
         advantages, rewards, group_std = group_advantages(
             values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
+        earlier = None
         if self.prompt_statistics is not None:
+            earlier = self.prompt_statistics.state_dict()
             advantages = self.prompt_statistics.advantages(keys, rewards)
         self._rollout_at = self.state.global_step
         self._take_advantages(advantages.clamp(-args.advantage_clip, args.advantage_clip), len(prompts))
         if self._uses_per_rollout > args.gradient_accumulation_steps:  # checkpoints may lie inside it
-            self._rollout_state["weights"] = {name: p.detach().clone() for name, p in self.adapter.items()}
+            weights = {name: p.detach().to("cpu", copy=True) for name, p in self.adapter.items()}
+            self._rollout_state |= {"weights": weights, "drawn from": self._drawn_from(keys), "statistics": earlier}
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
@@ -213,13 +217,32 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._micro_batches = [rows.tolist() for rows in order.chunk(args.steps_per_generation)]
 
     def _draw_again(self, inputs: list[dict], state: dict) -> None:
-        """The rollout inside which a run was resumed, under the weights that drew it; its rewards are known."""
+        """The rollout inside which a run was resumed, under the weights that drew it; its rewards are known.
+
+        Where the data or a setting of sampling has changed it is another rollout, and scored as one.
+        """
         prompts, _, images = self._columns(inputs)
+        if state.get("drawn from") != self._drawn_from(self._keys(prompts, images)):
+            if self.prompt_statistics is not None and state.get("statistics") is not None:
+                self.prompt_statistics.load_state_dict(state["statistics"])
+            self._generate_and_score(inputs)
+            return
         with adapter_values(self.adapter, state["weights"]):
             self._rollout = self._sample(prompts, images, lambda rows, videos: None)
         self._rollout.videos, self._rollout_at = None, state["at"]
         self._take_advantages(state["advantages"], len(prompts))
-        self._rollout_state["weights"] = state["weights"]
+        self._rollout_state = state
+
+    def _keys(self, prompts: list[str], images: dict[str, list]) -> list[str]:
+        """What the group of each video of the whole rollout has in common, see `group_keys`."""
+        together = self.args.context_parallel
+        return [key for own in gather_object([group_keys(prompts, images)])[::together] for key in own]
+
+    def _drawn_from(self, keys: list[str]) -> str:
+        """A digest of all that a rollout's videos depend on besides the weights."""
+        args = self.args
+        drawn_from = keys, args.seed, args.share_initial_noise, sorted(args.policy_settings().items())
+        return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
 
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations

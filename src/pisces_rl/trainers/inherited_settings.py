@@ -52,6 +52,15 @@ WITHOUT_EFFECT = {
     "enable_jit_checkpoint": "a kill could leave half a checkpoint; set save_steps, and resume from the last one.",
     "hub_always_push": "save_model pushes once, after training; call push_to_hub() for more.",
 }
+#: {field: further values that ask for what is so anyway}, as many scripts do.
+HARMLESS = {
+    "ddp_find_unused_parameters": (False,),
+    "ddp_broadcast_buffers": (False,),
+    "activation_checkpointing_kwargs": ({"use_reentrant": False}, {}),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": False}, {}),
+    "label_names": ([],),
+    "neftune_noise_alpha": (0,),
+}
 #: {field: (values that act, what to do instead)}, beside the default.
 SOME_WITHOUT_EFFECT = {
     "hub_strategy": (("end",), "save_model pushes once, after training: leave it out or set 'end'."),
@@ -69,7 +78,9 @@ def check_inherited(config) -> None:
         name, value = field.name, getattr(config, field.name)
         allowed, instead = SOME_WITHOUT_EFFECT.get(name, ((), WITHOUT_EFFECT.get(name)))
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if instead and value not in (default, _AS_FILLED_IN.get(name, default), *allowed):
+        if name == "data_seed" and value == config.seed:
+            continue
+        if instead and value not in (default, _AS_FILLED_IN.get(name, default), *allowed, *HARMLESS.get(name, ())):
             raise ValueError(f"{name}={value!r} is not supported: {instead}")
     if config.optim.startswith(OPTIMIZERS_WITHOUT_STEP):
         raise ValueError(

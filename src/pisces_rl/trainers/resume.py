@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from enum import Enum
 from pathlib import Path
 
 import torch
@@ -25,7 +26,8 @@ FIXED = {
     "metric_for_best_model": "the best value so far is of another metric",
 }
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-_FOLLOWS_SCORES = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)  # schedules that are no function of the step
+#: Schedules that are no function of the step.
+_FOLLOWS_SCORES = (SchedulerType.REDUCE_ON_PLATEAU.value, SchedulerType.GREEDY.value)
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -72,7 +74,7 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "weights": {name: _weights_digest(module) for name, module in denoisers.items()},
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
-        "settings": {name: getattr(args, name) for name in (*TOLD, *FIXED)},
+        "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)},
         "changes": [],
     }
 
@@ -150,6 +152,10 @@ def follow_settings(optimizer: torch.optim.Optimizer, scheduler, groups: list[di
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = rate
         scheduler._last_lr = rates
+
+
+def _plain(setting):
+    return setting.value if isinstance(setting, Enum) else setting
 
 
 def _beginning(identity: dict) -> str:
