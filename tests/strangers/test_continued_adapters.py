@@ -124,7 +124,7 @@ def test_a_run_on_it_learns_saves_and_says_so(saved, tmp_path):
     assert largest_difference(before, weights(made)) > 0
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"| continued from | {saved.name} |" in card and str(saved) not in card
-    assert "| reference | the base model |" in card
+    assert "| reference |" not in card  # beta is 0: nothing refers to it
     assert read_adapter(tmp_path).configs["transformer"].lora_alpha == ALPHA
 
 
@@ -231,7 +231,7 @@ def test_a_checkpoint_knows_what_it_began_from(saved, tmp_path):
     """Resuming with another start, another reference or none would have another KL and other clips."""
     continued(tmp_path, saved, max_steps=1, save_strategy="steps", save_steps=1).train()
     save_lora(adapted(seed=4), tmp_path.parent / "other")
-    for start, settings in ((tmp_path.parent / "other", {}), (saved, {"continue_reference": "adapter"})):
+    for start, settings in ((tmp_path.parent / "other", {}), (saved, {"beta": 0.1, "continue_reference": "adapter"})):
         with pytest.raises(ValueError, match=r"began from a saved one .*this run from a saved one.*continue_from"):
             continued(tmp_path, start, **settings).train(resume_from_checkpoint=True)
     asked = LoraConfig(r=4, lora_alpha=ALPHA, target_modules=["to_q", "to_out.0"])
@@ -376,3 +376,5 @@ def test_nothing_to_continue_from(saved, tmp_path):
         config(tmp_path, continue_reference="adapter")
     with pytest.raises(ValueError, match="continue_reference='other' must be"):
         config(tmp_path, continue_reference="other")
+    with pytest.raises(ValueError, match="nothing refers to it"):
+        config(tmp_path, continue_from="anywhere", continue_reference="adapter")

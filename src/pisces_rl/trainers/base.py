@@ -549,6 +549,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
             fps=self.args.fps, vae_tiling=self.args.vae_tiling,
+            repo_id=self.args.hub_model_id if "/" in (self.args.hub_model_id or "") else None,
             dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
         path = files.claim_card()
@@ -557,14 +558,16 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
 
     def _card_settings(self) -> dict:
-        names = ("learning_rate", "max_steps", "num_inference_steps", "guidance_scale", "seed")
-        settings = {"rewards": ", ".join(self.rewards.names) or "none"} | {n: getattr(self.args, n) for n in names}
+        names = ("learning_rate", "num_inference_steps", "guidance_scale", "seed")
+        settings = {"rewards": ", ".join(self.rewards.names) or "none",
+                    "optimizer steps": f"{self._saved_step} of {self.state.max_steps}"}
+        settings |= {n: getattr(self.args, n) for n in names}
         settings["sampler"] = self.policy.sampler
         if self._identity["changes"]:
             settings["changed on resume"] = "; ".join(self._identity["changes"])
         if self.consistency is not None:
             settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
-        return settings | self.initial.card_settings
+        return settings | self.initial.card_settings(self.args.uses_reference())
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None,
                     **kwargs):

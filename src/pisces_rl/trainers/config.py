@@ -191,6 +191,11 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
         if self.continue_reference == "adapter" and not self.continue_from:
             raise ValueError("continue_reference='adapter' needs continue_from, the saved adapter that is meant.")
+        if self.continue_reference == "adapter" and not self.uses_reference():
+            raise ValueError(
+                "continue_reference='adapter', but nothing refers to it: there is neither a KL term (beta, of GRPO) "
+                "nor a consistency term (consistency_weight). Leave it out, or set one of these."
+            )
         self._check_start_stays()
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
@@ -219,6 +224,10 @@ class VideoPolicyConfig(_BaseConfig):
         self._check_steps(STEPS if self.num_inference_steps is None else self.num_inference_steps)
         if self.trace_steps < 0:
             raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
+
+    def uses_reference(self) -> bool:
+        """Whether a term of the loss refers to a reference policy."""
+        return self.consistency_weight > 0
 
     def _check_start_stays(self) -> None:
         """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""

@@ -204,6 +204,9 @@ class VideoGRPOConfig(VideoPolicyConfig):
                 "video; training goes on.", stacklevel=2,
             )
 
+    def uses_reference(self) -> bool:
+        return super().uses_reference() or self.beta > 0
+
     def videos_a_step(self) -> str:
         """How many videos an optimizer step samples, or several together do, in words."""
         uses, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps

@@ -40,12 +40,13 @@ class InitialPolicy:
             return {}
         return {"continued": {"adapter": self.continued.digest, "reference": self.kind}}
 
-    @property
-    def card_settings(self) -> dict[str, str]:
+    def card_settings(self, uses_reference: bool) -> dict[str, str]:
         """Rows of the model card; a folder by its last name only."""
         if self.continued is None:
             return {}
         source = self.continued.source
         name = Path(source).resolve().name if Path(source).exists() else source
-        return {"continued from": name,
-                "reference": "the base model" if self.kind == "base" else "the adapter it was continued from"}
+        if not uses_reference:
+            return {"continued from": name}
+        reference = "the base model" if self.kind == "base" else "the adapter it was continued from"
+        return {"continued from": name, "reference": reference}
