@@ -92,6 +92,31 @@ def test_a_neighbour_that_is_another_folders(tmp_path):
         load_reward(f"{tmp_path}/b/rewards.py:score")
 
 
+def linked(path, target):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+    return path
+
+
+def test_a_file_of_the_hubs_cache(tmp_path):
+    """A snapshot's files link to blobs without a suffix: 'NoneType' object has no attribute 'loader'."""
+    text = SCORE.format(1) + "import beside_in_cache\ndef other(prompts): return beside_in_cache.VALUE\n"
+    linked(tmp_path / "snapshot/beside_in_cache.py", write(tmp_path / "blobs/def", "VALUE = 2\n"))
+    path = linked(tmp_path / "snapshot/rewards.py", write(tmp_path / "blobs/abc", text))
+    assert load_reward(f"{path}:score")([0], None) == [1] and load_reward(f"{path}:other")([]) == 2
+
+
+def test_a_link_to_a_file_with_neighbours(tmp_path):
+    """home/rewards.py links to a project's file, which imports what lies beside it there, a link among it."""
+    write(tmp_path / "project/beside_in_project.py", "VALUE = 3\n")
+    linked(tmp_path / "project/linked_in_project.py", write(tmp_path / "elsewhere/other.py", "VALUE = 4\n"))
+    text = ("import beside_in_project, linked_in_project\n"
+            "def score(prompts): return [beside_in_project.VALUE + linked_in_project.VALUE]\n")  # fmt: skip
+    file = write(tmp_path / "project/rewards.py", text)
+    assert load_reward(f"{file}:score")([0]) == [7]
+    assert load_reward(f"{linked(tmp_path / 'home/rewards.py', file)}:score")([0]) == [7]
+
+
 def test_a_file_that_raises_shows_where(tmp_path):
     """The traceback names file and line; the next attempt loads it again."""
     path = write(tmp_path / "rewards.py", "x = 1\n1 / 0\n")

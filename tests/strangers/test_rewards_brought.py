@@ -4,8 +4,11 @@ Such cases come from issue trackers of trainers that take reward callables, and 
 like: scorers are modules, decorators count and time, notebooks pass classes and strings.
 """
 
+import asyncio
 import functools
+import gc
 import threading
+import warnings
 
 import pytest
 import torch
@@ -14,7 +17,8 @@ from trainers.tiny_runs import brightness, logged, prompts, trainer
 
 from pisces_rl import RewardBackpropTrainer, VideoGRPOTrainer
 from pisces_rl.ot.costs import squared_cost
-from pisces_rl.rewards import RewardError, RewardPanel, RewardTable, exposure, reward_name
+from pisces_rl.rewards import RewardError, RewardPanel, RewardTable, compares_videos, exposure, reward_name
+from pisces_rl.rewards.contract import is_differentiable
 from pisces_rl.trainers.checks import check_dataset
 from pisces_rl.trainers.evaluation import Evaluator
 from pisces_rl.trainers.metrics import OWN_NAMES, check_recorded
@@ -86,10 +90,47 @@ def timed(func):
 
 
 def awaited(func):
-    async def wrapper(**kwargs):
-        return func(**kwargs)
+    async def wrapper(*args, **kwargs):
+        return func(*args, **kwargs)
 
     return wrapper
+
+
+def clip(videos, texts):
+    """A scorer with arguments of its own, which the rewards below call."""
+    return [float(video.mean()) * len(text) for video, text in zip(videos, texts)]
+
+
+class Encoder(nn.Module):
+    def forward(self, videos):
+        return videos.mean((1, 2, 3, 4))
+
+
+class OverEncoder(nn.Module):
+    """A module that reads from **kwargs, over a network that takes videos."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = Encoder()
+
+    def forward(self, **kw):
+        return [float(v) * len(p) for v, p in zip(self.encoder(kw["videos"]), kw["prompts"])]
+
+
+class OverModel:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **kw):
+        return self.model(kw["videos"], kw["caption"])
+
+
+def over_clip(model):
+    def reward(**kw):
+        kw["log_metric"]("weighed", kw.get("weight", [1.0] * 2)[1])
+        return model(kw["videos"], kw["caption"])
+
+    return reward
 
 
 class Methods:
@@ -138,6 +179,57 @@ def test_a_reward_gets_what_it_takes(reward):
     torch.testing.assert_close(ask(reward, color=["r", "b"]).values[:, 0], MEAN)
 
 
+@pytest.mark.parametrize("reward, name", [
+    (OverEncoder(), "OverEncoder"), (OverModel(clip), "OverModel"), (over_clip(clip), "reward"),
+    (over_clip(lambda videos, texts: clip(videos, texts)), "reward"),
+], ids=["module", "object", "closure", "closure over a lambda"])
+def test_a_reward_that_reads_from_kwargs(reward, name):
+    """`def reward(**kw)` around a scorer was taken for the scorer: KeyError, or its default in a column's place."""
+    assert reward_name(reward) == name
+    table = ask(reward, caption=list(PROMPTS), weight=[1.0, 3.0])
+    torch.testing.assert_close(table.values[:, 0], MEAN * torch.tensor([float(len(p)) for p in PROMPTS]))
+    assert table.metrics == ({"weighed": [3.0]} if name == "reward" else {})
+
+
+def wrapped_properly(func):
+    return functools.wraps(func)(timed(func))
+
+
+class Held:
+    """A reward that holds weights and says all that a reward may say; its wrappers say otherwise."""
+
+    compares_videos, differentiable, offload = True, True, None
+
+    def __call__(self, prompts, videos):
+        return two(prompts, videos)
+
+
+@pytest.mark.parametrize("wrap", [timed, wrapped_properly, Timed, functools.partial, Wrapper])
+def test_what_is_set_on_a_wrapper_counts(wrap):
+    """`wrapper.compares_videos = True`, `partial.__name__ = "sharp"`: the reward inside was asked alone."""
+    held = Scorer() if wrap is Wrapper else Held()
+    if wrap is Wrapper:
+        held.compares_videos, held.differentiable, held.offload = True, True, None
+    reward = wrap(wrap(held))
+    assert reward_name(reward) == type(held).__name__ and compares_videos(reward) and is_differentiable(reward)
+    RewardPanel(reward).offload("meta")
+    assert held.offload == "meta"
+    held.offload = None
+    reward.compares_videos = reward.differentiable = False
+    reward.offload, reward.__name__ = "cpu", "sharp"
+    assert RewardPanel(reward).names == ["sharp"] and not compares_videos(reward) and not is_differentiable(reward)
+    RewardPanel(reward).offload("meta")
+    assert reward.offload == "cpu" and held.offload is None  # the wrapper's word
+
+
+def test_a_wrapper_is_put_into_evaluation_mode():
+    """One with layers of its own was left in training mode, since only what it wraps was switched."""
+    wrapper = Wrapper(Scripted())
+    wrapper.dropout = nn.Dropout(0.5)
+    RewardPanel([wrapper, wrapped_properly(scorer := Scorer())])
+    assert not wrapper.dropout.training and not scorer.training
+
+
 def test_a_module_is_put_into_evaluation_mode():
     """`reward_funcs=Scorer()`: dropout is off, batch statistics stay, the name is the class's."""
     scorer = Scorer()
@@ -147,6 +239,7 @@ def test_a_module_is_put_into_evaluation_mode():
     assert [reward_name(r) for r in (scorer, torch.compile(scorer), Wrapper(scorer), timed(two), Timed(two))] == [
         "Scorer", "Scorer", "Scorer", "two", "two"]  # fmt: skip
     assert reward_name(torch.jit.script(Scripted())) == "Scripted"
+    assert reward_name(wrapped_properly(lambda prompts: [0.0])) == "lambda"
 
 
 def test_a_list_of_modules_is_several_rewards():
@@ -279,6 +372,30 @@ def test_two_rewards_of_one_recorded_name():
         check_recorded(ask([recording("x", scalar=False), recording("x/mean")]))
 
 
+def test_the_advice_for_a_collision_is_allowed():
+    """For a function called `reward` it was 'reward/loss', whose first part is reserved, too."""
+    def other(prompts, log_extra, log_metric):
+        return recording("x", 2.0)(prompts, None, log_extra, log_metric)
+
+    for first in ("loss", "rewards/x/mean", "eval_reward"):
+        with pytest.raises(RewardError, match=f"for instance 'my_{first}'"):
+            check_recorded(ask(recording(first)))
+        check_recorded(ask(recording(f"my_{first}")))
+    with pytest.raises(RewardError, match="for instance 'my_x'"):
+        ask([recording("x"), other])
+
+
+@pytest.mark.parametrize("scalar", [True, False])
+def test_two_rewards_that_record_nan(scalar):
+    """NaN under one name is the same value."""
+    def other(prompts, log_extra, log_metric):
+        return recording("x", float("nan"), scalar)(prompts, None, log_extra, log_metric)
+
+    ask([recording("x", float("nan"), scalar), other])
+    with pytest.raises(RewardError, match="different values"):
+        ask([recording("x", 1.0, scalar), other])
+
+
 def test_a_judge_of_the_same_recorded_name():
     """In an evaluation a judge's metrics replaced those of a reward."""
     def judge(prompts, log_metric):
@@ -368,6 +485,32 @@ def test_lists_are_a_rewards_own():
         return [0.0, 0.0]
 
     ask([rude, sees, rude, sees], words=[["x"], {"a": 1}])
+
+
+def test_a_column_of_nested_lists_costs_nothing():
+    """A picture stored as lists of lists was copied pixel by pixel, for each reward and call."""
+    picture = [[[0, 1, 2]] * 4] * 4
+    seen = []
+    ask(lambda prompts, pictures: seen.append(pictures) or [0.0, 0.0], pictures=[picture, picture])
+    assert seen[0][0] is not picture and seen[0][0][1] is picture[1]
+
+
+def test_a_reward_that_fails_beside_an_async_one():
+    """The other was left with the warning "coroutine was never awaited"."""
+    def broken(prompts):
+        raise KeyError("x")
+
+    async def later(prompts):
+        await asyncio.sleep(0)
+        return [0.0, 0.0]
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(RewardError, match="'broken' raised KeyError"):
+            ask([later, broken])
+        gc.collect()
+    assert not [str(w.message) for w in caught if "never awaited" in str(w.message)]
+    assert ask([later, two]).values[:, 1].tolist() == MEAN.tolist()
 
 
 # --- beside the rollout ----------------------------------------------------------------------------------------------

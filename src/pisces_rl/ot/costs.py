@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+EPS = 1e-12  # shorter vectors count as zero
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.linear.default}
 
@@ -18,8 +19,6 @@ class _InDoublePrecision(TorchDispatchMode):
             return func(*args, **kwargs or {})
         args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
         return func(*args, **kwargs or {}).float()
-
-EPS = 1e-12  # shorter vectors count as zero
 
 
 @contextlib.contextmanager

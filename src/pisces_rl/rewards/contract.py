@@ -9,11 +9,12 @@ may be `async def`. `log_extra(name, values)` records B per-sample values, `log_
 reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`; one with
 `compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
-between calls.
+between calls. These attributes and `__name__` may be set on a wrapper or a partial: the outermost one counts.
 
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
-it on its device. Lists and dicts are copied for each reward; `videos` and what else a column holds are shared, and a
-reward that writes into `videos` is an error. Two rewards may not record different values under one name.
+it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
+lies deeper, and `videos`, are shared, and a reward that writes into `videos` is an error. Two rewards may not record
+different values under one name.
 """
 
 import inspect
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .signature import inner, parameters_of
+from .signature import layers, parameters_of
 
 OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
 
@@ -36,38 +37,50 @@ class RewardError(RuntimeError):
 
 
 def is_differentiable(func: RewardFunc) -> bool:
-    """Whether a reward says that it carries gradients to its videos; a partial has its function's word."""
-    return bool(getattr(inner(func), "differentiable", False))
+    """Whether a reward says that it carries gradients to its videos."""
+    return bool(_said(func, "differentiable", False))
 
 
 def offload(func: RewardFunc, device: torch.device | str) -> None:
-    """A reward's attribute `offload`, if it has one that is None, becomes `device`; a partial has its function's."""
-    func = inner(func)
-    if getattr(func, "offload", device) is None:
-        func.offload = device
+    """A reward's attribute `offload`, if it has one that is None, becomes `device`, in what it wraps as well."""
+    if _said(func, "offload", device) is None:
+        for layer in layers(func):
+            if getattr(layer, "offload", device) is None:
+                layer.offload = device
 
 
 def compares_videos(func: RewardFunc) -> bool:
     """Whether a reward says that a video's value depends on the others of its call."""
-    return bool(getattr(inner(func), "compares_videos", False))
+    return bool(_said(func, "compares_videos", False))
 
 
 def is_async(func: RewardFunc) -> bool:
-    """Whether a reward is `async def`, itself, its `__call__` or its `forward`."""
-    func = inner(func)
-    call = func.forward if isinstance(func, nn.Module) else type(func).__call__
-    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(call)
+    """Whether a reward, or what it wraps, is `async def`, itself, its `__call__` or its `forward`."""
+    for layer in layers(func):
+        call = layer.forward if isinstance(layer, nn.Module) else type(layer).__call__
+        if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(call):
+            return True
+    return False
 
 
 def reward_name(func: RewardFunc) -> str:
-    """The name under which a reward is logged; a partial has its function's, a module its class's."""
-    func = inner(func)
+    """The name under which a reward is logged: the one set on it or on a wrapper, else its function's or class's."""
+    *wrappers, func = layers(func)
+    for wrapper in wrappers:
+        name, code = getattr(wrapper, "__name__", None), getattr(wrapper, "__code__", None)
+        if name not in (None, "<lambda>", code and code.co_name):  # a user set it, `def` did not
+            return name
     if isinstance(func, torch.jit.ScriptModule):
         return func.original_name
     name = getattr(func, "__name__", None)
     if name is None or name == "<lambda>":
         name = type(func).__name__ if name is None else "lambda"
     return name
+
+
+def _said(func: RewardFunc, attribute: str, default: object) -> object:
+    """An attribute of a reward: the outermost one, of wrappers, partials and what they wrap."""
+    return next((getattr(layer, attribute) for layer in layers(func) if hasattr(layer, attribute)), default)
 
 
 def check_reward(func: RewardFunc) -> None:
@@ -79,7 +92,7 @@ def check_reward(func: RewardFunc) -> None:
         )
     if inspect.isclass(func):
         raise ValueError(f"reward {func.__name__} is a class; pass an instance of it: {func.__name__}(...).")
-    module = inner(func)
+    *_, module = layers(func)
     if isinstance(module, nn.Module) and getattr(module.forward, "__func__", None) is nn.Module.forward:
         raise ValueError(f"reward {reward_name(func)} has no forward(prompts, videos), so it cannot be called.")
     try:

@@ -64,19 +64,20 @@ def _is_function(name: str, value: object, module: str) -> bool:
 
 def _module_of_file(name: str, path: Path) -> ModuleType:
     """The module of a file, loaded once for each content: dataclasses and pickle find it in sys.modules, where files
-    of one stem have different names. Its folder is the last place where Python looks for what it imports."""
+    of one stem have different names. Its folder, and then that of the file it links to, are the last places where
+    Python looks for what it imports."""
     if not path.is_file():
         raise ValueError(f"reward {name!r}: no file {str(path)!r}.")
-    path = path.resolve()
+    path = path.parent.resolve() / path.name  # a file of the Hub's cache links to one without a suffix
+    folders = list(dict.fromkeys((path.parent, path.resolve().parent)))
     content = path.read_bytes()
     digest = hashlib.sha256(str(path).encode() + content).hexdigest()[:12]
     own = re.sub(r"\W", "_", path.stem) + f"_{digest}"
     if own in sys.modules:
         return sys.modules[own]
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
+    sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
     importlib.invalidate_caches()  # the files may be as old as this process
-    _check_neighbours(name, path, content)
+    _check_neighbours(name, path, folders, content)
     spec = importlib.util.spec_from_file_location(own, path)
     module = sys.modules[own] = importlib.util.module_from_spec(spec)
     try:
@@ -87,15 +88,18 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     return module
 
 
-def _check_neighbours(name: str, path: Path, content: bytes) -> None:
+def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes) -> None:
     """A ValueError where the file imports a module that lies beside it, but Python would take another of that name."""
     tree = ast.parse(content, filename=str(path))
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         imported += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
         for top in {module.split(".")[0] for module in imported}:
-            beside = [p for p in (path.parent / f"{top}.py", path.parent / top / "__init__.py") if p.is_file()]
-            if beside and top not in sys.builtin_module_names and (taken := _file_of(top)) not in map(str, beside):
+            beside = [p for folder in folders for p in (folder / f"{top}.py", folder / top / "__init__.py")]
+            beside = [p for p in beside if p.is_file()]
+            if not beside or top in sys.builtin_module_names:
+                continue
+            if (taken := _file_of(top)) not in [str(p.resolve()) for p in beside]:
                 raise ValueError(
                     f"reward {name!r}: it imports {top!r}, which lies beside it as {beside[0]}, but Python takes "
                     f"{taken}; rename the one beside it."

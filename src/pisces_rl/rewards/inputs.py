@@ -1,5 +1,7 @@
 """What a reward is given is its own, or stays as it is: what the next one sees, and what is saved, never changes."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -8,13 +10,17 @@ from .contract import RewardError
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def own_lists(value):
-    """A list or dict that may be changed: lists and dicts are copied at any depth, what they hold is not."""
-    if type(value) is list:
-        return [own_lists(element) for element in value]
-    if type(value) is dict:
-        return {key: own_lists(element) for key, element in value.items()}
-    return value
+def own_lists(columns: dict[str, list]) -> dict[str, list]:
+    """Columns that a reward may change without another one seeing it: their lists, and a row's own list or dict.
+
+    What lies deeper (a list in a row's list), arrays and tensors are shared: copying an image that is stored as nested
+    lists would take longer than most rewards.
+    """
+    return {name: [_own(value) for value in values] for name, values in columns.items()}
+
+
+def _own(value):
+    return copy.copy(value) if type(value) in (list, dict) else value
 
 
 class Untouched:

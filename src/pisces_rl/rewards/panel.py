@@ -25,7 +25,7 @@ from .contract import (
 )
 from .encodings import shared_encodings
 from .inputs import Untouched, own_lists
-from .signature import OFFERED, arguments, inner
+from .signature import OFFERED, arguments, layers
 from .table import RewardTable
 from .thread_settings import with_settings_of_this_thread
 from .time_limit import time_limit
@@ -54,7 +54,7 @@ class RewardPanel:
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
         if len(set(self.names)) < len(names):
             raise ValueError(f"rewards named {names} cannot be told apart; give them other names (__name__).")
-        for module in [inner(func) for func in self.funcs]:
+        for module in [layer for func in self.funcs for layer in layers(func)]:
             if isinstance(module, nn.Module):
                 module.eval()
         self.record = contextlib.nullcontext
@@ -73,23 +73,28 @@ class RewardPanel:
                  trainer_state=None) -> RewardTable:
         table, offered = self._offer(prompts, videos, columns, trainer_state)
         pending, guard = {}, Untouched(videos)
-        with shared_encodings():
-            for i, (name, func) in enumerate(zip(self.names, self.funcs)):
+        try:
+            with shared_encodings():
+                for i, (name, func) in enumerate(zip(self.names, self.funcs)):
+                    start = time.perf_counter()
+                    with self.record(f"rewards/{name}"):
+                        values = self._call(name, func, offered(name))
+                        if inspect.isawaitable(values):
+                            pending[i] = values
+                        else:
+                            table.values[:, i] = checked_values(name, values, prompts)
+                            guard.check(name)
+                    table.seconds[name] = time.perf_counter() - start
+            if pending:
                 start = time.perf_counter()
-                with self.record(f"rewards/{name}"):
-                    values = self._call(name, func, offered(name))
-                    if inspect.isawaitable(values):
-                        pending[i] = values
-                    else:
-                        table.values[:, i] = checked_values(name, values, prompts)
-                        guard.check(name)
-                table.seconds[name] = time.perf_counter() - start
-        if pending:
-            start = time.perf_counter()
-            for i, values in zip(pending, self._await_all(pending)):
-                table.values[:, i] = checked_values(self.names[i], values, prompts)
-                table.seconds[self.names[i]] += time.perf_counter() - start
-            guard.check(*(self.names[i] for i in pending))
+                for i, values in zip(pending, self._await_all(pending)):
+                    table.values[:, i] = checked_values(self.names[i], values, prompts)
+                    table.seconds[self.names[i]] += time.perf_counter() - start
+                guard.check(*(self.names[i] for i in pending))
+        finally:
+            for values in pending.values():  # those that another reward's failure kept from their start
+                if inspect.iscoroutine(values) and inspect.getcoroutinestate(values) == inspect.CORO_CREATED:
+                    values.close()
         return table
 
     def offload(self, device: torch.device | str) -> None:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
@@ -40,11 +40,16 @@ def parameters_of(func: Callable) -> Parameters:
     return _parameters(func) if held is None else parameters_of(held)
 
 
-def inner(func: Callable) -> Callable:
-    """What a partial, or a wrapper without `functools.wraps`, is of."""
-    while isinstance(func, functools.partial) or _wrapped(func) is not None:
-        func = func.func if isinstance(func, functools.partial) else _wrapped(func)
-    return func
+def layers(func: Callable) -> Iterator[Callable]:
+    """A callable, and what it wraps, from the outside in: a partial's function, what a decorator was given."""
+    while func is not None:
+        yield func
+        if isinstance(func, functools.partial):
+            func = func.func
+        elif inspect.isfunction(func) and "__wrapped__" in func.__dict__:
+            func = func.__wrapped__
+        else:
+            func = _wrapped(func)
 
 
 def _parameters(func: Callable) -> Parameters:
@@ -60,16 +65,17 @@ def _names_inputs(parameters: Parameters) -> bool:
 
 
 def _wrapped(func: Callable) -> Callable | None:
-    """What a callable wraps that says no more than **kwargs: the one callable that it holds (in its closure, its
+    """What a callable wraps that takes *args and **kwargs: the one callable that it holds (in its closure, its
     attributes, its child modules) which takes `prompts` or `videos`. Found without a call, since a call that failed
-    might have done half of its work."""
+    might have done half of its work. A reward with **kwargs alone reads from them, and may hold a scorer besides."""
     if isinstance(func, functools.partial):
         return None
     try:
         parameters = _parameters(func)
     except ValueError:
         return None
-    if not _takes_any(parameters) or _names_inputs(parameters):
+    kinds = {p.kind for p in parameters.values()}
+    if not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds or _names_inputs(parameters):
         return None
     found = [held for held in _held(func) if _takes_inputs(held)]
     return found[0] if len(found) == 1 else None

@@ -63,12 +63,17 @@ class RewardTable:
         Raises RewardError that names both.
         """
         owner = self.recorded_by.setdefault(name, reward)
-        if owner != reward and getattr(self, kind).get(name, [])[:len(values)] != values:
+        known = getattr(self, kind).get(name, [])[: len(values)]
+        if owner != reward and not (len(known) == len(values) and all(map(_equal, known, values))):
             raise RewardError(
                 f"rewards {owner!r} and {reward!r} both record {name!r}, with different values; record under another "
-                f"name in one of them, for instance {f'{reward}/{name}'!r}."
+                f"name in one of them, for instance {f'my_{name}'!r}."
             )
 
     def _add_seconds(self, table: "RewardTable") -> None:
         for name, seconds in table.seconds.items():
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+
+def _equal(x: object, y: object) -> bool:
+    return x is y or bool(x == y) or (x != x and y != y)  # NaN is NaN

@@ -30,7 +30,7 @@ def check_recorded(table: RewardTable) -> None:
         if name.split("/")[0] in OWN_NAMES or name.startswith(("eval_", "train_", "eval/", "train/")):
             raise RewardError(
                 f"reward {reward!r} records {name!r}, which is a name of the trainer's own metrics; record under "
-                f"another name, for instance {f'{reward}/{name}'!r}."
+                f"another name, for instance {f'my_{name}'!r}."
             )
     for name in table.extras:
         if f"{name}/mean" in table.metrics:
