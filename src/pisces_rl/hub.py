@@ -194,8 +194,10 @@ def push_adapter(
             f"repo_id={repo_id!r} is no name of a repository; allowed: 'name' or 'you/name'. {error}"
         ) from None
     names = {path: path.relative_to(folder).as_posix() for path in files}
-    if folder / OTHER_CARD in names:
+    if folder / OTHER_CARD in names and OTHER_CARD in (described(folder) or ()):
         names = {path: name for path, name in names.items() if name != README} | {folder / OTHER_CARD: README}
+    elif allow_patterns is None:  # nothing says that it is ours
+        names.pop(folder / OTHER_CARD, None)
     api = HfApi(endpoint=endpoint, token=token)
     try:
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -13,17 +14,24 @@ CARD_MARK = "by reinforcement learning with pisces_rl"  # a sentence of our card
 ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 _KNOWN = re.compile(
     r"trace_rank[0-9]+\.json|evaluations/step_[0-9]{6,}\.json|samples/before_after_.*\.(png|captions\.txt)"
-    r"|samples/(step|rollout)_[0-9]{6,}/(.*/)?([0-9]{3,}\.mp4|sheet\.(png|captions\.txt)|rewards\.json)"
+    r"|samples/(step|rollout|other)_[0-9]{6,}/(.*/)?([0-9]{3,}\.mp4|sheet\.(png|captions\.txt)|rewards\.json)"
 )
-_STEP = re.compile(r"(?:checkpoint-|evaluations/step_|samples/(?:step|rollout)_)([0-9]+)")
+_STEP = re.compile(r"(?:checkpoint-|evaluations/step_|samples/(?:step|rollout|other)_)([0-9]+)")
+
+
+def listed(folder: str | os.PathLike) -> dict[str, bool] | None:
+    """{relative path: whether it is of the present state of the folder's run} of the listed files that exist; None
+    where the folder has no list."""
+    folder, content = Path(folder), _read(Path(folder))
+    if content is None:
+        return None
+    return {path: current for path, current in content["files"].items() if os.path.lexists(folder / path)}
 
 
 def described(folder: str | os.PathLike) -> list[str] | None:
     """Files of the folder's present run, as relative paths; None where the folder has no list."""
-    folder, content = Path(folder), _read(Path(folder))
-    if content is None:
-        return None
-    return [path for path, current in content["files"].items() if current and os.path.lexists(folder / path)]
+    files = listed(folder)
+    return None if files is None else [path for path, current in files.items() if current]
 
 
 def own_checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
@@ -59,12 +67,14 @@ class RunFiles:
     def begin(self) -> Path | None:
         """A run begins: move an earlier one's files away; returns where they are, None where there were none.
 
-        What this object wrote before its first run stays.
+        What this object wrote before its first run stays, and so does a README.md that the user has put in the place
+        of our card.
         """
         if self.begun:
             self._clear()
         self._leave_to_others()
-        earlier = [path for path in self._on_disk() if path not in self.own]
+        earlier = [path for path in self._on_disk()
+                   if path not in self.own and (path != README or self._is_our_card())]
         aside = self._set_aside(earlier)
         self.begun = True
         if self.own or (self.folder / LIST).exists():
@@ -124,9 +134,10 @@ class RunFiles:
             self._clear()
 
     def _on_disk(self) -> dict[str, bool]:
-        content = _read(self.folder)
-        found = dict.fromkeys(self._known_names(), True) if content is None else content["files"]
-        return {path: current for path, current in found.items() if self._exists(path)}
+        files = listed(self.folder)
+        if files is None:
+            return {path: True for path in self._known_names() if self._exists(path)}
+        return files
 
     def _write(self) -> None:
         others = {} if self.begun else {path: False for path in self._on_disk() if path not in self.own}
@@ -140,15 +151,15 @@ class RunFiles:
             taken = [int(p.name[8:]) for p in self.folder.glob("earlier-*") if re.fullmatch("earlier-[0-9]+", p.name)]
             self.aside = self.folder / f"earlier-{max(taken, default=0) + 1}"
             self.aside.mkdir()
-        listed, moved = self._on_disk(), _read(self.aside) or {"run": self.run, "files": {}}
+        on_disk, moved = self._on_disk(), _read(self.aside) or {"run": self.run, "files": {}}
         for path in found:
             (self.aside / path).parent.mkdir(parents=True, exist_ok=True)
-            os.rename(self.folder / path, self.aside / path)
-            if path in listed:
-                moved["files"][path] = listed[path]
-            for parent in list(PurePosixPath(path).parents)[:-1]:
-                if not any((self.folder / parent).iterdir()):
-                    (self.folder / parent).rmdir()
+            shutil.move(self.folder / path, self.aside / path)  # which may lie on another disk
+            if path in on_disk:
+                moved["files"][path] = on_disk[path]
+            for parent in [self.folder / parent for parent in list(PurePosixPath(path).parents)[:-1]]:
+                if not parent.is_symlink() and not any(parent.iterdir()):
+                    parent.rmdir()
         _write(self.aside, moved["run"], moved["files"])
         return self.aside
 
@@ -170,7 +181,7 @@ class RunFiles:
         paths = [p for place in ("*", "evaluations/*", "samples/**/*") for p in folder.glob(place) if p.is_file()]
         known += [path for path in (p.relative_to(folder).as_posix() for p in paths) if _KNOWN.fullmatch(path)]
         if known:  # otherwise the event files are another program's
-            known += [p.parent.relative_to(folder).as_posix() for p in folder.glob("runs/*/events.out.tfevents.*")]
+            known += [p.relative_to(folder).as_posix() for p in folder.glob("runs/*/events.out.tfevents.*")]
         return known
 
 

@@ -1,6 +1,7 @@
 """Adapters that a stranger brings: on the pipeline already, or with options of peft that a run cannot keep."""
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pisces_rl import VideoGRPOTrainer
 from pisces_rl.policy import (
     add_lora,
     check_lora_config,
+    check_no_adapters,
     check_saved_lora,
     default_lora_config,
     load_lora_state,
@@ -109,15 +111,54 @@ def test_a_pipeline_with_a_lora_is_refused_unchanged(bring, tmp_path):
     with pytest.raises(ValueError, match=r"carries the adapter .*'style'.* already.*continue_from") as raised:
         trainer(tmp_path / "run", model=pipe)
     assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
-    assert ("merge_and_unload" if bring is wrapped else "unload_lora_weights") in str(raised.value)
+    fix = {wrapped: "merge_and_unload", in_text_encoder: "save: load the pipeline again"}.get(bring, "unload_lora")
+    assert fix in str(raised.value)
     assert equal(before, snapshot(pipe))
+
+
+def follow_advice(pipe) -> int:
+    """Run the code that each error names until none is raised; returns how many there were."""
+    for count in range(4):
+        try:
+            check_no_adapters({name: c for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)})
+        except ValueError as error:
+            exec(re.search("`(.*)`", str(error))[1], {"pipe": pipe})
+        else:
+            return count
+    raise AssertionError("the advice does not end")
+
+
+@pytest.mark.parametrize("family", ["wan22_a14b", "hunyuan15"])
+def test_the_advice_keeps_every_adapter(family):
+    """Adapters on both experts of Wan 2.2, and on a pipeline without fuse_lora: what it computes stays."""
+    pipe = quiet(BUILD[family]())
+    names = [name for name in ("transformer", "transformer_2") if pipe.components.get(name) is not None]
+    merged = {}
+    for name in names:
+        module = pipe.components[name]
+        module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
+        layer = next(m for m in module.modules() if isinstance(m, BaseTunerLayer))
+        merged[name] = layer.weight + layer.get_delta_weight("style")
+    where = {name: next(k for k, m in pipe.components[name].named_modules() if isinstance(m, BaseTunerLayer))
+             for name in names}
+    assert follow_advice(pipe) == len(names) == (2 if family == "wan22_a14b" else 1)
+    for name in names:
+        torch.testing.assert_close(pipe.components[name].get_submodule(where[name]).weight, merged[name])
+
+
+@pytest.mark.parametrize("component", ["transformer", "text_encoder"])
+def test_no_advice_that_cannot_be_followed(component):
+    """A LoRA that peft put into Latte, or into a text encoder: neither has a method that fuses it."""
+    pipe = quiet(BUILD["latte"]())
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "q"]), pipe.components[component], "style")
+    with pytest.raises(ValueError, match=f"{component} carries .* save: load the pipeline again. [^`]*$"):
+        check_no_adapters({component: pipe.components[component]})
 
 
 def test_the_advice_to_fuse_works(tmp_path):
     """Someone does as the error says: their LoRA is part of the base, and trains like a base that had it."""
     pipe = loaded(tmp_path)
-    pipe.fuse_lora()
-    pipe.unload_lora_weights()
+    assert follow_advice(pipe) == 1
     other = fused(tmp_path).transformer.blocks[0].attn1.to_q.get_base_layer().weight
     assert torch.equal(pipe.transformer.blocks[0].attn1.to_q.weight, other)
     made = trainer(tmp_path / "run", model=pipe, max_steps=1)

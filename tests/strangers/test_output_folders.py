@@ -4,15 +4,19 @@ Such cases come from trainers' issue trackers: a card with another run's samples
 rotation of checkpoints removed, a README that a push overwrote.
 """
 
+import contextlib
 import json
 import re
+import shutil
 import warnings
+from pathlib import Path
 
 import pytest
+from distributed.processes import together
 from fake_hub import running_hub
 from test_hub import push
 from tiny_pipelines import BUILD, quiet
-from trainers.tiny_runs import StopAt, brightness, prompts, trainer
+from trainers.tiny_runs import StopAt, brightness, config, prompts, trainer
 from transformers import TrainerCallback
 
 from pisces_rl.run_files import RunFiles
@@ -47,8 +51,6 @@ def finished_run(tmp_path_factory):
 @pytest.fixture
 def earlier(finished_run, tmp_path):
     """A copy of it in a folder that may be changed."""
-    import shutil
-
     return shutil.copytree(finished_run[0], tmp_path / "run"), finished_run[1]
 
 
@@ -248,6 +250,197 @@ def test_the_newest_and_the_best_checkpoint_stay(tmp_path):
     made = trainer(tmp_path, max_steps=3, save_total_limit=2, callbacks=[StopAt(2)], **SAVES)
     made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "num_sample_videos": 0} | SAVES
+
+
+def falling(prompts, videos, trainer_state, **columns):
+    return [-float(trainer_state.global_step)] * len(prompts)
+
+
+@pytest.fixture(scope="module")
+def best_is_first(tmp_path_factory):
+    """A run of two steps whose first checkpoint is the best."""
+    folder = tmp_path_factory.mktemp("best") / "run"
+    trainer(folder, falling, eval_dataset=prompts(1), eval_on_start=False, **BEST).train()
+    return folder
+
+
+def test_checkpoints_alone_were_copied_to_another_machine(best_is_first, tmp_path):
+    """The best checkpoint comes without its evaluation: after all of the training, that file was not found."""
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(best_is_first / name, tmp_path / "run" / name)
+    made = trainer(tmp_path / "run", falling, eval_dataset=prompts(1), **BEST | {"max_steps": 3})
+    made.train(resume_from_checkpoint=True)
+    assert made.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-1")
+    assert made.last_evaluation["eval"]["prompts"] == ["clip 0"]
+    assert (tmp_path / "run" / "evaluations" / "step_000001.json").is_file()
+    made.save_model()
+
+
+def test_a_run_that_goes_on_from_where_it_was_moved_knows_its_best(best_is_first, tmp_path):
+    """Resumed from earlier-1/checkpoint-2: the best is the checkpoint beside it."""
+    shutil.copytree(best_is_first, tmp_path / "run" / "earlier-1")
+    state = tmp_path / "run" / "earlier-1" / "checkpoint-2" / "trainer_state.json"
+    state.write_text(state.read_text(encoding="utf-8").replace(str(best_is_first), "/gone"), encoding="utf-8")
+    made = trainer(tmp_path / "run", falling, eval_dataset=prompts(1), **BEST | {"max_steps": 3})
+    made.train(resume_from_checkpoint=str(state.parent))
+    assert made.state.best_model_checkpoint == str(tmp_path / "run" / "earlier-1" / "checkpoint-1")
+    assert made._saved_step == 1
+
+
+@pytest.mark.parametrize("settings", [{"save_total_limit": 2}, {"save_total_limit": 1, "eval_dataset": 1} | BEST],
+                         ids=["two", "one and the best"])
+def test_a_checkpoint_that_a_user_put_there_is_not_rotated_away(settings, tmp_path):
+    """Copied back from another run, or a folder of notes that is named like one."""
+    if "eval_dataset" in settings:
+        settings = settings | {"eval_dataset": prompts(1)}
+    trainer(tmp_path / "other", max_steps=1, **SAVES).train()
+
+    class CopiesBack(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                shutil.copytree(tmp_path / "other" / "checkpoint-1", tmp_path / "run" / "checkpoint-77")
+                (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
+
+    made = trainer(tmp_path / "run", callbacks=[CopiesBack()], **{"max_steps": 3, "learning_rate": 0.0} | SAVES |
+                   settings)
+    made.train()
+    ours = {"checkpoint-1", "checkpoint-3"} if "eval_dataset" in settings else {"checkpoint-2", "checkpoint-3"}
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert left == {"checkpoint-77", "checkpoint-best"} | ours and made.args.save_total_limit
+
+
+def files_of_a_run(folder, *paths: str) -> None:
+    """What a run has listed and written."""
+    files = RunFiles(folder)
+    files.begin()
+    files.claim(*paths)
+    for path in paths:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("ours", encoding="utf-8")
+
+
+@pytest.mark.parametrize("disk", ["same", "another"])
+def test_samples_lie_on_a_larger_disk(disk, tmp_path):
+    """output_dir/samples is a link: the link stays, and what a run wrote behind it moves."""
+    larger = Path("/dev/shm" if disk == "another" else tmp_path) / f"samples-{tmp_path.parent.name}-{tmp_path.name}"
+    if disk == "another" and (not larger.parent.is_dir() or larger.parent.stat().st_dev == tmp_path.stat().st_dev):
+        pytest.skip("one disk only")
+    larger.mkdir()
+    try:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "samples").symlink_to(larger)
+        files_of_a_run(tmp_path / "run", "report.md", "samples/step_000001/eval/000.mp4")
+        assert RunFiles(tmp_path / "run").begin() == tmp_path / "run" / "earlier-1"
+        assert files_in(tmp_path / "run" / "earlier-1") == {
+            "report.md", "samples/step_000001/eval/000.mp4", "run_files.json"}
+        assert (tmp_path / "run" / "samples").is_symlink() and list(larger.iterdir()) == []
+    finally:
+        shutil.rmtree(larger)
+
+
+@pytest.mark.parametrize("kept_a_list", [True, False])
+def test_a_user_s_model_card_is_not_pushed_as_ours(kept_a_list, tmp_path):
+    """A file model_card.md of the user's beside our card."""
+    folder = tmp_path / "run"
+    files_of_a_run(folder, "README.md", "pytorch_lora_weights.safetensors")
+    (folder / "model_card.md").write_text("mine", encoding="utf-8")
+    if not kept_a_list:
+        (folder / "run_files.json").unlink()
+    with running_hub() as server:
+        push(server, tmp_path, folder=str(folder), repo_id="me/mine")
+        push(server, tmp_path, folder=str(folder), repo_id="me/all", allow_patterns=["*"])
+    sent = [commit["files"] for commit in server.commits]
+    assert sent[0].keys() == {"README.md", "pytorch_lora_weights.safetensors"} and sent[0]["README.md"] == b"ours"
+    assert (sent[1]["README.md"], sent[1]["model_card.md"]) == (b"ours", b"mine")
+
+
+def test_a_readme_that_replaced_our_card_stays(tmp_path):
+    """After the first run the user writes a README of their own; the second leaves it there."""
+    files_of_a_run(tmp_path, "README.md", "report.md")
+    (tmp_path / "README.md").write_text("mine", encoding="utf-8")
+    files = RunFiles(tmp_path)
+    assert files.begin() == tmp_path / "earlier-1"
+    assert files_in(tmp_path / "earlier-1") == {"report.md", "run_files.json"}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "mine"
+    assert files.claim_card() == tmp_path / "model_card.md" and "README.md" not in files.current()
+
+
+def test_the_card_shows_no_clips_of_another_evaluation(tmp_path):
+    """A notebook evaluates on further prompts after the training, then saves."""
+    made = trainer(tmp_path, eval_dataset=prompts(2), max_steps=1, eval_on_start=False)
+    made.train()
+    other = prompts(1).map(lambda row: {"prompt": "another set's"})
+    made.evaluate(other)
+    made.save_model()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "clip 0" in card and "another set" not in card
+    assert all("other" not in link for link in links_of(tmp_path))
+    assert (tmp_path / "samples" / "other_000001" / "eval" / "000.mp4").is_file()
+    kept = json.loads((tmp_path / "samples" / "step_000001" / "eval" / "rewards.json").read_text(encoding="utf-8"))
+    assert kept["prompts"] == ["clip 0", "clip 1"]
+
+
+@pytest.mark.parametrize("inside, moves", [
+    (".", True), ("transformer", True), ("transformer_2/pytorch_lora_weights.safetensors", True),
+    ("checkpoint-2", True), ("checkpoint-2/pytorch_lora_weights.safetensors", True),
+    ("pytorch_lora_weights.safetensors", True), ("start", False), ("start.safetensors", False),
+    ("checkpoint-77", False),
+])
+def test_to_continue_from_what_the_run_will_move(inside, moves, tmp_path):
+    """Refused where the folder's list says that a run wrote it; a user's own start may lie there."""
+    files_of_a_run(tmp_path, "checkpoint-2/pytorch_lora_weights.safetensors", "transformer/adapter_model.safetensors",
+                   "transformer_2/pytorch_lora_weights.safetensors")
+    for own in ("start/adapter_model.safetensors", "start.safetensors", "checkpoint-77/adapter_model.safetensors",
+                "pytorch_lora_weights.safetensors"):
+        (tmp_path / own).parent.mkdir(exist_ok=True)
+        (tmp_path / own).write_text("mine", encoding="utf-8")
+    refused = pytest.raises(ValueError, match="lies in output_dir") if moves else contextlib.nullcontext()
+    with refused:
+        config(tmp_path, continue_from=str(tmp_path / inside))
+
+
+@pytest.mark.parametrize("place", ["tb", "."])
+def test_event_files_of_others_in_the_logging_folder_stay(place, monkeypatch, tmp_path):
+    """TENSORBOARD_LOGGING_DIR holds a baseline to compare with; it may be output_dir itself."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / place))
+    theirs = [tmp_path / place / name / "events.out.tfevents.1.host" for name in (".", "baseline")]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine", encoding="utf-8")
+    trainer(tmp_path, max_steps=1, report_to="tensorboard").train()
+    (own,) = {path for path in tmp_path.rglob("events.out.*")} - {*theirs}
+    RunFiles(tmp_path).begin()
+    assert (tmp_path / "earlier-1" / own.relative_to(tmp_path)).is_file() and not own.exists()
+    assert all(path.is_file() for path in theirs)
+
+
+NODE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+os.environ["LOCAL_RANK"] = "0"  # the only process of its machine
+os.environ["HF_HUB_OFFLINE"] = "1"
+from trainers.tiny_runs import trainer
+folder = os.path.join(sys.argv[2], "node" + os.environ["RANK"])
+settings = dict(save_strategy="steps", save_steps=1, save_total_limit=1, save_on_each_node=True)
+trainer(folder, max_steps=2, per_device_train_batch_size=2, **settings).train()
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_that_both_save(tmp_path):
+    """save_on_each_node, with an earlier run's files on each machine's own disk."""
+    for node in ("node0", "node1"):
+        files_of_a_run(tmp_path / node, "report.md", "checkpoint-9/policy.json")
+    (tmp_path / "node.py").write_text(NODE, encoding="utf-8")
+    done = together(str(tmp_path / "node.py"), str(Path(__file__).parents[1]), str(tmp_path), timeout=100)
+    assert [process.returncode for process in done] == [0, 0], done[1].stdout[-3000:]
+    for node in (tmp_path / "node0", tmp_path / "node1"):
+        assert {path.name for path in node.iterdir()} == {"earlier-1", "checkpoint-2", "run_files.json"}
+        assert (node / "earlier-1" / "checkpoint-9" / "policy.json").is_file()
+    assert [process.stdout.count("holds an earlier run") for process in done] == [1, 0]
 
 
 def test_a_list_that_was_written_by_others_moves_nothing_outside(tmp_path):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.loaders import PeftAdapterMixin
 from peft import LoraConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
@@ -126,12 +127,16 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
         layers = [m for m in component.modules() if isinstance(m, BaseTunerLayer)]
         if layers or isinstance(component, PeftModel):
             names = sorted({adapter for layer in layers for adapter in layer._all_available_adapter_names()})
-            fix = (f"pipe.{name} = pipe.{name}.merge_and_unload()" if isinstance(component, PeftModel) else
-                   "pipe.fuse_lora(); pipe.unload_lora_weights() (or, to drop it, only the second)")
+            fix = "load the pipeline again"
+            if isinstance(component, PeftModel):
+                fix = f"merge it into the base first, by `pipe.{name} = pipe.{name}.merge_and_unload()`; or {fix}"
+            elif isinstance(component, PeftAdapterMixin):  # pipe.fuse_lora() takes one expert, pipe.unload_... both
+                fix = (f"merge it into the base first, by `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
+                       f"drop it, only the second); or {fix}")
             raise ValueError(
                 f"{name} carries the adapter {', '.join(map(repr, names)) or 'of a PeftModel'} already, which this "
-                f"run would neither train nor save: merge it into the base first, by {fix}; or give a newly loaded "
-                "pipeline, and pass continue_from=FOLDER in the config to train a saved adapter further."
+                f"run would neither train nor save: {fix}. To train a saved adapter further, pass "
+                "continue_from=FOLDER in the config."
             )
         if isinstance(component, FSDPModule):
             raise ValueError(f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "

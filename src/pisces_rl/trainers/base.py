@@ -202,6 +202,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         if self.is_world_process_zero():
             total = sum(p.numel() for p in self.adapter.values())
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
+        if args.should_save:
             remove_incomplete(args.output_dir)
 
     def _send_telemetry(self) -> None:
@@ -276,12 +277,18 @@ class VideoPolicyTrainer(_BaseTrainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
 
+        Args:
+            eval_dataset: another data set than the trainer's, or {name: data set}. Its samples go to
+                samples/other_STEP, which the model card does not show. None is the trainer's.
+            ignore_keys: without effect, as transformers passes it. metric_key_prefix: of the returned names.
+
         Returns:
             Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
             per-sample values that rewards recorded and `eval_{metric}` for their scalars (over calls, weighted by
             their videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        place, tag = ("step", "eval") if eval_dataset is None else ("other", "other")
         check_dataset("eval_dataset", dataset, several=True)
         sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
         scored = {}
@@ -292,8 +299,8 @@ class VideoPolicyTrainer(_BaseTrainer):
                     if own.videos is not None and self.is_world_process_zero():
                         count = len(own.videos)
                         scores = {score: values[:count] for score, values in own.scores.items()}
-                        self._write_samples(f"samples/step_{self._saved_step:06d}/{name}", own.videos,
-                                            own.prompts[:count], scores, tag=f"eval/{name}")
+                        self._write_samples(f"samples/{place}_{self._saved_step:06d}/{name}", own.videos,
+                                            own.prompts[:count], scores, tag=f"{tag}/{name}")
         metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
         if eval_dataset is None:
             check_best_metric(self.args.metric_for_best_model, metric_key_prefix, metrics)
@@ -319,11 +326,13 @@ class VideoPolicyTrainer(_BaseTrainer):
                 if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None]
 
     def _list_tensorboard(self) -> None:
-        """The folders of event files are the run's, where they are in output_dir."""
+        """The writers' own event files are the run's, where they are in output_dir."""
+        folder = Path(self.args.output_dir).resolve()
         for writer in self._tensorboard_writers() if self.is_world_process_zero() else ():
-            path, folder = (Path(p).resolve() for p in (writer.log_dir, self.args.output_dir))
-            if path != folder and path.is_relative_to(folder):
-                self.files.add(path.relative_to(folder).as_posix())
+            for file_writer in writer.all_writers.values():
+                path = Path(file_writer.event_writer._file_name).resolve()
+                if path.is_relative_to(folder):
+                    self.files.add(path.relative_to(folder).as_posix())
 
     @property
     def _saved_step(self) -> int:
@@ -332,7 +341,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _finish(self) -> None:
         """The last evaluation, and before against after."""
-        if self._best_step is None and self._evaluated_at != self.state.global_step:
+        if self.last_evaluation is None or self._best_step is None and self._evaluated_at != self.state.global_step:
             self.evaluate()
         step, before = self._saved_step, {}
         if self.is_world_process_zero():
@@ -364,13 +373,16 @@ class VideoPolicyTrainer(_BaseTrainer):
             check_same_run(checkpoint, self._identity)
             self._identity["changes"] = changes_since(checkpoint, self._identity)
             self.args.eval_on_start = False
-        if self.is_world_process_zero():
+        if self.args.should_save:  # with save_on_each_node a process of every node
             self._set_aside_earlier_run(checkpoint)
+        if self.is_world_process_zero():
             for line in (step_plan(self.policy, self.args), self._memory_plan):
                 if line is not None:
                     self.console.print(line, highlight=False)
             for change in self._identity["changes"]:
                 self.console.print(f"changed on resume: {change}", highlight=False)
+        # with a limit of 1, Trainer deletes at its end all that is named checkpoint-..., a user's, too
+        self._checkpoint_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
@@ -383,6 +395,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         finally:
+            self.args.save_total_limit = self._checkpoint_limit
             if self.args.trace_steps:
                 self.timeline.leave_trace(self.args.output_dir)
         if self.eval_dataset is not None:
@@ -403,15 +416,12 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.files.resume(step_of(checkpoint))
         else:
             aside = self.files.begin()
-            if aside is not None:
+            if aside is not None and self.is_world_process_zero():
                 self.console.print(f"{output} holds an earlier run: what it wrote is in {aside} now.")
         if self.args.trace_steps:
             self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
 
     def _run_epoch(self, **kwargs) -> None:
-        best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
-        if os.path.isdir(best):  # the state names it by a whole path, which the folder of a resumed run may have left
-            self.state.best_model_checkpoint = best
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
             self.control.should_training_stop = True
             return
@@ -426,8 +436,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
             if self.args.should_save:
                 best = self.state.best_model_checkpoint
-                remove_old_checkpoints(self.args.output_dir, self.args.save_total_limit,
-                                       keep=[final] if best is None else [final, best])
+                remove_old_checkpoints(self.args.output_dir, self._checkpoint_limit,
+                                       keep=[final] if best is None else [final, best], own=self.files.own)
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
@@ -478,9 +488,12 @@ class VideoPolicyTrainer(_BaseTrainer):
             if average is not None:  # what is evaluated and saved from here on is what was loaded
                 average.restart()
         self._best_step = self.state.best_global_step
+        self.last_evaluation = None
         if self.is_world_process_zero():
             folder = Path(self.state.best_model_checkpoint).parent  # not output_dir, if resumed from elsewhere
-            self.last_evaluation = read_evaluation(folder / evaluation_file(self._best_step))
+            path = folder / evaluation_file(self._best_step)
+            self.last_evaluation = read_evaluation(path) if path.is_file() else None
+        self.last_evaluation = broadcast_object_list([self.last_evaluation])[0]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -494,8 +507,12 @@ class VideoPolicyTrainer(_BaseTrainer):
             own.load_state_dict(load_tree(Path(checkpoint) / name))
         follow_settings(self.optimizer, self.lr_scheduler, groups)
 
-    def _init_training_state(self, max_steps, *args, **kwargs) -> tuple[int, int]:
-        position = super()._init_training_state(max_steps, *args, **kwargs)
+    def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
+        if checkpoint is not None:  # the state names the best by a whole path, which the run's folder may have left
+            best = Path(os.path.abspath(checkpoint)).with_name(f"checkpoint-{self.state.best_global_step}")
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
         return position
 

@@ -5,7 +5,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,20 @@ def remove_incomplete(output_dir: str | os.PathLike) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None,
-                           keep: Sequence[str | os.PathLike]) -> None:
-    """Delete the oldest of the folder's own checkpoints beyond `limit`; None or 0 deletes none.
+def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | os.PathLike],
+                           own: Container[str]) -> None:
+    """Delete the oldest of the run's own checkpoints beyond `limit`; None or 0 deletes none.
 
     Args:
         keep: checkpoints that stay in any case: the newest, from which a run resumes, and the best.
+        own: names that the run's list holds (`RunFiles.own`); a checkpoint that is not among them is the user's.
     """
     if not limit or limit < 0:
         return
     kept = {os.path.abspath(path) for path in keep}
     # by time, since a run that was resumed from an earlier checkpoint writes smaller numbers later
-    oldest = sorted(own_checkpoints(output_dir).items(), key=lambda item: (_written(item[1]), item[0]))
+    oldest = sorted([(step, path) for step, path in own_checkpoints(output_dir).items() if path.name in own],
+                    key=lambda item: (_written(item[1]), item[0]))
     spare = [path for _, path in oldest if os.path.abspath(path) not in kept]
     for path in spare[: max(0, len(oldest) - max(limit, len(oldest) - len(spare)))]:
         shutil.rmtree(path, ignore_errors=True)

@@ -9,6 +9,7 @@ import torch
 
 from ..policy.offload import OFFLOADED
 from ..policy.rules import check_call
+from ..run_files import ADAPTERS, listed
 from ._trl import _BaseConfig
 from .inherited_settings import check_inherited
 from .launch import check_processes, requested_sharding
@@ -234,8 +235,14 @@ class VideoPolicyConfig(_BaseConfig):
         start, output = Path(self.continue_from or ""), Path(self.output_dir).resolve()
         if not self.continue_from or not start.exists() or not start.resolve().is_relative_to(output):
             return
-        inside = start.resolve().relative_to(output).parts
-        if not inside or inside[0].startswith("checkpoint-") or len(inside) == 1 and start.is_file():
+        inside, files = start.resolve().relative_to(output), listed(output)
+        if files is None:
+            moves = not inside.parts or inside.parts[0].startswith("checkpoint-")
+            moves = moves or len(inside.parts) == 1 and start.is_file()
+        else:  # saving moves any adapter that lies in the folder itself
+            moves = str(inside) in (".", ADAPTERS[0]) or any(
+                inside.is_relative_to(path) or Path(path).is_relative_to(inside) for path in files)
+        if moves:
             raise ValueError(
                 f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
                 "checkpoints this run replaces; choose another output_dir. To resume an interrupted run, set "
