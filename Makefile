@@ -15,6 +15,9 @@ THREADS = $$(getconf _NPROCESSORS_ONLN)
 LAUNCH = $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_processes $(PROCESSES) --num_cpu_threads_per_process $${OMP_NUM_THREADS:-$(THREADS)}
 
+# By file, so that what a file's tests share (a launch of several processes, a trained run) is made once.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 .PHONY: help install demo test test-slow lint real-check clean
 .DEFAULT_GOAL := help
 
@@ -37,10 +40,10 @@ demo: $(STAMP)  ## improve the embedded text-to-video model with GRPO, in minute
 	env -u OMP_WAIT_POLICY GOMP_SPINCOUNT=20000 $(LAUNCH) examples/grpo_t2v.py --config recipes/shapemotion_grpo.yaml $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: $(STAMP)  ## run the tests that take longer, too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .

@@ -127,6 +127,8 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
         layers = [m for m in component.modules() if isinstance(m, BaseTunerLayer)]
         if layers or isinstance(component, PeftModel):
             names = sorted({adapter for layer in layers for adapter in layer._all_available_adapter_names()})
+            carried = f"carries the adapter {', '.join(map(repr, names))} already" if names else (
+                "is a PeftModel" if isinstance(component, PeftModel) else "has LoRA layers, if empty ones")
             fix = "load the pipeline again"
             if isinstance(component, PeftModel):
                 fix = f"merge it into the base first, by `pipe.{name} = pipe.{name}.merge_and_unload()`; or {fix}"
@@ -134,9 +136,8 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
                 fix = (f"merge it into the base first, by `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
                        f"drop it, only the second); or {fix}")
             raise ValueError(
-                f"{name} carries the adapter {', '.join(map(repr, names)) or 'of a PeftModel'} already, which this "
-                f"run would neither train nor save: {fix}. To train a saved adapter further, pass "
-                "continue_from=FOLDER in the config."
+                f"{name} {carried}, which this run would neither train nor save: {fix}. To train a saved adapter "
+                "further, pass continue_from=FOLDER in the config."
             )
         if isinstance(component, FSDPModule):
             raise ValueError(f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "

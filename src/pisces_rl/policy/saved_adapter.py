@@ -189,11 +189,11 @@ def _reason(wrong: list[str]) -> str:
     name = wrong[0]
     if any("lora_magnitude_vector" in n for n in wrong):
         return "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is trained. Merge it " \
-               "into the base: pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.unload_lora_weights()."
+               "into the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
     if any(mark in n for n in wrong for mark in ("lora_down", "lora_up", ".alpha", "lora.down", "lora.up")):
         return f"{name!r} is the layout of kohya or ComfyUI. {_CONVERT}"
     return f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is trained. Merge it into the base: " \
-           "pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.unload_lora_weights()."
+           "pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
 
 
 def _config(source: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
