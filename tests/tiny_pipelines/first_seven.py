@@ -349,6 +349,7 @@ def tiny_t2v_sd(seed=0):
             beta_end=0.012,
             beta_schedule="scaled_linear",
             clip_sample=False,
+            steps_offset=1,  # as ModelScope's: without it the last step goes from time 0 to time 0
             set_alpha_to_one=False,
         ),
     )
