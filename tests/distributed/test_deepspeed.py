@@ -16,13 +16,10 @@ from processes import launch
 from tiny_runs import largest_difference
 
 ROOT = Path(__file__).parents[2]
-BOTH = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated", "backpropagated_k2",
-        "distilled", "two_experts", "trained_twice", "half_precision", "compiled"]  # fmt: skip
-# Both stages step by the same optimizer, so with stage 2 the rest says again what it says with stage 3.
-ALSO_STAGE_2 = ["whole_groups", "accumulated", "clipped", "two_experts", "trained_twice"]
-AGAIN = [name for name in BOTH if name not in ALSO_STAGE_2]
-EQUAL_ONE = [*((2, name) for name in ALSO_STAGE_2), *((3, name) for name in BOTH),
-             *(pytest.param(2, name, marks=pytest.mark.slow) for name in AGAIN)]
+EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
+             "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
+             "compiled"]  # fmt: skip
+STAGES = [pytest.param(2, marks=pytest.mark.slow), 3]  # both step by the same optimizer (PartitionedOptimizer)
 BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights"]
 
 
@@ -49,20 +46,10 @@ class Runs:
             one = scenarios.trained(scenarios.made(folder / "stopped_1", callbacks=[scenarios.tiny_runs.StopAt(2)],
                                                    **scenarios.ADAMW))
             assert one["weights"]
-            names = (BOTH if stage == 3 else ALSO_STAGE_2) + BESIDES
-            names += ["unequal_texts", "freed_behind_backward"] if stage == 3 else []
+            names = EQUAL_ONE + BESIDES + (["unequal_texts", "freed_behind_backward"] if stage == 3 else [])
             result = two_processes(folder, stage, *names, timeout=580)
             assert result.returncode == 0, result.stdout[-5000:]
         return self.made[stage]
-
-    def again(self) -> Path:
-        """Stage 2 once more, in a launch of its own: only `make test-slow` pays for it."""
-        if "again" not in self.made:
-            folder = self.made["again"] = self.folder / "again"
-            folder.mkdir()
-            result = two_processes(folder, 2, *AGAIN, timeout=580)
-            assert result.returncode == 0, result.stdout[-5000:]
-        return self.made["again"]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +57,10 @@ def runs(tmp_path_factory) -> Runs:
     return Runs(tmp_path_factory.mktemp("deepspeed"))
 
 
-@pytest.mark.parametrize(("stage", "name"), EQUAL_ONE)
+@pytest.mark.parametrize("name", EQUAL_ONE)
+@pytest.mark.parametrize("stage", STAGES)
 def test_two_processes_equal_one(runs, stage, name):
-    one, folder = one_process(name), runs.again() if stage == 2 and name in AGAIN else runs.two(stage)
+    one, folder = one_process(name), runs.two(stage)
     first, second = (load_file(folder / f"{name}_{rank}.safetensors") for rank in (0, 1))
     assert largest_difference(first, second) == 0
     assert largest_difference(one["weights"], first) < (1e-6 if name != "half_precision" else 1e-3)
@@ -86,7 +74,7 @@ def test_two_processes_equal_one(runs, stage, name):
         assert min(numbers(folder, name)["grad_norm"]) > 2e-3
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_each_process_holds_half(runs, stage):
     """Of the optimizer's states, and with ZeRO-3 of the frozen weights."""
     both = [numbers(runs.two(stage), "parts_of_weights", rank) for rank in (0, 1)]
@@ -96,14 +84,14 @@ def test_each_process_holds_half(runs, stage):
         assert own["held"] == pytest.approx(own["whole"] / share, rel=0.01)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_run_resumes(runs, stage):
     for rank in (0, 1):
         result = numbers(runs.two(stage), "resumed", rank)
         assert result["difference"] == 0 and result["rewards"][0] == result["rewards"][1]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_one_process_and_of_two_mean_the_same(runs, stage):
     """What one process saved goes on here on two, and what they saved on one; AdamW makes much of little gradients."""
     folder = runs.two(stage)
@@ -113,7 +101,7 @@ def test_checkpoints_of_one_process_and_of_two_mean_the_same(runs, stage):
     assert largest_difference(here["weights"], load_file(folder / "resumed_elsewhere_1.safetensors")) < 1e-3
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_evaluation_equals_that_of_one_process_and_the_adapter_reloads(runs, stage):
     one, folder = one_process("evaluated"), runs.two(stage)
     for rank in (0, 1):
@@ -129,7 +117,7 @@ def test_evaluation_equals_that_of_one_process_and_the_adapter_reloads(runs, sta
     assert (saved / "samples" / "before_after_five.png").exists()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_with_other_weights_is_named(runs, stage):
     for rank in (0, 1):
         assert "ranks [1] hold other adapter weights" in numbers(runs.two(stage), "unequal_weights", rank)["message"]

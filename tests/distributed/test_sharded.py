@@ -54,6 +54,7 @@ def test_weights_of_two_dtypes_are_sharded(sharded):
     assert_equal_ranks(sharded, "half_precision")
 
 
+@pytest.mark.slow
 def test_gathered_weights_may_be_kept(tmp_path):
     result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=300, fsdp_reshard_after_forward=False)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -42,6 +42,7 @@ def test_what_cannot_be_split_is_said(shared):
     assert "context_parallel: the tokens of a video cannot be divided" in three_tokens
 
 
+@pytest.mark.slow
 def test_tokens_and_weights_in_parts(tmp_path, monkeypatch):
     monkeypatch.setenv("SHARE_TOKENS", "1")
     result = accelerate(scenarios.__file__, tmp_path, "accumulated", timeout=300)

@@ -86,7 +86,7 @@ def allocated_peak(call) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_an_update_takes_what_is_estimated(checkpointing):
     args = config(gradient_checkpointing=checkpointing, **WAN)
     pipeline = wan()
@@ -168,6 +168,7 @@ def peaks(family="wan", **settings) -> dict[str, int]:
     return estimated(family, **settings).peaks
 
 
+@pytest.mark.slow
 def test_more_frames_and_videos_take_more():
     base = peaks()
     longer, larger = peaks(num_frames=33), peaks(per_device_train_batch_size=8)
@@ -177,6 +178,7 @@ def test_more_frames_and_videos_take_more():
     assert chunked["decoding"] < base["decoding"] and chunked["update"] == base["update"]
 
 
+@pytest.mark.slow
 def test_guidance_recomputation_and_averages():
     base = peaks(gradient_checkpointing=False)
     assert peaks(gradient_checkpointing=False, guidance_scale=1.0)["update"] < base["update"]
@@ -188,6 +190,7 @@ def test_guidance_recomputation_and_averages():
     assert compiled[0] < compiled[1] < base["update"]
 
 
+@pytest.mark.slow
 def test_how_the_vae_decodes():
     large = dict(height=320, width=320, num_frames=5, guidance_scale=1.0)
     base, half = estimated("wan", **large), estimated("wan", vae_dtype="bfloat16", **large)
@@ -210,14 +213,16 @@ def test_settings_are_refused_as_in_training(settings, message):
         estimate_memory(wan(), config(**WAN | settings))
 
 
+@pytest.mark.slow
 def test_one_adapter_of_two_experts():
     both, one = (peaks("wan22_a14b", **own) for own in ({}, {"lora_denoisers": ("transformer_2",)}))
     assert one["update"] < both["update"]
 
 
-@pytest.mark.parametrize("family", [
-    "cogvideox", "ltx", "mochi", "hunyuan", "t2v_sd", pytest.param("animatediff", marks=pytest.mark.slow)
-])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("mochi", "hunyuan", "t2v_sd", "animatediff")]
+
+
+@pytest.mark.parametrize("family", ["cogvideox", "ltx", *SLOW])
 def test_other_families(family):
     base, larger = peaks(family), peaks(family, per_device_train_batch_size=8)
     assert all(0 < base[phase] < larger[phase] for phase in base)

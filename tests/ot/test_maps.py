@@ -280,6 +280,7 @@ def test_neural_from_a_stream(clouds, tmp_path, monkeypatch):
             NeuralMap(**TINY).fit(wrong, Chunks(y), held_out=held_out, progress=False)
 
 
+@pytest.mark.slow
 def test_neural_on_two_processes_keeps_ranks_equal(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

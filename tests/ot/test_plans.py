@@ -90,7 +90,7 @@ def test_random_small_reg_is_the_exact_cost(n, m, seed):
 def test_one_dimension_is_sorting(seed):
     generator = torch.Generator().manual_seed(seed)
     x, y = (torch.rand(1, 12, 1, generator=generator, dtype=torch.float64) for _ in range(2))
-    plan = transport_plan(squared_cost(x, y), reg=1e-4, tolerance=1e-6, max_iterations=100_000)
+    plan = transport_plan(squared_cost(x, y), reg=1e-4, tolerance=1e-5, max_iterations=100_000)
     exact = (x.sort(1).values - y.sort(1).values).square().mean() / 2
     assert float(transport_cost(squared_cost(x, y), plan.plan)) == pytest.approx(float(exact), abs=5e-4)
 

@@ -43,7 +43,10 @@ def run(policy: VideoPolicy, parameters: dict, rows=(0, 1)) -> tuple[torch.Tenso
     return rollout.log_probs, max(errors), torch.cat([p.grad.flatten() for p in parameters.values()])
 
 
-@pytest.mark.parametrize("recompute", ["nothing", "all_but_attention", "everything"])
+@pytest.mark.parametrize("recompute", [
+    pytest.param("nothing", marks=pytest.mark.slow), "all_but_attention",
+    pytest.param("everything", marks=pytest.mark.slow),
+])
 def test_compiled_blocks_are_one_graph_for_sampling_and_update(recompute):
     policy, parameters = build("wan")
     log_probs, _, gradient = run(policy, parameters)
@@ -79,16 +82,15 @@ def kept(recompute: str) -> int:
     return found[-1]
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_not_kept():
     everything, but_attention, nothing = (kept(r) for r in ("everything", "all_but_attention", "nothing"))
     assert everything < but_attention < nothing, (everything, but_attention, nothing)
     assert everything < nothing / 4
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("hunyuan", "mochi", "skyreels", "cogvideox")]
-
-
-@pytest.mark.parametrize("family", ["ltx", *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["ltx", "hunyuan", "mochi", "skyreels", "cogvideox"])
 def test_families_compile(family):
     policy, parameters = build(family)
     log_probs, _, gradient = run(policy, parameters)
@@ -106,6 +108,7 @@ def test_a_denoiser_without_repeated_blocks_says_so():
         policy.compile_blocks()
 
 
+@pytest.mark.slow
 def test_a_block_that_is_no_graph_says_so():
     policy, parameters = build("ltx2")
     torch._dynamo.reset()

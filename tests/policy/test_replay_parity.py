@@ -18,10 +18,11 @@ FITTING = {family: ("ddim",) for family in BUILD}
 FITTING |= dict.fromkeys(FLOW, FLOW_TRANSITIONS) | dict.fromkeys(EDM, ("ancestral",))
 HOW = {"guided-plain": (True, False), "guided-checkpointed": (True, True),
        "unguided-plain": (False, False), "unguided-checkpointed": (False, True)}  # fmt: skip
-# A family's first transition all ways; the others only draw another x', so one way of them is enough here.
+OFTEN = "guided-plain", "unguided-checkpointed"  # each half of both ways
+# The other transitions only draw another x', so one way of them is enough here.
 CASES = [
     pytest.param(family, name, guided, checkpointing, id=f"{family}-{name}-{how}",
-                 marks=pytest.mark.slow if name != FITTING[family][0] and how != "guided-plain" else ())
+                 marks=() if how in OFTEN[: 2 if name == FITTING[family][0] else 1] else pytest.mark.slow)
     for family in BUILD for name in FITTING[family] for how, (guided, checkpointing) in HOW.items()
 ]  # fmt: skip
 SLICE_TOLERANCE = {"allegro": 3e-5}  # x0^ = (x - ...) / sqrt(alpha-bar), which is 0.0064 at its first step

@@ -135,6 +135,7 @@ def test_a_folder_of_another_encoder_or_of_other_samples_is_refused(tmp_path):
         cached(build("tiny_vtm"), samples(5), tmp_path, source="clips.jsonl")
 
 
+@pytest.mark.slow
 def test_two_processes_encode_what_one_does(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(

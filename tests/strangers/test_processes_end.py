@@ -11,7 +11,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_ranks_end_in_order_right_after_a_collective(tmp_path):
     """A script whose last line is a collective, one that fails there, and one that is stopped there by Ctrl-C."""
     script = Path(__file__).with_name("ending.py")
