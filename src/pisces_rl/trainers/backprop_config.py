@@ -70,7 +70,3 @@ class RewardBackpropConfig(VideoPolicyConfig):
                 f"one_step_range={self.one_step_range} must be two integers with 0 <= low < high <= "
                 f"num_inference_steps={steps}."
             )
-
-    def videos_a_step(self) -> str:
-        videos = self.per_device_train_batch_size * self.data_parts * self.gradient_accumulation_steps
-        return f"each optimizer step samples {videos} videos"

@@ -287,7 +287,8 @@ class VideoPolicyConfig(_BaseConfig):
 
     def videos_a_step(self) -> str:
         """How many videos are sampled how often, in words."""
-        raise NotImplementedError
+        videos = self.per_device_train_batch_size * self.data_parts * self.gradient_accumulation_steps
+        return f"each optimizer step samples {videos} videos"
 
     def policy_kwargs(self) -> dict:
         """The arguments of the pipeline's call that this config sets."""
