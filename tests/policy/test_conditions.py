@@ -73,7 +73,7 @@ def test_conditions_that_do_not_fit(conditions, message):
         with pytest.raises(PolicyError, match=message):
             method(PROMPTS, noise_seeds=[1, 2], conditions=conditions)
     with pytest.raises(PolicyError, match=message):
-        policy.predict(PROMPTS, noise_seeds=[1, 2], step=0, conditions=conditions)
+        policy.predict(Rollout(PROMPTS, [1, 2], None, [], conditions=conditions), [0, 1], noise_seeds=[1, 2], step=0)
 
 
 def test_rollouts_of_different_conditions_are_not_joined():

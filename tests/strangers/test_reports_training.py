@@ -94,8 +94,8 @@ def test_a_video_without_a_reward_is_no_zero(tmp_path):
     """trl #5773, NaN-poisoned group mean: among rewards below 0 a missing one must not look like the best."""
     made = trainer(tmp_path, lambda prompts, videos, **columns: [None, -1.0, -2.0, -3.0], max_steps=1)
     made.train()
-    assert made._advantages.isfinite().all() and made._advantages[0] == 0
-    assert made._advantages[1] == pytest.approx(1, abs=1e-3) and logged(made, "reward") == [-2.0]
+    assert made.scored.advantages.isfinite().all() and made.scored.advantages[0] == 0
+    assert made.scored.advantages[1] == pytest.approx(1, abs=1e-3) and logged(made, "reward") == [-2.0]
 
 
 def test_one_scored_video_of_a_group_teaches_nothing(tmp_path):
@@ -113,7 +113,7 @@ def test_rewards_in_half_precision(tmp_path):
 
     made = trainer(tmp_path, reward, max_steps=1)
     made.train()
-    assert made._advantages.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=5e-2)
+    assert made.scored.advantages.tolist() == pytest.approx([-0.5, -0.5, -0.5, 1.5], rel=5e-2)
 
 
 def test_an_async_reward_where_a_loop_runs(tmp_path):

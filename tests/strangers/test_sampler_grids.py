@@ -29,7 +29,7 @@ from diffusers import (
 )
 from tiny_pipelines import BUILD, CALLS, quiet
 
-from pisces_rl.policy import PolicyError, VideoPolicy
+from pisces_rl.policy import PolicyError, Rollout, VideoPolicy
 from pisces_rl.policy.scheduler import training_scheduler
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -165,7 +165,8 @@ def test_every_use_of_the_policy_is_on_the_same_grid(wan):
     assert sigmas_seen(p, lambda: p.sample(["a"], step_seeds=[0], steps=[1], **seed)) == expected
     assert sigmas_seen(p, lambda: p.final_latents(["a"], **seed)) == expected
     state = p.final_latents(["a"], **seed)
-    assert sigmas_seen(p, lambda: p.predict(["a"], step=2, clean=state, **seed))[-1] == pytest.approx(750.37, abs=0.01)
+    video = Rollout(["a"], [0], None, [], clean=state)
+    assert sigmas_seen(p, lambda: p.predict(video, [0], step=2, **seed))[-1] == pytest.approx(750.37, abs=0.01)
 
 
 def test_replay_on_unipcs_grid(wan):

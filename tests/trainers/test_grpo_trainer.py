@@ -37,11 +37,11 @@ class ByHand(TrainerCallback):
     gradient: dict[str, torch.Tensor]
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        made, rollout = self.trainer, self.trainer._rollout
+        made, rollout = self.trainer, self.trainer.scored.samples
         steps = []
         made.policy.replay(rollout, range(len(rollout)), steps.append)
         ratio = (torch.stack([s.log_prob for s in steps], 1) - rollout.log_probs).exp()
-        advantage = made._advantages[:, None]
+        advantage = made.scored.advantages[:, None]
         loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - args.epsilon, 1 + args.epsilon)).mean()
         gradient = torch.autograd.grad(loss, list(made.adapter.values()), allow_unused=True)
         self.gradient = dict(zip(made.adapter, gradient))
@@ -269,7 +269,7 @@ def test_step_weightings_differ(tmp_path):
         made.train()
         norms[kind] = torch.tensor([logged(made, f"grad_norm/step_{k}")[0] for k in (0, 1)])
         steps = []
-        made.policy.replay(made._rollout, [0], steps.append, grad=False)
+        made.policy.replay(made.scored.samples, [0], steps.append, grad=False)
     std, gain, dt = (torch.stack([getattr(s, n) for s in steps]) for n in ("std", "gain", "step_size"))
     torch.testing.assert_close(norms["longcat"] / norms["none"], std / gain, rtol=1e-3, atol=0)
     # the guarded ratio's own gradient: std (d log p + 0), for m = m_old before the first step
@@ -290,15 +290,15 @@ class Seen:
 def test_shared_start_noise(tmp_path):
     made = trainer(tmp_path, share_initial_noise=True, per_device_train_batch_size=8, max_steps=1)
     made.train()
-    seeds = made._rollout.noise_seeds
+    seeds = made.scored.samples.noise_seeds
     assert [seeds.count(s) for s in seeds] == [4] * 8 and len(set(seeds)) == 2
     # with no noise in the steps nothing would tell a group apart
-    quiet = made.policy.sample(made._rollout.prompts, noise_seeds=seeds).videos
+    quiet = made.policy.sample(made.scored.samples.prompts, noise_seeds=seeds).videos
     assert torch.equal(quiet[0], quiet[3]) and not torch.equal(quiet[0], quiet[4])
     assert logged(made, "frac_reward_zero_std") == [0.0]  # the transitions' noise does
     apart = trainer(tmp_path / "apart", per_device_train_batch_size=8, max_steps=1)
     apart.train()
-    assert len(set(apart._rollout.noise_seeds)) == 8
+    assert len(set(apart.scored.samples.noise_seeds)) == 8
 
 
 def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
@@ -306,7 +306,7 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
 
     class Keep(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.extend(made._rollout.noise_seeds)
+            seen.extend(made.scored.samples.noise_seeds)
 
     made = trainer(tmp_path, callbacks=[Keep()], max_steps=3, seed=42, eval_seed=42)
     made.train()
@@ -321,7 +321,7 @@ def test_prompt_statistics_replace_the_groups(tmp_path):
                    per_prompt_stat_tracking_min_count=2, max_steps=2)
     made.train()
     assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6}
-    assert abs(float(made._advantages.mean())) > 1e-4  # not centred on the group
+    assert abs(float(made.scored.advantages.mean())) > 1e-4  # not centred on the group
 
 
 def test_two_rewards_normalised_each(tmp_path):
@@ -334,13 +334,13 @@ def test_two_rewards_normalised_each(tmp_path):
         made.train()
         row = made.state.log_history[0]
         assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/redness/mean"], rel=1e-5)
-        assert made._advantages.abs().max() > 0.1
+        assert made.scored.advantages.abs().max() > 0.1
 
 
 def test_advantages_are_clamped(tmp_path):
     made = trainer(tmp_path, advantage_clip=0.25, max_steps=1)
     made.train()
-    assert made._advantages.abs().max() == 0.25
+    assert made.scored.advantages.abs().max() == 0.25
 
 
 def test_none_means_does_not_apply(tmp_path):
@@ -353,7 +353,7 @@ def test_none_means_does_not_apply(tmp_path):
 
     made = trainer(tmp_path, [sometimes, never], max_steps=2, eval_dataset=prompts(2))
     made.train()
-    assert made._advantages[0] == 0 and (made._advantages[1:] != 0).all()
+    assert made.scored.advantages[0] == 0 and (made.scored.advantages[1:] != 0).all()
     assert all(p.isfinite().all() for p in made.adapter.values())
     saved = json.loads((tmp_path / "evaluations" / "step_000000.json").read_text())["sets"]["eval"]["scores"]
     assert saved["reward"][0] is None and saved["rewards/never"] == [None, None]

@@ -69,7 +69,7 @@ def test_one_prompt_with_two_images(tmp_path):
     )
     made.train()
     (images,) = seen
-    assert numbers(images) == numbers(made._rollout.conditions["image"]) == [0, 0, 1, 1]
+    assert numbers(images) == numbers(made.scored.samples.conditions["image"]) == [0, 0, 1, 1]
     assert logged(made, "kl") == [0] and logged(made, "ratio/max_deviation") == [0]
     buffers = made.prompt_statistics.buffers
     assert sorted(map(list, buffers.values())) == [[1, 2], [3, 5]] and all(key.startswith("a clip") for key in buffers)
@@ -144,11 +144,11 @@ def test_image_columns(tmp_path):
         max_steps=1, num_generations=2, per_device_train_batch_size=2,
     )
     made.train()
-    first, last = (made._rollout.conditions[name] for name in ("image", "last_image"))
+    first, last = (made.scored.samples.conditions[name] for name in ("image", "last_image"))
     assert [a + b for a, b in zip(numbers(first), numbers(last))] == [3, 3]
     plain = tiny_runs.trainer(tmp_path / "wan", data=pictures(), max_steps=1)
     plain.train()
-    assert plain.image_columns == [] and plain._rollout.conditions == {}
+    assert plain.image_columns == [] and plain.scored.samples.conditions == {}
 
 
 @pytest.mark.parametrize("through", ["last_steps", "low_variance"])

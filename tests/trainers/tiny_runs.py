@@ -11,8 +11,9 @@ from datasets import Dataset
 from tiny_pipelines import BUILD, quiet
 from transformers import TrainerCallback
 
-from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
+from pisces_rl import VideoGRPOTrainer
 from pisces_rl.policy import default_lora_config
+from pisces_rl.trainers.methods import METHODS
 
 CALL = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}
 
@@ -21,17 +22,17 @@ def pipeline(seed: int = 0):
     return quiet(BUILD["wan"](seed))
 
 
-def config(folder, **settings) -> VideoGRPOConfig:
-    """One prompt group of 4 a step unless `settings` say otherwise; a clip range that never clips."""
+def config(folder, method: str = "grpo", **settings):
+    """One prompt group of 4 a step unless `settings` say otherwise; for GRPO a clip range that never clips."""
     defaults = {
         **CALL, "output_dir": str(folder), "use_cpu": True, "report_to": "none", "gradient_checkpointing": False,
         "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 16}, "per_device_train_batch_size": 4,
-        "num_generations": 4, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "epsilon": 0.5,
+        "num_generations": 4, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
         "num_sample_videos": 2, "save_strategy": "no",
-    }
+    } | ({"epsilon": 0.5} if method == "grpo" else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return VideoGRPOConfig(**defaults | settings)
+        return METHODS[method][1](**defaults | settings)
 
 
 def prompts(count: int = 3, **columns) -> Dataset:
@@ -48,10 +49,10 @@ def redness(prompts, videos, **columns):
 
 
 def trainer(folder, rewards=brightness, data=None, *, model=None, rank=4, callbacks=None, eval_dataset=None,
-            judges=None, alive=False, **settings) -> VideoGRPOTrainer:
+            judges=None, alive=False, method="grpo", **settings):
     """A trainer on the tiny pipeline; `alive` starts from an adapter that is not zero."""
-    made = VideoGRPOTrainer(
-        model or pipeline(), rewards, config(folder, **settings), prompts() if data is None else data,
+    made = METHODS[method][0](
+        model or pipeline(), rewards, config(folder, method, **settings), prompts() if data is None else data,
         eval_dataset=eval_dataset, judge_funcs=judges, callbacks=callbacks, peft_config=default_lora_config(rank),
     )
     if alive:

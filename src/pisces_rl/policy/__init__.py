@@ -20,6 +20,7 @@ from .lora import (
 from .lora_check import check_saved_lora, check_saved_weights, without_adapters
 from .lora_files import load_lora, load_lora_state, save_lora
 from .lora_options import check_lora_config
+from .one_step import Prediction
 from .rollout import Rollout
 from .saved_adapter import SavedAdapter, read_adapter
 from .scheduler import PolicyError
@@ -28,8 +29,8 @@ from .sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
-    "DecodedPart", "PolicyError", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy", "adapter_values",
-    "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora", "check_saved_weights",
+    "DecodedPart", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy",
+    "adapter_values", "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora", "check_saved_weights",
     "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state", "lora_parameters",
     "read_adapter", "save_lora", "set_adapter", "without_adapters",
 ]

@@ -6,34 +6,39 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .scheduler import PolicyError, denoised, noised
+from .scheduler import PolicyError, denoised, noised, time_of
 from .session import LeavePipeline, Session, starts_without_followed
 
 
 @dataclass
 class Prediction:
     """state: the latents that entered the step. clean: x0^. following: the state after the ODE's step. All fp32, in
-    the scheduler's layout."""
+    the scheduler's layout. time: the step's share of noise t in [0, 1], a scalar, see `schedules`."""
 
     state: Tensor
     clean: Tensor
     following: Tensor
+    time: Tensor
 
     @staticmethod
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
         """Those of all videos, in order."""
-        return Prediction(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Prediction)))
+        latents = [f.name for f in fields(Prediction) if f.name != "time"]
+        return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in latents), parts[0].time)
 
 
 class OneStep(Session):
-    """Skips to a step, puts in a state, and leaves with the prediction."""
+    """Skips to a step, puts in latents, and leaves with the prediction.
 
-    def __init__(self, policy, prompts: Sequence[str], at: int, state: Tensor | None,
-                 renoise: tuple[Tensor, Sequence[int]] | None, grad: bool, overrides: dict):
+    Args:
+        latents: clean ones, or with seeds=None those that enter the step; of no use at step 0.
+        seeds: of the noise by which clean latents are brought to the step's level.
+    """
+
+    def __init__(self, policy, prompts: Sequence[str], at: int, latents: Tensor | None, seeds: Sequence[int] | None,
+                 grad: bool, overrides: dict):
         super().__init__(policy, prompts)
-        self.at, self.state, self.renoise, self.grad, self.overrides = at, state, renoise, grad, overrides
-        if at > 0 and (state is None) == (renoise is None):
-            raise ValueError("state, clean: give one of them.")
+        self.at, self.latents, self.seeds, self.grad, self.overrides = at, latents, seeds, grad, overrides
         self.found: Prediction | None = None
 
     @property
@@ -50,16 +55,18 @@ class OneStep(Session):
         self.check_step()
         if self.index == self.at:
             clean = denoised(self.scheduler, self.policy.transition, self.at, prediction, x)
-            self.found = Prediction(x.detach().float(), clean, self.moments(prediction, x, 0.0)[0])
+            following = self.moments(prediction, x, 0.0)[0]
+            time = time_of(self.scheduler, self.policy.transition, self.at)
+            self.found = Prediction(x.detach().float(), clean, following, time)
             raise LeavePipeline
         self.index += 1
         if self.index < self.at:
             return x
         torch.set_grad_enabled(self.grad)
-        if self.state is not None:
-            return self.state.to(x)
-        clean, seeds = self.renoise
-        return noised(self.scheduler, self.policy.transition, self.at, clean, seeded_noise(clean, seeds)).to(x)
+        if self.seeds is None:
+            return self.latents.to(x)
+        noise = seeded_noise(self.latents, self.seeds)
+        return noised(self.scheduler, self.policy.transition, self.at, self.latents, noise).to(x)
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         raise starts_without_followed(self)

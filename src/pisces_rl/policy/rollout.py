@@ -1,4 +1,4 @@
-"""What a policy remembers of its samples: enough to score them again, and no more."""
+"""What a policy remembers of its samples: enough to score them again or to noise them anew, and no more."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Rollout:
-    """B sampled videos with the states of their trained denoising steps.
+    """B videos: sampled ones with the states of their trained denoising steps, or given ones by their latents.
 
     Attributes:
         prompts: B prompts.
@@ -24,6 +24,7 @@ class Rollout:
         followed: {(k, i): (B * n, ...)} fp32 state that enters trained step i of what the pipeline moves with its
             k-th copy of the scheduler (the audio of LTX-2). It follows the ODE, but from the videos' states.
         conditions: {argument of the pipeline's call: B values}, what each video is conditioned on besides its prompt.
+        clean: (B * rows_per_video, ...) fp32 latents after the last step, before decoding.
     """
 
     prompts: list[str]
@@ -36,6 +37,7 @@ class Rollout:
     rows_per_video: int = 1
     followed: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     conditions: dict[str, list] = field(default_factory=dict)
+    clean: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -44,6 +46,16 @@ class Rollout:
         """Rows of `states` and `means` that hold the videos `rows`."""
         n = self.rows_per_video
         return [row * n + k for row in rows for k in range(n)]
+
+    def mean_rows(self, index: int, rows: Sequence[int]) -> Tensor:
+        """Means of the transition of step `index` of the videos `rows`."""
+        return self.means[index][self.state_rows(rows)]
+
+    def clean_rows(self, rows: Sequence[int]) -> Tensor:
+        """Rows of `clean` that belong to the videos `rows`."""
+        if self.clean is None:
+            raise ValueError("this Rollout has no clean latents; give it some, or predict from a `state`.")
+        return self.clean.unflatten(0, (len(self), -1))[list(rows)].flatten(0, 1)
 
     def followed_rows(self, key: tuple[int, int], rows: Sequence[int]) -> Tensor:
         """Rows of `followed[key]` that belong to the videos `rows`."""
@@ -71,4 +83,5 @@ class Rollout:
             rows_per_video=first.rows_per_video,
             followed={key: torch.cat([r.followed[key] for r in rollouts]) for key in first.followed},
             conditions={name: [v for r in rollouts for v in r.conditions[name]] for name in first.conditions},
+            clean=None if first.clean is None else torch.cat([r.clean for r in rollouts]),
         )

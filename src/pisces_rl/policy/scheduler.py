@@ -266,6 +266,15 @@ def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Ten
     return level.sqrt() * x0.float() + (1 - level).sqrt() * noise.float()
 
 
+def time_of(scheduler, transition: Transition, index: int) -> Tensor:
+    level = noise_level_of(scheduler, transition, index)
+    if transition.family == "edm":
+        return level / (1 + level)
+    if transition.family == "flow":
+        return level
+    return (1 - level).sqrt() / (level.sqrt() + (1 - level).sqrt())
+
+
 def noise_level_of(scheduler, transition: Transition, index: int) -> Tensor:
     """Of step `index`: sigma of a flow or EDM schedule, the cumulative alpha of any other; fp32, on the CPU."""
     if transition.family == "edm":

@@ -189,7 +189,8 @@ class Sampling(Session):
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
         return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video, self.followed, {name: [value] for name, value in self.conditions.items()})
+                       self.rows_per_video, self.followed, {name: [value] for name, value in self.conditions.items()},
+                       self.returned.to(torch.float32, copy=True))
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         if index in self.steps:

@@ -324,28 +324,35 @@ class VideoPolicy(nn.Module):
             self._codec = LatentCodec.of(self, conditions=conditions)
         return self._codec
 
-    def predict(
-        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step: int, state: Tensor | None = None,
-        clean: Tensor | None = None, grad: bool = False, conditions: Conditions | None = None, **overrides,
-    ) -> Prediction:  # fmt: skip
-        """What the model makes of a state at one step of the schedule.
+    def predict(self, rollout: Rollout, rows: Sequence[int], *, noise_seeds: Sequence[int], step: int,
+                state: Tensor | None = None, grad: bool = False, **overrides) -> Prediction:
+        """What the model makes of noised videos at one step of the schedule.
+
+        The videos' clean latents are brought to the step's noise level with fresh noise. At step 0 they give way to
+        the pipeline's own start noise.
 
         Args:
-            prompts: B prompts. step: its index.
-            state: latents that enter the step. clean: clean latents, which are brought to the step's noise level with
-                noise from `noise_seeds`. At step 0 both give way to the pipeline's own start noise.
-            noise_seeds: B seeds. grad: build a graph. conditions: as in `sample`.
+            rollout: what `sample` returned, or given videos: prompts, `clean`, and conditions where they have some.
+            rows: indices of B videos in the rollout.
+            noise_seeds: B seeds of the noise. step: its index.
+            state: latents of the B videos that enter the step, in place of noised ones.
+            grad: build a graph.
             overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
         """
+        rows = list(rows)
+        given = rollout.clean_rows(rows) if state is None and step else state
+
         def one_call(session: OneStep, seeds: list[int]) -> Prediction:
             run_until_left(session, seeds, "latent")
             return session.found
 
-        def session_of(rows: list[int]) -> OneStep:
-            given = None if state is None else _of(state, rows, len(prompts))
-            renoise = None if clean is None else (_of(clean, rows, len(prompts)), [noise_seeds[r] for r in rows])
-            return OneStep(self, [prompts[r] for r in rows], step, given, renoise, grad, overrides)
+        def session_of(part: list[int]) -> OneStep:
+            own = given if given is None else _of(given, part, len(rows))
+            seeds = None if state is not None else [noise_seeds[r] for r in part]
+            return OneStep(self, [rollout.prompts[rows[r]] for r in part], step, own, seeds, grad, overrides)
 
+        conditions = self._checked_conditions(rollout.conditions, len(rollout))
+        conditions = {name: [values[r] for r in rows] for name, values in conditions.items()}
         return Prediction.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
     # --- calls of the pipeline ---------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Callbacks: a progress bar that says what is being done, and an average of the adapter."""
 
 import sys
+from collections.abc import Callable
 
 import torch
 from tqdm import tqdm
@@ -45,18 +46,27 @@ class AdapterEMA(TrainerCallback):
     """Exponential moving average of the adapter, updated after each optimizer step.
 
     Args:
-        parameters: {name: parameter}. decay: of the average; the first steps use (1 + n) / (10 + n) if smaller.
+        parameters: {name: parameter}.
+        decay: of the average, of which the first steps use (1 + n) / (10 + n) if smaller; or its schedule: the decay
+            of the n-th update, from 0.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float):
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float | Callable[[int], float]):
         self.parameters, self.decay, self.updates = parameters, decay, 0
         self.average = {name: p.detach().clone() for name, p in parameters.items()}
         self.kept: dict[str, torch.Tensor] | None = None
 
-    @torch.no_grad()
     def on_step_end(self, args, state, control, **kwargs):
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- decay average + (1 - decay) weights."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if callable(self.decay):
+            decay = self.decay(self.updates - 1)
+        else:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self.parameters.items():
             self.average[name].lerp_(parameter.detach().to(self.average[name]), 1 - decay)
 

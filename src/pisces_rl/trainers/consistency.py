@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..policy import VideoPolicy
+from ..policy import Rollout, VideoPolicy
 from .callbacks import AdapterEMA
 from .images import images_of
 from .seeds import sample_seed
@@ -63,25 +63,20 @@ class ConsistencyDistillation:
         own = range(which * count, (which + 1) * count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
         rows = torch.randint(len(self.dataset), (count * parts,), generator=generator).tolist()
-        prompts, images, clean = self._clips([rows[i] for i in own])
         seeds = [sample_seed(self.seed, NOISE, number, i) for i in own]
+        prompts, images, clean = self._clips([rows[i] for i in own])
+        clips, every = Rollout(prompts, seeds, None, [], conditions=images, clean=clean), range(count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
-        grid = {"num_inference_steps": self.steps, "conditions": images}
+        drawn = {"noise_seeds": seeds, "num_inference_steps": self.steps}
 
         with self.reference():
-            teacher = self.policy.predict(
-                prompts, noise_seeds=seeds, step=step, clean=clean, **grid, **self.guidance
-            )
+            teacher = self.policy.predict(clips, every, step=step, **drawn, **self.guidance)
         target = teacher.following
         if step + 1 < self.steps:
             with self.average:
-                target = self.policy.predict(
-                    prompts, noise_seeds=seeds, step=step + 1, state=teacher.following, **grid
-                ).clean
-        predicted = self.policy.predict(
-            prompts, noise_seeds=seeds, step=step, state=teacher.state, grad=True, **grid
-        ).clean
+                target = self.policy.predict(clips, every, step=step + 1, state=teacher.following, **drawn).clean
+        predicted = self.policy.predict(clips, every, step=step, state=teacher.state, grad=True, **drawn).clean
         return pseudo_huber(predicted.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
 
     def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:

@@ -39,15 +39,16 @@ def kl_to_reference(mean: Tensor, reference_mean: Tensor, std: Tensor, rows_per_
     Returns:
         (B,), carries gradients through `mean`.
     """
-    return _mean_square(mean - reference_mean, rows_per_video) / (2 * std**2)
+    return mean_square(mean - reference_mean, rows_per_video) / (2 * std**2)
 
 
 def prediction_distance(prediction: Tensor, reference: Tensor, rows_per_video: int = 1) -> Tensor:
     """|v - v_ref|^2, the mean over dimensions: the KL's step-independent part. (B,), carries gradients."""
-    return _mean_square(prediction - reference, rows_per_video)
+    return mean_square(prediction - reference, rows_per_video)
 
 
-def _mean_square(difference: Tensor, rows_per_video: int) -> Tensor:
+def mean_square(difference: Tensor, rows_per_video: int = 1) -> Tensor:
+    """The mean square of each video, (B * rows_per_video, ...) -> (B,)."""
     return difference.square().flatten(1).mean(1).view(-1, rows_per_video).mean(1)
 
 
