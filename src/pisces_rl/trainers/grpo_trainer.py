@@ -99,7 +99,7 @@ class VideoGRPOTrainer(RolloutTrainer):
 
     def clipped(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
                 samples: Rollout) -> tuple[Tensor, Tensor]:
-        """(low, high): the shares of the B videos whose gradient `policy_loss` removed, by the sign of the advantage."""
+        """(low, high): shares of the B videos whose gradient `policy_loss` removed, by their advantage's sign."""
         return clip_fractions(log_ratio, advantage, self.args.epsilon, self.args.upper_epsilon)
 
     def _update(self, samples: Rollout, places: list[int], scored: ScoredRollout, rows: list[int], count: int,

@@ -17,8 +17,8 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b: how much of the trained policy the two implicit policies hold. It bounds how far the "
-                  "policy goes from the old one: a smaller b bounds it less."},
+        metadata={"help": "b: how much of the trained policy the two implicit policies hold; they regress, so it "
+                  "bounds how far the policy goes from the old one, and a smaller b bounds it less."},
     )
     contrast: float = field(
         default=5.0,
@@ -65,8 +65,9 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
     rows = len(noised.clean) // len(r)
     towards = noised.old + mixture * (noised.predicted - noised.old) - noised.clean
     away = noised.old - mixture * (noised.predicted - noised.old) - noised.clean
-    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)]
-    plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
+    sides = towards, away
+    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in sides]
+    plus, minus = (noised.mean_square(side) / weight for side, weight in zip(sides, weights))
     return contrast / mixture * (r * plus + (1 - r) * minus), *weights
 
 
