@@ -2,13 +2,14 @@
 
     accelerate launch examples/train_t2v.py --method nft --config recipes/shapemotion_nft.yaml
     accelerate launch examples/train_t2v.py --method awm --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
-        --dataset prompts.txt --rewards my_rewards.py:score --height 240 --width 416 --num_frames 33 --output_dir outputs/wan
+        --dataset prompts.txt --rewards my_rewards.py:score --height 240 --width 416 --output_dir outputs/wan
     accelerate launch examples/train_t2v.py --method flow_dpo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
         --dataset pairs.jsonl --num_generations 2 --per_device_train_batch_size 4 --output_dir outputs/pairs
 
 --method is grpo, flash_grpo, flow_dppo, nft, awm, rvm or flow_dpo, and decides which settings there are (--method nft
---help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is {"prompt": ..., "chosen":
-a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without rewards. Without --config
+--help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is
+{"prompt": ..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without
+rewards. Without --config
 and --model it follows recipes/shapemotion_METHOD.yaml: the embedded tiny-wan on ShapeMotion.
 """
 

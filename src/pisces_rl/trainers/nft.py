@@ -17,7 +17,7 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b: how much of the trained policy the two implicit policies hold; they regress, so it "
+        metadata={"help": "b: how much of the trained policy the two implicit policies hold. Both regress, so it "
                   "bounds how far the policy goes from the old one, and a smaller b bounds it less."},
     )
     contrast: float = field(
@@ -27,8 +27,8 @@ class NFTConfig(ForwardProcessConfig):
     )
     old_decay_rate: float = field(
         default=0.001,
-        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay that "
-                  "grows by this much a rollout."},
+        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay "
+                  "that grows by this much a rollout."},
     )
     old_decay_max: float = field(default=0.5, metadata={"help": "The largest decay of the old policy."})
     old_decay_start: int = field(

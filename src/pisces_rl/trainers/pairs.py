@@ -14,8 +14,9 @@ def check_pairs(dataset: Dataset) -> None:
         if name not in dataset.column_names:
             raise ValueError(f"train_dataset has columns {dataset.column_names} but none named `{name}`: a pair needs "
                              "`chosen` and `rejected`.")
-    columns = [dataset.with_format(None)[name] for name in ("prompt", *SIDES)] if "prompt" in dataset.column_names else ()
-    for row, (prompt, *given) in enumerate(zip(*columns)):
+    rows = dataset.with_format(None)
+    prompts = rows["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
+    for row, (prompt, *given) in enumerate(zip(prompts, *(rows[name] for name in SIDES))):
         sides = [_source(side) for side in given]
         for name, side in zip(SIDES, sides):
             if side is None:
