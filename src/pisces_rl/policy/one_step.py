@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .scheduler import PolicyError, denoised, noised
+from .scheduler import PolicyError
 from .session import LeavePipeline, Session, starts_without_followed
 
 
@@ -49,7 +49,7 @@ class OneStep(Session):
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self.check_step()
         if self.index == self.at:
-            clean = denoised(self.scheduler, self.policy.transition, self.at, prediction, x)
+            clean = self.schedule.denoised(self.at, prediction, x)
             self.found = Prediction(x.detach().float(), clean, self.moments(prediction, x, 0.0)[0])
             raise LeavePipeline
         self.index += 1
@@ -59,7 +59,7 @@ class OneStep(Session):
         if self.state is not None:
             return self.state.to(x)
         clean, seeds = self.renoise
-        return noised(self.scheduler, self.policy.transition, self.at, clean, seeded_noise(clean, seeds)).to(x)
+        return self.schedule.noised(self.at, clean, seeded_noise(clean, seeds)).to(x)
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         raise starts_without_followed(self)

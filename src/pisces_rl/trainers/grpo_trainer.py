@@ -23,6 +23,7 @@ from accelerate.utils import gather_object
 
 from ..policy import ReplayStep, Rollout, adapter_values
 from ..policy.execution import attention_kernel
+from ..transitions import Paper
 from ._trl import EpochRepeatSampler
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .base import VideoPolicyTrainer
@@ -77,6 +78,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
+    papers = (
+        Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
+    )
     _counts_memory = True
     _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
                           "gradient_accumulation_steps", "num_iterations")
@@ -401,6 +405,9 @@ class VideoGRPOTrainer(VideoPolicyTrainer):
         self._rollout, self._resumed_rollout = None, state.get("rollout")
         if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
             self.prompt_statistics.load_state_dict(state["prompt_statistics"])
+
+    def _cited(self) -> tuple[Paper, ...]:
+        return *super()._cited(), *self.policy.transition.papers
 
     def _card_settings(self) -> dict:
         kernel = self.policy.transition.kernel.__name__
