@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..policy import Rollout
+from ..transitions import Paper
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .pairs import check_pairs, pair_of
 from .rollout_trainer import Metrics
@@ -82,6 +83,10 @@ class FlowDPOTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "dpo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPO"
+    papers = (
+        Paper("2501.13918", "Improving Video Generation with Human Feedback"),
+        Paper("2311.12908", "Diffusion Model Alignment Using Direct Preference Optimization"),
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *further, **keywords):
         args = FlowDPOConfig() if args is None else args
