@@ -27,8 +27,8 @@ class NFTConfig(ForwardProcessConfig):
     )
     old_decay_rate: float = field(
         default=0.001,
-        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay that "
-                  "grows by this much a rollout."},
+        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay "
+                  "that grows by this much a rollout."},
     )
     old_decay_max: float = field(default=0.5, metadata={"help": "The largest decay of the old policy."})
     old_decay_start: int = field(
@@ -65,7 +65,8 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
     rows = len(noised.clean) // len(r)
     towards = noised.old + mixture * (noised.predicted - noised.old) - noised.clean
     away = noised.old - mixture * (noised.predicted - noised.old) - noised.clean
-    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)]
+    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5)
+               for side in (towards, away)]
     plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
     return contrast / mixture * (r * plus + (1 - r) * minus), *weights
 
