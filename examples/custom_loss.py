@@ -1,29 +1,34 @@
-"""GRPO with a loss of your own: override one method of the trainer.
+"""GRPO with a loss of your own: a subclass overrides `policy_loss`.
 
     accelerate launch examples/custom_loss.py
 
-The loss here has no clip on one side: a bad video is pushed away as far as it takes, while a good one keeps PPO's
-upper bound. `policy_loss` is given one denoising step of a micro-batch and returns a loss for each video.
+`policy_loss` is given one denoising step of a few videos and returns a loss for each. Here a penalty keeps the ratio
+near 1 in place of the clip (Simple Policy Optimization, arXiv 2401.16025).
 """
 
-import torch
-from custom_reward import config, prompts, redness
+from datasets import Dataset
 
-from pisces_rl import VideoGRPOTrainer
+from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 
 
-class OneSidedTrainer(VideoGRPOTrainer):
+class PenaltyTrainer(VideoGRPOTrainer):
     def policy_loss(self, step, log_ratio, advantage, samples):
         ratio = log_ratio.exp()
-        bounded = torch.minimum(advantage * ratio, advantage * ratio.clamp(max=1 + self.args.upper_epsilon))
-        return torch.where(advantage > 0, -bounded, -advantage * ratio)
+        return -advantage * ratio + advantage.abs() * (ratio - 1).square() / (2 * self.args.epsilon)
 
     def clipped(self, step, log_ratio, advantage, samples):
-        high = (log_ratio.detach().exp() > 1 + self.args.upper_epsilon) & (advantage > 0)
-        return torch.zeros(()), high.float().mean()
+        return log_ratio.new_zeros(()), log_ratio.new_zeros(())  # nothing is: these are the logged shares
+
+
+def brightness(prompts, videos, **columns):
+    return videos.mean(dim=(1, 2, 3, 4)).tolist()
 
 
 if __name__ == "__main__":
-    trainer = OneSidedTrainer("tiny-wan", redness, config("outputs/one_sided"), prompts(), eval_dataset=prompts())
+    config = VideoGRPOConfig(output_dir="outputs/penalty", max_steps=12, learning_rate=2e-3, num_inference_steps=8,
+                             per_device_train_batch_size=16, num_iterations=2, height=64, width=64, num_frames=17,
+                             pipeline_kwargs={"max_sequence_length": 24})
+    prompts = Dataset.from_dict({"prompt": [f"a {shape} moving left" for shape in ("circle", "square", "cross")]})
+    trainer = PenaltyTrainer("tiny-wan", brightness, config, prompts)
     trainer.train()
     trainer.save_model()
