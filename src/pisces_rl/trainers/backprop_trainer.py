@@ -63,12 +63,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         Paper("2310.03739", "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"),
         Paper("2407.08737", "Video Diffusion Alignment via Reward Gradients"),
     )
-    _may_lack_rewards = True  # consistency distillation alone
     _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config=None, callbacks=None, video_dataset=None):
         args = RewardBackpropConfig() if args is None else args
+        self._may_lack_rewards = bool(args.consistency_weight)  # consistency distillation alone
         check_dataset("train_dataset", train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:

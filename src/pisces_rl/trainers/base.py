@@ -96,7 +96,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     loss_is_scaled_for_ga = True
     papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
-    _may_lack_rewards = False  # where there is a consistency term
+    _may_lack_rewards = False  # whether something else is learnt from
     _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
@@ -114,8 +114,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         check_consistency(args, video_dataset)
         if args.num_sample_videos:
             media.check_mp4(args.fps)
-        self.reward_weights = checked_weights(args.reward_weights, self.rewards,
-                                              self._may_lack_rewards and args.consistency_weight)
+        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
         settle_evaluation(args, eval_dataset, self.rewards)
         if peft_config is not None:
             check_lora_config(peft_config)
