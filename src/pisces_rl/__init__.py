@@ -10,6 +10,7 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
     "RewardError": "rewards", "RewardPanel": "rewards",
+    "AuxiliaryLoss": "trainers", "ConsistencyDistillation": "trainers",
     "RewardBackpropConfig": "trainers", "RewardBackpropTrainer": "trainers",
     "VideoGRPOConfig": "trainers", "VideoGRPOTrainer": "trainers", "load_pipeline": "trainers",
 }
