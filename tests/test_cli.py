@@ -184,7 +184,7 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     script, config = parsed(
         ["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config
     )
-    assert (script.rewards or config.consistency_weight) and config.max_steps >= 1 and config.eval_steps
+    assert (script.rewards or script.consistency_weight) and config.max_steps >= 1 and config.eval_steps
     assert not script.ot_attention or OTAttention(**json.loads(script.ot_attention))
 
 

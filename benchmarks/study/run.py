@@ -32,7 +32,7 @@ from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-from grpo_t2v import ScriptArguments, load_datasets, load_rewards, load_videos
+from grpo_t2v import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards
 from recipes import cells, settings_of
 
 from pisces_rl import METHODS, RewardBackpropConfig, RewardBackpropTrainer
@@ -154,7 +154,7 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         model=script.model, reward_funcs=load_rewards(script, script.rewards),
         judge_funcs=load_rewards(script, script.judges) + judges(encoder), args=config, train_dataset=train_dataset,
         eval_dataset=eval_dataset, peft_config=default_lora_config(script.lora_r, script.lora_alpha),
-        callbacks=[divergence], video_dataset=load_videos(script, config, train_dataset),
+        callbacks=[divergence], auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
     )  # fmt: skip
     divergence.pipeline = trainer.pipeline
     start = time.perf_counter()

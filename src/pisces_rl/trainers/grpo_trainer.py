@@ -68,10 +68,10 @@ class VideoGRPOTrainer(RolloutTrainer):
     _counts_memory = True
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, video_dataset=None):
+                 peft_config=None, callbacks=None, auxiliary_losses=None):
         args = VideoGRPOConfig() if args is None else args
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         video_dataset)
+                         auxiliary_losses)
 
     def trained_steps(self, number: int, group: int) -> list[int]:
         """A window of the schedule, the same in the whole rollout."""
