@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
@@ -19,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
              "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
              "compiled"]  # fmt: skip
-STAGES = [pytest.param(2, marks=pytest.mark.slow), 3]  # both step by the same optimizer (PartitionedOptimizer)
+STAGES = [2, 3]
 BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights"]
 
 
@@ -134,8 +135,7 @@ def test_backward_frees_behind_itself(runs):
     assert 0 < numbers(runs.two(3), "freed_behind_backward")["whole"] < 0.3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", STAGES)
 def test_with_context_parallelism(runs, tmp_path, monkeypatch, stage):
     monkeypatch.setenv("SHARE_TOKENS", "1")
     result = two_processes(tmp_path, stage, "split_group", timeout=200)

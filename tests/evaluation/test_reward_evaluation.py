@@ -44,6 +44,7 @@ def test_a_constant_knows_nothing_and_a_batch_mean_is_caught(clips):
     assert shared.invariance["batch-mates"] > 1e-4
 
 
+@pytest.mark.slow
 def test_the_embedded_rewards(clips):
     report = evaluate_reward(load_reward("ot_quality"), clips)
     assert report.accuracy["wrong_color"].value > 0.9 and report.falls["uniform_noise"].value > 0.8
