@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.slow
 pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
@@ -16,6 +15,7 @@ from comparisons import one_process
 from processes import launch
 from tiny_runs import largest_difference
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
              "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
@@ -136,9 +136,8 @@ def test_backward_frees_behind_itself(runs):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_with_context_parallelism(runs, tmp_path, monkeypatch, stage):
-    monkeypatch.setenv("SHARE_TOKENS", "1")
-    result = two_processes(tmp_path, stage, "split_group", timeout=200)
+def test_with_context_parallelism(runs, tmp_path, stage):
+    result = two_processes(tmp_path, stage, "shared/split_group", timeout=200)
     assert result.returncode == 0, result.stdout[-5000:]
-    ours = load_file(tmp_path / "split_group_0.safetensors")
+    ours = load_file(tmp_path / "shared" / "split_group_0.safetensors")
     assert largest_difference(one_process("split_group")["weights"], ours) < 1e-6
