@@ -10,7 +10,7 @@ from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_
 from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "accumulated", "idle_rank", "backpropagated",
-             "backpropagated_k2", "distilled"]
+             "backpropagated_k2", "distilled", "nft", "flash_grpo"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "disturbed_weights", "unequal_weights"]
 
 
