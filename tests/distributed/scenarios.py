@@ -95,7 +95,8 @@ def rvm(folder) -> dict:
     def only_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
-    return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), method="rvm", max_steps=3, learning_rate=100.0))
+    return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), method="rvm", max_steps=3,
+                        learning_rate=100.0))
 
 
 def flow_dpo(folder) -> dict:

@@ -291,7 +291,7 @@ STRONG = {"nft": {"beta": 0.3, "mixture": 0.5}, "awm": {"beta": 0.3}, "rvm": {"b
 
 
 @pytest.mark.parametrize("name, division", [
-    ("nft", "whole"), ("nft", "4x2"), ("nft", "rollout-in-parts"), ("awm", "2x4"), ("rvm", "2x4"),
+    ("nft", "4x2"), ("nft", "rollout-in-parts"), ("awm", "2x4"), ("rvm", "2x4"),
     ("flow_dpo", "whole"), ("flow_dpo", "2x4"),
 ])
 def test_a_run_s_gradient_is_that_of_the_whole_batch(tmp_path, name, division):

@@ -16,11 +16,11 @@ TWICE = {"num_iterations": 2}
 
 
 @pytest.mark.parametrize("method, stop, settings", [
-    ("nft", 2, {"old_decay_rate": 0.2, "ema_decay": 0.8}),
+    pytest.param("nft", 2, {"old_decay_rate": 0.2, "ema_decay": 0.8}, marks=pytest.mark.slow),
     ("nft", 3, TWICE | {"old_decay_rate": 0.2, "ema_decay": 0.8}),
     ("awm", 3, HALVES | {"average_decay_rate": 0.2, "average_decay_max": 0.5, "rollout_batch_size": 3}),
-    ("rvm", 3, HALVES),
-    ("flow_dpo", 3, HALVES | {"num_generations": 2}),
+    pytest.param("rvm", 3, HALVES, marks=pytest.mark.slow),
+    pytest.param("flow_dpo", 3, HALVES | {"num_generations": 2}, marks=pytest.mark.slow),
     ("flow_dpo", 3, PAIRS | {"per_device_train_batch_size": 2, "steps_per_generation": 2,
                              "gradient_accumulation_steps": 1}),
     ("flash_grpo", 3, HALVES | {"num_inference_steps": 4, "num_generations": 2}),

@@ -13,7 +13,7 @@ from tiny_runs import Gradients, largest_difference, logged, weights
 from pisces_rl import PolicyError
 
 #: One of each kind: v- and epsilon-prediction, EDM, two experts, an image to begin with.
-FAST = ("cogvideox", "animatediff", "cosmos", "wan22_a14b", "cogvideox_i2v")
+FAST = ("cogvideox", "latte", "cosmos", "wan22_a14b", "cogvideox_i2v")
 SIZE = ("height", "width", "num_frames", "guidance_scale")
 
 
