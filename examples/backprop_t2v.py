@@ -11,7 +11,14 @@ optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. 
 
 from pathlib import Path
 
-from grpo_t2v import ScriptArguments, arguments, load_datasets, load_rewards, load_videos, lora_config
+from grpo_t2v import (
+    ScriptArguments,
+    arguments,
+    load_auxiliary_losses,
+    load_datasets,
+    load_rewards,
+    lora_config,
+)
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
@@ -30,7 +37,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=lora_config(script, config),
-        video_dataset=load_videos(script, config, train_dataset),
+        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
     )
     trainer.train()
     trainer.save_model()

@@ -22,7 +22,7 @@ from pathlib import Path
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
-from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
+from pisces_rl import AuxiliaryLoss, ConsistencyDistillation, VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
 from pisces_rl.policy import default_lora_config
 from pisces_rl.shapemotion import Clips, load_prompts
@@ -69,6 +69,20 @@ class ScriptArguments:
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Unset: attention and feed-forward projections."}
+    )
+    consistency_weight: float = field(
+        default=0.0, metadata={"help": "Weight of consistency distillation on captioned videos beside the rewards."}
+    )
+    consistency_steps: int = field(default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."})
+    consistency_guidance: float | None = field(
+        default=None,
+        metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
+    )
+    consistency_decay: float = field(
+        default=0.95, metadata={"help": "Decay of the adapter's moving average that gives the targets."}
+    )
+    consistency_batch_size: int | None = field(
+        default=None, metadata={"help": "Videos a micro-batch. Unset: per_device_train_batch_size."}
     )
 
 
@@ -123,15 +137,19 @@ def lora_config(script: ScriptArguments, config) -> LoraConfig | None:
     return default_lora_config(16 if script.lora_r is None else script.lora_r, *given[1:])
 
 
-def load_videos(script: ScriptArguments, config, train_dataset: Dataset):
-    """Captioned videos for the consistency term, where it has a weight: ShapeMotion's, or the column `video`."""
-    if not config.consistency_weight:
-        return None
+def load_auxiliary_losses(script: ScriptArguments, config, train_dataset: Dataset) -> list[AuxiliaryLoss]:
+    """Consistency distillation, where it has a weight, on ShapeMotion's clips or the videos of the column `video`."""
+    if not script.consistency_weight:
+        return []
+    videos = train_dataset
     if script.dataset == "shapemotion":
-        return Clips("train", n=4096, seed=config.seed)
-    if "video" not in train_dataset.column_names:
+        videos = Clips("train", n=4096, seed=config.seed)
+    elif "video" not in train_dataset.column_names:
         raise ValueError(f"dataset={script.dataset!r} has no column `video`, which --consistency_weight needs.")
-    return train_dataset
+    return [ConsistencyDistillation(
+        videos, script.consistency_weight, steps=script.consistency_steps, guidance=script.consistency_guidance,
+        decay=script.consistency_decay, batch_size=script.consistency_batch_size,
+    )]
 
 
 def arguments(recipe: Path) -> list[str]:
@@ -152,7 +170,7 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=lora_config(script, config),
-        video_dataset=load_videos(script, config, train_dataset),
+        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
     )
     trainer.train()
     trainer.save_model()

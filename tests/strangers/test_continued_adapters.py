@@ -377,4 +377,4 @@ def test_nothing_to_continue_from(saved, tmp_path):
     with pytest.raises(ValueError, match="continue_reference='other' must be"):
         config(tmp_path, continue_reference="other")
     with pytest.raises(ValueError, match="nothing refers to it"):
-        config(tmp_path, continue_from="anywhere", continue_reference="adapter")
+        continued(tmp_path, "anywhere", continue_reference="adapter")

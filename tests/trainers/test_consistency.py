@@ -11,10 +11,10 @@ from datasets import Dataset, Video
 from policy.test_replay_parity import adapted
 from tiny_pipelines import CALLS, GUIDANCE
 
-from pisces_rl import RewardBackpropTrainer, VideoGRPOTrainer
+from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer, VideoGRPOTrainer
 from pisces_rl.media import load_video, save_video
 from pisces_rl.policy import VideoPolicy, adapters_off, default_lora_config, load_lora_state, lora_parameters
-from pisces_rl.trainers.consistency import ConsistencyDistillation, pseudo_huber
+from pisces_rl.trainers.consistency import pseudo_huber
 from pisces_rl.trainers.video_data import as_video
 
 
@@ -30,10 +30,12 @@ class Videos:
 
 
 def distilled(folder, rewards=None, videos=None, callbacks=None, **settings):
-    settings = {"consistency_weight": 1.0, "consistency_steps": 4} | settings
+    own = {name: settings.pop(f"consistency_{name}") for name in ("weight", "guidance", "decay", "batch_size")
+           if f"consistency_{name}" in settings}
     made = RewardBackpropTrainer(
         tiny_runs.pipeline(), rewards, backprop.config(folder, **settings), tiny_runs.prompts(4), callbacks=callbacks,
-        peft_config=default_lora_config(4), video_dataset=Videos() if videos is None else videos,
+        peft_config=default_lora_config(4),
+        auxiliary_losses=[ConsistencyDistillation(Videos() if videos is None else videos, steps=4, **own)],
     )
     tiny_runs.enliven(made)
     return made
@@ -48,8 +50,8 @@ def live(family: str, **settings) -> tuple[VideoPolicy, dict, ConsistencyDistill
     """A family's policy with an adapter and a moving average that are not zero and not each other."""
     policy = VideoPolicy(adapted(family), num_inference_steps=3, pipeline_kwargs=CALLS[family] | GUIDANCE[family][1])
     adapter = lora_parameters(dict(policy.denoiser.items()))
-    consistency = ConsistencyDistillation(policy, adapter, Videos(), steps=4,
-                                          reference=lambda: adapters_off(policy), **settings)
+    consistency = ConsistencyDistillation(Videos(), steps=4, **settings)
+    consistency.begin(policy, adapter, seed=0, image_columns=(), reference=lambda: adapters_off(policy))
     generator = torch.Generator().manual_seed(9)
     for value in consistency.average.average.values():
         value.add_(0.1 * torch.randn(value.shape, generator=generator))
@@ -65,25 +67,25 @@ def test_the_loss_by_hand(family):
     for number in range(40):
         seen.clear()
         loss = consistency.loss(number, 2)
-        ((prompts,), first), *others = seen
+        ((clips, rows), first), *others = seen
         step = first["step"]
         if step in done:
             continue
         done[step] = len(others)
         call = {"noise_seeds": first["noise_seeds"], "num_inference_steps": 4}
         with adapters_off(policy):
-            teacher = predict(prompts, step=step, clean=first["clean"], guidance_scale=3.0, **call)
+            teacher = predict(clips, rows, step=step, guidance_scale=3.0, **call)
         target = teacher.following
         if step < 3:
             own = {name: p.detach().clone() for name, p in adapter.items()}
             with torch.no_grad():
                 for name, parameter in adapter.items():
                     parameter.copy_(consistency.average.average[name])
-            target = predict(prompts, step=step + 1, state=teacher.following, **call).clean
+            target = predict(clips, rows, step=step + 1, state=teacher.following, **call).clean
             with torch.no_grad():
                 for name, parameter in adapter.items():
                     parameter.copy_(own[name])
-        student = predict(prompts, step=step, state=teacher.state, **call).clean
+        student = predict(clips, rows, step=step, state=teacher.state, **call).clean
         assert loss.shape == (2,) and loss.requires_grad
         expected = pseudo_huber(student.view(2, -1), target.view(2, -1), 0.01)
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
@@ -100,7 +102,7 @@ def test_without_an_adapter_student_and_teacher_agree_at_the_last_step(tmp_path)
     made.policy.predict = lambda *a, step, **k: steps.append(step) or predict(*a, step=step, **k)
     number = 0
     while 3 not in steps:
-        loss, number = made.consistency.loss(number, 2), number + 1
+        loss, number = made.auxiliary_losses[0].loss(number, 2), number + 1
     assert number < 40 and loss.max() < 1e-6
 
 
@@ -116,11 +118,11 @@ def test_parts_of_a_batch_are_the_batch():
 def test_distillation_alone_lowers_the_loss(tmp_path):
     made = distilled(tmp_path, max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4)
     with torch.no_grad():
-        before = torch.stack([made.consistency.loss(n, 4).mean() for n in range(1000, 1012)]).mean()
+        before = torch.stack([made.auxiliary_losses[0].loss(n, 4).mean() for n in range(1000, 1012)]).mean()
     made.train()
-    made.consistency.average.restart()
+    made.auxiliary_losses[0].average.restart()
     with torch.no_grad():
-        after = torch.stack([made.consistency.loss(n, 4).mean() for n in range(1000, 1012)]).mean()
+        after = torch.stack([made.auxiliary_losses[0].loss(n, 4).mean() for n in range(1000, 1012)]).mean()
     assert after < 0.95 * before, (before, after)
     assert len(tiny_runs.logged(made, "consistency_loss")) == 40
     made.save_model()
@@ -133,24 +135,24 @@ def test_it_adds_its_gradient(tmp_path, kind):
     gradients = {}
     for weight in (0.0, 2.0):
         seen = tiny_runs.Gradients()
-        settings = {"consistency_weight": weight, "consistency_steps": 4, "max_steps": 1}
-        videos = Videos() if weight else None
+        settings = {"max_steps": 1}
+        terms = [ConsistencyDistillation(Videos(), weight, steps=4)] if weight else None
         folder = tmp_path / str(weight)
         if kind == "backprop":
             made = RewardBackpropTrainer(
                 tiny_runs.pipeline(), backprop.bright, backprop.config(folder, **settings), tiny_runs.prompts(4),
-                callbacks=[seen], peft_config=default_lora_config(4), video_dataset=videos,
+                callbacks=[seen], peft_config=default_lora_config(4), auxiliary_losses=terms,
             )
         else:
             made = VideoGRPOTrainer(
                 tiny_runs.pipeline(), tiny_runs.brightness, tiny_runs.config(folder, max_grad_norm=0.0, **settings),
-                tiny_runs.prompts(4), callbacks=[seen], peft_config=default_lora_config(4), video_dataset=videos,
+                tiny_runs.prompts(4), callbacks=[seen], peft_config=default_lora_config(4), auxiliary_losses=terms,
             )
         tiny_runs.enliven(made)
         if weight:
-            made.consistency.average.restart()
+            made.auxiliary_losses[0].average.restart()
             count = made.args.per_device_train_batch_size
-            loss = 2.0 * made.consistency.loss(0, count).mean()
+            loss = 2.0 * made.auxiliary_losses[0].loss(0, count).mean()
             own = torch.autograd.grad(loss, list(made.adapter.values()))
         made.train()
         gradients[weight] = list(seen.steps[0].values())
@@ -166,7 +168,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path):
     resumed = distilled(tmp_path / "cut", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert tiny_runs.largest_difference(tiny_runs.weights(whole), tiny_runs.weights(resumed)) == 0
-    average, again = whole.consistency.average.average, resumed.consistency.average.average
+    average, again = whole.auxiliary_losses[0].average.average, resumed.auxiliary_losses[0].average.average
     assert tiny_runs.largest_difference(average, again) == 0
 
 
@@ -178,8 +180,8 @@ def test_resuming_a_run_without_the_term_starts_its_average_there(tmp_path):
     load_lora_state(saved.pipeline, str(tmp_path / "checkpoint-2"))
     at_2 = tiny_runs.weights(saved)
     resumed._load_from_checkpoint(str(tmp_path / "checkpoint-2"))
-    assert tiny_runs.largest_difference(resumed.consistency.average.average, at_2) == 0
-    assert resumed.consistency.average.updates == 0
+    assert tiny_runs.largest_difference(resumed.auxiliary_losses[0].average.average, at_2) == 0
+    assert resumed.auxiliary_losses[0].average.updates == 0
 
 
 # --- videos ---
@@ -210,13 +212,13 @@ def test_a_data_set_of_videos(tmp_path):
     rows = {"prompt": [f"clip {i}" for i in range(4)], "video": paths}
     from_paths = Dataset.from_dict(rows).cast_column("video", Video())
     from_bytes = Dataset.from_dict(rows | {"video": [{"bytes": Path(p).read_bytes(), "path": None} for p in paths]})
-    losses = [distilled(tmp_path, videos=data).consistency.loss(0, 4)
+    losses = [distilled(tmp_path, videos=data).auxiliary_losses[0].loss(0, 4)
               for data in (Dataset.from_dict(rows), from_paths, from_bytes.cast_column("video", Video()))]  # fmt: skip
     assert losses[0].isfinite().all()
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
     made = RewardBackpropTrainer(
-        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, max_steps=1, consistency_weight=1.0),
-        from_paths, peft_config=default_lora_config(4), video_dataset=from_paths,
+        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, max_steps=1),
+        from_paths, peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(from_paths)],
     )  # fmt: skip
     made.train()
     assert made.state.global_step == 1
@@ -239,17 +241,17 @@ def test_bad_data_sets_of_videos(tmp_path, data, message):
 def test_a_prompt_that_is_missing_further_on(tmp_path):
     rows = [Videos()[0], {"prompt": None, "video": torch.rand(7, 3, 20, 24)}]
     with pytest.raises(ValueError, match="video_dataset row 1: prompt is None"):
-        distilled(tmp_path, videos=rows).consistency.loss(0, 8)
+        distilled(tmp_path, videos=rows).auxiliary_losses[0].loss(0, 8)
 
 
 def test_the_best_model_without_rewards_is_a_judge_s(tmp_path):
     def made(**settings):
         return RewardBackpropTrainer(
             tiny_runs.pipeline(), None, backprop.config(
-                tmp_path, consistency_weight=1.0, consistency_steps=4, load_best_model_at_end=True, max_steps=2,
+                tmp_path, load_best_model_at_end=True, max_steps=2,
                 eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **settings,
             ), tiny_runs.prompts(4), eval_dataset=tiny_runs.prompts(2), judge_funcs=tiny_runs.brightness,
-            peft_config=default_lora_config(4), video_dataset=Videos(),
+            peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(Videos(), steps=4)],
         )  # fmt: skip
 
     with pytest.raises(ValueError, match="set metric_for_best_model to a judge, for instance 'judges/NAME/mean'"):
@@ -260,16 +262,14 @@ def test_the_best_model_without_rewards_is_a_judge_s(tmp_path):
 
 
 def test_bad_settings(tmp_path):
-    for settings in ({"consistency_weight": -1.0}, {"consistency_steps": 1}, {"consistency_decay": 1.0},
-                     {"consistency_batch_size": 0}, {"consistency_batch_size": -1}):
-        with pytest.raises(ValueError, match="consistency_"):
-            backprop.config(tmp_path, **settings)
-    with pytest.raises(ValueError, match="the consistency term needs both"):
-        backprop.trainer(tmp_path, consistency_weight=1.0)
-    with pytest.raises(ValueError, match="the consistency term needs both"):
-        distilled(tmp_path, backprop.bright, consistency_weight=0.0)
+    for settings in ({"weight": -1.0}, {"weight": 0.0}, {"steps": 1}, {"decay": 1.0}, {"batch_size": 0},
+                     {"batch_size": -1}):
+        with pytest.raises(ValueError, match=f"ConsistencyDistillation: .*{next(iter(settings))}="):
+            ConsistencyDistillation(Videos(), **settings)
+    with pytest.raises(ValueError, match="video_dataset is a NoneType"):
+        ConsistencyDistillation(None)
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         VideoGRPOTrainer(
-            tiny_runs.pipeline(), None, tiny_runs.config(tmp_path, consistency_weight=1.0), tiny_runs.prompts(),
-            video_dataset=Videos(),
+            tiny_runs.pipeline(), None, tiny_runs.config(tmp_path), tiny_runs.prompts(),
+            auxiliary_losses=[ConsistencyDistillation(Videos())],
         )

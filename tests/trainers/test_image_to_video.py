@@ -14,7 +14,7 @@ from tiny_pipelines import BUILD, CALLS, quiet
 from tiny_pipelines.image_to_video import picture, tiny_wan_i2v
 from tiny_runs import StopAt, largest_difference, logged, weights
 
-from pisces_rl import RewardBackpropTrainer
+from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
 from pisces_rl.media import load_image
 from pisces_rl.policy import default_lora_config
 from pisces_rl.trainers.images import check_images
@@ -169,16 +169,17 @@ def test_rewards_are_followed_through_an_image_to_video_pipeline(tmp_path, throu
 def test_the_consistency_term_of_image_to_video(tmp_path):
     """Its clips bring their images; the first latent frame, which is the image's, is no part of the loss."""
     clips = [{"prompt": f"clip {i}", "video": torch.rand(9, 3, 32, 32), "image": PICTURES[i]} for i in range(2)]
-    call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}, "consistency_weight": 1.0}
+    call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}}
     made = RewardBackpropTrainer(
-        quiet(BUILD["ltx_i2v"]()), None, backprop.config(tmp_path, max_steps=2, consistency_steps=3, **call),
-        pictures(4), peft_config=default_lora_config(4), video_dataset=clips,
+        quiet(BUILD["ltx_i2v"]()), None, backprop.config(tmp_path, max_steps=2, **call),
+        pictures(4), peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(clips, steps=3)],
     )
     made.train()
     assert all(np.isfinite(value) and value > 0 for value in logged(made, "consistency_loss"))
-    made.consistency.dataset = [{k: clip[k] for k in ("prompt", "video")} for clip in clips]
+    (term,) = made.auxiliary_losses
+    term.dataset = [{k: clip[k] for k in ("prompt", "video")} for clip in clips]
     with pytest.raises(ValueError, match="none named 'image'"):
-        made.consistency.loss(0, 1)
+        term.loss(0, 1)
 
 
 def test_a_run_on_images(tmp_path):

@@ -72,7 +72,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
     """Memory that `VideoGRPOTrainer(model=pipeline, args=args, peft_config=peft_config)` takes on each GPU.
 
     Networks, guidance, recomputation, offloading and the adapter are the run's own; their operators run on fake
-    tensors, and what lives at the same time is added up. Not counted: rewards, evaluation, the consistency term, the
+    tensors, and what lives at the same time is added up. Not counted: rewards, evaluation, auxiliary losses, the
     CUDA context, workspaces of kernels, and what the allocator loses to fragmentation. Where blocks are compiled,
     temporaries are counted as if no two operators were fused. Prompts are as long as they may be.
 

@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..policy import DecodedPart
+from ..transitions import Paper
 from ._trl import EpochRepeatSampler
 from .advantages import aggregate_rewards, nanstd
 from .backprop_config import RewardBackpropConfig
@@ -23,13 +24,13 @@ NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
 class RewardBackpropTrainer(VideoPolicyTrainer):
     r"""Trains a LoRA adapter of a text-to-video pipeline by following the gradient of its rewards.
 
-        L = - mean over samples of  sum_i w_i r_i( decode( x0 ) )  +  consistency_weight L_CD,
+        L = - mean over samples of  sum_i w_i r_i( decode( x0 ) ),
 
     with x0 a deterministic sample whose last steps carry gradients, or a one-step prediction; see
     `RewardBackpropConfig.backprop_through`. It needs no groups and no noise; but every reward must carry gradients to
     the pixels, and the policy can find pixels that please a reward and nobody else: watch the judges.
 
-    L_CD is that of `ConsistencyDistillation` on `video_dataset`; with it alone, without rewards, the trainer distils.
+    Rewards may be left out where there is an auxiliary loss: with `ConsistencyDistillation` alone the trainer distils.
 
     Methods: ReFL (arXiv 2304.05977), DRaFT and DRaFT-LV (arXiv 2309.17400), AlignProp (arXiv 2310.03739), VADER (arXiv
     2407.08737).
@@ -56,12 +57,18 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
     _name = "Reward Backpropagation"
+    papers = (
+        Paper("2304.05977", "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"),
+        Paper("2309.17400", "Directly Fine-Tuning Diffusion Models on Differentiable Rewards"),
+        Paper("2310.03739", "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"),
+        Paper("2407.08737", "Video Diffusion Alignment via Reward Gradients"),
+    )
     _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, video_dataset=None):
+                 peft_config=None, callbacks=None, auxiliary_losses=None):
         args = RewardBackpropConfig() if args is None else args
-        self._may_lack_rewards = bool(args.consistency_weight)  # consistency distillation alone
+        self._may_lack_rewards = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:
@@ -71,7 +78,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                 f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
             )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         video_dataset)
+                         auxiliary_losses)
         self.rewards.check_differentiable()
         self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running; NaN before the first step
         self._seen: list[Tensor] = []  # values of this optimizer step's micro-batches
@@ -99,7 +106,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         start = time.perf_counter()
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
-        loss = self._distil()
+        loss = self.backward_auxiliary_losses()
         if len(self.rewards):
             loss += self._follow(prompts, columns)
         if self.accelerator.sync_gradients:
@@ -196,6 +203,9 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         super()._load_extra_state(state)
         known = state.get("reward_stds", {})  # a reward that is new begins anew
         self.reward_std = torch.tensor([known.get(name, torch.nan) for name in self.rewards.names])
+
+    def _cited(self) -> tuple[Paper, ...]:
+        return super()._cited() if len(self.rewards) else ()  # without rewards it only distils
 
     def _card_settings(self) -> dict:
         through = {"last_steps": f"the last {self.args.backprop_steps}", "random_steps": "a random number of last",

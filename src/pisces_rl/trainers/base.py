@@ -28,8 +28,10 @@ from ..policy import (
 )
 from ..rewards import RewardPanel
 from ..run_files import RunFiles
+from ..transitions import Paper
 from ._trl import _BaseTrainer, identity
 from .adapter_files import check_adapter, write_adapter
+from .auxiliary import AuxiliaryLoss, check_auxiliary_losses
 from .callbacks import AdapterEMA, StageProgress
 from .checkpoint import (
     load_tree,
@@ -42,13 +44,12 @@ from .checkpoint import (
 )
 from .checks import (
     check_best_metric,
-    check_consistency,
     check_dataset,
     check_output_dir,
+    check_reference,
     checked_weights,
     settle_evaluation,
 )
-from .consistency import ConsistencyDistillation
 from .evaluation import Evaluator, means_of_sets
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
@@ -88,18 +89,19 @@ class VideoPolicyTrainer(_BaseTrainer):
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections, or, with
             args.continue_from, what was saved there.
         callbacks: further callbacks.
-        video_dataset: captioned videos for the consistency term: rows with `prompt`, the image columns, and `video`: a
-            path, the bytes of a file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8. Needed where
-            args.consistency_weight is not 0.
+        auxiliary_losses: terms beside the algorithm's loss, `AuxiliaryLoss` objects, for instance
+            [ConsistencyDistillation(videos, weight=0.1)].
     """
 
     loss_is_scaled_for_ga = True
-    _may_lack_rewards = False  # whether something else is learnt from
+    papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
+    _may_lack_rewards = False  # whether something else teaches the policy
     _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config: LoraConfig | None = None, callbacks: list | None = None, video_dataset=None):
+                 peft_config: LoraConfig | None = None, callbacks: list | None = None,
+                 auxiliary_losses: list[AuxiliaryLoss] | None = None):
         args = copy.copy(args)  # the caller's serves another trainer
         args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
         sharding, zero_stage = requested_sharding(args), requested_zero(args)
@@ -109,7 +111,11 @@ class VideoPolicyTrainer(_BaseTrainer):
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = (
             RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
-        check_consistency(args, video_dataset)
+        auxiliary_losses = [] if auxiliary_losses is None else auxiliary_losses
+        check_auxiliary_losses(auxiliary_losses)
+        self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses]
+        self._uses_reference = args.uses_reference() or any(loss.uses_reference for loss in self.auxiliary_losses)
+        check_reference(args, self._uses_reference)
         if args.num_sample_videos:
             media.check_mp4(args.fps)
         self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
@@ -141,7 +147,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
         self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
         self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
-        self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings)
+        self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
+                                      self.auxiliary_losses)
         self._identity |= self.initial.identity
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
@@ -189,14 +196,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
-        self.consistency = None
-        if args.consistency_weight:
-            self.consistency = ConsistencyDistillation(
-                self.policy, self.adapter, video_dataset, steps=args.consistency_steps,
-                guidance=args.consistency_guidance, decay=args.consistency_decay, seed=args.seed,
-                image_columns=self.image_columns, reference=self.initial.reference,
-            )
-            self.add_callback(self.consistency.average)
+        for loss in self.auxiliary_losses:
+            loss.begin(self.policy, self.adapter, seed=args.seed, image_columns=self.image_columns,
+                       reference=self.initial.reference)
+            self.add_callback(loss)
         self.console = run_console()
         if self.is_world_process_zero():
             total = sum(p.numel() for p in self.adapter.values())
@@ -214,10 +217,11 @@ class VideoPolicyTrainer(_BaseTrainer):
         """`VideoPolicy.place` moves what is to be there."""
 
     @contextlib.contextmanager
-    def stage(self, name: str):
-        """Names what is being done on the progress bar and the time line, which logs its seconds."""
+    def stage(self, name: str, whole: bool = False):
+        """Names what is being done on the progress bar and the time line, which logs its seconds; of a `whole` stage
+        with those of stages inside it."""
         self.progress.stage(name)
-        with self.timeline.span(name, whole=name in ("consistency", "saving")):
+        with self.timeline.span(name, whole):
             yield
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -230,18 +234,18 @@ class VideoPolicyTrainer(_BaseTrainer):
         super().log(logs, start_time)
         self._list_tensorboard()
 
-    def _distil(self) -> Tensor:
-        """Back-propagate the consistency term of one micro-batch, if there is one; returns its weighted value."""
-        if self.consistency is None:
-            return torch.zeros((), device=self.accelerator.device)
-        with self.stage("consistency"):
-            count = self.args.consistency_batch_size or self.args.per_device_train_batch_size
-            part = self.data_part, self.args.data_parts
-            loss = self.consistency.loss(self._step, count, part).mean()
-            self._metrics["train"]["consistency_loss"].append(loss.item())
-            loss = self.args.consistency_weight * loss / self.current_gradient_accumulation_steps
-            self.accelerator.backward(loss)
-        return loss.detach()
+    def backward_auxiliary_losses(self) -> Tensor:
+        """Back-propagate the auxiliary losses of one micro-batch; returns their weighted sum, detached."""
+        total, part = torch.zeros((), device=self.accelerator.device), (self.data_part, self.args.data_parts)
+        for auxiliary in self.auxiliary_losses:
+            with self.stage(auxiliary.name, whole=True):
+                count = auxiliary.batch_size or self.args.per_device_train_batch_size
+                loss = auxiliary.loss(self._step, count, part).mean()
+                self._metrics["train"][f"{auxiliary.name}_loss"].append(loss.item())
+                loss = auxiliary.weight * loss / self.current_gradient_accumulation_steps
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
     # --- many processes ----------------------------------------------------------------------------------------------
 
@@ -431,7 +435,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if self.state.best_global_step == self.state.global_step:
             self.state.best_model_checkpoint = str(final)
-        with self.stage("saving"):
+        with self.stage("saving", whole=True):
             write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
             if self.args.should_save:
                 best = self.state.best_model_checkpoint
@@ -461,21 +465,25 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
-        states = {name: average and average.state_dict() for name, average in self._averages().items()}
-        return states | {"micro_batches": self._step}
+        averages = {name: average and average.state_dict() for name, average in self._averages().items()}
+        auxiliary = {loss.name: loss.state_dict() for loss in self.auxiliary_losses}
+        return averages | {"auxiliary_losses": auxiliary, "micro_batches": self._step}
 
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
         if state.get("ema") is not None:  # what the adapter's file holds is the average
             set_adapter(self.adapter, state["ema"]["weights"])
-        for name, average in self._averages().items():
-            if average is not None and state.get(name) is not None:
-                average.load_state_dict(state[name])
-            elif average is not None:
-                average.restart()
+        averages = {name: average for name, average in self._averages().items() if average is not None}
+        auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
+        for one, saved in [*((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
+                           *((average, state.get(name)) for name, average in averages.items())]:
+            if saved is None:
+                one.restart()
+            else:
+                one.load_state_dict(saved)
 
     def _averages(self) -> dict[str, AdapterEMA | None]:
-        return {"consistency": self.consistency and self.consistency.average, "ema": self.ema}
+        return {"ema": self.ema}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_lora_state(self.pipeline, resume_from_checkpoint)
@@ -483,9 +491,9 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _load_best_model(self) -> None:
         load_lora_state(self.pipeline, self.state.best_model_checkpoint)
-        for average in self._averages().values():
-            if average is not None:  # what is evaluated and saved from here on is what was loaded
-                average.restart()
+        for one in (*self.auxiliary_losses, *self._averages().values()):
+            if one is not None:  # what is evaluated and saved from here on is what was loaded
+                one.restart()
         self._best_step = self.state.best_global_step
         self.last_evaluation = None
         if self.is_world_process_zero():
@@ -564,7 +572,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
             settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
-            fps=self.args.fps, vae_tiling=self.args.vae_tiling,
+            fps=self.args.fps, vae_tiling=self.args.vae_tiling, papers=self._cited(),
             repo_id=self.args.hub_model_id if "/" in (self.args.hub_model_id or "") else None,
             dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
@@ -572,6 +580,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         path.write_text(card, encoding="utf-8")
         if path.name != "README.md":
             self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
+
+    def _cited(self) -> tuple[Paper, ...]:
+        """The papers that the model card cites; a method that samples by a transition adds the transition's."""
+        return self.papers
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "num_inference_steps", "guidance_scale", "seed")
@@ -581,9 +593,9 @@ class VideoPolicyTrainer(_BaseTrainer):
         settings["sampler"] = self.policy.sampler
         if self._identity["changes"]:
             settings["changed on resume"] = "; ".join(self._identity["changes"])
-        if self.consistency is not None:
-            settings["consistency distillation"] = f"weight {self.args.consistency_weight}"
-        return settings | self.initial.card_settings(self.args.uses_reference())
+        for loss in self.auxiliary_losses:
+            settings |= loss.card_settings()
+        return settings | self.initial.card_settings(self._uses_reference)
 
     def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None,
                     **kwargs):

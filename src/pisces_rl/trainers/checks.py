@@ -9,7 +9,6 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..rewards import OFFERED, RewardPanel
-from .video_data import check_videos
 
 
 def check_dataset(name: str, dataset, several: bool = False) -> None:
@@ -99,15 +98,13 @@ def check_best_metric(name: str | None, prefix: str, metrics: dict[str, float]) 
         )
 
 
-def check_consistency(args, video_dataset) -> None:
-    """A ValueError where the consistency term has a weight without videos, videos without a weight, or wrong ones."""
-    if bool(args.consistency_weight) != (video_dataset is not None):
+def check_reference(args, uses_reference: bool) -> None:
+    """A ValueError where a reference is asked for that no term of the loss refers to."""
+    if args.continue_reference == "adapter" and not uses_reference:
         raise ValueError(
-            f"consistency_weight={args.consistency_weight}, and video_dataset is a "
-            f"{type(video_dataset).__name__}: the consistency term needs both, or leave both out."
+            "continue_reference='adapter', but nothing refers to it: there is neither a KL term (beta) nor an "
+            "auxiliary loss that uses a reference (ConsistencyDistillation). Leave it out, or set one of these."
         )
-    if video_dataset is not None:
-        check_videos(video_dataset)
 
 
 def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:

@@ -99,8 +99,8 @@ class VideoPolicyConfig(_BaseConfig):
     )
     continue_reference: str = field(
         default="base",
-        metadata={"help": "With continue_from, the reference policy of the KL penalty and the teacher of the "
-                  "consistency term: 'base' (the model without an adapter) or 'adapter' (with that saved one)."},
+        metadata={"help": "With continue_from, the reference policy, of the KL penalty and of auxiliary losses: "
+                  "'base' (the model without an adapter) or 'adapter' (with that saved one)."},
     )
     ema_decay: float | None = field(
         default=None,
@@ -118,24 +118,6 @@ class VideoPolicyConfig(_BaseConfig):
         default=10,
         metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
                   "also checked before each checkpoint."},
-    )
-
-    # --- the consistency term, on captioned videos ---
-    consistency_weight: float = field(
-        default=0.0, metadata={"help": "Weight of consistency distillation on video_dataset beside the rewards."}
-    )
-    consistency_steps: int = field(
-        default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."}
-    )
-    consistency_guidance: float | None = field(
-        default=None,
-        metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
-    )
-    consistency_decay: float = field(
-        default=0.95, metadata={"help": "Decay of the adapter's moving average that gives the targets."}
-    )
-    consistency_batch_size: int | None = field(
-        default=None, metadata={"help": "Videos a micro-batch. Unset: per_device_train_batch_size."}
     )
 
     # --- evaluation and what a run leaves ---
@@ -192,11 +174,6 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
         if self.continue_reference == "adapter" and not self.continue_from:
             raise ValueError("continue_reference='adapter' needs continue_from, the saved adapter that is meant.")
-        if self.continue_reference == "adapter" and not self.uses_reference():
-            raise ValueError(
-                "continue_reference='adapter', but nothing refers to it: there is neither a KL term (beta, of GRPO) "
-                "nor a consistency term (consistency_weight). Leave it out, or set one of these."
-            )
         self._check_start_stays()
         if self.fp16:
             raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
@@ -215,20 +192,13 @@ class VideoPolicyConfig(_BaseConfig):
             )
         if self.equal_weights_steps < 1:
             raise ValueError(f"equal_weights_steps={self.equal_weights_steps} must be at least 1 optimizer step.")
-        if self.consistency_weight < 0 or self.consistency_steps < 2 or not 0 < self.consistency_decay < 1:
-            raise ValueError(
-                f"consistency_weight={self.consistency_weight} must not be negative, consistency_steps="
-                f"{self.consistency_steps} must be at least 2, consistency_decay={self.consistency_decay} in (0, 1)."
-            )
-        if self.consistency_batch_size is not None and self.consistency_batch_size < 1:
-            raise ValueError(f"consistency_batch_size={self.consistency_batch_size} must be at least 1, or unset.")
         self._check_steps(STEPS if self.num_inference_steps is None else self.num_inference_steps)
         if self.trace_steps < 0:
             raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
 
     def uses_reference(self) -> bool:
-        """Whether a term of the loss refers to a reference policy."""
-        return self.consistency_weight > 0
+        """Whether the algorithm's loss refers to a reference policy."""
+        return False
 
     def _check_start_stays(self) -> None:
         """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""

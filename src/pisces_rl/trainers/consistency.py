@@ -1,16 +1,17 @@
 """Consistency distillation on captioned videos: its own ODE, learnt to be crossed in one step from anywhere."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..policy import Rollout, VideoPolicy
+from .auxiliary import AuxiliaryLoss
 from .callbacks import AdapterEMA
 from .images import images_of
 from .seeds import sample_seed
-from .video_data import check_prompt, undecoded, video_of
+from .video_data import check_prompt, check_videos, undecoded, video_of
 
 ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
 
@@ -20,11 +21,7 @@ def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
     return ((x - y).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
 
 
-class TargetAverage(AdapterEMA):
-    """The average that gives the targets, beside the one that a run may evaluate and save."""
-
-
-class ConsistencyDistillation:
+class ConsistencyDistillation(AuxiliaryLoss):
     r"""The loss of latent consistency distillation (LCM, arXiv 2310.04378) through any pipeline.
 
     From a clip's latents x0 and a step n of a schedule of N,
@@ -37,22 +34,48 @@ class ConsistencyDistillation:
     is itself the target. At the first, x_n is the pipeline's start noise.
 
     Args:
-        policy: whose pipeline is distilled. adapter: its trained weights.
-        dataset: rows with `prompt` and `video`: a path, the bytes of a file, a `datasets.Video`, or a tensor
-            (F, 3, H, W) in [0, 1] or uint8.
-        steps: N. guidance: of the ODE's step; None: as the pipeline is called. decay: of the average. huber_c: c.
-        seed: of rows, noise and steps. image_columns: columns of `dataset` that condition the pipeline.
-        reference: gives a context in which the policy is the reference, for instance without its adapter.
+        video_dataset: captioned videos, rows with `prompt`, the image columns, and `video`: a path, the bytes of a
+            file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8.
+        weight: of the term. steps: N. guidance: guidance_scale of the ODE's step, so that it is distilled, too; None:
+            as the pipeline is called. decay: of the average. batch_size: clips of a micro-batch on each process; None:
+            per_device_train_batch_size. huber_c: c.
+
+    Raises ValueError for settings out of range, and for a data set that has no length or lacks a column.
     """
 
-    def __init__(self, policy: VideoPolicy, adapter: dict, dataset, *, steps: int = 16, guidance: float | None = None,
-                 decay: float = 0.95, huber_c: float = 1e-3, seed: int = 0, image_columns=(),
-                 reference: Callable[[], AbstractContextManager]):
-        self.policy, self.steps, self.huber_c, self.seed = policy, steps, huber_c, seed
-        self.dataset = undecoded(dataset)
+    name = "consistency"
+    uses_reference = True
+
+    def __init__(self, video_dataset, weight: float = 1.0, *, steps: int = 16, guidance: float | None = None,
+                 decay: float = 0.95, batch_size: int | None = None, huber_c: float = 1e-3):
+        super().__init__(weight, batch_size)
+        if steps < 2 or not 0 < decay < 1:
+            raise ValueError(
+                f"ConsistencyDistillation: steps={steps} must be at least 2, and decay={decay} lie between 0 and 1."
+            )
+        check_videos(video_dataset)
+        self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
-        self.average, self.image_columns = TargetAverage(adapter, decay), image_columns
-        self.reference = reference
+
+    def begin(self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], *, seed: int, image_columns: Sequence[str],
+              reference: Callable[[], AbstractContextManager]) -> None:
+        self.policy, self.seed, self.image_columns, self.reference = policy, seed, image_columns, reference
+        self.average = AdapterEMA(adapter, self.decay)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update()
+
+    def state_dict(self) -> dict:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average.load_state_dict(state)
+
+    def restart(self) -> None:
+        self.average.restart()
+
+    def card_settings(self) -> dict[str, str]:
+        return {"consistency distillation": f"weight {self.weight}"}
 
     def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
         """(count,) losses with gradients of a part (which, of how many) of the batch of that number.

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..policy import Rollout
+from ..transitions import Paper
 from .checks import check_dataset
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .pairs import SIDES, check_pairs, pair_of
@@ -81,6 +82,10 @@ class FlowDPOTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "dpo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPO"
+    papers = (
+        Paper("2501.13918", "Improving Video Generation with Human Feedback"),
+        Paper("2311.12908", "Diffusion Model Alignment Using Direct Preference Optimization"),
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *further, **keywords):
         args = FlowDPOConfig() if args is None else args

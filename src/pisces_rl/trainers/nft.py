@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..transitions import Paper
 from .callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .rollout_trainer import Metrics
@@ -17,8 +18,8 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b: how much of the trained policy the two implicit policies hold. It bounds how far the "
-                  "policy goes from the old one: a smaller b bounds it less."},
+        metadata={"help": "b: how much of the trained policy the two implicit policies hold. Both regress, so it "
+                  "bounds how far the policy goes from the old one, and a smaller b bounds it less."},
     )
     contrast: float = field(
         default=5.0,
@@ -81,6 +82,7 @@ class NFTTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "nft", "text-to-video", "pisces_rl"]
     _name = "DiffusionNFT"
+    papers = (Paper("2509.16117", "DiffusionNFT: Online Diffusion Reinforcement with Forward Process"),)
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, NFTConfig() if args is None else args, *further, **keywords)

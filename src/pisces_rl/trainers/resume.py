@@ -14,11 +14,12 @@ from transformers import SchedulerType
 
 from ..policy import VideoPolicy
 from ..run_files import own_checkpoints
+from .auxiliary import AuxiliaryLoss
 
 #: Settings that may change on resume. They act from there on, and the run says so: on the console and in its card.
 TOLD = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
         "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "num_inference_steps",
-        "guidance_scale", "ema_decay", "consistency_weight", "reward_weights")
+        "guidance_scale", "ema_decay", "reward_weights")
 #: Settings that may not: what a checkpoint holds would mean something else.
 FIXED = {
     "optim": "the optimizer's state is of another kind",
@@ -57,13 +58,14 @@ def step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
-def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: tuple[str, ...]) -> dict:
+def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: tuple[str, ...],
+                 auxiliary_losses: list[AuxiliaryLoss]) -> dict:
     """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted; and the
     settings of the run, with what changed in them where it was resumed.
 
     Args:
         trainer: its name. model: where the pipeline is from. args: the config. position: settings by which the
-            position in the data is counted.
+            position in the data is counted. auxiliary_losses: their weights are settings of the run, too.
     """
     denoisers = policy.denoiser
     return {
@@ -74,7 +76,8 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "weights": {name: _weights_digest(module) for name, module in denoisers.items()},
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
-        "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)},
+        "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
+                    | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
         "changes": [],
     }
 
@@ -131,10 +134,13 @@ def check_same_run(checkpoint: str, own: dict) -> None:
 def changes_since(checkpoint: str, own: dict) -> list[str]:
     """What changed at this checkpoint and at earlier ones: "learning_rate 0.001 until step 20, then 0.0001"."""
     saved, step = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8")), step_of(checkpoint)
-    settings = saved.get("settings", own["settings"])
+    now = own["settings"]
+    then = saved.get("settings", now)
+    weights = dict.fromkeys([name for name in (*then, *now) if name not in (*TOLD, *FIXED)], 0.0)  # auxiliary losses'
+    then, now = weights | then, weights | now
     return saved.get("changes", []) + [
-        f"{name} {settings[name]} until step {step}, then {own['settings'][name]}"
-        for name in TOLD if settings[name] != own["settings"][name]
+        f"{name} {then[name]} until step {step}, then {now[name]}" for name in (*TOLD, *weights)
+        if then[name] != now[name]
     ]
 
 

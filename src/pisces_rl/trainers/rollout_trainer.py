@@ -52,7 +52,7 @@ class RolloutTrainer(VideoPolicyTrainer):
                           "gradient_accumulation_steps", "num_iterations")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, video_dataset=None):
+                 peft_config=None, callbacks=None, auxiliary_losses=None):
         check_dataset("train_dataset", train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
         if len(train_dataset) < prompts_per_rollout:
@@ -62,7 +62,7 @@ class RolloutTrainer(VideoPolicyTrainer):
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
         super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         video_dataset)
+                         auxiliary_losses)
         self.overlapped = None
         if args.overlap_rewards:
             self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
@@ -309,7 +309,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             loss, metrics = self.backward(self.scored, rows, len(rows) * self.current_gradient_accumulation_steps)
         for name, values in metrics.items():
             self._metrics["train"][name] += values
-        loss += self._distil()
+        loss += self.backward_auxiliary_losses()
         with self.stage("update"):
             if self.accelerator.sync_gradients:
                 self.policy.check_replays()

@@ -17,7 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 
 IDLE = "idle"  # what no span covers: data, logging, waiting for other processes
-ORDER = ("text", "rollout", "sampling", "decode", "rewards", "consistency", "update")
+ORDER = ("text", "rollout", "sampling", "decode", "rewards", "update")
 APART = ("evaluation", "saving")  # parts that do not belong to a step
 MOST_PENDING = 20_000  # marks that may wait to be read
 

@@ -1,4 +1,4 @@
-"""Captioned videos for the consistency term: rows with `prompt` and `video`."""
+"""Captioned videos for consistency distillation: rows with `prompt` and `video`."""
 
 import os
 from collections.abc import Sized
