@@ -32,7 +32,8 @@ from pisces_rl.policy.zero import partition  # noqa: E402
 from pisces_rl.trainers.checkpoint import load_tree  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
-           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
+           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss", "margin/mean",
+           "velocity/old_distance", "velocity/reference_distance", "velocity/average_distance")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 SHARED, PARTS = 1, WORLD  # processes that share each video, and parts that the videos are divided into; set by `run`
 DEVICES = torch.accelerator.device_count
@@ -70,6 +71,46 @@ def whole_groups(folder) -> dict:
 def split_group(folder) -> dict:
     """One group of 4: half of it on each process."""
     return trained(made(folder, videos=4, max_steps=3))
+
+
+def nft(folder) -> dict:
+    """Two groups, an old policy that lags, and some of the noise levels."""
+    return trained(made(folder, method="nft", max_steps=4, beta=0.3, old_decay_rate=0.3, train_levels=2))
+
+
+def awm(folder) -> dict:
+    """Half a group a process, a second iteration with another ratio, and an average that lags."""
+    return trained(made(folder, videos=4, method="awm", max_steps=4, num_iterations=2, beta=0.3,
+                        average_decay_rate=0.2))
+
+
+def rvm(folder) -> dict:
+    """Advantages by the spread of the whole batch; one group is equal, so one process has no step."""
+    def only_clip_0(prompts, videos, **columns):
+        return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
+
+    return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), method="rvm", max_steps=3,
+                        learning_rate=100.0))
+
+
+def flow_dpo(folder) -> dict:
+    """The best against the worst of four."""
+    return trained(made(folder, method="flow_dpo", max_steps=3, beta=100.0, learning_rate=0.01))
+
+
+def flash_grpo(folder, halves: bool = False) -> dict:
+    """Four prompts, each with a window of its own."""
+    trainer = made(folder, data=tiny_runs.prompts(4), method="flash_grpo", num_generations=2, num_inference_steps=4,
+                   epsilon=0.5, max_steps=3, learning_rate=0.3)
+    own = trainer.trained_steps
+    if halves and WORLD == 1:  # as where two processes share weights
+        trainer.trained_steps = lambda number, group: own(number, group % 2)
+    return trained(trainer)
+
+
+def flash_grpo_halves(folder) -> dict:
+    """Where processes share weights, the prompts at one place of each share have one window."""
+    return flash_grpo(folder, halves=True)
 
 
 def overlapped(folder) -> dict:

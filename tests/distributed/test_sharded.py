@@ -67,3 +67,14 @@ def test_gathered_weights_may_be_kept(tmp_path):
     result = accelerate(scenarios.__file__, tmp_path, "split_group", timeout=300, fsdp_reshard_after_forward=False)
     assert result.returncode == 0, result.stdout[-3000:]
     assert_equals_one(tmp_path, "split_group")
+
+
+@pytest.mark.slow
+def test_methods_with_sharded_weights_equal_one_process(tmp_path):
+    """Also an old policy, an average and a reference; a process whose rewards are equal; a window for each prompt."""
+    names = ["nft", "awm", "rvm", "flow_dpo", "flash_grpo_halves"]
+    result = accelerate(scenarios.__file__, tmp_path, *names, timeout=500)
+    assert result.returncode == 0, result.stdout[-5000:]
+    for name in names:
+        assert_equal_ranks(tmp_path, name)
+        assert_equals_one(tmp_path, name, [m for m in scenarios.METRICS if name != "rvm" or "velocity" not in m])

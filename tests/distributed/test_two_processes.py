@@ -10,7 +10,7 @@ from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_
 from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "accumulated", "idle_rank", "backpropagated",
-             "backpropagated_k2", "distilled"]
+             "backpropagated_k2", "distilled", "nft", "flash_grpo"]
 SHARED = ["whole_groups", "backpropagated", "distilled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
             "unequal_weights"]

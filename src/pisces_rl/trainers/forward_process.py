@@ -131,8 +131,9 @@ class ForwardProcessTrainer(RolloutTrainer):
         if equal and not self._told_of_equal_rewards:
             self._told_of_equal_rewards = True
             warnings.warn(
-                f"all videos of {self.scored.samples.prompts[equal[0]]!r} have the same reward, so none is better "
-                "than another: such groups get no step (frac_reward_zero_std says how many there are).", stacklevel=2,
+                f"the rewards of {self.scored.samples.prompts[equal[0]]!r} tell none of its videos from another (all "
+                "are equal, or none applies): such groups get no step. frac_reward_zero_std says how many there are.",
+                stacklevel=2,
             )
 
     def _levels(self) -> list[int]:
