@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pisces_rl import RewardBackpropConfig, VideoGRPOConfig
+from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
 from pisces_rl.rewards import OTAttention, exposure, load_reward
 from pisces_rl.shapemotion import shapemotion_reward
@@ -162,11 +162,13 @@ def test_the_trainers_config(recipe, tmp_path):
 def test_the_recipes_parse(path):
     sys.path.insert(0, str(ROOT / "examples"))
     try:
-        from grpo_t2v import ScriptArguments
+        from train_t2v import MethodArguments, ScriptArguments, method_of
     finally:
         sys.path.remove(str(ROOT / "examples"))
+    method = method_of(["--config", str(path)]) if "method:" in path.read_text() else None
     kind = RewardBackpropConfig if "examples/backprop_t2v.py" in path.read_text() else VideoGRPOConfig
-    script, config = parsed(["--config", str(path), "--use_cpu"], ScriptArguments, kind)
+    kinds = (MethodArguments, METHODS[method][1]) if method else (ScriptArguments, kind)
+    script, config = parsed(["--config", str(path), "--use_cpu"], *kinds)
     assert config.num_inference_steps >= 2 and script.model
 
 
@@ -175,10 +177,10 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     run = importlib.import_module("run")
     if cell == "shared":
-        assert set(run.cells()) == {*run.cells("A"), *run.cells("B")} and len(run.cells("A")) == 8
+        assert set(run.cells()) == {*run.cells("A"), *run.cells("B"), *run.cells("C")} and len(run.cells("A")) == 8
         return
     settings = run.settings_of(cell)
-    config, _ = run.TRAINERS[settings.pop("trainer")]
+    _, config = run.TRAINERS[settings.pop("trainer")]
     script, config = parsed(
         ["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config
     )

@@ -21,6 +21,7 @@ COMPARISON = {
     }
 }
 SETTINGS = {"rewards": "verifier", "learning_rate": 2e-3, "transition": "flow_sde, noise level 0.7", "x": None}
+PAPERS = [("2402.03300", "DeepSeekMath: Pushing the Limits"), ("2505.05470", "Flow-GRPO: Training Flow Matching")]
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_huggingface_hub_reads_the_card(run_folder):
 
 
 def test_card_shows_settings_scores_and_samples(run_folder):
-    text = card(folder=run_folder, comparison=COMPARISON)
+    text = card(folder=run_folder, comparison=COMPARISON, papers=PAPERS)
     assert "| learning_rate | 0.002 |" in text and "| x |" not in text
     assert "| test_seen | reward | 64 | 1.234 | 1.500 | +0.266 [+0.100, +0.400] |" in text and "nothing" not in text
     assert "![before after test seen](samples/before_after_test_seen.png)" in text
@@ -89,9 +90,14 @@ def test_card_shows_settings_scores_and_samples(run_folder):
 
 
 def test_card_cites_what_was_used():
-    text = card(trainer="Video reward backpropagation", settings={"transition": "ddim"})
-    assert "grpo" not in front_matter(text)["tags"] and "2402.03300" not in text and "2505.05470" not in text
-    assert "2602.01624" in text and "2305.13301" in text
+    """The library's own paper, then those that were given, each once, as BibTeX; no method by its name alone."""
+    text = card(papers=[*PAPERS[1:], ("2010.02502", "Denoising Diffusion Implicit Models"), *PAPERS[1:]])
+    entries = re.findall(r"@(\w+)\{([\w.]+),\n((?:  \w+ = \{.*\},?\n)+)\}", text.split("## Citation")[1])
+    assert [(kind, key) for kind, key, _ in entries] == [
+        ("inproceedings", "pisces2026"), ("misc", "arxiv2505.05470"), ("misc", "arxiv2010.02502")
+    ]
+    assert "  title = {{Denoising Diffusion Implicit Models}},\n  year = {2020},\n  eprint = {2010.02502},\n" in text
+    assert "2402.03300" not in text and "@misc" not in card()
 
 
 def test_card_says_no_path_of_this_machine(tmp_path):

@@ -16,6 +16,7 @@ def cells(stage: str = "") -> list[str]:
 
 
 def settings_of(cell: str) -> dict:
-    """What all cells share, what those of its trainer share, and the cell's own settings, later ones first."""
+    """What all cells share, what those of its trainer and of its comparison share, and the cell's own settings, later
+    ones first."""
     shared, own = (yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("shared", cell))
-    return shared["all"] | shared[own["trainer"]] | own
+    return shared["all"] | shared[own["trainer"]] | shared[own.pop("comparison", "none")] | own

@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from grpo_t2v import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards
 from recipes import cells, settings_of
 
-from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer, VideoGRPOConfig, VideoGRPOTrainer
+from pisces_rl import METHODS, RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
 from pisces_rl.policy import VideoPolicy, default_lora_config
 from pisces_rl.policy.lora import adapters_off
@@ -44,7 +44,7 @@ from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.trainers.losses import kl_to_reference
 from pisces_rl.trainers.resume import last_checkpoint
 
-TRAINERS = {"grpo": (VideoGRPOConfig, VideoGRPOTrainer), "backprop": (RewardBackpropConfig, RewardBackpropTrainer)}
+TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards
 DIVERSE_PROMPTS, DIVERSE_SAMPLES = 32, 8
 
@@ -141,7 +141,7 @@ def begin(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
 
 def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     settings = begin(cell, seed, output, extra)
-    make_config, make_trainer = TRAINERS[settings.pop("trainer")]
+    make_trainer, make_config = TRAINERS[settings.pop("trainer")]
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         yaml.safe_dump(settings, file)
         file.flush()
@@ -198,7 +198,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="recipes in recipes/study/")
     which.add_argument("--all", action="store_true", help="every cell")
-    which.add_argument("--stage", choices=["A", "B"], help="every cell of this stage")
+    which.add_argument("--stage", choices=["A", "B", "C"], help="every cell of this stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process; 14 fit a GPU of 80 GB")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="begin no run after so many seconds")

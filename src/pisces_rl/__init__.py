@@ -10,9 +10,13 @@ __version__ = "0.1.0.dev0"
 _HOME = {
     "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
     "RewardError": "rewards", "RewardPanel": "rewards",
-    "AuxiliaryLoss": "trainers", "ConsistencyDistillation": "trainers",
-    "RewardBackpropConfig": "trainers", "RewardBackpropTrainer": "trainers",
-    "VideoGRPOConfig": "trainers", "VideoGRPOTrainer": "trainers", "load_pipeline": "trainers",
+    **dict.fromkeys((
+        "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation",
+        "FlashGRPOConfig", "FlashGRPOTrainer", "FlowDPOConfig", "FlowDPOTrainer",
+        "FlowDPPOConfig", "FlowDPPOTrainer", "METHODS", "NFTConfig", "NFTTrainer", "RVMConfig", "RVMTrainer",
+        "RewardBackpropConfig", "RewardBackpropTrainer", "RolloutConfig", "RolloutTrainer", "VideoGRPOConfig",
+        "VideoGRPOTrainer", "load_pipeline",
+    ), "trainers"),
 }
 __all__ = sorted(_HOME)
 

@@ -36,35 +36,14 @@ _ADAPTERS = PATTERNS[1:4]
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 
-_CITATIONS = {
-    "pisces": (
-        "PISCES, whose optimal-transport rewards this library is built around",
-        "@inproceedings{pisces2026,\n"
-        "  title = {{PISCES}: Annotation-free Text-to-Video Post-Training via Optimal Transport-Aligned Rewards},\n"
-        "  booktitle = {ICML},\n  year = {2026},\n  eprint = {2602.01624},\n  archivePrefix = {arXiv}\n}",
-    ),
-    "grpo": (
-        "Group relative policy optimization",
-        "@article{deepseekmath2024,\n"
-        "  title = {{DeepSeekMath}: Pushing the Limits of Mathematical Reasoning in Open Language Models},\n"
-        "  year = {2024},\n  eprint = {2402.03300},\n  archivePrefix = {arXiv}\n}",
-    ),
-    "flow_sde": (
-        "Flow-GRPO, the source of the transition and of GRPO on flow matching",
-        "@article{flowgrpo2025,\n  title = {{Flow-GRPO}: Training Flow Matching Models via Online {RL}},\n"
-        "  year = {2025},\n  eprint = {2505.05470},\n  archivePrefix = {arXiv}\n}",
-    ),
-    "dance_sde": (
-        "DanceGRPO, the source of the transition",
-        "@article{dancegrpo2025,\n  title = {{DanceGRPO}: Unleashing {GRPO} on Visual Generation},\n"
-        "  year = {2025},\n  eprint = {2505.07818},\n  archivePrefix = {arXiv}\n}",
-    ),
-    "ddim": (
-        "DDPO, the source of the transition",
-        "@article{ddpo2023,\n  title = {Training Diffusion Models with Reinforcement Learning},\n"
-        "  year = {2023},\n  eprint = {2305.13301},\n  archivePrefix = {arXiv}\n}",
-    ),
-}
+_PISCES = """\
+@inproceedings{pisces2026,
+  title = {{PISCES}: Annotation-free Text-to-Video Post-Training via Optimal Transport-Aligned Rewards},
+  booktitle = {ICML},
+  year = {2026},
+  eprint = {2602.01624},
+  archivePrefix = {arXiv}
+}"""
 
 
 def model_card(
@@ -84,15 +63,16 @@ def model_card(
     fps: int = 8,
     vae_tiling: bool = False,
     files: Sequence[str] | None = None,
+    papers: Sequence[tuple[str, str]] = (),
 ) -> str:
     """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
 
     Args:
         base_model: Hub id, folder or embedded name of the model that was trained. A folder is shown by its last name
             only, since a card goes out to others.
-        trainer: name of the method, for instance "Video GRPO"; a name with GRPO in it adds the tag and the citations.
+        trainer: name of the method, for instance "Video GRPO"; a name with GRPO in it adds the tag.
         pipeline_class: name of the diffusers class, for instance "WanPipeline".
-        settings: of training, shown as a table in this order. `transition` decides which papers are cited.
+        settings: of training, shown as a table in this order.
         comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as report.json has
             it; None leaves the table out.
         folder: where the run was saved. Pictures and videos under its `samples/` are shown by their relative paths,
@@ -108,6 +88,7 @@ def model_card(
         vae_tiling: whether the VAE decodes in tiles, which changes frames a little.
         files: what of the folder the card may speak of, as relative paths; None is what the folder's run wrote
             (run_files.json), or where that is not known, what is named like it.
+        papers: (arXiv id, title) of each source of the method, which the card cites after this library's own.
 
     Returns:
         Markdown whose YAML front matter the Hub reads.
@@ -146,7 +127,7 @@ def model_card(
         parts.append("\n\n".join(["## Samples", *pictures, *([links] if links else [])]))
     rows = [f"| {escape(key)} | {escape(value)} |" for key, value in settings.items() if value is not None]
     parts.append("\n".join(["## Training\n", "| setting | value |", "|---|---|", *rows]))
-    parts.append("## Citation\n\n" + _citations(grpo, str(settings.get("transition", ""))))
+    parts.append("## Citation\n\n" + _citations(papers))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
@@ -343,9 +324,15 @@ def _evaluation(comparison: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
-def _citations(grpo: bool, transition: str) -> str:
-    keys = ["pisces"]
-    if grpo:
-        keys.append("grpo")
-    keys += [key for key in ("flow_sde", "dance_sde", "ddim") if key in transition]
-    return "\n\n".join(f"{_CITATIONS[key][0]}:\n\n```bibtex\n{_CITATIONS[key][1]}\n```" for key in keys)
+def _citations(papers: Sequence[tuple[str, str]]) -> str:
+    """BibTeX of this library's source, then of the methods', each once."""
+    cited = {"PISCES, whose optimal-transport rewards this library is built around": [_PISCES]}
+    if papers:
+        cited["The sources of the training method"] = [_bibtex(*paper) for paper in dict.fromkeys(papers)]
+    return "\n\n".join(f"{why}:\n\n```bibtex\n" + "\n\n".join(entries) + "\n```" for why, entries in cited.items())
+
+
+def _bibtex(arxiv: str, title: str) -> str:
+    """An entry for a paper; arXiv numbers begin with the year and month."""
+    return (f"@misc{{arxiv{arxiv},\n  title = {{{{{title}}}}},\n  year = {{20{arxiv[:2]}}},\n"
+            f"  eprint = {{{arxiv}}},\n  archivePrefix = {{arXiv}}\n}}")

@@ -18,7 +18,8 @@ from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
 from tiny_pipelines.since_wan22 import skyreels_parts
 
 from pisces_rl.policy import PolicyError, VideoPolicy
-from pisces_rl.policy.scheduler import training_scheduler, transition_family
+from pisces_rl.policy.scheduler import training_scheduler
+from pisces_rl.policy.schedules import schedule_class
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +63,8 @@ def test_clipping_and_stochastic_schedulers_are_refused():
 def test_multistep_schedulers_become_first_order():
     unipc = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
     ours = training_scheduler(unipc)
-    assert transition_family(ours) == "flow" and ours.config.flow_shift == 5.0
-    assert transition_family(training_scheduler(DPMSolverMultistepScheduler())) == "ddim"
+    assert schedule_class(ours).family == "flow" and ours.config.flow_shift == 5.0
+    assert schedule_class(training_scheduler(DPMSolverMultistepScheduler())).family == "ddim"
     assert isinstance(training_scheduler(CogVideoXDPMScheduler()), CogVideoXDDIMScheduler)
 
 

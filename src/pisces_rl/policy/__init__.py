@@ -30,7 +30,7 @@ from .video_policy import VideoPolicy
 
 __all__ = [
     "DecodedPart", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy",
-    "adapter_values", "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora", "check_saved_weights",
-    "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state", "lora_parameters",
-    "read_adapter", "save_lora", "set_adapter", "without_adapters",
+    "adapter_values", "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora",
+    "check_saved_weights", "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state",
+    "lora_parameters", "read_adapter", "save_lora", "set_adapter", "without_adapters",
 ]

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from .one_step import seeded_noise
 from .pipeline_call import run_until_left, videos_of
-from .scheduler import PolicyError, denoised, noised
+from .scheduler import PolicyError
 from .session import LeavePipeline, Session, replaced_method, starts_without_followed
 
 
@@ -67,19 +67,19 @@ class DifferentiableSampling(Session):
 
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self.check_step()
-        i, kernel = self.index, self.policy.transition
+        i = self.index
         if self.needs_prediction and i == self.start and self.jump:
-            following = denoised(self.scheduler, kernel, i, prediction, x).to(x.dtype)
+            following = self.schedule.denoised(i, prediction, x).to(x.dtype)
         elif self.needs_prediction:
             following = self.moments(prediction, x, 0.0)[0].to(x.dtype)
         elif i + 1 == self.start:
             clean, seeds = self.renoise
-            following = noised(self.scheduler, kernel, self.start, clean, seeded_noise(clean, seeds)).to(x)
+            following = self.schedule.noised(self.start, clean, seeded_noise(clean, seeds)).to(x)
         else:
             following = x
         self.index += 1
         torch.set_grad_enabled(self.index >= self.start and self.decode)
-        if self.index == len(self.scheduler.timesteps):
+        if self.index == self.schedule.num_steps:
             self.final = following
             if not self.decode:
                 raise LeavePipeline

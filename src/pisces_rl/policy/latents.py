@@ -129,7 +129,7 @@ class _Probe(Session):
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self.index += 1
         self.shape_of_latents = x.shape
-        last = self.index == len(self.scheduler.timesteps)
+        last = self.index == self.schedule.num_steps
         if last and self.given is None:
             raise LeavePipeline
         return self.given.to(x) if last else x

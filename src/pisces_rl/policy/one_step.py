@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .scheduler import PolicyError, denoised, noised, time_of
+from .scheduler import PolicyError
 from .session import LeavePipeline, Session, starts_without_followed
 
 
@@ -54,10 +54,8 @@ class OneStep(Session):
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self.check_step()
         if self.index == self.at:
-            clean = denoised(self.scheduler, self.policy.transition, self.at, prediction, x)
-            following = self.moments(prediction, x, 0.0)[0]
-            time = time_of(self.scheduler, self.policy.transition, self.at)
-            self.found = Prediction(x.detach().float(), clean, following, time)
+            self.found = Prediction(x.detach().float(), self.schedule.denoised(self.at, prediction, x),
+                                    self.moments(prediction, x, 0.0)[0], self.schedule.time(self.at))
             raise LeavePipeline
         self.index += 1
         if self.index < self.at:
@@ -65,8 +63,7 @@ class OneStep(Session):
         torch.set_grad_enabled(self.grad)
         if self.seeds is None:
             return self.latents.to(x)
-        noise = seeded_noise(self.latents, self.seeds)
-        return noised(self.scheduler, self.policy.transition, self.at, self.latents, noise).to(x)
+        return self.schedule.noised(self.at, self.latents, seeded_noise(self.latents, self.seeds)).to(x)
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         raise starts_without_followed(self)

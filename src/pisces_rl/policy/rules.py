@@ -9,7 +9,8 @@ from torch import nn
 
 from .guider import has_guider
 from .offload import kind_of
-from .scheduler import PolicyError, flow_config, training_scheduler, transition_family
+from .scheduler import PolicyError, flow_config, training_scheduler
+from .schedules import FlowSchedule, schedule_class
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
@@ -34,7 +35,7 @@ def scheduler_of(pipeline: DiffusionPipeline) -> SchedulerMixin:
     scheduler = training_scheduler(pipeline.scheduler)
     declared = inspect.signature(type(pipeline).__init__).parameters.get("scheduler")
     flows = declared is not None and declared.annotation is FlowMatchEulerDiscreteScheduler
-    if flows and transition_family(scheduler) != "flow":
+    if flows and not issubclass(schedule_class(scheduler), FlowSchedule):
         name = type(pipeline.scheduler).__name__
         raise PolicyError(
             f"{type(pipeline).__name__} is a flow-matching pipeline, and its {name} is not set for one: it has "

@@ -4,7 +4,6 @@ import copy
 import functools
 import inspect
 
-import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
     DDIMScheduler,
@@ -15,10 +14,10 @@ from diffusers import (
     LTXEulerAncestralRFScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
-from torch import Tensor
 
 from ..transitions import TRANSITIONS, Transition
 from .grids import AlphaGrid, FlowGrid, as_class, on_own_grid
+from .schedules import FlowSchedule, schedule_class, schedule_of
 
 #: Schedulers of flow matching, besides Euler's, whose config does not say so.
 OTHER_FLOW = FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
@@ -87,16 +86,9 @@ def flow_config(name: str) -> str:
     )
 
 
-def transition_family(scheduler: SchedulerMixin) -> str:
-    """"flow", "edm" or "ddim": the kernels that fit a scheduler returned by `training_scheduler`."""
-    if isinstance(scheduler, EDMEulerScheduler):
-        return "edm"
-    return "flow" if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowGrid) else "ddim"
-
-
 def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
     """The named transition, or the family's default; a PolicyError where it does not fit the scheduler."""
-    family = transition_family(scheduler)
+    family = schedule_class(scheduler).family
     fitting = [key for key, value in TRANSITIONS.items() if value.family == family]
     if name is None:
         return TRANSITIONS[fitting[0]]
@@ -105,47 +97,6 @@ def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
             f"transition={name!r} does not fit a pipeline with {type(scheduler).__name__}; use one of {fitting}."
         )
     return TRANSITIONS[name]
-
-
-def kernel_moments(scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor,
-                   noise_level: float) -> tuple[Tensor, Tensor]:
-    """(mean, std) of step `index`, from the schedule's own numbers in fp32; noise level 0 is the ODE step.
-
-    sigma comes from the step's index, never from the integer timestep, which loses its fraction.
-    """
-    prediction, x = prediction.float(), x.float()
-    if transition.family == "flow":
-        sigmas = scheduler.host_sigmas
-        if scheduler.config.get("invert_sigmas"):  # Mochi: time runs from 0 to 1, and the model predicts x0 - e
-            sigmas, prediction = 1 - sigmas, -prediction
-        return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level,
-                                 sigma_max=sigmas[1], sigma_min=sigmas[-1])
-    if transition.family == "edm":
-        sigmas = scheduler.host_sigmas
-        return transition.kernel(x, prediction, sigmas[index], sigmas[index + 1], noise_level=noise_level)
-    alpha, alpha_next = scheduler.host_alphas[index]
-    return transition.kernel(x, prediction, alpha, alpha_next, noise_level=noise_level,
-                             prediction_type=scheduler.config.prediction_type)
-
-
-def _alphas(scheduler: SchedulerMixin) -> list[tuple[Tensor, Tensor]]:
-    """The cumulative alphas between which each step goes, fp32."""
-    if isinstance(scheduler, AlphaGrid):
-        alphas = scheduler.grid_alphas.float()
-        return list(zip(alphas[:-1], alphas[1:]))
-    alphas, stride = scheduler.alphas_cumprod.float(), scheduler.config.num_train_timesteps
-    stride //= scheduler.num_inference_steps  # by which DDIM steps, whatever the spacing of its timesteps
-    final = torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
-    return [(alphas[t], alphas[t - stride] if t >= stride else final) for t in scheduler.timesteps.tolist()]
-
-
-def _keep_on_host(scheduler: SchedulerMixin) -> None:
-    """A copy of the schedule on the CPU: a step's scalars come from there, so that no step waits for the device."""
-    if transition_family(scheduler) == "ddim":
-        scheduler.alphas_cumprod = scheduler.alphas_cumprod.cpu()
-        scheduler.host_alphas = _alphas(scheduler)
-    else:
-        scheduler.host_sigmas = scheduler.sigmas.float().cpu()
 
 
 def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
@@ -159,7 +110,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
     there), so it is the class's own and no step; the call that gives it is the step, and x0^ its prediction.
     """
     base = type(scheduler)
-    asks_first = transition_family(scheduler) == "edm"
+    asks_first = schedule_class(scheduler).predicts_clean
 
     class Stochastic(base):
         @functools.wraps(base.set_timesteps)
@@ -174,7 +125,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
             if asks_first and kwargs.get("pred_original_sample") is None:
                 return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
             if session.index == 0:  # not before: a pipeline may change its sigmas after set_timesteps
-                _keep_on_host(self)
+                session.schedule = schedule_of(self, session.policy.transition)
             x_next = session.step(kwargs["pred_original_sample"] if asks_first else model_output, sample)
             if asks_first:
                 self._step_index = session.index  # from which it scales the model's input
@@ -214,17 +165,16 @@ def _check_grid(scheduler: SchedulerMixin, session) -> None:
     """x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts the sigmas of EDM, up to 80, into a flow scheduler.
     A solver's own grid must have one time a step, with less noise at each."""
     pipeline, name = type(session.policy.pipeline).__name__, type(scheduler).__name__
-    if transition_family(scheduler) == "flow" and float(scheduler.sigmas.max()) > 1:
+    schedule = schedule_class(scheduler)
+    if issubclass(schedule, FlowSchedule) and float(scheduler.sigmas.max()) > 1:
         raise PolicyError(
             f"{pipeline} runs {name} with sigmas up to {float(scheduler.sigmas.max()):g}: a flow-matching schedule "
             "lies in [0, 1], so no transition fits it."
         )
     if not isinstance(scheduler, FlowGrid | AlphaGrid):
         return
-    levels = scheduler.sigmas if isinstance(scheduler, FlowGrid) else 1 - scheduler.grid_alphas
-    if scheduler.config.get("invert_sigmas"):
-        levels = 1 - levels
-    falls = bool((levels[1:-1] < levels[:-2]).all()) and levels[-1] <= levels[-2]
+    noise = schedule.noise_grid(scheduler)
+    falls = bool((noise[1:-1] < noise[:-2]).all()) and noise[-1] <= noise[-2]
     if not falls or len(scheduler.timesteps) != scheduler.num_inference_steps:
         raise PolicyError(
             f"{pipeline} runs {name}, whose times for {scheduler.num_inference_steps} steps, "
@@ -238,48 +188,4 @@ def sampler_of(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
     """In words, how a scheduler of `training_scheduler` samples."""
     name = type(scheduler).__name__
     grid = f"the grid of {name}" if isinstance(scheduler, FlowGrid | AlphaGrid) else f"{name}'s grid"
-    step = "DDIM" if transition_family(scheduler) == "ddim" else "Euler"
-    return f"first-order {step}, {num_inference_steps} steps on {grid}"
-
-
-def denoised(scheduler, transition: Transition, index: int, prediction: Tensor, x: Tensor) -> Tensor:
-    """x0^, the clean sample that step `index` predicts: x - s v, or (x - sqrt(1 - a) e) / sqrt(a), or the prediction
-    itself (EDM). fp32."""
-    prediction, x = prediction.float(), x.float()
-    if transition.family == "edm":
-        return prediction
-    level = noise_level_of(scheduler, transition, index)
-    if transition.family == "flow":
-        return x + level * prediction if scheduler.config.get("invert_sigmas") else x - level * prediction
-    return transition.kernel(x, prediction, level, torch.ones_like(level), noise_level=0.0,
-                             prediction_type=scheduler.config.prediction_type)[0]
-
-
-def noised(scheduler, transition: Transition, index: int, x0: Tensor, noise: Tensor) -> Tensor:
-    """The clean x0 at the noise level of step `index`: (1 - s) x0 + s e, or sqrt(a) x0 + sqrt(1 - a) e, or x0 + s e
-    (EDM). fp32."""
-    level = noise_level_of(scheduler, transition, index)
-    if transition.family == "edm":
-        return x0.float() + level * noise.float()
-    if transition.family == "flow":
-        return (1 - level) * x0.float() + level * noise.float()
-    return level.sqrt() * x0.float() + (1 - level).sqrt() * noise.float()
-
-
-def time_of(scheduler, transition: Transition, index: int) -> Tensor:
-    level = noise_level_of(scheduler, transition, index)
-    if transition.family == "edm":
-        return level / (1 + level)
-    if transition.family == "flow":
-        return level
-    return (1 - level).sqrt() / (level.sqrt() + (1 - level).sqrt())
-
-
-def noise_level_of(scheduler, transition: Transition, index: int) -> Tensor:
-    """Of step `index`: sigma of a flow or EDM schedule, the cumulative alpha of any other; fp32, on the CPU."""
-    if transition.family == "edm":
-        return scheduler.host_sigmas[index]
-    if transition.family == "flow":
-        sigma = scheduler.host_sigmas[index]
-        return 1 - sigma if scheduler.config.get("invert_sigmas") else sigma
-    return scheduler.host_alphas[index][0]
+    return f"first-order {schedule_class(scheduler).solver}, {num_inference_steps} steps on {grid}"

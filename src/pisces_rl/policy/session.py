@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..transitions import log_prob
 from .rollout import Rollout
-from .scheduler import PolicyError, kernel_moments
+from .scheduler import PolicyError
+from .schedules import Schedule
 
 
 @dataclass
@@ -60,7 +61,8 @@ class Session:
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
         self.conditions: dict = {}  # and those of its one video, where videos are conditioned
-        self.scheduler, self.index = None, 0
+        self.schedule: Schedule | None = None  # from the first step on
+        self.index = 0
         self.followers = 0  # copies of its scheduler that the pipeline made
         self.lengths_agreed = False  # whether ranks that share weights have agreed how they treat unequal texts
 
@@ -72,7 +74,6 @@ class Session:
                 f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
                 "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
             )
-        self.scheduler = scheduler
 
     def fails_with_copies(self) -> PolicyError | None:
         """What to say where a copy of the scheduler cannot step and the scheduler itself has not."""
@@ -83,10 +84,10 @@ class Session:
         return x_next
 
     def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-        return kernel_moments(self.scheduler, self.policy.transition, self.index, prediction, x, noise_level)
+        return self.schedule.moments(self.index, prediction, x, noise_level)
 
     def check_step(self) -> None:
-        if self.index >= len(self.scheduler.timesteps):
+        if self.index >= self.schedule.num_steps:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} calls scheduler.step more than once per timestep; a policy "
                 "needs one step per denoising step. Use a pipeline or scheduler of first order."
@@ -126,7 +127,7 @@ class Sampling(Session):
         else:
             if not float(std) > 0:
                 raise PolicyError(
-                    f"step {i} of {len(self.scheduler.timesteps)} has standard deviation {float(std):g}: it is "
+                    f"step {i} of {self.schedule.num_steps} has standard deviation {float(std):g}: it is "
                     "deterministic and cannot be trained. Leave it out of sde_window_range, or raise noise_level."
                 )
             if x.shape[0] % len(self.prompts):
@@ -164,15 +165,15 @@ class Sampling(Session):
     def check_finished(self) -> None:
         if self.index == 0 and self.followers:
             raise steps_with_copies(self)
-        if self.scheduler is None or self.index == 0:
+        if self.index == 0:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
                 "work on a copy); a policy needs pipeline.scheduler.step once per denoising step."
             )
-        if self.index != len(self.scheduler.timesteps):
+        if self.index != self.schedule.num_steps:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
-                f"{len(self.scheduler.timesteps)} timesteps; a policy needs exactly one each."
+                f"{self.schedule.num_steps} timesteps; a policy needs exactly one each."
             )
         self._record(self.returned)
         if not self.passed_on:
@@ -225,10 +226,7 @@ class Replay(Session):
             one, zero = torch.ones(()), torch.zeros(())
             gain = self.moments(one, zero, self.policy.noise_level)[0].abs()
             score = log_prob(self._recorded(i + 1, x), mean, std, recorded.rows_per_video)
-            if self.policy.transition.family == "flow":
-                step_size = (self.scheduler.host_sigmas[i + 1] - self.scheduler.host_sigmas[i]).abs()
-            else:
-                step_size = one / len(self.scheduler.timesteps)
+            step_size = self.schedule.step_size(i)
             self.visitor(ReplayStep(i, score, prediction.float(), mean, std, gain, step_size, self.videos))
         self.index += 1
         if i == max(self.steps):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..transitions import Paper
 from .callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .losses import clip_fractions, clipped_policy_loss
@@ -56,6 +57,7 @@ class AWMTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "awm", "text-to-video", "pisces_rl"]
     _name = "Advantage-Weighted Matching"
+    papers = (Paper("2509.25050", "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models"),)
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, AWMConfig() if args is None else args, *further, **keywords)

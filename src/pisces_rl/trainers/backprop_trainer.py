@@ -8,6 +8,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..policy import DecodedPart
+from ..transitions import Paper
 from ._trl import EpochRepeatSampler
 from .advantages import aggregate_rewards, nanstd
 from .backprop_config import RewardBackpropConfig
@@ -56,6 +57,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
     _name = "Reward Backpropagation"
+    papers = (
+        Paper("2304.05977", "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation"),
+        Paper("2309.17400", "Directly Fine-Tuning Diffusion Models on Differentiable Rewards"),
+        Paper("2310.03739", "Aligning Text-to-Image Diffusion Models with Reward Backpropagation"),
+        Paper("2407.08737", "Video Diffusion Alignment via Reward Gradients"),
+    )
     _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
@@ -196,6 +203,9 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         super()._load_extra_state(state)
         known = state.get("reward_stds", {})  # a reward that is new begins anew
         self.reward_std = torch.tensor([known.get(name, torch.nan) for name in self.rewards.names])
+
+    def _cited(self) -> tuple[Paper, ...]:
+        return super()._cited() if len(self.rewards) else ()  # without rewards it only distils
 
     def _card_settings(self) -> dict:
         through = {"last_steps": f"the last {self.args.backprop_steps}", "random_steps": "a random number of last",

@@ -28,6 +28,7 @@ from ..policy import (
 )
 from ..rewards import RewardPanel
 from ..run_files import RunFiles
+from ..transitions import Paper
 from ._trl import _BaseTrainer, identity
 from .adapter_files import check_adapter, write_adapter
 from .auxiliary import AuxiliaryLoss, check_auxiliary_losses
@@ -93,7 +94,8 @@ class VideoPolicyTrainer(_BaseTrainer):
     """
 
     loss_is_scaled_for_ga = True
-    _may_lack_rewards = False  # whether something else teaches the policy
+    papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
+    _may_lack_rewards = False  # whether something else is learnt from
     _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
@@ -571,6 +573,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
             fps=self.args.fps, vae_tiling=self.args.vae_tiling,
+            papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
             repo_id=self.args.hub_model_id if "/" in (self.args.hub_model_id or "") else None,
             dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
@@ -578,6 +581,10 @@ class VideoPolicyTrainer(_BaseTrainer):
         path.write_text(card, encoding="utf-8")
         if path.name != "README.md":
             self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
+
+    def _cited(self) -> tuple[Paper, ...]:
+        """The papers that the model card cites for the method; GRPO adds those of its transition."""
+        return self.papers
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "num_inference_steps", "guidance_scale", "seed")

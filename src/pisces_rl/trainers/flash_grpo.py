@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..transitions import Paper
 from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer
 from .rollout_trainer import WINDOW
@@ -35,6 +36,10 @@ class FlashGRPOTrainer(VideoGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "flash-grpo", "text-to-video", "pisces_rl"]
     _name = "Flash-GRPO"
+    papers = (
+        *VideoGRPOTrainer.papers,
+        Paper("2605.15980", "Flash-GRPO: Efficient Alignment for Video Diffusion via One-Step Policy Optimization"),
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlashGRPOConfig() if args is None else args, *further, **keywords)

@@ -11,11 +11,13 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..policy import Rollout
+from ..transitions import Paper
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .pairs import check_pairs, pair_of
 from .rollout_trainer import Metrics
 from .scored import ScoredRollout
 from .seeds import sample_seed
+from .video_data import undecoded
 
 VIDEO = 40  # what a seed is for
 
@@ -81,9 +83,14 @@ class FlowDPOTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "dpo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPO"
+    papers = (
+        Paper("2501.13918", "Improving Video Generation with Human Feedback"),
+        Paper("2311.12908", "Diffusion Model Alignment Using Direct Preference Optimization"),
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *further, **keywords):
         args = FlowDPOConfig() if args is None else args
+        train_dataset = undecoded(train_dataset)
         columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else ()
         self.offline = "chosen" in columns or "rejected" in columns
         self._may_lack_rewards = self.offline
@@ -172,8 +179,8 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         if not known.all() and not self._told_of_equal_rewards:
             self._told_of_equal_rewards = True
             prompt = scored.samples.prompts[winners[int((~known).nonzero()[0])]]
-            warnings.warn(f"all videos of {prompt!r} have the same reward, so none is better than another: such groups "
-                          "get no step (frac_reward_zero_std says how many there are).", stacklevel=2)
+            warnings.warn(f"all videos of {prompt!r} have the same reward, so none is better than another: such "
+                          "groups get no step (frac_reward_zero_std says how many there are).", stacklevel=2)
         return pairs, known.float()
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:

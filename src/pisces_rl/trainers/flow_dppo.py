@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ..policy import ReplayStep, Rollout
+from ..transitions import Paper
 from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer
 from .losses import kl_to_reference
@@ -41,6 +42,10 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
 
     _tag_names = ["trl", "grpo", "flow-dppo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPPO"
+    papers = (
+        *VideoGRPOTrainer.papers,
+        Paper("2606.11025", "Flow-DPPO: Divergence Proximal Policy Optimization for Flow Matching Models"),
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlowDPPOConfig() if args is None else args, *further, **keywords)

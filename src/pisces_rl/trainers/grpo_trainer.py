@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..policy import ReplayStep, Rollout
+from ..transitions import Paper
 from .grpo_config import VideoGRPOConfig
 from .losses import (
     clip_fractions,
@@ -61,6 +62,9 @@ class VideoGRPOTrainer(RolloutTrainer):
 
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
+    papers = (
+        Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
+    )
     _counts_memory = True
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
@@ -99,7 +103,7 @@ class VideoGRPOTrainer(RolloutTrainer):
 
     def clipped(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
                 samples: Rollout) -> tuple[Tensor, Tensor]:
-        """(low, high): the shares of the B videos whose gradient `policy_loss` removed, by the sign of the advantage."""
+        """(low, high): shares of the B videos whose gradient `policy_loss` removed, by their advantage's sign."""
         return clip_fractions(log_ratio, advantage, self.args.epsilon, self.args.upper_epsilon)
 
     def _update(self, samples: Rollout, places: list[int], scored: ScoredRollout, rows: list[int], count: int,
@@ -175,6 +179,9 @@ class VideoGRPOTrainer(RolloutTrainer):
                     "numerical noise. Use the same attention kernel and compilation in both, fp32 or bf16 throughout, "
                     "and no feature cache; or raise replay_tolerance if this error is small beside the clip range."
                 )
+
+    def _cited(self) -> tuple[Paper, ...]:
+        return *super()._cited(), *self.policy.transition.papers
 
     def _card_settings(self) -> dict:
         kernel = self.policy.transition.kernel.__name__

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..transitions import Paper
 from .callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .rollout_trainer import Metrics
@@ -17,8 +18,8 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b: how much of the trained policy the two implicit policies hold. It bounds how far the "
-                  "policy goes from the old one: a smaller b bounds it less."},
+        metadata={"help": "b: how much of the trained policy the two implicit policies hold. Both regress, so it "
+                  "bounds how far the policy goes from the old one, and a smaller b bounds it less."},
     )
     contrast: float = field(
         default=5.0,
@@ -27,8 +28,8 @@ class NFTConfig(ForwardProcessConfig):
     )
     old_decay_rate: float = field(
         default=0.001,
-        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay that "
-                  "grows by this much a rollout."},
+        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay "
+                  "that grows by this much a rollout."},
     )
     old_decay_max: float = field(default=0.5, metadata={"help": "The largest decay of the old policy."})
     old_decay_start: int = field(
@@ -65,8 +66,9 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
     rows = len(noised.clean) // len(r)
     towards = noised.old + mixture * (noised.predicted - noised.old) - noised.clean
     away = noised.old - mixture * (noised.predicted - noised.old) - noised.clean
-    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)]
-    plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
+    sides = towards, away
+    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in sides]
+    plus, minus = (noised.mean_square(side) / weight for side, weight in zip(sides, weights))
     return contrast / mixture * (r * plus + (1 - r) * minus), *weights
 
 
@@ -80,6 +82,7 @@ class NFTTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "nft", "text-to-video", "pisces_rl"]
     _name = "DiffusionNFT"
+    papers = (Paper("2509.16117", "DiffusionNFT: Online Diffusion Reinforcement with Forward Process"),)
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, NFTConfig() if args is None else args, *further, **keywords)

@@ -14,15 +14,22 @@ def check_pairs(dataset: Dataset) -> None:
         if name not in dataset.column_names:
             raise ValueError(f"train_dataset has columns {dataset.column_names} but none named `{name}`: a pair needs "
                              "`chosen` and `rejected`.")
-    format_ = dataset.format["type"]
-    for row in range(len(dataset)) if format_ is None else ():
-        sides = [_source(dataset[row][name]) for name in SIDES]
-        prompt = dataset[row].get("prompt")
+    rows = dataset.with_format(None)
+    prompts = rows["prompt"] if "prompt" in dataset.column_names else [None] * len(dataset)
+    for row, (prompt, *given) in enumerate(zip(prompts, *(rows[name] for name in SIDES))):
+        sides = [_source(side) for side in given]
         for name, side in zip(SIDES, sides):
             if side is None:
                 raise ValueError(f"train_dataset row {row} ({prompt!r}): `{name}` is missing.")
         if sides[0] == sides[1]:
             raise ValueError(f"train_dataset row {row} ({prompt!r}): `chosen` and `rejected` are the same video.")
+
+
+def _source(side) -> str | bytes | None:
+    """Where a video is from, as far as that can be compared without reading it."""
+    if isinstance(side, dict):
+        side = side.get("path") if side.get("bytes") is None else side["bytes"]
+    return side if side is None or isinstance(side, (str, bytes)) else repr(id(side))
 
 
 def pair_of(row: dict, frames: int) -> list[Tensor]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..transitions import Paper
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 from .rollout_trainer import Metrics
 
@@ -52,6 +53,7 @@ class RVMTrainer(ForwardProcessTrainer):
 
     _tag_names = ["trl", "rvm", "text-to-video", "pisces_rl"]
     _name = "Reward-Weighted Velocity Matching"
+    papers = (Paper("2608.23664", "Reward-Weighted Velocity Matching"),)
 
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, RVMConfig() if args is None else args, *further, **keywords)

@@ -1,0 +1,73 @@
+"""Any method of pisces_rl on a LoRA of any text-to-video, image-to-video or text-to-image pipeline of diffusers.
+
+    accelerate launch examples/train_t2v.py --method nft --config recipes/shapemotion_nft.yaml
+    accelerate launch examples/train_t2v.py --method awm --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
+        --dataset prompts.txt --rewards my_rewards.py:score --height 240 --width 416 --output_dir outputs/wan
+    accelerate launch examples/train_t2v.py --method flow_dpo --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers \
+        --dataset pairs.jsonl --num_generations 2 --per_device_train_batch_size 4 --output_dir outputs/pairs
+
+--method is grpo, flash_grpo, flow_dppo, nft, awm, rvm or flow_dpo, and decides which settings there are (--method nft
+--help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is
+{"prompt": ..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without
+rewards. Without --config
+and --model it follows recipes/shapemotion_METHOD.yaml: the embedded tiny-wan on ShapeMotion.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from grpo_t2v import ScriptArguments, arguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
+
+from pisces_rl import METHODS
+from pisces_rl.cli import parse_arguments
+from pisces_rl.trainers.pairs import SIDES
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@dataclass
+class MethodArguments(ScriptArguments):
+    method: str = field(default="nft", metadata={"help": f"One of {', '.join(METHODS)}."})
+
+
+def method_of(argv: list[str]) -> str:
+    """The method that the command line or its recipe names; it decides which settings there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config", type=Path)
+    known = parser.parse_known_args(argv)[0]
+    method = known.method
+    if method is None and known.config is not None and known.config.is_file():
+        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method")
+    method = method or MethodArguments.method
+    if method not in METHODS:
+        raise SystemExit(f"--method {method!r} must be one of {', '.join(METHODS)}.")
+    return method
+
+
+def main() -> None:
+    method = method_of(sys.argv[1:])
+    make_trainer, make_config = METHODS[method]
+    given = arguments(RECIPES / f"shapemotion_{method}.yaml")
+    script, config = parse_arguments(MethodArguments, make_config, arguments=given)
+    train_dataset, eval_dataset = load_datasets(script, config.seed, [*(config.image_columns or ["image"]), *SIDES])
+    pairs = SIDES[0] in train_dataset.column_names  # then they are what is learnt from
+    trainer = make_trainer(
+        model=script.model,
+        reward_funcs=None if pairs else load_rewards(script, script.rewards),
+        judge_funcs=load_rewards(script, script.judges),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora_config(script, config),
+        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
+    )
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
