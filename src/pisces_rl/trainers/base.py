@@ -11,7 +11,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from peft import LoraConfig
 from torch import Tensor
-from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from .. import assets, hub, media
@@ -43,14 +42,13 @@ from .checkpoint import (
     write_whole,
 )
 from .checks import (
-    check_best_metric,
     check_dataset,
     check_output_dir,
     check_reference,
     checked_weights,
     settle_evaluation,
 )
-from .evaluation import Evaluator, means_of_sets
+from .evaluation import Evaluator
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
 from .initial import InitialPolicy
@@ -59,7 +57,7 @@ from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
 from .plan import memory_plan, step_plan
 from .ranks import Ranks
-from .report import print_comparison, read_evaluation, run_console
+from .report import run_console
 from .resume import (
     changes_since,
     check_same_run,
@@ -69,7 +67,7 @@ from .resume import (
     run_identity,
     step_of,
 )
-from .run_folder import evaluation_file, first_evaluation, write_json, write_report, write_samples
+from .run_report import RunReport
 from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
 from .zero import requested_zero, use_zero
@@ -161,13 +159,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.rewards.record = self.judges.record = self.timeline.span
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
-        self._evaluated_at: int | None = None
-        self._best_step: int | None = None  # set when the best checkpoint replaces the last
-        self._comparison: dict | None = None  # of the run that has ended
         self.files = RunFiles(args.output_dir, self.pipeline.components)
         self._files_elsewhere: dict[Path, RunFiles] = {}
-        self.first_evaluation: dict | None = None
-        self.last_evaluation: dict | None = None
         own = [TimelineSteps(self.timeline), self.progress]
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
@@ -176,6 +169,8 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
         self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
                                    self.ranks, self.progress.stage, args)
+        self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
+                                self.is_world_process_zero(), args)
         if args.context_parallel > 1:
             share_tokens_of_policy(self.policy, self.accelerator, args.context_parallel)
         if sharding is not None:
@@ -232,7 +227,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             logs.update(merged_over_processes(own, self.accelerator.num_processes))
             self._metrics["train"].clear()
         super().log(logs, start_time)
-        self._list_tensorboard()
+        self.report.list_event_files()
 
     def backward_auxiliary_losses(self) -> Tensor:
         """Back-propagate the auxiliary losses of one micro-batch; returns their weighted sum, detached."""
@@ -291,74 +286,38 @@ class VideoPolicyTrainer(_BaseTrainer):
             their videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        place, tag = ("step", "eval") if eval_dataset is None else ("other", "other")
         check_dataset("eval_dataset", dataset, several=True)
-        sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
-        scored = {}
-        with self.ema or contextlib.nullcontext():
-            for name, part in sets.items():
-                with self.timeline.span("evaluation", whole=True):
-                    scored[name] = own = self.evaluator.evaluate(name, part, self.state)
-                    if own.videos is not None and self.is_world_process_zero():
-                        count = len(own.videos)
-                        scores = {score: values[:count] for score, values in own.scores.items()}
-                        self._write_samples(f"samples/{place}_{self._saved_step:06d}/{name}", own.videos,
-                                            own.prompts[:count], scores, tag=f"{tag}/{name}")
-        metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
-        if eval_dataset is None:
-            check_best_metric(self.args.metric_for_best_model, metric_key_prefix, metrics)
-            self._evaluated_at = self.state.global_step
-            self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
-            self.first_evaluation = self.first_evaluation or self.last_evaluation
-            if self.is_world_process_zero():
-                path = evaluation_file(self._saved_step)
-                self.files.claim(path)
-                write_json(self.files.folder / path, {"step": self._saved_step, "sets": self.last_evaluation})
+        with self._saved_weights():
+            metrics = self.report.evaluate(dataset, self.state, metric_key_prefix, own=eval_dataset is None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str) -> None:
-        """Files in output_dir, and videos for TensorBoard."""
-        write_samples(self.files, name, videos, prompts, scores, self.args.fps)
-        for writer in self._tensorboard_writers():
-            media.add_gif(writer, tag, videos, self.state.global_step, fps=self.args.fps)
+    @property
+    def first_evaluation(self) -> dict | None:
+        """{data set: {"prompts", "scores"}} of the first evaluation by this object."""
+        return self.report.first
 
-    def _tensorboard_writers(self) -> list:
-        return [callback.tb_writer for callback in self.callback_handler.callbacks
-                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None]
-
-    def _list_tensorboard(self) -> None:
-        """The writers' own event files are the run's, where they are in output_dir."""
-        folder = Path(self.args.output_dir).resolve()
-        for writer in self._tensorboard_writers() if self.is_world_process_zero() else ():
-            for file_writer in writer.all_writers.values():
-                path = Path(file_writer.event_writer._file_name).resolve()
-                if path.is_relative_to(folder):
-                    self.files.add(path.relative_to(folder).as_posix())
+    @property
+    def last_evaluation(self) -> dict | None:
+        """The same of the last one, or of the best model where that was loaded."""
+        return self.report.last
 
     @property
     def _saved_step(self) -> int:
         """The step of the adapter as it is."""
-        return self.state.global_step if self._best_step is None else self._best_step
+        return self.report.saved_step(self.state)
+
+    def _saved_weights(self) -> contextlib.AbstractContextManager:
+        """Inside, the adapter is what is evaluated and saved."""
+        return self.ema or contextlib.nullcontext()
 
     def _finish(self) -> None:
         """The last evaluation, and before against after."""
-        if self.last_evaluation is None or self._best_step is None and self._evaluated_at != self.state.global_step:
+        if not self.report.is_current(self.state):
             self.evaluate()
-        step, before = self._saved_step, {}
-        if self.is_world_process_zero():
-            first_step, before = first_evaluation(self.files, self.last_evaluation, before_step=step)
-        names = broadcast_object_list([list(before)])[0]
-        videos = {}
-        if self.args.num_sample_videos and (self.is_world_process_zero() or self._calls_together):
-            for name in names:
-                part = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) else self.eval_dataset
-                videos[name] = self.evaluator.before_and_after(part, self.initial.untrained(),
-                                                               self.ema or contextlib.nullcontext())
-        if before:
-            self._comparison = write_report(self.files, (first_step, step), before, self.last_evaluation, videos)
-            print_comparison(self._comparison, f"step {first_step} -> {step}", self.console)
+        self.report.compare(self.eval_dataset, self.state, self.console, self._calls_together,
+                            self.initial.untrained, self._saved_weights)
         self._wait()
 
     def _wait(self) -> None:
@@ -369,7 +328,7 @@ class VideoPolicyTrainer(_BaseTrainer):
     @torch.inference_mode(False)  # a caller's would leave nothing to train
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
-        self._best_step = self._comparison = self._evaluated_at = None
+        self.report.begin()
         checkpoint = requested_checkpoint(self.args.output_dir,
                                           resume_from_checkpoint or self.args.resume_from_checkpoint)
         if checkpoint is not None:
@@ -451,7 +410,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         if not self.args.should_save:
             return
         self.files.claim(f"checkpoint-{self.state.global_step}")
-        with self.ema or contextlib.nullcontext():
+        with self._saved_weights():
             save_lora(self.pipeline, folder)
         if not self.args.save_only_model:
             save_tree(optimizer, folder / "optimizer")
@@ -494,13 +453,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         for one in (*self.auxiliary_losses, *self._averages().values()):
             if one is not None:  # what is evaluated and saved from here on is what was loaded
                 one.restart()
-        self._best_step = self.state.best_global_step
-        self.last_evaluation = None
-        if self.is_world_process_zero():
-            folder = Path(self.state.best_model_checkpoint).parent  # not output_dir, if resumed from elsewhere
-            path = folder / evaluation_file(self._best_step)
-            self.last_evaluation = read_evaluation(path) if path.is_file() else None
-        self.last_evaluation = broadcast_object_list([self.last_evaluation])[0]
+        self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -537,7 +490,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.is_world_process_zero():
-            with self.ema or contextlib.nullcontext():
+            with self._saved_weights():
                 write_adapter(self.pipeline, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
                 checked = check_adapter(self.policy, folder, {name: image for name, (image,) in images.items()},
@@ -570,7 +523,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
         card = hub.model_card(
             base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
-            settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
+            settings=self._card_settings(), comparison=self.report.comparison, folder=files.folder, files=described,
             call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
             fps=self.args.fps, vae_tiling=self.args.vae_tiling,
             papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
