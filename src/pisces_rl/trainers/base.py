@@ -2,23 +2,21 @@
 
 import contextlib
 import copy
-import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, set_seed
 from peft import LoraConfig
 from torch import Tensor
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import assets, hub, media
 from ..policy import (
     VideoPolicy,
     add_lora,
     check_lora_config,
-    has_guider,
     load_lora_state,
     lora_parameters,
     read_adapter,
@@ -29,18 +27,10 @@ from ..rewards import RewardPanel
 from ..run_files import RunFiles
 from ..transitions import Paper
 from ._trl import _BaseTrainer, identity
-from .adapter_files import check_adapter, write_adapter
+from .adapter_files import check_adapter, write_adapter, write_card
 from .auxiliary import AuxiliaryLoss, check_auxiliary_losses
 from .callbacks import AdapterEMA, StageProgress
-from .checkpoint import (
-    load_tree,
-    random_state,
-    remove_incomplete,
-    remove_old_checkpoints,
-    restore_random_state,
-    save_tree,
-    write_whole,
-)
+from .checkpoint import load_tree, remove_incomplete, save_tree
 from .checks import (
     check_dataset,
     check_output_dir,
@@ -52,25 +42,18 @@ from .evaluation import Evaluator
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
 from .initial import InitialPolicy
-from .launch import requested_sharding, shard_policy, share_tokens_of_policy
+from .launch import requested_sharding, spread_policy
 from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
 from .plan import memory_plan, step_plan
 from .ranks import Ranks
 from .report import run_console
-from .resume import (
-    changes_since,
-    check_same_run,
-    follow_settings,
-    last_checkpoint,
-    requested_checkpoint,
-    run_identity,
-    step_of,
-)
+from .resume import last_checkpoint, requested_checkpoint, run_identity
+from .run_checkpoints import RunCheckpoints
 from .run_report import RunReport
 from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
 from .video_data import undecoded
-from .zero import requested_zero, use_zero
+from .zero import requested_zero
 
 
 class VideoPolicyTrainer(_BaseTrainer):
@@ -160,6 +143,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
         self.files = RunFiles(args.output_dir, self.pipeline.components)
+        self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
         self._files_elsewhere: dict[Path, RunFiles] = {}
         own = [TimelineSteps(self.timeline), self.progress]
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
@@ -171,23 +155,10 @@ class VideoPolicyTrainer(_BaseTrainer):
                                    self.ranks, self.progress.stage, args)
         self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
                                 self.is_world_process_zero(), args)
-        if args.context_parallel > 1:
-            share_tokens_of_policy(self.policy, self.accelerator, args.context_parallel)
-        if sharding is not None:
-            shard_policy(self.policy, self.accelerator, sharding)
-            self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
-        if zero_stage is not None:
-            use_zero(zero_stage, self.policy, self.accelerator, args.max_grad_norm)
-            self.is_deepspeed_enabled = False  # likewise
-        members = args.offload or []
-        self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
-        for panel in (self.rewards, self.judges) if "rewards" in members else ():
+        spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
+        self.is_fsdp_enabled = self.is_deepspeed_enabled = False  # for Trainer, which would have the policy wrapped
+        for panel in (self.rewards, self.judges) if "rewards" in (args.offload or ()) else ():
             panel.offload(self.accelerator.device)
-        # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
-        # may call its denoisers as it likes.
-        prepare_model = self.accelerator.prepare_model
-        self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-            model, **kwargs | {"evaluation_mode": True, "device_placement": False})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -329,24 +300,24 @@ class VideoPolicyTrainer(_BaseTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self.report.begin()
-        checkpoint = requested_checkpoint(self.args.output_dir,
-                                          resume_from_checkpoint or self.args.resume_from_checkpoint)
+        checkpoint = self.checkpoints.begin(resume_from_checkpoint)
         if checkpoint is not None:
-            check_same_run(checkpoint, self._identity)
-            self._identity["changes"] = changes_since(checkpoint, self._identity)
             self.args.eval_on_start = False
         if self.args.should_save:  # with save_on_each_node a process of every node
-            self._set_aside_earlier_run(checkpoint)
+            aside = self.checkpoints.set_aside_earlier_run(checkpoint)
+            if aside is not None and self.is_world_process_zero():
+                self.console.print(f"{self.files.folder} holds an earlier run: what it wrote is in {aside} now.")
+            if self.args.trace_steps:
+                self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
         if self.is_world_process_zero():
             for line in (step_plan(self.policy, self.args), self._memory_plan):
                 if line is not None:
                     self.console.print(line, highlight=False)
             for change in self._identity["changes"]:
                 self.console.print(f"changed on resume: {change}", highlight=False)
-        # with a limit of 1, Trainer deletes at its end all that is named checkpoint-..., a user's, too
-        self._checkpoint_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with self.checkpoints.limited():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
             last = last_checkpoint(self.args.output_dir)
             advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
@@ -357,7 +328,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         finally:
-            self.args.save_total_limit = self._checkpoint_limit
             if self.args.trace_steps:
                 self.timeline.leave_trace(self.args.output_dir)
         if self.eval_dataset is not None:
@@ -371,18 +341,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(timeline_table(parts, self.timeline.steps, title))
         return output
 
-    def _set_aside_earlier_run(self, checkpoint: str | None) -> None:
-        """A run that does not resume from a checkpoint in its folder must not find another's files beside its own."""
-        output = self.files.folder
-        if checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve():
-            self.files.resume(step_of(checkpoint))
-        else:
-            aside = self.files.begin()
-            if aside is not None and self.is_world_process_zero():
-                self.console.print(f"{output} holds an earlier run: what it wrote is in {aside} now.")
-        if self.args.trace_steps:
-            self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
-
     def _run_epoch(self, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
             self.control.should_training_stop = True
@@ -391,22 +349,15 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_equal_weights()
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
         with self.stage("saving", whole=True):
-            write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                remove_old_checkpoints(self.args.output_dir, self._checkpoint_limit,
-                                       keep=[final] if best is None else [final, best], own=self.files.own)
+            self.checkpoints.save(self.state, self._write_checkpoint)
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
         # of which every rank may have a part
         optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
+        self.checkpoints.write_random_state(folder)
         if not self.args.should_save:
             return
         self.files.claim(f"checkpoint-{self.state.global_step}")
@@ -416,11 +367,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
         save_tree(self._extra_state(), folder / "trainer")
-        own = [*self.callback_handler.callbacks, self.control]
-        for callback in [c for c in own if isinstance(c, ExportableState)]:
-            self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "policy.json").write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
+        self.checkpoints.write_state(folder, self.state, [*self.callback_handler.callbacks, self.control])
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
@@ -456,30 +403,18 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if not (Path(checkpoint) / "optimizer.json").exists():
-            raise ValueError(
-                f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
-            )
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        for name, own in {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}.items():
-            own.load_state_dict(load_tree(Path(checkpoint) / name))
-        follow_settings(self.optimizer, self.lr_scheduler, groups)
+        if checkpoint is not None:
+            self.checkpoints.read_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
 
     def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
-        if checkpoint is not None:  # the state names the best by a whole path, which the run's folder may have left
-            best = Path(os.path.abspath(checkpoint)).with_name(f"checkpoint-{self.state.best_global_step}")
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        if checkpoint is not None:
+            self.checkpoints.find_best(checkpoint, self.state)
         self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
         return position
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        path = None if checkpoint is None else Path(checkpoint) / f"random_{self.accelerator.process_index}"
-        if path is not None and path.with_suffix(".json").exists():
-            restore_random_state(load_tree(path))
+        self.checkpoints.read_random_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter and its card to a folder (output_dir by default), reload it in a fresh pipeline and
@@ -514,24 +449,12 @@ class VideoPolicyTrainer(_BaseTrainer):
         """
         if not self.is_world_process_zero():
             return
-        files = self._files_of(output_dir or self.args.output_dir)
-        dtypes = Counter(p.dtype for module in self.policy.denoiser.values() for p in module.parameters()
-                         if not p.requires_grad)
-        samples = f"samples/step_{self._saved_step:06d}/"
-        described = [p for p in files.current() if p.startswith(samples) or not p.startswith("samples/step")]
-        call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
-        guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
-        card = hub.model_card(
-            base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
-            settings=self._card_settings(), comparison=self.report.comparison, folder=files.folder, files=described,
-            call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
-            fps=self.args.fps, vae_tiling=self.args.vae_tiling,
+        path = write_card(
+            self._files_of(output_dir or self.args.output_dir), self.policy, self.args, base_model=self.model_name,
+            trainer=self._name, settings=self._card_settings(), comparison=self.report.comparison,
+            samples_of=self._saved_step, images=self.image_columns,
             papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
-            repo_id=self.args.hub_model_id if "/" in (self.args.hub_model_id or "") else None,
-            dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
         )
-        path = files.claim_card()
-        path.write_text(card, encoding="utf-8")
         if path.name != "README.md":
             self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
 
