@@ -7,10 +7,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import LoraConfig
 from torch import Tensor
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import assets, hub, media
 from ..policy import (
@@ -26,7 +25,7 @@ from ..policy import (
 from ..rewards import RewardPanel
 from ..run_files import RunFiles
 from ..transitions import Paper
-from ._trl import _BaseTrainer, identity
+from ._trl import LoopOnlyTrainer, identity
 from .adapter_files import check_adapter, write_adapter, write_card
 from .auxiliary import AuxiliaryLoss, check_auxiliary_losses
 from .callbacks import AdapterEMA, StageProgress
@@ -51,12 +50,12 @@ from .report import run_console
 from .resume import last_checkpoint, requested_checkpoint, run_identity
 from .run_checkpoints import RunCheckpoints
 from .run_report import RunReport
-from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
+from .timeline import Timeline, TimelineSteps, print_timeline
 from .video_data import undecoded
 from .zero import requested_zero
 
 
-class VideoPolicyTrainer(_BaseTrainer):
+class VideoPolicyTrainer(LoopOnlyTrainer):
     """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
 
     Args:
@@ -148,15 +147,12 @@ class VideoPolicyTrainer(_BaseTrainer):
         own = [TimelineSteps(self.timeline), self.progress]
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
-        for bar in (ProgressCallback, PrinterCallback):
-            self.remove_callback(bar)
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
         self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
                                    self.ranks, self.progress.stage, args)
         self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
                                 self.is_world_process_zero(), args)
         spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
-        self.is_fsdp_enabled = self.is_deepspeed_enabled = False  # for Trainer, which would have the policy wrapped
         for panel in (self.rewards, self.judges) if "rewards" in (args.offload or ()) else ():
             panel.offload(self.accelerator.device)
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
@@ -172,15 +168,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
         if args.should_save:
             remove_incomplete(args.output_dir)
-
-    def _send_telemetry(self) -> None:
-        """TRL's reads a language model's config; a diffusion policy has none."""
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        return model
-
-    def _move_model_to_device(self, model, device) -> None:
-        """`VideoPolicy.place` moves what is to be there."""
 
     @contextlib.contextmanager
     def stage(self, name: str, whole: bool = False):
@@ -334,18 +321,8 @@ class VideoPolicyTrainer(_BaseTrainer):
             with self.timeline.span("evaluation", whole=True):
                 self._finish()
         self.timeline.stop()
-        parts = mean_parts(gather_object([self.timeline.parts()]))
-        if self.is_world_process_zero() and self.timeline.steps:
-            on = f"{self.accelerator.num_processes} x {self.args.device.type}"
-            title = f"time line: mean of {self.timeline.steps} steps, {on}"
-            self.console.print(timeline_table(parts, self.timeline.steps, title))
+        print_timeline(self.timeline, self.accelerator, self.console)
         return output
-
-    def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_equal_weights()
