@@ -97,6 +97,8 @@ def main() -> None:
     if own.sharding == "none" and own.num_processes != 1:
         raise SystemExit(f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
                          "it out, or set --sharding fsdp2.")
+    if own.sharding == "fsdp2" and own.num_processes < 2:
+        raise SystemExit(f"num_processes={own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
     try:
         estimate = estimated(script, config)
         if own.sharding == "fsdp2":

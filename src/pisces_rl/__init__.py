@@ -11,11 +11,10 @@ _HOME = {
     "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
     "RewardError": "rewards", "RewardPanel": "rewards",
     **dict.fromkeys((
-        "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation",
-        "FlashGRPOConfig", "FlashGRPOTrainer", "FlowDPOConfig", "FlowDPOTrainer",
-        "FlowDPPOConfig", "FlowDPPOTrainer", "METHODS", "NFTConfig", "NFTTrainer", "RVMConfig", "RVMTrainer",
-        "RewardBackpropConfig", "RewardBackpropTrainer", "RolloutConfig", "RolloutTrainer", "VideoGRPOConfig",
-        "VideoGRPOTrainer", "load_pipeline",
+        "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation", "FlashGRPOConfig", "FlashGRPOTrainer",
+        "FlowDPOConfig", "FlowDPOTrainer", "FlowDPPOConfig", "FlowDPPOTrainer", "METHODS", "NFTConfig", "NFTTrainer",
+        "RVMConfig", "RVMTrainer", "RewardBackpropConfig", "RewardBackpropTrainer", "RolloutConfig", "RolloutTrainer",
+        "VideoGRPOConfig", "VideoGRPOTrainer", "load_pipeline",
     ), "trainers"),
 }
 __all__ = sorted(_HOME)

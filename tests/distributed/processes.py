@@ -1,12 +1,13 @@
 """Starting processes that may hang: all of them are ended when time runs out, so that a hang is a failure."""
 
+import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import yaml
 
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
@@ -52,14 +53,21 @@ def torchrun(script: str, folder: Path, *names: str, timeout: float) -> subproce
 
 
 def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
-    """`python -m module arguments`, with what it and its children print as stdout."""
+    """`python -m module arguments`, with what it and its children print as stdout.
+
+    When time runs out, all of its descendants are killed: ranks have sessions of their own.
+    """
     command = [sys.executable, "-m", module, *arguments]
     process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for descendant in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
         output = process.communicate()[0]
         raise AssertionError(f"{module} did not end within {timeout} s:\n{output[-3000:]}") from None
     return subprocess.CompletedProcess(command, process.returncode, output)

@@ -3,7 +3,7 @@
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
 Started by `accelerate launch` with FSDP2 or DeepSpeed, the same scenarios run with sharded denoisers and optimizers;
-with SHARE_TOKENS=1, both processes share each video's tokens.
+in shared/NAME, both processes share each video's tokens.
 """
 
 import json
@@ -34,14 +34,8 @@ from pisces_rl.trainers.checkpoint import load_tree  # noqa: E402
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-
-
-if os.environ.get("SHARE_TOKENS"):
-    SHARED = 2  # processes that share each video
-    torch.accelerator.device_count = lambda: 1  # diffusers divides by the number of GPUs
-else:
-    SHARED = 1
-PARTS = WORLD // SHARED
+SHARED, PARTS = 1, WORLD  # processes that share each video, and parts that the videos are divided into; set by `run`
+DEVICES = torch.accelerator.device_count
 
 if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
     import deepspeed
@@ -399,7 +393,17 @@ def half_precision(folder) -> dict:
 
 
 def run(name: str, folder: Path) -> dict:
-    """Run a scenario; its weights and numbers lie in `folder` as {name}_{rank}, and are returned."""
+    """Run a scenario; its weights and numbers lie in `folder` as {name}_{rank}, and are returned.
+
+    Those of shared/NAME, where both processes share each video's tokens, lie in folder/shared.
+    """
+    global SHARED, PARTS
+    together, _, name = name.rpartition("/")
+    SHARED = 2 if together else 1
+    PARTS = WORLD // SHARED
+    torch.accelerator.device_count = (lambda: 1) if together else DEVICES  # diffusers divides by the number of GPUs
+    folder = folder / together
+    folder.mkdir(exist_ok=True)
     result = globals()[name](folder / f"{name}_{WORLD}")
     save_file({k: v.contiguous() for k, v in result["weights"].items()}, folder / f"{name}_{RANK}.safetensors")
     numbers = {k: v for k, v in result.items() if k != "weights"}

@@ -15,11 +15,12 @@ from comparisons import one_process
 from processes import launch
 from tiny_runs import largest_difference
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
              "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
              "compiled"]  # fmt: skip
-STAGES = [pytest.param(2, marks=pytest.mark.slow), 3]  # both step by the same optimizer (PartitionedOptimizer)
+STAGES = [2, 3]
 BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights"]
 
 
@@ -134,11 +135,9 @@ def test_backward_frees_behind_itself(runs):
     assert 0 < numbers(runs.two(3), "freed_behind_backward")["whole"] < 0.3
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_with_context_parallelism(runs, tmp_path, monkeypatch, stage):
-    monkeypatch.setenv("SHARE_TOKENS", "1")
-    result = two_processes(tmp_path, stage, "split_group", timeout=200)
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_context_parallelism(runs, tmp_path, stage):
+    result = two_processes(tmp_path, stage, "shared/split_group", timeout=200)
     assert result.returncode == 0, result.stdout[-5000:]
-    ours = load_file(tmp_path / "split_group_0.safetensors")
+    ours = load_file(tmp_path / "shared" / "split_group_0.safetensors")
     assert largest_difference(one_process("split_group")["weights"], ours) < 1e-6

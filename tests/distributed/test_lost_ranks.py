@@ -14,6 +14,8 @@ import scenarios
 import tiny_runs
 from processes import together
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def uninterrupted() -> dict:
@@ -25,16 +27,15 @@ def uninterrupted() -> dict:
     ("name", "said"),
     [
         ("dead_rank", (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
-        pytest.param("dead_in_a_collective", (
+        ("dead_in_a_collective", (
             ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective failed"], [],
-        ), marks=pytest.mark.slow),
-        pytest.param("hanging_reward", (
+        )),
+        ("hanging_reward", (
             ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
             ["reward 'waits' did not return within 4 s (reward_timeout) on rank 1", "threading.Event().wait()",
              "RewardError"],
-        ), marks=pytest.mark.slow),
-        pytest.param("stuck_rank", (["rank 1 is gone or stuck", "for at most 15 s (ddp_timeout)"], []),
-                     marks=pytest.mark.slow),
+        )),
+        ("stuck_rank", (["rank 1 is gone or stuck", "for at most 15 s (ddp_timeout)"], [])),
     ],
 )  # fmt: skip
 def test_the_others_end_and_name_it(tmp_path, name, said):

@@ -9,7 +9,7 @@ from processes import accelerate
 from safetensors.torch import load_file
 
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
-             "distilled", "compiled"]
+             "distilled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "parts_of_weights", "unequal_texts", "half_precision"]
 
 
@@ -52,6 +52,14 @@ def test_processes_with_texts_of_unequal_lengths_make_the_same_calls(sharded):
 
 def test_weights_of_two_dtypes_are_sharded(sharded):
     assert_equal_ranks(sharded, "half_precision")
+
+
+@pytest.mark.slow
+def test_compiled_blocks_are_sharded(tmp_path):
+    result = accelerate(scenarios.__file__, tmp_path, "compiled", timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert_equal_ranks(tmp_path, "compiled")
+    assert_equals_one(tmp_path, "compiled", scenarios.METRICS)
 
 
 @pytest.mark.slow

@@ -7,19 +7,18 @@ import scenarios
 from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
 from processes import accelerate, torchrun
 
+pytestmark = pytest.mark.slow
 EQUAL_ONE = ["whole_groups", "accumulated", "backpropagated", "backpropagated_k2", "distilled", "unlike_rewards",
              "overlapped"]
+TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "refused_splits"]
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("shared")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SHARE_TOKENS", "1")
-        result = torchrun(scenarios.__file__, folder, *EQUAL_ONE, "resumed", "evaluated", "refused_splits",
-                          timeout=300)
+    result = torchrun(scenarios.__file__, folder, *(f"shared/{name}" for name in TOGETHER), timeout=300)
     assert result.returncode == 0, result.stdout[-5000:]
-    return folder
+    return folder / "shared"
 
 
 @pytest.mark.parametrize("name", EQUAL_ONE)
@@ -42,10 +41,8 @@ def test_what_cannot_be_split_is_said(shared):
     assert "context_parallel: the tokens of a video cannot be divided" in three_tokens
 
 
-@pytest.mark.slow
-def test_tokens_and_weights_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setenv("SHARE_TOKENS", "1")
-    result = accelerate(scenarios.__file__, tmp_path, "accumulated", timeout=300)
+def test_tokens_and_weights_in_parts(tmp_path):
+    result = accelerate(scenarios.__file__, tmp_path, "shared/accumulated", timeout=300)
     assert result.returncode == 0, result.stdout[-5000:]
-    assert_equal_ranks(tmp_path, "accumulated")
-    assert_equals_one(tmp_path, "accumulated")
+    assert_equal_ranks(tmp_path / "shared", "accumulated")
+    assert_equals_one(tmp_path / "shared", "accumulated")

@@ -11,7 +11,9 @@ from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "accumulated", "idle_rank", "backpropagated",
              "backpropagated_k2", "distilled"]
-TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "disturbed_weights", "unequal_weights"]
+SHARED = ["whole_groups", "backpropagated", "distilled"]
+TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
+            "unequal_weights"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def two(launched) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [n for n in TOGETHER if n not in ("disturbed_weights", "unequal_weights")])
+@pytest.mark.parametrize("name", [*EQUAL_ONE, "resumed", "evaluated"])
 def test_ranks_hold_equal_weights(two, name):
     assert_equal_ranks(two, name)
 
@@ -37,6 +39,13 @@ def test_ranks_hold_equal_weights(two, name):
 def test_two_processes_equal_one(two, name):
     """The same videos are drawn, and the gradient is that of the gathered batch."""
     assert_equals_one(two, name, scenarios.METRICS)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_processes_that_share_each_video_equal_one(two, name):
+    """More of them in test_shared_tokens.py."""
+    assert_equal_ranks(two / "shared", name)
+    assert_equals_one(two / "shared", name)
 
 
 def test_each_process_writes_its_trace_and_logs_are_their_mean(two):

@@ -26,6 +26,7 @@ def script(monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_prints_a_table_and_whether_it_fits(script, capsys):
     script(*TINY, "--gpu_gib", "1")
     printed = capsys.readouterr().out

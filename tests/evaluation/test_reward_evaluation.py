@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def clips():
-    return CleanClips.shapemotion(n=40)
+    return CleanClips.shapemotion(n=20)
 
 
 def test_the_verifier_ranks_what_it_verifies(clips):
@@ -44,7 +43,9 @@ def test_a_constant_knows_nothing_and_a_batch_mean_is_caught(clips):
     assert shared.invariance["batch-mates"] > 1e-4
 
 
-def test_the_embedded_rewards(clips):
+@pytest.mark.slow
+def test_the_embedded_rewards():
+    clips = CleanClips.shapemotion(n=40)
     report = evaluate_reward(load_reward("ot_quality"), clips)
     assert report.accuracy["wrong_color"].value > 0.9 and report.falls["uniform_noise"].value > 0.8
     assert max(report.invariance.values()) < 1e-5
@@ -135,17 +136,6 @@ def write_clips(folder, sizes):
     return str(folder / "clips.jsonl")
 
 
-def test_the_script_on_files(tmp_path):
-    command = [sys.executable, "examples/evaluate_rewards.py", "--dataset", write_clips(tmp_path, [(32, 32)] * 3),
-               "--n", "9", "--rewards", "ot_semantic", "--output_dir", str(tmp_path / "out"),
-               "--ot_attention", '{"plan": "balanced"}']  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "| another clip |" in (tmp_path / "out" / "rewards.md").read_text()
-    assert (tmp_path / "out" / "plans.png").stat().st_size > 1000
-    assert (tmp_path / "out" / "strength.png").stat().st_size > 1000
-
-
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """examples/evaluate_rewards.py, in this process; `run(*options)`."""
@@ -159,6 +149,14 @@ def script(monkeypatch, tmp_path):
 
     module.run = run
     return module
+
+
+def test_the_script_on_files(script, tmp_path):
+    table = script.run("--dataset", write_clips(tmp_path, [(32, 32)] * 3), "--n", "9", "--rewards", "ot_semantic",
+                       "--ot_attention", '{"plan": "balanced"}')  # fmt: skip
+    assert "| another clip |" in table
+    assert (tmp_path / "out" / "plans.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "strength.png").stat().st_size > 1000
 
 
 def test_the_script_asks_the_rewards_that_an_encoder_has(script, tmp_path, capsys, monkeypatch):

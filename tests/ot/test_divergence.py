@@ -20,7 +20,7 @@ def test_value_and_gradient_are_geomlosss(reach):
     x, bank = points(8, shift=0.3, seed=1).requires_grad_(), points(60)
     ours = BankDivergence(bank, blur=3.0, reach=reach, tolerance=1e-10, max_iterations=100_000)(x)
     loss = SamplesLoss(
-        "sinkhorn", p=2, blur=3.0, reach=reach, debias=True, diameter=20.0, scaling=0.9999, backend="tensorized"
+        "sinkhorn", p=2, blur=3.0, reach=reach, debias=True, diameter=4.0, scaling=0.9999, backend="tensorized"
     )
     theirs = loss(x, bank)
     assert float(ours) == pytest.approx(float(theirs), rel=1e-5 if reach is None else 1e-4)

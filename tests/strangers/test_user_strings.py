@@ -169,6 +169,7 @@ made.save_model()
 """
 
 
+@pytest.mark.slow
 def test_a_chinese_prompt_where_the_locale_is_not_utf8(tmp_path):
     """LC_ALL=C: the run ends, the model is saved, and the card is UTF-8."""
     script = tmp_path / "train.py"

@@ -29,7 +29,8 @@ def resident(made) -> set[str]:
     {"offload": ["text_encoder", "vae", "rewards"]},
     {"offload": ALL},
     {"offload": ALL, "gradient_checkpointing": True, "beta": 0.1, "ema_decay": 0.5, "rollout_batch_size": 2},
-    {"offload": ALL, "gradient_checkpointing": True, "torch_compile": True, "torch_compile_backend": "aot_eager"},
+    pytest.param({"offload": ALL, "gradient_checkpointing": True, "torch_compile": True,
+                  "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
 ], ids=["idle parts", "all", "reference and average", "compiled"])
 def test_grpo_leaves_the_same_adapter(tmp_path, settings):
     common = {"eval_dataset": tiny_runs.prompts(2), "judges": tiny_runs.redness, "alive": True,

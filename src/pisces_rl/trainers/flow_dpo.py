@@ -1,19 +1,18 @@
 """Flow-DPO: preferences between two videos of a prompt (arXiv 2501.13918, after Diffusion-DPO, arXiv 2311.12908)."""
 
-import warnings
 from collections import defaultdict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..policy import Rollout
 from ..transitions import Paper
+from .checks import check_dataset
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
-from .pairs import check_pairs, pair_of
+from .pairs import SIDES, check_pairs, pair_of
 from .rollout_trainer import Metrics
 from .scored import ScoredRollout
 from .seeds import sample_seed
@@ -90,10 +89,16 @@ class FlowDPOTrainer(ForwardProcessTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *further, **keywords):
         args = FlowDPOConfig() if args is None else args
+        check_dataset("train_dataset", train_dataset)
         train_dataset = undecoded(train_dataset)
-        columns = train_dataset.column_names if isinstance(train_dataset, Dataset) else ()
-        self.offline = "chosen" in columns or "rejected" in columns
+        self.offline = bool(set(SIDES) & set(train_dataset.column_names))
         self._may_lack_rewards = self.offline
+        if not self.offline and (reward_funcs is None or reward_funcs == []):
+            raise ValueError(
+                "reward_funcs is empty, and train_dataset has no columns `chosen` and `rejected`, only "
+                f"{train_dataset.column_names}: pass rewards, which prefer the best of each group's videos to the "
+                "worst, or pairs of videos in these columns."
+            )
         if self.offline:
             check_pairs(train_dataset)
             if reward_funcs is not None and reward_funcs != []:
@@ -107,7 +112,6 @@ class FlowDPOTrainer(ForwardProcessTrainer):
                     "train_dataset holds pairs (chosen, rejected): set num_generations=2 and num_iterations=1."
                 )
         super().__init__(model, reward_funcs, args, train_dataset, *further, **keywords)
-        self._told_of_equal_rewards = False
 
     @property
     def kept_together(self) -> int:
@@ -158,17 +162,18 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         pairs, known = self._pairs(scored, rows)
         share = known.to(device) * args.num_generations / (count * len(steps))  # of count videos, a pair a group
         total = torch.zeros((), device=device)
-        (samples, places, own), = scored.each(pairs)
-        for step in steps:
-            noised = self._noised(scored, samples, places, own, step)
-            loss = (self.loss(noised, metrics) * share).sum()
-            with self.logged_gradient(step):
-                self.accelerator.backward(loss)
-            total += loss.detach()
+        for samples, places, own in scored.each(pairs):  # one part at most
+            for step in steps:
+                noised = self._noised(scored, samples, places, own, step)
+                loss = (self.loss(noised, metrics) * share).sum()
+                with self.logged_gradient(step):
+                    self.accelerator.backward(loss)
+                total += loss.detach()
         return total, metrics
 
     def _pairs(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """Rows winner, loser, ... of each group, the best and the worst; and which groups know a better one, (P,)."""
+        """Rows winner, loser, ... of the P groups that are taken, the best and the worst; and whether one is better
+        than the other, (P,)."""
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
             group = rows[start:start + size]
@@ -176,12 +181,8 @@ class FlowDPOTrainer(ForwardProcessTrainer):
             pairs += [group[int(advantages.argmax())], group[int(advantages.argmin())]]
         winners, losers = pairs[::2], pairs[1::2]
         known = scored.spread[winners] & (scored.advantages[winners] > scored.advantages[losers])
-        if not known.all() and not self._told_of_equal_rewards:
-            self._told_of_equal_rewards = True
-            prompt = scored.samples.prompts[winners[int((~known).nonzero()[0])]]
-            warnings.warn(f"all videos of {prompt!r} have the same reward, so none is better than another: such "
-                          "groups get no step (frac_reward_zero_std says how many there are).", stacklevel=2)
-        return pairs, known.float()
+        taken = self._taken(pairs, known.repeat_interleave(2))
+        return taken, known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2)
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         """(P,) for rows winner, loser, ..."""

@@ -9,6 +9,7 @@ flow (see `policy.schedules`),
 with x0^ the model's prediction, whatever it predicts by itself. So v - v* = (x0 - x0^) / t for every family.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -99,6 +100,8 @@ class Noised:
 class ForwardProcessTrainer(RolloutTrainer):
     """The core of the methods that train on noised videos; each says `loss`, and what it is compared with."""
 
+    _told_of_equal_rewards = False
+
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         """The losses of B videos at one noise level, (B,); what is logged goes to `metrics`."""
         raise TypeError(f"{type(self).__name__} has no loss: define loss(noised, metrics).")
@@ -107,8 +110,7 @@ class ForwardProcessTrainer(RolloutTrainer):
         metrics: Metrics = defaultdict(list)
         device, steps = self.accelerator.device, self._levels()
         total = torch.zeros((), device=device)
-        for samples, places, own in scored.each(rows):
-            # A group whose rewards are equal teaches nothing, and gets no step.
+        for samples, places, own in scored.each(self._taken(rows, scored.spread[rows])):
             share = scored.spread[own].to(device, torch.float32) / (count * len(steps))
             for step in steps:
                 noised = self._noised(scored, samples, places, own, step)
@@ -117,6 +119,21 @@ class ForwardProcessTrainer(RolloutTrainer):
                     self.accelerator.backward(loss)
                 total += loss.detach()
         return total, metrics
+
+    def _taken(self, rows: list[int], known: Tensor) -> list[int]:
+        """The rows that teach something: not a group whose rewards are equal. Ranks that share weights make the same
+        calls, so there they are all taken, and weigh nothing."""
+        return rows if self.policy.mesh is not None else [row for row, has in zip(rows, known) if has]
+
+    def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
+        super()._take(parts, state, count)
+        equal = [row for row, has in enumerate(self.scored.spread) if not has]
+        if equal and not self._told_of_equal_rewards:
+            self._told_of_equal_rewards = True
+            warnings.warn(
+                f"all videos of {self.scored.samples.prompts[equal[0]]!r} have the same reward, so none is better "
+                "than another: such groups get no step (frac_reward_zero_std says how many there are).", stacklevel=2,
+            )
 
     def _levels(self) -> list[int]:
         """The steps of the schedule at whose noise levels this micro-batch is trained, the same on all processes."""

@@ -66,9 +66,9 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
     rows = len(noised.clean) // len(r)
     towards = noised.old + mixture * (noised.predicted - noised.old) - noised.clean
     away = noised.old - mixture * (noised.predicted - noised.old) - noised.clean
-    sides = towards, away
-    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in sides]
-    plus, minus = (noised.mean_square(side) / weight for side, weight in zip(sides, weights))
+    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5)
+               for side in (towards, away)]
+    plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
     return contrast / mixture * (r * plus + (1 - r) * minus), *weights
 
 
