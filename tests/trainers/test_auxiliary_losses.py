@@ -158,7 +158,7 @@ def test_the_scripts_make_the_term_of_their_options(monkeypatch):
     (term,) = load_auxiliary_losses(script, args, tiny_runs.prompts())
     assert (term.weight, term.steps, term.guidance, term.decay, term.batch_size) == (
         1.0, 16, {"guidance_scale": 3.0}, 0.95, None)
-    assert len(term.dataset) == 4096
+    assert len(term.dataset) == 4096 and [paper.arxiv for paper in term.papers] == ["2310.04378"]
     script, args = parse_arguments(ScriptArguments, config, arguments=[*recipe, "--consistency_weight", "0"])
     assert load_auxiliary_losses(script, args, tiny_runs.prompts()) == []
     script, args = parse_arguments(ScriptArguments, config, arguments=[*recipe, "--dataset", "prompts.txt"])

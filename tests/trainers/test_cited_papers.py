@@ -62,5 +62,5 @@ def test_backpropagation_cites_its_methods_and_no_transition(tmp_path):
 
 
 def test_distillation_alone_cites_no_reward_gradient(tmp_path):
-    """Without rewards the trainer follows none."""
-    assert cited(consistency.distilled(tmp_path), tmp_path) == []
+    """Without rewards the trainer follows none; the term that teaches brings its paper."""
+    assert cited(consistency.distilled(tmp_path), tmp_path) == ["2310.04378"]

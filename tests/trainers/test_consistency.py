@@ -127,7 +127,7 @@ def test_distillation_alone_lowers_the_loss(tmp_path):
     assert len(tiny_runs.logged(made, "consistency_loss")) == 40
     made.save_model()
     card = (tmp_path / "README.md").read_text()
-    assert "consistency distillation" in card and "weight 1.0" in card
+    assert "consistency distillation" in card and "weight 1.0" in card and "2310.04378" in card
 
 
 @pytest.mark.parametrize("kind", ["backprop", "grpo"])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from ..policy import VideoPolicy
+from ..transitions import Paper
 
 
 class AuxiliaryLoss(TrainerCallback):
@@ -18,12 +19,13 @@ class AuxiliaryLoss(TrainerCallback):
 
     Attributes:
         name: of the metric `{name}_loss`, of its time `seconds/{name}`, and of its state in a checkpoint.
-        uses_reference: whether it asks the reference policy.
+        uses_reference: whether it asks the reference policy. papers: that the model card cites.
         weight: more than 0. batch_size: rows of a micro-batch on each process; None: per_device_train_batch_size.
     """
 
     name: str
     uses_reference = False
+    papers: tuple[Paper, ...] = ()
 
     def __init__(self, weight: float, batch_size: int | None = None):
         if not weight > 0:

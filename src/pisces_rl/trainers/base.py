@@ -2,24 +2,20 @@
 
 import contextlib
 import copy
-import json
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from peft import LoraConfig
 from torch import Tensor
-from transformers.integrations import TensorBoardCallback
-from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback
 
 from .. import assets, hub, media
 from ..policy import (
     VideoPolicy,
     add_lora,
     check_lora_config,
-    has_guider,
     load_lora_state,
     lora_parameters,
     read_adapter,
@@ -29,53 +25,37 @@ from ..policy import (
 from ..rewards import RewardPanel
 from ..run_files import RunFiles
 from ..transitions import Paper
-from ._trl import _BaseTrainer, identity
-from .adapter_files import check_adapter, write_adapter
+from ._trl import LoopOnlyTrainer, identity
+from .adapter_files import check_adapter, write_adapter, write_card
 from .auxiliary import AuxiliaryLoss, check_auxiliary_losses
 from .callbacks import AdapterEMA, StageProgress
-from .checkpoint import (
-    load_tree,
-    random_state,
-    remove_incomplete,
-    remove_old_checkpoints,
-    restore_random_state,
-    save_tree,
-    write_whole,
-)
+from .checkpoint import load_tree, remove_incomplete, save_tree
 from .checks import (
-    check_best_metric,
     check_dataset,
     check_output_dir,
     check_reference,
     checked_weights,
     settle_evaluation,
 )
-from .evaluation import Evaluator, means_of_sets
+from .evaluation import Evaluator
 from .gradients import ExpertGradients, average_gradients
 from .images import check_images, image_columns, images_of
 from .initial import InitialPolicy
-from .launch import requested_sharding, shard_policy, share_tokens_of_policy
+from .launch import requested_sharding, spread_policy
 from .loading import check_unused, freeze, load_pipeline
 from .metrics import as_floats, merged_over_processes
 from .plan import memory_plan, step_plan
 from .ranks import Ranks
-from .report import print_comparison, read_evaluation, run_console
-from .resume import (
-    changes_since,
-    check_same_run,
-    follow_settings,
-    last_checkpoint,
-    requested_checkpoint,
-    run_identity,
-    step_of,
-)
-from .run_folder import evaluation_file, first_evaluation, write_json, write_report, write_samples
-from .timeline import Timeline, TimelineSteps, mean_parts, timeline_table
+from .report import run_console
+from .resume import last_checkpoint, requested_checkpoint, run_identity
+from .run_checkpoints import RunCheckpoints
+from .run_report import RunReport
+from .timeline import Timeline, TimelineSteps, print_timeline
 from .video_data import undecoded
-from .zero import requested_zero, use_zero
+from .zero import requested_zero
 
 
-class VideoPolicyTrainer(_BaseTrainer):
+class VideoPolicyTrainer(LoopOnlyTrainer):
     """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
 
     Args:
@@ -95,7 +75,7 @@ class VideoPolicyTrainer(_BaseTrainer):
 
     loss_is_scaled_for_ga = True
     papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
-    _may_lack_rewards = False  # whether something else teaches the policy
+    _may_lack_rewards = False  # whether something else is learnt from
     _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
@@ -161,38 +141,20 @@ class VideoPolicyTrainer(_BaseTrainer):
         self.rewards.record = self.judges.record = self.timeline.span
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
-        self._evaluated_at: int | None = None
-        self._best_step: int | None = None  # set when the best checkpoint replaces the last
-        self._comparison: dict | None = None  # of the run that has ended
         self.files = RunFiles(args.output_dir, self.pipeline.components)
+        self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
         self._files_elsewhere: dict[Path, RunFiles] = {}
-        self.first_evaluation: dict | None = None
-        self.last_evaluation: dict | None = None
         own = [TimelineSteps(self.timeline), self.progress]
         super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
                          eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
-        for bar in (ProgressCallback, PrinterCallback):
-            self.remove_callback(bar)
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
         self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
                                    self.ranks, self.progress.stage, args)
-        if args.context_parallel > 1:
-            share_tokens_of_policy(self.policy, self.accelerator, args.context_parallel)
-        if sharding is not None:
-            shard_policy(self.policy, self.accelerator, sharding)
-            self.is_fsdp_enabled = False  # for Trainer, which would have accelerate wrap the policy
-        if zero_stage is not None:
-            use_zero(zero_stage, self.policy, self.accelerator, args.max_grad_norm)
-            self.is_deepspeed_enabled = False  # likewise
-        members = args.offload or []
-        self.policy.place(self.accelerator.device, [kind for kind in members if kind != "rewards"])
-        for panel in (self.rewards, self.judges) if "rewards" in members else ():
+        self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
+                                self.is_world_process_zero(), args)
+        spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
+        for panel in (self.rewards, self.judges) if "rewards" in (args.offload or ()) else ():
             panel.offload(self.accelerator.device)
-        # The adapter's gradients are all-reduced here, once per optimizer step: no DDP wrapper, so that the pipeline
-        # may call its denoisers as it likes.
-        prepare_model = self.accelerator.prepare_model
-        self.accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-            model, **kwargs | {"evaluation_mode": True, "device_placement": False})
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
         if self.ema is not None:
             self.add_callback(self.ema)
@@ -206,15 +168,6 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
         if args.should_save:
             remove_incomplete(args.output_dir)
-
-    def _send_telemetry(self) -> None:
-        """TRL's reads a language model's config; a diffusion policy has none."""
-
-    def _wrap_model(self, model, training=True, dataloader=None):
-        return model
-
-    def _move_model_to_device(self, model, device) -> None:
-        """`VideoPolicy.place` moves what is to be there."""
 
     @contextlib.contextmanager
     def stage(self, name: str, whole: bool = False):
@@ -232,7 +185,7 @@ class VideoPolicyTrainer(_BaseTrainer):
             logs.update(merged_over_processes(own, self.accelerator.num_processes))
             self._metrics["train"].clear()
         super().log(logs, start_time)
-        self._list_tensorboard()
+        self.report.list_event_files()
 
     def backward_auxiliary_losses(self) -> Tensor:
         """Back-propagate the auxiliary losses of one micro-batch; returns their weighted sum, detached."""
@@ -291,74 +244,38 @@ class VideoPolicyTrainer(_BaseTrainer):
             their videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        place, tag = ("step", "eval") if eval_dataset is None else ("other", "other")
         check_dataset("eval_dataset", dataset, several=True)
-        sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
-        scored = {}
-        with self.ema or contextlib.nullcontext():
-            for name, part in sets.items():
-                with self.timeline.span("evaluation", whole=True):
-                    scored[name] = own = self.evaluator.evaluate(name, part, self.state)
-                    if own.videos is not None and self.is_world_process_zero():
-                        count = len(own.videos)
-                        scores = {score: values[:count] for score, values in own.scores.items()}
-                        self._write_samples(f"samples/{place}_{self._saved_step:06d}/{name}", own.videos,
-                                            own.prompts[:count], scores, tag=f"{tag}/{name}")
-        metrics = means_of_sets(scored, metric_key_prefix, isinstance(dataset, dict))
-        if eval_dataset is None:
-            check_best_metric(self.args.metric_for_best_model, metric_key_prefix, metrics)
-            self._evaluated_at = self.state.global_step
-            self.last_evaluation = {n: {"prompts": own.prompts, "scores": own.scores} for n, own in scored.items()}
-            self.first_evaluation = self.first_evaluation or self.last_evaluation
-            if self.is_world_process_zero():
-                path = evaluation_file(self._saved_step)
-                self.files.claim(path)
-                write_json(self.files.folder / path, {"step": self._saved_step, "sets": self.last_evaluation})
+        with self._saved_weights():
+            metrics = self.report.evaluate(dataset, self.state, metric_key_prefix, own=eval_dataset is None)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str) -> None:
-        """Files in output_dir, and videos for TensorBoard."""
-        write_samples(self.files, name, videos, prompts, scores, self.args.fps)
-        for writer in self._tensorboard_writers():
-            media.add_gif(writer, tag, videos, self.state.global_step, fps=self.args.fps)
+    @property
+    def first_evaluation(self) -> dict | None:
+        """{data set: {"prompts", "scores"}} of the first evaluation by this object."""
+        return self.report.first
 
-    def _tensorboard_writers(self) -> list:
-        return [callback.tb_writer for callback in self.callback_handler.callbacks
-                if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None]
-
-    def _list_tensorboard(self) -> None:
-        """The writers' own event files are the run's, where they are in output_dir."""
-        folder = Path(self.args.output_dir).resolve()
-        for writer in self._tensorboard_writers() if self.is_world_process_zero() else ():
-            for file_writer in writer.all_writers.values():
-                path = Path(file_writer.event_writer._file_name).resolve()
-                if path.is_relative_to(folder):
-                    self.files.add(path.relative_to(folder).as_posix())
+    @property
+    def last_evaluation(self) -> dict | None:
+        """The same of the last one, or of the best model where that was loaded."""
+        return self.report.last
 
     @property
     def _saved_step(self) -> int:
         """The step of the adapter as it is."""
-        return self.state.global_step if self._best_step is None else self._best_step
+        return self.report.saved_step(self.state)
+
+    def _saved_weights(self) -> contextlib.AbstractContextManager:
+        """Inside, the adapter is what is evaluated and saved."""
+        return self.ema or contextlib.nullcontext()
 
     def _finish(self) -> None:
         """The last evaluation, and before against after."""
-        if self.last_evaluation is None or self._best_step is None and self._evaluated_at != self.state.global_step:
+        if not self.report.is_current(self.state):
             self.evaluate()
-        step, before = self._saved_step, {}
-        if self.is_world_process_zero():
-            first_step, before = first_evaluation(self.files, self.last_evaluation, before_step=step)
-        names = broadcast_object_list([list(before)])[0]
-        videos = {}
-        if self.args.num_sample_videos and (self.is_world_process_zero() or self._calls_together):
-            for name in names:
-                part = self.eval_dataset[name] if isinstance(self.eval_dataset, dict) else self.eval_dataset
-                videos[name] = self.evaluator.before_and_after(part, self.initial.untrained(),
-                                                               self.ema or contextlib.nullcontext())
-        if before:
-            self._comparison = write_report(self.files, (first_step, step), before, self.last_evaluation, videos)
-            print_comparison(self._comparison, f"step {first_step} -> {step}", self.console)
+        self.report.compare(self.eval_dataset, self.state, self.console, self._calls_together,
+                            self.initial.untrained, self._saved_weights)
         self._wait()
 
     def _wait(self) -> None:
@@ -369,25 +286,25 @@ class VideoPolicyTrainer(_BaseTrainer):
     @torch.inference_mode(False)  # a caller's would leave nothing to train
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
-        self._best_step = self._comparison = self._evaluated_at = None
-        checkpoint = requested_checkpoint(self.args.output_dir,
-                                          resume_from_checkpoint or self.args.resume_from_checkpoint)
+        self.report.begin()
+        checkpoint = self.checkpoints.begin(resume_from_checkpoint)
         if checkpoint is not None:
-            check_same_run(checkpoint, self._identity)
-            self._identity["changes"] = changes_since(checkpoint, self._identity)
             self.args.eval_on_start = False
         if self.args.should_save:  # with save_on_each_node a process of every node
-            self._set_aside_earlier_run(checkpoint)
+            aside = self.checkpoints.set_aside_earlier_run(checkpoint)
+            if aside is not None and self.is_world_process_zero():
+                self.console.print(f"{self.files.folder} holds an earlier run: what it wrote is in {aside} now.")
+            if self.args.trace_steps:
+                self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
         if self.is_world_process_zero():
             for line in (step_plan(self.policy, self.args), self._memory_plan):
                 if line is not None:
                     self.console.print(line, highlight=False)
             for change in self._identity["changes"]:
                 self.console.print(f"changed on resume: {change}", highlight=False)
-        # with a limit of 1, Trainer deletes at its end all that is named checkpoint-..., a user's, too
-        self._checkpoint_limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with self.checkpoints.limited():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
             last = last_checkpoint(self.args.output_dir)
             advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
@@ -398,70 +315,36 @@ class VideoPolicyTrainer(_BaseTrainer):
             self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
             raise
         finally:
-            self.args.save_total_limit = self._checkpoint_limit
             if self.args.trace_steps:
                 self.timeline.leave_trace(self.args.output_dir)
         if self.eval_dataset is not None:
             with self.timeline.span("evaluation", whole=True):
                 self._finish()
         self.timeline.stop()
-        parts = mean_parts(gather_object([self.timeline.parts()]))
-        if self.is_world_process_zero() and self.timeline.steps:
-            on = f"{self.accelerator.num_processes} x {self.args.device.type}"
-            title = f"time line: mean of {self.timeline.steps} steps, {on}"
-            self.console.print(timeline_table(parts, self.timeline.steps, title))
+        print_timeline(self.timeline, self.accelerator, self.console)
         return output
-
-    def _set_aside_earlier_run(self, checkpoint: str | None) -> None:
-        """A run that does not resume from a checkpoint in its folder must not find another's files beside its own."""
-        output = self.files.folder
-        if checkpoint is not None and Path(checkpoint).resolve().parent == output.resolve():
-            self.files.resume(step_of(checkpoint))
-        else:
-            aside = self.files.begin()
-            if aside is not None and self.is_world_process_zero():
-                self.console.print(f"{output} holds an earlier run: what it wrote is in {aside} now.")
-        if self.args.trace_steps:
-            self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
-
-    def _run_epoch(self, **kwargs) -> None:
-        if self.state.global_step >= self.state.max_steps:  # resumed where it had ended: Trainer takes one more step
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.check_equal_weights()
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.state.best_global_step == self.state.global_step:
-            self.state.best_model_checkpoint = str(final)
         with self.stage("saving", whole=True):
-            write_whole(final, self._write_checkpoint, self.accelerator.process_index, self.args.should_save)
-            if self.args.should_save:
-                best = self.state.best_model_checkpoint
-                remove_old_checkpoints(self.args.output_dir, self._checkpoint_limit,
-                                       keep=[final] if best is None else [final, best], own=self.files.own)
+            self.checkpoints.save(self.state, self._write_checkpoint)
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
         # of which every rank may have a part
         optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        save_tree(random_state(), folder / f"random_{self.accelerator.process_index}")
+        self.checkpoints.write_random_state(folder)
         if not self.args.should_save:
             return
         self.files.claim(f"checkpoint-{self.state.global_step}")
-        with self.ema or contextlib.nullcontext():
+        with self._saved_weights():
             save_lora(self.pipeline, folder)
         if not self.args.save_only_model:
             save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
         save_tree(self._extra_state(), folder / "trainer")
-        own = [*self.callback_handler.callbacks, self.control]
-        for callback in [c for c in own if isinstance(c, ExportableState)]:
-            self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        self.state.save_to_json(str(folder / "trainer_state.json"))
-        (folder / "policy.json").write_text(json.dumps(self._identity, indent=2), encoding="utf-8")
+        self.checkpoints.write_state(folder, self.state, [*self.callback_handler.callbacks, self.control])
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
@@ -494,39 +377,21 @@ class VideoPolicyTrainer(_BaseTrainer):
         for one in (*self.auxiliary_losses, *self._averages().values()):
             if one is not None:  # what is evaluated and saved from here on is what was loaded
                 one.restart()
-        self._best_step = self.state.best_global_step
-        self.last_evaluation = None
-        if self.is_world_process_zero():
-            folder = Path(self.state.best_model_checkpoint).parent  # not output_dir, if resumed from elsewhere
-            path = folder / evaluation_file(self._best_step)
-            self.last_evaluation = read_evaluation(path) if path.is_file() else None
-        self.last_evaluation = broadcast_object_list([self.last_evaluation])[0]
+        self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        if not (Path(checkpoint) / "optimizer.json").exists():
-            raise ValueError(
-                f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
-            )
-        groups = [dict(group) for group in self.optimizer.param_groups]
-        for name, own in {"optimizer": self.optimizer, "scheduler": self.lr_scheduler}.items():
-            own.load_state_dict(load_tree(Path(checkpoint) / name))
-        follow_settings(self.optimizer, self.lr_scheduler, groups)
+        if checkpoint is not None:
+            self.checkpoints.read_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
 
     def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
-        if checkpoint is not None:  # the state names the best by a whole path, which the run's folder may have left
-            best = Path(os.path.abspath(checkpoint)).with_name(f"checkpoint-{self.state.best_global_step}")
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+        if checkpoint is not None:
+            self.checkpoints.find_best(checkpoint, self.state)
         self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
         return position
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        path = None if checkpoint is None else Path(checkpoint) / f"random_{self.accelerator.process_index}"
-        if path is not None and path.with_suffix(".json").exists():
-            restore_random_state(load_tree(path))
+        self.checkpoints.read_random_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter and its card to a folder (output_dir by default), reload it in a fresh pipeline and
@@ -537,7 +402,7 @@ class VideoPolicyTrainer(_BaseTrainer):
         """
         folder = Path(output_dir or self.args.output_dir)
         if self.is_world_process_zero():
-            with self.ema or contextlib.nullcontext():
+            with self._saved_weights():
                 write_adapter(self.pipeline, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
                 checked = check_adapter(self.policy, folder, {name: image for name, (image,) in images.items()},
@@ -561,28 +426,17 @@ class VideoPolicyTrainer(_BaseTrainer):
         """
         if not self.is_world_process_zero():
             return
-        files = self._files_of(output_dir or self.args.output_dir)
-        dtypes = Counter(p.dtype for module in self.policy.denoiser.values() for p in module.parameters()
-                         if not p.requires_grad)
-        samples = f"samples/step_{self._saved_step:06d}/"
-        described = [p for p in files.current() if p.startswith(samples) or not p.startswith("samples/step")]
-        call = {"num_inference_steps": self.args.num_inference_steps} | self.policy.pipeline_kwargs
-        guider_scale = call.pop("guidance_scale", None) if has_guider(self.pipeline) else None
-        card = hub.model_card(
-            base_model=str(self.model_name), trainer=self._name, pipeline_class=type(self.pipeline).__name__,
-            settings=self._card_settings(), comparison=self._comparison, folder=files.folder, files=described,
-            call=call, guider_scale=guider_scale, images=self.image_columns, still=self.policy.makes_images,
-            fps=self.args.fps, vae_tiling=self.args.vae_tiling, papers=self._cited(),
-            repo_id=self.args.hub_model_id if "/" in (self.args.hub_model_id or "") else None,
-            dtype=str(dtypes.most_common(1)[0][0]).removeprefix("torch."),
+        path = write_card(
+            self._files_of(output_dir or self.args.output_dir), self.policy, self.args, base_model=self.model_name,
+            trainer=self._name, settings=self._card_settings(), comparison=self.report.comparison,
+            samples_of=self._saved_step, images=self.image_columns,
+            papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
         )
-        path = files.claim_card()
-        path.write_text(card, encoding="utf-8")
         if path.name != "README.md":
             self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
 
     def _cited(self) -> tuple[Paper, ...]:
-        """The papers that the model card cites; a method that samples by a transition adds the transition's."""
+        """The papers that the model card cites for the method; GRPO adds those of its transition."""
         return self.papers
 
     def _card_settings(self) -> dict:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..policy import Rollout, VideoPolicy
+from ..transitions import Paper
 from .auxiliary import AuxiliaryLoss
 from .callbacks import AdapterEMA
 from .images import images_of
@@ -45,6 +46,9 @@ class ConsistencyDistillation(AuxiliaryLoss):
 
     name = "consistency"
     uses_reference = True
+    papers = (
+        Paper("2310.04378", "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference"),
+    )
 
     def __init__(self, video_dataset, weight: float = 1.0, *, steps: int = 16, guidance: float | None = None,
                  decay: float = 0.95, batch_size: int | None = None, huber_c: float = 1e-3):

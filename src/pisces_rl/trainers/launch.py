@@ -9,6 +9,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ..policy import VideoPolicy
+from .zero import use_zero
 
 
 def check_processes(args) -> None:
@@ -47,6 +48,27 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
             "the denoiser checkpoints its own blocks."
         )
     return plugin
+
+
+def spread_policy(policy: VideoPolicy, accelerator: Accelerator, args, sharding: FullyShardedDataParallelPlugin | None,
+                  zero_stage: int | None) -> None:
+    """Share tokens, shard weights and optimizer, and place the policy on its device, as asked for.
+
+    Args:
+        args: a config. sharding: of `requested_sharding`. zero_stage: of `requested_zero`.
+    """
+    if args.context_parallel > 1:
+        share_tokens_of_policy(policy, accelerator, args.context_parallel)
+    if sharding is not None:
+        shard_policy(policy, accelerator, sharding)
+    if zero_stage is not None:
+        use_zero(zero_stage, policy, accelerator, args.max_grad_norm)
+    policy.place(accelerator.device, [kind for kind in args.offload or () if kind != "rewards"])
+    # The trainer averages the adapter's gradients, once per optimizer step: no DDP wrapper, so that the pipeline may
+    # call its denoisers as it likes.
+    prepare_model = accelerator.prepare_model
+    accelerator.prepare_model = lambda model, **kwargs: prepare_model(
+        model, **kwargs | {"evaluation_mode": True, "device_placement": False})
 
 
 def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:

@@ -160,9 +160,10 @@ class RolloutTrainer(VideoPolicyTrainer):
         logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
         if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
-            self._write_samples(
+            self.report.write_samples(
                 f"samples/rollout_{self.state.global_step:06d}", videos[:count].cpu(), prompts[:count],
-                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, tag="rollout",
+                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, "rollout",
+                self.state.global_step,
             )
 
         self.ranks.meet(f"with the rewards of rollout {number}")

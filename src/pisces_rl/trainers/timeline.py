@@ -12,6 +12,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
@@ -244,6 +247,14 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     for name in [name for name in APART if name in parts]:
         table.add_row(f"apart: {name}", f"{parts[name]:.3f} in all", "")
     return table
+
+
+def print_timeline(timeline: Timeline, accelerator: Accelerator, console: Console) -> None:
+    """The table of the mean over processes; all of them call this, and the first prints."""
+    parts = mean_parts(gather_object([timeline.parts()]))
+    if accelerator.is_main_process and timeline.steps:
+        on = f"{accelerator.num_processes} x {accelerator.device.type}"
+        console.print(timeline_table(parts, timeline.steps, f"time line: mean of {timeline.steps} steps, {on}"))
 
 
 class TimelineSteps(TrainerCallback):
