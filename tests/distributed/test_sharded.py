@@ -8,8 +8,8 @@ from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_
 from processes import accelerate
 from safetensors.torch import load_file
 
-EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "backpropagated", "backpropagated_k2",
-             "distilled"]
+EQUAL_ONE = ["whole_groups", "split_group", "idle_rank", "backpropagated", "distilled"]
+SLOW = ["accumulated", "backpropagated_k2", "compiled"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "parts_of_weights", "unequal_texts", "half_precision"]
 
 
@@ -55,11 +55,12 @@ def test_weights_of_two_dtypes_are_sharded(sharded):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_are_sharded(tmp_path):
-    result = accelerate(scenarios.__file__, tmp_path, "compiled", timeout=300)
+def test_more_scenarios(tmp_path):
+    result = accelerate(scenarios.__file__, tmp_path, *SLOW, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]
-    assert_equal_ranks(tmp_path, "compiled")
-    assert_equals_one(tmp_path, "compiled", scenarios.METRICS)
+    for name in SLOW:
+        assert_equal_ranks(tmp_path, name)
+        assert_equals_one(tmp_path, name, scenarios.METRICS)
 
 
 @pytest.mark.slow

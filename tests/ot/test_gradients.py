@@ -12,7 +12,7 @@ from pisces_rl.ot import (
     transport_plan,
 )
 
-TIGHT = dict(reg=0.1, tolerance=1e-12, max_iterations=100_000)
+TIGHT = dict(reg=0.2, tolerance=1e-12, max_iterations=100_000)
 KINDS = {
     "balanced": lambda cost, a, b: transport_plan(cost, a, b, **TIGHT),
     "unbalanced": lambda cost, a, b: transport_plan(cost, a, b, reach=0.4, **TIGHT),

@@ -50,15 +50,16 @@ def state_of(made) -> dict:
 ], ids=["constant", "epoch", "ema", "statistics", "iterations", "window"])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
     """Shuffled data over several epochs; the checkpoint lies between two rollouts."""
-    whole = trainer(tmp_path / "whole", max_steps=6, **settings)
+    steps = stop + 2
+    whole = trainer(tmp_path / "whole", max_steps=steps, **settings)
     whole.train()
-    broken = trainer(tmp_path / "broken", max_steps=6, callbacks=[StopAt(stop)], **settings)
+    broken = trainer(tmp_path / "broken", max_steps=steps, callbacks=[StopAt(stop)], **settings)
     broken.train()
     assert broken.state.global_step == stop
     torch.manual_seed(999)  # another process has another past
-    resumed = trainer(tmp_path / "broken", max_steps=6, **settings)
+    resumed = trainer(tmp_path / "broken", max_steps=steps, **settings)
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 6
+    assert resumed.state.global_step == steps
     assert largest_difference(weights(whole), weights(resumed)) == 0
     assert largest_difference(state_of(whole), state_of(resumed)) == 0
     if whole.prompt_statistics is not None:
@@ -76,14 +77,14 @@ def test_the_order_of_the_data_is_the_uninterrupted_one(tmp_path):
             seen.append(prompts[0])
             return brightness(prompts, videos)
 
-        made = trainer(folder, reward, prompts(5), max_steps=14, callbacks=callbacks)
+        made = trainer(folder, reward, prompts(4), max_steps=10, num_inference_steps=2, callbacks=callbacks)
         made.train(resume_from_checkpoint=resume)
         return seen
 
     whole = run(tmp_path / "whole", [])
-    first = run(tmp_path / "broken", [StopAt(12)])
+    first = run(tmp_path / "broken", [StopAt(9)])
     assert first + run(tmp_path / "broken", [], resume=True) == whole
-    epochs = [tuple(whole[i:i + 5]) for i in (0, 5)]
+    epochs = [tuple(whole[i:i + 4]) for i in (0, 4)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]  # each a permutation, not the same
 
 
