@@ -115,6 +115,7 @@ def launched(folder: Path, name: str, *overrides: str, code: str = SCRIPT, fails
     return output
 
 
+@pytest.mark.slow
 def test_one_gpu_starts_one_process(tmp_path):
     assert "rank 0 of 1: 1" in launched(tmp_path, "one_gpu", "--cpu")
 

@@ -8,15 +8,22 @@ from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_
 from processes import accelerate
 from safetensors.torch import load_file
 
-EQUAL_ONE = ["whole_groups", "split_group", "idle_rank", "backpropagated", "distilled"]
-SLOW = ["accumulated", "backpropagated_k2", "compiled"]
-TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "parts_of_weights", "unequal_texts", "half_precision"]
+EQUAL_ONE = ["split_group", "backpropagated"]
+SLOW = ["whole_groups", "idle_rank", "distilled", "accumulated", "backpropagated_k2", "compiled"]
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = accelerate(scenarios.__file__, folder, *TOGETHER, timeout=500)
+    result = accelerate(scenarios.__file__, folder, *EQUAL_ONE, "parts_of_weights", "unequal_texts", timeout=500)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("more")
+    result = accelerate(scenarios.__file__, folder, *SLOW, "resumed", "evaluated", "half_precision", timeout=500)
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -34,13 +41,22 @@ def test_sharded_processes_equal_one(sharded, name):
     assert_equals_one(sharded, name, scenarios.METRICS)
 
 
-def test_a_sharded_run_resumes(sharded):
-    assert_resumed(sharded)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_sharded_processes_equal_one(more, name):
+    assert_equal_ranks(more, name)
+    assert_equals_one(more, name, scenarios.METRICS)
 
 
-def test_evaluation_of_few_prompts_equals_that_of_one_process(sharded):
+@pytest.mark.slow
+def test_a_sharded_run_resumes(more):
+    assert_resumed(more)
+
+
+@pytest.mark.slow
+def test_evaluation_of_few_prompts_equals_that_of_one_process(more):
     """A process without a prompt of its own samples with the other, and scores nothing."""
-    assert_evaluated_as_one(sharded)
+    assert_evaluated_as_one(more)
 
 
 def test_processes_with_texts_of_unequal_lengths_make_the_same_calls(sharded):
@@ -50,17 +66,9 @@ def test_processes_with_texts_of_unequal_lengths_make_the_same_calls(sharded):
         assert max(float(g.abs().max()) for g in load_file(sharded / f"unequal_texts_{rank}.safetensors").values()) > 0
 
 
-def test_weights_of_two_dtypes_are_sharded(sharded):
-    assert_equal_ranks(sharded, "half_precision")
-
-
 @pytest.mark.slow
-def test_more_scenarios(tmp_path):
-    result = accelerate(scenarios.__file__, tmp_path, *SLOW, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:]
-    for name in SLOW:
-        assert_equal_ranks(tmp_path, name)
-        assert_equals_one(tmp_path, name, scenarios.METRICS)
+def test_weights_of_two_dtypes_are_sharded(more):
+    assert_equal_ranks(more, "half_precision")
 
 
 @pytest.mark.slow

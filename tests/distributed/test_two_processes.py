@@ -9,9 +9,10 @@ import scenarios
 from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
 from processes import torchrun
 
-EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "accumulated", "idle_rank", "backpropagated",
-             "backpropagated_k2", "distilled", "nft", "flash_grpo"]
-SHARED = ["whole_groups", "backpropagated", "distilled"]
+EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "idle_rank", "backpropagated", "distilled", "nft",
+             "flash_grpo"]
+SLOW = ["accumulated", "backpropagated_k2"]
+SHARED = ["whole_groups"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
             "unequal_weights"]
 
@@ -39,6 +40,15 @@ def test_ranks_hold_equal_weights(two, name):
 def test_two_processes_equal_one(two, name):
     """The same videos are drawn, and the gradient is that of the gathered batch."""
     assert_equals_one(two, name, scenarios.METRICS)
+
+
+@pytest.mark.slow
+def test_more_scenarios(tmp_path):
+    result = torchrun(scenarios.__file__, tmp_path, *SLOW, timeout=300)
+    assert result.returncode == 0, result.stdout[-3000:]
+    for name in SLOW:
+        assert_equal_ranks(tmp_path, name)
+        assert_equals_one(tmp_path, name, scenarios.METRICS)
 
 
 @pytest.mark.parametrize("name", SHARED)

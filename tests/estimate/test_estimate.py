@@ -86,7 +86,8 @@ def allocated_peak(call) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_an_update_takes_what_is_estimated(checkpointing):
     settings = {} if checkpointing else {"gradient_checkpointing": False}
     estimate = estimated("wan", **settings)

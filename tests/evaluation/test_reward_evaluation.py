@@ -26,6 +26,7 @@ def clips():
     return CleanClips.shapemotion(n=20)
 
 
+@pytest.mark.slow
 def test_the_verifier_ranks_what_it_verifies(clips):
     report = evaluate_reward(lambda prompts, videos: shapemotion_alignment(prompts=prompts, videos=videos), clips)
     for name in SCENE_CORRUPTIONS:

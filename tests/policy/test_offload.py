@@ -218,6 +218,7 @@ def test_videos_are_encoded_while_the_autoencoder_is_away():
     assert on_device(policy) == set()
 
 
+@pytest.mark.slow
 def test_compiled_blocks_come_and_go():
     policy, parameters = build("wan")
     torch._dynamo.reset()

@@ -66,6 +66,7 @@ def test_a_user_s_own_loss_beside_an_algorithm(tmp_path, method):
     assert trainer._card_settings()["auxiliary loss shrink"] == "weight 3.0"
 
 
+@pytest.mark.slow
 def test_its_state_is_saved_and_resumed(tmp_path):
     settings = {"max_steps": 4}
     whole = made(tmp_path / "whole", [Shrink(0.1)], **settings)

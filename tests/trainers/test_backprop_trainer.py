@@ -101,7 +101,7 @@ def test_checkpointed_activations_change_nothing(tmp_path):
     assert tiny_runs.largest_difference(*results) < 1e-6
 
 
-@pytest.mark.parametrize("through", ["random_steps", "low_variance"])
+@pytest.mark.parametrize("through", ["random_steps", pytest.param("low_variance", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, through):
     settings = dict(max_steps=4, backprop_through=through, scale_rewards="std", rewards=[bright, red])
     whole = trainer(tmp_path / "whole", **settings)

@@ -7,6 +7,7 @@ import torch
 from tiny_runs import config, largest_difference, logged, trainer, weights
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one(tmp_path):
     # by SGD: Adam divides a gradient of rounding by itself
     sgd = dict(alive=True, gradient_checkpointing=True, optim="sgd", learning_rate=1.0)

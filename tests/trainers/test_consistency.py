@@ -58,7 +58,8 @@ def live(family: str, **settings) -> tuple[VideoPolicy, dict, ConsistencyDistill
     return policy, adapter, consistency
 
 
-@pytest.mark.parametrize("family", ["wan", "cogvideox", "animatediff"])  # flow, v, epsilon
+@pytest.mark.parametrize("family", [  # flow, v, epsilon
+    "wan", "cogvideox", pytest.param("animatediff", marks=pytest.mark.slow)])
 def test_the_loss_by_hand(family):
     """Teacher without the adapter and guided, target under the average, student under the adapter."""
     policy, adapter, consistency = live(family, guidance=3.0, huber_c=0.01)
@@ -115,6 +116,7 @@ def test_parts_of_a_batch_are_the_batch():
         assert len(set(whole.tolist())) == 4
 
 
+@pytest.mark.slow
 def test_distillation_alone_lowers_the_loss(tmp_path):
     made = distilled(tmp_path, max_steps=40, learning_rate=3e-3, per_device_train_batch_size=4)
     with torch.no_grad():

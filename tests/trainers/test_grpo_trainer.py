@@ -122,6 +122,7 @@ def test_the_window_is_what_trains(tmp_path):
         assert trained in ([1, 2], [2, 3])
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     """The embedded model's deterministic samples of fixed noise get brighter (measured: .50 to .84 in 10 steps)."""
     made = VideoGRPOTrainer("tiny-wan", brightness, config(

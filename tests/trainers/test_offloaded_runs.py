@@ -27,7 +27,7 @@ def resident(made) -> set[str]:
 @pytest.mark.usefixtures("absent_weights_are_nan")
 @pytest.mark.parametrize("settings", [
     {"offload": ["text_encoder", "vae", "rewards"]},
-    {"offload": ALL},
+    pytest.param({"offload": ALL}, marks=pytest.mark.slow),
     {"offload": ALL, "gradient_checkpointing": True, "beta": 0.1, "ema_decay": 0.5, "rollout_batch_size": 2},
     pytest.param({"offload": ALL, "gradient_checkpointing": True, "torch_compile": True,
                   "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
@@ -57,7 +57,8 @@ def test_grpo_of_two_experts(tmp_path):
 
 
 @pytest.mark.usefixtures("absent_weights_are_nan")
-@pytest.mark.parametrize("through", ["last_steps", "low_variance", "one_step"])
+@pytest.mark.parametrize("through", [
+    "last_steps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_variance", "one_step"))])
 def test_backpropagation_and_the_consistency_term_leave_the_same_adapter(tmp_path, through):
     made = [
         consistency.distilled(tmp_path / str(i), backprop.bright, offload=offload, backprop_through=through,

@@ -39,8 +39,8 @@ def state_of(made) -> dict:
 
 
 @pytest.mark.parametrize("stop, settings", [
-    (2, {}),
-    (3, {"lr_scheduler_type": "cosine"}),  # a new epoch begins at step 3
+    pytest.param(2, {}, marks=pytest.mark.slow),
+    pytest.param(3, {"lr_scheduler_type": "cosine"}, marks=pytest.mark.slow),  # a new epoch begins at step 3
     (4, {"lr_scheduler_type": "cosine", "ema_decay": 0.8}),
     (2, {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2,
          "per_prompt_stat_tracking_buffer_size": 6, "beta": 0.05}),
@@ -249,7 +249,8 @@ def run_and_be_killed(folder, file_name):
     made.train()
 
 
-@pytest.mark.parametrize("file_name", [None, "optimizer.safetensors"], ids=["before-the-rename", "half-written"])
+@pytest.mark.parametrize("file_name", [
+    None, pytest.param("optimizer.safetensors", marks=pytest.mark.slow)], ids=["before-the-rename", "half-written"])
 def test_kill_9_during_a_save(tmp_path, file_name):
     assert in_child(run_and_be_killed, tmp_path / "run", file_name) == -signal.SIGKILL
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
