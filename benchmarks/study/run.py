@@ -198,7 +198,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="recipes in recipes/study/")
     which.add_argument("--all", action="store_true", help="every cell")
-    which.add_argument("--stage", choices=["A", "B", "C"], help="every cell of this stage")
+    which.add_argument("--stage", choices=["A", "B", "C", "D"], help="every cell of this stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process; 14 fit a GPU of 80 GB")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="begin no run after so many seconds")

@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("records", nargs="?", type=Path, default=Path("outputs/study/records"))
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="these, of those recorded")
-    which.add_argument("--stage", choices=["A", "B", "C"], help="the cells of this stage")
+    which.add_argument("--stage", choices=["A", "B", "C", "D"], help="the cells of this stage")
     parser.add_argument("--against", default="grpo_none", choices=cells(), metavar="CELL", help="compared with this")
     parser.add_argument("--figure", type=Path, help="write the curves there (needs matplotlib)")
     args = parser.parse_args(arguments)
