@@ -16,7 +16,7 @@ import torch
 
 from pisces_rl.ot.maps import LinearMap
 from pisces_rl.rewards.encoders import load_encoder
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
 from pisces_rl.rewards.encoders.internvideo2 import InternVideo2, InternVideo2Config
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.shapemotion import load_prompts

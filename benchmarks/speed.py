@@ -20,8 +20,8 @@ import torch
 from random_wan import random_wan
 
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
-from pisces_rl.policy.execution import compile_blocks
-from pisces_rl.policy.products import fuse_products
+from pisces_rl.policy.fast.execution import compile_blocks
+from pisces_rl.policy.fast.products import fuse_products
 
 ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
 VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products)

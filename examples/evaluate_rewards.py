@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pisces_rl.cli import load_reward_function, parse_arguments
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
-from pisces_rl.evaluation.rewards import STRENGTHS
+from pisces_rl.evaluation.reward_checks import STRENGTHS
 from pisces_rl.markdown import escape
 from pisces_rl.media import load_video
 from pisces_rl.rewards import REWARDS, OTSemanticReward

@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
-from pisces_rl.policy.offload import Part
+from pisces_rl.policy.pipeline.offload import Part
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)

@@ -89,9 +89,9 @@ def test_import_rules_notice_a_breach(tmp_path, monkeypatch):
     for line in (
         "from ..policy import VideoPolicy",
         "from .. import policy",
-        "import pisces_rl.policy.lora",
+        "import pisces_rl.policy.lora.adapters",
         "from pisces_rl import policy",
-        "def f():\n    from pisces_rl.policy.lora import save_lora",
+        "def f():\n    from pisces_rl.policy.lora.adapters import save_lora",
     ):
         (tmp_path / "ot" / "a.py").write_text(line)
         assert parts_imported(tmp_path / "ot" / "a.py") == {"policy"}, line

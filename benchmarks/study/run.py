@@ -38,11 +38,11 @@ from recipes import cells, settings_of
 from pisces_rl import METHODS, RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
 from pisces_rl.policy import VideoPolicy, default_lora_config
-from pisces_rl.policy.lora import adapters_off
+from pisces_rl.policy.lora.adapters import adapters_off
 from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
-from pisces_rl.trainers.losses import kl_to_reference
-from pisces_rl.trainers.resume import last_checkpoint
+from pisces_rl.trainers.rollouts.losses import kl_to_reference
+from pisces_rl.trainers.run.resume import last_checkpoint
 
 TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards

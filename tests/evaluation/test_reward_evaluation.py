@@ -13,7 +13,7 @@ from rewards.tiny_encoders import build
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
 from pisces_rl.media import load_video, save_video
 from pisces_rl.rewards import RewardError, load_reward
-from pisces_rl.rewards.encoders.base import grid
+from pisces_rl.rewards.encoders.encoder import grid
 from pisces_rl.rewards.ot_attention import Drawing, OTAttention
 from pisces_rl.shapemotion import SCENE_CORRUPTIONS, lay_out, parse, render_layout, shapemotion_alignment
 from pisces_rl.shapemotion.specs import SceneSpecs

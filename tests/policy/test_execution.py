@@ -22,9 +22,9 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
-from pisces_rl.policy.execution import CompiledBlock, compile_blocks, repeated_blocks, uncompile_blocks
-from pisces_rl.policy.linear import OneProductGELU, OneProductLinear, Product, gelu_product
-from pisces_rl.policy.products import fuse_products, unfuse_products
+from pisces_rl.policy.fast.execution import CompiledBlock, compile_blocks, repeated_blocks, uncompile_blocks
+from pisces_rl.policy.fast.linear import OneProductGELU, OneProductLinear, Product, gelu_product
+from pisces_rl.policy.fast.products import fuse_products, unfuse_products
 
 
 def run(policy: VideoPolicy, parameters: dict, rows=(0, 1)) -> tuple[torch.Tensor, float, torch.Tensor]:

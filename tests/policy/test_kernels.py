@@ -6,10 +6,15 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from triton_scripts import check, needs_triton
 
-from pisces_rl.policy.kernels import modulated_norm, modulated_norm_backward, rotated_heads, rotated_heads_backward
-from pisces_rl.policy.linear import NormProduct
-from pisces_rl.policy.products import fuse_products, unfuse_products
-from pisces_rl.policy.wan_block import FewPassesWanBlock, _NormHeads, _RotatedHeads
+from pisces_rl.policy.fast.kernels import (
+    modulated_norm,
+    modulated_norm_backward,
+    rotated_heads,
+    rotated_heads_backward,
+)
+from pisces_rl.policy.fast.linear import NormProduct
+from pisces_rl.policy.fast.products import fuse_products, unfuse_products
+from pisces_rl.policy.fast.wan_block import FewPassesWanBlock, _NormHeads, _RotatedHeads
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -137,7 +142,7 @@ SCRIPT = """
     import torch
     from diffusers.models.transformers.transformer_skyreels_v2 import SkyReelsV2TransformerBlock
     from pisces_rl.policy import kernels
-    from pisces_rl.policy.products import fuse_products
+    from pisces_rl.policy.fast.products import fuse_products
     device = sys.argv[1]
     torch.manual_seed(0)
 

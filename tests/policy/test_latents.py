@@ -6,7 +6,7 @@ from policy.test_replay_parity import adapted
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, GUIDANCE, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy
-from pisces_rl.policy.latents import LatentCodec, _Probe
+from pisces_rl.policy.pipeline.latents import LatentCodec, _Probe
 
 
 def build(family: str) -> VideoPolicy:

@@ -19,7 +19,7 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
-from pisces_rl.policy.lora_files import LORA_FILE, has_lora_loader
+from pisces_rl.policy.lora.lora_files import LORA_FILE, has_lora_loader
 
 # plain diffusers has no LoRA loader for them
 PEFT_LAYOUT = ("t2v_sd", "allegro", "latte", "easyanimate", "cosmos", "hunyuan15")

@@ -15,8 +15,8 @@ from pisces_rl.policy import (
     save_lora,
     without_adapters,
 )
-from pisces_rl.policy import offload as offloading
-from pisces_rl.policy.offload import OFFLOADED, Part, device_of, kind_of, leave_idle, resident
+from pisces_rl.policy.pipeline import offload as offloading
+from pisces_rl.policy.pipeline.offload import OFFLOADED, Part, device_of, kind_of, leave_idle, resident
 
 CPU = torch.device("cpu")
 

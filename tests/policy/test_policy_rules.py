@@ -18,8 +18,8 @@ from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
 from tiny_pipelines.since_wan22 import skyreels_parts
 
 from pisces_rl.policy import PolicyError, VideoPolicy
-from pisces_rl.policy.scheduler import training_scheduler
-from pisces_rl.policy.schedules import schedule_class
+from pisces_rl.policy.schedule.scheduler import training_scheduler
+from pisces_rl.policy.schedule.schedules import schedule_class
 
 
 @pytest.fixture(scope="module")

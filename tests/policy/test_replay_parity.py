@@ -10,7 +10,7 @@ from policy.adapted import give_adapter
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, EDM, FLOW, GUIDANCE, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy, lora_parameters
-from pisces_rl.policy.lora_files import has_lora_loader
+from pisces_rl.policy.lora.lora_files import has_lora_loader
 
 # No text mask: plain diffusers attends to the padding of a batch, the policy treats each prompt as alone.
 FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")

@@ -11,8 +11,8 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from pisces_rl.policy.scheduler import find_transition, training_scheduler
-from pisces_rl.policy.schedules import InvertedFlowSchedule, Schedule, schedule_of
+from pisces_rl.policy.schedule.scheduler import find_transition, training_scheduler
+from pisces_rl.policy.schedule.schedules import InvertedFlowSchedule, Schedule, schedule_of
 from pisces_rl.transitions import TRANSITIONS
 
 STEPS = 5

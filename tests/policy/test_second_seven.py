@@ -17,7 +17,7 @@ from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
 from tiny_pipelines.ltx2_cosmos import tiny_cosmos
 
 from pisces_rl.policy import PolicyError, Rollout, VideoPolicy, add_lora, default_lora_config, lora_parameters
-from pisces_rl.policy.scheduler import training_scheduler
+from pisces_rl.policy.schedule.scheduler import training_scheduler
 
 
 def policy_of(family: str, guided: bool = True, **settings) -> VideoPolicy:

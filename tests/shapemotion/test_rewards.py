@@ -5,12 +5,12 @@ import torch
 from pisces_rl.shapemotion import (
     parse,
     render,
-    rewards,
     shapemotion_alignment,
     shapemotion_correct,
     shapemotion_product,
     shapemotion_quality,
     shapemotion_reward,
+    verifier_rewards,
     verify,
 )
 
@@ -82,7 +82,7 @@ def test_what_changes_is_verified_again(videos, verifications):
 
 def test_the_memory_keeps_no_videos_alive(videos, verifications):
     shapemotion_correct(prompts=PROMPTS, videos=videos.clone())
-    assert rewards._latest[0]() is None
+    assert verifier_rewards._latest[0]() is None
 
 
 def test_inference_tensors_are_verified_each_time(videos, verifications):

@@ -30,8 +30,8 @@ from pisces_rl.policy import (
     lora_parameters,
     save_lora,
 )
-from pisces_rl.policy.execution import CompiledBlock
-from pisces_rl.policy.lora_options import KEPT, NOTES, REFUSED
+from pisces_rl.policy.fast.execution import CompiledBlock
+from pisces_rl.policy.lora.options import KEPT, NOTES, REFUSED
 
 
 def with_adapter(name="mine", targets=("to_q",), family="wan"):

@@ -17,7 +17,7 @@ from trainers.tiny_runs import StopAt, config, largest_difference, logged, promp
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.estimate.networks import Networks
 from pisces_rl.policy import add_lora, lora_parameters, read_adapter, save_lora
-from pisces_rl.policy.saved_adapter import LORA_FILE
+from pisces_rl.policy.lora.saved_adapter import LORA_FILE
 
 ALPHA = 6
 

@@ -20,7 +20,7 @@ from trainers.tiny_runs import (
     weights,
 )
 
-from pisces_rl.trainers.advantages import PromptStatistics, group_advantages, nanstd
+from pisces_rl.trainers.rollouts.advantages import PromptStatistics, group_advantages, nanstd
 
 MODES = [("group", "sum_then_normalize"), ("batch", "sum_then_normalize"), ("none", "sum_then_normalize"),
          ("group", "normalize_then_sum")]  # fmt: skip

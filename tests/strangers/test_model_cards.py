@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 from trainers.tiny_runs import enliven, trainer
 
-from pisces_rl.policy.guider import guided
+from pisces_rl.policy.pipeline.guider import guided
 
 #: kind: family, further settings. The layouts of diffusers and of peft, Wan 2.2's experts, a guider, images.
 KINDS = {

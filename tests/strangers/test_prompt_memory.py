@@ -11,7 +11,7 @@ from tiny_pipelines import BUILD, quiet
 from tiny_pipelines.image_to_video import picture
 
 from pisces_rl.policy import PolicyError, VideoPolicy
-from pisces_rl.policy.prompts import PromptMemo, content_key
+from pisces_rl.policy.pipeline.prompts import PromptMemo, content_key
 
 
 class Encoder:

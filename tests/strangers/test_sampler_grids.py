@@ -30,7 +30,7 @@ from diffusers import (
 from tiny_pipelines import BUILD, CALLS, quiet
 
 from pisces_rl.policy import PolicyError, Rollout, VideoPolicy
-from pisces_rl.policy.scheduler import training_scheduler
+from pisces_rl.policy.schedule.scheduler import training_scheduler
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -10,7 +10,7 @@ from trainers.tiny_runs import trainer
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, trainers
 from pisces_rl.trainers._trl import _BaseConfig
-from pisces_rl.trainers.inherited_settings import (
+from pisces_rl.trainers.setup.inherited_settings import (
     HARMLESS,
     OPTIMIZERS_WITHOUT_STEP,
     SOME_WITHOUT_EFFECT,

@@ -22,8 +22,8 @@ from trainers.tiny_runs import brightness, trainer
 
 from pisces_rl import hub
 from pisces_rl.markdown import code, escape, one_line
-from pisces_rl.trainers.report import markdown_comparison, print_comparison, run_console
-from pisces_rl.trainers.timeline import timeline_table
+from pisces_rl.trainers.run.report import markdown_comparison, print_comparison, run_console
+from pisces_rl.trainers.watch.timeline import timeline_table
 
 NASTY = [
     r"a cat \](https://evil.example)", "a cat](https://evil.example)", "dog\r# heading", "one\x85# two", "a|b||c",
@@ -71,7 +71,7 @@ def test_any_text_stays_text_in_a_table(text):
 @pytest.fixture
 def sample_folder(tmp_path):
     """Clips of prompts as people write them, of a set with a name as they give it."""
-    from pisces_rl.trainers.run_folder import write_json
+    from pisces_rl.trainers.run.run_folder import write_json
 
     folder = tmp_path / "samples" / "step_000001" / "100% #1 (new)"
     write_json(folder / "rewards.json", {"prompts": NASTY[:4]})

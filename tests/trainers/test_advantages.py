@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pisces_rl.trainers.advantages import (
+from pisces_rl.trainers.rollouts.advantages import (
     PromptStatistics,
     aggregate_rewards,
     group_advantages,

@@ -8,7 +8,7 @@ import torch
 
 from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer, RewardError
 from pisces_rl.policy import default_lora_config
-from pisces_rl.trainers.backprop_config import THROUGH
+from pisces_rl.trainers.backprop.backprop_config import THROUGH
 
 
 def bright(prompts, videos, **columns):

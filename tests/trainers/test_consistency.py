@@ -14,8 +14,8 @@ from tiny_pipelines import CALLS, GUIDANCE
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer, VideoGRPOTrainer
 from pisces_rl.media import load_video, save_video
 from pisces_rl.policy import VideoPolicy, adapters_off, default_lora_config, load_lora_state, lora_parameters
-from pisces_rl.trainers.consistency import pseudo_huber
-from pisces_rl.trainers.video_data import as_video
+from pisces_rl.trainers.auxiliary.consistency import pseudo_huber
+from pisces_rl.trainers.data.video_data import as_video
 
 
 class Videos:

@@ -9,11 +9,11 @@ from tiny_runs import Gradients, brightness, config, largest_difference, logged,
 from torch.autograd import gradcheck
 from transformers import TrainerCallback
 
-from pisces_rl.trainers.flow_dpo import preference_loss
-from pisces_rl.trainers.forward_process import NOISE, Noised
+from pisces_rl.trainers.data.seeds import sample_seed
+from pisces_rl.trainers.forward.flow_dpo import preference_loss
+from pisces_rl.trainers.forward.forward_process import NOISE, Noised
+from pisces_rl.trainers.forward.nft import nft_loss
 from pisces_rl.trainers.methods import METHODS
-from pisces_rl.trainers.nft import nft_loss
-from pisces_rl.trainers.seeds import sample_seed
 
 FORWARD = ["nft", "awm", "rvm", "flow_dpo"]
 VIDEOS, ROWS, SHAPE, TIME = 4, 2, (3, 5), torch.tensor(0.7, dtype=torch.float64)

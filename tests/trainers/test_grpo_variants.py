@@ -21,7 +21,7 @@ from torch.distributions import Normal, kl_divergence
 from transformers import TrainerCallback
 
 from pisces_rl.policy import ReplayStep, Rollout
-from pisces_rl.trainers.flow_dppo import FlowDPPOTrainer
+from pisces_rl.trainers.grpo.flow_dppo import FlowDPPOTrainer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

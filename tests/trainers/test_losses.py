@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from pisces_rl.trainers.losses import (
+from pisces_rl.trainers.rollouts.losses import (
     clip_fractions,
     clipped_policy_loss,
     guarded_log_ratio,

@@ -12,9 +12,9 @@ from tiny_runs import brightness, config, largest_difference, logged, prompts, r
 from pisces_rl.ot import BankDivergence
 from pisces_rl.policy import PolicyError
 from pisces_rl.rewards import RewardError, RewardPanel, compares_videos, load_reward
-from pisces_rl.rewards.encoders.loading import shared_encoder
+from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.quality import OTQualityReward
-from pisces_rl.trainers.overlap import OverlappedRewards
+from pisces_rl.trainers.rollouts.overlap import OverlappedRewards
 
 CPU = torch.device("cpu")
 PROMPTS = [f"clip {i}" for i in range(7)]

@@ -13,7 +13,7 @@ from rich.console import Console
 from tiny_runs import config, prompts, trainer
 
 from pisces_rl.rewards import RewardError
-from pisces_rl.trainers.timeline import Timeline, timeline_table
+from pisces_rl.trainers.watch.timeline import Timeline, timeline_table
 
 CPU = torch.device("cpu")
 

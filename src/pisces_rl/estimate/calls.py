@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..policy.guider import guided
+from ..policy.pipeline.guider import guided
 from .networks import Networks, bytes_of
 
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd import Variable
 
 from .. import assets
-from ..policy.offload import kind_of
+from ..policy.pipeline.offload import kind_of
 from .calls import Calls, record, tensors
 from .live_bytes import AsOnCUDA
 from .networks import Networks, bytes_of

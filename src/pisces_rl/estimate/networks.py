@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..policy import VideoPolicy, add_lora, lora_parameters, read_adapter
-from ..policy.decoder import VAE_DTYPES
-from ..policy.execution import compile_blocks, repeated_blocks
-from ..policy.products import fuse_products
+from ..policy.fast.execution import compile_blocks, repeated_blocks
+from ..policy.fast.products import fuse_products
+from ..policy.pipeline.decoder import VAE_DTYPES
 from .live_bytes import AsOnCUDA, LiveBytes
 from .weightless import replaced_tensors
 

@@ -6,9 +6,7 @@ with gradients. Why: no code per model, so nothing of the model can be re-implem
 what the user passed in.
 """
 
-from .backprop import DecodedPart
-from .guider import has_guider
-from .lora import (
+from .lora.adapters import (
     adapter_values,
     adapters_off,
     add_lora,
@@ -17,15 +15,17 @@ from .lora import (
     lora_parameters,
     set_adapter,
 )
-from .lora_check import check_saved_lora, check_saved_weights, without_adapters
-from .lora_files import load_lora, load_lora_state, save_lora
-from .lora_options import check_lora_config
-from .one_step import Prediction
+from .lora.lora_files import load_lora, load_lora_state, save_lora
+from .lora.options import check_lora_config
+from .lora.saved_adapter import SavedAdapter, read_adapter
+from .lora.saved_check import check_saved_lora, check_saved_weights, without_adapters
+from .pipeline.guider import has_guider
 from .rollout import Rollout
-from .saved_adapter import SavedAdapter, read_adapter
-from .scheduler import PolicyError
-from .session import ReplayStep
-from .sharding import is_sharded
+from .schedule.scheduler import PolicyError
+from .sessions.backprop import DecodedPart
+from .sessions.one_step import Prediction
+from .sessions.session import ReplayStep
+from .sharded.sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [

@@ -17,23 +17,23 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
-from .backprop import DecodedPart, DifferentiableSampling, decoded_videos
-from .conditions import Conditions, calls, checked_conditions, of_video
-from .decoder import set_decoder
-from .execution import ATTENTION_KERNELS, checkpointed, compile_blocks
-from .inference_only import check_trainable
-from .latents import LatentCodec
-from .offload import device_of, kind_of, leave_idle, place, resident
-from .one_step import OneStep, Prediction
-from .pipeline_call import run, run_until_left, videos_of
-from .products import fuse_products
-from .prompts import PromptMemo
+from .fast.execution import ATTENTION_KERNELS, checkpointed, compile_blocks
+from .fast.products import fuse_products
+from .pipeline.conditions import Conditions, calls, checked_conditions, of_video
+from .pipeline.decoder import set_decoder
+from .pipeline.inference_only import check_trainable
+from .pipeline.latents import LatentCodec
+from .pipeline.offload import device_of, kind_of, leave_idle, place, resident
+from .pipeline.prompts import PromptMemo
+from .pipeline.rules import checked_kwargs, checked_window, denoisers_of, scheduler_of
+from .pipeline.text_lengths import takes_mask
 from .rollout import Rollout
-from .rules import checked_kwargs, checked_window, denoisers_of, scheduler_of
-from .scheduler import PolicyError, find_transition, sampler_of
-from .session import Comparison, Replay, ReplayStep, Sampling
-from .sharding import largest_over_ranks, shard, share_tokens
-from .text_lengths import takes_mask
+from .schedule.scheduler import PolicyError, find_transition, sampler_of
+from .sessions.backprop import DecodedPart, DifferentiableSampling, decoded_videos
+from .sessions.one_step import OneStep, Prediction
+from .sessions.pipeline_call import run, run_until_left, videos_of
+from .sessions.session import Comparison, Replay, ReplayStep, Sampling
+from .sharded.sharding import largest_over_ranks, shard, share_tokens
 
 # Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
 ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)

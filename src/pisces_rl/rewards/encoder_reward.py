@@ -2,7 +2,7 @@
 
 import torch
 
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
 
 
 class EncoderReward:

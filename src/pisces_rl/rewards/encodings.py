@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
+from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
 
 MICRO_BATCH = 16
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
+from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
 
 CARD = "features.json"
 SHARD = 1024  # samples a file

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.rewards.encoders import VideoTextEncoder
-from pisces_rl.rewards.encoders.loading import shared_encoder
+from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
 from pisces_rl.rewards.functions import load_function
 from pisces_rl.rewards.ot_attention import OTAttention

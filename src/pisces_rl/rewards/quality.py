@@ -11,8 +11,8 @@ from pisces_rl.ot import BankDivergence
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoder_reward import EncoderReward
-from pisces_rl.rewards.encoders.base import VideoTextEncoder
-from pisces_rl.rewards.encoders.loading import shared_encoder
+from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
+from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pisces_rl.rewards.contract import check_inputs
 from pisces_rl.rewards.encoder_reward import EncoderReward
-from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder
-from pisces_rl.rewards.encoders.loading import shared_encoder
+from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
+from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_features, video_features
 from pisces_rl.rewards.ot_attention import BoundOTAttention, Drawing, OTAttention
 

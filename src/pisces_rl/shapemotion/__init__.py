@@ -21,22 +21,22 @@ first command of the README, and for asking of any other reward whether it is ri
 | corruptions.py | clips with one thing wrong |
 """
 
+from .clip_quality import QUALITY
 from .corruptions import SCENE_CORRUPTIONS, VIDEO_CORRUPTIONS, corrupt
 from .dataset import Clips, load_prompts
 from .grammar import VOCABULARY, Group, Scene, held_out, parse
 from .layout import Layout, lay_out
-from .quality import QUALITY
 from .renderer import render, render_layout
-from .rewards import (
+from .specs import SceneSpecs
+from .splits import FAMILIES, SPLITS, family_of, sample_layouts, sample_scenes, split_of
+from .verifier import ALIGNMENT, PASS, Verification, verify
+from .verifier_rewards import (
     shapemotion_alignment,
     shapemotion_correct,
     shapemotion_product,
     shapemotion_quality,
     shapemotion_reward,
 )
-from .specs import SceneSpecs
-from .splits import FAMILIES, SPLITS, family_of, sample_layouts, sample_scenes, split_of
-from .verifier import ALIGNMENT, PASS, Verification, verify
 
 __all__ = [
     "ALIGNMENT",

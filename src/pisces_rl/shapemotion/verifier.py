@@ -33,9 +33,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from .clip_quality import QUALITY, quality_dimensions
 from .grammar import parse
 from .layout import DIRECTIONS, UNITS
-from .quality import QUALITY, quality_dimensions
 from .segmentation import nearest_background, pool, segment
 from .specs import SceneSpecs
 from .tracks import MIN_AREA, Tracks, track

@@ -1,22 +1,22 @@
 """Trainers: `Trainer(model, reward_funcs, args, train_dataset)`, in TRL's shape."""
 
-from .auxiliary import AuxiliaryLoss
-from .awm import AWMConfig, AWMTrainer
-from .backprop_config import RewardBackpropConfig
-from .backprop_trainer import RewardBackpropTrainer
-from .base import VideoPolicyTrainer
-from .consistency import ConsistencyDistillation
-from .flash_grpo import FlashGRPOConfig, FlashGRPOTrainer
-from .flow_dpo import FlowDPOConfig, FlowDPOTrainer
-from .flow_dppo import FlowDPPOConfig, FlowDPPOTrainer
-from .grpo_config import VideoGRPOConfig
-from .grpo_trainer import VideoGRPOTrainer
-from .loading import load_pipeline
+from .auxiliary.auxiliary_loss import AuxiliaryLoss
+from .auxiliary.consistency import ConsistencyDistillation
+from .backprop.backprop_config import RewardBackpropConfig
+from .backprop.backprop_trainer import RewardBackpropTrainer
+from .forward.awm import AWMConfig, AWMTrainer
+from .forward.flow_dpo import FlowDPOConfig, FlowDPOTrainer
+from .forward.nft import NFTConfig, NFTTrainer
+from .forward.rvm import RVMConfig, RVMTrainer
+from .grpo.flash_grpo import FlashGRPOConfig, FlashGRPOTrainer
+from .grpo.flow_dppo import FlowDPPOConfig, FlowDPPOTrainer
+from .grpo.grpo_config import VideoGRPOConfig
+from .grpo.grpo_trainer import VideoGRPOTrainer
 from .methods import METHODS
-from .nft import NFTConfig, NFTTrainer
-from .rollout_config import RolloutConfig
-from .rollout_trainer import RolloutTrainer
-from .rvm import RVMConfig, RVMTrainer
+from .policy_trainer import VideoPolicyTrainer
+from .rollouts.rollout_config import RolloutConfig
+from .rollouts.rollout_trainer import RolloutTrainer
+from .setup.load_pipeline import load_pipeline
 
 __all__ = [
     "METHODS", "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation", "FlashGRPOConfig",

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from ..policy.offload import OFFLOADED
-from ..policy.rules import check_call
+from ..policy.pipeline.offload import OFFLOADED
+from ..policy.pipeline.rules import check_call
 from ..run_files import ADAPTERS, listed
 from ._trl import _BaseConfig
-from .inherited_settings import check_inherited
-from .launch import check_processes, requested_sharding
+from .distributed.launch import check_processes, requested_sharding
+from .setup.inherited_settings import check_inherited
 
 OFFLOAD = (*OFFLOADED, "rewards")  # what `offload` may name
 STEPS = 16  # denoising steps where neither the config nor an embedded model says how many
@@ -151,7 +151,7 @@ class VideoPolicyConfig(_BaseConfig):
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        # accelerate would compile the policy as a whole; here its blocks are compiled (policy/execution.py)
+        # accelerate would compile the policy as a whole; here its blocks are compiled (policy/fast/execution.py)
         compiled = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
         if self.report_to is None:  # transformers takes it for the name of an integration

@@ -1,15 +1,15 @@
 """The methods that sample groups of videos and train on them, by name."""
 
-from .awm import AWMConfig, AWMTrainer
-from .flash_grpo import FlashGRPOConfig, FlashGRPOTrainer
-from .flow_dpo import FlowDPOConfig, FlowDPOTrainer
-from .flow_dppo import FlowDPPOConfig, FlowDPPOTrainer
-from .grpo_config import VideoGRPOConfig
-from .grpo_trainer import VideoGRPOTrainer
-from .nft import NFTConfig, NFTTrainer
-from .rollout_config import RolloutConfig
-from .rollout_trainer import RolloutTrainer
-from .rvm import RVMConfig, RVMTrainer
+from .forward.awm import AWMConfig, AWMTrainer
+from .forward.flow_dpo import FlowDPOConfig, FlowDPOTrainer
+from .forward.nft import NFTConfig, NFTTrainer
+from .forward.rvm import RVMConfig, RVMTrainer
+from .grpo.flash_grpo import FlashGRPOConfig, FlashGRPOTrainer
+from .grpo.flow_dppo import FlowDPPOConfig, FlowDPPOTrainer
+from .grpo.grpo_config import VideoGRPOConfig
+from .grpo.grpo_trainer import VideoGRPOTrainer
+from .rollouts.rollout_config import RolloutConfig
+from .rollouts.rollout_trainer import RolloutTrainer
 
 METHODS: dict[str, tuple[type[RolloutTrainer], type[RolloutConfig]]] = {
     "grpo": (VideoGRPOTrainer, VideoGRPOConfig),

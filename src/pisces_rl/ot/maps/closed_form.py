@@ -4,7 +4,7 @@ its coordinates shuffled, and least squares over pairs."""
 import torch
 from torch import Tensor
 
-from pisces_rl.ot.maps.base import TransportMap
+from pisces_rl.ot.maps.transport_map import TransportMap
 
 
 class IdentityMap(TransportMap):

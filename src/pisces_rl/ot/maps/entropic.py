@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from pisces_rl.ot.costs import squared_cost
-from pisces_rl.ot.maps.base import TransportMap
 from pisces_rl.ot.maps.closed_form import LinearMap
+from pisces_rl.ot.maps.transport_map import TransportMap
 from pisces_rl.ot.plans import transport_plan
 
 CHUNK_CELLS = 2**26

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pisces_rl.ot.maps.base import TransportMap
 from pisces_rl.ot.maps.closed_form import IdentityMap, LinearMap, MeanShiftMap
 from pisces_rl.ot.maps.entropic import EntropicMap
+from pisces_rl.ot.maps.transport_map import TransportMap
 from pisces_rl.ot.metrics import Estimate, default_blur, divergence_from, paired_recall
 
 BASELINES = ("identity", "mean_shift", "linear")

@@ -10,9 +10,9 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from pisces_rl.ot.maps.base import TransportMap
 from pisces_rl.ot.maps.batches import WithoutFirst, checked_batch
 from pisces_rl.ot.maps.neural_training import Training, body
+from pisces_rl.ot.maps.transport_map import TransportMap
 from pisces_rl.ot.plans import check_positive
 
 SKIPS = ("none", "linear")

@@ -9,8 +9,8 @@
 | xclip.py, videoprism.py, pe_video.py | X-CLIP, VideoPrism, PE-Video | no |
 """
 
-from .base import TextFeatures, VideoFeatures, VideoTextEncoder
-from .loading import load_encoder
+from .encoder import TextFeatures, VideoFeatures, VideoTextEncoder
+from .load_encoder import load_encoder
 from .tiny_vtm import TinyVTM, TinyVTMConfig
 
 __all__ = ["TextFeatures", "TinyVTM", "TinyVTMConfig", "VideoFeatures", "VideoTextEncoder", "load_encoder"]

@@ -7,7 +7,7 @@ from transformers import BertConfig
 from transformers.models.bert.modeling_bert import BertEmbeddings, BertLayer
 
 from pisces_rl.rewards.attention import route
-from pisces_rl.rewards.encoders.base import Fusion, additive
+from pisces_rl.rewards.encoders.encoder import Fusion, additive
 
 
 class CrossAttendingBert(nn.Module):

@@ -7,7 +7,14 @@ from torch import Tensor, nn
 from transformers import BlipForImageTextRetrieval, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.attention import fused_attention
-from pisces_rl.rewards.encoders.base import Fusion, TextFeatures, VideoFeatures, VideoTextEncoder, additive, tokenize
+from pisces_rl.rewards.encoders.encoder import (
+    Fusion,
+    TextFeatures,
+    VideoFeatures,
+    VideoTextEncoder,
+    additive,
+    tokenize,
+)
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD, _positions
 
 

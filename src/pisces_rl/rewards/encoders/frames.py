@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerBase, SiglipModel
 
-from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
+from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from pisces_rl.ot.costs import as_float
-from pisces_rl.rewards.encoders.base import (
+from pisces_rl.rewards.encoders.bert import CrossAttendingBert
+from pisces_rl.rewards.encoders.encoder import (
     Fusion,
     TextFeatures,
     VideoFeatures,
@@ -25,7 +26,6 @@ from pisces_rl.rewards.encoders.base import (
     grid,
     tokenize,
 )
-from pisces_rl.rewards.encoders.bert import CrossAttendingBert
 
 CARD, WEIGHTS = "config.json", "model.safetensors"
 #: Weights of pre-training that nothing here reads: teachers' decoders, the word-prediction head, image positions.

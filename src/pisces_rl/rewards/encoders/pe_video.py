@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PeVideoModel, PreTrainedTokenizerBase
 
-from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder, tokenize
+from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder, tokenize
 
 
 class PEVideoEncoder(VideoTextEncoder):

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from pisces_rl.rewards.encoders.base import (
+from pisces_rl.rewards.encoders.bert import CrossAttendingBert
+from pisces_rl.rewards.encoders.encoder import (
     Fusion,
     TextFeatures,
     VideoFeatures,
@@ -19,7 +20,6 @@ from pisces_rl.rewards.encoders.base import (
     grid,
     tokenize,
 )
-from pisces_rl.rewards.encoders.bert import CrossAttendingBert
 
 CARD, WEIGHTS = "config.json", "model.safetensors"
 

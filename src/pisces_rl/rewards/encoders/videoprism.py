@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, VideoPrismClipModel
 
-from pisces_rl.rewards.encoders.base import TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
+from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder, grid, tokenize
 
 
 class VideoPrismEncoder(VideoTextEncoder):

@@ -1,0 +1,167 @@
+"""How a denoiser is run: its repeated blocks compiled, and what backward recomputes.
+
+Sampling and update must be the same computation to the last bit, but a compiler makes different kernels of a function
+with and without gradients. So a compiled block runs the graph with gradients in both: while sampling, its inputs are
+cut off and its output is detached, and what the graph would keep for backward is freed at once.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from ..schedule.scheduler import PolicyError
+
+#: Attention kernels by name, each with those that take over where it cannot serve (a mask, a head size, a device).
+ATTENTION_KERNELS = {
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+    "flash": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
+    "math": (SDPBackend.MATH,),
+}
+_ATTENTION_OPS = {
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+}
+RECOMPUTE = ("nothing", "all_but_attention", "everything")
+
+
+def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
+    """Inside, scaled_dot_product_attention prefers the named kernel; None leaves the choice to torch."""
+    return contextlib.nullcontext() if name is None else sdpa_kernel(list(ATTENTION_KERNELS[name]), set_priority=True)
+
+
+def checkpointed(kernel: Callable[[], str | None]) -> Callable:
+    """What diffusers calls a block by under gradient checkpointing: backward computes it again by the same attention
+    kernel, which `kernel` names."""
+
+    def call(block: nn.Module, *args):
+        return checkpoint(block.__call__, *args, use_reentrant=False,
+                          context_fn=lambda: (contextlib.nullcontext(), attention_kernel(kernel())))  # fmt: skip
+
+    return call
+
+
+def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks a denoiser repeats, by diffusers' own lists of their classes."""
+    names = set(denoiser._repeated_blocks or denoiser._no_split_modules or ())
+    return [module for module in denoiser.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
+
+
+def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention", backend: str | None = "inductor",
+                   mode: str | None = None) -> int:
+    """Compile each repeated block of a denoiser; blocks of one class share their kernels.
+
+    Args:
+        recompute: what backward computes again instead of keeping: "nothing"; "all_but_attention", everything that it
+            needs but the outputs of attention; "everything".
+        backend, mode: of `torch.compile`; backend None runs the same without a compiler (to count its memory).
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        PolicyError: diffusers names no repeated blocks of this class.
+    """
+    blocks = repeated_blocks(denoiser)
+    if not blocks:
+        raise PolicyError(
+            f"{type(denoiser).__name__} names no blocks that it repeats (_repeated_blocks, _no_split_modules), so "
+            "there is nothing to compile block by block; leave torch_compile off."
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # batch sizes, adapters off
+    run = _RUNS[recompute]
+    if backend is not None:
+        run = torch.compile(run, backend=backend, mode=mode, dynamic=False, fullgraph=True)
+    carried: dict[type, set] = {}
+    for block in blocks:
+        block.forward = CompiledBlock(block, run, carried.setdefault(type(block), set()))
+    return len(blocks)
+
+
+@contextlib.contextmanager
+def plain_blocks(module: nn.Module) -> Iterator[None]:
+    """Inside, the blocks of `compile_blocks` are not compiled."""
+    held = {block: vars(block)["forward"] for block in module.modules()
+            if isinstance(vars(block).get("forward"), CompiledBlock)}  # fmt: skip
+    uncompile_blocks(module)
+    try:
+        yield
+    finally:
+        for block, forward in held.items():
+            block.forward = forward
+
+
+def uncompile_blocks(module: nn.Module) -> None:
+    """Undo `compile_blocks`, in a module or a copy of one."""
+    for block in module.modules():
+        if isinstance(vars(block).get("forward"), CompiledBlock):
+            del block.forward
+
+
+class CompiledBlock:
+    """A block's forward: one compiled graph, with gradients, for sampling and update alike."""
+
+    def __init__(self, block: nn.Module, run, carried: set):
+        self.block, self.run, self.carried = block, run, carried
+
+    def __call__(self, *args, **kwargs):
+        named = {**dict(enumerate(args)), **kwargs}
+        if not self.carried:  # which inputs are the previous block's outputs: those of an output's shape
+            with torch.no_grad():
+                shapes = [o.shape for o in tree_leaves(type(self.block).forward(self.block, *args, **kwargs))
+                          if isinstance(o, Tensor)]
+            tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
+            self.carried |= {key for key, value in tensors.items() if value.shape in shapes} or {next(iter(tensors))}
+        grad = torch.is_grad_enabled()
+        for key in self.carried & set(named):
+            if not (grad and named[key].requires_grad):
+                named[key] = named[key].detach().requires_grad_()
+        positional = [named[i] for i in range(len(args))]
+        with torch.enable_grad():
+            try:
+                output = self.run(
+                    type(self.block).forward, self.block, *positional, **{key: named[key] for key in kwargs}
+                )
+            except torch._dynamo.exc.Unsupported as error:
+                raise PolicyError(
+                    f"{type(self.block).__name__} cannot be compiled as one graph (LTX-2's blocks branch on a "
+                    "tensor's values); leave torch_compile off."
+                ) from error
+        return output if grad else tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
+
+
+# The function of the class is handed in: dynamo does not look into classes that diffusers marks as allowed in a graph.
+
+
+def _run(forward: Callable, block: nn.Module, *args, **kwargs):
+    return forward(block, *args, **kwargs)
+
+
+def _recompute(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _run_recomputed(forward: Callable, block: nn.Module, *args, **kwargs):
+    # By a policy: without one, torch 2.11 marks no operator inside an autograd.Function, and keeps its products.
+    contexts = functools.partial(create_selective_checkpoint_contexts, _recompute)
+    return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+def _keep_attention(context, operator, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _run_keeping_attention(forward: Callable, block: nn.Module, *args, **kwargs):
+    contexts = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+
+_RUNS = {"nothing": _run, "all_but_attention": _run_keeping_attention, "everything": _run_recomputed}

@@ -1,0 +1,1 @@
+"""LoRA adapters on a pipeline: added, checked, saved and read."""

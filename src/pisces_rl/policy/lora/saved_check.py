@@ -1,0 +1,113 @@
+"""Whether a saved adapter is the trained one: read back, or loaded into a fresh pipeline as plain diffusers does."""
+
+import contextlib
+import copy
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from ..fast.execution import plain_blocks, uncompile_blocks
+from ..fast.products import plain_products, unfuse_products
+from ..pipeline.guider import guided
+from ..pipeline.offload import device_of
+from .adapters import adapted_denoisers
+from .lora_files import load_lora, saved_state
+
+
+def check_saved_weights(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+    """Read a saved adapter back and compare it with the pipeline's own: a check that runs no model.
+
+    Raises:
+        RuntimeError: a tensor is missing, extra, or not equal to the bit.
+    """
+    folder = Path(folder)
+    for name, denoiser in adapted_denoisers(pipeline).items():
+        own, state = get_peft_model_state_dict(denoiser), saved_state(pipeline, folder, name)
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if not torch.equal(own[k].cpu(), state[k])]
+        if wrong:
+            raise RuntimeError(
+                f"the adapter saved in {folder} is not that of {name}: {len(wrong)} tensors are missing, extra or "
+                f"differ, e.g. {wrong[0]!r}. Look at the disk; the checkpoints are whole."
+            )
+
+
+def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """A fresh pipeline of the same class on the same base weights (shared, not copied), with no adapter."""
+    fresh = copy.copy(pipeline)  # with the attributes that users set, such as prompt templates
+    for name, component in adapted_denoisers(pipeline).items():
+        shared = {id(t): t for t in [*component.parameters(), *component.buffers()]}
+        component = copy.deepcopy(component, shared)
+        for path, module in list(component.named_modules()):
+            if isinstance(module, BaseTunerLayer):
+                parent, _, child = path.rpartition(".")
+                setattr(component.get_submodule(parent), child, module.get_base_layer())
+        uncompile_blocks(component)
+        unfuse_products(component)
+        vars(component).pop("peft_config", None)
+        component._hf_peft_config_loaded = False
+        setattr(fresh, name, component)
+    return fresh
+
+
+def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict, tolerance: float) -> float:
+    """Load the saved adapter into a fresh pipeline as plain diffusers does, sample, and compare the latents.
+
+    Args:
+        pipeline: the trained pipeline.
+        folder: where its adapter was saved.
+        call: arguments of one short sampling call, without generator and output_type.
+        tolerance: largest allowed relative difference of the latents (max abs difference / max abs value).
+
+    Returns:
+        The measured difference.
+
+    Raises:
+        RuntimeError: the reloaded adapter gives other videos.
+    """
+    fresh = without_adapters(pipeline)
+    load_lora(fresh, folder)
+    rounded = {}  # diffusers loads an adapter in the dtype of the base: that rounding is no difference of the file
+    for key, denoiser in adapted_denoisers(fresh).items():
+        for name, parameter in denoiser.named_parameters():
+            if "lora_" in name:  # beside a weight that is offloaded they were made on the CPU
+                parameter.data = parameter.data.to(device_of(denoiser))
+                rounded[key] = parameter.dtype
+    trained = {p: p.data for key, denoiser in adapted_denoisers(pipeline).items() if key in rounded
+               for name, p in denoiser.named_parameters() if "lora_" in name}  # fmt: skip
+    for key in rounded:
+        for parameter in adapted_denoisers(pipeline)[key].parameters():
+            if parameter in trained:
+                parameter.data = parameter.data.to(rounded[key])
+    try:
+        latents = [_latents(pipe, call) for pipe in (pipeline, fresh)]
+    finally:
+        for parameter, data in trained.items():
+            parameter.data = data
+    difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-8))
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"the adapter saved in {folder} does not reproduce the trained model: latents differ by {difference:.2g} "
+            f"(allowed {tolerance:g}). The files were kept; please report this with the pipeline's class name."
+        )
+    return difference
+
+
+def _latents(pipe: DiffusionPipeline, call: dict) -> Tensor:
+    """Of one call of a pipeline, without compiler and fused products, whose rounding is no difference of adapters."""
+    bar = vars(pipe).get("_progress_bar_config")
+    pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
+    with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:
+        for denoiser in adapted_denoisers(pipe).values():
+            plainly.enter_context(plain_blocks(denoiser))
+            plainly.enter_context(plain_products(denoiser))
+        output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
+    if bar is None:
+        del pipe._progress_bar_config
+    else:
+        pipe._progress_bar_config = bar
+    return output[0].float()

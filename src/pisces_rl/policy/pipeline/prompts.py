@@ -1,0 +1,212 @@
+"""Prompt embeddings, computed once per prompt."""
+
+import contextlib
+import hashlib
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch.utils._pytree import tree_leaves
+
+from ..schedule.scheduler import PolicyError
+
+
+class PromptMemo:
+    """Stands in for a pipeline's `encode_prompt` and remembers what it returned for each prompt.
+
+    Prompts are encoded one at a time, so that an embedding depends on its prompt alone: not on the batch it first
+    appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already carry embeddings,
+    or whose outputs do not stack (different lengths), go to the pipeline as they are; but without a mask its padding
+    would count, and a video would change with its batch-mates (Latte cuts a prompt alone and pads prompts together).
+
+    What is remembered belongs to the contents of all arguments, pixels of images included (see `content_key`); a call
+    with an argument whose contents have no key is made anew each time.
+
+    Args:
+        encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
+        size: number of prompts to remember, least recently used first out.
+        pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
+            take no mask, see `text_lengths`.
+        during: gives a context that is entered while prompts are encoded, once a call that meets new ones.
+    """
+
+    def __init__(self, encode_prompt, size: int = 256, pad: bool = False,
+                 during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+        self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
+        self.during = during
+        self.signature = inspect.signature(encode_prompt)
+        self.memory: OrderedDict[Any, Any] = OrderedDict()
+        self.record = contextlib.nullcontext  # see `VideoPolicy.record_with`
+
+    def __call__(self, *args, **kwargs):
+        self.stack = None
+        try:
+            return self._remembered(*args, **kwargs)
+        finally:
+            if self.stack is not None:
+                self.stack.close()
+
+    def _encode(self, *args, **kwargs):
+        if self.stack is None:
+            self.stack = contextlib.ExitStack()
+            self.stack.enter_context(self.during())
+        return self.encode_prompt(*args, **kwargs)
+
+    def _remembered(self, *args, **kwargs):
+        bound = self.signature.bind(*args, **kwargs).arguments
+        for name, parameter in self.signature.parameters.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                bound |= bound.pop(name, {})
+        prompt = bound.get("prompt")
+        has_embeddings = any(isinstance(value, torch.Tensor) for name, value in bound.items() if "prompt" in name)
+        if prompt is None and "batch_size" in bound:  # as many empty prompts
+            prompt = [None] * bound["batch_size"]
+        if not isinstance(prompt, list) or has_embeddings:
+            return self.encode_prompt(*args, **kwargs)
+        if len(prompt) > 1 and any(_several_images(value) for name, value in bound.items() if "prompt" not in name):
+            with self.record("text"):
+                return self._encode(*args, **kwargs)  # which image goes with which prompt, the pipeline knows
+        texts = {name: value for name, value in bound.items() if "prompt" in name and isinstance(value, list)}
+        for name, values in texts.items():
+            if len(values) != len(prompt):
+                raise PolicyError(f"{name} has {len(values)} values for {len(prompt)} prompts; give one string.")
+        outputs = []
+        for row, text in enumerate(prompt):
+            one = bound | {name: values[row:row + 1] for name, values in texts.items()}
+            one["prompt"] = None if text is None else [text]
+            if "batch_size" in bound:
+                one["batch_size"] = 1
+            outputs.append(self._encode_one(one))
+        unequal = self.pad and isinstance(outputs[0], tuple) and _lengths_differ(outputs)
+        if unequal:
+            self.padded, outputs = True, _padded(outputs)
+        compared = len(prompt) > 1 and not unequal and not _batched(outputs[0])
+        stacked = _stack(outputs, self._pair(bound) if compared else None)
+        if stacked is not None:
+            return stacked
+        with self.record("text"):
+            together = self._encode(*args, **kwargs)
+        if not _masked(together):
+            raise PolicyError(
+                f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
+                "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
+                "pipeline_kwargs (Latte: mask_feature=False)."
+            )
+        return together
+
+    def _pair(self, bound: dict):
+        """The first prompt twice: shows which outputs grow with the batch."""
+        lists = (name for name, value in bound.items() if "prompt" in name and isinstance(value, list))
+        return self._encode_one(bound | {name: bound[name][:1] * 2 for name in lists})
+
+    def _encode_one(self, arguments: dict):
+        key = content_key(arguments)
+        if key is None or key not in self.memory:
+            with self.record("text"), torch.no_grad():
+                output = self._encode(**arguments)
+            if key is None:
+                return output
+            self.memory[key] = output
+            while len(self.memory) > self.size:
+                self.memory.popitem(last=False)
+        self.memory.move_to_end(key)
+        return self.memory[key]
+
+
+def content_key(value):
+    """A hashable key of a value's contents, different for different contents; None where it has none.
+
+    Text, numbers, dtypes and devices, images, arrays and tensors have one, and lists, tuples and dicts of these.
+    """
+    kind = type(value).__name__
+    if value is None or isinstance(value, (str, bytes, int, float, np.generic, torch.dtype, torch.device)):
+        return kind, repr(value)
+    if isinstance(value, Image):
+        return kind, value.mode, value.size, repr(value.getpalette()), _digest(value.tobytes())
+    if isinstance(value, torch.Tensor):
+        flat = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        return kind, str(value.dtype), tuple(value.shape), str(value.device), _digest(flat.numpy())
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return kind, str(value.dtype), value.shape, _digest(np.ascontiguousarray(value))
+    if isinstance(value, dict):
+        value = sorted(value.items(), key=repr)
+    if isinstance(value, (list, tuple)):
+        keys = tuple(content_key(item) for item in value)
+        return None if None in keys else (kind, keys)
+    return None
+
+
+def _digest(data) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def _several_images(value) -> bool:
+    """Whether a value may hold an image for each prompt."""
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(leaf, (Image, torch.Tensor, np.ndarray)) for leaf in tree_leaves(value))
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 3
+
+
+def _lengths_differ(outputs: list[tuple]) -> bool:
+    return any(len({value.shape[1] for value in column}) > 1 for column in zip(*outputs) if _is_text(column[0]))
+
+
+def _padded(outputs: list[tuple]) -> list[tuple]:
+    """Embeddings (1, L, D) with zeros to the longest L of the batch."""
+    columns = []
+    for column in zip(*outputs):
+        if _is_text(column[0]):
+            longest = max(value.shape[1] for value in column)
+            column = [F.pad(value, (0, 0, 0, longest - value.shape[1])) for value in column]
+        columns.append(column)
+    return list(zip(*columns))
+
+
+def _masked(output) -> bool:
+    """Whether a mask may be among the outputs: anything but embeddings of (batch, ..., length, width)."""
+    leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
+    return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
+
+
+def _batched(output) -> bool:
+    """Whether every tensor of a one-prompt output has one row."""
+    if isinstance(output, tuple):
+        return all(_batched(part) for part in output)
+    return not isinstance(output, torch.Tensor) or (output.ndim > 0 and output.shape[0] == 1)
+
+
+def _stack(outputs: list, pair=None):
+    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit.
+
+    Args:
+        pair: the output for the first prompt twice, where some tensor has not one row a prompt: such a one may be
+            common to the batch, as Flux's ids of text positions are.
+    """
+    first = outputs[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        if pair is not None and not _batched(first):
+            if pair.shape == first.shape:
+                return first.clone() if all(torch.equal(o, first) for o in (pair, *outputs)) else None
+            if first.ndim == 0 or pair.shape[0] != 2 * first.shape[0]:
+                return None
+        return torch.cat(outputs) if all(o.shape[1:] == first.shape[1:] for o in outputs) else None
+    if not isinstance(first, tuple):
+        return None
+    joined = []
+    for column, twice in zip(zip(*outputs), pair or first):
+        stacked = None if column[0] is None else _stack(list(column), None if pair is None else twice)
+        if stacked is None and column[0] is not None:
+            return None
+        joined.append(stacked)
+    return tuple(joined)

@@ -1,0 +1,1 @@
+"""Noise schedules: the scheduler of a policy, its grid, and the numbers of each step."""

@@ -1,0 +1,1 @@
+"""What may run around a call of the pipeline: sampling, replay, one step, gradients through the sampler."""

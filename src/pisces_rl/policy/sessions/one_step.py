@@ -1,0 +1,80 @@
+"""What a pipeline's model predicts at one step from any state, by the same entry as a whole sample."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..schedule.scheduler import PolicyError
+from .session import LeavePipeline, Session, starts_without_followed
+
+
+@dataclass
+class Prediction:
+    """state: the latents that entered the step. clean: x0^. following: the state after the ODE's step. All fp32, in
+    the scheduler's layout. time: the step's share of noise t in [0, 1], a scalar, see `schedules`."""
+
+    state: Tensor
+    clean: Tensor
+    following: Tensor
+    time: Tensor
+
+    @staticmethod
+    def cat(parts: Sequence["Prediction"]) -> "Prediction":
+        """Those of all videos, in order."""
+        latents = [f.name for f in fields(Prediction) if f.name != "time"]
+        return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in latents), parts[0].time)
+
+
+class OneStep(Session):
+    """Skips to a step, puts in latents, and leaves with the prediction.
+
+    Args:
+        latents: clean ones, or with seeds=None those that enter the step; of no use at step 0.
+        seeds: of the noise by which clean latents are brought to the step's level.
+    """
+
+    def __init__(self, policy, prompts: Sequence[str], at: int, latents: Tensor | None, seeds: Sequence[int] | None,
+                 grad: bool, overrides: dict):
+        super().__init__(policy, prompts)
+        self.at, self.latents, self.seeds, self.grad, self.overrides = at, latents, seeds, grad, overrides
+        self.found: Prediction | None = None
+
+    @property
+    def needs_prediction(self) -> bool:
+        return self.index == self.at
+
+    def begin(self, scheduler) -> None:
+        super().begin(scheduler)
+        if not 0 <= self.at < len(scheduler.timesteps):
+            raise ValueError(f"step={self.at} is not a step of a schedule of {len(scheduler.timesteps)}.")
+        torch.set_grad_enabled(self.grad and self.at == 0)
+
+    def step(self, prediction: Tensor, x: Tensor) -> Tensor:
+        self.check_step()
+        if self.index == self.at:
+            self.found = Prediction(x.detach().float(), self.schedule.denoised(self.at, prediction, x),
+                                    self.moments(prediction, x, 0.0)[0], self.schedule.time(self.at))
+            raise LeavePipeline
+        self.index += 1
+        if self.index < self.at:
+            return x
+        torch.set_grad_enabled(self.grad)
+        if self.seeds is None:
+            return self.latents.to(x)
+        return self.schedule.noised(self.at, self.latents, seeded_noise(self.latents, self.seeds)).to(x)
+
+    def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
+        raise starts_without_followed(self)
+
+    def check_finished(self) -> None:
+        if self.found is None:
+            raise PolicyError(f"{type(self.policy.pipeline).__name__} never reached step {self.at} of its schedule.")
+
+
+def seeded_noise(latents: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Normal noise like latents (B * rows, ...), each video's from its own seed."""
+    shape = latents.shape[0] // len(seeds), *latents.shape[1:]
+    noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return noise.to(latents.device)

@@ -1,0 +1,86 @@
+"""A denoiser on several ranks: its frozen weights in parts, each block gathered when it runs, or its tokens in parts.
+
+Only the base is sharded, by torch's `fully_shard` (FSDP2). The adapter is small and stays whole on every rank, so that
+its gradients, its file and its average are what they are without sharding. Gathering is a collective: every rank must
+call the denoiser as often as every other.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from diffusers import ContextParallelConfig
+from torch import nn
+from torch.distributed import DeviceMesh, ReduceOp, all_reduce
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+from ..fast.execution import repeated_blocks
+from ..schedule.scheduler import PolicyError
+
+
+def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True,
+          cpu_offload: bool = False) -> None:
+    """Shard the frozen parameters of a denoiser over a mesh of one dimension; trainable ones are left alone.
+
+    Args:
+        mesh: of the ranks. Parts lie on its device, wherever the weights were before; one block moves at a time.
+        reshard_after_forward: free a block's gathered weights after its forward and gather them again for backward;
+            False keeps them, which is faster and needs the memory of the whole.
+        cpu_offload: keep the parts in the memory of the CPU.
+    """
+    trained = {p for p in denoiser.parameters() if p.requires_grad}
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    for module in [*reversed(repeated_blocks(denoiser)), denoiser]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload,
+                    ignored_params=trained)  # fmt: skip
+    for parameter in trained:
+        parameter.data = parameter.data.to(mesh.device_type)
+
+
+def share_tokens(denoiser: nn.Module, mesh: DeviceMesh) -> None:
+    """Split each video's tokens over the ranks of the mesh's dimension "ulysses", by diffusers' context parallelism.
+
+    Attention changes to a split by heads and back (DeepSpeed-Ulysses, arXiv 2309.14509). Each of these ranks then has
+    the gradient of its own tokens: the sum over them is that of the video.
+
+    Args:
+        mesh: with dimensions "ring", of size 1, and "ulysses".
+
+    Raises:
+        PolicyError: diffusers has no plan for the class, or its heads cannot be divided.
+    """
+    name, degree = type(denoiser).__name__, mesh["ulysses"].size()
+    if denoiser._cp_plan is None:
+        raise PolicyError(
+            f"context_parallel={degree}: diffusers has no plan (_cp_plan) to split the tokens of {name}; leave it 1."
+        )
+    heads = denoiser.config.num_attention_heads
+    if heads % degree:
+        raise PolicyError(f"context_parallel={degree} must divide the {heads} attention heads of {name}.")
+    denoiser.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
+
+
+@contextlib.contextmanager
+def tokens_divide() -> Iterator[None]:
+    """Says in a PolicyError what diffusers means by a tensor that cannot be divided."""
+    try:
+        yield
+    except AssertionError as error:
+        if "divisible by mesh size" not in str(error):
+            raise
+        raise PolicyError(
+            "context_parallel: the tokens of a video cannot be divided among its ranks; choose height, width and "
+            "num_frames whose number of latent patches is a multiple of it."
+        ) from error
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a module's weights lie in parts, by FSDP2 or by DeepSpeed."""
+    return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters())
+
+
+def largest_over_ranks(number: int, mesh: DeviceMesh) -> int:
+    """The largest of the ranks' numbers."""
+    value = torch.tensor(number, device=mesh.device_type)
+    all_reduce(value, ReduceOp.MAX, group=mesh.get_group())
+    return int(value)

@@ -1,0 +1,119 @@
+"""Consistency distillation on captioned videos: its own ODE, learnt to be crossed in one step from anywhere."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from ...policy import Rollout, VideoPolicy
+from ...transitions import Paper
+from ..data.images import images_of
+from ..data.seeds import sample_seed
+from ..data.video_data import check_prompt, check_videos, undecoded, video_of
+from ..watch.callbacks import AdapterEMA
+from .auxiliary_loss import AuxiliaryLoss
+
+ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
+
+
+def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
+    """sqrt((x - y)^2 + c^2) - c, the mean over everything but the batch (Song & Dhariwal, arXiv 2310.14189)."""
+    return ((x - y).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
+
+
+class ConsistencyDistillation(AuxiliaryLoss):
+    r"""The loss of latent consistency distillation (LCM, arXiv 2310.04378) through any pipeline.
+
+    From a clip's latents x0 and a step n of a schedule of N,
+
+        x_n     = x0 with noise at the level of step n
+        x_{n+1} = the step of the reference policy's ODE from x_n, perhaps guided
+        L       = huber( x0^(x_n),  x0^_average(x_{n+1}) ),         huber(d) = sqrt(d^2 + c^2) - c
+
+    with x0^ the model's prediction under the adapter, and under the adapter's moving average. At the last step x_{n+1}
+    is itself the target. At the first, x_n is the pipeline's start noise.
+
+    Args:
+        video_dataset: captioned videos, rows with `prompt`, the image columns, and `video`: a path, the bytes of a
+            file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8.
+        weight: of the term. steps: N. guidance: guidance_scale of the ODE's step, so that it is distilled, too; None:
+            as the pipeline is called. decay: of the average. batch_size: clips of a micro-batch on each process; None:
+            per_device_train_batch_size. huber_c: c.
+
+    Raises ValueError for settings out of range, and for a data set that has no length or lacks a column.
+    """
+
+    name = "consistency"
+    uses_reference = True
+    papers = (
+        Paper("2310.04378", "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference"),
+    )
+
+    def __init__(self, video_dataset, weight: float = 1.0, *, steps: int = 16, guidance: float | None = None,
+                 decay: float = 0.95, batch_size: int | None = None, huber_c: float = 1e-3):
+        super().__init__(weight, batch_size)
+        if steps < 2 or not 0 < decay < 1:
+            raise ValueError(
+                f"ConsistencyDistillation: steps={steps} must be at least 2, and decay={decay} lie between 0 and 1."
+            )
+        check_videos(video_dataset)
+        self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
+        self.guidance = {} if guidance is None else {"guidance_scale": guidance}
+
+    def begin(self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], *, seed: int, image_columns: Sequence[str],
+              reference: Callable[[], AbstractContextManager]) -> None:
+        self.policy, self.seed, self.image_columns, self.reference = policy, seed, image_columns, reference
+        self.average = AdapterEMA(adapter, self.decay)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.average.update()
+
+    def state_dict(self) -> dict:
+        return self.average.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        self.average.load_state_dict(state)
+
+    def restart(self) -> None:
+        self.average.restart()
+
+    def card_settings(self) -> dict[str, str]:
+        return {"consistency distillation": f"weight {self.weight}"}
+
+    def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
+        """(count,) losses with gradients of a part (which, of how many) of the batch of that number.
+
+        Rows, noise and step are the whole batch's, so that any division of it into parts has the same losses.
+        """
+        which, parts = part
+        own = range(which * count, (which + 1) * count)
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, ROWS, number))
+        rows = torch.randint(len(self.dataset), (count * parts,), generator=generator).tolist()
+        seeds = [sample_seed(self.seed, NOISE, number, i) for i in own]
+        prompts, images, clean = self._clips([rows[i] for i in own])
+        clips, every = Rollout(prompts, seeds, None, [], conditions=images, clean=clean), range(count)
+        generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
+        step = int(torch.randint(self.steps, (1,), generator=generator))
+        drawn = {"noise_seeds": seeds, "num_inference_steps": self.steps}
+
+        with self.reference():
+            teacher = self.policy.predict(clips, every, step=step, **drawn, **self.guidance)
+        target = teacher.following
+        if step + 1 < self.steps:
+            with self.average:
+                target = self.policy.predict(clips, every, step=step + 1, state=teacher.following, **drawn).clean
+        predicted = self.policy.predict(clips, every, step=step, state=teacher.state, grad=True, **drawn).clean
+        return pseudo_huber(predicted.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
+
+    def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:
+        """Prompts, what conditions the pipeline besides them, and latents."""
+        samples = [self.dataset[row] for row in rows]
+        prompts = [sample["prompt"] for sample in samples]
+        for row, prompt in zip(rows, prompts):
+            check_prompt(row, prompt)
+        columns = {name: [s[name] for s in samples] for name in self.image_columns if name in samples[0]}
+        images = images_of(columns | {"prompt": prompts}, self.image_columns)
+        codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
+        videos = [codec.fitted(video_of(row, sample, codec.video[0])) for row, sample in zip(rows, samples)]
+        return prompts, images, codec.encode(self.policy.pipeline, torch.stack(videos))

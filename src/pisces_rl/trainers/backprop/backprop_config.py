@@ -1,0 +1,72 @@
+"""Configuration of `RewardBackpropTrainer`."""
+
+from dataclasses import dataclass, field
+
+from ..config import VideoPolicyConfig
+
+THROUGH = ("last_steps", "random_steps", "low_variance", "one_step")
+
+
+@dataclass
+class RewardBackpropConfig(VideoPolicyConfig):
+    r"""Settings of [`RewardBackpropTrainer`], on top of `transformers.TrainingArguments`.
+
+    Names and defaults are those of `VideoGRPOConfig` where they mean the same. Each optimizer step uses
+    `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.
+    """
+
+    # --- what carries the gradient ---
+    backprop_through: str = field(
+        default="last_steps",
+        metadata={"help": "'last_steps': the last `backprop_steps` denoising steps (DRaFT-K, VADER). 'random_steps': "
+                  "the last K, K drawn evenly from 1 to num_inference_steps for each micro-batch (AlignProp). "
+                  "'low_variance': the last step, on `low_variance_samples` fresh noisings of each sample (DRaFT-LV). "
+                  "'one_step': the prediction x0^ of one step drawn from one_step_range, decoded (ReFL, PISCES)."},
+    )
+    backprop_steps: int = field(default=1, metadata={"help": "K of 'last_steps'."})
+    low_variance_samples: int = field(default=2, metadata={"help": "Noisings of each sample under 'low_variance'."})
+    one_step_range: list[int] | None = field(
+        default=None, metadata={"help": "Two integers low high: 'one_step' draws from [low, high). Unset: all steps."}
+    )
+    decode_frames: int | None = field(
+        default=None,
+        metadata={"help": "Decode this many neighbouring latent frames from a random one on; the rewards of a step "
+                  "see a video that is as short where clips are decoded whole, and the memory shrinks with it. Unset: "
+                  "all."},
+    )
+    checkpoint_decoder: bool = field(
+        default=True, metadata={"help": "Whether to compute the decoder's activations again instead of keeping them."}
+    )
+
+    # --- rewards ---
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "'std': each reward is divided by a running average of its standard deviation over the "
+                  "optimizer step's samples, so that weights compare like with like; 'none': by nothing."},
+    )
+    reward_std_decay: float = field(default=0.9, metadata={"help": "Of that running average, per optimizer step."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, allowed in (("backprop_through", THROUGH), ("scale_rewards", ("none", "std"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
+        for name in ("low_variance_samples", "decode_frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if not 0 <= self.reward_std_decay < 1:
+            raise ValueError(f"reward_std_decay={self.reward_std_decay} must lie in [0, 1).")
+
+    def _check_steps(self, steps: int) -> None:
+        super()._check_steps(steps)
+        if not 1 <= self.backprop_steps <= steps:
+            raise ValueError(
+                f"backprop_steps={self.backprop_steps} must lie between 1 and num_inference_steps={steps}."
+            )
+        window = self.one_step_range or [0, steps]
+        if len(window) != 2 or not 0 <= window[0] < window[1] <= steps:
+            raise ValueError(
+                f"one_step_range={self.one_step_range} must be two integers with 0 <= low < high <= "
+                f"num_inference_steps={steps}."
+            )

@@ -1,0 +1,1 @@
+"""Methods that train on noised videos: NFT, AWM, RVM, Flow-DPO."""

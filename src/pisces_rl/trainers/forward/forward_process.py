@@ -1,0 +1,177 @@
+"""Training on sampled videos that are noised anew: what NFT, AWM, RVM and Flow-DPO share.
+
+No log-probabilities and no stochastic steps: any deterministic sampler draws the videos, only their clean latents x0
+are kept, and the model is asked at any noise level. In the coordinates of flow matching, in which every schedule is a
+flow (see `policy.schedules`),
+
+    x_t = (1 - t) x0 + t e,    v* = e - x0,    v = (x_t - x0^) / t
+
+with x0^ the model's prediction, whatever it predicts by itself. So v - v* = (x0 - x0^) / t for every family.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ...policy import Rollout
+from ..data.seeds import sample_seed
+from ..rollouts.losses import mean_square
+from ..rollouts.rollout_config import RolloutConfig
+from ..rollouts.rollout_trainer import Metrics, RolloutTrainer
+from ..rollouts.scored import ScoredRollout
+
+NOISE, LEVELS = range(30, 32)  # what a seed is for
+
+
+@dataclass
+class ForwardProcessConfig(RolloutConfig):
+    """Settings of every method that trains on noised videos, on top of `RolloutConfig`."""
+
+    beta: float = field(
+        default=1e-4, metadata={"help": "Weight of mean (v - v_ref)^2, which holds the policy near the reference."}
+    )
+    train_levels: int | None = field(
+        default=None,
+        metadata={"help": "At how many noise levels a micro-batch is trained, drawn without replacement from those of "
+                  "the schedule. Unset: at all."},
+    )
+    train_schedule_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps of the schedule whose noise levels these are. Unset: num_inference_steps, the levels "
+                  "that sampling visits."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.share_initial_noise:
+            raise ValueError("share_initial_noise=True, but only the start noise tells the videos of a group apart: "
+                             "these methods sample without further noise. Leave it out.")
+        if self.beta < 0:
+            raise ValueError(f"beta={self.beta} must not be negative: it weights the distance to the reference.")
+
+    def _check_steps(self, steps: int) -> None:
+        super()._check_steps(steps)
+        if self.train_schedule_steps is not None and self.train_schedule_steps < 1:
+            raise ValueError(f"train_schedule_steps={self.train_schedule_steps} must be at least 1, or unset.")
+        levels = self.train_schedule_steps or steps
+        if self.train_levels is not None and not 1 <= self.train_levels <= levels:
+            raise ValueError(
+                f"train_levels={self.train_levels} must lie between 1 and {levels}, the steps of the schedule whose "
+                "noise levels are drawn; or leave it unset for all."
+            )
+
+    def uses_reference(self) -> bool:
+        return super().uses_reference() or self.beta > 0
+
+
+@dataclass
+class Noised:
+    """B videos at one noise level, and what policies make of them.
+
+    Attributes:
+        time: t, a scalar.
+        clean: (B * rows_per_video, ...) x0, fp32. predicted: x0^ of the trained policy, with gradients.
+        old, reference, average: x0^ of these policies without gradients; None where they are not asked.
+        advantages: (B,).
+    """
+
+    time: Tensor
+    clean: Tensor
+    predicted: Tensor
+    advantages: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+    average: Tensor | None = None
+
+    def mean_square(self, difference: Tensor) -> Tensor:
+        """Of each video, (B,)."""
+        return mean_square(difference, len(difference) // len(self.advantages))
+
+    def distance(self, one: Tensor, other: Tensor) -> Tensor:
+        """mean (v - v')^2 of two predictions x0^, or to the target v*, of which x0 is the prediction. (B,)"""
+        return self.mean_square(one - other) / self.time**2
+
+
+class ForwardProcessTrainer(RolloutTrainer):
+    """The core of the methods that train on noised videos; each says `loss`, and what it is compared with."""
+
+    _told_of_equal_rewards = False
+
+    def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
+        """The losses of B videos at one noise level, (B,); what is logged goes to `metrics`."""
+        raise TypeError(f"{type(self).__name__} has no loss: define loss(noised, metrics).")
+
+    def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
+        metrics: Metrics = defaultdict(list)
+        device, steps = self.accelerator.device, self._levels()
+        total = torch.zeros((), device=device)
+        for samples, places, own in scored.each(self._taken(rows, scored.spread[rows])):
+            share = scored.spread[own].to(device, torch.float32) / (count * len(steps))
+            for step in steps:
+                noised = self._noised(scored, samples, places, own, step)
+                loss = (self.loss(noised, metrics) * share).sum()
+                with self.logged_gradient(step):
+                    self.accelerator.backward(loss)
+                total += loss.detach()
+        return total, metrics
+
+    def _taken(self, rows: list[int], known: Tensor) -> list[int]:
+        """The rows that teach something: not a group whose rewards are equal. Ranks that share weights make the same
+        calls, so there they are all taken, and weigh nothing."""
+        return rows if self.policy.mesh is not None else [row for row, has in zip(rows, known) if has]
+
+    def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
+        super()._take(parts, state, count)
+        equal = [row for row, has in enumerate(self.scored.spread) if not has]
+        if equal and not self._told_of_equal_rewards:
+            self._told_of_equal_rewards = True
+            warnings.warn(
+                f"the rewards of {self.scored.samples.prompts[equal[0]]!r} tell none of its videos from another (all "
+                "are equal, or none applies): such groups get no step. frac_reward_zero_std says how many there are.",
+                stacklevel=2,
+            )
+
+    def _levels(self) -> list[int]:
+        """The steps of the schedule at whose noise levels this micro-batch is trained, the same on all processes."""
+        args = self.args
+        steps = args.train_schedule_steps or args.num_inference_steps
+        generator = torch.Generator().manual_seed(sample_seed(args.seed, LEVELS, self._step))
+        return torch.randperm(steps, generator=generator)[:args.train_levels].tolist()
+
+    def _noise_row(self, row: int) -> int:
+        """By which row of the whole rollout a video's noise is drawn."""
+        return row
+
+    def _noised(self, scored: ScoredRollout, samples: Rollout, places: list[int], rows: Sequence[int],
+                step: int) -> Noised:
+        """The videos `rows` of `scored`, which are `places` of `samples`, at the noise level of a step."""
+        args, use = self.args, self._step // self.args.steps_per_generation
+        seeds = [sample_seed(args.seed, NOISE, use, self._noise_row(scored.first_row + row), step) for row in rows]
+        drawn = {"noise_seeds": seeds, "step": step}
+        if args.train_schedule_steps is not None:
+            drawn["num_inference_steps"] = args.train_schedule_steps
+        # Without gradients first: they exchange the adapter's values, for which no graph may wait.
+        known = {}
+        for name, policy in self.compared(scored).items():
+            with policy:
+                known[name] = self.policy.predict(samples, places, **drawn).clean
+        own = self.policy.predict(samples, places, grad=True, **drawn)
+        return Noised(own.time, samples.clean_rows(places).to(own.clean), own.clean,
+                      scored.advantages[list(rows)].to(own.clean.device), **known)
+
+    def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
+        """{attribute of `Noised`: a context in which the policy is the one that it is compared with}."""
+        return {"reference": self.initial.reference()} if self.args.beta else {}
+
+    def anchored(self, loss: Tensor, noised: Noised, metrics: Metrics) -> Tensor:
+        """loss + beta mean (v - v_ref)^2, (B,)."""
+        if noised.reference is None:
+            return loss
+        distance = noised.distance(noised.predicted, noised.reference)
+        metrics["velocity/reference_distance"].append(distance.detach().mean())
+        return loss + self.args.beta * distance

@@ -1,0 +1,1 @@
+"""What all methods share that sample groups of videos: rollouts, rewards, advantages, losses."""

@@ -1,0 +1,95 @@
+"""Rewards beside the rollout: the videos of one part are scored while the next part is sampled."""
+
+import threading
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+
+from ...policy.fast.execution import attention_kernel
+from ...rewards import RewardPanel, RewardTable, compares_videos
+from ...rewards.thread_settings import with_settings_of_this_thread
+
+
+class OverlappedRewards:
+    """Scores the parts of a rollout in a thread, in their order, on a CUDA stream of its own where there is one.
+
+        with overlapped:
+            for part in parts:
+                ...sample it...
+                overlapped.submit(prompts, videos, columns, state)
+            table = overlapped.table(all_prompts, all_videos, all_columns, state)
+
+    A reward is called once for each part; one that `compares_videos` once for the whole rollout, in `table`. What a
+    reward raises is raised by the next `submit` or by `table`. An interrupt does not wait for the reward that is being
+    computed.
+
+    Args:
+        panel: the rewards. device: of the videos.
+        attention: the denoiser's attention kernel. Torch keeps that choice for all threads at once, so the rewards
+            have it, too, all the time: not now and then, as the threads happen to meet.
+    """
+
+    def __init__(self, panel: RewardPanel, device: torch.device, attention: str | None = None):
+        comparing = [i for i, func in enumerate(panel.funcs) if compares_videos(func)]
+        self.places = [[i for i in range(len(panel)) if i not in comparing], comparing]
+        self.each, self.together = (panel.only(places) for places in self.places)
+        self.attention = attention
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __enter__(self) -> "OverlappedRewards":
+        self.queue, self.tables, self.error = SimpleQueue(), [], None
+        self.stopped = threading.Event()
+        self.kernel = attention_kernel(self.attention)
+        self.kernel.__enter__()
+        work = self.queue, self.tables, self.stopped  # of this rollout: an earlier, interrupted one keeps its own
+        target = with_settings_of_this_thread(self._work)
+        self.thread = threading.Thread(target=target, args=work, name="rewards", daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.stopped.set()
+        self.queue.put(None)
+        if kind is None or issubclass(kind, Exception):
+            self.thread.join()
+        self.kernel.__exit__(None, None, None)
+
+    def submit(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> None:
+        """Score these videos as soon as those before them are."""
+        self._raise()
+        ready = None
+        if self.stream is not None:
+            ready = torch.cuda.current_stream(videos.device).record_event()
+        self.queue.put((ready, (prompts, videos, columns, trainer_state)))
+
+    def table(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> RewardTable:
+        """Wait for the parts; the table of the whole rollout, of which these are prompts, videos and columns."""
+        self.queue.put(None)
+        self.thread.join()
+        self._raise()
+        if self.stream is not None:
+            torch.cuda.current_stream(videos.device).wait_stream(self.stream)
+        whole = RewardTable.stack(self.tables)
+        if not len(self.together):
+            return whole
+        return RewardTable.side_by_side([whole, self.together(prompts, videos, columns, trainer_state)], self.places)
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def _work(self, queue: SimpleQueue, tables: list[RewardTable], stopped: threading.Event) -> None:
+        try:
+            while (job := queue.get()) is not None and not stopped.is_set():
+                ready, inputs = job
+                if self.stream is None:
+                    tables.append(self.each(*inputs))
+                    continue
+                with torch.cuda.stream(self.stream):
+                    self.stream.wait_event(ready)
+                    inputs[1].record_stream(self.stream)
+                    tables.append(self.each(*inputs))
+        except BaseException as error:  # for the thread that samples
+            if not stopped.is_set():
+                self.error = error

@@ -1,0 +1,362 @@
+"""What all methods share that sample videos, score them, and train on them for a while.
+
+Each iteration has two stages.
+
+1. Rollout. For every prompt a group of G videos is sampled; rewards score them, and each video's advantage is its
+   reward against its group's.
+2. Update. The algorithm back-propagates its loss on micro-batches of the rollout. Gradients are averaged over
+   processes once per optimizer step.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import time
+import warnings
+from collections.abc import Iterator
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from ...policy import Rollout, adapter_values
+from ...policy.fast.execution import attention_kernel
+from .._trl import EpochRepeatSampler
+from ..data.images import group_keys, images_of
+from ..data.seeds import sample_seed
+from ..policy_trainer import VideoPolicyTrainer
+from ..setup.checks import check_dataset
+from ..watch.callbacks import AdapterEMA
+from ..watch.training_metrics import add_recorded
+from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
+from .overlap import OverlappedRewards
+from .scored import ScoredRollout
+
+NOISE, STEP, WINDOW, SHUFFLE = range(4)  # what a seed is for
+
+Metrics = dict[str, list[float | Tensor]]
+
+
+class RolloutTrainer(VideoPolicyTrainer):
+    """Prompts, seeds, sampling, rewards, groups, advantages, micro-batches, logs and resume; an algorithm says
+
+    - `trained_steps`: which denoising steps are stochastic and trained; none, by default: samples are deterministic;
+    - `followed`: the averages of the adapter that it needs beside the trained one, and `sampling_policy`: which of
+      them draws the videos;
+    - `backward`: its loss.
+
+    Arguments are those of `VideoPolicyTrainer`; `args` is a `RolloutConfig`.
+    """
+
+    _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
+                          "gradient_accumulation_steps", "num_iterations")
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config=None, callbacks=None, auxiliary_losses=None):
+        check_dataset("train_dataset", train_dataset)
+        prompts_per_rollout = args.generation_batch_size // args.num_generations
+        if len(train_dataset) < prompts_per_rollout:
+            raise ValueError(
+                f"a rollout takes {prompts_per_rollout} different prompts (generation_batch_size "
+                f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
+                f"{len(train_dataset)}; add prompts, or lower the batch size."
+            )
+        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
+                         auxiliary_losses)
+        self.overlapped = None
+        if args.overlap_rewards:
+            self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
+        self.scored: ScoredRollout | None = None
+        self._rollout_state: dict = {}  # what draws it again in a run that is resumed inside it
+        self._resumed_rollout: dict | None = None
+        self.followers: dict[str, AdapterEMA] = self.followed()
+        self.prompt_statistics = PromptStatistics(
+            args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
+        ) if args.per_prompt_stat_tracking else None
+
+    # --- what an algorithm says --------------------------------------------------------------------------------------
+
+    @property
+    def kept_together(self) -> int:
+        """How many neighbouring videos a micro-batch must not part."""
+        return 1
+
+    def trained_steps(self, number: int, group: int) -> list[int]:
+        """The denoising steps that are stochastic and recorded, in the videos of a group of the number-th rollout."""
+        return []
+
+    def followed(self) -> dict[str, AdapterEMA]:
+        """{name: an average of the adapter}: kept beside it, saved and resumed with it."""
+        return {}
+
+    def sampling_policy(self) -> contextlib.AbstractContextManager:
+        """Inside, the policy is the one that draws the rollouts; by default the trained one."""
+        return contextlib.nullcontext()
+
+    def before_rollout(self) -> None:
+        """Called before each rollout but the first, under the weights that the last update left."""
+
+    def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
+        """Back-propagate the loss of a micro-batch.
+
+        Args:
+            scored: the rollout. rows: the micro-batch, of `scored`.
+            count: what the sum of the videos' losses is divided by: the optimizer step's videos on this process.
+
+        Returns:
+            The loss, a detached scalar, and what is logged.
+        """
+        raise TypeError(f"{type(self).__name__} has no loss: define backward(scored, rows, count).")
+
+    # --- data: every prompt G times, every rollout's prompts for as many micro-batches as it is used -----------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        self.scored = self._resumed_rollout = None
+        self._step += -self._step % self._uses_per_rollout  # a second train() begins with a rollout of its own
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def get_train_dataloader(self):
+        return self._get_dataloader(
+            self.train_dataset, "Training", self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler, is_training=True,
+        )
+
+    def _get_train_sampler(self, dataset=None):
+        args = self.args
+        sampler = EpochRepeatSampler(
+            self.train_dataset if dataset is None else dataset, mini_repeat_count=args.num_generations,
+            batch_size=args.generation_batch_size // args.num_generations,
+            repeat_count=args.num_iterations * args.steps_per_generation, shuffle=args.shuffle_dataset, seed=args.seed,
+        )
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        return sampler
+
+    @property
+    def _uses_per_rollout(self) -> int:
+        return self.args.steps_per_generation * self.args.num_iterations
+
+    # --- stage 1: rollout --------------------------------------------------------------------------------------------
+
+    def _generate_and_score(self, inputs: list[dict]) -> None:
+        args, number = self.args, self._step // self._uses_per_rollout
+        prompts, columns, images = self._columns(inputs)
+        videos = []
+
+        def each(rows: slice, drawn: Tensor) -> None:
+            videos.append(drawn)
+            if self.overlapped is not None:
+                own = {name: values[rows] for name, values in columns.items()}
+                self.overlapped.submit(prompts[rows], drawn, own, self.state)
+
+        with self.overlapped or contextlib.nullcontext():
+            with self.sampling_policy():
+                parts = self._sample(prompts, images, each)
+                drawn_by = self._weights_in_use()
+            videos = torch.cat(videos)
+            # Also where nothing overlaps, rewards have the denoiser's attention kernel.
+            with self.stage("rewards"), attention_kernel(args.attention_kernel):
+                score = self.rewards if self.overlapped is None else self.overlapped.table
+                table = score(prompts, videos, columns, self.state)
+        logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
+        if logs_now and args.num_sample_videos and self.is_world_process_zero():
+            count = min(args.num_sample_videos, len(prompts))
+            self.report.write_samples(
+                f"samples/rollout_{self.state.global_step:06d}", videos[:count].cpu(), prompts[:count],
+                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, "rollout",
+                self.state.global_step,
+            )
+
+        self.ranks.meet(f"with the rewards of rollout {number}")
+        each_part = args.context_parallel  # processes with the same videos; the first one's rewards are all theirs
+        values = self.accelerator.gather(table.values.to(self.accelerator.device)[None])[::each_part]
+        values = values.flatten(0, 1).cpu()
+        keys = self._keys(prompts, images)
+        self._check_groups(keys)
+        advantages, rewards, group_std = group_advantages(
+            values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
+            aggregation=args.multi_objective_aggregation,
+        )
+        earlier = None
+        if self.prompt_statistics is not None:
+            earlier = self.prompt_statistics.state_dict()
+            advantages = self.prompt_statistics.advantages(keys, rewards)
+        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip),
+                 "spread": (group_std > 0) | (advantages != 0), "at": self.state.global_step}
+        self._take(parts, state, len(prompts))
+        if drawn_by is not None:
+            self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
+        self._log_rollout(table, values, rewards, group_std)
+
+    def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
+        """A rollout's prompts, further columns, and images of the pipeline, by row."""
+        prompts = [row["prompt"] for row in inputs]
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
+        return prompts, columns, images_of(columns | {"prompt": prompts}, self.image_columns)
+
+    def _sample(self, prompts: list[str], images: dict[str, list], each) -> list[tuple[list[int], Rollout]]:
+        """This process's share of the present rollout, see `ScoredRollout.parts`, without its videos; each(rows,
+        videos) is called for every part that is ready, in order."""
+        args, number = self.args, self._step // self._uses_per_rollout
+        first_row = self.data_part * len(prompts)
+        ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
+        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
+        noise_seeds = [sample_seed(args.seed, number, NOISE, i) for i in noise_ids]
+        step_seeds = [sample_seed(args.seed, number, STEP, i) for i in ids]
+        steps = [self.trained_steps(number, i // args.num_generations) for i in ids]
+        parts: dict[tuple[int, ...], list[tuple[list[int], Rollout]]] = {}
+        with self.stage("rollout"):
+            for rows in _calls(steps, args.rollout_batch_size or len(prompts)):
+                samples = self.policy.sample(prompts[rows], noise_seeds=noise_seeds[rows], step_seeds=step_seeds[rows],
+                                             steps=steps[rows.start],
+                                             conditions={name: own[rows] for name, own in images.items()})
+                each(rows, samples.videos)
+                samples.videos = None  # the update needs the latents only
+                parts.setdefault(tuple(steps[rows.start]), []).append((list(range(rows.start, rows.stop)), samples))
+        return [(list(itertools.chain(*(rows for rows, _ in own))), Rollout.cat([samples for _, samples in own]))
+                for own in parts.values()]
+
+    def _weights_in_use(self) -> dict[str, Tensor] | None:
+        """Those that draw this rollout, where a checkpoint may lie inside it."""
+        if self._uses_per_rollout <= self.args.gradient_accumulation_steps:
+            return None
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.adapter.items()}
+
+    def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
+        """This process's part of what is known of the whole rollout, and the rows of its micro-batches."""
+        args, number = self.args, self._step // self._uses_per_rollout
+        first_row = self.data_part * count
+        order = torch.arange(count)
+        if args.steps_per_generation > 1:
+            seed = sample_seed(args.seed, number, SHUFFLE, self.data_part)
+            unit = self.kept_together
+            order = torch.randperm(count // unit, generator=torch.Generator().manual_seed(seed))
+            order = (order[:, None] * unit + torch.arange(unit)).flatten()
+        own = slice(first_row, first_row + count)
+        self._rollout_state = state
+        self.scored = ScoredRollout(
+            parts, state["advantages"][own], state["spread"][own], number, state["at"], first_row,
+            [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
+        )
+
+    def _draw_again(self, inputs: list[dict], state: dict) -> None:
+        """The rollout inside which a run was resumed, under the weights that drew it; its rewards are known.
+
+        Where the data or a setting of sampling has changed it is another rollout, and scored as one.
+        """
+        prompts, _, images = self._columns(inputs)
+        if state.get("drawn from") != self._drawn_from(self._keys(prompts, images)):
+            if self.prompt_statistics is not None and state.get("statistics") is not None:
+                self.prompt_statistics.load_state_dict(state["statistics"])
+            self._generate_and_score(inputs)
+            return
+        with adapter_values(self.adapter, state["weights"]):
+            parts = self._sample(prompts, images, lambda rows, videos: None)
+        self._take(parts, state, len(prompts))
+
+    def _keys(self, prompts: list[str], images: dict[str, list]) -> list[str]:
+        """What the group of each video of the whole rollout has in common, see `group_keys`."""
+        together = self.args.context_parallel
+        return [key for own in gather_object([group_keys(prompts, images)])[::together] for key in own]
+
+    def _drawn_from(self, keys: list[str]) -> str:
+        """A digest of all that a rollout's videos depend on besides the weights."""
+        args = self.args
+        drawn_from = keys, args.seed, args.share_initial_noise, sorted(args.policy_settings().items())
+        return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
+
+    def _check_groups(self, keys: list[str]) -> None:
+        size = self.args.num_generations
+        for start in range(0, len(keys), size):
+            if len(set(keys[start:start + size])) != 1:
+                raise RuntimeError(
+                    f"group {start // size} mixes prompts {set(keys[start:start + size])}. A transform of "
+                    "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
+                )
+
+    def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
+        metrics = self._metrics["train"]
+        unscored = int(values.isnan().all(1).sum())
+        if unscored and len(self.rewards) and self.is_world_process_zero():
+            warnings.warn(
+                f"no reward applies to {unscored} of a rollout's {len(values)} videos (all returned None): they teach "
+                "nothing. Reward their prompts, or leave them out of train_dataset.", stacklevel=2,
+            )
+        for i, name in enumerate(self.rewards.names):
+            metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
+            metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
+            metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
+        metrics["reward"].append(rewards.nanmean().item())
+        metrics["reward_std"].append(nanstd(rewards).item())
+        metrics["frac_reward_zero_std"].append((group_std == 0).float().mean().item())
+        correlation = group_correlation(values, self.args.num_generations)
+        for (i, a), (j, b) in itertools.combinations(enumerate(self.rewards.names), 2):
+            if not correlation[i, j].isnan():
+                metrics[f"reward_correlation/{a}/{b}"].append(correlation[i, j].item())
+        add_recorded(metrics, table)
+
+    # --- stage 2: update ---------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        start = time.perf_counter()
+        use = self._step % self._uses_per_rollout
+        if self.scored is None and use and self._resumed_rollout is not None:
+            self._draw_again(inputs, self._resumed_rollout)
+        elif self.scored is None or use == 0:
+            if self._step:
+                self.before_rollout()
+            self._generate_and_score(inputs)
+        rows = self.scored.micro_batches[self._step % self.args.steps_per_generation]
+        with self.stage("update"):
+            loss, metrics = self.backward(self.scored, rows, len(rows) * self.current_gradient_accumulation_steps)
+        for name, values in metrics.items():
+            self._metrics["train"][name] += values
+        loss += self.backward_auxiliary_losses()
+        with self.stage("update"):
+            if self.accelerator.sync_gradients:
+                self.policy.check_replays()
+                self.all_reduce_gradients()
+        self._step += 1
+        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
+        return loss
+
+    @contextlib.contextmanager
+    def logged_gradient(self, index: int):
+        """Logs the norm of the gradient that one denoising step contributes inside."""
+        parameters = list(self.adapter.values())
+        before = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+        fresh = [p.grad for p in parameters if p.grad is not None]
+        if fresh:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fresh)))
+            self._metrics["train"][f"grad_norm/step_{index}"].append(norm)
+        for parameter, earlier in zip(parameters, before):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
+
+    # --- resume ------------------------------------------------------------------------------------------------------
+
+    def _averages(self) -> dict[str, AdapterEMA | None]:
+        return super()._averages() | self.followers
+
+    def _extra_state(self) -> dict:
+        statistics = None if self.prompt_statistics is None else self.prompt_statistics.state_dict()
+        unfinished = self._rollout_state if self._step % self._uses_per_rollout else None
+        return super()._extra_state() | {"prompt_statistics": statistics, "rollout": unfinished}
+
+    def _load_extra_state(self, state: dict) -> None:
+        super()._load_extra_state(state)
+        self.scored, self._resumed_rollout = None, state.get("rollout")
+        if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
+            self.prompt_statistics.load_state_dict(state["prompt_statistics"])
+
+
+def _calls(steps: list[list[int]], size: int) -> Iterator[slice]:
+    """Neighbouring rows with the same trained steps, at most `size` of them."""
+    start = 0
+    for _, same in itertools.groupby(steps):
+        stop = start + len(list(same))
+        for first in range(start, stop, size):
+            yield slice(first, min(first + size, stop))
+        start = stop

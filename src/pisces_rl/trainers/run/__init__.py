@@ -1,0 +1,1 @@
+"""A run and its folder: checkpoints, resume, evaluation, report, adapter files."""

@@ -1,0 +1,1 @@
+"""Before training: checks, the pipeline, the policy that it begins with."""

@@ -1,0 +1,133 @@
+"""What must hold before a model is loaded: data sets of prompts, rewards, settings that need each other."""
+
+import os
+import re
+import sys
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from ...rewards import OFFERED, RewardPanel
+
+
+def check_dataset(name: str, dataset, several: bool = False) -> None:
+    """A data set of prompts (where `several` may be: or a dict of them), or a ValueError that says what is missing."""
+    if several and isinstance(dataset, dict):
+        check_set_names(name, list(dataset))
+        for key, part in dataset.items():
+            check_dataset(f"{name}[{key!r}]", part)
+        return
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"{name} is a {type(dataset).__name__}; pass a datasets.Dataset with a `prompt` column.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(f"{name} has columns {dataset.column_names} but none named `prompt`; rename the text column.")
+    if taken := [column for column in dataset.column_names if column in OFFERED]:
+        raise ValueError(
+            f"{name} has columns {taken}, but every reward is given arguments of these names ({', '.join(OFFERED)}), "
+            "so the columns would never reach one; rename them, or remove them with remove_columns."
+        )
+    shown = dataset.format
+    if not (shown["type"] in (None, "custom") or shown["output_all_columns"] or "prompt" in shown["columns"]):
+        raise ValueError(
+            f"{name} has the format {shown['type']!r} of the columns {shown['columns']}, which leaves out `prompt`; "
+            "pass output_all_columns=True to set_format, or call with_format(None)."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty; it needs at least one prompt.")
+    # by the slice, 100 times faster; but a transform works on what it is given, so it gets one row at a time
+    column = dataset["prompt"] if shown["type"] == "custom" else dataset["prompt"][:]
+    for row, prompt in enumerate(column):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name} row {row}: prompt is {prompt!r}; every prompt must be a string.")
+
+
+def check_set_names(name: str, keys: list) -> None:
+    """A ValueError where the name of an evaluation set cannot name its files on every system."""
+    for i, key in enumerate(keys):
+        problem = _not_a_file_name(key)
+        if problem is None and key.casefold() in (str(other).casefold() for other in keys[:i]):
+            problem = "differs from another set's in upper and lower case only"
+        if problem is not None:
+            raise ValueError(
+                f"{name}[{key!r}]: the name {problem}, but samples and sheets are filed under it. Name the set like "
+                "'held_out', or 'new prompts'."
+            )
+    if not keys:
+        raise ValueError(f"{name} is an empty dict; it needs at least one data set, or pass None.")
+
+
+def _not_a_file_name(key) -> str | None:
+    """What is wrong with it."""
+    if not isinstance(key, str):
+        return f"is a {type(key).__name__} and no string"
+    if not key:
+        return "is empty"
+    bad = sorted({c for c in key if c in '/\\:*?"<>|' or not c.isprintable()})
+    if bad:
+        return f"has characters that no file may have in its name: {bad}"
+    if key != key.strip() or key.startswith(".") or key.endswith("."):
+        return "starts or ends with a space or a dot"
+    if re.fullmatch(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", key, re.IGNORECASE):
+        return "is reserved on Windows"
+    try:
+        long = len(os.fsencode(key)) > 100
+    except UnicodeEncodeError:
+        return f"cannot be encoded for this system's files ({sys.getfilesystemencoding()}; set PYTHONUTF8=1)"
+    return "is longer than 100 bytes" if long else None
+
+
+def check_output_dir(folder: str) -> None:
+    """Make the folder of a run; a ValueError where that is not possible."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={folder!r} cannot be made ({error.strerror}); name a folder that may be written, not a file."
+        ) from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output_dir={folder!r} is read-only; name a folder that may be written.")
+
+
+def check_best_metric(name: str | None, prefix: str, metrics: dict[str, float]) -> None:
+    """A ValueError where an evaluation lacks the metric that says which model is best, before the first save."""
+    wanted = None if name is None else name if name.startswith(f"{prefix}_") else f"{prefix}_{name}"
+    if wanted is not None and wanted not in metrics:
+        raise ValueError(
+            f"metric_for_best_model={name!r} is no metric of this evaluation, which measures {sorted(metrics)}."
+        )
+
+
+def check_reference(args, uses_reference: bool) -> None:
+    """A ValueError where a reference is asked for that no term of the loss refers to."""
+    if args.continue_reference == "adapter" and not uses_reference:
+        raise ValueError(
+            "continue_reference='adapter', but nothing refers to it: there is neither a KL term (beta) nor an "
+            "auxiliary loss that uses a reference (ConsistencyDistillation). Leave it out, or set one of these."
+        )
+
+
+def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:
+    """(R,) weights of the rewards, 1 each by default; a ValueError where there is no reward, or not one for each."""
+    if not len(rewards) and not may_lack_rewards:
+        raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
+    weights = weights or [1.0] * len(rewards)
+    if len(weights) != len(rewards):
+        raise ValueError(f"reward_weights has {len(weights)} values for {len(rewards)} rewards; give one each.")
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def settle_evaluation(args, eval_dataset, rewards: RewardPanel) -> None:
+    """Sets what `args` leaves open of evaluation; a ValueError where it asks for what cannot be measured."""
+    if eval_dataset is None:
+        args.eval_on_start = False
+        if args.eval_strategy != "no":
+            raise ValueError(f"eval_strategy={str(args.eval_strategy.value)!r} needs an eval_dataset.")
+    if args.load_best_model_at_end and args.metric_for_best_model == "loss":
+        args.metric_for_best_model, args.greater_is_better = "reward", True
+    if args.load_best_model_at_end and args.metric_for_best_model == "reward" and not len(rewards):
+        raise ValueError(
+            "load_best_model_at_end=True, but without rewards nothing says which model is best: set "
+            "metric_for_best_model to a judge, for instance 'judges/NAME/mean' (with several evaluation sets "
+            "'SET_judges/NAME/mean')."
+        )

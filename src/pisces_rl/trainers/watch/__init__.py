@@ -1,0 +1,1 @@
+"""What is watched while a run goes on: metrics, time, the plan of a step, callbacks."""
