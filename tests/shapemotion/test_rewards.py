@@ -31,8 +31,8 @@ def verifications(monkeypatch):
         calls.append(len(prompts))
         return verify(videos, prompts)
 
-    monkeypatch.setattr(rewards, "verify", counted)
-    monkeypatch.setattr(rewards, "_latest", None)
+    monkeypatch.setattr(verifier_rewards, "verify", counted)
+    monkeypatch.setattr(verifier_rewards, "_latest", None)
     return calls
 
 
