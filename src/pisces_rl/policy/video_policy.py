@@ -25,6 +25,7 @@ from .pipeline.inference_only import check_trainable
 from .pipeline.latents import LatentCodec
 from .pipeline.offload import device_of, kind_of, leave_idle, place, resident
 from .pipeline.prompts import PromptMemo
+from .pipeline.quirks import ONE_VIDEO_AT_A_TIME
 from .pipeline.rules import checked_kwargs, checked_window, denoisers_of, scheduler_of
 from .pipeline.text_lengths import takes_mask
 from .rollout import Rollout
@@ -34,9 +35,6 @@ from .sessions.one_step import OneStep, Prediction
 from .sessions.pipeline_call import run, run_until_left, videos_of
 from .sessions.session import Comparison, Replay, ReplayStep, Sampling
 from .sharded.sharding import largest_over_ranks, shard, share_tokens
-
-# Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
-ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
 
 
 class VideoPolicy(nn.Module):

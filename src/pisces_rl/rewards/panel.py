@@ -131,22 +131,24 @@ class RewardPanel:
         with shared_encodings(backward=True):
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
-                values = self._call(name, func, offered(name))
-                table.values[:, i] = checked_values(name, values, prompts)
-                guard.check(name)
-                if not isinstance(values, Tensor) or not values.requires_grad:
-                    raise RewardError(
-                        f"reward {name!r} says differentiable = True, but returned a {type(values).__name__} without "
-                        "a graph to the videos: leave out .detach(), .item(), torch.no_grad, or use VideoGRPOTrainer."
-                    )
-                with _named(name):  # rewards of one encoder share a part of their graphs
-                    (gradient,) = torch.autograd.grad(values.sum(), videos, retain_graph=i + 1 < len(self))
-                bad = (~gradient.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
-                if bad:
-                    raise RewardError(
-                        f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
-                        f"{prompts[bad[0]]!r}. Training stops before it learns from that."
-                    )
+                with self.record(f"rewards/{name}"):
+                    values = self._call(name, func, offered(name))
+                    table.values[:, i] = checked_values(name, values, prompts)
+                    guard.check(name)
+                    if not isinstance(values, Tensor) or not values.requires_grad:
+                        raise RewardError(
+                            f"reward {name!r} says differentiable = True, but returned a {type(values).__name__} "
+                            "without a graph to the videos: leave out .detach(), .item(), torch.no_grad, or use "
+                            "VideoGRPOTrainer."
+                        )
+                    with _named(name):  # rewards of one encoder share a part of their graphs
+                        (gradient,) = torch.autograd.grad(values.sum(), videos, retain_graph=i + 1 < len(self))
+                    bad = (~gradient.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
+                    if bad:
+                        raise RewardError(
+                            f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
+                            f"{prompts[bad[0]]!r}. Training stops before it learns from that."
+                        )
                 gradients.append(gradient)
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients

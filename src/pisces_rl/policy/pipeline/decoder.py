@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..schedule.scheduler import PolicyError
 from ..sessions.session import replaced_method
+from .quirks import WITHOUT_SLICES
 
-# Its slices share what one leaves for the next (diffusers 0.42): the second fails.
-WITHOUT_SLICES = ("AutoencoderKLMagvit",)
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -1,0 +1,6 @@
+"""All that this package knows of a model by its name; whatever else differs between pipelines is found by asking them."""
+
+#: Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
+ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
+#: Autoencoders whose slices share what one leaves for the next (diffusers 0.42): the second fails.
+WITHOUT_SLICES = ("AutoencoderKLMagvit",)
