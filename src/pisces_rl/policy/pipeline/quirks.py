@@ -1,4 +1,4 @@
-"""All that this package knows of a model by its name; whatever else differs between pipelines is found by asking them."""
+"""All that this package knows of a model by its name; what else differs between pipelines is found by asking."""
 
 #: Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
 ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)

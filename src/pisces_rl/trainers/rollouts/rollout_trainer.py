@@ -112,6 +112,9 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         self.scored = self._resumed_rollout = None
+        if not self._step:
+            for follower in self.followers.values():  # the weights may have been set since they were made
+                follower.restart()
         self._step += -self._step % self._uses_per_rollout  # a second train() begins with a rollout of its own
         return super().train(resume_from_checkpoint, **kwargs)
 
