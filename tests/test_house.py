@@ -238,3 +238,16 @@ def test_pages_mention_only_files_that_exist(page):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose) if "://" not in link]
     missing += [link for link in links if link and not ((ROOT / page).parent / link).exists()]
     assert not missing, f"{page} mentions files that do not exist: {missing}"
+
+
+def test_no_two_files_have_one_name():
+    names = [path.name for path in PACKAGE.rglob("*.py") if path.name != "__init__.py"]
+    assert sorted(names) == sorted(set(names))
+
+
+@pytest.mark.parametrize("room", ["trainers/rollouts", "trainers/policy_trainer.py", "trainers/run", "trainers/data"])
+def test_what_all_methods_share_knows_none_of_them(room):
+    methods = ("pisces_rl.trainers.grpo", "pisces_rl.trainers.forward", "pisces_rl.trainers.backprop")
+    paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
+    assert paths and not [(path.name, name) for path in paths for name in imported_modules(path)
+                          if name.startswith(methods)]
