@@ -21,6 +21,14 @@ torch.set_num_threads(1)
 PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """AnimateDiff's UNet is the slowest of the tiny pipelines, and TextToVideoSD is another UNet that predicts epsilon."""
+    for item in items:
+        if getattr(item, "callspec", None) and item.callspec.params.get("family") == "animatediff":
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_finish(session):
     """Garbage is not looked for among the objects of torch, diffusers and transformers: accelerate collects it once a
     run, which was 40 % of a tiny run's time."""

@@ -63,6 +63,7 @@ def test_shipped_model_follows_prompts(shipped):
     assert result.alignment.mean() > 0.6 and result.correct.mean() > 0.3
 
 
+@pytest.mark.slow
 def test_whole_clip_vae_equals_diffusers(shipped):
     """Numbers and gradients, in the layout that training uses, too."""
     vae = shipped.vae

@@ -18,13 +18,14 @@ TWICE = {"num_iterations": 2}
 @pytest.mark.parametrize("method, stop, settings", [
     pytest.param("nft", 2, {"old_decay_rate": 0.2, "ema_decay": 0.8}, marks=pytest.mark.slow),
     ("nft", 3, TWICE | {"old_decay_rate": 0.2, "ema_decay": 0.8}),
-    ("awm", 3, HALVES | {"average_decay_rate": 0.2, "average_decay_max": 0.5, "rollout_batch_size": 3}),
+    pytest.param("awm", 3, HALVES | {"average_decay_rate": 0.2, "average_decay_max": 0.5, "rollout_batch_size": 3},
+                 marks=pytest.mark.slow),
     pytest.param("rvm", 3, HALVES, marks=pytest.mark.slow),
     pytest.param("flow_dpo", 3, HALVES | {"num_generations": 2}, marks=pytest.mark.slow),
-    ("flow_dpo", 3, PAIRS | {"per_device_train_batch_size": 2, "steps_per_generation": 2,
-                             "gradient_accumulation_steps": 1}),
+    pytest.param("flow_dpo", 3, PAIRS | {"per_device_train_batch_size": 2, "steps_per_generation": 2,
+                                         "gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
     ("flash_grpo", 3, HALVES | {"num_inference_steps": 4, "num_generations": 2}),
-    ("flow_dppo", 3, TWICE),
+    pytest.param("flow_dppo", 3, TWICE, marks=pytest.mark.slow),
 ], ids=["nft-between", "nft-inside", "awm", "rvm", "flow_dpo", "flow_dpo-pairs", "flash_grpo", "flow_dppo"])
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, method, stop, settings):
     """Between two rollouts, or inside the use of one (stop=3: it is drawn again under the weights that drew it)."""

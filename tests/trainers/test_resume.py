@@ -68,6 +68,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
         assert logged(whole, name) == logged(resumed, name)
 
 
+@pytest.mark.slow
 def test_the_order_of_the_data_is_the_uninterrupted_one(tmp_path):
     """TRL's sampler would draw epoch 0's order again after a resume in epoch 2."""
     def run(folder, callbacks, resume=False):
