@@ -23,7 +23,7 @@ PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """AnimateDiff's UNet is the slowest of the tiny pipelines, and TextToVideoSD is another UNet that predicts epsilon."""
+    """AnimateDiff's is the slowest of the tiny pipelines; TextToVideoSD is another UNet that predicts epsilon."""
     for item in items:
         if getattr(item, "callspec", None) and item.callspec.params.get("family") == "animatediff":
             item.add_marker(pytest.mark.slow)
