@@ -1,6 +1,5 @@
 """Flow-DPO: preferences between two videos of a prompt (arXiv 2501.13918, after Diffusion-DPO, arXiv 2311.12908)."""
 
-from collections import defaultdict
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -156,24 +155,9 @@ class FlowDPOTrainer(ForwardProcessTrainer):
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 
-    def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
-        args, device, steps = self.args, self.accelerator.device, self._levels()
-        metrics: Metrics = defaultdict(list)
-        pairs, known = self._pairs(scored, rows)
-        share = known.to(device) * args.num_generations / (count * len(steps))  # of count videos, a pair a group
-        total = torch.zeros((), device=device)
-        for samples, places, own in scored.each(pairs):  # one part at most
-            for step in steps:
-                noised = self._noised(scored, samples, places, own, step)
-                loss = (self.loss(noised, metrics) * share).sum()
-                with self.logged_gradient(step):
-                    self.accelerator.backward(loss)
-                total += loss.detach()
-        return total, metrics
-
-    def _pairs(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """Rows winner, loser, ... of the P groups that are taken, the best and the worst; and whether one is better
-        than the other, (P,)."""
+    def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
+        """Rows winner, loser, ... of the P groups that are taken, the best and the worst; and (P,) weights: G, since
+        of a group's G videos one pair is trained on, or 0 where none is better."""
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
             group = rows[start:start + size]
@@ -182,7 +166,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         winners, losers = pairs[::2], pairs[1::2]
         known = scored.spread[winners] & (scored.advantages[winners] > scored.advantages[losers])
         taken = self._taken(pairs, known.repeat_interleave(2))
-        return taken, known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2)
+        return taken, size * (known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2))
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         """(P,) for rows winner, loser, ..."""

@@ -109,9 +109,10 @@ class ForwardProcessTrainer(RolloutTrainer):
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
         metrics: Metrics = defaultdict(list)
         device, steps = self.accelerator.device, self._levels()
+        taken, weights = self.taught(scored, rows)
+        share = weights.to(device) / (count * len(steps))
         total = torch.zeros((), device=device)
-        for samples, places, own in scored.each(self._taken(rows, scored.spread[rows])):
-            share = scored.spread[own].to(device, torch.float32) / (count * len(steps))
+        for samples, places, own in scored.each(taken):  # one part at most: all videos are sampled alike
             for step in steps:
                 noised = self._noised(scored, samples, places, own, step)
                 loss = (self.loss(noised, metrics) * share).sum()
@@ -119,6 +120,11 @@ class ForwardProcessTrainer(RolloutTrainer):
                     self.accelerator.backward(loss)
                 total += loss.detach()
         return total, metrics
+
+    def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
+        """The rows of a micro-batch that are trained on, and the weight of each of their losses."""
+        taken = self._taken(rows, scored.spread[rows])
+        return taken, scored.spread[taken].float()
 
     def _taken(self, rows: list[int], known: Tensor) -> list[int]:
         """The rows that teach something: not a group whose rewards are equal. Ranks that share weights make the same
