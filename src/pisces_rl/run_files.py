@@ -8,6 +8,8 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from .whole_files import write_json
+
 LIST = "run_files.json"
 README, OTHER_CARD = "README.md", "model_card.md"  # the second where the user's own README is in the first's place
 CARD_MARK = "by reinforcement learning with pisces_rl"  # a sentence of our cards; a README without it is the user's
@@ -204,7 +206,4 @@ def _read(folder: Path) -> dict | None:
 
 
 def _write(folder: Path, run: str, files: dict[str, bool]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{LIST}.tmp"
-    temporary.write_text(json.dumps({"run": run, "files": files}, indent=0), encoding="utf-8")
-    os.replace(temporary, folder / LIST)
+    write_json(folder / LIST, {"run": run, "files": files}, indent=0)

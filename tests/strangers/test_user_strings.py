@@ -71,7 +71,7 @@ def test_any_text_stays_text_in_a_table(text):
 @pytest.fixture
 def sample_folder(tmp_path):
     """Clips of prompts as people write them, of a set with a name as they give it."""
-    from pisces_rl.trainers.run.run_folder import write_json
+    from pisces_rl.whole_files import write_json
 
     folder = tmp_path / "samples" / "step_000001" / "100% #1 (new)"
     write_json(folder / "rewards.json", {"prompts": NASTY[:4]})

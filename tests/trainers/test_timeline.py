@@ -263,7 +263,7 @@ def test_a_broken_run_leaves_its_trace_and_its_error(tmp_path):
 
 
 def test_a_full_disk_costs_the_trace_and_not_the_run(tmp_path):
-    (tmp_path / "trace_rank0.tmp").mkdir()  # in its way
+    (tmp_path / "trace_rank0.json").mkdir()  # in its way
     made = trainer(tmp_path, max_steps=1, trace_steps=1, eval_dataset=prompts(1))
     with pytest.warns(UserWarning, match="trace_rank0.json could not be written"):
         made.train()

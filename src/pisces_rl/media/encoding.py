@@ -12,8 +12,8 @@ from av.video.reformatter import ColorRange, Colorspace
 from PIL import Image
 from torch import Tensor
 
+from ..whole_files import atomically
 from .pixels import enlarge, pixels
-from .whole_files import atomically
 
 # of software: "h264" may be that of a GPU which is not there
 _CODECS = (("libx264", {"crf": "14", "preset": "veryfast"}), ("libopenh264", {}), ("mpeg4", {"qscale": "2"}))

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..whole_files import atomically
 from .captions import FONT_SIZE, MAX_LINES, fonts, wrapped
 from .pixels import enlarge, pixels
-from .whole_files import atomically
 
 _MARGIN, _GAP = 12, 4
 _PAPER, _INK, _FAINT, _BETTER, _WORSE = "#e9ecf1", "#1b1f24", "#6b7480", "#127a3a", "#b3261e"

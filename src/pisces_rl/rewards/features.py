@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +10,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
+from pisces_rl.whole_files import atomically, write_json
 
 CARD = "features.json"
 SHARD = 1024  # samples a file
@@ -75,9 +75,8 @@ def cache_features(
         path = folder / f"{state.process_index}-{number:05d}.safetensors"
         if _samples_in(path) < len(shard):
             tensors = _encode(encoder, shard, batch_size, hidden)
-            save_file(tensors, f"{path}.partial", metadata={"samples": str(len(shard))})
-            os.chmod(f"{path}.partial", folder.stat().st_mode & 0o666)  # safetensors: for the owner alone
-            os.replace(f"{path}.partial", path)
+            data = save(tensors, metadata={"samples": str(len(shard))})
+            atomically(path, lambda file, data=data: file.write(data))
     state.wait_for_everyone()
     return load_features(folder, count)
 
@@ -105,9 +104,7 @@ def _claim(folder: Path, card: dict) -> None:
         if differ:
             raise ValueError(f"folder: {folder} holds features of {', '.join(differ)}; choose another folder.")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{CARD}.partial").write_text(json.dumps(card) + "\n", encoding="utf-8")
-    os.replace(folder / f"{CARD}.partial", folder / CARD)
+    write_json(folder / CARD, card)
 
 
 def _samples_in(path: Path) -> int:

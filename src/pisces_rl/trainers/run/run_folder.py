@@ -1,22 +1,13 @@
 """What a run leaves in its folder beside checkpoints and adapter: evaluations, samples, a report."""
 
 import json
-import os
-from pathlib import Path
 
 from torch import Tensor
 
 from ... import media
 from ...run_files import RunFiles
+from ...whole_files import write_json
 from .report import compare, markdown_comparison
-
-
-def write_json(path: Path, content) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def write_samples(files: RunFiles, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list],

@@ -13,11 +13,12 @@ from transformers.trainer_callback import CallbackHandler
 
 from ... import media
 from ...run_files import RunFiles
+from ...whole_files import write_json
 from ..setup.checks import check_best_metric
 from ..watch.timeline import Timeline
 from .evaluation import Evaluator, means_of_sets
 from .report import print_comparison, read_evaluation
-from .run_folder import evaluation_file, first_evaluation, write_json, write_report, write_samples
+from .run_folder import evaluation_file, first_evaluation, write_report, write_samples
 
 
 class RunReport:

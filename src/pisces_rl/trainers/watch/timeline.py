@@ -1,7 +1,6 @@
 """Where the seconds of a training run go: spans, the parts of a step that sum to it, and a Chrome trace."""
 
 import contextlib
-import json
 import os
 import threading
 import time
@@ -18,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
+
+from ...whole_files import write_json
 
 IDLE = "idle"  # what no span covers: data, logging, waiting for other processes
 ORDER = ("text", "rollout", "sampling", "decode", "rewards", "update")
@@ -169,11 +170,7 @@ class Timeline:
             events.append(named | {"name": "thread_name", "tid": tid, "args": {"name": where}})
             events += [{"ph": "X", "pid": self.rank, "tid": tid, "name": name, "dur": (end - start) * 1e6,
                         "ts": (self.epoch + start) * 1e6} for name, (start, _), (end, _) in lane.spans]  # fmt: skip
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}), encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, {"traceEvents": events, "displayTimeUnit": "ms"})
 
     def leave_trace(self, folder: str | os.PathLike) -> None:
         """`write_trace` into trace_rankN.json, also where a run broke off; a run does not end for want of it."""

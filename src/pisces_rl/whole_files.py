@@ -1,5 +1,6 @@
 """Files that appear whole or not at all."""
 
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -22,3 +23,9 @@ def atomically(path: str | Path, write: Callable) -> Path:
         Path(temporary).unlink(missing_ok=True)
         raise
     return path
+
+
+def write_json(path: str | Path, content, indent: int | None = None) -> Path:
+    """Content as JSON, in UTF-8."""
+    text = json.dumps(content, indent=indent) + "\n"
+    return atomically(path, lambda file: file.write(text.encode("utf-8")))
