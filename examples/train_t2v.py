@@ -9,8 +9,8 @@
 --method is grpo, flash_grpo, flow_dppo, nft, awm, rvm or flow_dpo, and decides which settings there are (--method nft
 --help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is
 {"prompt": ..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without
-rewards. Without --config
-and --model it follows recipes/shapemotion_METHOD.yaml: the embedded tiny-wan on ShapeMotion.
+rewards. Without --config and --model it follows recipes/shapemotion_METHOD.yaml (of rvm, if no method is named): the
+embedded tiny-wan on ShapeMotion.
 """
 
 import argparse
@@ -30,7 +30,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 @dataclass
 class MethodArguments(ScriptArguments):
-    method: str = field(default="nft", metadata={"help": f"One of {', '.join(METHODS)}."})
+    method: str = field(default="rvm", metadata={"help": f"One of {', '.join(METHODS)}."})
 
 
 def method_of(argv: list[str]) -> str:
@@ -42,6 +42,8 @@ def method_of(argv: list[str]) -> str:
     method = known.method
     if method is None and known.config is not None and known.config.is_file():
         method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method")
+        if method is None:
+            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(METHODS)}.")
     method = method or MethodArguments.method
     if method not in METHODS:
         raise SystemExit(f"--method {method!r} must be one of {', '.join(METHODS)}.")

@@ -196,6 +196,10 @@ class VideoPolicyConfig(_BaseConfig):
         if self.trace_steps < 0:
             raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
 
+    def objective(self) -> tuple[str, ...]:
+        """Names of the settings that are the method's own; a run that is resumed with others says so."""
+        return ()
+
     def uses_reference(self) -> bool:
         """Whether the algorithm's loss refers to a reference policy."""
         return False

@@ -75,6 +75,8 @@ def check_auxiliary_losses(losses) -> None:
             f"auxiliary_losses {'holds' if several else 'is'} a {wrong[0]}; pass a list of AuxiliaryLoss objects, for "
             "instance [ConsistencyDistillation(videos, weight=0.1)]."
         )
+    if nameless := [type(loss).__name__ for loss in losses if not isinstance(getattr(loss, "name", None), str)]:
+        raise ValueError(f"auxiliary_losses: {nameless[0]} has no `name`, by which it is logged and saved.")
     names = [loss.name for loss in losses]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"auxiliary_losses: several are named {twice}; set another `name` on each.")

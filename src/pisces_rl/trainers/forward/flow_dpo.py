@@ -1,5 +1,6 @@
 """Flow-DPO: preferences between two videos of a prompt (arXiv 2501.13918, after Diffusion-DPO, arXiv 2311.12908)."""
 
+import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -36,8 +37,15 @@ class FlowDPOConfig(ForwardProcessConfig):
         metadata={"help": "Weight of mean (v - v*)^2 of the preferred video, against the likelihood of both falling."},
     )
 
+    advantage_clip: float = field(
+        default=math.inf, metadata={"help": "Not used: only the order of a group's advantages counts."}
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if self.advantage_clip != math.inf:
+            raise ValueError(f"advantage_clip={self.advantage_clip}: Flow-DPO takes the best and the worst of a "
+                             "group, which a clip could make equal; leave it out.")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be positive: it scales the preference.")
         if self.sft_weight < 0:
@@ -110,6 +118,10 @@ class FlowDPOTrainer(ForwardProcessTrainer):
                     f"num_generations={args.num_generations} and num_iterations={args.num_iterations}, but "
                     "train_dataset holds pairs (chosen, rejected): set num_generations=2 and num_iterations=1."
                 )
+            for name in ("overlap_rewards", "log_completions", "per_prompt_stat_tracking"):
+                if getattr(args, name):
+                    raise ValueError(f"{name}=True, but train_dataset holds pairs (chosen, rejected): nothing is "
+                                     "sampled or scored. Leave it out.")
         super().__init__(model, reward_funcs, args, train_dataset, *further, **keywords)
 
     @property
@@ -146,12 +158,11 @@ class FlowDPOTrainer(ForwardProcessTrainer):
     def _encoded(self, inputs: list[dict], prompts: list[str], images: dict[str, list]) -> Rollout:
         """The pairs as a rollout: their clean latents."""
         codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
-        videos = []
-        for first, _ in zip(inputs[::2], inputs[1::2]):
-            videos += [codec.fitted(video) for video in pair_of(first, codec.video[0])]
+        pairs = (pair_of(first, codec.video[0]) for first in inputs[::2])  # one at a time in the memory of the VAE
+        latents = [codec.encode(self.policy.pipeline, torch.stack([codec.fitted(video) for video in pair]))
+                   for pair in pairs]
         seeds = [sample_seed(self.args.seed, VIDEO, self._step, row) for row in range(len(prompts))]
-        return Rollout(prompts, seeds, None, [], conditions=images,
-                       clean=codec.encode(self.policy.pipeline, torch.stack(videos)))
+        return Rollout(prompts, seeds, None, [], conditions=images, clean=torch.cat(latents))
 
     # --- the loss ----------------------------------------------------------------------------------------------------
 

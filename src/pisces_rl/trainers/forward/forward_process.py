@@ -37,8 +37,8 @@ class ForwardProcessConfig(RolloutConfig):
     )
     train_levels: int | None = field(
         default=None,
-        metadata={"help": "At how many noise levels a micro-batch is trained, drawn without replacement from those of "
-                  "the schedule. Unset: at all."},
+        metadata={"help": "At how many noise levels a rollout is trained, drawn without replacement from those of the "
+                  "schedule each time it is used. Unset: at all."},
     )
     train_schedule_steps: int | None = field(
         default=None,
@@ -51,7 +51,7 @@ class ForwardProcessConfig(RolloutConfig):
         if self.share_initial_noise:
             raise ValueError("share_initial_noise=True, but only the start noise tells the videos of a group apart: "
                              "these methods sample without further noise. Leave it out.")
-        if self.beta < 0:
+        if not self.beta >= 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weights the distance to the reference.")
 
     def _check_steps(self, steps: int) -> None:
@@ -143,10 +143,11 @@ class ForwardProcessTrainer(RolloutTrainer):
             )
 
     def _levels(self) -> list[int]:
-        """The steps of the schedule at whose noise levels this micro-batch is trained, the same on all processes."""
+        """The steps of the schedule at whose noise levels the videos of this rollout are trained in its present use,
+        however they are divided into micro-batches."""
         args = self.args
-        steps = args.train_schedule_steps or args.num_inference_steps
-        generator = torch.Generator().manual_seed(sample_seed(args.seed, LEVELS, self._step))
+        steps, use = args.train_schedule_steps or args.num_inference_steps, self._step // args.steps_per_generation
+        generator = torch.Generator().manual_seed(sample_seed(args.seed, LEVELS, use))
         return torch.randperm(steps, generator=generator)[:args.train_levels].tolist()
 
     def _noise_row(self, row: int) -> int:

@@ -18,13 +18,13 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b: how much of the trained policy the two implicit policies hold. Both regress, so it "
-                  "bounds how far the policy goes from the old one, and a smaller b bounds it less."},
+        metadata={"help": "b (beta in the paper): how much of the trained policy the two implicit policies hold. Both "
+                  "regress, so it bounds how far the policy goes from the old one, and a smaller b bounds it less."},
     )
     contrast: float = field(
         default=5.0,
         metadata={"help": "C: an advantage of C or more counts as wholly right. The smaller, the more a video's "
-                  "advantage counts. Advantages beyond it are clipped."},
+                  "advantage counts; within a group of 8 whose standard deviation divides them none exceeds 2.5."},
     )
     old_decay_rate: float = field(
         default=0.001,
@@ -41,6 +41,11 @@ class NFTConfig(ForwardProcessConfig):
         for name in ("mixture", "contrast"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive: the loss divides by it.")
+        if self.contrast > self.advantage_clip:
+            raise ValueError(
+                f"contrast={self.contrast} is more than advantage_clip={self.advantage_clip}, within which advantages "
+                "lie: none would count as wholly right. Lower contrast, or raise advantage_clip."
+            )
         if self.old_decay_rate < 0 or not 0 <= self.old_decay_max < 1 or self.old_decay_start < 0:
             raise ValueError(
                 f"old_decay_rate={self.old_decay_rate} and old_decay_start={self.old_decay_start} must not be "

@@ -15,7 +15,9 @@ class FlashGRPOConfig(VideoGRPOConfig):
     sensitivity to the prediction."""
 
     sde_window_size: int | None = field(
-        default=1, metadata=VideoGRPOConfig.__dataclass_fields__["sde_window_size"].metadata
+        default=1,
+        metadata={"help": "Consecutive denoising steps that are stochastic and trained, drawn for each prompt. Unset: "
+                  "all steps but the last."},
     )
     step_weighting: str = field(
         default="longcat", metadata=VideoGRPOConfig.__dataclass_fields__["step_weighting"].metadata

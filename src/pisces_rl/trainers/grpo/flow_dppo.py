@@ -1,5 +1,6 @@
 """Flow-DPPO (arXiv 2606.11025): a mask by the divergence of the policies in the place of PPO's clip."""
 
+import warnings
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -23,6 +24,10 @@ class FlowDPPOConfig(VideoGRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.steps_per_generation * self.num_iterations <= self.gradient_accumulation_steps:
+            warnings.warn("with one optimizer step a rollout the policy is the one that sampled it, so nothing "
+                          "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
+                          "steps_per_generation.", stacklevel=2)
         if not self.divergence_limit > 0:
             raise ValueError(f"divergence_limit={self.divergence_limit} must be positive.")
         if self.step_weighting == "guard":

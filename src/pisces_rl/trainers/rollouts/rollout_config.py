@@ -1,7 +1,7 @@
 """Configuration that all trainers share which sample groups of videos and train on them."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from ..config import VideoPolicyConfig
 
@@ -83,12 +83,19 @@ class RolloutConfig(VideoPolicyConfig):
             if self.per_prompt_stat_tracking and getattr(self, name) != only:
                 raise ValueError(
                     "per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's summed "
-                    f"rewards, so {name}={getattr(self, name)!r} would have no effect; leave it {only!r}, or leave "
+                    f"rewards, so {name}={getattr(self, name)!r} would have no effect; set {name}={only!r}, or leave "
                     "per_prompt_stat_tracking out."
                 )
+        if not self.advantage_clip > 0:
+            raise ValueError(f"advantage_clip={self.advantage_clip} must be positive: advantages lie within +- it.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
         self._check_batches()
+
+    def objective(self) -> tuple[str, ...]:
+        shared = {f.name for f in fields(RolloutConfig)}
+        own = [f.name for f in fields(self) if f.name not in shared]
+        return "scale_rewards", "multi_objective_aggregation", "advantage_clip", *own
 
     def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         """A ValueError where a setting is none of the allowed ones."""

@@ -230,7 +230,9 @@ class RolloutTrainer(VideoPolicyTrainer):
         first_row = self.data_part * count
         order = torch.arange(count)
         if args.steps_per_generation > 1:
-            seed = sample_seed(args.seed, number, SHUFFLE, self.data_part)
+            # Ranks that share weights must make the same calls: the same places make up their micro-batches.
+            part = () if self.policy.mesh is not None else (self.data_part,)
+            seed = sample_seed(args.seed, number, SHUFFLE, *part)
             unit = self.kept_together
             order = torch.randperm(count // unit, generator=torch.Generator().manual_seed(seed))
             order = (order[:, None] * unit + torch.arange(unit)).flatten()

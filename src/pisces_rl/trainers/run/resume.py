@@ -78,6 +78,7 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "batches": {name: getattr(args, name) for name in position},
         "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
                     | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
+        "objective": {name: _plain(getattr(args, name)) for name in args.objective()},
         "changes": [],
     }
 
@@ -138,8 +139,10 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
     then = saved.get("settings", now)
     weights = dict.fromkeys([name for name in (*then, *now) if name not in (*TOLD, *FIXED)], 0.0)  # auxiliary losses'
     then, now = weights | then, weights | now
+    objective = [name for name in own["objective"] if name in saved.get("objective", {})]
+    then, now = then | saved.get("objective", {}), now | own["objective"]
     return saved.get("changes", []) + [
-        f"{name} {then[name]} until step {step}, then {now[name]}" for name in (*TOLD, *weights)
+        f"{name} {then[name]} until step {step}, then {now[name]}" for name in (*TOLD, *weights, *objective)
         if then[name] != now[name]
     ]
 
