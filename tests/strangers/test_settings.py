@@ -8,7 +8,7 @@ import pytest
 import transformers.trainer
 from trainers.tiny_runs import trainer
 
-from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, trainers
+from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig, trainers
 from pisces_rl.trainers._trl import _BaseConfig
 from pisces_rl.trainers.setup.inherited_settings import (
     HARMLESS,
@@ -17,7 +17,7 @@ from pisces_rl.trainers.setup.inherited_settings import (
     WITHOUT_EFFECT,
 )
 
-CONFIGS = (VideoGRPOConfig, RewardBackpropConfig)
+CONFIGS = (*(config for _, config in METHODS.values()), RewardBackpropConfig)
 
 # Inherited settings that act, by what reads them. A field in none of these lists and in no table is undecided.
 READ_BY = {
@@ -75,7 +75,7 @@ def test_every_inherited_field_is_decided_about_once():
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_field_of_ours_is_read(cls):
     """A setting that nobody reads has no effect."""
-    sources = [p.read_text() for p in Path(trainers.__file__).parent.glob("*.py")]
+    sources = [p.read_text() for p in Path(trainers.__file__).parent.rglob("*.py")]
     inherited = {f.name for f in fields(_BaseConfig)}
     uses = re.compile(r"(?<=args\.)\w+|(?<=self\.)\w+|(?<=\")\w+(?=\")")
     read = {name for text in sources for name in uses.findall(text)}

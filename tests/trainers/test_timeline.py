@@ -1,5 +1,6 @@
 """The time line: parts sum to the time that passed, traces are Chrome's, and a run logs, prints and writes it."""
 
+import errno
 import json
 import threading
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from tiny_runs import config, prompts, trainer
 
 from pisces_rl.rewards import RewardError
+from pisces_rl.trainers.watch import timeline
 from pisces_rl.trainers.watch.timeline import Timeline, timeline_table
 
 CPU = torch.device("cpu")
@@ -262,8 +264,11 @@ def test_a_broken_run_leaves_its_trace_and_its_error(tmp_path):
         made.train()
 
 
-def test_a_full_disk_costs_the_trace_and_not_the_run(tmp_path):
-    (tmp_path / "trace_rank0.json").mkdir()  # in its way
+def test_a_full_disk_costs_the_trace_and_not_the_run(tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(timeline, "write_json", full)
     made = trainer(tmp_path, max_steps=1, trace_steps=1, eval_dataset=prompts(1))
     with pytest.warns(UserWarning, match="trace_rank0.json could not be written"):
         made.train()
