@@ -93,6 +93,13 @@ def rvm(folder) -> dict:
                         learning_rate=100.0))
 
 
+def full(folder) -> dict:
+    """All weights of the denoiser, with a KL term to a copy of the initial ones."""
+    result = trained(made(folder, peft_config="full", alive=False, max_steps=3, beta=0.01, learning_rate=0.01))
+    assert not any("lora_" in name for name in result["weights"])
+    return result
+
+
 def flow_dpo(folder) -> dict:
     """The best against the worst of four."""
     return trained(made(folder, method="flow_dpo", max_steps=3, beta=100.0, learning_rate=0.01))
