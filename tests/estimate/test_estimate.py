@@ -107,6 +107,22 @@ def test_an_update_takes_what_is_estimated(checkpointing):
     assert estimate.phases["update"]["activations and gradients"] == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_of_all_weights_takes_what_is_estimated(checkpointing):
+    """Where gradients of earlier steps are there already."""
+    args = config(**WAN, gradient_checkpointing=checkpointing)
+    estimate = estimate_memory(wan(), args, "full")
+    policy = VideoPolicy(wan(), **args.policy_settings())
+    FullWeights(dict(policy.denoiser.items()))
+    if checkpointing:
+        policy.activation_checkpointing_enable()
+    rollout = policy.sample(["a prompt"] * 4, noise_seeds=range(4), step_seeds=range(4), steps=[0])
+    update = functools.partial(policy.replay, rollout, range(4), lambda step: step.log_prob.mean().backward())
+    update()
+    assert estimate.phases["update"]["activations and gradients"] == pytest.approx(allocated_peak(update), rel=0.1)
+
+
 def test_sampling_and_decoding_take_what_is_estimated():
     estimate = estimated("wan")
     policy = VideoPolicy(wan(), **config(**WAN).policy_settings())

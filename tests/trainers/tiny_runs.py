@@ -62,7 +62,7 @@ def trainer(folder, rewards=brightness, data=None, *, model=None, rank=4, callba
 
 
 def enliven(made: VideoGRPOTrainer, scale: float = 0.05) -> None:
-    """B = 0 hides half of the gradients: random values instead. Weights that are trained whole get other values, too."""
+    """B = 0 hides half of the gradients: random values instead; weights that are trained whole, too, get others."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in made.adapter.items():

@@ -172,9 +172,15 @@ def sampling_peak(networks: Networks, step: list) -> int:
 def update_peak(networks: Networks, step: list) -> int:
     """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
 
-    A step of a denoiser without an adapter has no backward.
+    A step of a denoiser without an adapter has no backward. All weights' gradients are as large as the weights: there
+    each is added to those of earlier steps, which are left out, and is gone before the next one comes.
     """
-    with torch.enable_grad(), networks.mode, networks.counting(step) as count, AsOnCUDA():
+    count = networks.counting(step)
+    for parameter in networks.adapter.values() if networks.full else ():
+        with networks.mode:
+            parameter.grad = torch.zeros_like(parameter)
+        count.leave_out(parameter.grad)
+    with torch.enable_grad(), networks.mode, count, AsOnCUDA():
         outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
         losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs
