@@ -279,10 +279,11 @@ def test_sharding_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
         full(tmp_path, model="no/such model")
 
 
-def test_deepspeed_is_refused(tmp_path, monkeypatch):
+def test_zero3_is_refused(tmp_path):
+    """ZeRO-2 is not: tests/distributed/test_deepspeed.py."""
     args = tiny_runs.config(tmp_path)
-    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=2)
-    with pytest.raises(ValueError, match="DeepSpeed .zero_stage=2."):
+    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    with pytest.raises(ValueError, match="zero_stage=3 partitions frozen weights only: set zero_stage=2"):
         tiny_runs.VideoGRPOTrainer("no/such model", tiny_runs.brightness, args, prompts(), peft_config="full")
 
 

@@ -7,9 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .zero import PartitionedOptimizer
-
-MESSAGE = 2**28  # numbers, 1 GiB
+from .zero import MESSAGE, PartitionedOptimizer
 
 
 def average_gradients(

@@ -121,9 +121,9 @@ def check_full_fine_tuning(args, sharded: bool, zero_stage: int | None) -> None:
     if sharded:
         refuse("FSDP2 shards frozen weights only",
                f"run without sharding (accelerate launch --multi_gpu), or {train_lora}")
-    if zero_stage is not None:
-        refuse(f"DeepSpeed (zero_stage={zero_stage}) is used for adapters only",
-               f"run without DeepSpeed (accelerate launch --multi_gpu), or {train_lora}")
+    if zero_stage == 3:
+        refuse("zero_stage=3 partitions frozen weights only", "set zero_stage=2 (deepspeed_zero2.yaml), by which "
+               f"processes share gradients and the optimizer's states, or {train_lora}")
     if args.context_parallel > 1:
         refuse(f"context_parallel={args.context_parallel} sums the gradients of an adapter's layers over the parts of "
                f"a video", f"leave it 1, or {train_lora}")
