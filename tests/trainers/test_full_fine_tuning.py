@@ -3,18 +3,24 @@
 import copy
 import json
 
+import numpy as np
 import pytest
+import test_backprop_trainer as backprop
 import tiny_runs
 import torch
 from accelerate.utils import DeepSpeedPlugin
+from datasets import Dataset
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
 from fake_hub import TOKEN, client_environment, running_hub
 from huggingface_hub import close_session, constants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
-from tiny_pipelines import BUILD, CALLS, quiet
+from test_consistency import Videos
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 from tiny_runs import largest_difference, logged, prompts, trainer, weights
 from torch import Tensor
+
+from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
 
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
 CLASSES = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}
@@ -115,6 +121,42 @@ def test_one_expert_of_wan22_trains(tmp_path):
     assert (tmp_path / "transformer_2" / "config.json").exists() and not (tmp_path / "transformer").exists()
 
 
+def test_rewards_are_backpropagated_beside_consistency_distillation(tmp_path):
+    """The other trainer, whose auxiliary loss takes the copy of the initial weights as its teacher."""
+    settings = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3}
+    made = RewardBackpropTrainer(
+        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, **settings), prompts(2), peft_config="full",
+        auxiliary_losses=[ConsistencyDistillation(Videos(), weight=1e-6, steps=4)],
+    )
+
+    def reward() -> float:  # from the same noise
+        samples = made.policy.sample(["clip 0", "clip 1"], noise_seeds=[0, 1])
+        return float(backprop.bright(samples.prompts, samples.videos).mean())
+
+    before, first = weights(made), reward()
+    made.train()
+    distilled = logged(made, "consistency_loss")
+    assert reward() > first + 1e-3 and len(distilled) == 6 and all(np.isfinite(distilled))
+    with made.initial.reference():
+        assert largest_difference(weights(made), before) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mochi", "hunyuan15", "t2v_sd", "wan22_a14b", "cogvideox_i2v", "wan_i2v", "sd3"])
+def test_other_families(family, tmp_path):
+    """Two steps of NFT with a reference, saved and reloaded: UNets, epsilon- and v-prediction, experts, images."""
+    pictures = CONDITIONS[family].get("image", [])[:2]
+    data = Dataset.from_dict({"prompt": ["clip 0", "clip 1"], **({"image": pictures} if pictures else {})})
+    made = full(tmp_path, family, data=data, method="nft", beta=0.3, per_device_train_batch_size=2, num_generations=2)
+    before = weights(made)
+    made.train()
+    made.save_model()
+    after = weights(made)
+    moved = [name for name, value in before.items() if not torch.equal(value, after[name])]
+    assert len(moved) > 0.75 * len(before) and {name.split(".")[0] for name in moved} == set(made.trained.modules)
+    assert logged(made, "velocity/reference_distance")[-1] > 0
+
+
 @pytest.mark.slow
 def test_compiled_blocks_have_the_same_gradient(tmp_path):
     """As graphs, without the compiler behind them."""
@@ -208,7 +250,7 @@ def test_what_is_saved_loads_in_plain_diffusers(family, tmp_path):
     config = (tmp_path / "run" / "transformer" / "config.json").read_text(encoding="utf-8")
     assert str(tmp_path) not in config
     denoiser = CLASSES[family].from_pretrained(tmp_path / "run", subfolder="transformer")
-    saved = {f"transformer.{name}": value for name, value in denoiser.named_parameters()}
+    saved = {f"transformer.{name}": value.detach() for name, value in denoiser.named_parameters()}
     assert largest_difference(saved, made.ema.average) == 0 and largest_difference(saved, before) > 0
     fresh = quiet(type(made.pipeline).from_pretrained(tmp_path / "model", transformer=denoiser))
     with made.ema:
