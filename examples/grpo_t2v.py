@@ -24,7 +24,7 @@ from peft import LoraConfig
 
 from pisces_rl import AuxiliaryLoss, ConsistencyDistillation, VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
-from pisces_rl.policy import default_lora_config
+from pisces_rl.policy import FULL, default_lora_config
 from pisces_rl.shapemotion import Clips, load_prompts
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_ot.yaml"
@@ -62,6 +62,11 @@ class ScriptArguments:
     )
     reward_offload: str | None = field(
         default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
+    )
+    train: str = field(
+        default="lora",
+        metadata={"help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
+                  "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."},
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the adapter. Unset: 16, or that of --continue_from."}
@@ -129,9 +134,13 @@ def load_rewards(script: ScriptArguments, names: list[str]) -> list:
     return [load(name, **options.get(name, {})) for name in names]
 
 
-def lora_config(script: ScriptArguments, config) -> LoraConfig | None:
-    """The adapter's settings; None where those of the saved adapter to continue from are meant."""
+def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
+    """The adapter's settings; None where those of the saved adapter to continue from are meant; or "full"."""
     given = script.lora_r, script.lora_alpha, script.lora_target_modules
+    if script.train not in ("lora", FULL):
+        raise SystemExit(f"--train {script.train!r} must be lora or {FULL}.")
+    if script.train == FULL:
+        return FULL
     if config.continue_from and given == (None, None, None):
         return None
     return default_lora_config(16 if script.lora_r is None else script.lora_r, *given[1:])

@@ -1,4 +1,4 @@
-"""The model card of a trained adapter, and its upload to the Hub.
+"""The model card of a trained adapter or of denoisers that were trained whole, and its upload to the Hub.
 
 TRL's own card speaks of text generation and loads a language model, so this one is ours.
 """
@@ -7,7 +7,7 @@ import fnmatch
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import yaml
@@ -33,6 +33,9 @@ PATTERNS = (
     OTHER_CARD,  # as README.md
 )
 _ADAPTERS = PATTERNS[1:4]
+#: And, where the folder's run has listed them: denoisers that were trained whole.
+COMPONENTS = ("*/diffusion_pytorch_model*.safetensors", "*/diffusion_pytorch_model.safetensors.index.json",
+              "*/config.json")
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 
@@ -64,8 +67,10 @@ def model_card(
     vae_tiling: bool = False,
     files: Sequence[str] | None = None,
     papers: Sequence[tuple[str, str]] = (),
+    components: Mapping[str, str] | None = None,
 ) -> str:
-    """The README.md of an adapter: how to load it with plain diffusers, how it was trained, what changed.
+    """The README.md of an adapter, or of components that were trained whole: how to load it with plain diffusers, how
+    it was trained, what changed.
 
     Args:
         base_model: Hub id, folder or embedded name of the model that was trained. A folder is shown by its last name
@@ -89,6 +94,7 @@ def model_card(
         files: what of the folder the card may speak of, as relative paths; None is what the folder's run wrote
             (run_files.json), or where that is not known, what is named like it.
         papers: (arXiv id, title) of each source of the method, which the card cites after this library's own.
+        components: {component: its class} of those that were trained whole and saved in subfolders; none: an adapter.
 
     Returns:
         Markdown whose YAML front matter the Hub reads.
@@ -102,21 +108,26 @@ def model_card(
         files = [path.relative_to(folder).as_posix() for path in _uploaded(folder)]
     videos, sheets = _videos(folder, files), sorted(fnmatch.filter(files, "samples/before_after*.png"))
     use = _snippet(base_model, pipeline_class, repo_id, files, call or {}, images, still, guider_scale, dtype, fps,
-                   vae_tiling)
+                   vae_tiling, components or {})
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys(["lora", *(["grpo"] if grpo else []), "pisces_rl", task, *tags])),
+        "tags": list(dict.fromkeys([*([] if components else ["lora"]), *(["grpo"] if grpo else []), "pisces_rl", task,
+                                    *tags])),
     }
     if _is_hub_id(base_model):
-        front = {"base_model": base_model, "base_model_relation": "adapter"} | front
+        front = {"base_model": base_model, "base_model_relation": "finetune" if components else "adapter"} | front
     if videos:
         front["widget"] = [{"text": one_line(prompt), "output": {"url": target(path)}} for path, prompt in videos]
+    title, what = "LoRA trained", f"A LoRA adapter for {code(name)}, trained"
+    if components:
+        title = "fine-tuned"
+        what = f"{' and '.join(map(code, components))} of {code(name)}, all weights trained"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True, width=1000)}---",
-        f"# {escape(name)}, LoRA trained with {escape(trainer)}",
-        f"A LoRA adapter for {code(name)}, trained {CARD_MARK} ({escape(trainer)}). Plain diffusers loads it.",
+        f"# {escape(name)}, {title} with {escape(trainer)}",
+        f"{what} {CARD_MARK} ({escape(trainer)}). Plain diffusers loads it.",
         f"## Use\n\n```python\n{use}\n```",
     ]
     if comparison:
@@ -142,7 +153,8 @@ def push_adapter(
     allow_patterns: Sequence[str] | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Upload an adapter with its model card and samples, in one commit, and return the repository's address.
+    """Upload an adapter, or components that were trained whole, with model card and samples, in one commit, and return
+    the repository's address.
 
     Args:
         folder: where the trainer saved.
@@ -152,8 +164,8 @@ def push_adapter(
         commit_message: of the commit.
         revision: branch, made if it does not exist; None is the main one.
         allow_patterns: globs under the folder; None is `PATTERNS`, and of those files only what the folder's run wrote
-            (run_files.json, where there is one). Checkpoints (`checkpoint-*`), earlier runs (`earlier-*`) and hidden
-            files stay behind in any case.
+            (run_files.json, where there is one, and then `COMPONENTS`, too). Checkpoints (`checkpoint-*`), earlier
+            runs (`earlier-*`) and hidden files stay behind in any case.
         endpoint: of another Hub; None takes HF_ENDPOINT or the public one.
 
     Raises:
@@ -162,11 +174,11 @@ def push_adapter(
     """
     folder = Path(folder)
     files = _uploaded(folder, allow_patterns)
-    if not any(path.match(pattern) for path in _uploaded(folder) for pattern in _ADAPTERS):
+    if not any(path.match(pattern) for path in _uploaded(folder) for pattern in (*_ADAPTERS, COMPONENTS[0])):
         raise ValueError(
             f"folder={str(folder)!r} holds no adapter: neither pytorch_lora_weights.safetensors nor "
-            "*/adapter_model.safetensors that its run wrote. Give the output_dir of a run that has saved "
-            "(trainer.save_model())."
+            "*/adapter_model.safetensors that its run wrote, nor a trained component. Give the output_dir of a run "
+            "that has saved (trainer.save_model())."
         )
     try:
         validate_repo_id(repo_id)
@@ -217,9 +229,10 @@ def _reason(status: int | None) -> str:
 
 def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]:
     """Files that match one of the globs and are neither hidden nor in a checkpoint or an earlier run; without globs
-    those of `PATTERNS` that the folder's run wrote."""
+    those of `PATTERNS` and `COMPONENTS` that the folder's run wrote."""
     found, written = set(), described(folder) if patterns is None else None
-    patterns = PATTERNS if patterns is None else patterns
+    if patterns is None:
+        patterns = PATTERNS if written is None else (*PATTERNS, *COMPONENTS)
     for path in (path for pattern in patterns for path in folder.glob(pattern)):
         parts = path.relative_to(folder).parts
         stays = any(part.startswith((".", "checkpoint-", "earlier-")) for part in parts)
@@ -251,10 +264,10 @@ def _shown_name(base_model: str) -> str:
 
 def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: Sequence[str], call: dict,
              images: Sequence[str], still: bool, guider_scale: float | None, dtype: str, fps: int,
-             vae_tiling: bool) -> str:
-    own = _string(repo_id or "you/this-adapter")
+             vae_tiling: bool, components: Mapping[str, str]) -> str:
+    own = _string(repo_id or ("you/this-model" if components else "you/this-adapter"))
     helpers = ([] if still else ["encode_video"]) + (["load_image"] if images else [])
-    lines = ["import torch", f"from diffusers import {pipeline_class}"]
+    lines = ["import torch", f"from diffusers import {', '.join(sorted({pipeline_class, *components.values()}))}"]
     lines += [f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []
     name = _shown_name(base_model)
     if not _is_hub_id(base_model) and (_EMBEDDED / name).is_dir():
@@ -262,7 +275,11 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: S
         model, dtype = f'asset_path("{name}")', "float32"
     else:
         model = _string(base_model if _is_hub_id(base_model) else f"path/to/{name}")
-    lines += ["", f"pipe = {pipeline_class}.from_pretrained({model}, dtype=torch.{dtype})"]
+    lines.append("")
+    for component, its_class in components.items():
+        lines.append(f'{component} = {its_class}.from_pretrained({own}, subfolder="{component}", dtype=torch.{dtype})')
+    given = "".join(f", {component}={component}" for component in components)
+    lines.append(f"pipe = {pipeline_class}.from_pretrained({model}{given}, dtype=torch.{dtype})")
     together, second, alone = ([path for path in sorted(files) if PurePosixPath(path).parts[-1] == file
                                 and path.count("/") == depth]
                                for depth, file in ((0, LORA), (1, LORA), (1, "adapter_model.safetensors")))
@@ -273,6 +290,8 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: S
         for component in (path.split("/")[0] for path in peft_files):
             load = f'PeftModel.from_pretrained(pipe.{component}, {own}, subfolder="{component}")'
             lines.append(f"pipe.{component} = {load}")
+    elif components:
+        pass  # the pipeline has them already
     elif not experts:
         lines.append(f"pipe.load_lora_weights({own})")
     else:  # named, since diffusers would guess

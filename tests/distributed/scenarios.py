@@ -93,6 +93,25 @@ def rvm(folder) -> dict:
                         learning_rate=100.0))
 
 
+def full(folder) -> dict:
+    """All weights of the denoiser, with a KL term to a copy of the initial ones."""
+    result = trained(made(folder, peft_config="full", alive=False, max_steps=3, beta=0.01, learning_rate=0.01))
+    assert not any("lora_" in name for name in result["weights"])
+    return result
+
+
+def full_resumed(folder) -> dict:
+    """All weights by AdamW, stopped at step 2 of 4 and resumed, against uninterrupted; saved as a component."""
+    settings = ADAMW | {"peft_config": "full", "alive": False, "learning_rate": 1e-3, "ema_decay": 0.9,
+                        "method": "nft", "beta": 0.3, "old_decay_rate": 0.3}
+    whole = trained(made(folder / "whole", **settings))
+    made(folder / "broken", callbacks=[tiny_runs.StopAt(2)], **settings).train()
+    trainer = made(folder / "broken", **settings)
+    again = trained(trainer, resume_from_checkpoint=True)
+    trainer.save_model()
+    return again | {"difference": tiny_runs.largest_difference(whole["weights"], again["weights"])}
+
+
 def flow_dpo(folder) -> dict:
     """The best against the worst of four."""
     return trained(made(folder, method="flow_dpo", max_steps=3, beta=100.0, learning_rate=0.01))

@@ -21,6 +21,7 @@ EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped
              "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
              "compiled"]  # fmt: skip
 STAGES = [2, 3]
+FULL = ["full", "full_resumed"]  # ZeRO-3 partitions frozen weights only
 BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights"]
 
 
@@ -47,7 +48,7 @@ class Runs:
             one = scenarios.trained(scenarios.made(folder / "stopped_1", callbacks=[scenarios.tiny_runs.StopAt(2)],
                                                    **scenarios.ADAMW))
             assert one["weights"]
-            names = EQUAL_ONE + BESIDES + (["unequal_texts", "freed_behind_backward"] if stage == 3 else [])
+            names = EQUAL_ONE + BESIDES + (["unequal_texts", "freed_behind_backward"] if stage == 3 else FULL)
             result = two_processes(folder, stage, *names, timeout=580)
             assert result.returncode == 0, result.stdout[-5000:]
         return self.made[stage]
@@ -73,6 +74,16 @@ def test_two_processes_equal_one(runs, stage, name):
             assert own == pytest.approx(expected, rel=1e-4) and min(own) > 0
     if name == "clipped":
         assert min(numbers(folder, name)["grad_norm"]) > 2e-3
+
+
+def test_all_weights_train_as_in_one_process(runs):
+    """With ZeRO-2; resumed to the bit."""
+    one, folder = one_process("full"), runs.two(2)
+    for name in FULL:
+        first, second = (load_file(folder / f"{name}_{rank}.safetensors") for rank in (0, 1))
+        assert largest_difference(first, second) == 0
+    assert largest_difference(one["weights"], load_file(folder / "full_0.safetensors")) < 1e-6
+    assert numbers(folder, "full_resumed")["difference"] == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)

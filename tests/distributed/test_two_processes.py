@@ -11,7 +11,7 @@ from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "split_group", "overlapped", "idle_rank", "backpropagated", "distilled", "nft",
              "flash_grpo"]
-SLOW = ["accumulated", "backpropagated_k2"]
+SLOW = ["accumulated", "backpropagated_k2", "full"]
 SHARED = ["whole_groups"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
             "unequal_weights"]

@@ -15,7 +15,14 @@ from pisces_rl import VideoGRPOConfig, assets
 from pisces_rl.estimate import estimate_memory, weightless_pipeline
 from pisces_rl.estimate.live_bytes import LiveBytes
 from pisces_rl.estimate.memory import remembered_prompts
-from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, default_lora_config, lora_parameters
+from pisces_rl.policy import (
+    FullWeights,
+    PolicyError,
+    VideoPolicy,
+    add_lora,
+    default_lora_config,
+    lora_parameters,
+)
 
 ROOT = Path(__file__).parents[2]
 ARCHITECTURES = json.loads((ROOT / "recipes" / "architectures.json").read_text())
@@ -100,6 +107,22 @@ def test_an_update_takes_what_is_estimated(checkpointing):
     assert estimate.phases["update"]["activations and gradients"] == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_of_all_weights_takes_what_is_estimated(checkpointing):
+    """Where gradients of earlier steps are there already."""
+    args = config(**WAN, gradient_checkpointing=checkpointing)
+    estimate = estimate_memory(wan(), args, "full")
+    policy = VideoPolicy(wan(), **args.policy_settings())
+    FullWeights(dict(policy.denoiser.items()))
+    if checkpointing:
+        policy.activation_checkpointing_enable()
+    rollout = policy.sample(["a prompt"] * 4, noise_seeds=range(4), step_seeds=range(4), steps=[0])
+    update = functools.partial(policy.replay, rollout, range(4), lambda step: step.log_prob.mean().backward())
+    update()
+    assert estimate.phases["update"]["activations and gradients"] == pytest.approx(allocated_peak(update), rel=0.1)
+
+
 def test_sampling_and_decoding_take_what_is_estimated():
     estimate = estimated("wan")
     policy = VideoPolicy(wan(), **config(**WAN).policy_settings())
@@ -135,6 +158,28 @@ def test_weights_and_states_are_exact():
     assert estimate.phases["sampling"]["videos"] == rollout.videos.numel() * 4
     memo = [t for output in policy.prompt_memo.memory.values() for t in output if t is not None]
     assert estimate.resident["prompt embeddings"] == sum(t.numel() * t.element_size() for t in memo)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
+    """The denoiser's weights are in fp32, whatever they were loaded in; there is no adapter."""
+    pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]()).to(dtype)
+    args = config(sde_window_size=1, bf16=dtype == torch.bfloat16, ema_decay=0.9, **WAN)
+    estimate = estimate_memory(pipeline, args, "full")
+    assert {p.dtype for p in pipeline.transformer.parameters()} == {dtype}  # as it was
+    encoder = {id(t): t for t in [*pipeline.text_encoder.parameters(), *pipeline.text_encoder.buffers()]}
+    assert estimate.resident["text_encoder"] == sum(t.numel() * t.element_size() for t in encoder.values())
+
+    policy = VideoPolicy(pipeline, **args.policy_settings())
+    FullWeights(dict(policy.denoiser.items()))
+    states = [*pipeline.transformer.parameters(), *pipeline.transformer.buffers()]
+    trained = 4 * sum(p.numel() for p in pipeline.transformer.parameters())
+    assert estimate.resident["transformer"] == sum(t.numel() * t.element_size() for t in states)
+    assert estimate.resident["optimizer states"] == 2 * trained and estimate.resident["adapter's average"] == trained
+    assert estimate.phases["update"]["gradients of earlier steps"] == trained
+    assert estimate.details["trainable parameters"] == trained // 4 and "adapter" not in estimate.resident
+    with pytest.raises(ValueError, match="peft_config='full'"):
+        estimate.fsdp2(2)
 
 
 @pytest.mark.parametrize("settings, prompts", [

@@ -49,11 +49,12 @@ def redness(prompts, videos, **columns):
 
 
 def trainer(folder, rewards=brightness, data=None, *, model=None, rank=4, callbacks=None, eval_dataset=None,
-            judges=None, alive=False, method="grpo", **settings):
+            judges=None, alive=False, method="grpo", peft_config=None, **settings):
     """A trainer on the tiny pipeline; `alive` starts from an adapter that is not zero."""
     made = METHODS[method][0](
         model or pipeline(), rewards, config(folder, method, **settings), prompts() if data is None else data,
-        eval_dataset=eval_dataset, judge_funcs=judges, callbacks=callbacks, peft_config=default_lora_config(rank),
+        eval_dataset=eval_dataset, judge_funcs=judges, callbacks=callbacks,
+        peft_config=peft_config or default_lora_config(rank),
     )
     if alive:
         enliven(made)
@@ -61,12 +62,14 @@ def trainer(folder, rewards=brightness, data=None, *, model=None, rank=4, callba
 
 
 def enliven(made: VideoGRPOTrainer, scale: float = 0.05) -> None:
-    """B = 0 hides half of the gradients: random values instead."""
+    """B = 0 hides half of the gradients: random values instead; weights that are trained whole, too, get others."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in made.adapter.items():
             if "lora_B" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+            elif "lora_A" not in name:
+                parameter.mul_(1 + 0.4 * scale * torch.randn(parameter.shape, generator=generator))
 
 
 def weights(made: VideoGRPOTrainer) -> dict[str, torch.Tensor]:

@@ -55,6 +55,8 @@ class MemoryEstimate:
         While a denoiser runs, what is in none of its blocks is gathered, and three blocks' bytes: the block that runs,
         the next one, and the message that brings it.
         """
+        if "adapter" not in self.resident:
+            raise ValueError("peft_config='full': FSDP2 shards frozen weights only; estimate it without sharding.")
         if num_processes < 2:
             raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
         resident, gathered = dict(self.resident), 0
@@ -68,7 +70,7 @@ class MemoryEstimate:
         return MemoryEstimate(resident, phases, self.blocks, self.details)
 
 
-def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None = None) -> MemoryEstimate:
+def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None = None) -> MemoryEstimate:
     """Memory that `VideoGRPOTrainer(model=pipeline, args=args, peft_config=peft_config)` takes on each GPU.
 
     Networks, guidance, recomputation, offloading and the adapter are the run's own; their operators run on fake
@@ -79,7 +81,8 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
     Args:
         pipeline: with weights or without (`weightless_pipeline`); it is not changed.
         args: a `VideoGRPOConfig`; its bf16 is the autocast's, the weights' dtype is the pipeline's.
-        peft_config: as the trainer's.
+        peft_config: as the trainer's. With "full" the denoisers' own weights are the fp32 ones that are trained, and
+            there is no "adapter".
 
     Raises:
         ValueError: a network branches on numbers in a tensor, or each video comes with an image.
@@ -113,7 +116,8 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     call = {"num_inference_steps": args.num_inference_steps, **args.policy_kwargs()}
     sampled, trained = record(networks, chunk, call), record(networks, micro, call)
 
-    resident = dict(networks.weights) | {"adapter": adapter, "optimizer states": 2 * adapter}
+    resident = dict(networks.weights) | ({} if networks.full else {"adapter": adapter})
+    resident["optimizer states"] = 2 * adapter
     if args.ema_decay:
         resident["adapter's average"] = adapter
     resident["prompt embeddings"] = remembered_prompts(args, videos) * sampled.prompt_bytes
@@ -168,9 +172,15 @@ def sampling_peak(networks: Networks, step: list) -> int:
 def update_peak(networks: Networks, step: list) -> int:
     """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
 
-    A step of a denoiser without an adapter has no backward.
+    A step of a denoiser without an adapter has no backward. All weights' gradients are as large as the weights: there
+    each is added to those of earlier steps, which are left out, and is gone before the next one comes.
     """
-    with torch.enable_grad(), networks.mode, networks.counting(step) as count, AsOnCUDA():
+    count = networks.counting(step)
+    for parameter in networks.adapter.values() if networks.full else ():
+        with networks.mode:
+            parameter.grad = torch.zeros_like(parameter)
+        count.leave_out(parameter.grad)
+    with torch.enable_grad(), networks.mode, count, AsOnCUDA():
         outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
         losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs

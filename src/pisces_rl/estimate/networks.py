@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from ..policy import VideoPolicy, add_lora, lora_parameters, read_adapter
+from ..policy import FULL, FullWeights, VideoPolicy, add_lora, lora_parameters, read_adapter
 from ..policy.fast.execution import compile_blocks, repeated_blocks
 from ..policy.fast.products import fuse_products
 from ..policy.pipeline.decoder import VAE_DTYPES
@@ -24,16 +24,16 @@ class Networks:
     Args:
         pipeline: any text-to-video pipeline of diffusers; it is not changed, and its weights are not read.
         args: a config of a trainer.
-        peft_config: of the adapter.
+        peft_config: of the adapter, or "full".
 
     Attributes:
         weights: {component: bytes of its parameters and buffers}, before adapters.
         blocks: {denoiser: bytes of each repeated block}, before adapters.
-        adapter: trainable parameters by name.
+        adapter: trainable parameters by name. full: whether they are the denoisers' own.
         pipeline: a copy of the pipeline around these networks.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None):
+    def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.autocast_dtype = torch.bfloat16 if args.bf16 else None
         self.vae_dtype = VAE_DTYPES.get(args.vae_dtype)
@@ -44,15 +44,19 @@ class Networks:
             setattr(self.pipeline, name, module)
         policy = VideoPolicy(self.pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
         denoisers = dict(policy.denoiser.items())
+        for module in modules.values():
+            module.requires_grad_(False).eval()
+        self.full = peft_config == FULL
+        if self.full:
+            FullWeights(denoisers, args.lora_denoisers)
         self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
         self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
                        for name, denoiser in denoisers.items()}
-        for module in modules.values():
-            module.requires_grad_(False).eval()
         continued = read_adapter(args.continue_from) if args.continue_from else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # its values: none here
-            add_lora(denoisers, peft_config, args.lora_denoisers, continued)
+            if not self.full:
+                add_lora(denoisers, peft_config, args.lora_denoisers, continued)
         for denoiser in denoisers.values():
             if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
                 fuse_products(denoiser)

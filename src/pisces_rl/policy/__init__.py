@@ -6,6 +6,7 @@ with gradients. Why: no code per model, so nothing of the model can be re-implem
 what the user passed in.
 """
 
+from .full.full_weights import FULL, FullWeights, exchanged
 from .lora.adapters import (
     adapter_values,
     adapters_off,
@@ -19,6 +20,7 @@ from .lora.lora_files import load_lora, load_lora_state, save_lora
 from .lora.options import check_lora_config
 from .lora.saved_adapter import SavedAdapter, read_adapter
 from .lora.saved_check import check_saved_lora, check_saved_weights, without_adapters
+from .lora.trained_lora import TrainedLoRA
 from .pipeline.guider import has_guider
 from .rollout import Rollout
 from .schedule.scheduler import PolicyError
@@ -29,8 +31,9 @@ from .sharded.sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
-    "DecodedPart", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter", "VideoPolicy",
-    "adapter_values", "adapters_off", "add_lora", "check_lora_config", "check_no_adapters", "check_saved_lora",
-    "check_saved_weights", "default_lora_config", "has_guider", "is_sharded", "load_lora", "load_lora_state",
-    "lora_parameters", "read_adapter", "save_lora", "set_adapter", "without_adapters",
+    "FULL", "DecodedPart", "FullWeights", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter",
+    "TrainedLoRA", "VideoPolicy", "adapter_values", "adapters_off", "add_lora", "check_lora_config",
+    "check_no_adapters", "check_saved_lora", "check_saved_weights", "default_lora_config", "exchanged", "has_guider",
+    "is_sharded", "load_lora", "load_lora_state", "lora_parameters", "read_adapter", "save_lora", "set_adapter",
+    "without_adapters",
 ]

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .. import assets, hub, media
 from ..policy import (
+    FULL,
+    FullWeights,
+    TrainedLoRA,
     VideoPolicy,
-    add_lora,
     check_lora_config,
-    load_lora_state,
     lora_parameters,
     read_adapter,
-    save_lora,
     set_adapter,
 )
 from ..rewards import RewardPanel
@@ -42,12 +42,13 @@ from .run.run_checkpoints import RunCheckpoints
 from .run.run_report import RunReport
 from .setup.checks import (
     check_dataset,
+    check_full_fine_tuning,
     check_output_dir,
     check_reference,
     checked_weights,
     settle_evaluation,
 )
-from .setup.initial import InitialPolicy
+from .setup.initial import InitialPolicy, InitialWeights
 from .setup.load_pipeline import check_unused, freeze, load_pipeline
 from .watch.callbacks import AdapterEMA, StageProgress
 from .watch.plan import memory_plan, step_plan
@@ -56,7 +57,7 @@ from .watch.training_metrics import as_floats, merged_over_processes
 
 
 class VideoPolicyTrainer(LoopOnlyTrainer):
-    """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter.
+    """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter, or with denoisers trained whole.
 
     Args:
         model: a text-to-video pipeline of diffusers without adapters, a Hub id, a folder, or an embedded model's name.
@@ -67,7 +68,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections, or, with
-            args.continue_from, what was saved there.
+            args.continue_from, what was saved there. "full" trains all weights of the denoisers (of those in
+            args.lora_denoisers) in fp32, without an adapter, and saves them as components of a pipeline.
         callbacks: further callbacks.
         auxiliary_losses: terms beside the algorithm's loss, `AuxiliaryLoss` objects, for instance
             [ConsistencyDistillation(videos, weight=0.1)].
@@ -80,7 +82,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config: LoraConfig | None = None, callbacks: list | None = None,
+                 peft_config: LoraConfig | str | None = None, callbacks: list | None = None,
                  auxiliary_losses: list[AuxiliaryLoss] | None = None):
         args = copy.copy(args)  # the caller's serves another trainer
         args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
@@ -100,7 +102,10 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             media.check_mp4(args.fps)
         self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
         settle_evaluation(args, eval_dataset, self.rewards)
-        if peft_config is not None:
+        full = peft_config == FULL
+        if full:
+            check_full_fine_tuning(args, sharding is not None, zero_stage)
+        elif peft_config is not None:
             check_lora_config(peft_config)
         continued = read_adapter(args.continue_from) if args.continue_from else None
         if continued is not None:
@@ -122,10 +127,16 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             self._memory_plan = memory_plan(self.pipeline, args, peft_config, self._counts_memory)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         freeze(self.pipeline, args.device)
-        self.adapted_modules = add_lora(dict(self.policy.denoiser.items()), peft_config, args.lora_denoisers,
-                                        continued)
-        self.adapter = lora_parameters(dict(self.policy.denoiser.items()))
-        self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
+        denoisers = dict(self.policy.denoiser.items())
+        self.trained = (FullWeights(denoisers, args.lora_denoisers) if full else
+                        TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
+        self.adapted_modules = self.trained.modules
+        self.adapter = lora_parameters(denoisers)
+        if full:
+            compares = eval_dataset is not None and args.num_sample_videos > 0
+            self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or compares)
+        else:
+            self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
         self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
         self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
                                       self.auxiliary_losses)
@@ -165,7 +176,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.console = run_console()
         if self.is_world_process_zero():
             total = sum(p.numel() for p in self.adapter.values())
-            self.console.print(f"LoRA on {self.adapted_modules} modules, {total / 1e6:.2f} M trainable parameters")
+            self.console.print(f"{self.trained.description}, {total / 1e6:.2f} M trainable parameters")
         if args.should_save:
             remove_incomplete(args.output_dir)
 
@@ -339,7 +350,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             return
         self.files.claim(f"checkpoint-{self.state.global_step}")
         with self._saved_weights():
-            save_lora(self.pipeline, folder)
+            self.trained.save(self.pipeline, folder)
         if not self.args.save_only_model:
             save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
@@ -369,11 +380,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return {"ema": self.ema}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        load_lora_state(self.pipeline, resume_from_checkpoint)
+        self.trained.load(self.pipeline, resume_from_checkpoint)
         self._load_extra_state(load_tree(Path(resume_from_checkpoint) / "trainer"))
 
     def _load_best_model(self) -> None:
-        load_lora_state(self.pipeline, self.state.best_model_checkpoint)
+        self.trained.load(self.pipeline, self.state.best_model_checkpoint)
         for one in (*self.auxiliary_losses, *self._averages().values()):
             if one is not None:  # what is evaluated and saved from here on is what was loaded
                 one.restart()
@@ -394,8 +405,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.checkpoints.read_random_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter and its card to a folder (output_dir by default), reload it in a fresh pipeline and
-        compare its output.
+        """Write the adapter, or the denoisers that were trained whole, and the card to a folder (output_dir by
+        default), reload them in a fresh pipeline and compare its output.
 
         Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
         With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
@@ -403,12 +414,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.is_world_process_zero():
             with self._saved_weights():
-                write_adapter(self.pipeline, self._files_of(folder))
+                write_adapter(self.pipeline, self.trained, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
-                checked = check_adapter(self.policy, folder, {name: image for name, (image,) in images.items()},
+                checked = check_adapter(self.policy, self.trained, folder,
+                                        {name: image for name, (image,) in images.items()},
                                         bf16=self.args.bf16, alone=not self._calls_together)
             self.create_model_card(output_dir=folder)
-            self.console.print(f"adapter in {folder}; {checked}")
+            saved = " and ".join(self.trained.components) or "adapter"
+            self.console.print(f"{saved} in {folder}; {checked}")
         self._wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(output_dir=folder)
@@ -427,7 +440,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if not self.is_world_process_zero():
             return
         path = write_card(
-            self._files_of(output_dir or self.args.output_dir), self.policy, self.args, base_model=self.model_name,
+            self._files_of(output_dir or self.args.output_dir), self.policy, self.trained, self.args,
+            base_model=self.model_name,
             trainer=self._name, settings=self._card_settings(), comparison=self.report.comparison,
             samples_of=self._saved_step, images=self.image_columns,
             papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],

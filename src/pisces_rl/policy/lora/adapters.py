@@ -89,16 +89,12 @@ def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig | None = None, 
             contradicts `start`, `start` does not fit, a denoiser has an adapter, or `only` names none or something
             else than denoisers.
     """
-    if only is not None and (isinstance(only, str) or not only or set(only) - set(denoisers)):
-        raise ValueError(
-            f"lora_denoisers={only!r}: name one or more of this pipeline's denoisers, {sorted(denoisers)}, in a list; "
-            "leave it unset for all."
-        )
+    names = chosen_denoisers(denoisers, only)
     check_no_adapters(denoisers)
     if start is None:
         config = config or default_lora_config()
         check_lora_config(config)
-        configs = {name: _on(name, denoisers[name], config) for name in denoisers if only is None or name in only}
+        configs = {name: _on(name, denoisers[name], config) for name in names}
     else:
         start.check_asked(config)
         start = start.on(list(denoisers), only)
@@ -119,6 +115,16 @@ def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig | None = None, 
         if start is not None:
             set_peft_model_state_dict(denoiser, start.states[name])
     return {name: sum(isinstance(m, BaseTunerLayer) for m in denoisers[name].modules()) for name in configs}
+
+
+def chosen_denoisers(denoisers: dict[str, nn.Module], only: Sequence[str] | None) -> list[str]:
+    """The names of the denoisers that `lora_denoisers` chooses; a ValueError where it names none or something else."""
+    if only is not None and (isinstance(only, str) or not only or set(only) - set(denoisers)):
+        raise ValueError(
+            f"lora_denoisers={only!r}: name one or more of this pipeline's denoisers, {sorted(denoisers)}, in a list; "
+            "leave it unset for all."
+        )
+    return [name for name in denoisers if only is None or name in only]
 
 
 def check_no_adapters(components: dict[str, nn.Module]) -> None:

@@ -63,7 +63,7 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
             metadata = {f"{key}_lora_adapter_metadata": configs[name] for key, name in names.items()}
             pipeline.save_lora_weights(place, **layers, **{k: v for k, v in metadata.items() if k in accepted})
             files.append(place / LORA_FILE)
-        _share(files)
+        readable_by_others(files)
         return files
     for name, state in states.items():
         (folder / name).mkdir(exist_ok=True)
@@ -71,11 +71,11 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
         config = json.dumps(configs[name], indent=2, sort_keys=True)
         (folder / name / "adapter_config.json").write_text(config, encoding="utf-8")
         files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
-    _share(files)
+    readable_by_others(files)
     return files
 
 
-def _share(files: list[Path]) -> None:
+def readable_by_others(files: list[Path]) -> None:
     """Let those read a file who may read its folder: safetensors writes for the owner alone, whatever the umask."""
     for path in files:
         path.chmod(path.parent.stat().st_mode & 0o666)

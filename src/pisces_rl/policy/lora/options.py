@@ -57,7 +57,8 @@ def check_lora_config(config: LoraConfig) -> None:
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         shown = f"{config!r:.60}" if isinstance(config, (str, dict)) else f"a {type(config).__name__}"
-        fix = {dict: "write peft.LoraConfig(**that)", str: "set continue_from to start from a saved adapter"}
+        fix = {dict: "write peft.LoraConfig(**that)",
+               str: "set continue_from to start from a saved adapter, or write 'full' to train all weights instead"}
         raise ValueError(
             f"peft_config is {shown}, but must be a peft.LoraConfig, for instance default_lora_config(r=16); "
             f"{fix.get(type(config), 'other kinds of adapters are not trained')}."

@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..fast.execution import plain_blocks, uncompile_blocks
 from ..fast.products import plain_products, unfuse_products
@@ -84,25 +85,35 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
             if parameter in trained:
                 parameter.data = parameter.data.to(rounded[key])
     try:
-        latents = [_latents(pipe, call) for pipe in (pipeline, fresh)]
+        latents = [latents_of(pipe, adapted_denoisers(pipe).values(), call) for pipe in (pipeline, fresh)]
     finally:
         for parameter, data in trained.items():
             parameter.data = data
+    return compare_latents(latents, tolerance, "adapter", folder)
+
+
+def compare_latents(latents: list[Tensor], tolerance: float, what: str, folder: str | os.PathLike) -> float:
+    """The largest difference of the trained model's latents and a reloaded one's, relative to the largest value.
+
+    Raises:
+        RuntimeError: it is above `tolerance`; `what` was saved in `folder` is said.
+    """
     difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-8))
     if not difference <= tolerance:
         raise RuntimeError(
-            f"the adapter saved in {folder} does not reproduce the trained model: latents differ by {difference:.2g} "
+            f"the {what} saved in {folder} does not reproduce the trained model: latents differ by {difference:.2g} "
             f"(allowed {tolerance:g}). The files were kept; please report this with the pipeline's class name."
         )
     return difference
 
 
-def _latents(pipe: DiffusionPipeline, call: dict) -> Tensor:
-    """Of one call of a pipeline, without compiler and fused products, whose rounding is no difference of adapters."""
+def latents_of(pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], call: dict) -> Tensor:
+    """Of one call of a pipeline, its trained denoisers without compiler and fused products, whose rounding is no
+    difference of weights."""
     bar = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
     with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:
-        for denoiser in adapted_denoisers(pipe).values():
+        for denoiser in denoisers:
             plainly.enter_context(plain_blocks(denoiser))
             plainly.enter_context(plain_products(denoiser))
         output = pipe(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")

@@ -1,13 +1,13 @@
-"""The adapter's gradients: averaged over processes in one message; their norms, denoiser by denoiser."""
+"""The adapter's gradients: averaged over processes in few messages; their norms, denoiser by denoiser."""
 
 import warnings
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .zero import PartitionedOptimizer
+from .zero import MESSAGE, PartitionedOptimizer
 
 
 def average_gradients(
@@ -27,12 +27,22 @@ def average_gradients(
         return
     if accelerator.num_processes == 1:
         return
-    flat = torch.cat([p.grad.flatten() for p in adapter.values()])
-    flat = accelerator.reduce(flat, reduction="mean") * context_parallel
-    offset = 0
-    for parameter in adapter.values():
-        parameter.grad.copy_(flat[offset:offset + parameter.numel()].view_as(parameter))
-        offset += parameter.numel()
+    for message in _messages([p.grad for p in adapter.values()]):
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in message]), reduction="mean") * context_parallel
+        for gradient, mean in zip(message, flat.split([g.numel() for g in message])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def _messages(gradients: list[Tensor]) -> list[list[Tensor]]:
+    """Gradients in parts of at most `MESSAGE` numbers: an adapter's are one, all weights' copy would need memory."""
+    messages, size = [[]], 0
+    for gradient in gradients:
+        size += gradient.numel()
+        if messages[-1] and size > MESSAGE:
+            messages.append([])
+            size = gradient.numel()
+        messages[-1].append(gradient)
+    return messages
 
 
 class ExpertGradients:

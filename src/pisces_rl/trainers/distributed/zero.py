@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: gradients and optimizer states of the adapter in parts, with 3 frozen weights too."""
+"""DeepSpeed's ZeRO-2 and ZeRO-3: gradients and optimizer states of what is trained, with 3 the rest, in parts."""
 
 from collections.abc import Iterable
 
@@ -14,6 +14,7 @@ from ...policy.sharded.partition import partition
 
 # They treat each number by itself, so that a part of a parameter is as good as a parameter.
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+MESSAGE = 2**28  # numbers that processes exchange at once, 1 GiB: an adapter's are one message, all weights' several
 
 
 def requested_zero(args) -> int | None:
@@ -110,7 +111,7 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         self.empty = [group for group in optimizer.param_groups if not group["params"]]  # DeepSpeed takes none
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        message = sum(p.numel() for p in parameters)
+        message = min(MESSAGE, sum(p.numel() for p in parameters))
         self.engine = deepspeed.initialize(model=_Adapter(parameters), optimizer=optimizer, config={
             "train_micro_batch_size_per_gpu": 1, "steps_per_print": None, "gradient_clipping": max_grad_norm,
             "zero_allow_untested_optimizer": True,

@@ -96,6 +96,11 @@ def check_same_run(checkpoint: str, own: dict) -> None:
             f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
             f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
         )
+    if saved.get("full") != own.get("full"):
+        raise ValueError(
+            f"resume_from_checkpoint={checkpoint!r} trained {_trained(saved)}, this run trains {_trained(own)}: "
+            "resume with the peft_config and the lora_denoisers of that run."
+        )
     differences = (("weights", "other base weights"), ("lora_scale", "another lora_alpha or other lora_denoisers"))
     for key, what in differences:
         if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
@@ -165,6 +170,11 @@ def follow_settings(optimizer: torch.optim.Optimizer, scheduler, groups: list[di
 
 def _plain(setting):
     return setting.value if isinstance(setting, Enum) else setting
+
+
+def _trained(identity: dict) -> str:
+    full = identity.get("full")
+    return "a LoRA" if full is None else f"all weights of {' and '.join(full)}"
 
 
 def _beginning(identity: dict) -> str:

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from ...policy import FULL
 from ...rewards import OFFERED, RewardPanel
 
 
@@ -105,6 +106,30 @@ def check_reference(args, uses_reference: bool) -> None:
             "continue_reference='adapter', but nothing refers to it: there is neither a KL term (beta) nor an "
             "auxiliary loss that uses a reference (ConsistencyDistillation). Leave it out, or set one of these."
         )
+
+
+def check_full_fine_tuning(args, sharded: bool, zero_stage: int | None) -> None:
+    """A ValueError where `peft_config="full"` meets a setting that is made for frozen weights."""
+    def refuse(what: str, instead: str) -> None:
+        raise ValueError(f"peft_config={FULL!r} trains all weights of the denoisers, but {what}: {instead}.")
+
+    train_lora = "train a LoRA (peft_config=None)"
+    if args.continue_from:
+        refuse(f"continue_from={args.continue_from!r} is a saved LoRA", "merge it into the base first "
+               "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "
+               "model, or leave peft_config out to train the LoRA further")
+    if sharded:
+        refuse("FSDP2 shards frozen weights only",
+               f"run without sharding (accelerate launch --multi_gpu), or {train_lora}")
+    if zero_stage == 3:
+        refuse("zero_stage=3 partitions frozen weights only", "set zero_stage=2 (deepspeed_zero2.yaml), by which "
+               f"processes share gradients and the optimizer's states, or {train_lora}")
+    if args.context_parallel > 1:
+        refuse(f"context_parallel={args.context_parallel} sums the gradients of an adapter's layers over the parts of "
+               f"a video", f"leave it 1, or {train_lora}")
+    if "denoiser" in (args.offload or ()):
+        refuse("offload moves frozen weights only", f"leave 'denoiser' out of offload={args.offload!r}, or "
+               f"{train_lora}")
 
 
 def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:

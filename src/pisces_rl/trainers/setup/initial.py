@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ...policy import SavedAdapter, VideoPolicy, adapter_values, adapters_off
+from ...policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, adapters_off, exchanged
 
 
 class InitialPolicy:
@@ -50,3 +50,36 @@ class InitialPolicy:
             return {"continued from": name}
         reference = "the base model" if self.kind == "base" else "the adapter it was continued from"
         return {"continued from": name, "reference": reference}
+
+
+class InitialWeights:
+    """The same for denoisers that are trained whole: a copy of the weights that training begins with, in the host's
+    memory, which changes places with the trained ones.
+
+    Args:
+        weights: trained parameters, before any step. trained: whose they are.
+        kept: whether something will ask for them; else there is no copy.
+    """
+
+    def __init__(self, weights: dict[str, nn.Parameter], trained: FullWeights, kept: bool):
+        self.weights, self.trained = weights, trained
+        self.values = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()} if kept else None
+
+    def untrained(self) -> AbstractContextManager:
+        """Inside, the policy is what it was before training; no graph may wait for the trained weights."""
+        if self.values is None:
+            raise RuntimeError("no copy of the initial weights was kept, since neither the method, nor an auxiliary "
+                               "loss, nor an evaluation with sample videos asks for one (uses_reference).")
+        return exchanged(self.weights, self.values)
+
+    reference = untrained
+
+    @property
+    def identity(self) -> dict:
+        """What a checkpoint must agree with."""
+        return {"full": sorted(self.trained.modules)}
+
+    def card_settings(self, uses_reference: bool) -> dict[str, str]:
+        """Rows of the model card."""
+        dtype = str(next(iter(self.weights.values())).dtype).removeprefix("torch.")
+        return {"trained": f"{self.trained.description}, saved in {dtype}"}

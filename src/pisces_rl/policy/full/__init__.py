@@ -1,0 +1,1 @@
+"""Denoisers trained whole: their own weights in place of an adapter."""

@@ -1,0 +1,89 @@
+"""Trained denoisers on disk, as components that diffusers' `from_pretrained` loads."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..lora.lora_files import readable_by_others
+from ..lora.saved_check import compare_latents, latents_of
+from ..pipeline.offload import device_of
+
+_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model*.safetensors"
+
+
+def save_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> list[Path]:
+    """Write each denoiser to its subfolder, as it is (in fp32, where a run trains it); returns the files."""
+    files = []
+    for name in names:
+        place = folder / name
+        getattr(pipeline, name).save_pretrained(place)
+        config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)  # a folder of this machine
+        (place / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        files += [path for path in sorted(place.iterdir()) if path.is_file()]
+    readable_by_others(files)
+    return files
+
+
+def load_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> None:
+    """Copy saved weights into the denoisers that the pipeline has (to resume training).
+
+    Raises:
+        ValueError: a component is missing, or has other weights or shapes.
+    """
+    for name in names:
+        own, state = getattr(pipeline, name).state_dict(), _saved(folder / name)
+        wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
+        if wrong:
+            raise ValueError(
+                f"{folder / name} does not fit {name} of this model: {len(wrong)} tensors are missing, extra or of "
+                f"another shape, e.g. {wrong[0]!r}. Resume with the model and the peft_config of that run."
+            )
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state[key])
+
+
+def _saved(folder: Path) -> dict[str, Tensor]:
+    state = {}
+    for part in sorted(folder.glob(_WEIGHTS)):
+        state |= load_file(part)
+    return state
+
+
+def check_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path, call: dict,
+                     tolerance: float) -> float:
+    """Load the saved components as plain diffusers does, compare them, sample with them, and compare the latents.
+
+    The trained denoisers wait in the host's memory meanwhile. Args, result and errors as of `check_saved_lora`; also
+    a RuntimeError where a weight differs in any bit.
+    """
+    trained = {name: getattr(pipeline, name) for name in names}
+    devices = {name: device_of(denoiser) for name, denoiser in trained.items()}
+    latents = [latents_of(pipeline, trained.values(), call)]
+    try:
+        for name, denoiser in trained.items():
+            denoiser.to("cpu")
+            loaded = type(denoiser).from_pretrained(folder, subfolder=name, dtype=next(denoiser.parameters()).dtype)
+            _check_equal(name, denoiser.state_dict(), loaded.state_dict(), folder)
+            setattr(pipeline, name, loaded.requires_grad_(False).to(devices[name]))
+        latents.append(latents_of(pipeline, [], call))
+    finally:
+        for name, denoiser in trained.items():
+            setattr(pipeline, name, denoiser.to(devices[name]))
+    return compare_latents(latents, tolerance, "weights", folder)
+
+
+def _check_equal(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
+    wrong = sorted(set(own) ^ set(saved)) or [  # loaded in the weights' dtype, which a buffer may exceed
+        key for key in own if not torch.equal(own[key].to(saved[key].dtype), saved[key])]
+    if wrong:
+        raise RuntimeError(
+            f"the weights saved in {folder / name} are not those of {name}: {len(wrong)} tensors are missing, extra "
+            f"or differ, e.g. {wrong[0]!r}. Look at the disk; the checkpoints are whole."
+        )

@@ -1,0 +1,100 @@
+"""Full fine-tuning: which denoisers train all their weights, in fp32, and their initial values set in their place."""
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..lora.adapters import check_no_adapters, chosen_denoisers
+from .component_files import check_components, load_components, save_components
+
+#: The `peft_config` that asks for it.
+FULL = "full"
+
+
+class FullWeights:
+    """All weights of a pipeline's denoisers as what a run trains; the counterpart of `TrainedLoRA`.
+
+    The weights themselves are in fp32, so that an optimizer's small steps are not rounded away; a run in bf16 computes
+    under autocast. No layers are added.
+
+    Args:
+        denoisers: {name: module} of a pipeline; the others are frozen.
+        only: names of those that are trained; None: all.
+
+    Attributes:
+        modules: {denoiser: number of its modules with weights}.
+        components: {denoiser: name of its class}.
+
+    Raises:
+        ValueError: weights are quantised or stored in 8 bits, a denoiser has an adapter, or `only` names none or
+            something else than denoisers.
+    """
+
+    def __init__(self, denoisers: dict[str, nn.Module], only: Sequence[str] | None = None):
+        names = chosen_denoisers(denoisers, only)
+        check_no_adapters(denoisers)
+        for denoiser in denoisers.values():
+            denoiser.requires_grad_(False)
+        self.components = {name: type(denoisers[name]).__name__ for name in names}
+        self.modules, self.dtypes = {}, Counter()
+        for name in names:
+            self.modules[name] = self._train(name, denoisers[name])
+
+    def _train(self, name: str, denoiser: nn.Module) -> int:
+        for key, tensor in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
+            trained = isinstance(tensor, nn.Parameter)
+            if trained and (not tensor.is_floating_point() or tensor.dtype.itemsize == 1
+                            or type(tensor) is not nn.Parameter):
+                raise ValueError(
+                    f"peft_config={FULL!r}: {key} of {name} is a {type(tensor).__name__} of {tensor.dtype}, quantised "
+                    "or stored in 8 bits, which cannot be trained. Load the model in bfloat16 or float32, or train a "
+                    "LoRA (peft_config=default_lora_config())."
+                )
+            if trained:
+                self.dtypes[tensor.dtype] += tensor.numel()
+            if tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+                tensor.data = tensor.data.float()
+        denoiser.requires_grad_(True)
+        return sum(any(True for _ in module.parameters(recurse=False)) for module in denoiser.modules())
+
+    @property
+    def description(self) -> str:
+        return f"all weights of {' and '.join(self.modules)}"
+
+    def base_dtype(self, denoisers: dict[str, nn.Module]) -> torch.dtype:
+        """In which the pipeline was loaded."""
+        return self.dtypes.most_common(1)[0][0]
+
+    def save(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
+        return save_components(pipeline, list(self.modules), Path(folder))
+
+    def load(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+        load_components(pipeline, list(self.modules), Path(folder))
+
+    def check_saved(self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict,
+                    tolerance: float) -> float:
+        return check_components(pipeline, list(self.modules), Path(folder), call, tolerance)
+
+
+@contextlib.contextmanager
+def exchanged(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, parameters and values have changed places: no third copy. No graph may wait for the parameters."""
+    _exchange(parameters, values)
+    try:
+        yield
+    finally:
+        _exchange(parameters, values)
+
+
+@torch.no_grad()
+def _exchange(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        own = parameter.detach().clone()
+        parameter.copy_(values[name])
+        values[name].copy_(own)
