@@ -21,6 +21,7 @@ from tiny_runs import largest_difference, logged, prompts, trainer, weights
 from torch import Tensor
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
+from pisces_rl.trainers.distributed import gradients
 
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
 CLASSES = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}
@@ -64,14 +65,14 @@ class OutputGradients:
 @pytest.mark.parametrize("family", CLASSES)
 def test_the_gradient_is_that_of_autograd_on_the_denoiser(family, tmp_path):
     """One GRPO step: the optimizer gets, for every weight, the products of autograd on a copy of the denoiser."""
-    gradients = tiny_runs.Gradients()
-    made = full(tmp_path, family, max_steps=1, callbacks=[gradients], gradient_checkpointing=True)
+    kept = tiny_runs.Gradients()
+    made = full(tmp_path, family, max_steps=1, callbacks=[kept], gradient_checkpointing=True)
     denoiser = made.pipeline.transformer
     before = copy.deepcopy(denoiser)
     before.disable_gradient_checkpointing()
     seen = OutputGradients(denoiser)
     made.train()
-    (step,) = gradients.steps
+    (step,) = kept.steps
     parameters = dict(before.named_parameters())
     assert {f"denoiser.transformer.{name}" for name in parameters} == set(step)
     for args, kwargs, gradient in seen.calls:
@@ -121,6 +122,7 @@ def test_one_expert_of_wan22_trains(tmp_path):
     assert (tmp_path / "transformer_2" / "config.json").exists() and not (tmp_path / "transformer").exists()
 
 
+@pytest.mark.slow
 def test_rewards_are_backpropagated_beside_consistency_distillation(tmp_path):
     """The other trainer, whose auxiliary loss takes the copy of the initial weights as its teacher."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3}
@@ -295,6 +297,13 @@ def test_a_run_uploads_components_and_card(tmp_path, monkeypatch):
     card = files["README.md"].decode()
     assert 'WanTransformer3DModel.from_pretrained("me/mine", subfolder="transformer"' in card
     assert "\n- lora\n" not in card and "LoRA adapter" not in card
+
+
+def test_gradients_travel_in_messages_of_limited_size(monkeypatch):
+    """In order, each in one; one that is larger alone."""
+    monkeypatch.setattr(gradients, "MESSAGE", 10)
+    parts = [torch.zeros(size) for size in (4, 6, 1, 30, 2, 3)]
+    assert [[len(g) for g in message] for message in gradients._messages(parts)] == [[4, 6], [1], [30], [2, 3]]
 
 
 # --- what is refused ---

@@ -89,8 +89,9 @@ class VideoPolicyConfig(_BaseConfig):
     )
     lora_denoisers: list[str] | None = field(
         default=None,
-        metadata={"help": "Denoisers that get an adapter, for instance [\"transformer_2\"], the low-noise expert of "
-                  "Wan 2.2. An adapter learns only from trained steps that call its denoiser. Unset: all."},
+        metadata={"help": "Denoisers that get an adapter, or with peft_config='full' are trained, for instance "
+                  "[\"transformer_2\"], the low-noise expert of Wan 2.2. One learns only from trained steps that "
+                  "call it. Unset: all."},
     )
     continue_from: str | None = field(
         default=None,

@@ -133,7 +133,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.adapted_modules = self.trained.modules
         self.adapter = lora_parameters(denoisers)
         if full:
-            compares = eval_dataset is not None and args.num_sample_videos > 0
+            compares = eval_dataset is not None and args.num_sample_videos > 0 and args.process_index == 0
             self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or compares)
         else:
             self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)

@@ -119,8 +119,8 @@ def check_full_fine_tuning(args, sharded: bool, zero_stage: int | None) -> None:
                "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "
                "model, or leave peft_config out to train the LoRA further")
     if sharded:
-        refuse("FSDP2 shards frozen weights only",
-               f"run without sharding (accelerate launch --multi_gpu), or {train_lora}")
+        refuse("FSDP2 shards frozen weights only", "run without sharding (accelerate launch --multi_gpu) or with "
+               f"ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or {train_lora}")
     if zero_stage == 3:
         refuse("zero_stage=3 partitions frozen weights only", "set zero_stage=2 (deepspeed_zero2.yaml), by which "
                f"processes share gradients and the optimizer's states, or {train_lora}")
