@@ -1,5 +1,6 @@
 """The launches of these tests must leave nothing behind."""
 
+import os
 import time
 
 import psutil
@@ -9,10 +10,11 @@ from processes import run
 
 def test_when_time_runs_out_processes_in_sessions_of_their_own_are_ended_too():
     """A rank that hangs, as torchrun starts it: it would keep the pipe open, and the test waiting."""
-    rank = "import subprocess; subprocess.run(['sleep', '61.25'], start_new_session=True)"
+    seconds = f"61.{os.getpid()}"  # another run of these tests sleeps for another time
+    rank = f"import subprocess; subprocess.run(['sleep', '{seconds}'], start_new_session=True)"
     start = time.monotonic()
     with pytest.raises(AssertionError, match="timeit did not end within 3 s"):
         run("timeit", "-n1", "-r1", rank, timeout=3)
     assert time.monotonic() - start < 50
     assert not [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
-    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "61.25"]]
+    assert not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", seconds]]
