@@ -11,11 +11,11 @@ import torch
 from accelerate.utils import DeepSpeedPlugin
 from datasets import Dataset
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel
-from fake_hub import TOKEN, client_environment, running_hub
-from huggingface_hub import close_session, constants
+from fake_hub import running_hub
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from test_consistency import Videos
+from test_hub import push
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 from tiny_runs import largest_difference, logged, prompts, trainer, weights
 from torch import Tensor
@@ -283,15 +283,10 @@ def test_the_best_model_is_loaded_and_compared(tmp_path):
     assert (tmp_path / "samples" / "before_after_eval.png").exists() and made.initial.values is not None
 
 
-def test_a_run_uploads_components_and_card(tmp_path, monkeypatch):
+def test_a_run_uploads_components_and_card(tmp_path):
+    full(tmp_path / "run", hub_model_id="me/mine").save_model()
     with running_hub() as server:
-        for name, value in client_environment(server, {}, tmp_path).items():
-            monkeypatch.setenv(name, value)
-        for name, value in (("ENDPOINT", server.url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
-            monkeypatch.setattr(constants, name, value)
-        close_session()
-        full(tmp_path / "run", push_to_hub=True, hub_model_id="me/mine", hub_token=TOKEN).save_model()
-    close_session()
+        push(server, tmp_path, folder=str(tmp_path / "run"), repo_id="me/mine")
     files = server.commits[-1]["files"]
     assert {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(files)
     card = files["README.md"].decode()
