@@ -269,7 +269,8 @@ class ByHand(TrainerCallback):
             return loss + anchor
         if self.name == "awm":
             own = {name: getattr(args, name) for name in ("power", "epsilon", "average_weight")}
-            return by_velocity.awm(v, target, followed["old"], followed["average"], advantages, time, **own) + anchor
+            old = followed.get("old", v.detach())  # in the first step the trained one
+            return by_velocity.awm(v, target, old, followed["average"], advantages, time, **own) + anchor
         if self.name == "rvm":
             return by_velocity.rvm(v, target, reference, advantages, reward_scale=args.reward_scale, beta=args.beta)
         return by_velocity.flow_dpo(v, target, reference, beta=args.beta, sft_weight=args.sft_weight)
@@ -322,6 +323,25 @@ def test_some_levels_of_another_schedule(tmp_path):
     trained = [sorted(int(k.rpartition("_")[2]) for k in row if k.startswith("grad_norm/step_"))
                for row in made.state.log_history[:3]]
     assert all(len(levels) == 2 and levels[-1] < 8 for levels in trained) and len({*map(tuple, trained)}) > 1
+
+
+def test_awm_asks_the_old_policy_once_it_is_another(tmp_path):
+    """Before the first optimizer step on a rollout it is the trained one: a ratio of exactly 1, at no cost."""
+    made = trainer(tmp_path, method="awm", alive=True, num_iterations=2, max_steps=4, average_weight=0.0)
+    asked, predict = [], made.policy.predict
+
+    def counted(*arguments, **keywords):
+        asked.append(keywords.get("grad", False))
+        return predict(*arguments, **keywords)
+
+    made.policy.predict = counted
+    made.train()
+    steps = made.args.num_inference_steps
+    own, with_reference = steps * 4, steps * 4
+    assert asked.count(True) == own and asked.count(False) == with_reference + steps * 2
+    apart = logged(made, "velocity/old_distance")
+    assert apart[0] == apart[2] == 0 and apart[1] > 0 and apart[3] > 0
+    assert logged(made, "ratio/mean")[::2] == [1, 1]
 
 
 # --- what samples, and what follows ----------------------------------------------------------------------------------

@@ -21,16 +21,19 @@ from torch.distributions import Normal, kl_divergence
 from transformers import TrainerCallback
 
 from pisces_rl.policy import ReplayStep, Rollout
+from pisces_rl.trainers.data.seeds import sample_seed
 from pisces_rl.trainers.grpo.flow_dppo import FlowDPPOTrainer
+from pisces_rl.trainers.rollouts.advantages import group_advantages
+from pisces_rl.trainers.rollouts.rollout_trainer import STEP
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # --- Flash-GRPO: windows ---------------------------------------------------------------------------------------------
 
 
-def flash(folder, **settings):
+def flash(folder, rewards=brightness, **settings):
     """Four prompts a rollout, each with a window of one of five steps."""
-    return trainer(folder, data=prompts(4), method="flash_grpo",
+    return trainer(folder, rewards, data=prompts(4), method="flash_grpo",
                    **{"num_generations": 2, "per_device_train_batch_size": 8, "num_inference_steps": 6,
                       "epsilon": 0.5, "max_steps": 1, "alive": True, "num_sample_videos": 0} | settings)
 
@@ -90,6 +93,44 @@ def test_windows_of_several_prompts_have_one_gradient(tmp_path, division):
     for name, expected in by_hand.gradient.items():
         scale = float(expected.abs().max())
         assert scale > 0 and float((gradients.steps[0][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_prompts_with_one_window_share_a_call(tmp_path, overlap):
+    """Their rows may lie apart (windows a, b, a); videos and rewards are those of the rows all the same."""
+    scored = []
+
+    def kept(prompts, videos, **columns):
+        scored.append((prompts, videos))
+        return brightness(prompts, videos)
+
+    made = flash(tmp_path, rewards=kept, overlap_rewards=overlap, learning_rate=0.0, sde_window_range=(0, 2),
+                 rollout_batch_size=4, seed=0)
+    calls, sample = [], made.policy.sample
+
+    def counted(prompts, **keywords):
+        calls.append(tuple(keywords["steps"]))
+        return sample(prompts, **keywords)
+
+    made.policy.sample = counted
+    made.train()
+    assert windows(made)[::2] == [(0,), (1,), (0,), (1,)]
+    assert len(calls) == len(set(calls)) == 2 and len(scored) == (2 if overlap else 1)
+    table = {}
+    for rows, samples in made.scored.parts:
+        videos = next(videos for prompts, videos in scored if prompts == samples.prompts) if overlap \
+            else scored[0][1][rows]
+        again = sample(samples.prompts, noise_seeds=samples.noise_seeds,
+                       step_seeds=[step_seed(made, row) for row in rows], steps=samples.steps)
+        assert torch.equal(again.videos, videos)
+        table |= dict(zip(rows, brightness(samples.prompts, videos).tolist()))
+    rewards = torch.tensor([table[row] for row in range(8)], dtype=torch.float64)
+    expected = group_advantages(rewards[:, None], torch.ones(1), 2)[0]
+    assert torch.allclose(made.scored.advantages, expected)
+
+
+def step_seed(made, row: int) -> int:
+    return sample_seed(made.args.seed, 0, STEP, row)
 
 
 def test_the_weight_is_the_papers(tmp_path):

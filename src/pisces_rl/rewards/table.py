@@ -1,7 +1,7 @@
 """What rewards returned and recorded for a batch."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,11 @@ class RewardTable:
                 table.metrics.setdefault(name, []).extend(values)
             table._add_seconds(part)
         return table
+
+    def rows(self, places: Sequence[int]) -> "RewardTable":
+        """The samples at these places, in this order."""
+        extras = {name: [values[place] for place in places] for name, values in self.extras.items()}
+        return replace(self, values=self.values[list(places)], extras=extras)
 
     @staticmethod
     def side_by_side(tables: Sequence["RewardTable"], places: Sequence[Sequence[int]]) -> "RewardTable":

@@ -79,19 +79,23 @@ class AWMTrainer(ForwardProcessTrainer):
         self.followers["old"].update()
 
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
-        return super().compared(scored) | self.followers
+        known = super().compared(scored) | self.followers
+        if self.state.global_step == scored.drawn_at:
+            del known["old"]  # it is still the trained one
+        return known
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         args, error = self.args, noised.distance(noised.predicted, noised.clean)
+        drawn_by = noised.predicted.detach() if noised.old is None else noised.old
         own, old = (matching_log_prob(e, noised.time, args.power)
-                    for e in (error, noised.distance(noised.old, noised.clean)))
+                    for e in (error, noised.distance(drawn_by, noised.clean)))
         log_ratio = own - old
         loss = clipped_policy_loss(log_ratio, noised.advantages, args.epsilon, args.epsilon)
         low, high = clip_fractions(log_ratio, noised.advantages, args.epsilon, args.epsilon)
         metrics["clip_ratio/region_mean"].append(low + high)
         metrics["ratio/mean"].append(log_ratio.detach().exp().mean())
         metrics["velocity/error"].append(error.detach().mean())
-        metrics["velocity/old_distance"].append(noised.distance(noised.predicted.detach(), noised.old).mean())
+        metrics["velocity/old_distance"].append(noised.distance(noised.predicted.detach(), drawn_by).mean())
         if noised.average is not None:
             distance = noised.distance(noised.predicted, noised.average)
             metrics["velocity/average_distance"].append(distance.detach().mean())

@@ -1,6 +1,7 @@
 """Rewards beside the rollout: the videos of one part are scored while the next part is sampled."""
 
 import threading
+from collections.abc import Sequence
 from queue import SimpleQueue
 
 import torch
@@ -63,14 +64,21 @@ class OverlappedRewards:
             ready = torch.cuda.current_stream(videos.device).record_event()
         self.queue.put((ready, (prompts, videos, columns, trainer_state)))
 
-    def table(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> RewardTable:
-        """Wait for the parts; the table of the whole rollout, of which these are prompts, videos and columns."""
+    def table(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None,
+              places: Sequence[int] | None = None) -> RewardTable:
+        """Wait for the parts; the table of the whole rollout, of which these are prompts, videos and columns.
+
+        Args:
+            places: the number at which each of these videos was submitted; unset: they came in this order.
+        """
         self.queue.put(None)
         self.thread.join()
         self._raise()
         if self.stream is not None:
             torch.cuda.current_stream(videos.device).wait_stream(self.stream)
         whole = RewardTable.stack(self.tables)
+        if places is not None:
+            whole = whole.rows(places)
         if not len(self.together):
             return whole
         return RewardTable.side_by_side([whole, self.together(prompts, videos, columns, trainer_state)], self.places)

@@ -143,23 +143,29 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _generate_and_score(self, inputs: list[dict]) -> None:
         args, number = self.args, self._step // self._uses_per_rollout
         prompts, columns, images = self._columns(inputs)
-        videos = []
+        videos, drawn_rows = [], []
 
-        def each(rows: slice, drawn: Tensor) -> None:
+        def each(rows: list[int], drawn: Tensor) -> None:
             videos.append(drawn)
+            drawn_rows.extend(rows)
             if self.overlapped is not None:
-                own = {name: values[rows] for name, values in columns.items()}
-                self.overlapped.submit(prompts[rows], drawn, own, self.state)
+                own = {name: [values[r] for r in rows] for name, values in columns.items()}
+                self.overlapped.submit([prompts[r] for r in rows], drawn, own, self.state)
 
         with self.overlapped or contextlib.nullcontext():
             with self.sampling_policy():
                 parts = self._sample(prompts, images, each)
                 drawn_by = self._weights_in_use()
             videos = torch.cat(videos)
+            places = sorted(range(len(prompts)), key=drawn_rows.__getitem__)  # row r was drawn as number places[r]
+            if places != list(range(len(places))):
+                videos = videos[places]
             # Also where nothing overlaps, rewards have the denoiser's attention kernel.
             with self.stage("rewards"), attention_kernel(args.attention_kernel):
-                score = self.rewards if self.overlapped is None else self.overlapped.table
-                table = score(prompts, videos, columns, self.state)
+                if self.overlapped is None:
+                    table = self.rewards(prompts, videos, columns, self.state)
+                else:
+                    table = self.overlapped.table(prompts, videos, columns, self.state, places)
         logs_now = args.log_completions and self.state.global_step % self.state.logging_steps == 0
         if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
@@ -198,7 +204,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def _sample(self, prompts: list[str], images: dict[str, list], each) -> list[tuple[list[int], Rollout]]:
         """This process's share of the present rollout, see `ScoredRollout.parts`, without its videos; each(rows,
-        videos) is called for every part that is ready, in order."""
+        videos) is called for every call of the pipeline, in the order of `_calls`."""
         args, number = self.args, self._step // self._uses_per_rollout
         first_row = self.data_part * len(prompts)
         ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
@@ -209,12 +215,14 @@ class RolloutTrainer(VideoPolicyTrainer):
         parts: dict[tuple[int, ...], list[tuple[list[int], Rollout]]] = {}
         with self.stage("rollout"):
             for rows in _calls(steps, args.rollout_batch_size or len(prompts)):
-                samples = self.policy.sample(prompts[rows], noise_seeds=noise_seeds[rows], step_seeds=step_seeds[rows],
-                                             steps=steps[rows.start],
-                                             conditions={name: own[rows] for name, own in images.items()})
+                samples = self.policy.sample(
+                    [prompts[r] for r in rows], noise_seeds=[noise_seeds[r] for r in rows],
+                    step_seeds=[step_seeds[r] for r in rows], steps=steps[rows[0]],
+                    conditions={name: [own[r] for r in rows] for name, own in images.items()},
+                )  # fmt: skip
                 each(rows, samples.videos)
                 samples.videos = None  # the update needs the latents only
-                parts.setdefault(tuple(steps[rows.start]), []).append((list(range(rows.start, rows.stop)), samples))
+                parts.setdefault(tuple(steps[rows[0]]), []).append((rows, samples))
         return [(list(itertools.chain(*(rows for rows, _ in own))), Rollout.cat([samples for _, samples in own]))
                 for own in parts.values()]
 
@@ -357,11 +365,11 @@ class RolloutTrainer(VideoPolicyTrainer):
             self.prompt_statistics.load_state_dict(state["prompt_statistics"])
 
 
-def _calls(steps: list[list[int]], size: int) -> Iterator[slice]:
-    """Neighbouring rows with the same trained steps, at most `size` of them."""
-    start = 0
-    for _, same in itertools.groupby(steps):
-        stop = start + len(list(same))
-        for first in range(start, stop, size):
-            yield slice(first, min(first + size, stop))
-        start = stop
+def _calls(steps: list[list[int]], size: int) -> Iterator[list[int]]:
+    """Rows with the same trained steps, at most `size` of them, in the order in which these steps first occur."""
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for row, own in enumerate(steps):
+        alike.setdefault(tuple(own), []).append(row)
+    for rows in alike.values():
+        for first in range(0, len(rows), size):
+            yield rows[first:first + size]
