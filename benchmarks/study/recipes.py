@@ -5,6 +5,7 @@ from pathlib import Path
 
 import yaml
 
+STAGES = "ABCDEF"
 RECIPES = Path(__file__).parents[2] / "recipes" / "study"
 
 

@@ -33,7 +33,7 @@ from transformers import TrainerCallback
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 from grpo_t2v import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards
-from recipes import cells, settings_of
+from recipes import STAGES, cells, settings_of
 
 from pisces_rl import METHODS, RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
@@ -41,6 +41,7 @@ from pisces_rl.policy import VideoPolicy, default_lora_config
 from pisces_rl.policy.lora.adapters import adapters_off
 from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
+from pisces_rl.shapemotion import verify
 from pisces_rl.trainers.rollouts.losses import kl_to_reference
 from pisces_rl.trainers.run.resume import last_checkpoint
 
@@ -70,6 +71,20 @@ def diversity(policy, encoder, prompts: list[str]) -> dict[str, float]:
         eigenvalues = torch.linalg.eigvalsh(z @ z.T / len(z)).clamp_min(1e-12)
         effective.append(float((-(eigenvalues * eigenvalues.log()).sum()).exp()))
     return {"distance": sum(distances) / len(distances), "vendi": sum(effective) / len(effective)}
+
+
+@torch.no_grad()
+def guided(policy, prompts: list[str], batch: int) -> dict[str, float]:
+    """`correct` and quality of the pipeline as it is meant to be used: 20 steps under guidance 3."""
+    sampler = VideoPolicy(policy.pipeline, num_inference_steps=20,
+                          pipeline_kwargs=policy.pipeline_kwargs | {"guidance_scale": 3.0})
+    found = {"correct": [], "quality": []}
+    for start in range(0, len(prompts), batch):
+        own = prompts[start:start + batch]
+        verdict = verify(sampler.sample(own, noise_seeds=list(range(start, start + len(own)))).videos, own)
+        for name, values in found.items():
+            values += [float(value) for value in getattr(verdict, name)]
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 
 class Divergence(TrainerCallback):
@@ -147,7 +162,8 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         file.flush()
         script, config = parse_arguments(ScriptArguments, make_config, arguments=["--config", file.name, *extra])
     train_dataset, eval_dataset = load_datasets(script, seed)
-    prompts = list(dict.fromkeys(eval_dataset["held_out"]["prompt"]))[:DIVERSE_PROMPTS]
+    held_out = list(eval_dataset["held_out"]["prompt"])
+    prompts = list(dict.fromkeys(held_out))[:DIVERSE_PROMPTS]
     encoder = load_encoder(JUDGE, device=config.device)
     divergence = Divergence(prompts)
     trainer = make_trainer(
@@ -170,6 +186,7 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         ],
         "kl": json.loads((Path(config.output_dir) / "kl.json").read_text(encoding="utf-8")),
         "diversity": diversity(trainer.policy, encoder, prompts),
+        "guided": guided(trainer.policy, held_out, config.per_device_eval_batch_size),
     }  # fmt: skip
 
 
@@ -198,7 +215,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="recipes in recipes/study/")
     which.add_argument("--all", action="store_true", help="every cell")
-    which.add_argument("--stage", choices=["A", "B", "C", "D"], help="every cell of this stage")
+    which.add_argument("--stage", choices=STAGES, help="every cell of this stage")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, each a process; 14 fit a GPU of 80 GB")
     parser.add_argument("--stop_after", type=float, default=float("inf"), help="begin no run after so many seconds")

@@ -5,8 +5,9 @@
     python benchmarks/study/table.py RECORDS --cells backprop_both grpo_both --against grpo_none
 
 Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated before the first
-step. `KL`: from the untrained sampler, per latent dimension (run.py). `stopped by ...`: the evaluation at which that
-score was highest on test_seen, and what `correct` was there on held_out.
+step. `KL`: from the untrained sampler, per latent dimension (run.py). `guided`: `correct` on held_out in 20 steps with
+guidance 3. `stopped by ...`: the evaluation at which that score was highest on test_seen, and what `correct` was there
+on held_out.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from recipes import cells
+from recipes import STAGES, cells
 from scipy.stats import t as student
 
 SCORES = {
@@ -59,16 +60,17 @@ def row(values: list) -> None:
 def table(records: dict) -> None:
     for part in SETS:
         print(f"\n{part}, after training\n")
-        row(["cell", "seeds", *SCORES, "distance", "Vendi", "KL", "seconds of training"])
-        row(["---"] * (len(SCORES) + 6))
+        row(["cell", "seeds", *SCORES, "distance", "Vendi", "KL", "guided", "seconds of training"])
+        row(["---"] * (len(SCORES) + 7))
         first = next(iter(next(iter(records.values())).values()))
-        row(["untrained", "", *(f"{score(first, part, name, 0):.3f}" for name in SCORES), "", "", "", ""])
+        row(["untrained", "", *(f"{score(first, part, name, 0):.3f}" for name in SCORES), "", "", "", "", ""])
         for cell, runs in records.items():
             runs = [runs[seed] for seed in sorted(runs)]
             scores = [spread([score(run, part, name) for run in runs]) for name in SCORES]
             diverse = [spread([run["diversity"][key] for run in runs]) for key in ("distance", "vendi")]
             seconds = spread([sum(step["step_time"] for step in run["steps"]) for run in runs])
-            row([cell, len(runs), *scores, *diverse, spread([divergences(run)[-1] for run in runs]), seconds])
+            guided = spread([run["guided"]["correct"] for run in runs if "guided" in run and part == "held_out"])
+            row([cell, len(runs), *scores, *diverse, spread([divergences(run)[-1] for run in runs]), guided, seconds])
 
 
 def differences(records: dict, against: str, base: dict[int, dict]) -> None:
@@ -138,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("records", nargs="?", type=Path, default=Path("outputs/study/records"))
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--cells", nargs="+", choices=cells(), metavar="CELL", help="these, of those recorded")
-    which.add_argument("--stage", choices=["A", "B", "C", "D"], help="the cells of this stage")
+    which.add_argument("--stage", choices=STAGES, help="the cells of this stage")
     parser.add_argument("--against", default="grpo_none", choices=cells(), metavar="CELL", help="compared with this")
     parser.add_argument("--figure", type=Path, help="write the curves there (needs matplotlib)")
     args = parser.parse_args(arguments)
