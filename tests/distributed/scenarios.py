@@ -130,7 +130,9 @@ def full_experts(folder, **settings) -> dict:
     trainer = made(folder, model=pipe, peft_config="full", alive=False, max_steps=2, learning_rate=0.01, **settings)
     result = trained(trainer)
     trainer.save_model()
-    return result | {"norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules]}
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return result | {"norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules],
+                     "files": files}
 
 
 def full_expert(folder) -> dict:
@@ -181,7 +183,8 @@ def full_parts(folder) -> dict:
         return sum(held(t).numel() for t in tensors)
 
     gradients = []
-    trainer = made(folder, peft_config="full", alive=False, callbacks=[Count()], beta=0.01, ema_decay=0.9, **ADAMW)
+    trainer = made(folder, peft_config="full", alive=False, callbacks=[Count()], beta=0.01, ema_decay=0.9,
+                   **ADAMW | {"max_steps": 1})
     trainer.train()
     states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
     copies = {"weights": trainer.adapter, "reference": trainer.initial.values, "average": trainer.ema.average}
@@ -211,6 +214,13 @@ def full_resumed_elsewhere(folder) -> dict:
         trainer = made(folder / str(world), **FULL_STOPPED)
         weights[world] = trained(trainer, resume_from_checkpoint=str(checkpoint))["weights"]
     return {"weights": weights[WORLD], "difference": tiny_runs.largest_difference(weights[1], weights[2])}
+
+
+def full_twice(folder) -> dict:
+    """All weights, trained by AdamW and then again."""
+    trainer = made(folder, peft_config="full", alive=False, max_steps=2, optim="adamw_torch", learning_rate=1e-3)
+    trainer.train()
+    return trained(trainer)
 
 
 def flow_dpo(folder) -> dict:
