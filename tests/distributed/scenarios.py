@@ -28,7 +28,7 @@ from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer  # noqa: E402
-from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, held, lora_parameters  # noqa: E402
+from pisces_rl.policy import FullWeights, PolicyError, VideoPolicy, add_lora, held, lora_parameters  # noqa: E402
 from pisces_rl.policy.sharded.partition import partition  # noqa: E402
 from pisces_rl.trainers.run.checkpoint import load_tree  # noqa: E402
 
@@ -508,11 +508,18 @@ def share(policy) -> None:
         policy.shard(init_device_mesh("cpu", (WORLD,)))
 
 
-def unequal_texts(folder) -> dict:
+def full_unequal_texts(folder) -> dict:
+    return unequal_texts(folder, full=True)
+
+
+def unequal_texts(folder, full: bool = False) -> dict:
     """Kandinsky 5 runs a forward for each length of text: three on the first process, one on the last."""
     prompts = [["a bird in the snow", "a", "a fish"], ["a fish", "a fish", "a fish"]][RANK]
     pipe = tiny_runs.quiet(tiny_runs.BUILD["kandinsky5"]())
-    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    if full:
+        FullWeights({"transformer": pipe.transformer})
+    else:
+        add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
     policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
     seeds = {"noise_seeds": [0, 1, 2], "step_seeds": [3, 4, 5], "steps": [0, 1]}
     whole = policy.sample(prompts, **seeds)
@@ -521,6 +528,8 @@ def unequal_texts(folder) -> dict:
     scores = []
     policy.replay(parts, [0, 1, 2], lambda step: (step.log_prob.sum().backward(), scores.append(step.log_prob)))
     gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
+    if full:
+        gradients = {name: g.full_tensor() for name, g in gradients.items()}
     return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
             "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
 

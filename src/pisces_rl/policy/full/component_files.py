@@ -62,7 +62,7 @@ def gathered_component(denoiser: nn.Module, cls: type) -> nn.Module | None:
         return None
     with init_empty_weights(), torch.random.fork_rng(devices=[]):
         component = cls.from_config(denoiser.config)
-    component.load_state_dict(state, assign=True)
+    component.load_state_dict({key: tensor.cpu() for key, tensor in state.items()}, assign=True)  # buffers, too
     return component.requires_grad_(False)
 
 
