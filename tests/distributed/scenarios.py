@@ -27,7 +27,8 @@ import tiny_runs  # noqa: E402
 from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
-from pisces_rl.policy import PolicyError, VideoPolicy, add_lora, lora_parameters  # noqa: E402
+from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer  # noqa: E402
+from pisces_rl.policy import FullWeights, PolicyError, VideoPolicy, add_lora, held, lora_parameters  # noqa: E402
 from pisces_rl.policy.sharded.partition import partition  # noqa: E402
 from pisces_rl.trainers.run.checkpoint import load_tree  # noqa: E402
 
@@ -110,6 +111,116 @@ def full_resumed(folder) -> dict:
     again = trained(trainer, resume_from_checkpoint=True)
     trainer.save_model()
     return again | {"difference": tiny_runs.largest_difference(whole["weights"], again["weights"])}
+
+
+def full_idle(folder) -> dict:
+    """All weights: a process with nothing to learn from, micro-batches of several backwards, a clipped gradient."""
+    def only_clip_0(prompts, videos, **columns):
+        return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
+
+    return trained(made(folder, only_clip_0, videos=4, data=tiny_runs.prompts(2), peft_config="full", alive=False,
+                        max_steps=3, steps_per_generation=2, gradient_accumulation_steps=2, max_grad_norm=1e-2,
+                        learning_rate=1.0, lr_scheduler_type="linear"))
+
+
+def full_experts(folder, **settings) -> dict:
+    """All weights of both experts of Wan 2.2: the first trained step calls one, the second the other."""
+    pipe = tiny_runs.quiet(tiny_runs.BUILD["wan22_a14b"]())
+    pipe.register_to_config(boundary_ratio=0.9)
+    trainer = made(folder, model=pipe, peft_config="full", alive=False, max_steps=2, learning_rate=0.01, **settings)
+    result = trained(trainer)
+    trainer.save_model()
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return result | {"norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules],
+                     "files": files}
+
+
+def full_expert(folder) -> dict:
+    """One of them, while the other is frozen."""
+    return full_experts(folder, lora_denoisers=["transformer_2"], sde_window_range=[1, 2], sde_window_size=1)
+
+
+def full_half(folder) -> dict:
+    """All weights in fp32 of a bf16 pipeline under autocast, with activations computed again and an old policy."""
+    return trained(made(folder, model=tiny_runs.pipeline().to(torch.bfloat16), peft_config="full", alive=False,
+                        bf16=True, gradient_checkpointing=True, method="nft", beta=0.3, max_steps=2,
+                        learning_rate=0.01))
+
+
+def full_compiled(folder) -> dict:
+    """All weights with blocks as graphs."""
+    return trained(made(folder, peft_config="full", alive=False, max_steps=2, learning_rate=0.01, torch_compile=True,
+                        torch_compile_backend="aot_eager"))
+
+
+def full_backpropagated(folder) -> dict:
+    """All weights through the sampler, beside the consistency term, whose teacher is the reference."""
+    trainer = RewardBackpropTrainer(
+        tiny_runs.pipeline(), backprop.bright, backprop.config(
+            folder, per_device_train_batch_size=4 // PARTS, optim="sgd", learning_rate=0.01, max_steps=3),
+        tiny_runs.prompts(8), peft_config="full",
+        auxiliary_losses=[ConsistencyDistillation(consistency.Videos(), weight=0.1, steps=4)])
+    return trained(trainer)
+
+
+def full_evaluated(folder) -> dict:
+    """All weights, evaluated after each step: the best checkpoint is loaded, and compared with the initial policy."""
+    trainer = made(folder, peft_config="full", alive=False, max_steps=2, learning_rate=0.1, ema_decay=0.5,
+                   eval_dataset=tiny_runs.prompts(3), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                   save_steps=1, load_best_model_at_end=True, per_device_eval_batch_size=2)
+    result = trained(trainer)
+    rewards = tiny_runs.logged(trainer, "eval_reward")
+    return result | {"eval": rewards, "best": trainer.state.best_global_step}
+
+
+def full_parts(folder) -> dict:
+    """How many numbers of each copy of all weights this process holds."""
+    class Count(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients.append(count(p.grad for p in trainer.adapter.values()))
+
+    def count(tensors) -> int:
+        return sum(held(t).numel() for t in tensors)
+
+    gradients = []
+    trainer = made(folder, peft_config="full", alive=False, callbacks=[Count()], beta=0.01, ema_decay=0.9,
+                   **ADAMW | {"max_steps": 1})
+    trainer.train()
+    states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
+    copies = {"weights": trainer.adapter, "reference": trainer.initial.values, "average": trainer.ema.average}
+    return {"weights": tiny_runs.weights(trainer), "whole": sum(p.numel() for p in trainer.adapter.values()),
+            "held": {name: count(values.values()) for name, values in copies.items()}
+                    | {"gradients": gradients[-1], "states": count(states) // 2}}
+
+
+FULL_STOPPED = {"peft_config": "full", "alive": False, "max_steps": 4, "optim": "adamw_torch_fused",
+                "learning_rate": 1e-3, "num_iterations": 4, "beta": 0.01, "ema_decay": 0.9}
+
+
+def full_stopped(folder) -> dict:
+    """All weights by AdamW, stopped at step 2 of 4, in the middle of the use of a rollout."""
+    return trained(made(folder, callbacks=[tiny_runs.StopAt(2)], **FULL_STOPPED))
+
+
+def full_uninterrupted(folder) -> dict:
+    return trained(made(folder, **FULL_STOPPED))
+
+
+def full_resumed_elsewhere(folder) -> dict:
+    """What `full_stopped` left, on one process and on two, goes on."""
+    weights = {}
+    for world in (1, 2):
+        checkpoint = folder.parent / f"full_stopped_{world}" / "checkpoint-2"
+        trainer = made(folder / str(world), **FULL_STOPPED)
+        weights[world] = trained(trainer, resume_from_checkpoint=str(checkpoint))["weights"]
+    return {"weights": weights[WORLD], "difference": tiny_runs.largest_difference(weights[1], weights[2])}
+
+
+def full_twice(folder) -> dict:
+    """All weights, trained by AdamW and then again."""
+    trainer = made(folder, peft_config="full", alive=False, max_steps=2, optim="adamw_torch", learning_rate=1e-3)
+    trainer.train()
+    return trained(trainer)
 
 
 def flow_dpo(folder) -> dict:
@@ -397,11 +508,18 @@ def share(policy) -> None:
         policy.shard(init_device_mesh("cpu", (WORLD,)))
 
 
-def unequal_texts(folder) -> dict:
+def full_unequal_texts(folder) -> dict:
+    return unequal_texts(folder, full=True)
+
+
+def unequal_texts(folder, full: bool = False) -> dict:
     """Kandinsky 5 runs a forward for each length of text: three on the first process, one on the last."""
     prompts = [["a bird in the snow", "a", "a fish"], ["a fish", "a fish", "a fish"]][RANK]
     pipe = tiny_runs.quiet(tiny_runs.BUILD["kandinsky5"]())
-    add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
+    if full:
+        FullWeights({"transformer": pipe.transformer})
+    else:
+        add_lora({"transformer": pipe.transformer}, tiny_runs.default_lora_config(4))
     policy = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
     seeds = {"noise_seeds": [0, 1, 2], "step_seeds": [3, 4, 5], "steps": [0, 1]}
     whole = policy.sample(prompts, **seeds)
@@ -410,6 +528,8 @@ def unequal_texts(folder) -> dict:
     scores = []
     policy.replay(parts, [0, 1, 2], lambda step: (step.log_prob.sum().backward(), scores.append(step.log_prob)))
     gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
+    if full:
+        gradients = {name: g.full_tensor() for name, g in gradients.items()}
     return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
             "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
 

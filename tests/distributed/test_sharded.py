@@ -4,18 +4,32 @@ from pathlib import Path
 
 import pytest
 import scenarios
-from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
+from comparisons import (
+    assert_equal_ranks,
+    assert_equals_one,
+    assert_evaluated_as_one,
+    assert_resumed,
+    numbers,
+    one_process,
+    start,
+)
+from diffusers import WanTransformer3DModel
 from processes import accelerate
 from safetensors.torch import load_file
+from scenarios import tiny_runs
 
-EQUAL_ONE = ["split_group", "backpropagated"]
+EQUAL_ONE = ["split_group", "backpropagated", "full"]
+FULL = {"full_idle": 1e-6, "full_expert": 1e-6, "full_experts": 1e-6, "full_evaluated": 1e-6, "full_compiled": 1e-6,
+        "full_backpropagated": 1e-6, "full_half": 5e-5, "full_twice": 1e-4}  # AdamW makes much of little gradients
+FULL_BESIDES = ["full_resumed", "full_stopped", "full_uninterrupted", "full_resumed_elsewhere", "full_unequal_texts"]
 SLOW = ["whole_groups", "idle_rank", "distilled", "accumulated", "backpropagated_k2", "compiled"]
 
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = accelerate(scenarios.__file__, folder, *EQUAL_ONE, "parts_of_weights", "unequal_texts", timeout=500)
+    result = accelerate(scenarios.__file__, folder, *EQUAL_ONE, "parts_of_weights", "full_parts", "unequal_texts",
+                        timeout=500)  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -33,6 +47,14 @@ def test_each_process_holds_about_half_of_the_weights(sharded):
     whole = numbers(sharded, "parts_of_weights")["whole"]
     assert sum(held) == whole and all(0.45 * whole < own < 0.55 * whole for own in held)
     assert not numbers(sharded, "parts_of_weights")["sharded_adapter"]
+
+
+def test_each_process_holds_about_half_of_each_copy_of_all_weights(sharded):
+    """Of full fine-tuning: weights, gradients, optimizer states, average, and the reference in the host's memory."""
+    first, second = (numbers(sharded, "full_parts", rank) for rank in (0, 1))
+    assert first["held"].keys() == {"weights", "gradients", "states", "reference", "average"}
+    for name, own in first["held"].items():
+        assert own + second["held"][name] == first["whole"] and 0.45 < own / first["whole"] < 0.55, name
 
 
 @pytest.mark.parametrize("name", EQUAL_ONE)
@@ -87,3 +109,74 @@ def test_methods_with_sharded_weights_equal_one_process(tmp_path):
     for name in names:
         assert_equal_ranks(tmp_path, name)
         assert_equals_one(tmp_path, name, [m for m in scenarios.METRICS if name != "rvm" or "velocity" not in m])
+
+
+# --- full fine-tuning ---
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("full")
+    scenarios.run("full_stopped", folder)  # by one process
+    result = accelerate(scenarios.__file__, folder, *FULL, *FULL_BESIDES, timeout=580)
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_all_weights_train_as_in_one_process(full, name):
+    """An idle process, several backwards, clipping, experts, autocast, compiled blocks, the other trainer."""
+    one = one_process(name)
+    assert_equal_ranks(full, name)
+    assert tiny_runs.largest_difference(one["weights"], load_file(full / f"{name}_0.safetensors")) < FULL[name]
+    if "expert" not in name:
+        assert tiny_runs.largest_difference(one["weights"], start(full=True)) > 10 * FULL[name]
+    for key in scenarios.METRICS if FULL[name] == 1e-6 else ():
+        assert numbers(full, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
+    for own, expected in zip(numbers(full, name).get("norms", []), one.get("norms", []), strict=True):
+        assert own == pytest.approx(expected, rel=1e-4)
+    if name == "full_idle":
+        assert min(numbers(full, name)["grad_norm"]) > 2e-2  # it is clipped at half of that
+    if name == "full_evaluated":
+        assert numbers(full, name)["eval"] == pytest.approx(one["eval"], rel=1e-5)
+        assert numbers(full, name)["best"] == one["best"]
+        assert (full / "full_evaluated_2" / "samples" / "before_after_eval.png").exists()
+
+
+@pytest.mark.slow
+def test_all_weights_with_texts_of_unequal_lengths(full):
+    for rank in (0, 1):
+        result = numbers(full, "full_unequal_texts", rank)
+        assert result["videos"] < 1e-4 and result["log_probs"] < 1e-4
+    assert_equal_ranks(full, "full_unequal_texts")
+
+
+@pytest.mark.slow
+def test_a_run_of_all_weights_resumes(full):
+    """To the bit: NFT with its old policy between rollouts, and GRPO inside the use of one."""
+    for rank in (0, 1):
+        assert numbers(full, "full_resumed", rank)["difference"] == 0
+    whole = load_file(full / "full_uninterrupted_0.safetensors")
+    assert tiny_runs.largest_difference(whole, load_file(full / "full_resumed_elsewhere_0.safetensors")) == 0
+
+
+@pytest.mark.slow
+def test_checkpoints_of_all_weights_of_one_process_and_of_two_mean_the_same(full):
+    """What one process saved goes on on two, and the other way round."""
+    here, there = scenarios.run("full_resumed_elsewhere", full), numbers(full, "full_resumed_elsewhere")
+    assert max(here["difference"], there["difference"]) < 1e-4
+    assert tiny_runs.largest_difference(here["weights"], one_process("full_uninterrupted")["weights"]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full_expert", "full_experts"])
+def test_saved_components_of_sharded_weights_load_in_plain_diffusers(full, name):
+    """To the bit, and of the classes that they had before; the frozen expert is not saved."""
+    trained, loaded = load_file(full / f"{name}_0.safetensors"), {}
+    for component in sorted({key.split(".")[0] for key in trained}):
+        denoiser = WanTransformer3DModel.from_pretrained(full / f"{name}_2", subfolder=component)
+        loaded |= {f"{component}.{key}": value.detach() for key, value in denoiser.named_parameters()}
+    assert tiny_runs.largest_difference(trained, loaded) == 0
+    assert numbers(full, name)["files"] == one_process(name)["files"]
+    assert not any("FSDP" in path.read_text() for path in (full / f"{name}_2").rglob("*.[jm][sd]*"))

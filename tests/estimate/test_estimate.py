@@ -178,8 +178,15 @@ def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
     assert estimate.resident["optimizer states"] == 2 * trained and estimate.resident["adapter's average"] == trained
     assert estimate.phases["update"]["gradients of earlier steps"] == trained
     assert estimate.details["trainable parameters"] == trained // 4 and "adapter" not in estimate.resident
-    with pytest.raises(ValueError, match="peft_config='full'"):
-        estimate.fsdp2(2)
+    parts = estimate.fsdp2(4)  # of each copy of all weights a quarter, and at most two blocks' whole gradients
+    for name in ("transformer", "optimizer states", "adapter's average"):
+        assert parts.resident[name] == -(-estimate.resident[name] // 4)
+    assert parts.phases["update"]["gradients of earlier steps"] == -(-trained // 4)
+    blocks = estimate.blocks["transformer"]
+    outside = estimate.resident["transformer"] - sum(blocks)
+    assert parts.phases["update"]["gathered gradients"] == outside + 2 * max(blocks)
+    assert parts.phases["update"]["gathered weights"] == outside + 3 * max(blocks)
+    assert parts.resident["text_encoder"] == estimate.resident["text_encoder"]
 
 
 @pytest.mark.parametrize("settings, prompts", [

@@ -270,6 +270,8 @@ def test_a_damaged_file_is_noticed(tmp_path):
         made.trained.check_saved(made.pipeline, tmp_path, {"prompt": ["a"], "num_inference_steps": 2}
                                  | made.policy.pipeline_kwargs, 1e-4)
     assert made.pipeline.transformer is made.policy.denoiser["transformer"]
+    with pytest.raises(RuntimeError, match="are not those of transformer: 1 tensors"):  # where ranks share weights
+        made.trained.check_read_back(made.pipeline, tmp_path)
 
 
 def test_the_best_model_is_loaded_and_compared(tmp_path):
@@ -317,12 +319,18 @@ def test_settings_that_do_not_fit_are_refused(settings, message, tmp_path):
         trainer(tmp_path, **{"peft_config": "full"} | settings)
 
 
-def test_sharding_is_refused_before_a_model_is_loaded(tmp_path, monkeypatch):
-    """What `accelerate launch` with FSDP2, or with DeepSpeed, tells its processes."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(ValueError, match="peft_config='full'.*FSDP2 shards frozen weights only.*train a LoRA"):
-        full(tmp_path, model="no/such model")
+@pytest.mark.parametrize("environment, settings, message", [
+    ({}, {"optim": "adafactor"}, r"optim='adafactor' may need whole weights.*set one of \['adamw_torch'"),
+    ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward=false.*set it to true"),
+    ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params=true.*set it to false"),
+])
+def test_what_fsdp2_cannot_do_is_refused_before_a_model_is_loaded(environment, settings, message, tmp_path,
+                                                                  monkeypatch):
+    """By what `accelerate launch` tells its processes."""
+    for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"peft_config='full'.*{message}"):
+        full(tmp_path, model="no/such model", **settings)
 
 
 def test_zero3_is_refused(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tiny_pipelines import BUILD, quiet
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from pisces_rl import VideoGRPOTrainer
@@ -73,7 +74,9 @@ def enliven(made: VideoGRPOTrainer, scale: float = 0.05) -> None:
 
 
 def weights(made: VideoGRPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in made.adapter.items()}
+    """Whole, also where processes hold parts: then all must call."""
+    return {name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+            for name, p in made.adapter.items()}
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -50,23 +50,31 @@ class MemoryEstimate:
         return max(self.peaks.values())
 
     def fsdp2(self, num_processes: int) -> "MemoryEstimate":
-        """The same with the frozen denoisers sharded by their blocks over several GPUs; everything else stays whole.
+        """The same with the denoisers sharded by their blocks over several GPUs, and with them, where they are trained
+        whole, their gradients, averages and optimizer states; everything else stays whole.
 
         While a denoiser runs, what is in none of its blocks is gathered, and three blocks' bytes: the block that runs,
-        the next one, and the message that brings it.
+        the next one, and the message that brings it. Gradients are whole of what is in none of the blocks, and of two
+        blocks: one, and the message that reduces it.
         """
-        if "adapter" not in self.resident:
-            raise ValueError("peft_config='full': FSDP2 shards frozen weights only; estimate it without sharding.")
         if num_processes < 2:
             raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
-        resident, gathered = dict(self.resident), 0
+        resident, gathered, gradients = dict(self.resident), 0, 0
+        phases = {name: dict(parts) for name, parts in self.phases.items()}
         for name, blocks in self.blocks.items():
             if name not in resident:
                 raise ValueError("offload: denoisers that are sharded cannot be offloaded; leave 'denoiser' out.")
-            gathered = max(gathered, self.resident[name] - sum(blocks) + 3 * max(blocks, default=0))
+            outside, block = self.resident[name] - sum(blocks), max(blocks, default=0)
+            gathered, gradients = max(gathered, outside + 3 * block), max(gradients, outside + 2 * block)
             resident[name] = -(-self.resident[name] // num_processes)
-        phases = {name: dict(parts) for name, parts in self.phases.items()}
         phases["sampling"]["gathered weights"] = phases["update"]["gathered weights"] = gathered
+        if "adapter" not in self.resident:
+            copies = {"optimizer states": resident, "adapter's average": resident,
+                      "gradients of earlier steps": phases["update"]}
+            for name, parts in copies.items():
+                if name in parts:
+                    parts[name] = -(-parts[name] // num_processes)
+            phases["update"]["gathered gradients"] = gradients
         return MemoryEstimate(resident, phases, self.blocks, self.details)
 
 

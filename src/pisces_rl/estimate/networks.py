@@ -85,7 +85,8 @@ class Networks:
     def run(self, name: str, args: tuple, kwargs: dict):
         """The output of a component's forward on fake tensors; of a denoiser under autocast."""
         autocast = torch.autocast("cpu", self.autocast_dtype or torch.bfloat16,
-                                  enabled=self.autocast_dtype is not None and name in self.denoisers)
+                                  enabled=self.autocast_dtype is not None and name in self.denoisers,
+                                  cache_enabled=False)  # as a run's
         with self.mode, AsOnCUDA(), autocast:
             return type(self.modules[name]).forward(self.modules[name], *args, **kwargs)
 

@@ -27,13 +27,14 @@ from .schedule.scheduler import PolicyError
 from .sessions.backprop import DecodedPart
 from .sessions.one_step import Prediction
 from .sessions.session import ReplayStep
+from .sharded.parts import distribute, gathered, gathered_values, held, held_values, norm, parts_of_values
 from .sharded.sharding import is_sharded
 from .video_policy import VideoPolicy
 
 __all__ = [
     "FULL", "DecodedPart", "FullWeights", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter",
     "TrainedLoRA", "VideoPolicy", "adapter_values", "adapters_off", "add_lora", "check_lora_config",
-    "check_no_adapters", "check_saved_lora", "check_saved_weights", "default_lora_config", "exchanged", "has_guider",
-    "is_sharded", "load_lora", "load_lora_state", "lora_parameters", "read_adapter", "save_lora", "set_adapter",
-    "without_adapters",
+    "check_no_adapters", "check_saved_lora", "check_saved_weights", "default_lora_config", "distribute", "exchanged",
+    "gathered", "gathered_values", "has_guider", "held", "held_values", "is_sharded", "load_lora", "load_lora_state",
+    "lora_parameters", "norm", "parts_of_values", "read_adapter", "save_lora", "set_adapter", "without_adapters",
 ]

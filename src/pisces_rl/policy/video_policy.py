@@ -153,7 +153,7 @@ class VideoPolicy(nn.Module):
         self.compiled = True
 
     def shard(self, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
-        """Share the denoisers' frozen weights among ranks, see `sharding.shard`; after adapters were added.
+        """Share the denoisers' weights among ranks, all but adapters, see `sharding.shard`; after adapters were added.
 
         From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
         """

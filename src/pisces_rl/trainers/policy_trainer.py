@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import broadcast_object_list, set_seed
 from peft import LoraConfig
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .. import assets, hub, media
 from ..policy import (
@@ -19,6 +20,7 @@ from ..policy import (
     VideoPolicy,
     check_lora_config,
     lora_parameters,
+    parts_of_values,
     read_adapter,
     set_adapter,
 )
@@ -104,7 +106,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         settle_evaluation(args, eval_dataset, self.rewards)
         full = peft_config == FULL
         if full:
-            check_full_fine_tuning(args, sharding is not None, zero_stage)
+            check_full_fine_tuning(args, sharding, zero_stage)
         elif peft_config is not None:
             check_lora_config(peft_config)
         continued = read_adapter(args.continue_from) if args.continue_from else None
@@ -131,16 +133,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.trained = (FullWeights(denoisers, args.lora_denoisers) if full else
                         TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
         self.adapted_modules = self.trained.modules
-        self.adapter = lora_parameters(denoisers)
-        if full:
-            compares = eval_dataset is not None and args.num_sample_videos > 0 and args.process_index == 0
-            self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or compares)
-        else:
-            self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
-        self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
         self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
                                       self.auxiliary_losses)
-        self._identity |= self.initial.identity
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
                                        args.torch_compile_backend or "inductor", args.torch_compile_mode)
@@ -164,6 +158,15 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
                                 self.is_world_process_zero(), args)
         spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
+        self.adapter = lora_parameters(denoisers)  # sharding has replaced weights that are trained whole
+        if full:
+            compares = eval_dataset is not None and args.num_sample_videos > 0
+            self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or (
+                compares and (self._calls_together or args.process_index == 0)))
+        else:
+            self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
+        self._identity |= self.initial.identity
+        self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
         for panel in (self.rewards, self.judges) if "rewards" in (args.offload or ()) else ():
             panel.offload(self.accelerator.device)
         self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
@@ -237,7 +240,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def check_equal_weights(self) -> None:
         """All processes must hold the same adapter; a RankError names the ranks that do not."""
         self.ranks.meet(f"to compare weights after optimizer step {self.state.global_step}")
-        self.ranks.check_equal(self.adapter.values())
+        whole = [p for p in self.adapter.values() if not isinstance(p, DTensor)]  # of a part no other rank has a copy
+        if whole:
+            self.ranks.check_equal(whole)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -342,19 +347,21 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        # of which every rank may have a part
+        # What ranks have parts of is gathered before anything is written: a rank whose disk is full gathers no more.
         optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
-        folder.mkdir(parents=True, exist_ok=True)
-        self.checkpoints.write_random_state(folder)
-        if not self.args.should_save:
-            return
-        self.files.claim(f"checkpoint-{self.state.global_step}")
+        extra = self._extra_state()
         with self._saved_weights():
-            self.trained.save(self.pipeline, folder)
+            pipeline = self.trained.gathered(self.pipeline)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.write_random_state(folder)
+            if not self.args.should_save:
+                return
+            self.files.claim(f"checkpoint-{self.state.global_step}")
+            self.trained.save(pipeline, folder)
         if not self.args.save_only_model:
             save_tree(optimizer, folder / "optimizer")
             save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
-        save_tree(self._extra_state(), folder / "trainer")
+        save_tree(extra, folder / "trainer")
         self.checkpoints.write_state(folder, self.state, [*self.callback_handler.callbacks, self.control])
 
     def _extra_state(self) -> dict:
@@ -366,7 +373,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
         if state.get("ema") is not None:  # what the adapter's file holds is the average
-            set_adapter(self.adapter, state["ema"]["weights"])
+            set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
         averages = {name: average for name, average in self._averages().items() if average is not None}
         auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
         for one, saved in [*((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
@@ -412,13 +419,15 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
         """
         folder = Path(output_dir or self.args.output_dir)
-        if self.is_world_process_zero():
-            with self._saved_weights():
-                write_adapter(self.pipeline, self.trained, self._files_of(folder))
+        with self._saved_weights():
+            pipeline = self.trained.gathered(self.pipeline)
+            if self.is_world_process_zero():
+                write_adapter(pipeline, self.trained, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
-                checked = check_adapter(self.policy, self.trained, folder,
+                checked = check_adapter(self.policy, self.trained, pipeline, folder,
                                         {name: image for name, (image,) in images.items()},
                                         bf16=self.args.bf16, alone=not self._calls_together)
+        if self.is_world_process_zero():
             self.create_model_card(output_dir=folder)
             saved = " and ".join(self.trained.components) or "adapter"
             self.console.print(f"{saved} in {folder}; {checked}")

@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..lora.lora_files import readable_by_others
 from ..lora.saved_check import compare_latents, latents_of
 from ..pipeline.offload import device_of
+from ..sharded.parts import gathered, held, part_of
 
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model*.safetensors"
 
@@ -46,7 +48,22 @@ def load_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
             )
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(state[key])
+                held(tensor).copy_(part_of(state[key], tensor))
+
+
+def gathered_component(denoiser: nn.Module, cls: type) -> nn.Module | None:
+    """A denoiser whose weights lie in parts on several ranks, whole in the host's memory, as one of its own class.
+
+    All ranks must call; the tensors are gathered one at a time. Only the first process of each machine gets it, the
+    others None.
+    """
+    state = {key: gathered(held(tensor), tensor) for key, tensor in denoiser.state_dict().items()}
+    if any(tensor is None for tensor in state.values()):
+        return None
+    with init_empty_weights(), torch.random.fork_rng(devices=[]):
+        component = cls.from_config(denoiser.config)
+    component.load_state_dict({key: tensor.cpu() for key, tensor in state.items()}, assign=True)  # buffers, too
+    return component.requires_grad_(False)
 
 
 def _saved(folder: Path) -> dict[str, Tensor]:
@@ -77,6 +94,15 @@ def check_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: 
         for name, denoiser in trained.items():
             setattr(pipeline, name, denoiser.to(devices[name]))
     return compare_latents(latents, tolerance, "weights", folder)
+
+
+def check_read_back(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> None:
+    """A RuntimeError where a component that plain diffusers loads from the folder differs from the pipeline's, which
+    lies in the host's memory, in any bit; nothing is sampled."""
+    for name in names:
+        own = getattr(pipeline, name)
+        loaded = type(own).from_pretrained(folder, subfolder=name, dtype=next(own.parameters()).dtype)
+        _check_equal(name, own.state_dict(), loaded.state_dict(), folder)
 
 
 def _check_equal(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:

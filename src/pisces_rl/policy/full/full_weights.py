@@ -1,6 +1,7 @@
 """Full fine-tuning: which denoisers train all their weights, in fp32, and their initial values set in their place."""
 
 import contextlib
+import copy
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..lora.adapters import check_no_adapters, chosen_denoisers
-from .component_files import check_components, load_components, save_components
+from ..sharded.parts import held
+from ..sharded.sharding import is_sharded
+from .component_files import check_components, check_read_back, gathered_component, load_components, save_components
 
 #: The `peft_config` that asks for it.
 FULL = "full"
@@ -41,7 +44,8 @@ class FullWeights:
         check_no_adapters(denoisers)
         for denoiser in denoisers.values():
             denoiser.requires_grad_(False)
-        self.components = {name: type(denoisers[name]).__name__ for name in names}
+        self.classes = {name: type(denoisers[name]) for name in names}  # which sharding changes
+        self.components = {name: cls.__name__ for name, cls in self.classes.items()}
         self.modules, self.dtypes = {}, Counter()
         for name in names:
             self.modules[name] = self._train(name, denoisers[name])
@@ -71,6 +75,19 @@ class FullWeights:
         """In which the pipeline was loaded."""
         return self.dtypes.most_common(1)[0][0]
 
+    def gathered(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """The pipeline, with whole denoisers in the host's memory where they lie in parts: what `save` writes.
+
+        Then all ranks must call, and only the first process of each machine gets them.
+        """
+        whole = copy.copy(pipeline)
+        for name, cls in self.classes.items():
+            if is_sharded(getattr(pipeline, name)):
+                component = gathered_component(getattr(pipeline, name), cls)
+                if component is not None:
+                    setattr(whole, name, component)
+        return whole
+
     def save(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
         return save_components(pipeline, list(self.modules), Path(folder))
 
@@ -81,10 +98,17 @@ class FullWeights:
                     tolerance: float) -> float:
         return check_components(pipeline, list(self.modules), Path(folder), call, tolerance)
 
+    def check_read_back(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+        check_read_back(pipeline, list(self.modules), Path(folder))
+
 
 @contextlib.contextmanager
 def exchanged(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, parameters and values have changed places: no third copy. No graph may wait for the parameters."""
+    """Inside, parameters and values have changed places: no third copy. No graph may wait for the parameters.
+
+    Args:
+        values: of what this process holds of each parameter, see `held`.
+    """
     _exchange(parameters, values)
     try:
         yield
@@ -95,6 +119,7 @@ def exchanged(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) ->
 @torch.no_grad()
 def _exchange(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
-        own = parameter.detach().clone()
-        parameter.copy_(values[name])
+        mine = held(parameter)
+        own = mine.clone()
+        mine.copy_(values[name])
         values[name].copy_(own)

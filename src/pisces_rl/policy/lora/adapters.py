@@ -14,6 +14,7 @@ from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from ..sharded.parts import held, held_values
 from .options import check_lora_config
 from .saved_adapter import SavedAdapter
 
@@ -242,7 +243,7 @@ def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 @contextlib.contextmanager
 def adapter_values(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the adapter has other values, for instance those that it began with; no graph may wait for its own."""
-    own = {name: parameter.detach().clone() for name, parameter in adapter.items()}
+    own = held_values(adapter)
     try:
         set_adapter(adapter, values)
         yield
@@ -252,9 +253,9 @@ def adapter_values(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) 
 
 @torch.no_grad()
 def set_adapter(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Set an adapter's parameters to the values of the same names."""
+    """Set an adapter's parameters, or what this process holds of trained ones, to the values of the same names."""
     for name, parameter in adapter.items():
-        parameter.copy_(values[name])
+        held(parameter).copy_(values[name])
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from .adapters import add_lora
 from .lora_files import load_lora_state, save_lora
 from .saved_adapter import SavedAdapter
-from .saved_check import check_saved_lora
+from .saved_check import check_saved_lora, check_saved_weights
 
 
 class TrainedLoRA:
@@ -38,6 +38,10 @@ class TrainedLoRA:
         dtypes = Counter(p.dtype for module in denoisers.values() for p in module.parameters() if not p.requires_grad)
         return dtypes.most_common(1)[0][0]
 
+    def gathered(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
+        """What `save` writes: adapters are whole on every rank."""
+        return pipeline
+
     def save(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
         return save_lora(pipeline, folder)
 
@@ -47,3 +51,6 @@ class TrainedLoRA:
     def check_saved(self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict,
                     tolerance: float) -> float:
         return check_saved_lora(pipeline, folder, call, tolerance)
+
+    def check_read_back(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
+        check_saved_weights(pipeline, folder)

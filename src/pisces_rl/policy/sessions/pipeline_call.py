@@ -108,7 +108,9 @@ def _entry(session: Session, name: str, forward: Callable) -> Callable:
             policy.prompt_memo.padded = bool(policy.agreed(int(policy.prompt_memo.padded)))
             session.lengths_agreed = True
         own = functools.partial(by_length, forward, policy.agreed) if policy.prompt_memo.padded else forward
-        cast = torch.autocast(policy.device.type, policy.autocast_dtype, enabled=policy.autocast_dtype is not None)
+        # A call uses each weight once: a cache would only keep the casts of all trained ones until it ends.
+        cast = torch.autocast(policy.device.type, policy.autocast_dtype, enabled=policy.autocast_dtype is not None,
+                              cache_enabled=False)
         divided = tokens_divide() if policy.shares_tokens else contextlib.nullcontext()
         with attention_kernel(policy.attention_kernel), cast, divided:
             output = own(*args, **kwargs)

@@ -1,8 +1,9 @@
 """A denoiser on several ranks: its frozen weights in parts, each block gathered when it runs, or its tokens in parts.
 
-Only the base is sharded, by torch's `fully_shard` (FSDP2). The adapter is small and stays whole on every rank, so that
-its gradients, its file and its average are what they are without sharding. Gathering is a collective: every rank must
-call the denoiser as often as every other.
+All but an adapter is sharded, by torch's `fully_shard` (FSDP2): frozen weights, and those of full fine-tuning, whose
+gradients backward averages over the ranks, leaving each its part. An adapter is small and stays whole everywhere, so
+that its gradients, its file and its average are what they are without sharding. Gathering is a collective: every rank
+must call the denoiser, and backward, as often as every other.
 """
 
 import contextlib
@@ -20,7 +21,9 @@ from ..schedule.scheduler import PolicyError
 
 def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True,
           cpu_offload: bool = False) -> None:
-    """Shard the frozen parameters of a denoiser over a mesh of one dimension; trainable ones are left alone.
+    """Shard the parameters of a denoiser over a mesh of one dimension; those of an adapter are left alone.
+
+    Sharded parameters are replaced by DTensors: what is to hold trained ones must ask for them afterwards.
 
     Args:
         mesh: of the ranks. Parts lie on its device, wherever the weights were before; one block moves at a time.
@@ -28,12 +31,12 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool 
             False keeps them, which is faster and needs the memory of the whole.
         cpu_offload: keep the parts in the memory of the CPU.
     """
-    trained = {p for p in denoiser.parameters() if p.requires_grad}
+    adapter = {p for name, p in denoiser.named_parameters() if "lora_" in name}
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for module in [*reversed(repeated_blocks(denoiser)), denoiser]:
         fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload,
-                    ignored_params=trained)  # fmt: skip
-    for parameter in trained:
+                    ignored_params=adapter)  # fmt: skip
+    for parameter in adapter:
         parameter.data = parameter.data.to(mesh.device_type)
 
 

@@ -5,8 +5,10 @@ import warnings
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ...policy import norm
 from .zero import MESSAGE, PartitionedOptimizer
 
 
@@ -16,7 +18,8 @@ def average_gradients(
     """The mean over videos, of the sum over the `context_parallel` processes that share a video's tokens.
 
     A gradient that is None, as where every sample had advantage 0, becomes 0: the optimizer then takes the same step
-    (of its momentum) on one process as on several. An optimizer in parts reduces them itself.
+    (of its momentum) on one process as on several. An optimizer in parts reduces them itself. Those of weights in
+    parts were averaged by each backward.
     """
     for parameter in adapter.values():
         if parameter.grad is None:
@@ -25,7 +28,7 @@ def average_gradients(
         torch._foreach_mul_([p.grad for p in adapter.values()], context_parallel)
         optimizer.reduce()
         return
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or any(isinstance(p, DTensor) for p in adapter.values()):
         return
     for message in _messages([p.grad for p in adapter.values()]):
         flat = accelerator.reduce(torch.cat([g.flatten() for g in message]), reduction="mean") * context_parallel
@@ -61,9 +64,8 @@ class ExpertGradients:
         if isinstance(optimizer, PartitionedOptimizer):
             norms = optimizer.norms(self.parameters)
         else:
-            norms = {name: torch.linalg.vector_norm(torch.stack(torch._foreach_norm([p.grad for p in own]))).item()
-                     for name, own in self.parameters.items()}
-        idle = [name for name, norm in norms.items() if norm == 0 and name not in self.idle]
+            norms = {name: norm([p.grad for p in own]).item() for name, own in self.parameters.items()}
+        idle = [name for name, own in norms.items() if own == 0 and name not in self.idle]
         if idle and any(norms.values()):
             self.idle.update(idle)
             warnings.warn(

@@ -7,8 +7,10 @@ from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
 
 from ...policy import VideoPolicy
+from .sharded_optimizer import use_sharded_optimizer
 from .zero import use_zero
 
 
@@ -72,11 +74,16 @@ def spread_policy(policy: VideoPolicy, accelerator: Accelerator, args, sharding:
 
 
 def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on."""
+    """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on.
+
+    Weights that are trained are other parameters afterwards.
+    """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
                  cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
     accelerator.state.distributed_type = PartialState().distributed_type
+    if any(isinstance(p, DTensor) and p.requires_grad for p in policy.denoiser.parameters()):
+        use_sharded_optimizer(accelerator)
 
 
 def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:

@@ -19,7 +19,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...policy import Rollout, adapter_values
+from ...policy import Rollout, adapter_values, gathered_values, held_values, norm, parts_of_values
 from ...policy.fast.execution import attention_kernel
 from .._trl import EpochRepeatSampler
 from ..data.images import group_keys, images_of
@@ -230,7 +230,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         """Those that draw this rollout, where a checkpoint may lie inside it."""
         if self._uses_per_rollout <= self.args.gradient_accumulation_steps:
             return None
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.adapter.items()}
+        return held_values(self.adapter, "cpu")
 
     def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
         """This process's part of what is known of the whole rollout, and the rows of its micro-batches."""
@@ -342,8 +342,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         yield
         fresh = [p.grad for p in parameters if p.grad is not None]
         if fresh:
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(fresh)))
-            self._metrics["train"][f"grad_norm/step_{index}"].append(norm)
+            self._metrics["train"][f"grad_norm/step_{index}"].append(norm(fresh))
         for parameter, earlier in zip(parameters, before):
             if earlier is not None:
                 parameter.grad = earlier if parameter.grad is None else earlier.add_(parameter.grad)
@@ -355,12 +354,18 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def _extra_state(self) -> dict:
         statistics = None if self.prompt_statistics is None else self.prompt_statistics.state_dict()
-        unfinished = self._rollout_state if self._step % self._uses_per_rollout else None
+        unfinished = None
+        if self._step % self._uses_per_rollout:
+            unfinished = dict(self._rollout_state)
+            if "weights" in unfinished:
+                unfinished["weights"] = gathered_values(unfinished["weights"], self.adapter)
         return super()._extra_state() | {"prompt_statistics": statistics, "rollout": unfinished}
 
     def _load_extra_state(self, state: dict) -> None:
         super()._load_extra_state(state)
         self.scored, self._resumed_rollout = None, state.get("rollout")
+        if self._resumed_rollout is not None and "weights" in self._resumed_rollout:
+            self._resumed_rollout["weights"] = parts_of_values(self._resumed_rollout["weights"], self.adapter)
         if self.prompt_statistics is not None and state["prompt_statistics"] is not None:
             self.prompt_statistics.load_state_dict(state["prompt_statistics"])
 

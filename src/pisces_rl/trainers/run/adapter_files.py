@@ -11,7 +11,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 
 from ... import hub
-from ...policy import FullWeights, TrainedLoRA, VideoPolicy, check_saved_weights, has_guider
+from ...policy import FullWeights, TrainedLoRA, VideoPolicy, has_guider
 from ...run_files import RunFiles
 from ...transitions import Paper
 
@@ -37,24 +37,25 @@ def write_adapter(pipeline: DiffusionPipeline, trained: TrainedLoRA | FullWeight
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_adapter(policy: VideoPolicy, trained: TrainedLoRA | FullWeights, folder: Path, images: dict[str, Image],
-                  bf16: bool, alone: bool) -> str:
+def check_adapter(policy: VideoPolicy, trained: TrainedLoRA | FullWeights, written: DiffusionPipeline, folder: Path,
+                  images: dict[str, Image], bf16: bool, alone: bool) -> str:
     """Reload what was written, compare, and say in words how.
 
     Args:
+        written: whose weights were written, of `trained.gathered`.
         images: one for each argument of the pipeline's call that conditions it. bf16: whether it runs in bf16.
         alone: whether one process can run the pipeline. Where it cannot, or the base is stored in 8 bits, weights are
             compared instead of outputs.
     """
     stored = {parameter.dtype for module in policy.denoiser.values() for parameter in module.parameters()}
     cannot_add = any(dtype.itemsize == 1 for dtype in stored)  # fp8 storage (enable_layerwise_casting)
-    if not trained.components and (not alone or cannot_add):
-        check_saved_weights(policy.pipeline, folder)
+    if not alone or (cannot_add and not trained.components):
+        trained.check_read_back(written, folder)
         return "read back, equal to the trained one"
     call = {"prompt": ["a video"], "num_inference_steps": 2} | policy.pipeline_kwargs | images
     dtypes = {next(module.parameters()).dtype for module in policy.denoiser.values()}
     half = bf16 or not dtypes <= {torch.float32, torch.float64}
-    difference = trained.check_saved(policy.pipeline, folder, call, 5e-2 if half else 1e-4)
+    difference = trained.check_saved(written, folder, call, 5e-2 if half else 1e-4)
     return f"reloaded in a fresh pipeline, relative difference {difference:.1e}"
 
 

@@ -5,11 +5,14 @@ import re
 import sys
 
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from ...policy import FULL
 from ...rewards import OFFERED, RewardPanel
+from ..distributed.sharded_optimizer import OPTIMIZERS
 
 
 def check_dataset(name: str, dataset, several: bool = False) -> None:
@@ -108,8 +111,8 @@ def check_reference(args, uses_reference: bool) -> None:
         )
 
 
-def check_full_fine_tuning(args, sharded: bool, zero_stage: int | None) -> None:
-    """A ValueError where `peft_config="full"` meets a setting that is made for frozen weights."""
+def check_full_fine_tuning(args, sharding: FullyShardedDataParallelPlugin | None, zero_stage: int | None) -> None:
+    """A ValueError where `peft_config="full"` meets a setting that is made for frozen weights, or for whole ones."""
     def refuse(what: str, instead: str) -> None:
         raise ValueError(f"peft_config={FULL!r} trains all weights of the denoisers, but {what}: {instead}.")
 
@@ -118,9 +121,15 @@ def check_full_fine_tuning(args, sharded: bool, zero_stage: int | None) -> None:
         refuse(f"continue_from={args.continue_from!r} is a saved LoRA", "merge it into the base first "
                "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "
                "model, or leave peft_config out to train the LoRA further")
-    if sharded:
-        refuse("FSDP2 shards frozen weights only", "run without sharding (accelerate launch --multi_gpu) or with "
-               f"ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml), or {train_lora}")
+    if sharding is not None and args.optim not in OPTIMIZERS:
+        refuse(f"optim={str(args.optim.value)!r} may need whole weights, of which each process has a part under FSDP2",
+               f"set one of {list(OPTIMIZERS)}, or run with ZeRO-2 or without sharding")
+    if sharding is not None and not sharding.reshard_after_forward:
+        refuse("fsdp_reshard_after_forward=false keeps gathered weights, which the optimizer then changes", "set it "
+               "to true, or share only the optimizer's states by ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml)")
+    if sharding is not None and isinstance(sharding.cpu_offload, CPUOffloadPolicy):
+        refuse("fsdp_offload_params=true keeps them in the host's memory, where an optimizer's step is slow", "set it "
+               f"to false and use more processes, or {train_lora}")
     if zero_stage == 3:
         refuse("zero_stage=3 partitions frozen weights only", "set zero_stage=2 (deepspeed_zero2.yaml), by which "
                f"processes share gradients and the optimizer's states, or {train_lora}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ...policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, adapters_off, exchanged
+from ...policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, adapters_off, exchanged, held_values
 
 
 class InitialPolicy:
@@ -54,7 +54,7 @@ class InitialPolicy:
 
 class InitialWeights:
     """The same for denoisers that are trained whole: a copy of the weights that training begins with, in the host's
-    memory, which changes places with the trained ones.
+    memory, which changes places with the trained ones; where they lie in parts on several ranks, each keeps its part.
 
     Args:
         weights: trained parameters, before any step. trained: whose they are.
@@ -63,7 +63,7 @@ class InitialWeights:
 
     def __init__(self, weights: dict[str, nn.Parameter], trained: FullWeights, kept: bool):
         self.weights, self.trained = weights, trained
-        self.values = {name: p.detach().to("cpu", copy=True) for name, p in weights.items()} if kept else None
+        self.values = held_values(weights, "cpu") if kept else None
 
     def untrained(self) -> AbstractContextManager:
         """Inside, the policy is what it was before training; no graph may wait for the trained weights."""

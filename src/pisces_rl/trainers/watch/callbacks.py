@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ...policy import set_adapter
+from ...policy import gathered_values, held, held_values, parts_of_values, set_adapter
 
 
 class StageProgress(TrainerCallback):
@@ -46,14 +46,14 @@ class AdapterEMA(TrainerCallback):
     """Exponential moving average of the adapter, updated after each optimizer step.
 
     Args:
-        parameters: {name: parameter}.
+        parameters: {name: parameter}; of those in parts on several ranks each keeps the average of its part.
         decay: of the average, of which the first steps use (1 + n) / (10 + n) if smaller; or its schedule: the decay
             of the n-th update, from 0.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float | Callable[[int], float]):
         self.parameters, self.decay, self.updates = parameters, decay, 0
-        self.average = {name: p.detach().clone() for name, p in parameters.items()}
+        self.average = held_values(parameters)
         self.kept: dict[str, torch.Tensor] | None = None
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -68,30 +68,31 @@ class AdapterEMA(TrainerCallback):
         else:
             decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for name, parameter in self.parameters.items():
-            self.average[name].lerp_(parameter.detach().to(self.average[name]), 1 - decay)
+            self.average[name].lerp_(held(parameter).to(self.average[name]), 1 - decay)
 
     def restart(self) -> None:
         """Average anew from the present weights."""
-        self.updates, self.average = 0, {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.updates, self.average = 0, held_values(self.parameters)
 
     def __enter__(self):
         """Inside, the adapter is the average."""
-        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._copy(self.average)
+        self.kept = held_values(self.parameters)
+        set_adapter(self.parameters, self.average)
         return self
 
     def __exit__(self, *exception):
-        self._copy(self.kept)
+        set_adapter(self.parameters, self.kept)
         self.kept = None
 
-    def _copy(self, values: dict[str, torch.Tensor]) -> None:
-        set_adapter(self.parameters, values)
-
     def state_dict(self) -> dict:
-        weights = self.kept or {name: p.detach() for name, p in self.parameters.items()}
-        return {"updates": self.updates, "average": self.average, "weights": weights}
+        """Whole tensors; where ranks hold parts, all must call, and only those that write files get them."""
+        weights = self.kept or {name: held(p) for name, p in self.parameters.items()}
+        whole = {name: gathered_values(values, self.parameters)
+                 for name, values in {"average": self.average, "weights": weights}.items()}
+        return {"updates": self.updates} | whole
 
     def load_state_dict(self, state: dict) -> None:
         self.updates = state["updates"]
-        self.average = {name: value.to(self.parameters[name]) for name, value in state["average"].items()}
-        self._copy(state["weights"])
+        self.average = {name: part.to(self.parameters[name].dtype)
+                        for name, part in parts_of_values(state["average"], self.parameters).items()}
+        set_adapter(self.parameters, parts_of_values(state["weights"], self.parameters))
