@@ -7,7 +7,10 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny_pipelines import BUILD, CALLS, quiet
-from tiny_runs import logged, trainer, weights
+from tiny_runs import logged, prompts, trainer, weights
+
+from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
+from pisces_rl.policy import PolicyError, default_lora_config
 
 A14B = {"height": 16, "width": 16, "num_frames": 5, "num_inference_steps": 4, "guidance_scale": 5.0}
 
@@ -45,6 +48,39 @@ def test_only_the_second_expert(tmp_path):
     both = trainer(tmp_path, model=quiet(BUILD["wan22_a14b"]()), **settings | {"lora_denoisers": None})
     with pytest.raises(ValueError, match="other lora_denoisers"):
         both.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("method", ["grpo", "rvm"])
+def test_a_step_of_the_frozen_expert_teaches_nothing(tmp_path, method):
+    """Steps 0 and 1 are the first expert's; a step that only it denoises has no gradient, and the run goes on."""
+    settings = A14B | {"lora_denoisers": ["transformer_2"], "method": method, "max_steps": 1, "beta": 0.0}
+    if method == "grpo":
+        settings |= {"sde_window_range": [1, 3], "sde_window_size": 2}
+    made = trainer(tmp_path, model=quiet(BUILD["wan22_a14b"]()), **settings)
+    with pytest.warns(UserWarning, match="calls only denoisers without an adapter.*Train the steps of transformer_2"):
+        made.train()
+    row = made.state.log_history[0]
+    assert {key for key in row if key.startswith("grad_norm/step_")} == {
+        f"grad_norm/step_{step}" for step in ((2,) if method == "grpo" else (2, 3))}
+    assert row["grad_norm"] > 0
+
+
+def test_backpropagation_through_the_frozen_expert_is_refused(tmp_path):
+    made = RewardBackpropTrainer(
+        quiet(BUILD["wan22_a14b"]()), brightness_with_gradients, peft_config=default_lora_config(4),
+        train_dataset=prompts(), args=RewardBackpropConfig(
+            str(tmp_path), **A14B, lora_denoisers=["transformer"], per_device_train_batch_size=1, max_steps=1,
+            pipeline_kwargs={"max_sequence_length": 16}, use_cpu=True, report_to="none", num_sample_videos=0,
+            gradient_checkpointing=False))
+    with pytest.raises(PolicyError, match=r"not trained. Train the one that they call \(lora_denoisers\)"):
+        made.train()
+
+
+def brightness_with_gradients(prompts, videos, **columns):
+    return videos.mean(dim=(1, 2, 3, 4))
+
+
+brightness_with_gradients.differentiable = True
 
 
 def test_a_guider_and_peft_s_layout(tmp_path):

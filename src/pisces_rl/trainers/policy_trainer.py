@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import warnings
 from collections import defaultdict
 from pathlib import Path
 
@@ -80,6 +81,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     loss_is_scaled_for_ga = True
     papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
     _may_lack_rewards = False  # whether something else is learnt from
+    _told_of_frozen = False
     _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
@@ -210,9 +212,22 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
                 loss = auxiliary.loss(self._step, count, part).mean()
                 self._metrics["train"][f"{auxiliary.name}_loss"].append(loss.item())
                 loss = auxiliary.weight * loss / self.current_gradient_accumulation_steps
-                self.accelerator.backward(loss)
+                self.backward_loss(loss)
             total += loss.detach()
         return total
+
+    def backward_loss(self, loss: Tensor) -> None:
+        """Back-propagate a loss; one that no trained weight entered, as where a step's expert is frozen, has no
+        gradient, and is said once."""
+        if loss.requires_grad:
+            self.accelerator.backward(loss)
+        elif not self._told_of_frozen:
+            self._told_of_frozen = True
+            warnings.warn(
+                f"a denoising step that is trained calls only denoisers without an adapter, so it teaches nothing "
+                f"(optimizer step {self.state.global_step}). Train the steps of {' and '.join(self.adapted_modules)} "
+                "(sde_window_range, train_levels), or more of the denoisers (lora_denoisers).", stacklevel=2,
+            )
 
     # --- many processes ----------------------------------------------------------------------------------------------
 

@@ -153,6 +153,11 @@ def decoded_videos(session: DifferentiableSampling, noise_seeds: Sequence[int], 
             f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which "
             "cuts the graph, so rewards cannot be back-propagated. Use GRPO."
         ) from error
+    if session.final is not None and not session.final.requires_grad:
+        raise PolicyError(
+            f"the denoising steps that carry the gradient call only denoisers of {name} that are not trained. Train "
+            "the one that they call (lora_denoisers), or carry the gradient through more steps (backprop_steps)."
+        )
     videos = output[0]
     if not isinstance(videos, Tensor) or not videos.requires_grad:
         mend = "Use GRPO." if part is None else (

@@ -117,7 +117,7 @@ class ForwardProcessTrainer(RolloutTrainer):
                 noised = self._noised(scored, samples, places, own, step)
                 loss = (self.loss(noised, metrics) * share).sum()
                 with self.logged_gradient(step):
-                    self.accelerator.backward(loss)
+                    self.backward_loss(loss)
                 total += loss.detach()
         return total, metrics
 

@@ -143,7 +143,7 @@ class VideoGRPOTrainer(RolloutTrainer):
                 metrics["kl"].append(kl.detach().mean())
             loss = loss.sum() / (count * len(samples.steps))
             with self.logged_gradient(step.index):
-                self.accelerator.backward(loss)
+                self.backward_loss(loss)
             total = total + loss.detach()
             low, high = self.clipped(step, log_ratio, advantage, samples)
             metrics["clip_ratio/low_mean"].append(low * share)
