@@ -54,6 +54,37 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family):
     assert largest_difference(weights(whole), weights(resumed)) == 0
 
 
+def ti2v():
+    """Wan 2.2 TI2V given an image: the first latent frame is the image's, at timestep 0, whatever is predicted there."""
+    from diffusers import WanImageToVideoPipeline
+
+    parts = BUILD["wan22_ti2v"]().components
+    return quiet(WanImageToVideoPipeline(**parts | {"image_encoder": None, "image_processor": None},
+                                         expand_timesteps=True))
+
+
+def test_the_frame_that_is_given_teaches_nothing(tmp_path):
+    """Neither its prediction nor its target is in the loss: what they are changes no gradient."""
+    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "num_inference_steps": 2, "max_steps": 1,
+                "method": "rvm", "alive": True, **{k: CALLS["wan22_ti2v"][k] for k in ("height", "width")}}
+    taken = []
+    for change in (0.0, 3.0):
+        gradients = tiny_runs.Gradients()
+        made = tiny_runs.trainer(tmp_path / str(change), model=ti2v(), data=pictures(), callbacks=[gradients],
+                                 num_frames=CALLS["wan22_ti2v"]["num_frames"], **settings)
+        predict = made.policy.predict
+
+        def moved(*arguments, predict=predict, change=change, **keywords):
+            found = predict(*arguments, **keywords)
+            found.clean[:, :, 0] += change * torch.randn(found.clean[:, :, 0].shape)
+            return found
+
+        made.policy.predict = moved
+        made.train()
+        taken.append(gradients.steps[0])
+    assert largest_difference(*taken) == 0 and max(float(g.abs().max()) for g in taken[0].values()) > 0
+
+
 def test_one_prompt_with_two_images(tmp_path):
     """Two groups, each with its own image, statistics of its own, and a KL of 0 to its own reference."""
     data = Dataset.from_dict({"prompt": ["a clip"] * 2, "image": PICTURES[:2]})

@@ -353,6 +353,12 @@ class VideoPolicy(nn.Module):
         conditions = {name: [values[r] for r in rows] for name, values in conditions.items()}
         return Prediction.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
+    def given_frames(self, conditions: Conditions | None) -> int:
+        """How many latent frames at a video's beginning are a condition's, which the model is given and whatever it
+        predicts there is thrown away (Wan 2.2 TI2V with an image: one)."""
+        image = any(name.endswith("image") for name in conditions or {})
+        return int(image and bool(getattr(self.pipeline.config, "expand_timesteps", False)))
+
     # --- calls of the pipeline ---------------------------------------------------------------------------------------
 
     def _checked_conditions(self, conditions: Conditions | None, count: int) -> dict[str, list]:

@@ -162,14 +162,21 @@ class ForwardProcessTrainer(RolloutTrainer):
         drawn = {"noise_seeds": seeds, "step": step}
         if args.train_schedule_steps is not None:
             drawn["num_inference_steps"] = args.train_schedule_steps
+        given = self.policy.given_frames(samples.conditions)
+
+        def free(latents: Tensor) -> Tensor:
+            """What the policy decides about."""
+            return latents[:, :, given:] if given else latents
+
         # Without gradients first: they exchange the adapter's values, for which no graph may wait.
         known = {}
         for name, policy in self.compared(scored).items():
             with policy:
-                known[name] = self.policy.predict(samples, places, **drawn).clean
+                known[name] = free(self.policy.predict(samples, places, **drawn).clean)
         own = self.policy.predict(samples, places, grad=True, **drawn)
-        return Noised(own.time, samples.clean_rows(places).to(own.clean), own.clean,
-                      scored.advantages[list(rows)].to(own.clean.device), **known)
+        predicted = free(own.clean)
+        return Noised(own.time, free(samples.clean_rows(places)).to(predicted), predicted,
+                      scored.advantages[list(rows)].to(predicted.device), **known)
 
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
         """{attribute of `Noised`: a context in which the policy is the one that it is compared with}."""
