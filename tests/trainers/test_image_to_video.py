@@ -55,7 +55,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family):
 
 
 def ti2v():
-    """Wan 2.2 TI2V given an image: the first latent frame is the image's, at timestep 0, whatever is predicted there."""
+    """Wan 2.2 TI2V with an image: the first latent frame is the image's, whatever is predicted there."""
     from diffusers import WanImageToVideoPipeline
 
     parts = BUILD["wan22_ti2v"]().components
