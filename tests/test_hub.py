@@ -60,10 +60,10 @@ def card(base_model="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", **changes):
 
 
 def test_front_matter_says_what_it_is(run_folder):
-    front = front_matter(card(folder=run_folder, comparison=COMPARISON))
+    front = front_matter(card(folder=run_folder, comparison=COMPARISON, tags=["trl", "grpo"]))
     assert front["library_name"] == "diffusers" and front["pipeline_tag"] == "text-to-video"
     assert front["base_model"] == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    assert set(front["tags"]) >= {"lora", "grpo", "pisces_rl", "text-to-video"}
+    assert front["tags"] == ["lora", "pisces_rl", "text-to-video", "trl", "grpo"]
     assert [w["output"]["url"] for w in front["widget"]] == [
         f"samples/step_000030/test_seen/{i:03d}.mp4" for i in range(4)
     ]

@@ -75,7 +75,7 @@ def model_card(
     Args:
         base_model: Hub id, folder or embedded name of the model that was trained. A folder is shown by its last name
             only, since a card goes out to others.
-        trainer: name of the method, for instance "Video GRPO"; a name with GRPO in it adds the tag.
+        trainer: name of the method, for instance "Video GRPO".
         pipeline_class: name of the diffusers class, for instance "WanPipeline".
         settings: of training, shown as a table in this order.
         comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as report.json has
@@ -85,7 +85,7 @@ def model_card(
         repo_id: where the adapter will be, for the snippet; None writes a placeholder.
         call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
         guider_scale: guidance_scale where it belongs to the pipeline's guider and not to its call.
-        tags: further tags.
+        tags: further tags, those of the method among them.
         images: arguments of the pipeline's call that take an image, as image-to-video's do.
         still: whether the pipeline makes images, not videos.
         dtype: of torch, in which the snippet loads the model.
@@ -99,7 +99,6 @@ def model_card(
     Returns:
         Markdown whose YAML front matter the Hub reads.
     """
-    grpo = "grpo" in trainer.lower()
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
     if folder is None:
@@ -113,8 +112,7 @@ def model_card(
     front = {
         "library_name": "diffusers",
         "pipeline_tag": task,
-        "tags": list(dict.fromkeys([*([] if components else ["lora"]), *(["grpo"] if grpo else []), "pisces_rl", task,
-                                    *tags])),
+        "tags": list(dict.fromkeys([*([] if components else ["lora"]), "pisces_rl", task, *tags])),
     }
     if _is_hub_id(base_model):
         front = {"base_model": base_model, "base_model_relation": "finetune" if components else "adapter"} | front

@@ -33,7 +33,7 @@ from pisces_rl.policy.sharded.partition import partition  # noqa: E402
 from pisces_rl.trainers.run.checkpoint import load_tree  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
-           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss", "margin/mean",
+           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss", "rewards/margins",
            "velocity/old_distance", "velocity/reference_distance", "velocity/average_distance")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 SHARED, PARTS = 1, WORLD  # processes that share each video, and parts that the videos are divided into; set by `run`

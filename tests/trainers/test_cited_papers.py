@@ -47,6 +47,12 @@ def test_grpo_cites_the_paper_of_its_transition(transition, tmp_path):
     assert cited(grpo(tmp_path, transition), tmp_path) == ["2402.03300", *SOURCES[transition][1]]
 
 
+@pytest.mark.parametrize("weighting, paper", [("longcat", "2510.22200"), ("guard", "2510.22319")])
+def test_grpo_cites_the_paper_of_its_weights_of_steps(weighting, paper, tmp_path):
+    made = tiny_runs.trainer(tmp_path, step_weighting=weighting)
+    assert cited(made, tmp_path)[-1] == paper
+
+
 def test_a_subclass_cites_its_own_paper(tmp_path):
     """A user's method on top of GRPO sets `papers`; one that is the transition's, too, is cited once."""
 

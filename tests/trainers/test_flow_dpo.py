@@ -81,7 +81,7 @@ def test_it_comes_to_prefer_what_is_chosen(tmp_path, pairs):
                    eval_dataset=tiny_runs.prompts(2), judges=tiny_runs.redness, num_sample_videos=0, **PAIRS)
     made.train()
     made.save_model()
-    margin, positive = logged(made, "margin/mean"), logged(made, "margin/positive")
+    margin, positive = logged(made, "rewards/margins"), logged(made, "rewards/accuracies")
     assert margin[0] == 0 < margin[-1] and positive[0] == 0 and positive[-1] > 0.5
     assert logged(made, "loss")[0] == pytest.approx(0.6931, abs=1e-3) and logged(made, "loss")[-1] < 0.69
     assert len(logged(made, "eval_judges/redness/mean")) == 2 and not logged(made, "reward")

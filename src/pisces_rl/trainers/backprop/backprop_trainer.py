@@ -137,7 +137,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             with self.stage("update"):
                 share = len(prompts) * len(copies) * self.current_gradient_accumulation_steps
                 videos.backward(-sum(w * g for w, g in zip(weights.tolist(), gradients)) / share)
-            total -= (table.values @ weights).sum().to(device) / share
+            total -= aggregate_rewards(table.values, weights).sum().to(device) / share
             self._seen.append(table.values)
             self._log_rewards(table, gradients)
         return total

@@ -183,8 +183,8 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         """(P,) for rows winner, loser, ..."""
         error = noised.distance(noised.predicted, noised.clean)
         loss, margin = preference_loss(error, noised.distance(noised.reference, noised.clean), self.args.beta)
-        metrics["margin/mean"].append(margin.detach().mean())
-        metrics["margin/positive"].append((margin > 0).float().mean())
+        metrics["rewards/margins"].append(margin.detach().mean())
+        metrics["rewards/accuracies"].append((margin > 0).float().mean())
         distance = noised.distance(noised.predicted.detach(), noised.reference)
         metrics["velocity/reference_distance"].append(distance.mean())
         winner, loser = error.detach().view(-1, 2).mean(0)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from ..rollouts.losses import STEP_WEIGHTING_PAPERS
 from ..rollouts.rollout_config import RolloutConfig
 
 
@@ -63,7 +64,7 @@ class VideoGRPOConfig(RolloutConfig):
     def __post_init__(self):
         super().__post_init__()
         self.check_choice("kl_space", ("x", "v"))
-        self.check_choice("step_weighting", ("none", "guard", "longcat"))
+        self.check_choice("step_weighting", tuple(STEP_WEIGHTING_PAPERS))
         if self.epsilon <= 0 or (self.epsilon_high is not None and self.epsilon_high <= 0):
             raise ValueError(f"epsilon={self.epsilon} and epsilon_high={self.epsilon_high} must be positive.")
         if self.beta < 0:

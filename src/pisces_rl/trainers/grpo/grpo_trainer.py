@@ -17,6 +17,7 @@ from ...policy import ReplayStep, Rollout
 from ...transitions import Paper
 from ..data.seeds import sample_seed
 from ..rollouts.losses import (
+    STEP_WEIGHTING_PAPERS,
     clip_fractions,
     clipped_policy_loss,
     guarded_log_ratio,
@@ -181,7 +182,7 @@ class VideoGRPOTrainer(RolloutTrainer):
                 )
 
     def _cited(self) -> tuple[Paper, ...]:
-        return *super()._cited(), *self.policy.transition.papers
+        return *super()._cited(), *self.policy.transition.papers, *STEP_WEIGHTING_PAPERS[self.args.step_weighting]
 
     def _card_settings(self) -> dict:
         kernel = self.policy.transition.kernel.__name__

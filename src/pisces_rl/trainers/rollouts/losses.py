@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ...transitions import Paper
+
 
 def clipped_policy_loss(log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float) -> Tensor:
     """PPO's clipped surrogate for one denoising step, per sample.
@@ -50,6 +52,15 @@ def prediction_distance(prediction: Tensor, reference: Tensor, rows_per_video: i
 def mean_square(difference: Tensor, rows_per_video: int = 1) -> Tensor:
     """The mean square of each video, (B * rows_per_video, ...) -> (B,)."""
     return difference.square().flatten(1).mean(1).view(-1, rows_per_video).mean(1)
+
+
+#: Sources of `step_weighting`.
+STEP_WEIGHTING_PAPERS = {
+    "none": (),
+    "longcat": (Paper("2510.22200", "LongCat-Video Technical Report"),),
+    "guard": (Paper("2510.22319", "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated "
+                    "Clipping"),),
+}
 
 
 def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor,
