@@ -23,13 +23,14 @@ MAY_IMPORT = {
     "hub": {"markdown", "run_files"},
     "shapemotion": set(),
     "policy": {"transitions"},
-    "rewards": {"ot", "assets", "whole_files"},
+    "rewards": {"ot", "assets", "media", "whole_files"},
     "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files",
                  "whole_files"},
     "estimate": {"policy", "assets"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
     "prompt_files": set(),
     "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
+    "command": {"rewards"},
     # names of the top level are loaded on first use, so importing it costs nothing
     "__init__": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub"},
 }

@@ -31,8 +31,8 @@ from .time_limit import time_limit
 
 
 class RewardPanel:
-    """Calls every reward on a batch; async rewards start first and run beside the others. Rewards that share an encoder have it encode
-    each video once.
+    """Calls every reward on a batch; async rewards start first and run beside the others. Rewards that share an
+    encoder have it encode each video once.
 
     Args:
         funcs: a reward or a list of them: callables, see `pisces_rl.rewards.contract`, or names for `load_reward`.
@@ -156,8 +156,8 @@ class RewardPanel:
 
     def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state,
                width: int) -> tuple[RewardTable, Callable[[str], dict]]:
-        """An empty table of `width` rewards, and for a reward's name the arguments that it may take; what it records goes to the table.
-        """
+        """An empty table of `width` rewards, and for a reward's name the arguments that it may take; what it records
+        goes to the table."""
         if taken := sorted(set(OFFERED) & set(columns)):
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
         table = RewardTable(torch.full((len(prompts), width), torch.nan, device="cpu"))
