@@ -106,6 +106,16 @@ def test_trl_is_imported_in_one_module_only():
     assert [p.relative_to(PACKAGE).as_posix() for p in users] == ["trainers/_trl.py"]
 
 
+def test_the_extra_server_is_imported_where_it_serves_only():
+    """`application` is imported by `serve` within the function that looks for the extra."""
+    users = {p.name for p in sources() if {"starlette", "uvicorn"} & {m.split(".")[0] for m in imported_modules(p)}}
+    server = PACKAGE / "rewards" / "server"
+    at_import = [ast.unparse(node) for path in sources() for node in ast.parse(path.read_text()).body
+                 if isinstance(node, (ast.Import, ast.ImportFrom)) and path != server / "application.py"]
+    assert users == {"application.py", "serve.py"}
+    assert not [line for line in at_import if re.search(r"starlette|uvicorn|[. ]application\b", line)]
+
+
 def test_nobody_imports_shapemotion_but_examples_evaluation_and_tests():
     """Rewards and trainers must not know the embedded world."""
     users = {part_of(p) for p in sources() if "shapemotion" in parts_imported(p)}

@@ -8,7 +8,7 @@ import math
 import os
 import random
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from urllib.parse import parse_qsl, urlsplit
 
 import httpx2
@@ -32,6 +32,7 @@ from .wire import (
 
 TOKEN = "PISCES_REWARD_TOKEN"  # environment variable
 CONNECT = 10.0  # seconds to connect, and to answer about a server's health
+PIECE = 2**20  # bytes
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
 MAY_BE_TRIED_AGAIN = (502, 503, 504)
 
@@ -143,7 +144,8 @@ class RemoteReward:
         """The body of an answer with status 200.
 
         Raises _TryAgain, or _Final for what another try would not change."""
-        post = self._client.post(f"{url}/score/{self.__name__}", content=body, headers=self._headers)
+        post = self._client.post(f"{url}/score/{self.__name__}", content=_pieces(body),
+                                 headers=self._headers | {"Content-Length": str(len(body))})  # fmt: skip
         try:
             response = await asyncio.wait_for(post, self.time_limit)
         except (TimeoutError, asyncio.TimeoutError, httpx2.TimeoutException) as error:
@@ -223,6 +225,12 @@ def remote_reward(urls: str) -> RemoteReward:
     if len(set(names)) > 1 or not all(urlsplit(server).hostname for server in servers):
         raise ValueError(f"reward {urls!r}: expected http://host:port/NAME, of several servers with one NAME.")
     return RemoteReward(servers, names[0], **settings)
+
+
+async def _pieces(body: bytes) -> AsyncIterator[memoryview]:
+    """A large body at once would be copied into the socket's buffer."""
+    for start in range(0, len(body), PIECE):
+        yield memoryview(body)[start : start + PIECE]
 
 
 class _Final(Exception):

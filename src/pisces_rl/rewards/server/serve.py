@@ -31,6 +31,8 @@ def run(args: argparse.Namespace) -> None:
     for name in ("max_batch", "queue", "max_mb"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    if not 0 <= args.port <= 65535:  # getaddrinfo takes it modulo 2^16
+        raise ValueError(f"--port {args.port} must be 0 to 65535.")
     token = None if args.token_file is None else _token(args.token_file)
     if token is None and not _is_loopback(args.host):
         raise ValueError(f"--host {args.host} can be reached from other machines: give a --token_file, or leave the "
@@ -97,7 +99,7 @@ def _bound(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
         listener.bind(address)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
     return listener
 
