@@ -1,12 +1,12 @@
 """`pisces-rl serve`: rewards of this machine for trainers elsewhere."""
 
 import argparse
-import asyncio
 import ipaddress
 import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 
 INSTALL = "pisces-rl serve needs starlette and uvicorn: pip install 'pisces_rl[server]'"
@@ -56,17 +56,16 @@ def run(args: argparse.Namespace) -> None:
     application = RewardApplication(RewardPanel(args.rewards), queue, limit=args.queue, max_bytes=args.max_mb << 20,
                                     token=token)  # fmt: skip
     host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
+    host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
 
     class Server(uvicorn.Server):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            self.loop = asyncio.get_running_loop()
             print("serving", *(f"http://{host}:{port}/{name}" for name in application.about), flush=True)
 
         def handle_exit(self, sig, frame) -> None:
             super().handle_exit(sig, frame)
-            self.loop.call_soon_threadsafe(queue.stop)
+            threading.Thread(target=queue.stop).start()  # this one may hold the queue's lock
 
     for kind in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it has stopped
         signal.signal(kind, lambda *_: None)
