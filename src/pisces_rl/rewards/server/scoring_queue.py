@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import torch
 
@@ -120,18 +121,11 @@ class ScoringQueue:
             job.future.set_result(ScoreAnswer(values, own.extras, own.metrics))
 
     def _table(self, panel: RewardPanel, requests: list[ScoreRequest]) -> RewardTable:
+        state = requests[0].state
         videos = [request.videos for request in requests]
         columns = {name: [value for request in requests for value in request.columns[name]]
                    for name in requests[0].columns}  # fmt: skip
         return panel([prompt for request in requests for prompt in request.prompts],
                      (videos[0] if len(videos) == 1 else torch.cat(videos)).to(self.device), columns,
-                     _trainer_state(requests[0].state))  # fmt: skip
+                     None if state is None else SimpleNamespace(**state))  # fmt: skip
 
-
-def _trainer_state(state: dict[str, float] | None):
-    """What rewards know of a trainer's state, where one was sent."""
-    if state is None:
-        return None
-    from transformers import TrainerState
-
-    return TrainerState(**state)

@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from pisces_rl.rewards.functions import load_function
     from pisces_rl.rewards.panel import RewardPanel
 
     from .application import RewardApplication
@@ -53,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     queue = ScoringQueue(args.max_batch, device)
-    application = RewardApplication(RewardPanel(args.rewards), queue, limit=args.queue, max_bytes=args.max_mb << 20,
+    panel = RewardPanel([load_function(name) if ":" in name and "://" not in name else name  # without transformers
+                         for name in args.rewards])  # fmt: skip
+    application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20,
                                     token=token)  # fmt: skip
     host, port = listener.getsockname()[:2]
     host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
