@@ -258,7 +258,7 @@ def test_who_compares_videos_gets_all():
                          ids=["502", "503", "504", "half", "reset", "stall"])
 def test_tried_again(deed):
     with Faulty(deed, *[] if deed is stall else [deed]) as faulty:
-        table = ask(RemoteReward(faulty.url, "bright", retries=2, time_limit=1.0 if deed is stall else 60.0))
+        table = ask(RemoteReward(faulty.url, "bright", retries=2, time_limit=2.0 if deed is stall else 60.0))
         assert len(faulty.requests) == 3 or deed is stall and len(faulty.requests) > 1
         assert torch.equal(table.values[:, 0], tiny_runs.brightness(PROMPTS, VIDEOS).float())
 

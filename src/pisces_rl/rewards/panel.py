@@ -73,23 +73,23 @@ class RewardPanel:
         tables: list[RewardTable] = [None] * len(self)
         pending, guard = {}, Untouched(videos)
         order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # those first, to run meanwhile
-        with Coroutines() as coroutines, shared_encodings():
-            for i in order:
-                name, start = self.names[i], time.perf_counter()
-                tables[i], offered = self._offer(prompts, videos, columns, trainer_state, width=1)
-                with self.record(f"rewards/{name}"):
-                    values = self._call(name, self.funcs[i], offered(name))
-                    if inspect.isawaitable(values):
-                        pending[i] = coroutines.start(self._awaited(name, values))
-                        continue
-                    tables[i].values[:, 0] = checked_values(name, values, prompts)
-                    guard.check(name, *(self.names[k] for k in pending))
-                tables[i].seconds[name] = time.perf_counter() - start
+        with Coroutines() as coroutines:
+            with shared_encodings():
+                for i in order:
+                    name, start = self.names[i], time.perf_counter()
+                    tables[i], offered = self._offer(prompts, videos, columns, trainer_state, width=1)
+                    with self.record(f"rewards/{name}"):
+                        values = self._call(name, self.funcs[i], offered(name))
+                        if inspect.isawaitable(values):
+                            pending[i] = coroutines.start(self._awaited(name, values))
+                            continue
+                        tables[i].values[:, 0] = checked_values(name, values, prompts)
+                        guard.check(name, *(self.names[k] for k in pending))
+                    tables[i].seconds[name] = time.perf_counter() - start
             for i, future in pending.items():
-                name = self.names[i]
+                name, too_slow = self.names[i], self._too_slow(*(self.names[k] for k in pending))
                 # One that blocks its thread does not time out by itself; the others are ended before.
-                with self.record(f"rewards/{name}"), time_limit(self.timeout and self.timeout + 1,
-                                                                self._too_slow(*(self.names[k] for k in pending))):
+                with self.record(f"rewards/{name}"), time_limit(self.timeout and self.timeout + 1, too_slow):
                     values, tables[i].seconds[name] = future.result()
                     tables[i].values[:, 0] = checked_values(name, values, prompts)
             if pending:

@@ -122,4 +122,3 @@ def _busy(why: str) -> HTTPException:
 
 async def _say(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
-

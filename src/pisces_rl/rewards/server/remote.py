@@ -63,8 +63,16 @@ class RemoteReward:
             token, or has no such reward; servers disagree on the reward's hash.
     """
 
-    def __init__(self, url: str | Sequence[str], name: str, *, token: str | None = None, time_limit: float = 300.0,
-                 retries: int = 6, frames: str = "lossless"):
+    def __init__(
+        self,
+        url: str | Sequence[str],
+        name: str,
+        *,
+        token: str | None = None,
+        time_limit: float = 300.0,
+        retries: int = 6,
+        frames: str = "lossless",
+    ):
         self.urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
         if not self.urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname
                                     for one in self.urls):  # fmt: skip
@@ -88,11 +96,17 @@ class RemoteReward:
         self.compares_videos = about[0]["compares_videos"]
         self.max_bytes = min(one["max_bytes"] for one in health)
         self._random = random.Random()  # the run's random numbers stay as they are
-        self._first, self._process = 0, None
+        self._first, self._process, self._lock = 0, None, threading.Lock()
 
-    async def __call__(self, prompts: Sequence[str], videos: Tensor, trainer_state=None,
-                       log_extra: Callable | None = None, log_metric: Callable | None = None,
-                       **columns: list) -> list[float | None]:
+    async def __call__(
+        self,
+        prompts: Sequence[str],
+        videos: Tensor,
+        trainer_state=None,
+        log_extra: Callable | None = None,
+        log_metric: Callable | None = None,
+        **columns: list,
+    ) -> list[float | None]:
         videos = videos.detach().cpu()  # here, on the stream of this thread
         if self.columns is not None:
             columns = {column: columns[column] for column in self.columns if column in columns}
@@ -148,10 +162,12 @@ class RemoteReward:
                                  headers=self._headers | {"Content-Length": str(len(body))})  # fmt: skip
         try:
             response = await asyncio.wait_for(post, self.time_limit)
-        except (TimeoutError, asyncio.TimeoutError, httpx2.TimeoutException) as error:
-            raise _TryAgain(f"no answer within {self.time_limit:g} s (time_limit)") from error
+        except asyncio.TimeoutError as error:
+            raise _TryAgain(f"no answer within {self.time_limit:g} s (time_limit).") from error
         except httpx2.TransportError as error:
-            raise _TryAgain(f"{type(error).__name__}: {error}") from error
+            raise _TryAgain(f"{type(error).__name__}: {error}.") from error
+        except httpx2.HTTPError as error:
+            raise _Final(f"{type(error).__name__}: {error}.") from error
         if response.status_code == 200:
             return response.content
         said = f"status {response.status_code}: {_error_in(response)}"
@@ -170,13 +186,15 @@ class RemoteReward:
     # --- connections: kept in an event loop of this reward, since a panel's ends with each call ---
 
     async def _in_own_loop(self, coroutine: Coroutine):
-        if self._process != os.getpid():  # a fork has no threads
-            self._client = httpx2.AsyncClient(
-                timeout=httpx2.Timeout(None, connect=min(CONNECT, self.time_limit)), trust_env=False,
-                limits=httpx2.Limits(keepalive_expiry=60),
-            )  # fmt: skip
-            self._loop, self._process = asyncio.new_event_loop(), os.getpid()
-            threading.Thread(target=self._loop.run_forever, name=f"remote {self.__name__}", daemon=True).start()
+        with self._lock:
+            if self._process != os.getpid():  # a fork has no threads
+                self._client = httpx2.AsyncClient(
+                    timeout=httpx2.Timeout(None, connect=min(CONNECT, self.time_limit)),
+                    limits=httpx2.Limits(keepalive_expiry=60),
+                    trust_env=False,
+                )
+                self._loop, self._process = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name=f"remote {self.__name__}", daemon=True).start()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self._loop))
 
     # --- before a run ---

@@ -1,5 +1,4 @@
-"""Requests in line for the rewards of this process, scored in one thread, several of them in one call where they fit.
-"""
+"""Requests in line for the rewards of this process: scored in one thread, several in one call where they fit."""
 
 import threading
 from collections import deque
@@ -128,4 +127,3 @@ class ScoringQueue:
         return panel([prompt for request in requests for prompt in request.prompts],
                      (videos[0] if len(videos) == 1 else torch.cat(videos)).to(self.device), columns,
                      None if state is None else SimpleNamespace(**state))  # fmt: skip
-

@@ -13,14 +13,23 @@ INSTALL = "pisces-rl serve needs starlette and uvicorn: pip install 'pisces_rl[s
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rewards", nargs="+", required=True, metavar="NAME",
-                        help="Known names, file.py:function or package.module:function.")
+    parser.add_argument(
+        "--rewards",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="Known names, file.py:function or package.module:function.",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs a token.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed.")
     parser.add_argument("--token_file", "--token-file", type=Path, help="File whose text every request must carry.")
     parser.add_argument("--device", help="On which rewards get the videos; unset: cuda where there is one, else cpu.")
-    parser.add_argument("--max_batch", type=int, default=16,
-                        help="Videos that requests which wait together are scored in at once; a request is not split.")
+    parser.add_argument(
+        "--max_batch",
+        type=int,
+        default=16,
+        help="Videos that requests which wait together are scored in at once; a request is not split.",
+    )
     parser.add_argument("--queue", type=int, default=16, help="Requests in the server at once; more get 503.")
     parser.add_argument("--max_mb", type=int, default=2048, help="Megabytes (2^20 bytes) of a request; more get 413.")
 

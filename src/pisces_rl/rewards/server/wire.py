@@ -139,8 +139,10 @@ def unpack_answer(body: bytes, name: str, identity: str, prompts: Sequence[str])
     if protocol != PROTOCOL:
         raise ValueError(other_protocol("the server", protocol, "this client"))
     if (answer.get("reward"), answer.get("identity")) != (name, identity):
-        raise ValueError(f"the answer is of reward {answer.get('reward')!r}, identity {answer.get('identity')}; "
-                         f"expected {name!r}, {identity}: another reward, or other weights, than at the start.")
+        raise ValueError(
+            f"the answer is of reward {answer.get('reward')!r}, identity {answer.get('identity')}; "
+            f"expected {name!r}, {identity}: another reward, or other weights, than at the start."
+        )
     values, extras, metrics = (answer.get(key) for key in ("values", "extras", "metrics"))
     if not isinstance(values, list) or len(values) != len(prompts):
         got = len(values) if isinstance(values, list) else repr(values)
