@@ -219,8 +219,9 @@ def test_processes_share_the_work(tmp_path):
     suite = suite_file(tmp_path)
     arguments = ["vbench", "export", "--model", "tiny-wan", "--suite", str(suite), "--dimensions", "color",
                  "--num_frames", "5"]
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
-              "--num_cpu_threads_per_process", "1", "--main_process_port", "0", "-m", "pisces_rl.command"]
+    config = str(Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2",
+              "--main_process_port", "0", "-m", "pisces_rl.command"]
     done = subprocess.run([*launch, *arguments, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sampled 3 videos" in done.stdout and "sampled 2 videos" in done.stdout

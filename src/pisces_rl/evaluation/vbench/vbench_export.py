@@ -61,20 +61,13 @@ def export(
         How many videos this process has sampled.
 
     Raises:
-        ValueError: see `read_suite`; the folder holds videos of other settings; no such model or adapter; processes
-            do not see each other.
+        ValueError: see `read_suite`; the folder holds videos of other settings; no such model or adapter.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
     check_mp4(fps)
     benchmark, videos = read_suite(suite, dimensions, seed)
-    state, folder = PartialState(), Path(output_dir)
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if launched != state.num_processes:
-        raise ValueError(
-            f"{launched} processes were launched, but they do not see each other, because no GPU was "
-            "found. Launch one, or give `accelerate launch` --cpu."
-        )
+    state, folder = PartialState(cpu=not torch.accelerator.is_available()), Path(output_dir)
     bf16 = state.device.type == "cuda" if bf16 is None else bf16
     pipeline = load_pipeline(model, torch.bfloat16 if bf16 else torch.float32)
     name = model if isinstance(model, str) else pipeline.name_or_path or type(pipeline).__name__
