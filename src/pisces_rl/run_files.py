@@ -36,12 +36,11 @@ def described(folder: str | os.PathLike) -> list[str] | None:
     return None if files is None else [path for path, current in files.items() if current]
 
 
-def add_to_run(folder: str | os.PathLike, *paths: str) -> None:
-    """List files, as relative paths, that something else has written into the folder of a run that has ended."""
+def add_listed(folder: str | os.PathLike, paths: Iterable[str]) -> None:
+    """Add files to the list of a folder's run, as of its present state; does nothing where the folder has no list."""
     content = _read(Path(folder))
-    if content is None:
-        raise ValueError(f"{folder} is no folder of a run: it has no {LIST}.")
-    _write(Path(folder), content["run"], content["files"] | dict.fromkeys(paths, True))
+    if content is not None:
+        _write(Path(folder), content["run"], content["files"] | dict.fromkeys(paths, True))
 
 
 def own_checkpoints(folder: str | os.PathLike) -> dict[int, Path]:

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 
-from pisces_rl.run_files import OTHER_CARD, README, add_to_run, described
+from pisces_rl.run_files import OTHER_CARD, README, add_listed, described
 from pisces_rl.whole_files import atomically, write_json
 
 from .vbench_constants import VBENCH, VBENCH2
@@ -48,7 +48,7 @@ def write_comparison(comparison: dict, output_dir: str | os.PathLike) -> list[Pa
     written = [write_json(own / "report.json", comparison, indent=1), _write(own / "report.md", table)]
     files = described(folder)
     if files is not None:
-        add_to_run(folder, *(path.relative_to(folder).as_posix() for path in written))
+        add_listed(folder, [path.relative_to(folder).as_posix() for path in written])
         for name in ("report.md", README, OTHER_CARD):
             if name in files:
                 text = (folder / name).read_text(encoding="utf-8")
