@@ -23,7 +23,7 @@ from grpo_t2v import ScriptArguments, arguments, load_auxiliary_losses, load_dat
 
 from pisces_rl import METHODS
 from pisces_rl.cli import parse_arguments
-from pisces_rl.trainers.data.pairs import SIDES
+from pisces_rl.trainers.base.data.pairs import SIDES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

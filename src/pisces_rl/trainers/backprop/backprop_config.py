@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..config import VideoPolicyConfig
+from ..base.config import VideoPolicyConfig
 
 THROUGH = ("last_steps", "random_steps", "low_variance", "one_step")
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ...transitions import Paper
+from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.losses import clip_fractions, clipped_policy_loss
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..watch.callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 

@@ -10,12 +10,12 @@ from torch.nn.functional import logsigmoid
 
 from ...policy import Rollout
 from ...transitions import Paper
-from ..data.pairs import SIDES, check_pairs, pair_of
-from ..data.seeds import sample_seed
-from ..data.video_data import undecoded
+from ..base.data.pairs import SIDES, check_pairs, pair_of
+from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
+from ..base.setup.checks import check_dataset
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..setup.checks import check_dataset
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # what a seed is for

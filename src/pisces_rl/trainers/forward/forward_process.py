@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...policy import Rollout
-from ..data.seeds import sample_seed
+from ..base.data.seeds import sample_seed
 from ..rollouts.losses import mean_square
 from ..rollouts.rollout_config import RolloutConfig
 from ..rollouts.rollout_trainer import Metrics, RolloutTrainer

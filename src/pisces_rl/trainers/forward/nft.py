@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from ...transitions import Paper
+from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..watch.callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 

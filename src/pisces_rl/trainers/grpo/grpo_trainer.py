@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...policy import ReplayStep, Rollout
 from ...transitions import Paper
-from ..data.seeds import sample_seed
+from ..base.data.seeds import sample_seed
 from ..rollouts.losses import (
     STEP_WEIGHTING_PAPERS,
     clip_fractions,

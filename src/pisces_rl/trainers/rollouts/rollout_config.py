@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field, fields
 
-from ..config import VideoPolicyConfig
+from ..base.config import VideoPolicyConfig
 
 
 @dataclass

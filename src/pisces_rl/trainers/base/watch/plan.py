@@ -7,8 +7,8 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import nn
 
-from ...estimate import estimate_memory
-from ...policy import VideoPolicy
+from ....estimate import estimate_memory
+from ....policy import VideoPolicy
 
 GIB = 2**30
 #: Bytes of weights from which memory is estimated: counting takes about 20 s on one core, which a step then exceeds.

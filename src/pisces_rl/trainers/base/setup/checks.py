@@ -10,8 +10,8 @@ from datasets import Dataset
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 
-from ...policy import FULL
-from ...rewards import OFFERED, RewardPanel
+from ....policy import FULL
+from ....rewards import OFFERED, RewardPanel
 from ..distributed.sharded_optimizer import OPTIMIZERS
 
 

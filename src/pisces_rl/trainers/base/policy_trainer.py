@@ -13,8 +13,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from .. import assets, hub, media
-from ..policy import (
+from ... import assets, hub, media
+from ...policy import (
     FULL,
     FullWeights,
     TrainedLoRA,
@@ -25,11 +25,11 @@ from ..policy import (
     read_adapter,
     set_adapter,
 )
-from ..rewards import RewardPanel
-from ..run_files import RunFiles
-from ..transitions import Paper
+from ...rewards import RewardPanel
+from ...run_files import RunFiles
+from ...transitions import Paper
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss, check_auxiliary_losses
 from ._trl import LoopOnlyTrainer, identity
-from .auxiliary.auxiliary_loss import AuxiliaryLoss, check_auxiliary_losses
 from .data.images import check_images, image_columns, images_of
 from .data.video_data import undecoded
 from .distributed.gradients import ExpertGradients, average_gradients

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from ..policy.pipeline.offload import OFFLOADED
-from ..policy.pipeline.rules import check_call
-from ..run_files import ADAPTERS, listed
+from ...policy.pipeline.offload import OFFLOADED
+from ...policy.pipeline.rules import check_call
+from ...run_files import ADAPTERS, listed
 from ._trl import _BaseConfig
 from .distributed.launch import check_processes, requested_sharding
 from .setup.inherited_settings import check_inherited

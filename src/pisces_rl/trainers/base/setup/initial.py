@@ -5,7 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
-from ...policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, adapters_off, exchanged, held_values
+from ....policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, adapters_off, exchanged, held_values
 
 
 class InitialPolicy:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from datasets import Dataset, Value
 from diffusers import DiffusionPipeline
 
-from ... import media
+from .... import media
 
 
 def image_columns(pipeline: DiffusionPipeline, chosen: Sequence[str] | None) -> list[str]:

@@ -8,7 +8,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ...policy import distribute, gathered, held, norm
+from ....policy import distribute, gathered, held, norm
 
 #: Values of `optim` that treat each number by itself, so that a part of a weight is as good as a weight.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")

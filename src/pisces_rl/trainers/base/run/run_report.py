@@ -11,9 +11,9 @@ from transformers import TrainerState
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import CallbackHandler
 
-from ... import media
-from ...run_files import RunFiles
-from ...whole_files import write_json
+from .... import media
+from ....run_files import RunFiles
+from ....whole_files import write_json
 from ..setup.checks import check_best_metric
 from ..watch.timeline import Timeline
 from .evaluation import Evaluator, means_of_sets

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ...run_files import own_checkpoints
+from ....run_files import own_checkpoints
 from .resume import last_checkpoint
 
 

@@ -4,9 +4,9 @@ import json
 
 from torch import Tensor
 
-from ... import media
-from ...run_files import RunFiles
-from ...whole_files import write_json
+from .... import media
+from ....run_files import RunFiles
+from ....whole_files import write_json
 from .report import compare, markdown_comparison
 
 

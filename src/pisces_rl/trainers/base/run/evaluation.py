@@ -10,12 +10,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerState
 
-from ...policy import VideoPolicy
-from ...rewards import RewardPanel, RewardTable
+from ....policy import VideoPolicy
+from ....rewards import RewardPanel, RewardTable
+from ...rollouts.advantages import aggregate_rewards
 from ..data.images import images_of
 from ..data.seeds import sample_seed
 from ..distributed.ranks import Ranks
-from ..rollouts.advantages import aggregate_rewards
 from ..watch.training_metrics import check_recorded
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerState
 from transformers.trainer_callback import ExportableState
 
-from ...run_files import RunFiles
+from ....run_files import RunFiles
 from .checkpoint import load_tree, random_state, remove_old_checkpoints, restore_random_state, save_tree, write_whole
 from .resume import changes_since, check_same_run, follow_settings, requested_checkpoint, step_of
 

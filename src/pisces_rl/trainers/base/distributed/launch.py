@@ -9,7 +9,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from ...policy import VideoPolicy
+from ....policy import VideoPolicy
 from .sharded_optimizer import use_sharded_optimizer
 from .zero import use_zero
 

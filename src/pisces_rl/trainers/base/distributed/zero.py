@@ -9,8 +9,8 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from ...policy import VideoPolicy
-from ...policy.sharded.partition import partition
+from ....policy import VideoPolicy
+from ....policy.sharded.partition import partition
 
 # They treat each number by itself, so that a part of a parameter is as good as a parameter.
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ...policy import norm
+from ....policy import norm
 from .zero import MESSAGE, PartitionedOptimizer
 
 

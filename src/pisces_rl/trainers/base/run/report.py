@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ...markdown import escape
+from ....markdown import escape
 
 
 def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0.95, seed: int = 0) -> dict:

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, Video
 from torch import Tensor
 
-from ...media import load_video
+from ....media import load_video
 
 FORMS = "a path, the bytes of a file, {'path', 'bytes'} of datasets.Video(decode=False), or a tensor (F, 3, H, W)"
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType
 
-from ...policy import VideoPolicy
-from ...run_files import own_checkpoints
-from ..auxiliary.auxiliary_loss import AuxiliaryLoss
+from ....policy import VideoPolicy
+from ....run_files import own_checkpoints
+from ...auxiliary.auxiliary_loss import AuxiliaryLoss
 
 #: Settings that may change on resume. They act from there on, and the run says so: on the console and in its card.
 TOLD = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",

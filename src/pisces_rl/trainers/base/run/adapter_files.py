@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from safetensors import SafetensorError
 
-from ... import hub
-from ...policy import FullWeights, TrainedLoRA, VideoPolicy, has_guider
-from ...run_files import RunFiles
-from ...transitions import Paper
+from .... import hub
+from ....policy import FullWeights, TrainedLoRA, VideoPolicy, has_guider
+from ....run_files import RunFiles
+from ....transitions import Paper
 
 
 def write_adapter(pipeline: DiffusionPipeline, trained: TrainedLoRA | FullWeights, files: RunFiles) -> None:

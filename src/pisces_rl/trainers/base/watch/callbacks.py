@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from ...policy import gathered_values, held, held_values, parts_of_values, set_adapter
+from ....policy import gathered_values, held, held_values, parts_of_values, set_adapter
 
 
 class StageProgress(TrainerCallback):

@@ -7,11 +7,11 @@ from diffusers import DiffusionPipeline
 from huggingface_hub.errors import HFValidationError
 from torch import nn
 
-from ... import assets
-from ...policy import check_no_adapters
-from ...policy.fast.execution import uncompile_blocks
-from ...policy.fast.products import unfuse_products
-from ...policy.pipeline.offload import kind_of
+from .... import assets
+from ....policy import check_no_adapters
+from ....policy.fast.execution import uncompile_blocks
+from ....policy.fast.products import unfuse_products
+from ....policy.pipeline.offload import kind_of
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:

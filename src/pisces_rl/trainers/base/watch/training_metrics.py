@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from ...rewards import RewardError, RewardTable
+from ....rewards import RewardError, RewardTable
 
 #: Names, or first parts of names before a "/", of the trainers' own metrics; a reward must not record under them.
 OWN_NAMES = {

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback
 
-from ...whole_files import write_json
+from ....whole_files import write_json
 
 IDLE = "idle"  # what no span covers: data, logging, waiting for other processes
 ORDER = ("text", "rollout", "sampling", "decode", "rewards", "update")
