@@ -188,7 +188,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())
             metrics[f"rewards/{name}/grad_norm"].append(gradients[i].flatten(1).norm(dim=1).mean().item())
             metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
-        metrics["reward"].append((values @ self.reward_weights).mean().item())
+        metrics["reward"].append(aggregate_rewards(values, self.reward_weights).mean().item())
         for i, j in itertools.combinations(range(len(gradients)), 2):
             cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
             metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)
