@@ -286,7 +286,7 @@ PUBLISHED = [
     ("mochi", "comfyui", "diffusion_model.blocks.0.",
      [f"{m}_{s}{end}" for s in "xy" for m, end in
       (("attn.qkv", ""), ("attn.proj", ""), ("mlp", ".w1"), ("mlp", ".w2"))]),
-    # keys of Lightricks' LoRAs are the modules of its model, which are diffusers'
+    # comfy/ldm/lightricks/model.py of Comfy-Org/ComfyUI
     ("ltx", "comfyui", "diffusion_model.transformer_blocks.0.", LTX),
 ]  # fmt: skip
 

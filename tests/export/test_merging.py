@@ -40,11 +40,12 @@ def test_the_sum_is_in_fp32_and_rounded_once(tmp_path):
     before = {name: weight.clone() for name, weight in base.state_dict().items()}
     (merged,) = merge_adapter(base, tmp_path).values()
     adapter, changed = read_adapter(tmp_path), 0
+    file = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     for name, weight in base.state_dict().items():
         expected = before[name]
         if name.removesuffix(".weight") in adapter.configs["transformer"].target_modules:
             module = f"transformer.{name.removesuffix('.weight')}"
-            a, b = (load_file(tmp_path / "pytorch_lora_weights.safetensors")[f"{module}.lora_{p}.weight"] for p in "AB")
+            a, b = (file[f"{module}.lora_{p}.weight"] for p in "AB")
             expected = (expected.float() + b @ a).to(torch.bfloat16)
             changed += int((expected != before[name]).sum())
         assert weight.dtype == torch.bfloat16 and torch.equal(weight, expected)
