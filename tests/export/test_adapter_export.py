@@ -26,6 +26,7 @@ from pisces_rl.policy import (
     load_lora,
     lora_parameters,
     save_lora,
+    without_adapters,
 )
 from pisces_rl.run_files import RunFiles, described
 
@@ -78,6 +79,26 @@ def test_diffusers_converts_it_back_to_the_trained_adapter(family, format, confi
     base, expected = latents(fresh, family), latents(pipe, family)
     fresh.load_lora_weights(file.parent, weight_name=file.name)
     torch.testing.assert_close(latents(fresh, family), expected, rtol=1e-4, atol=1e-4)
+    assert (base - expected).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_diffusers_converts_hunyuan_video_of_the_published_width(tmp_path):
+    """One block of each kind, the default adapter."""
+    pipe = quiet(BUILD["hunyuan"]())
+    sizes = dict(num_attention_heads=24, attention_head_dim=128, rope_axes_dim=(16, 56, 56))
+    pipe.register_modules(transformer=type(pipe.transformer).from_config(dict(pipe.transformer.config) | sizes))
+    add_lora({"transformer": pipe.transformer}, default_lora_config(4, 6))
+    for name, parameter in lora_parameters({"transformer": pipe.transformer}).items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    save_lora(pipe, tmp_path)
+    (file,) = export_adapter(tmp_path, tmp_path / "out", "comfyui", dtype="fp32")
+    assert "diffusion_model.single_blocks.0.linear1.lora_B.weight" in load_file(file)
+    fresh = without_adapters(pipe)
+    base, expected = latents(fresh, "hunyuan"), latents(pipe, "hunyuan")
+    fresh.load_lora_weights(file.parent, weight_name=file.name)
+    torch.testing.assert_close(latents(fresh, "hunyuan"), expected, rtol=1e-3, atol=1e-3)
     assert (base - expected).abs().max() > 1e-2
 
 
