@@ -338,6 +338,8 @@ def test_unknown_words_are_refused_with_those_known(tmp_path):
         export_adapter(tmp_path, tmp_path / "out", dtype="fp8")
     with pytest.raises(ValueError, match="model='flux' is no family .* known are wan, hunyuan_video, ltx, ltx2"):
         export_adapter(tmp_path, tmp_path / "out", "comfyui", model="flux")
+    with pytest.raises(ValueError, match="output='.*' is a file, but must be a folder"):
+        export_adapter(tmp_path, tmp_path / "lora.safetensors", "comfyui")
     assert not (tmp_path / "out").exists()
 
 

@@ -50,7 +50,7 @@ def export_adapter(
         format: "diffusers": pytorch_lora_weights.safetensors, with a second expert (Wan 2.2) in transformer_2/.
             "peft": adapter_model.safetensors and adapter_config.json in a subfolder for each denoiser.
             "comfyui": comfyui_lora.safetensors, for ComfyUI's LoRA nodes. "original": original_lora.safetensors, by
-            the names of the model's own checkpoint. Wan 2.2's two experts have a file each,
+            the names of the published checkpoint. Wan 2.2's two experts have a file each,
             ..._high_noise.safetensors and ..._low_noise.safetensors.
         dtype: of the tensors: "bf16", "fp16" or "fp32".
         model: that was adapted: its pipeline or denoiser, by which the adapter is checked, or the name of its family
@@ -67,9 +67,11 @@ def export_adapter(
         raise ValueError(f"format={format!r} is unknown; known are {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; known are {', '.join(DTYPES)}.")
+    output = Path(output)
+    if output.suffix == ".safetensors" or output.is_file():
+        raise ValueError(f"output={str(output)!r} is a file, but must be a folder; the files' names are fixed.")
     adapter = read_adapter(folder, "folder")
     adapter, denoisers = fitting(adapter, model)
-    output = Path(output)
     if format in ("comfyui", "original"):
         files = _original_files(adapter, format, model, denoisers)
     else:
