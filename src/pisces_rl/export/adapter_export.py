@@ -84,9 +84,10 @@ def export_adapter(
                 raise ValueError(
                     f"output={str(output)!r} holds the adapter itself in {path!r}; choose another folder."
                 )
+    files = {path: ({key: _cast(tensor, dtype, key) for key, tensor in state.items()}, config)
+             for path, (state, config) in files.items()}  # fmt: skip
     written = []
     for path, (state, config) in files.items():
-        state = {key: _cast(tensor, dtype, key) for key, tensor in state.items()}
         if format == "peft":
             written += write_peft_layout(output / Path(path).parent, state, config)
         else:
