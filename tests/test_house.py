@@ -27,11 +27,12 @@ MAY_IMPORT = {
     "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files",
                  "whole_files"},
     "estimate": {"policy", "assets"},
+    "export": {"policy", "hub", "run_files", "whole_files"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
     "prompt_files": set(),
     "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
     # names of the top level are loaded on first use, so importing it costs nothing
-    "__init__": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub"},
+    "__init__": {"policy", "rewards", "transitions", "trainers", "export", "assets", "media", "hub"},
 }
 
 

@@ -36,6 +36,13 @@ def described(folder: str | os.PathLike) -> list[str] | None:
     return None if files is None else [path for path, current in files.items() if current]
 
 
+def add_listed(folder: str | os.PathLike, paths: Iterable[str]) -> None:
+    """Add files to the list of a folder's run, as of its present state; does nothing where the folder has no list."""
+    content = _read(Path(folder))
+    if content is not None:
+        _write(Path(folder), content["run"], content["files"] | dict.fromkeys(paths, True))
+
+
 def own_checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
     """{step: folder} of what this package saved, in order: exactly checkpoint-STEP, with a policy.json in it."""
     found = {}
