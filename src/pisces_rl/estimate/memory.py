@@ -13,9 +13,9 @@ from torch.autograd import Variable
 
 from .. import assets
 from ..policy.pipeline.offload import kind_of
-from .calls import Calls, record, tensors
+from .calls import Recording, tensors
 from .live_bytes import AsOnCUDA
-from .networks import Networks, bytes_of
+from .networks import Call, Networks, bytes_of
 from .weightless import silenced_warnings
 
 REMEMBERED_PROMPTS = 256  # size of policy.prompts.PromptMemo
@@ -106,7 +106,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
             f"{type(pipeline).__name__} takes {images} with each video, which are not known here. {MEASURE}"
         )
     with silenced_warnings(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autocast.*")
+        warnings.filterwarnings("ignore", message=".*autocast.*|.*does not support gradient checkpointing")
         try:
             return _estimate(Networks(pipeline, args, peft_config), args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -121,8 +121,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     micro = args.per_device_train_batch_size
     videos = micro * args.steps_per_generation
     chunk = min(args.rollout_batch_size or videos, videos)
-    call = {"num_inference_steps": args.num_inference_steps, **args.policy_kwargs()}
-    sampled, trained = record(networks, chunk, call), record(networks, micro, call)
+    sampled, trained = Recording(networks, chunk), Recording(networks, micro)
 
     resident = dict(networks.weights) | ({} if networks.full else {"adapter": adapter})
     resident["optimizer states"] = 2 * adapter
@@ -132,7 +131,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
 
     low, high = args.sde_window_range or (0, args.num_inference_steps - 1)
     steps = args.sde_window_size or high - low
-    states = (2 * steps + 1) * sampled.latent_bytes // chunk * videos  # of every trained step, and its mean
+    states = (2 * steps + 1) * sampled.latent_bytes * videos  # of every trained step, and its mean
     decoding, video = decoding_peak(networks, sampled)
     if chunk < videos:
         decoding = max(decoding, video * videos)  # the parts are joined
@@ -169,15 +168,15 @@ def remembered_prompts(args, videos: int) -> int:
     return min(REMEMBERED_PROMPTS, rollouts * max(1, videos // args.num_generations))
 
 
-def sampling_peak(networks: Networks, step: list) -> int:
-    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Calls.steps`."""
+def sampling_peak(networks: Networks, step: list[Call]) -> int:
+    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Recording.steps`."""
     with torch.no_grad(), networks.counting(step) as count:
-        kept = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+        kept = [networks.run(*call) for call in step]
     del kept
     return count.peak
 
 
-def update_peak(networks: Networks, step: list) -> int:
+def update_peak(networks: Networks, step: list[Call]) -> int:
     """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
 
     A step of a denoiser without an adapter has no backward. All weights' gradients are as large as the weights: there
@@ -189,7 +188,7 @@ def update_peak(networks: Networks, step: list) -> int:
             parameter.grad = torch.zeros_like(parameter)
         count.leave_out(parameter.grad)
     with torch.enable_grad(), networks.mode, count, AsOnCUDA():
-        outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+        outputs = [networks.run(*call) for call in step]
         losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs
         if losses:
@@ -204,12 +203,12 @@ def update_peak(networks: Networks, step: list) -> int:
     return count.peak
 
 
-def decoding_peak(networks: Networks, calls: Calls) -> tuple[int, int]:
+def decoding_peak(networks: Networks, sampled: Recording) -> tuple[int, int]:
     """Bytes at the peak of decoding, the videos in fp32 included, and of one such video."""
-    if calls.decode is None:
+    if sampled.vae is None:
         return 0, 0
-    with networks.counting(calls.decode) as count:
-        video = tensors(networks.decode(*calls.decode))[0]
+    with torch.no_grad(), networks.counting(sampled.vae) as count:
+        video = tensors(networks.run(*sampled.vae))[0]
         pixels = video.numel() * 4
         del video
-    return max(count.peak, 3 * pixels), pixels // calls.batch  # scaled to [0, 1], stacked, in fp32
+    return max(count.peak, 3 * pixels), pixels // len(sampled.prompts)  # scaled to [0, 1], stacked, in fp32
