@@ -24,7 +24,7 @@ class Recording(DifferentiableSampling):
     Attributes:
         steps: for each different kind of denoising step the calls of denoisers that it makes.
         vae: the first call of vae.decode; None where the pipeline has no vae.
-        latent_bytes: of one video's latents, in fp32. prompt_bytes: of one prompt's embeddings.
+        latent_bytes: of one video's latents, in fp32. prompt_bytes: of what is remembered of a prompt.
     """
 
     def __init__(self, networks: Networks, videos: int):
@@ -42,7 +42,8 @@ class Recording(DifferentiableSampling):
             run_until_left(self, range(videos), "pt")
         self.steps = list(self._kinds.values())
         self.latent_bytes = self.final.numel() * 4 // videos
-        self.prompt_bytes = bytes_of(tensors(list(self.policy.prompt_memo.memory.values())))
+        memory = self.policy.prompt_memo.memory
+        self.prompt_bytes = bytes_of(tensors(list(memory.values()))) // max(1, len(memory))
 
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self._kinds.setdefault(" ".join(self._this_step), list(self._this_step.values()))
