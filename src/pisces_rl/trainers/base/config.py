@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ...estimate import Held
 from ...policy.pipeline.offload import OFFLOADED
 from ...policy.pipeline.rules import check_call
 from ...run_files import ADAPTERS, listed
@@ -204,6 +205,11 @@ class VideoPolicyConfig(_BaseConfig):
     def uses_reference(self) -> bool:
         """Whether the algorithm's loss refers to a reference policy."""
         return False
+
+    def held(self) -> Held:
+        """What the method holds on a device, from which `estimate_memory` counts; of a config that is settled."""
+        videos = self.per_device_train_batch_size
+        return Held(sampled=videos, trained=videos, prompts=videos)
 
     def _check_start_stays(self) -> None:
         """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""

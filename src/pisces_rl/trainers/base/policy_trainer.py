@@ -82,7 +82,6 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
     _may_lack_rewards = False  # whether something else is learnt from
     _told_of_frozen = False
-    _counts_memory = False  # whether `estimate` knows what the method keeps
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
@@ -128,7 +127,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             check_images("eval_dataset", eval_dataset, self.image_columns)
         check_unused(self.pipeline)
         if args.process_index == 0:
-            self._memory_plan = memory_plan(self.pipeline, args, peft_config, self._counts_memory)
+            self._memory_plan = memory_plan(self.pipeline, args, peft_config)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         freeze(self.pipeline, args.device)
         denoisers = dict(self.policy.denoiser.items())

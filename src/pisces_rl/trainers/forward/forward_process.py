@@ -13,11 +13,12 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ...estimate import Held
 from ...policy import Rollout
 from ..base.data.seeds import sample_seed
 from ..rollouts.losses import mean_square
@@ -67,6 +68,9 @@ class ForwardProcessConfig(RolloutConfig):
 
     def uses_reference(self) -> bool:
         return super().uses_reference() or self.beta > 0
+
+    def held(self) -> Held:
+        return replace(super().held(), predictions=int(self.beta > 0))
 
 
 @dataclass

@@ -66,7 +66,6 @@ class VideoGRPOTrainer(RolloutTrainer):
     papers = (
         Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
     )
-    _counts_memory = True
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config=None, callbacks=None, auxiliary_losses=None):

@@ -30,20 +30,15 @@ def step_plan(policy: VideoPolicy, args) -> str:
     return f"{args.videos_a_step()}: {frames}{size}, {args.num_inference_steps} denoising steps"
 
 
-def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None, counted: bool) -> str | None:
+def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None) -> str | None:
     """The memory that a run will take, in a sentence; None for a pipeline of less than `LARGE` bytes.
 
     Draws no random numbers. Args as in `estimate_memory`; the pipeline has no adapters yet.
-
-    Args:
-        counted: whether it is a method whose memory `estimate_memory` knows, GRPO; of others the weights are said.
     """
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
     if weights < LARGE:
         return None
-    if not counted:
-        return f"memory: weights {weights / GIB:.1f} GiB; what this method takes besides is not estimated"
     try:
         with torch.random.fork_rng(devices=[]):
             peaks = estimate_memory(pipeline, args, peft_config).peaks
