@@ -101,8 +101,9 @@ def test_reward_backpropagation_takes_what_is_estimated(settings):
     policy.activation_checkpointing_enable()
 
     def update() -> None:
-        policy.sample_with_gradients(["a prompt"], noise_seeds=[0], last_steps=args.backprop_steps,
-                                     checkpoint_decoder=args.checkpoint_decoder).square().mean().backward()
+        policy.sample_with_gradients(
+            ["a prompt"], noise_seeds=[0], last_steps=args.backprop_steps, checkpoint_decoder=args.checkpoint_decoder
+        ).square().mean().backward()
 
     policy.sample(["a prompt"], noise_seeds=[0])
     # oneDNN's convolutions take workspaces besides, which are not counted

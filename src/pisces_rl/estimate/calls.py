@@ -58,8 +58,9 @@ class Recording(DifferentiableSampling):
         if key not in self._outputs:
             with self.networks.mode, AsOnCUDA(), torch.no_grad():
                 self._outputs[key] = own(*args, **kwargs)
-        return tree_map(lambda t: torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t,
-                        self._outputs[key])
+        return tree_map(
+            lambda t: torch.zeros(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, self._outputs[key]
+        )
 
     def _decode(self, own, *args, **kwargs):
         self.vae = "vae", *self.networks.fake((args, kwargs))
