@@ -41,8 +41,8 @@ class ScriptArguments:
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
-        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function or "
-                  "package.module:function."},
+        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function, "
+                  "package.module:function or a server's http://host:port/NAME."},
     )
     judges: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "hub": {"markdown", "run_files"},
     "shapemotion": set(),
     "policy": {"transitions"},
-    "rewards": {"ot", "assets", "whole_files"},
+    "rewards": {"ot", "assets", "media", "whole_files"},
     "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files",
                  "whole_files"},
     "estimate": {"policy", "assets"},
@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
     "prompt_files": set(),
     "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
+    "command": {"rewards"},
     # names of the top level are loaded on first use, so importing it costs nothing
     "__init__": {"policy", "rewards", "transitions", "trainers", "export", "assets", "media", "hub"},
 }
@@ -104,6 +105,16 @@ def test_trl_is_imported_in_one_module_only():
     """TRL's classes come from trainers/base/_trl.py, so that a new TRL is met in one place."""
     users = [p for p in sources() if any(m.split(".")[0] == "trl" for m in imported_modules(p))]
     assert [p.relative_to(PACKAGE).as_posix() for p in users] == ["trainers/base/_trl.py"]
+
+
+def test_the_extra_server_is_imported_where_it_serves_only():
+    """`application` is imported by `serve` within the function that looks for the extra."""
+    users = {p.name for p in sources() if {"starlette", "uvicorn"} & {m.split(".")[0] for m in imported_modules(p)}}
+    server = PACKAGE / "rewards" / "server"
+    at_import = [ast.unparse(node) for path in sources() for node in ast.parse(path.read_text()).body
+                 if isinstance(node, (ast.Import, ast.ImportFrom)) and path != server / "application.py"]
+    assert users == {"application.py", "serve.py"}
+    assert not [line for line in at_import if re.search(r"starlette|uvicorn|[. ]application\b", line)]
 
 
 def test_nobody_imports_shapemotion_but_examples_evaluation_and_tests():

@@ -9,6 +9,7 @@ in shared/NAME, both processes share each video's tokens.
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -413,6 +414,23 @@ def hanging_reward(folder) -> dict:
         return tiny_runs.brightness(prompts, videos)
 
     return _saving(folder, waits, ddp_timeout=400, reward_timeout=4)
+
+
+def dead_server(folder) -> dict:
+    """Each process has a reward server; the last one's is killed after the first checkpoint."""
+    command = [sys.executable, "-m", "pisces_rl.command", "serve", "--rewards", f"{tiny_runs.__file__}:brightness"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        class Kill(TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if RANK == WORLD - 1 and state.global_step == 1:
+                    server.kill()
+
+        try:
+            url = server.stdout.readline().split()[1]
+            return _saving(folder, f"{url}?retries=1", [Kill()], ddp_timeout=400, reward_timeout=390)
+        finally:
+            server.kill()
 
 
 def stuck_rank(folder) -> dict:

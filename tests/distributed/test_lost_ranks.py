@@ -35,6 +35,10 @@ def uninterrupted() -> dict:
             ["reward 'waits' did not return within 4 s (reward_timeout) on rank 1", "threading.Event().wait()",
              "RewardError"],
         )),
+        ("dead_server", (
+            ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
+            ["failed on rank 1 for 4 videos, the first of prompt", "2 tries, the last: ConnectError", "RewardError"],
+        )),
         ("stuck_rank", (["rank 1 is gone or stuck", "for at most 15 s (ddp_timeout)"], [])),
     ],
 )  # fmt: skip

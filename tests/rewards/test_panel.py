@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -243,6 +244,49 @@ def test_async_rewards_inside_a_running_loop():
         return ask(meeting(2))
 
     assert asyncio.run(notebook()).values.tolist() == [[0.0, 1.0]] * 3
+
+
+def test_async_rewards_begin_before_the_others_run():
+    """A synchronous reward that waits for a coroutine of the same call would wait for ever otherwise."""
+    begun, go = threading.Event(), threading.Event()
+
+    def waits(prompts):
+        assert begun.wait(20)
+        go.set()
+        return [1.0] * len(prompts)
+
+    async def begins(prompts, log_extra):
+        log_extra("said", list(prompts))
+        begun.set()
+        while not go.is_set():
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        return [2.0] * len(prompts)
+
+    table = ask([waits, begins, Scaled(1.0)])
+    assert table.values[:, :2].tolist() == [[1.0, 2.0]] * 3 and table.extras == {"said": PROMPTS}
+    assert list(table.seconds) == ["waits", "begins", "Scaled"] and table.seconds["begins"] >= 0.05
+    assert table.recorded_by == {"said": "begins"}
+
+
+def test_an_error_of_another_reward_cancels_a_coroutine():
+    cancelled, begun = threading.Event(), threading.Event()
+
+    async def long(prompts):
+        begun.set()
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    def fails(prompts):
+        assert begun.wait(20)
+        raise ZeroDivisionError("nothing there")
+
+    with pytest.raises(RewardError, match="'fails' raised ZeroDivisionError"):
+        ask([fails, long])
+    assert cancelled.wait(20)
 
 
 # --- what rewards record ---

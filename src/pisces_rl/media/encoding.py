@@ -36,11 +36,19 @@ def save_video(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 
         ValueError: a video of another shape or dtype, or with values that are not finite; fps not from 0.01 to 1000;
             PyAV has no encoder for it.
     """
+    data = mp4_bytes(video, fps, min_size)
+    return atomically(path, lambda file: file.write(data))
+
+
+def mp4_bytes(video: Tensor, fps: float = 8, min_size: int = 256) -> bytes:
+    """One video (F, 3, H, W) in [0, 1] as the bytes of an mp4; arguments and errors as `save_video`'s."""
     frames = pixels("video", video, 4)
     _check_fps(fps)
     frames = enlarge(frames, min_size)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    return atomically(path, lambda file: _encode(frames, file, fps))
+    buffer = io.BytesIO()
+    _encode(frames, buffer, fps)
+    return buffer.getvalue()
 
 
 def save_gif(video: Tensor, path: str | Path, fps: float = 8, min_size: int = 256) -> Path:
@@ -98,8 +106,8 @@ def gif_summary(tag: str, videos: Tensor, fps: float = 8):
     return Summary(value=[Summary.Value(tag=tag, image=image)])
 
 
-def _encode(frames: np.ndarray, file, fps: float) -> None:
-    """frames (F, H, W, 3) uint8 with even sides -> an mp4 in an open file."""
+def _encode(frames: np.ndarray, file: io.BytesIO, fps: float) -> None:
+    """frames (F, H, W, 3) uint8 with even sides -> an mp4 in `file`."""
     codec, options = _mp4_encoder()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream(codec, rate=_rate(fps), options=options)

@@ -1,17 +1,21 @@
 """Each video encoded once per encoder, however many rewards look at it."""
 
+from __future__ import annotations
+
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
+if TYPE_CHECKING:  # they need transformers, which takes seconds, and a panel may have no encoder
+    from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
 
 MICRO_BATCH = 16
 
-_scope: contextvars.ContextVar["_Encodings | None"] = contextvars.ContextVar("encodings", default=None)
+_scope: contextvars.ContextVar[_Encodings | None] = contextvars.ContextVar("encodings", default=None)
 
 
 class _Encodings:
@@ -59,7 +63,7 @@ def video_features(
     def encode() -> VideoFeatures:
         parts = [encoder.encode_video(part) for part in videos.split(micro_batch)]
         pooled, tokens = (torch.cat([getattr(part, name) for part in parts]) for name in ("pooled", "tokens"))
-        return VideoFeatures(pooled, tokens, parts[0].positions)
+        return type(parts[0])(pooled, tokens, parts[0].positions)
 
     version = None if videos.is_inference() else videos._version
     key = (id(encoder), id(videos), version, torch.is_grad_enabled())
@@ -85,4 +89,4 @@ def _distinct(encoder: VideoTextEncoder, prompts: list[str]) -> TextFeatures:
         return features
     rows = [distinct.index(prompt) for prompt in prompts]
     parts = (features.pooled[rows], features.tokens[rows], features.mask[rows], features.words[rows])
-    return TextFeatures(*parts, [features.pieces[row] for row in rows])
+    return type(features)(*parts, [features.pieces[row] for row in rows])

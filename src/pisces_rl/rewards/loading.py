@@ -16,6 +16,7 @@ from pisces_rl.rewards.functions import load_function
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.rewards.quality import OTQualityReward
 from pisces_rl.rewards.semantic import OTSemanticReward
+from pisces_rl.rewards.server.remote import remote_reward
 
 DEFAULT_ENCODER = "tiny-vtm"
 BANK = "bank.safetensors"
@@ -40,9 +41,10 @@ def load_reward(
     """A reward by name; rewards of one encoder's name share one encoder.
 
     Args:
-        name: one of `REWARDS`; or of `FUNCTIONS`, or file.py:function, or package.module:function, which take no
-            options. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the
-            divergence to the bank that lies with the map.
+        name: one of `REWARDS`; or of `FUNCTIONS`, or file.py:function, or package.module:function, or the
+            http://host:port/NAME of a server (`server.remote.remote_reward`), which take no options. "ot_quality" is
+            the published cosine; a `divergence_weight` adds the credit of the divergence to the bank that lies with
+            the map.
         encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder.
         ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
@@ -53,7 +55,8 @@ def load_reward(
     Raises ValueError for an unknown name, for options that the reward does not use, and for a map of another encoder.
     """
     if name not in REWARDS:
-        function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
+        is_url = name.startswith(("http://", "https://"))
+        function = remote_reward(name) if is_url else load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
             raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return function

@@ -5,8 +5,7 @@ import contextlib
 import copy
 import inspect
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -23,17 +22,17 @@ from .contract import (
     offload,
     reward_name,
 )
+from .coroutines import Coroutines
 from .encodings import shared_encodings
 from .inputs import Untouched, own_lists
 from .signature import OFFERED, arguments, layers
 from .table import RewardTable
-from .thread_settings import with_settings_of_this_thread
 from .time_limit import time_limit
 
 
 class RewardPanel:
-    """Calls every reward on a batch; async rewards run at the same time. Rewards that share an encoder have it encode
-    each video once.
+    """Calls every reward on a batch; async rewards start first and run beside the others. Rewards that share an
+    encoder have it encode each video once.
 
     Args:
         funcs: a reward or a list of them: callables, see `pisces_rl.rewards.contract`, or names for `load_reward`.
@@ -71,31 +70,33 @@ class RewardPanel:
     @torch.no_grad()
     def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
                  trainer_state=None) -> RewardTable:
-        table, offered = self._offer(prompts, videos, columns, trainer_state)
+        tables: list[RewardTable] = [None] * len(self)
         pending, guard = {}, Untouched(videos)
-        try:
+        order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # those first, to run meanwhile
+        with Coroutines() as coroutines:
             with shared_encodings():
-                for i, (name, func) in enumerate(zip(self.names, self.funcs)):
-                    start = time.perf_counter()
+                for i in order:
+                    name, start = self.names[i], time.perf_counter()
+                    tables[i], offered = self._offer(prompts, videos, columns, trainer_state, width=1)
                     with self.record(f"rewards/{name}"):
-                        values = self._call(name, func, offered(name))
+                        values = self._call(name, self.funcs[i], offered(name))
                         if inspect.isawaitable(values):
-                            pending[i] = values
-                        else:
-                            table.values[:, i] = checked_values(name, values, prompts)
-                            guard.check(name)
-                    table.seconds[name] = time.perf_counter() - start
+                            pending[i] = coroutines.start(self._awaited(name, values))
+                            continue
+                        tables[i].values[:, 0] = checked_values(name, values, prompts)
+                        guard.check(name, *(self.names[k] for k in pending))
+                    tables[i].seconds[name] = time.perf_counter() - start
+            for i, future in pending.items():
+                name, too_slow = self.names[i], self._too_slow(*(self.names[k] for k in pending))
+                # One that blocks its thread does not time out by itself; the others are ended before.
+                with self.record(f"rewards/{name}"), time_limit(self.timeout and self.timeout + 1, too_slow):
+                    values, tables[i].seconds[name] = future.result()
+                    tables[i].values[:, 0] = checked_values(name, values, prompts)
             if pending:
-                start = time.perf_counter()
-                for i, values in zip(pending, self._await_all(pending)):
-                    table.values[:, i] = checked_values(self.names[i], values, prompts)
-                    table.seconds[self.names[i]] += time.perf_counter() - start
                 guard.check(*(self.names[i] for i in pending))
-        finally:
-            for values in pending.values():  # those that another reward's failure kept from their start
-                if inspect.iscoroutine(values) and inspect.getcoroutinestate(values) == inspect.CORO_CREATED:
-                    values.close()
-        return table
+        if not tables:
+            return RewardTable(torch.full((len(prompts), 0), torch.nan, device="cpu"))
+        return RewardTable.side_by_side(tables, [[i] for i in range(len(self))])
 
     def offload(self, device: torch.device | str) -> None:
         """Rewards that hold weights work on `device`, and these lie on the CPU between calls (`contract.offload`)."""
@@ -126,7 +127,7 @@ class RewardPanel:
             RewardError: a reward failed, returned no tensor with a graph, or its gradient is not finite.
         """
         videos = videos.detach().requires_grad_()
-        table, offered = self._offer(prompts, videos, columns, trainer_state)
+        table, offered = self._offer(prompts, videos, columns, trainer_state, width=len(self))
         gradients, guard = [], Untouched(videos)
         with shared_encodings(backward=True):
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
@@ -153,13 +154,13 @@ class RewardPanel:
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
 
-    def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
-               trainer_state) -> tuple[RewardTable, Callable[[str], dict]]:
-        """An empty table, and for a reward's name the arguments that it may take; what it records goes to the table.
-        """
+    def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state,
+               width: int) -> tuple[RewardTable, Callable[[str], dict]]:
+        """An empty table of `width` rewards, and for a reward's name the arguments that it may take; what it records
+        goes to the table."""
         if taken := sorted(set(OFFERED) & set(columns)):
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
-        table = RewardTable(torch.full((len(prompts), len(self)), torch.nan, device="cpu"))
+        table = RewardTable(torch.full((len(prompts), width), torch.nan, device="cpu"))
 
         def offered(reward: str) -> dict:
             scalars: dict[str, list[float]] = {}
@@ -198,25 +199,16 @@ class RewardPanel:
             "Nothing is lost: mend the reward or raise reward_timeout, and resume from the last checkpoint."
         )
 
-    def _await_all(self, pending: dict) -> list:
-        """The values of all awaitables, in a thread of their own: a notebook's has a running event loop already."""
-
-        async def one(i: int, awaitable):
-            with _named(self.names[i]):
-                try:
-                    return await asyncio.wait_for(awaitable, self.timeout or None)
-                except asyncio.TimeoutError as error:
-                    raise RewardError(self._too_slow(self.names[i])) from error
-
-        async def together():
-            return await asyncio.gather(*(one(i, awaitable) for i, awaitable in pending.items()))
-
-        run = with_settings_of_this_thread(lambda: asyncio.run(together()))
-
-        # One that blocks its thread does not time out by itself; the others are ended before.
-        with time_limit(self.timeout and self.timeout + 1, self._too_slow(*(self.names[i] for i in pending))):
-            with ThreadPoolExecutor(1) as thread:
-                return thread.submit(run).result()
+    async def _awaited(self, name: str, awaitable: Awaitable) -> tuple[object, float]:
+        """What it returns, and its seconds."""
+        start = time.perf_counter()
+        with _named(name):
+            try:
+                return await asyncio.wait_for(awaitable, self.timeout or None), time.perf_counter() - start
+            except asyncio.TimeoutError as error:
+                if not self.timeout or time.perf_counter() - start < self.timeout:
+                    raise  # of the reward itself
+                raise RewardError(self._too_slow(name)) from error
 
 
 def _as_list(funcs) -> list:

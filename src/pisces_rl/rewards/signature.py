@@ -77,7 +77,7 @@ def _wrapped(func: Callable) -> Callable | None:
     kinds = {p.kind for p in parameters.values()}
     if not {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} <= kinds or _names_inputs(parameters):
         return None
-    found = [held for held in _held(func) if _takes_inputs(held)]
+    found = [held for held in held_by(func) if _takes_inputs(held)]
     return found[0] if len(found) == 1 else None
 
 
@@ -90,7 +90,7 @@ def _takes_inputs(held: object) -> bool:
         return False
 
 
-def _held(func: Callable) -> list:
+def held_by(func: Callable) -> list:
     """What a wrapper holds: the closure of its code, and a module's children or an object's attributes."""
     if isinstance(func, nn.Module):
         code, attributes = getattr(func.forward, "__func__", None), func.children()

@@ -58,7 +58,7 @@ class RewardTable:
             for kind in ("extras", "metrics"):
                 for name, values in getattr(table, kind).items():
                     joined.claim(table.recorded_by[name], name, kind, values)
-                    getattr(joined, kind)[name] = values
+                    getattr(joined, kind).setdefault(name, values)
             joined._add_seconds(table)
         return joined
 

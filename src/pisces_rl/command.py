@@ -1,0 +1,24 @@
+"""The program `pisces-rl`; each sub-command is a module with `add_arguments(parser)` and `main(args)`."""
+
+import argparse
+from collections.abc import Sequence
+
+from .rewards.server import serve
+
+COMMANDS = {"serve": ("rewards of this machine for trainers elsewhere", serve)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="pisces-rl", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (purpose, module) in COMMANDS.items():
+        own = commands.add_parser(name, help=purpose, description=f"{name}: {purpose}.", allow_abbrev=False,
+                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+        module.add_arguments(own)
+        own.set_defaults(main=module.main)
+    args = parser.parse_args(arguments)
+    args.main(args)
+
+
+if __name__ == "__main__":
+    main()

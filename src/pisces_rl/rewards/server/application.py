@@ -1,0 +1,124 @@
+"""The web application of a reward server; needs starlette."""
+
+import asyncio
+import hmac
+from concurrent.futures import Future
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import pisces_rl
+from pisces_rl.rewards.contract import RewardError, compares_videos
+from pisces_rl.rewards.panel import RewardPanel
+
+from .identity import columns_of, identity
+from .scoring_queue import ScoringQueue, Stopping
+from .wire import PROTOCOL, pack_answer, too_large, unpack_request
+
+RETRY_AFTER = 1  # seconds
+
+
+class RewardApplication:
+    """`asgi` answers for the rewards of a panel.
+
+    Args:
+        panel: the rewards, under their names. queue: that scores.
+        limit: of requests in the server at once, the one that is scored included. max_bytes: of a request's body.
+        token: which every request must carry; None: none.
+    """
+
+    def __init__(self, panel: RewardPanel, queue: ScoringQueue, *, limit: int, max_bytes: int, token: str | None):
+        self.panels = {name: panel.only([i]) for i, name in enumerate(panel.names)}
+        self.queue, self.limit, self.max_bytes = queue, limit, max_bytes
+        self.token, self.inside = None if token is None else f"Bearer {token}".encode(), 0
+        self.about = {
+            name: {"identity": identity(func), "compares_videos": compares_videos(func), "columns": columns_of(func)}
+            for name, func in zip(panel.names, panel.funcs)
+        }
+        self.asgi = Starlette(
+            routes=[Route("/health", self.health), Route("/score/{name:path}", self.score, methods=["POST"])],
+            exception_handlers={HTTPException: _say},
+        )
+
+    async def health(self, request: Request) -> Response:
+        self._check_token(request)
+        return JSONResponse({
+            "protocol": PROTOCOL, "version": pisces_rl.__version__, "rewards": self.about, "queue": self.inside,
+            "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
+        })  # fmt: skip
+
+    async def score(self, request: Request) -> Response:
+        self._check_token(request)
+        name = request.path_params["name"]
+        if name not in self.panels:
+            await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
+        if self.queue.stopped or self.inside >= self.limit:
+            why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
+            await self._refuse(request, 503, f"{why}; try again.")
+        self.inside += 1
+        try:
+            body = await self._body(request)
+            try:
+                asked = await asyncio.to_thread(unpack_request, body)
+            except ValueError as error:
+                raise HTTPException(400, str(error)) from error
+            del body
+            answer = await self._unless_gone(request, self.queue.put(self.panels[name], asked))
+            return Response(pack_answer(name, self.about[name]["identity"], answer), media_type="application/json")
+        except Stopping as error:
+            raise _busy("the server stops; try again.") from error
+        except (RewardError, ValueError) as error:
+            raise HTTPException(500, str(error)) from error
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        finally:
+            self.inside -= 1
+
+    def _check_token(self, request: Request) -> None:
+        if self.token is None:
+            return
+        given = request.headers.get("authorization", "").encode("latin-1")
+        if not hmac.compare_digest(given, self.token):
+            raise HTTPException(401, "the token is missing or wrong.")
+
+    async def _body(self, request: Request) -> bytes:
+        """All of it is read, and kept unless it is too large: see `_refuse`."""
+        parts, size = [], 0
+        async for part in request.stream():
+            size += len(part)
+            if size <= self.max_bytes:
+                parts.append(part)
+            else:
+                parts.clear()
+        if size > self.max_bytes:
+            raise HTTPException(413, too_large(size, self.max_bytes))
+        return b"".join(parts)
+
+    async def _refuse(self, request: Request, status: int, why: str) -> None:
+        """Answers once the body is read, and dropped: a client that is cut off while it sends reads no answer."""
+        async for _ in request.stream():
+            pass
+        raise _busy(why) if status == 503 else HTTPException(status, why)
+
+    async def _unless_gone(self, request: Request, future: Future):
+        """The future's result; where the client goes away before its turn, it has none."""
+        scored, gone = asyncio.wrap_future(future), asyncio.create_task(request.receive())  # after the body: its end
+        try:
+            await asyncio.wait((scored, gone), return_when=asyncio.FIRST_COMPLETED)
+            if not scored.done():
+                raise ClientDisconnect
+            return scored.result()
+        finally:
+            scored.cancel()
+            gone.cancel()
+
+
+def _busy(why: str) -> HTTPException:
+    return HTTPException(503, why, headers={"Retry-After": str(RETRY_AFTER)})
+
+
+async def _say(request: Request, error: HTTPException) -> Response:
+    return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)

@@ -1,0 +1,122 @@
+"""`pisces-rl serve`: rewards of this machine for trainers elsewhere."""
+
+import argparse
+import ipaddress
+import os
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+
+INSTALL = "pisces-rl serve needs starlette and uvicorn: pip install 'pisces_rl[server]'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rewards",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        help="Known names, file.py:function or package.module:function.",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs a token.")
+    parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed.")
+    parser.add_argument("--token_file", "--token-file", type=Path, help="File whose text every request must carry.")
+    parser.add_argument("--device", help="On which rewards get the videos; unset: cuda where there is one, else cpu.")
+    parser.add_argument(
+        "--max_batch",
+        type=int,
+        default=16,
+        help="Videos that requests which wait together are scored in at once; a request is not split.",
+    )
+    parser.add_argument("--queue", type=int, default=16, help="Requests in the server at once; more get 503.")
+    parser.add_argument("--max_mb", type=int, default=2048, help="Megabytes (2^20 bytes) of a request; more get 413.")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Serve until SIGTERM or SIGINT. Prints one line, `serving URL URL ...`, with the URL of each reward, once it is
+    ready. Raises ValueError for what is wrong with an argument, before any reward is loaded."""
+    for name in ("max_batch", "queue", "max_mb"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
+    if not 0 <= args.port <= 65535:  # getaddrinfo takes it modulo 2^16
+        raise ValueError(f"--port {args.port} must be 0 to 65535.")
+    token = None if args.token_file is None else _token(args.token_file)
+    if token is None and not _is_loopback(args.host):
+        raise ValueError(f"--host {args.host} can be reached from other machines: give a --token_file, or leave the "
+                         "host at 127.0.0.1.")  # fmt: skip
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ValueError(f"{INSTALL} ({error})") from error
+    listener = _bound(args.host, args.port)  # before minutes of loading; nobody can connect yet
+
+    import torch
+
+    from pisces_rl.rewards.functions import load_function
+    from pisces_rl.rewards.panel import RewardPanel
+
+    from .application import RewardApplication
+    from .scoring_queue import ScoringQueue
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    queue = ScoringQueue(args.max_batch, device)
+    panel = RewardPanel([load_function(name) if ":" in name and "://" not in name else name  # without transformers
+                         for name in args.rewards])  # fmt: skip
+    application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20,
+                                    token=token)  # fmt: skip
+    host, port = listener.getsockname()[:2]
+    host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets=None) -> None:
+            await super().startup(sockets)
+            print("serving", *(f"http://{host}:{port}/{name}" for name in application.about), flush=True)
+
+        def handle_exit(self, sig, frame) -> None:
+            super().handle_exit(sig, frame)
+            threading.Thread(target=queue.stop).start()  # this one may hold the queue's lock
+
+    for kind in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it has stopped
+        signal.signal(kind, lambda *_: None)
+    # Clients keep connections for a minute.
+    config = uvicorn.Config(application.asgi, lifespan="off", log_level="warning", access_log=False, ws="none",
+                            timeout_keep_alive=75)  # fmt: skip
+    Server(config).run(sockets=[listener])
+
+
+def _token(path: Path) -> str:
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token_file {path} cannot be read: {error}") from error
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"--token_file {path} must hold one word of printable ASCII.")
+    return token
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, os.name == "posix")
+        listener.bind(address)
+    except OSError as error:
+        raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
+    return listener
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        run(args)
+    except ValueError as error:
+        sys.exit(f"pisces-rl serve: {error}")

@@ -1,0 +1,510 @@
+"""Rewards over HTTP: the same numbers as inside, to the bit; and whatever fails is tried again or ends the run."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+import tiny_runs
+from tiny_runs import largest_difference, logged, trainer, weights
+
+import pisces_rl
+from pisces_rl import command
+from pisces_rl.media import load_video, mp4_bytes
+from pisces_rl.rewards import RemoteReward, RewardError, RewardPanel, load_reward
+from pisces_rl.rewards.server import remote, wire
+from pisces_rl.rewards.server.identity import columns_of, identity
+from pisces_rl.rewards.server.scoring_queue import ScoringQueue, Stopping
+
+PROMPTS = ["first", "second", "third"]
+VIDEOS = torch.rand(3, 4, 3, 10, 7, generator=torch.Generator().manual_seed(0))
+COLUMNS = {"number": [0, 1, 2], "note": [{"a": [1.5, None]}, "ö", True]}
+TOKEN = "a-word"
+REWARDS = '''
+import time
+from pathlib import Path
+
+GO = Path(__file__).with_name("go")
+
+
+def brightness(prompts, videos, **columns):
+    return 1000 * (videos.double() - 0.5).mean(dim=(1, 2, 3, 4))
+
+
+def recorded(prompts, videos, number, note, trainer_state, log_extra, log_metric):
+    log_extra("note", note)
+    log_extra("odd", [float("nan"), None, "x"][:len(prompts)])
+    log_metric("largest", max(number))
+    log_metric("step", trainer_state.global_step)
+    return [None if n == 1 else float(video.mean()) + n for n, video in zip(number, videos)]
+
+
+def nan(prompts):
+    return [float("nan")] * len(prompts)
+
+
+def waits(prompts):
+    GO.with_name("begun").touch()
+    while not GO.exists():
+        time.sleep(0.01)
+    return [1.0] * len(prompts)
+'''
+
+
+class Serving:
+    """A real server, in a process of its own."""
+
+    def __init__(self, folder: Path, *options: str, port: int = 0, token: str | None = TOKEN):
+        self.file, self.folder = folder / "rewards_of_server.py", folder
+        self.file.write_text(REWARDS, encoding="utf-8")
+        names = [f"{self.file}:{name}" for name in ("brightness", "recorded", "nan", "waits")]
+        if token is not None:
+            (folder / "token").write_text(token + "\n", encoding="utf-8")
+            options = (*options, "--token-file", str(folder / "token"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pisces_rl.command", "serve", "--port", str(port), "--rewards", *names, *options],
+            stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        word, first, *_ = self.process.stdout.readline().split()
+        self.url = first.rsplit("/", 1)[0]
+        assert word == "serving" and first.endswith("/brightness")
+
+    def reward(self, name: str, **settings) -> RemoteReward:
+        return RemoteReward(self.url, name, **{"token": TOKEN} | settings)
+
+    def post(self, name: str, body: bytes, token: str = TOKEN) -> httpx2.Response:
+        return httpx2.post(f"{self.url}/score/{name}", content=body, trust_env=False, timeout=60,
+                           headers={"Authorization": f"Bearer {token}"})  # fmt: skip
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    serving = Serving(tmp_path_factory.mktemp("served"), "--queue", "2", "--max_mb", "1")
+    yield serving
+    serving.end()
+
+
+class Faulty:
+    """A server in this process that does to each request what the next of its deeds says, and then answers well."""
+
+    def __init__(self, *deeds, identity="1234", health=None, compares_videos=False):
+        self.deeds, self.requests, self.identity = list(deeds), [], identity
+        about = {"identity": identity, "compares_videos": compares_videos, "columns": None}
+        self.about = {"protocol": wire.PROTOCOL, "version": "0", "state": "ready", "queue": 0, "max_bytes": 2**30,
+                      "rewards": {"bright": about}} | (health or {})
+        app = Starlette(routes=[Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"])])
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+        config = uvicorn.Config(app, lifespan="off", log_level="critical", ws="none", timeout_graceful_shutdown=0)
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+
+    async def health(self, request):
+        return JSONResponse(self.about)
+
+    async def score(self, request):
+        asked = wire.unpack_request(await request.body())
+        self.requests.append(asked)
+        answer = {"protocol": wire.PROTOCOL, "reward": "bright", "identity": self.identity, "extras": {},
+                  "values": tiny_runs.brightness(asked.prompts, asked.videos).tolist(), "metrics": {}}
+        deed = self.deeds.pop(0) if self.deeds else {}
+        if isinstance(deed, dict):
+            return Response(json.dumps(answer | deed), media_type="application/json")
+        return await deed(self, json.dumps(answer))
+
+
+def status(code: int, **headers):
+    async def deed(faulty, answer):
+        return JSONResponse({"error": f"this is {code}."}, code, headers={k.replace("_", "-"): v
+                                                                          for k, v in headers.items()})
+    return deed
+
+
+async def half(faulty, answer):
+    return Response(answer[:20], headers={"Content-Length": str(len(answer))}, media_type="application/json")
+
+
+async def reset(faulty, answer):
+    for connection in list(faulty.uvicorn.server_state.connections):
+        connection.transport.abort()
+    return Response(answer)
+
+
+async def stall(faulty, answer):
+    await asyncio.sleep(60)
+    return Response(answer)
+
+
+async def garbage(faulty, answer):
+    return Response("<html>")
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.01)
+
+
+def ask(reward, *others, columns=None, state=None):
+    return RewardPanel([reward, *others])(PROMPTS, VIDEOS, columns or {}, state)
+
+
+# --- the same numbers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_is_the_same_to_the_bit(server, tmp_path, overlap):
+    settings = {"overlap_rewards": overlap, "rollout_batch_size": 2} if overlap else {}
+    runs = []
+    for name, reward in (("inside", tiny_runs.brightness), ("remote", server.reward("brightness"))):
+        made = trainer(tmp_path / name, reward, alive=True, **settings)
+        before = weights(made)
+        made.train()
+        runs.append((weights(made), [logged(made, key) for key in ("reward", "reward_std", "loss")]))
+    assert largest_difference(before, runs[0][0]) > 1e-3
+    assert largest_difference(runs[0][0], runs[1][0]) == 0 and runs[0][1] == runs[1][1]
+    assert logged(made, "seconds/rewards/brightness")[0] > 0
+    if not overlap:
+        assert made.timeline.parts()["rewards/brightness"] > 0
+
+
+def test_what_a_reward_records_and_does_not_apply_to(server):
+    class State:
+        global_step, max_steps, epoch = 7, 9, 0.5
+
+    local = load_reward(f"{server.file}:recorded")
+    there, here = (ask(reward, columns=COLUMNS | {"image": [object()] * 3}, state=State)
+                   for reward in (server.reward("recorded"), local))
+    assert torch.equal(there.values.nan_to_num(-1), here.values.nan_to_num(-1))
+    assert there.values[:, 0].isnan().tolist() == [False, True, False] and repr(there.extras) == repr(here.extras)
+    assert there.metrics == here.metrics == {"largest": [2.0], "step": [7.0]}
+    assert there.recorded_by.keys() == here.recorded_by.keys() and there.seconds["recorded"] > 0
+
+
+def test_uint8_frames_and_mp4(server, monkeypatch):
+    body = wire.pack_request(wire.ScoreRequest(PROMPTS, (VIDEOS * 255).round().byte(), {}, None))
+    values = wire.unpack_answer(server.post("brightness", body).content, "brightness",
+                                server.reward("brightness").identity, PROMPTS).values
+    assert values == tiny_runs.brightness(PROMPTS, (VIDEOS * 255).round().byte().float() / 255).float().tolist()
+    with_mp4 = torch.stack([load_video(mp4_bytes(video, min_size=0))[..., :10, :7] for video in VIDEOS])
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    table = ask(load_reward(f"{server.url}/brightness?frames=mp4"))
+    assert torch.equal(table.values[:, 0], tiny_runs.brightness(PROMPTS, with_mp4).float())
+
+
+def test_several_servers_get_parts_at_the_same_time():
+    """Each part waits for the other to arrive."""
+    arrived = []
+
+    async def meet(faulty, answer):
+        arrived.append(1)
+        for _ in range(2000):
+            if len(arrived) == 2:
+                return Response(answer)
+            await asyncio.sleep(0.01)
+        raise TimeoutError
+
+    with Faulty(meet) as a, Faulty(meet) as b:
+        panel = RewardPanel(f"{a.url}/bright,{b.url}/bright?retries=1")
+        assert panel.names == ["bright"]
+        values = panel(PROMPTS, VIDEOS, {"x": [1, 2, 3]}).values[:, 0]
+        assert torch.equal(values, tiny_runs.brightness(PROMPTS, VIDEOS).float())
+        seen = [request.prompts for one in (a, b) for request in one.requests]
+        assert seen == [PROMPTS[:1], PROMPTS[1:]] and b.requests[0].columns == {"x": [2, 3]}
+        a.deeds, b.deeds = [status(503)], []  # the other one takes over
+        assert torch.equal(panel(PROMPTS, VIDEOS, {}).values[:, 0], values)
+
+
+def test_who_compares_videos_gets_all():
+    with Faulty(compares_videos=True) as a, Faulty(compares_videos=True) as b:
+        reward = RemoteReward([a.url, b.url], "bright")
+        ask(reward)
+        ask(reward)
+        assert reward.compares_videos and [len(one.requests[0].prompts) for one in (a, b)] == [3, 3]
+
+
+# --- what may be tried again -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deed", [status(502), status(503), status(504), half, reset, stall],
+                         ids=["502", "503", "504", "half", "reset", "stall"])
+def test_tried_again(deed):
+    with Faulty(deed, *[] if deed is stall else [deed]) as faulty:
+        table = ask(RemoteReward(faulty.url, "bright", retries=2, time_limit=2.0 if deed is stall else 60.0))
+        assert len(faulty.requests) == 3 or deed is stall and len(faulty.requests) > 1
+        assert torch.equal(table.values[:, 0], tiny_runs.brightness(PROMPTS, VIDEOS).float())
+
+
+def test_retry_after_is_honoured():
+    with Faulty(status(503, Retry_After="1")) as faulty:
+        start = time.perf_counter()
+        ask(RemoteReward(faulty.url, "bright"))
+        assert time.perf_counter() - start >= 1
+
+
+@pytest.mark.parametrize("deed, why", [(status(503), "2 tries, the last: status 503: this is 503."),
+                                       (half, "2 tries, the last: RemoteProtocolError"),
+                                       (stall, "2 tries, the last: no answer within 0.5 s")],
+                         ids=["503", "half", "stall"])
+def test_the_last_try_is_an_error(deed, why):
+    with Faulty(deed, deed, deed) as faulty:
+        reward = RemoteReward(faulty.url, "bright", retries=1, time_limit=0.5 if deed is stall else 60.0)
+        with pytest.raises(RewardError, match=f"'bright' of {faulty.url} failed on rank 0 .* prompt 'first': {why}"):
+            ask(reward)
+        assert len(faulty.requests) == 2
+
+
+def test_a_dead_server_is_an_error():
+    with Faulty() as faulty:
+        reward = RemoteReward(faulty.url, "bright", retries=1)
+        ask(reward)
+    with pytest.raises(RewardError, match="2 tries, the last: ConnectError"):
+        ask(reward)
+
+
+# --- what may not ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deed, why", [
+    (status(500), "status 500: this is 500."), (status(400), "status 400"), (status(401), "status 401"),
+    (status(404), "status 404"), (status(413), "status 413"), (garbage, "not JSON of a reward server"),
+    ({"values": [1.0]}, "1 values for 3 videos"), ({"values": None}, "None values"),
+    ({"values": [1.0, float("nan"), 1.0]}, "nan for video 1, prompt 'second'"),
+    ({"values": [1.0, 1.0, float("inf")]}, "inf for video 2"), ({"values": [1.0, "2", 1.0]}, "'2' for video 1"),
+    ({"values": [True, 1.0, 1.0]}, "True for video 0"), ({"protocol": 2}, "version 2 of the protocol, this client 1"),
+    ({"reward": "dark"}, "is of reward 'dark'"), ({"identity": "5678"}, "other weights"),
+    ({"extras": {"x": [1]}}, "extras are not lists of 3"), ({"metrics": {"x": "1"}}, "metrics are not lists"),
+])  # fmt: skip
+def test_an_error_at_once(deed, why):
+    with Faulty(deed) as faulty, pytest.raises(RewardError, match="'bright' of .* prompt 'first': .*" + why):
+        ask(RemoteReward(faulty.url, "bright"))
+    assert len(faulty.requests) == 1
+
+
+def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
+    with Faulty({}, status(500)) as faulty:
+        made = trainer(tmp_path / "a", RemoteReward(faulty.url, "bright"), alive=True)
+        with pytest.raises(RewardError, match="status 500"):
+            made.train()
+    inside = trainer(tmp_path / "b", tiny_runs.brightness, alive=True, max_steps=1)
+    inside.train()
+    assert made.state.global_step == 1 and largest_difference(weights(made), weights(inside)) == 0
+
+
+def test_what_json_does_not_carry_is_an_error():
+    with Faulty() as faulty, pytest.raises(RewardError, match="column 'image' holds what JSON does not carry"):
+        ask(RemoteReward(faulty.url, "bright"), columns={"image": [(1, 2)] * 3})
+    assert not faulty.requests
+
+
+# --- before a run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_url_name_or_token(server):
+    free = socket.create_server(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+    free.close()
+    for make, why in (
+        (lambda: load_reward(f"http://127.0.0.1:{port}/bright"), "no server answers at .*`pisces-rl serve`"),
+        (lambda: server.reward("brightnes"), "did you mean 'brightness'"),
+        (lambda: server.reward("brightness", token="another"), "refuses the token"),
+        (lambda: load_reward(f"{server.url}/a,{server.url}/b"), "with one NAME"),
+        (lambda: load_reward(f"{server.url}/a?colour=1"), "unknown setting 'colour'"),
+        (lambda: RemoteReward("gpu7:8000", "a"), "expected http://host:port"),
+        (lambda: server.reward("brightness", frames="gif"), "frames='gif' must be one of"),
+        (lambda: server.reward("brightness", retries=-1), "retries=-1"),
+        (lambda: server.reward("brightness", time_limit=0), "time_limit=0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=why):
+            make()
+
+
+def test_other_servers():
+    with Faulty(health={"protocol": 9, "version": "7.0"}) as other, pytest.raises(ValueError, match=(
+        rf"pisces_rl 7.0, speaks version 9 of the protocol, this pisces_rl {pisces_rl.__version__} {wire.PROTOCOL}")):
+        RemoteReward(other.url, "bright")
+    with Faulty() as a, Faulty(identity="5678") as b, pytest.raises(ValueError, match="serve different rewards"):
+        RemoteReward([a.url, b.url], "bright")
+    with Faulty(health={"rewards": None}) as other, pytest.raises(ValueError, match="is no reward server"):
+        RemoteReward(other.url, "bright")
+
+
+# --- the server ------------------------------------------------------------------------------------------------------
+
+
+def body(count: int = 1, size: int = 8) -> bytes:
+    return wire.pack_request(wire.ScoreRequest(["x"] * count, torch.zeros(count, 1, 3, size, size), {}, None))
+
+
+def test_what_a_server_refuses(server):
+    for name, data, token, code, why in (
+        ("brightness", body(), "another", 401, "token is missing or wrong"),
+        ("dark", body(), TOKEN, 404, "there are: bri"),
+        ("brightness", body(size=512), TOKEN, 413, "raise its --max_mb"),
+        ("brightness", b"x", TOKEN, 400, "no safetensors"),
+        ("brightness", wire.save({"request": torch.zeros(3)}), TOKEN, 400, "no safetensors file with a JSON"),
+        ("brightness", body().replace(b'"protocol": 1', b'"protocol": 9'), TOKEN, 400, "client speaks version 9"),
+        ("brightness", body().replace(b'"x"', b'123'), TOKEN, 400, "expected a list of strings"),
+        ("nan", body(), TOKEN, 500, "returned nan for sample 0"),
+        ("recorded", body(), TOKEN, 500, "missing 2 required"),
+    ):  # fmt: skip
+        response = server.post(name, data, token)
+        assert response.status_code == code and why in response.json()["error"], (name, code, response.text)
+    with pytest.raises(RewardError, match="raise its --max_mb"):
+        RewardPanel(server.reward("brightness"))(["x"], torch.zeros(1, 1, 3, 512, 512), {})
+    health = httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()
+    assert health["state"] == "ready" and health["queue"] == 0 and health["version"] == pisces_rl.__version__
+    assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits"]
+
+
+def test_identity_and_columns():
+    def made(scale):
+        layer = torch.nn.Linear(2, 2)
+        torch.nn.init.constant_(layer.weight, scale)
+        torch.nn.init.zeros_(layer.bias)
+
+        def reward(prompts, videos, colour):
+            return layer(videos)
+
+        return reward
+
+    assert identity(made(1.0)) == identity(made(1.0)) != identity(made(2.0))
+    assert columns_of(made(1.0)) == ["colour"] and columns_of(tiny_runs.brightness) is None
+
+
+def test_requests_that_wait_together_are_scored_together():
+    calls, begun, go = [], threading.Event(), threading.Event()
+
+    def reward(prompts, number, log_extra):
+        calls.append(list(prompts))
+        begun.set()
+        assert go.wait(20)
+        if "bad" in prompts:
+            raise ValueError("a bad one")
+        log_extra("seen", number)
+        return [float(n) for n in number]
+
+    def request(*names, size=4):
+        return wire.ScoreRequest(list(names), torch.zeros(len(names), 1, 3, size, size),
+                                 {"number": list(range(len(names)))}, None)
+
+    queue, panel = ScoringQueue(4, "cpu"), RewardPanel(reward)
+    first = queue.put(panel, request("a"))
+    assert begun.wait(20)
+    b, c, other, d, bad, gone = (queue.put(panel, request(*names, size=size)) for names, size in (
+        (("b",), 4), (("c", "c"), 4), (("big",), 8), (("d",), 4), (("bad",), 4), (("gone",), 4)))
+    gone.cancel()
+    go.set()
+    assert [f.result(20).values for f in (first, b, c, other, d)] == [[0.0], [0.0], [0.0, 1.0], [0.0], [0.0]]
+    assert c.result().extras == {"seen": [0, 1]}
+    with pytest.raises(RewardError, match="a bad one"):
+        bad.result(20)
+    assert calls == [["a"], ["b", "c", "c", "d"], ["big"], ["bad"]]
+    begun.clear(), go.clear()
+    together = RewardPanel(reward)
+    running = queue.put(together, request("a"))
+    assert begun.wait(20)
+    good, bad = queue.put(together, request("b")), queue.put(together, request("bad"))
+    go.set()
+    assert running.result(20).values == good.result(20).values == [0.0]  # scored again without the bad one
+    with pytest.raises(RewardError, match="a bad one"):
+        bad.result(20)
+    queue.stop()
+    with pytest.raises(Stopping):
+        queue.put(panel, request("late")).result(20)
+    queue.thread.join(20)
+    assert not queue.thread.is_alive()
+
+
+@pytest.mark.parametrize("options, why", [
+    (["--host", "0.0.0.0"], "give a --token_file"), (["--max_batch", "0"], "--max_batch 0 must be at least 1"),
+    (["--token_file", "nowhere"], "cannot be read"), (["--port", "99999"], "must be 0 to 65535"),
+])
+def test_arguments_are_checked_before_anything_is_loaded(options, why):
+    with pytest.raises(SystemExit, match=why):
+        command.main(["serve", "--rewards", "no_such_module:reward", *options])
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(SystemExit, match=r"needs starlette and uvicorn: pip install 'pisces_rl\[server\]'"):
+        command.main(["serve", "--rewards", "no_such_module:reward"])
+
+
+def test_a_full_queue_and_a_signal(server):
+    """The last one: it stops the server."""
+    answers = {}
+    threads = [threading.Thread(target=lambda k=k: answers.update({k: server.post("waits", body(k))})) for k in (1, 2)]
+    threads[0].start()
+    until(lambda: (server.folder / "begun").exists())
+    threads[1].start()
+    until(lambda: httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"},
+                             trust_env=False).json()["queue"] == 2)
+    full = server.post("brightness", body())
+    assert full.status_code == 503 and full.headers["retry-after"] == "1" and "queue of 2" in full.json()["error"]
+    server.process.send_signal(signal.SIGTERM)
+    threads[1].join(20)  # has not been begun with
+    assert answers[2].status_code == 503 and "stops" in answers[2].json()["error"] and server.process.poll() is None
+    (server.folder / "go").touch()
+    threads[0].join(20)
+    assert answers[1].status_code == 200 and answers[1].json()["values"] == [1.0]
+    assert server.process.wait(20) == 0
+
+
+def until(condition) -> None:
+    limit = time.perf_counter() + 20
+    while not condition():
+        assert time.perf_counter() < limit
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_killed_and_started_again(tmp_path):
+    """In the middle of a run, whose weights are those of a run without the loss."""
+    first = Serving(tmp_path, token=None)
+    port = int(first.url.rsplit(":", 1)[1])
+    started = []
+
+    class Kill(tiny_runs.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 1:
+                first.end()
+                threading.Thread(target=lambda: started.append(Serving(tmp_path, port=port, token=None))).start()
+
+    made = trainer(tmp_path / "a", f"{first.url}/brightness?retries=100000", alive=True, max_steps=3,
+                   callbacks=[Kill()])
+    made.train()
+    inside = trainer(tmp_path / "b", tiny_runs.brightness, alive=True, max_steps=3)
+    inside.train()
+    assert largest_difference(weights(made), weights(inside)) == 0
+    with contextlib.closing(started[0].process.stdout):
+        started[0].process.send_signal(signal.SIGINT)
+        assert started[0].process.wait(20) == 0
