@@ -106,6 +106,14 @@ class ForwardProcessTrainer(RolloutTrainer):
 
     _told_of_equal_rewards = False
 
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        if "audio_vae" in self.pipeline.components:  # the policy itself finds it out in the first update
+            raise ValueError(
+                f"{type(self.pipeline).__name__} denoises audio beside the video, and {self._name} starts at noise "
+                "levels where only the video's state is known: use VideoGRPOTrainer or RewardBackpropTrainer."
+            )
+
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         """The losses of B videos at one noise level, (B,); what is logged goes to `metrics`."""
         raise TypeError(f"{type(self).__name__} has no loss: define loss(noised, metrics).")
