@@ -25,8 +25,8 @@ from tiny_wan_scores import sample
 from pisces_rl.assets import asset_path
 from pisces_rl.policy import load_lora
 from pisces_rl.shapemotion import load_prompts, verify
-from pisces_rl.trainers.run.report import paired_bootstrap
-from pisces_rl.trainers.run.resume import last_checkpoint
+from pisces_rl.trainers.base.run.report import paired_bootstrap
+from pisces_rl.trainers.base.run.resume import last_checkpoint
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

@@ -1,8 +1,9 @@
-"""The memory estimate against peaks that were measured on an H100 (docs/benchmarks.md); needs no GPU.
+"""The memory estimate against peaks measured on an H100 or, of methods, an H200 (docs/); needs no GPU.
 
     python benchmarks/estimate_check.py
 
-Same pipelines, sizes and adapters as benchmarks/speed.py (VAE in fp32) and benchmarks/real_check.py (in bf16): Wan 2.1
+Same pipelines, sizes and adapters as benchmarks/speed.py (VAE in fp32), benchmarks/real_check.py (in bf16),
+benchmarks/method_speed.py (in fp32) and benchmarks/backprop_memory.py (in fp32), whose rewards are taken off: Wan 2.1
 without weights, with a small text encoder where none is offloaded. speed.py has neither an optimizer nor decoding.
 """
 
@@ -10,10 +11,11 @@ import tempfile
 
 import torch
 import yaml
+from method_speed import VIDEOS, settings_of
 from real_check import RECIPE, SCRIPT_KEYS, SHORT, random_wan
 from speed import ATTENTION
 
-from pisces_rl import VideoGRPOConfig
+from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.estimate import MemoryEstimate, estimate_memory
 from pisces_rl.policy import default_lora_config
 
@@ -27,11 +29,14 @@ OFFLOADED = {  # benchmarks/real_check.py --short --offload ...: text, decoding,
     "wan21_1.3b": (dict(height=480, width=832, num_frames=81), 14.21, 8.48, 12.94),
     "wan21_14b": (dict(height=240, width=416, num_frames=33), 39.39, 29.92, 33.01),
 }
+METHODS_MEASURED = {"grpo": 21.1, "flash_grpo": 21.1, "flow_dppo": 21.0, "nft": 21.5, "awm": 21.8}  # method_speed.py
+BACKPROP_REWARDS = 2.6  # GiB, benchmarks/backprop_memory.py
+BACKPROP = [(1, 2, 16.5), (1, None, 59.4), (4, 2, 17.4)]  # K, latent frames decoded, GiB of 33 x 240 x 416
 
 
-def estimated(settings: dict, lora, pipeline=None) -> MemoryEstimate:
+def estimated(settings: dict, lora, pipeline=None, make_config: type = VideoGRPOConfig) -> MemoryEstimate:
     with tempfile.TemporaryDirectory() as folder:
-        config = VideoGRPOConfig(output_dir=folder, use_cpu=True, bf16=True, **settings)
+        config = make_config(output_dir=folder, use_cpu=True, bf16=True, **settings)
     pipeline = random_wan(False, torch.bfloat16, "meta") if pipeline is None else pipeline
     return estimate_memory(pipeline, config, lora)
 
@@ -73,6 +78,21 @@ def main() -> None:
         peaks = estimated(own, default_lora_config(recipe["lora_r"]), pipeline).peaks
         for phase, value in zip(("text", "decoding", "update"), measured):
             line(f"{phase}, {model} offloaded, {' x '.join(str(v) for v in size.values())}", value, peaks[phase] / GIB)
+    for method, measured in METHODS_MEASURED.items():
+        settings, rank = settings_of(method)
+        settings |= dict(max_steps=5, report_to="none", num_inference_steps=16)
+        settings["gradient_accumulation_steps"] = VIDEOS // settings["per_device_train_batch_size"]
+        del settings["output_dir"]
+        estimate = estimated(settings, default_lora_config(rank), make_config=METHODS[method][1])
+        line(f"a step of `{method}` ({max(estimate.peaks, key=estimate.peaks.get)})", measured, estimate.peak / GIB)
+    for last_steps, decoded, measured in BACKPROP:
+        estimate = estimated(dict(
+            num_frames=33, height=240, width=416, num_inference_steps=4, guidance_scale=1.0, max_steps=2,
+            backprop_steps=last_steps, decode_frames=decoded, per_device_train_batch_size=1, report_to="none",
+            gradient_accumulation_steps=1, gradient_checkpointing=True,
+        ), default_lora_config(32), make_config=RewardBackpropConfig)  # fmt: skip
+        line(f"backpropagation, K = {last_steps}, {decoded or 'all'} latent frames decoded",
+             measured - BACKPROP_REWARDS, estimate.peak / GIB)  # fmt: skip
 
 
 if __name__ == "__main__":

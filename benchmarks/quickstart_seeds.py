@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pisces_rl.trainers.run.report import paired_bootstrap
+from pisces_rl.trainers.base.run.report import paired_bootstrap
 
 SCORES = ("judges/shapemotion_correct", "judges/shapemotion_alignment", "judges/shapemotion_quality")
 

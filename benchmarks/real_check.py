@@ -31,7 +31,7 @@ from random_wan import TEXT_ENCODERS, random_wan
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.policy import default_lora_config
 from pisces_rl.rewards import motion_amount, temporal_smoothness
-from pisces_rl.trainers.config import OFFLOAD
+from pisces_rl.trainers.base.config import OFFLOAD
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "wan21_1.3b_grpo.yaml"
 SCRIPT_KEYS = ("model", "dataset", "rewards", "eval_prompts", "lora_r")

@@ -1,12 +1,15 @@
-r"""Memory of a GRPO recipe on each GPU, without weights, without a GPU and without downloading a model.
+r"""Memory of a recipe on each GPU, without weights, without a GPU and without downloading a model.
 
     python examples/estimate_memory.py --config recipes/wan21_1.3b_grpo.yaml
     python examples/estimate_memory.py --config recipes/wan21_14b_grpo.yaml --gpu_gib 40 --sharding fsdp2 \
         --num_processes 8
+    python examples/estimate_memory.py --method backprop --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --height 240 \
+        --width 416 --num_frames 33 --decode_frames 2
     python examples/estimate_memory.py --table              # every recipe of recipes/architectures.json
 
-Arguments are those of grpo_t2v.py. A model of recipes/architectures.json is built from there; of any other one, a
-folder or a Hub id, the configuration files are read. bf16 is on, as on a GPU, unless --bf16 false.
+--method is backprop or one of train_t2v.py's, where nothing names one grpo; other arguments are those of the script
+that trains by it. A model of recipes/architectures.json is built from there; of any other one, a folder or a Hub id,
+the configuration files are read. bf16 is on, as on a GPU, unless --bf16 false.
 """
 
 import json
@@ -15,16 +18,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from grpo_t2v import ScriptArguments, lora_config
+from grpo_t2v import lora_config
 from rich.console import Console
 from rich.table import Table
+from train_t2v import MethodArguments, method_of
 
-from pisces_rl import VideoGRPOConfig, assets
+from pisces_rl import METHODS, RewardBackpropConfig, assets
 from pisces_rl.cli import parse_arguments
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARCHITECTURES = json.loads((RECIPES / "architectures.json").read_text(encoding="utf-8"))
+CONFIGS = {name: config for name, (_, config) in METHODS.items()} | {"backprop": RewardBackpropConfig}
 GIB = 2**30
 
 
@@ -38,7 +43,7 @@ class EstimateArguments:
     table: bool = field(default=False, metadata={"help": "Print one line for each recipe, and nothing else."})
 
 
-def estimated(script: ScriptArguments, config: VideoGRPOConfig) -> MemoryEstimate:
+def estimated(script: MethodArguments, config) -> MemoryEstimate:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     config.settle_call(assets.call_defaults(script.model))
     return estimate_memory(
@@ -47,10 +52,11 @@ def estimated(script: ScriptArguments, config: VideoGRPOConfig) -> MemoryEstimat
     )
 
 
-def parsed(arguments: list[str]) -> tuple[EstimateArguments, ScriptArguments, VideoGRPOConfig]:
-    """The command line for a run on a GPU, wherever it is parsed."""
+def parsed(arguments: list[str]) -> tuple:
+    """(EstimateArguments, MethodArguments, config) of the command line for a run on a GPU, wherever it is parsed."""
+    method = method_of(arguments, CONFIGS, unnamed="grpo")
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
-    return parse_arguments(EstimateArguments, ScriptArguments, VideoGRPOConfig,
+    return parse_arguments(EstimateArguments, MethodArguments, CONFIGS[method],
                            arguments=["--use_cpu", *([] if chosen else ["--bf16=true"]), *arguments])
 
 

@@ -15,6 +15,7 @@ embedded tiny-wan on ShapeMotion.
 
 import argparse
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from grpo_t2v import ScriptArguments, arguments, load_auxiliary_losses, load_dat
 
 from pisces_rl import METHODS
 from pisces_rl.cli import parse_arguments
-from pisces_rl.trainers.data.pairs import SIDES
+from pisces_rl.trainers.base.data.pairs import SIDES
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -33,20 +34,23 @@ class MethodArguments(ScriptArguments):
     method: str = field(default="rvm", metadata={"help": f"One of {', '.join(METHODS)}."})
 
 
-def method_of(argv: list[str]) -> str:
-    """The method that the command line or its recipe names; it decides which settings there are."""
+def method_of(argv: list[str], methods: Iterable[str] = METHODS, unnamed: str | None = None) -> str:
+    """The method that the command line or its recipe names; it decides which settings there are.
+
+    Args: unnamed: what a recipe is for that names none; None refuses it.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
     parser.add_argument("--config", type=Path)
     known = parser.parse_known_args(argv)[0]
     method = known.method
     if method is None and known.config is not None and known.config.is_file():
-        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method")
+        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
         if method is None:
-            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(METHODS)}.")
-    method = method or MethodArguments.method
-    if method not in METHODS:
-        raise SystemExit(f"--method {method!r} must be one of {', '.join(METHODS)}.")
+            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(methods)}.")
+    method = method or unnamed or MethodArguments.method
+    if method not in methods:
+        raise SystemExit(f"--method {method!r} must be one of {', '.join(methods)}.")
     return method
 
 

@@ -176,7 +176,8 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     run = importlib.import_module("run")
     if cell == "shared":
-        assert set(run.cells()) == {cell for stage in "ABCD" for cell in run.cells(stage)} and len(run.cells("A")) == 8
+        assert set(run.cells()) == {cell for stage in run.STAGES for cell in run.cells(stage)}
+        assert len(run.cells("A")) == 8
         return
     settings = run.settings_of(cell)
     _, config = run.TRAINERS[settings.pop("trainer")]

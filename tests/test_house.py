@@ -27,13 +27,14 @@ MAY_IMPORT = {
     "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files",
                  "whole_files"},
     "estimate": {"policy", "assets"},
+    "export": {"policy", "hub", "run_files", "whole_files"},
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
                    "run_files", "whole_files"},
     "prompt_files": set(),
     "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
     "command": {"rewards", "evaluation"},
     # names of the top level are loaded on first use, so importing it costs nothing
-    "__init__": {"policy", "rewards", "transitions", "trainers", "assets", "media", "hub"},
+    "__init__": {"policy", "rewards", "transitions", "trainers", "export", "assets", "media", "hub"},
 }
 
 
@@ -102,9 +103,9 @@ def test_import_rules_notice_a_breach(tmp_path, monkeypatch):
 
 
 def test_trl_is_imported_in_one_module_only():
-    """TRL's classes come from trainers/_trl.py, so that a new TRL is met in one place."""
+    """TRL's classes come from trainers/base/_trl.py, so that a new TRL is met in one place."""
     users = [p for p in sources() if any(m.split(".")[0] == "trl" for m in imported_modules(p))]
-    assert [p.relative_to(PACKAGE).as_posix() for p in users] == ["trainers/_trl.py"]
+    assert [p.relative_to(PACKAGE).as_posix() for p in users] == ["trainers/base/_trl.py"]
 
 
 def test_the_extra_server_is_imported_where_it_serves_only():
@@ -259,7 +260,7 @@ def test_no_two_files_have_one_name():
     assert sorted(names) == sorted(set(names))
 
 
-@pytest.mark.parametrize("room", ["trainers/rollouts", "trainers/policy_trainer.py", "trainers/run", "trainers/data"])
+@pytest.mark.parametrize("room", ["trainers/rollouts", "trainers/base"])
 def test_what_all_methods_share_knows_none_of_them(room):
     methods = ("pisces_rl.trainers.grpo", "pisces_rl.trainers.forward", "pisces_rl.trainers.backprop")
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))

@@ -42,8 +42,8 @@ from pisces_rl.policy.lora.adapters import adapters_off
 from pisces_rl.rewards import load_reward
 from pisces_rl.rewards.encoders import load_encoder
 from pisces_rl.shapemotion import verify
+from pisces_rl.trainers.base.run.resume import last_checkpoint
 from pisces_rl.trainers.rollouts.losses import kl_to_reference
-from pisces_rl.trainers.run.resume import last_checkpoint
 
 TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards

@@ -9,6 +9,7 @@ __version__ = "0.1.0.dev0"
 
 _HOME = {
     "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
+    "export_adapter": "export", "merge_adapter": "export",
     "RewardError": "rewards", "RewardPanel": "rewards",
     **dict.fromkeys((
         "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation", "FlashGRPOConfig", "FlashGRPOTrainer",

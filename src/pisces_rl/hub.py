@@ -31,6 +31,8 @@ PATTERNS = (
     "samples/**/*.png",
     "samples/**/*.captions.txt",
     OTHER_CARD,  # as README.md
+    "comfyui_lora*.safetensors",
+    "original_lora*.safetensors",
 )
 _ADAPTERS = PATTERNS[1:4]
 #: And, where the folder's run has listed them: denoisers that were trained whole.
@@ -38,6 +40,7 @@ COMPONENTS = ("*/diffusion_pytorch_model*.safetensors", "*/diffusion_pytorch_mod
               "*/config.json")
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
+_EXPORTS = "## Other formats"
 
 _PISCES = """\
 @inproceedings{pisces2026,
@@ -136,8 +139,31 @@ def model_card(
         parts.append("\n\n".join(["## Samples", *pictures, *([links] if links else [])]))
     rows = [f"| {escape(key)} | {escape(value)} |" for key, value in settings.items() if value is not None]
     parts.append("\n".join(["## Training\n", "| setting | value |", "|---|---|", *rows]))
+    if _exports(files):
+        parts.append(_exports(files))
     parts.append("## Citation\n\n" + _citations(papers))
     return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
+
+
+def describe_exports(folder: str | Path) -> None:
+    """Write into the model card of a folder's run, where there is one, which other formats the folder holds."""
+    folder = Path(folder)
+    section = _exports([path.relative_to(folder).as_posix() for path in _uploaded(folder)])
+    for name in (README, OTHER_CARD):
+        path = folder / name
+        card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if CARD_MARK in card:
+            rest = re.sub(rf"{_EXPORTS}\n.*?(?=^## )", "", card, flags=re.DOTALL | re.MULTILINE)
+            before, citation, after = rest.rpartition("## Citation\n")
+            path.write_text(before + (f"{section}\n\n" if section else "") + citation + after, encoding="utf-8")
+
+
+def _exports(files: Sequence[str]) -> str:
+    """The section of a card on what `export_adapter` has written beside the adapter."""
+    programs = {"comfyui": "ComfyUI, in `models/loras/`", "original": "programs that read the original checkpoint"}
+    rows = [f"| {code(path)} | {program} |" for kind, program in programs.items()
+            for path in sorted(fnmatch.filter(files, f"{kind}_lora*.safetensors"))]
+    return "\n".join([f"{_EXPORTS}\n", "| file | for |", "|---|---|", *rows]) if rows else ""
 
 
 def push_adapter(

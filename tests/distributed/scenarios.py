@@ -31,7 +31,7 @@ from transformers import TrainerCallback  # noqa: E402
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer  # noqa: E402
 from pisces_rl.policy import FullWeights, PolicyError, VideoPolicy, add_lora, held, lora_parameters  # noqa: E402
 from pisces_rl.policy.sharded.partition import partition  # noqa: E402
-from pisces_rl.trainers.run.checkpoint import load_tree  # noqa: E402
+from pisces_rl.trainers.base.run.checkpoint import load_tree  # noqa: E402
 
 METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
            "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss", "rewards/margins",

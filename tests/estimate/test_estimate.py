@@ -153,7 +153,7 @@ def test_weights_and_states_are_exact():
     adapter = 4 * sum(p.numel() for p in lora_parameters(dict(policy.denoiser.items())).values())
     assert estimate.resident["adapter"] == adapter and estimate.resident["optimizer states"] == 2 * adapter
     rollout = policy.sample(["a prompt"] * 8, noise_seeds=range(8), step_seeds=range(8), steps=policy.draw_window(0))
-    kept = [*rollout.states.values(), *rollout.means.values()]
+    kept = [*rollout.states.values(), *rollout.means.values(), rollout.clean]
     assert estimate.phases["update"]["states"] == sum(t.numel() * 4 for t in kept)
     assert estimate.phases["sampling"]["videos"] == rollout.videos.numel() * 4
     memo = [t for output in policy.prompt_memo.memory.values() for t in output if t is not None]
@@ -198,7 +198,7 @@ def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
     (dict(max_steps=3, num_generations=4), 6),
 ])  # fmt: skip
 def test_prompts_that_are_remembered(settings, prompts):
-    assert remembered_prompts(config(**settings), videos=8) == prompts
+    assert remembered_prompts(config(**settings)) == prompts
 
 
 # --- more of this takes more of that ---

@@ -14,8 +14,8 @@ from trainers.tiny_runs import largest_difference, trainer, weights
 
 from pisces_rl import RewardBackpropConfig, VideoGRPOConfig, VideoGRPOTrainer, cli, load_pipeline
 from pisces_rl.assets import call_defaults
-from pisces_rl.trainers.watch import plan
-from pisces_rl.trainers.watch.plan import step_plan
+from pisces_rl.trainers.base.watch import plan
+from pisces_rl.trainers.base.watch.plan import step_plan
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

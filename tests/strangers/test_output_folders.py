@@ -22,7 +22,7 @@ from trainers.tiny_runs import StopAt, brightness, config, prompts, trainer
 from transformers import TrainerCallback
 
 from pisces_rl.run_files import RunFiles
-from pisces_rl.trainers.run.resume import last_checkpoint
+from pisces_rl.trainers.base.run.resume import last_checkpoint
 
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 

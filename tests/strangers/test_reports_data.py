@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict
 from trainers.tiny_runs import brightness, prompts, trainer
 
 from pisces_rl.media import load_video, save_video
-from pisces_rl.trainers.setup.checks import check_dataset
+from pisces_rl.trainers.base.setup.checks import check_dataset
 
 
 def columns_of(folder, data) -> dict:

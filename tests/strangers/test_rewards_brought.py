@@ -19,10 +19,10 @@ from pisces_rl import RewardBackpropTrainer, VideoGRPOTrainer
 from pisces_rl.ot.costs import squared_cost
 from pisces_rl.rewards import RewardError, RewardPanel, RewardTable, compares_videos, exposure, reward_name
 from pisces_rl.rewards.contract import is_differentiable
+from pisces_rl.trainers.base.run.evaluation import Evaluator
+from pisces_rl.trainers.base.setup.checks import check_dataset
+from pisces_rl.trainers.base.watch.training_metrics import OWN_NAMES, check_recorded
 from pisces_rl.trainers.rollouts.overlap import OverlappedRewards
-from pisces_rl.trainers.run.evaluation import Evaluator
-from pisces_rl.trainers.setup.checks import check_dataset
-from pisces_rl.trainers.watch.training_metrics import OWN_NAMES, check_recorded
 
 PROMPTS = ["a red circle", "a blue square"]
 VIDEOS = torch.rand(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,8 @@ import transformers.trainer
 from trainers.tiny_runs import trainer
 
 from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig, trainers
-from pisces_rl.trainers._trl import _BaseConfig
-from pisces_rl.trainers.setup.inherited_settings import (
+from pisces_rl.trainers.base._trl import _BaseConfig
+from pisces_rl.trainers.base.setup.inherited_settings import (
     HARMLESS,
     OPTIMIZERS_WITHOUT_STEP,
     SOME_WITHOUT_EFFECT,

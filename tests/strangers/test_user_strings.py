@@ -22,8 +22,8 @@ from trainers.tiny_runs import brightness, trainer
 
 from pisces_rl import hub
 from pisces_rl.markdown import code, escape, one_line
-from pisces_rl.trainers.run.report import markdown_comparison, print_comparison, run_console
-from pisces_rl.trainers.watch.timeline import timeline_table
+from pisces_rl.trainers.base.run.report import markdown_comparison, print_comparison, run_console
+from pisces_rl.trainers.base.watch.timeline import timeline_table
 
 NASTY = [
     r"a cat \](https://evil.example)", "a cat](https://evil.example)", "dog\r# heading", "one\x85# two", "a|b||c",

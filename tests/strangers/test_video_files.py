@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from pisces_rl import media
-from pisces_rl.trainers.data.images import check_images
-from pisces_rl.trainers.data.video_data import as_video
+from pisces_rl.trainers.base.data.images import check_images
+from pisces_rl.trainers.base.data.video_data import as_video
 
 RED, GREEN, BLUE, WHITE = (200, 30, 30), (30, 200, 30), (30, 30, 200), (230, 230, 230)
 
@@ -301,7 +301,7 @@ def test_a_picture_is_a_video_of_one_frame(tmp_path):
 
 def test_the_row_of_a_broken_clip_is_named(tmp_path):
     """A run of a day must not end in "invalid data" without the file."""
-    from pisces_rl.trainers.data.video_data import video_of
+    from pisces_rl.trainers.base.data.video_data import video_of
 
     (tmp_path / "bad.mp4").write_bytes(b"x" * 100)
     rows = Dataset.from_dict({"video": [str(tmp_path / "bad.mp4")]}).cast_column("video", Video(decode=False))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from pisces_rl.trainers.run.checkpoint import load_tree, random_state, restore_random_state, save_tree
+from pisces_rl.trainers.base.run.checkpoint import load_tree, random_state, restore_random_state, save_tree
 
 
 def round_trip(tree, folder):

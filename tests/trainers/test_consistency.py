@@ -15,7 +15,7 @@ from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer, VideoGRPOT
 from pisces_rl.media import load_video, save_video
 from pisces_rl.policy import VideoPolicy, adapters_off, default_lora_config, load_lora_state, lora_parameters
 from pisces_rl.trainers.auxiliary.consistency import pseudo_huber
-from pisces_rl.trainers.data.video_data import as_video
+from pisces_rl.trainers.base.data.video_data import as_video
 
 
 class Videos:

@@ -11,7 +11,7 @@ from tiny_runs import Gradients, largest_difference, logged, pipeline, trainer, 
 from transformers import TrainerCallback
 
 from pisces_rl.media import load_video, save_video
-from pisces_rl.trainers.data.seeds import sample_seed
+from pisces_rl.trainers.base.data.seeds import sample_seed
 from pisces_rl.trainers.forward.forward_process import NOISE
 
 PAIRS = {"method": "flow_dpo", "num_generations": 2}

@@ -9,7 +9,7 @@ from tiny_runs import Gradients, brightness, config, largest_difference, logged,
 from torch.autograd import gradcheck
 from transformers import TrainerCallback
 
-from pisces_rl.trainers.data.seeds import sample_seed
+from pisces_rl.trainers.base.data.seeds import sample_seed
 from pisces_rl.trainers.forward.flow_dpo import preference_loss
 from pisces_rl.trainers.forward.forward_process import NOISE, Noised
 from pisces_rl.trainers.forward.nft import nft_loss

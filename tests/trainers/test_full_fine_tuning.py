@@ -21,7 +21,7 @@ from tiny_runs import largest_difference, logged, prompts, trainer, weights
 from torch import Tensor
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
-from pisces_rl.trainers.distributed import gradients
+from pisces_rl.trainers.base.distributed import gradients
 
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
 CLASSES = {"wan": WanTransformer3DModel, "cogvideox": CogVideoXTransformer3DModel}

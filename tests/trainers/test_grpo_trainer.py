@@ -25,7 +25,7 @@ from tiny_runs import (
 from transformers import TrainerCallback
 
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
-from pisces_rl.trainers.data.seeds import sample_seed
+from pisces_rl.trainers.base.data.seeds import sample_seed
 
 # --- the gradient ----------------------------------------------------------------------------------------------------
 

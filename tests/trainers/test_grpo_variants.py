@@ -21,7 +21,7 @@ from torch.distributions import Normal, kl_divergence
 from transformers import TrainerCallback
 
 from pisces_rl.policy import ReplayStep, Rollout
-from pisces_rl.trainers.data.seeds import sample_seed
+from pisces_rl.trainers.base.data.seeds import sample_seed
 from pisces_rl.trainers.grpo.flow_dppo import FlowDPPOTrainer
 from pisces_rl.trainers.rollouts.advantages import group_advantages
 from pisces_rl.trainers.rollouts.rollout_trainer import STEP

@@ -17,7 +17,7 @@ from tiny_runs import StopAt, largest_difference, logged, weights
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
 from pisces_rl.media import load_image
 from pisces_rl.policy import default_lora_config
-from pisces_rl.trainers.data.images import check_images
+from pisces_rl.trainers.base.data.images import check_images
 
 PICTURES = [picture(i) for i in range(4)]
 SIZES = {name: {k: CALLS[name][k] for k in ("height", "width")} for name in CALLS}

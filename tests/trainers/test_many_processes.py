@@ -6,7 +6,7 @@ from accelerate import DeepSpeedPlugin
 from tiny_runs import brightness, config, prompts
 
 from pisces_rl import VideoGRPOTrainer
-from pisces_rl.trainers.distributed.ranks import digest
+from pisces_rl.trainers.base.distributed.ranks import digest
 
 
 @pytest.mark.parametrize(("settings", "message"), [

@@ -14,8 +14,8 @@ from rich.console import Console
 from tiny_runs import config, prompts, trainer
 
 from pisces_rl.rewards import RewardError
-from pisces_rl.trainers.watch import timeline
-from pisces_rl.trainers.watch.timeline import Timeline, timeline_table
+from pisces_rl.trainers.base.watch import timeline
+from pisces_rl.trainers.base.watch.timeline import Timeline, timeline_table
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from trainers.tiny_runs import prompts, trainer
 
-from pisces_rl.trainers.watch.trackers import media_trackers
+from pisces_rl.trainers.base.watch.trackers import media_trackers
 
 
 def evaluated(folder: Path, tracker: str, monkeypatch) -> list[str]:

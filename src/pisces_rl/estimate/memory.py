@@ -1,5 +1,6 @@
-"""How much memory a GRPO run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
+"""How much memory a run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
 
+import contextlib
 import copy
 import inspect
 import warnings
@@ -13,13 +14,47 @@ from torch.autograd import Variable
 
 from .. import assets
 from ..policy.pipeline.offload import kind_of
-from .calls import Calls, record, tensors
+from ..policy.sessions.backprop import decoding
+from .calls import Recording, tensors
 from .live_bytes import AsOnCUDA
-from .networks import Networks, bytes_of
+from .networks import Call, Networks, bytes_of
 from .weightless import silenced_warnings
 
 REMEMBERED_PROMPTS = 256  # size of policy.prompts.PromptMemo
+OF_TRAINED = "optimizer states", "adapter's average", "followers", "trained weights", "gradients of earlier steps"
 MEASURE = "Measure a run of a few steps instead (torch.cuda.max_memory_allocated)."
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a method holds on a device beside the model, what is trained of it, and the optimizer's states.
+
+    Attributes:
+        sampled: videos of one call of the pipeline.
+        trained: videos whose predictions carry a graph at the same time.
+        prompts: different ones of `uses` micro-batches.
+        rollout: videos that are sampled before they are trained on; 0: they are not kept.
+        latents: how many are kept of each of these, in fp32.
+        predictions: of other policies, in fp32, beside the graph, for each trained video.
+        followers: further copies of what is trained. drawn_by_follower: whether one of them samples; the trained
+            weights, for which it then stands in, wait in a copy.
+        graphs: denoising steps whose graphs live at the same time.
+        decoder: whether the graph goes on through it; "checkpointed": it is computed again in backward.
+        decode_frames: of how many latent frames; None: all.
+    """
+
+    sampled: int
+    trained: int
+    prompts: int
+    uses: int = 1
+    rollout: int = 0
+    latents: int = 0
+    predictions: int = 0
+    followers: int = 0
+    drawn_by_follower: bool = False
+    graphs: int = 1
+    decoder: str | None = None
+    decode_frames: int | None = None
 
 
 @dataclass
@@ -29,7 +64,7 @@ class MemoryEstimate:
     Attributes:
         resident: {what: bytes} that is there from the first optimizer step on; weights under their component's name.
         phases: {"sampling", "decoding", "update": {what: bytes}} that a phase holds besides at its peak; and "text"
-            where text encoders are offloaded.
+            where text encoders are offloaded. Reward backpropagation decodes in its update.
         blocks: {denoiser: bytes of each repeated block}.
         details: the numbers behind it: videos at a time, rows of a denoiser's call, trainable parameters.
     """
@@ -69,17 +104,14 @@ class MemoryEstimate:
             resident[name] = -(-self.resident[name] // num_processes)
         phases["sampling"]["gathered weights"] = phases["update"]["gathered weights"] = gathered
         if "adapter" not in self.resident:
-            copies = {"optimizer states": resident, "adapter's average": resident,
-                      "gradients of earlier steps": phases["update"]}
-            for name, parts in copies.items():
-                if name in parts:
-                    parts[name] = -(-parts[name] // num_processes)
+            for parts in (resident, *phases.values()):
+                parts |= {name: -(-parts[name] // num_processes) for name in OF_TRAINED if name in parts}
             phases["update"]["gathered gradients"] = gradients
         return MemoryEstimate(resident, phases, self.blocks, self.details)
 
 
 def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None = None) -> MemoryEstimate:
-    """Memory that `VideoGRPOTrainer(model=pipeline, args=args, peft_config=peft_config)` takes on each GPU.
+    """Memory that the trainer of `args` takes on each GPU, with this model and peft_config.
 
     Networks, guidance, recomputation, offloading and the adapter are the run's own; their operators run on fake
     tensors, and what lives at the same time is added up. Not counted: rewards, evaluation, auxiliary losses, the
@@ -88,7 +120,8 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
 
     Args:
         pipeline: with weights or without (`weightless_pipeline`); it is not changed.
-        args: a `VideoGRPOConfig`; its bf16 is the autocast's, the weights' dtype is the pipeline's.
+        args: the config of any trainer, whose `held` says what the method holds; its bf16 is the autocast's, the
+            weights' dtype is the pipeline's.
         peft_config: as the trainer's. With "full" the denoisers' own weights are the fp32 ones that are trained, and
             there is no "adapter".
 
@@ -106,7 +139,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
             f"{type(pipeline).__name__} takes {images} with each video, which are not known here. {MEASURE}"
         )
     with silenced_warnings(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*autocast.*")
+        warnings.filterwarnings("ignore", message=".*autocast.*|.*does not support gradient checkpointing")
         try:
             return _estimate(Networks(pipeline, args, peft_config), args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -117,79 +150,89 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
 
 
 def _estimate(networks: Networks, args) -> MemoryEstimate:
-    adapter = bytes_of(networks.adapter.values())
-    micro = args.per_device_train_batch_size
-    videos = micro * args.steps_per_generation
-    chunk = min(args.rollout_batch_size or videos, videos)
-    call = {"num_inference_steps": args.num_inference_steps, **args.policy_kwargs()}
-    sampled, trained = record(networks, chunk, call), record(networks, micro, call)
+    held, weights = args.held(), bytes_of(networks.adapter.values())
+    sampled, trained = Recording(networks, held.sampled), Recording(networks, held.trained)
 
-    resident = dict(networks.weights) | ({} if networks.full else {"adapter": adapter})
-    resident["optimizer states"] = 2 * adapter
+    resident = dict(networks.weights) | ({} if networks.full else {"adapter": weights})
+    resident["optimizer states"] = 2 * weights
     if args.ema_decay:
-        resident["adapter's average"] = adapter
-    resident["prompt embeddings"] = remembered_prompts(args, videos) * sampled.prompt_bytes
+        resident["adapter's average"] = weights
+    if held.followers:
+        resident["followers"] = held.followers * weights
+    resident["prompt embeddings"] = remembered_prompts(args) * sampled.prompt_bytes
 
-    low, high = args.sde_window_range or (0, args.num_inference_steps - 1)
-    steps = args.sde_window_size or high - low
-    states = (2 * steps + 1) * sampled.latent_bytes // chunk * videos  # of every trained step, and its mean
-    decoding, video = decoding_peak(networks, sampled)
-    if chunk < videos:
-        decoding = max(decoding, video * videos)  # the parts are joined
-    rollout = {"states of two rollouts": 2 * states, "videos": video * videos}  # the last one's are still there
-    phases = {
-        "sampling": rollout | {"denoiser": max(sampling_peak(networks, step) for step in sampled.steps)},
-        "decoding": rollout | {"decoder": decoding},
-        "update": {"states": states, "gradients of earlier steps": adapter,
-                   "activations and gradients": max(update_peak(networks, step) for step in trained.steps)},
-    }  # fmt: skip
+    update = {"gradients of earlier steps": weights}
+    sampling: dict[str, int] = {"trained weights": weights} if held.drawn_by_follower else {}
+    phases = {"sampling": sampling, "update": update}
+    if held.rollout:
+        decoder, video = decoding_peak(networks, sampled)
+        if held.sampled < held.rollout:
+            decoder = max(decoder, video * held.rollout)  # the parts are joined
+        update["states"] = held.latents * sampled.latent_bytes * held.rollout
+        sampling |= {"states of two rollouts": 2 * update["states"], "videos": video * held.rollout}  # the last one's
+        phases = {"sampling": sampling, "decoding": sampling | {"decoder": decoder}, "update": update}
+    if held.predictions:
+        update["predictions of other policies"] = held.predictions * trained.latent_bytes * held.trained
+    sampling["denoiser"] = max(sampling_peak(networks, step) for step in sampled.steps)
+    update["activations and gradients"] = max(update_peak(networks, trained, step, held) for step in trained.steps)
+    if held.followers:  # or the trained weights' copy, while a follower stands in for them
+        compared = weights + max(sampling_peak(networks, step) for step in trained.steps)
+        update["activations and gradients"] = max(update["activations and gradients"], compared)
+
     away = {kind: {name: resident.pop(name) for name in networks.weights if kind_of(name) == kind}
             for kind in args.offload or ()}  # fmt: skip
     if "text_encoder" in away:
         phases["text"] = away["text_encoder"]
-    phases["decoding"] |= away.get("vae", {})
+    phases["decoding" if held.rollout else "update"] |= away.get("vae", {})
     if "denoiser" in away:  # one at a time
         name, size = max(away["denoiser"].items(), key=lambda item: item[1])
-        phases["sampling"][name] = phases["update"][name] = size
+        sampling[name] = update[name] = size
     rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
-    details = {"videos of a rollout": videos, "videos sampled at once": chunk, "videos of a micro-batch": micro,
-               "rows of a denoiser's call in the update": max(rows),
-               "calls of a denoising step": len(trained.steps[0]), "trained steps": steps,
-               "trainable parameters": adapter // 4}  # fmt: skip
+    details = {"videos of a rollout": held.rollout, "videos sampled at once": held.sampled,
+               "videos with a graph": held.trained, "rows of a denoiser's call in the update": max(rows),
+               "calls of a denoising step": len(trained.steps[0]), "latents kept of a video": held.latents,
+               "trainable parameters": weights // 4}  # fmt: skip
     return MemoryEstimate(resident, phases, networks.blocks, details)
 
 
-def remembered_prompts(args, videos: int) -> int:
-    """How many prompts a process remembers at the end of a run whose rollouts give it so many videos; the most where
-    the data set says how long the run is."""
+def remembered_prompts(args) -> int:
+    """How many prompts a process remembers at the end of a run; the most where the data set says how long it is."""
     if args.max_steps < 1:
         return REMEMBERED_PROMPTS
-    uses = args.steps_per_generation * args.num_iterations  # micro-batches of a rollout
-    rollouts = -(-args.max_steps * args.gradient_accumulation_steps // uses)
-    return min(REMEMBERED_PROMPTS, rollouts * max(1, videos // args.num_generations))
+    held, micro_batches = args.held(), args.max_steps * args.gradient_accumulation_steps
+    return min(REMEMBERED_PROMPTS, -(-micro_batches // held.uses) * held.prompts)
 
 
-def sampling_peak(networks: Networks, step: list) -> int:
-    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Calls.steps`."""
+def sampling_peak(networks: Networks, step: list[Call]) -> int:
+    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Recording.steps`."""
     with torch.no_grad(), networks.counting(step) as count:
-        kept = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+        kept = [networks.run(*call) for call in step]
     del kept
     return count.peak
 
 
-def update_peak(networks: Networks, step: list) -> int:
-    """Bytes at the peak of one trained step with its backward, gradients of the adapter among them.
+def update_peak(networks: Networks, trained: Recording, step: list[Call], held: Held) -> int:
+    """Bytes at the peak of as many steps with a graph as live at once, and its backward, gradients of the adapter
+    among them.
 
     A step of a denoiser without an adapter has no backward. All weights' gradients are as large as the weights: there
     each is added to those of earlier steps, which are left out, and is gone before the next one comes.
     """
-    count = networks.counting(step)
+    calls, decoder = step * held.graphs, contextlib.nullcontext()
+    if held.decoder is not None:
+        name, (z, *further), kwargs = trained.vae
+        with networks.mode:
+            frames = held.decode_frames and held.decode_frames * (1 if z.ndim == 5 else held.trained)
+            z = (z[:, :, :frames] if z.ndim == 5 else z[:frames]).detach().requires_grad_()
+        calls = [*calls, (name, (z, *further), kwargs)]
+        decoder = decoding(trained, None, held.decoder == "checkpointed")
+    count = networks.counting(calls)
     for parameter in networks.adapter.values() if networks.full else ():
         with networks.mode:
             parameter.grad = torch.zeros_like(parameter)
         count.leave_out(parameter.grad)
-    with torch.enable_grad(), networks.mode, count, AsOnCUDA():
-        outputs = [networks.run(name, args, kwargs) for name, args, kwargs in step]
+    with torch.enable_grad(), networks.mode, count, AsOnCUDA(), decoder:
+        outputs = [networks.run(*call) for call in calls]
         losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs
         if losses:
@@ -204,12 +247,12 @@ def update_peak(networks: Networks, step: list) -> int:
     return count.peak
 
 
-def decoding_peak(networks: Networks, calls: Calls) -> tuple[int, int]:
+def decoding_peak(networks: Networks, sampled: Recording) -> tuple[int, int]:
     """Bytes at the peak of decoding, the videos in fp32 included, and of one such video."""
-    if calls.decode is None:
+    if sampled.vae is None:
         return 0, 0
-    with networks.counting(calls.decode) as count:
-        video = tensors(networks.decode(*calls.decode))[0]
+    with torch.no_grad(), networks.counting(sampled.vae) as count:
+        video = tensors(networks.run(*sampled.vae))[0]
         pixels = video.numel() * 4
         del video
-    return max(count.peak, 3 * pixels), pixels // calls.batch  # scaled to [0, 1], stacked, in fp32
+    return max(count.peak, 3 * pixels), pixels // len(sampled.prompts)  # scaled to [0, 1], stacked, in fp32

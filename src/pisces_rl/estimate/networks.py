@@ -11,11 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from ..policy import FULL, FullWeights, VideoPolicy, add_lora, lora_parameters, read_adapter
-from ..policy.fast.execution import compile_blocks, repeated_blocks
-from ..policy.fast.products import fuse_products
-from ..policy.pipeline.decoder import VAE_DTYPES
+from ..policy.fast.execution import repeated_blocks
 from .live_bytes import AsOnCUDA, LiveBytes
 from .weightless import replaced_tensors
+
+Call = tuple[str, tuple, dict]  # a component, args and kwargs of its forward, or of the VAE's decode; fake tensors
 
 
 class Networks:
@@ -30,20 +30,18 @@ class Networks:
         weights: {component: bytes of its parameters and buffers}, before adapters.
         blocks: {denoiser: bytes of each repeated block}, before adapters.
         adapter: trainable parameters by name. full: whether they are the denoisers' own.
-        pipeline: a copy of the pipeline around these networks.
+        policy: of a copy of the pipeline around these networks.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.autocast_dtype = torch.bfloat16 if args.bf16 else None
-        self.vae_dtype = VAE_DTYPES.get(args.vae_dtype)
-        self.pipeline = copy.copy(pipeline)
+        pipeline = copy.copy(pipeline)
         modules = {name: replaced_tensors(module, "meta") for name, module in pipeline.components.items()
                    if isinstance(module, nn.Module)}
         for name, module in modules.items():
-            setattr(self.pipeline, name, module)
-        policy = VideoPolicy(self.pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
-        denoisers = dict(policy.denoiser.items())
+            setattr(pipeline, name, module)
+        self.policy = VideoPolicy(pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
+        denoisers = dict(self.policy.denoiser.items())
         for module in modules.values():
             module.requires_grad_(False).eval()
         self.full = peft_config == FULL
@@ -57,23 +55,17 @@ class Networks:
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # its values: none here
             if not self.full:
                 add_lora(denoisers, peft_config, args.lora_denoisers, continued)
-        for denoiser in denoisers.values():
-            if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
-                fuse_products(denoiser)
-            elif args.gradient_checkpointing and denoiser._supports_gradient_checkpointing:
-                denoiser.enable_gradient_checkpointing()
         with self.mode:
             self.modules = {name: replaced_tensors(module, "cpu") for name, module in modules.items()}
-        self.denoisers = {name: self.modules[name] for name in denoisers}
-        if args.torch_compile:
-            for denoiser in self.denoisers.values():
-                compile_blocks(denoiser, recompute=args.recompute if args.gradient_checkpointing else "nothing",
-                               backend=None)
-        self.adapter = lora_parameters(self.denoisers)
         for name, module in self.modules.items():
-            setattr(self.pipeline, name, module)
-        self.pipeline.scheduler = policy.scheduler
-        self.pipeline.set_progress_bar_config(disable=True)
+            setattr(pipeline, name, module)
+        self.denoisers = {name: self.modules[name] for name in denoisers}
+        self.policy.denoiser.update(self.denoisers)
+        if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
+            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing", backend=None)
+        elif args.gradient_checkpointing:
+            self.policy.activation_checkpointing_enable()
+        self.adapter = lora_parameters(self.denoisers)
 
     def fake(self, value):
         """A structure with fake tensors in place of real ones."""
@@ -83,17 +75,12 @@ class Networks:
         return tree_map(one, value)
 
     def run(self, name: str, args: tuple, kwargs: dict):
-        """The output of a component's forward on fake tensors; of a denoiser under autocast."""
-        autocast = torch.autocast("cpu", self.autocast_dtype or torch.bfloat16,
-                                  enabled=self.autocast_dtype is not None and name in self.denoisers,
-                                  cache_enabled=False)  # as a run's
+        """What a call returns, on fake tensors; that of a denoiser under autocast."""
+        dtype, module = self.policy.autocast_dtype, self.modules[name]
+        autocast = torch.autocast("cpu", dtype or torch.bfloat16, cache_enabled=False,
+                                  enabled=dtype is not None and name in self.denoisers)  # as a run's
         with self.mode, AsOnCUDA(), autocast:
-            return type(self.modules[name]).forward(self.modules[name], *args, **kwargs)
-
-    def decode(self, args: tuple, kwargs: dict):
-        with self.mode, AsOnCUDA(), torch.no_grad():
-            latents = args[0] if self.vae_dtype is None else args[0].to(self.vae_dtype)
-            return type(self.modules["vae"]).decode(self.modules["vae"], latents, *args[1:], **kwargs)
+            return (module.decode if name == "vae" else module)(*args, **kwargs)
 
     def counting(self, inputs) -> LiveBytes:
         """A count that leaves out the weights and begins with `inputs`."""

@@ -11,12 +11,13 @@ from .lora.adapters import (
     adapter_values,
     adapters_off,
     add_lora,
+    check_fits,
     check_no_adapters,
     default_lora_config,
     lora_parameters,
     set_adapter,
 )
-from .lora.lora_files import load_lora, load_lora_state, save_lora
+from .lora.lora_files import has_lora_loader, load_lora, load_lora_state, save_lora
 from .lora.options import check_lora_config
 from .lora.saved_adapter import SavedAdapter, read_adapter
 from .lora.saved_check import check_saved_lora, check_saved_weights, without_adapters
@@ -33,8 +34,9 @@ from .video_policy import VideoPolicy
 
 __all__ = [
     "FULL", "DecodedPart", "FullWeights", "PolicyError", "Prediction", "ReplayStep", "Rollout", "SavedAdapter",
-    "TrainedLoRA", "VideoPolicy", "adapter_values", "adapters_off", "add_lora", "check_lora_config",
+    "TrainedLoRA", "VideoPolicy", "adapter_values", "adapters_off", "add_lora", "check_fits", "check_lora_config",
     "check_no_adapters", "check_saved_lora", "check_saved_weights", "default_lora_config", "distribute", "exchanged",
-    "gathered", "gathered_values", "has_guider", "held", "held_values", "is_sharded", "load_lora", "load_lora_state",
-    "lora_parameters", "norm", "parts_of_values", "read_adapter", "save_lora", "set_adapter", "without_adapters",
+    "gathered", "gathered_values", "has_guider", "has_lora_loader", "held", "held_values", "is_sharded", "load_lora",
+    "load_lora_state", "lora_parameters", "norm", "parts_of_values", "read_adapter", "save_lora", "set_adapter",
+    "without_adapters",
 ]

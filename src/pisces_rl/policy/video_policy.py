@@ -141,7 +141,7 @@ class VideoPolicy(nn.Module):
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
 
-    def compile_blocks(self, recompute: str = "all_but_attention", backend: str = "inductor",
+    def compile_blocks(self, recompute: str = "all_but_attention", backend: str | None = "inductor",
                        mode: str | None = None) -> None:
         """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
 

@@ -4,6 +4,8 @@ from .auxiliary.auxiliary_loss import AuxiliaryLoss
 from .auxiliary.consistency import ConsistencyDistillation
 from .backprop.backprop_config import RewardBackpropConfig
 from .backprop.backprop_trainer import RewardBackpropTrainer
+from .base.policy_trainer import VideoPolicyTrainer
+from .base.setup.load_pipeline import load_pipeline
 from .forward.awm import AWMConfig, AWMTrainer
 from .forward.flow_dpo import FlowDPOConfig, FlowDPOTrainer
 from .forward.nft import NFTConfig, NFTTrainer
@@ -13,10 +15,8 @@ from .grpo.flow_dppo import FlowDPPOConfig, FlowDPPOTrainer
 from .grpo.grpo_config import VideoGRPOConfig
 from .grpo.grpo_trainer import VideoGRPOTrainer
 from .methods import METHODS
-from .policy_trainer import VideoPolicyTrainer
 from .rollouts.rollout_config import RolloutConfig
 from .rollouts.rollout_trainer import RolloutTrainer
-from .setup.load_pipeline import load_pipeline
 
 __all__ = [
     "METHODS", "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation", "FlashGRPOConfig",

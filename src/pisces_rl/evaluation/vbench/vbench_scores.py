@@ -108,7 +108,7 @@ def compare_results(
     Raises:
         ValueError: see `read_results`; the two are of different benchmarks, or share no dimension.
     """
-    from pisces_rl.trainers.run.report import paired_bootstrap
+    from pisces_rl.trainers.base.run.report import paired_bootstrap
 
     (benchmark, first), (other, second) = read_results(before), read_results(after)
     if benchmark != other:

@@ -151,20 +151,26 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
                              "again for this one.")
 
 
-def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraConfig | None) -> LoraConfig:
-    """A saved adapter's config; a ValueError where it does not fit the denoiser, or other modules are asked for."""
-    own, modules = copy.copy(start.configs[name]), dict(denoiser.named_modules())
-    saved = sorted(own.target_modules)
-    for module in saved:
+def check_fits(start: SavedAdapter, name: str, denoiser: nn.Module) -> None:
+    """A ValueError where a denoiser lacks a layer that a saved adapter adapts, or has it in another size."""
+    modules = dict(denoiser.named_modules())
+    for module in sorted(start.configs[name].target_modules):
         a, b = (start.states[name][f"{module}.lora_{part}.weight"] for part in "AB")
         sizes = _sizes(modules.get(module))
         if sizes != (a.shape[1], b.shape[0]):
             there = "has no such layer" if sizes is None else f"has one from {sizes[0]} to {sizes[1]} features"
             raise ValueError(
-                f"continue_from={start.source!r} does not fit {name} of this model: it adapts {module!r} from "
+                f"{start.argument}={start.source!r} does not fit {name} of this model: it adapts {module!r} from "
                 f"{a.shape[1]} to {b.shape[0]} features, and {type(denoiser).__name__} {there}. Give the model that "
                 "it was trained on."
             )
+
+
+def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraConfig | None) -> LoraConfig:
+    """A saved adapter's config; a ValueError where it does not fit the denoiser, or other modules are asked for."""
+    check_fits(start, name, denoiser)
+    own = copy.copy(start.configs[name])
+    saved = sorted(own.target_modules)
     if asked is not None and asked.target_modules is not None:
         chosen = matched_modules(denoiser, asked)
         if set(chosen) != set(saved):
@@ -179,7 +185,8 @@ def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraCon
 
 
 def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
-    """Features that a linear or convolutional layer takes and gives."""
+    """Features that a linear or convolutional layer takes and gives, with or without an adapter."""
+    module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

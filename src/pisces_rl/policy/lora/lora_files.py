@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapters import adapted_denoisers
 from .saved_adapter import LORA_FILE, PEFT_PREFIX
@@ -50,7 +50,7 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     adapted = adapted_denoisers(pipeline)
     states = {name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
               for name, d in adapted.items()}
-    configs = {name: json.loads(json.dumps(d.peft_config["default"].to_dict(), default=_plain))
+    configs = {name: config_dict(d.peft_config["default"]) | {"auto_mapping": _class_note(d)}
                for name, d in adapted.items()}
     files = []
     if has_lora_loader(pipeline):
@@ -66,13 +66,29 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
         readable_by_others(files)
         return files
     for name, state in states.items():
-        (folder / name).mkdir(exist_ok=True)
-        save_file({f"{PEFT_PREFIX}{k}": v for k, v in state.items()}, folder / name / "adapter_model.safetensors")
-        config = json.dumps(configs[name], indent=2, sort_keys=True)
-        (folder / name / "adapter_config.json").write_text(config, encoding="utf-8")
-        files += [folder / name / "adapter_model.safetensors", folder / name / "adapter_config.json"]
-    readable_by_others(files)
+        files += write_peft_layout(folder / name, state, configs[name])
     return files
+
+
+def write_peft_layout(folder: Path, state: dict[str, Tensor], config: dict) -> list[Path]:
+    """Write one denoiser's adapter as peft's `save_pretrained` does; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, options = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    save_file({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, weights)
+    options.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    readable_by_others([weights, options])
+    return [weights, options]
+
+
+def config_dict(config: LoraConfig) -> dict:
+    """A config as JSON holds it."""
+    return json.loads(json.dumps(config.to_dict(), default=_plain))
+
+
+def _class_note(denoiser: nn.Module) -> dict[str, str]:
+    """Which of diffusers' classes is adapted, as peft's `auto_mapping` notes it."""
+    cls = next(c for c in type(denoiser).__mro__ if c.__module__.startswith("diffusers."))  # FSDP2 makes a subclass
+    return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def readable_by_others(files: list[Path]) -> None:

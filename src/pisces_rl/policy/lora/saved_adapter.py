@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass
@@ -36,11 +37,25 @@ class SavedAdapter:
         configs: {denoiser: its `LoraConfig`, with the full names of the adapted modules}. The name is "" where a file
             of peft does not say which denoiser it adapts.
         states: {denoiser: fp32 tensors as peft names them}.
+        argument: that named the source, for messages.
     """
 
     source: str
     configs: dict[str, LoraConfig]
     states: dict[str, dict[str, Tensor]]
+    argument: str = "continue_from"
+
+    def scale(self, name: str, module: str) -> float:
+        """What multiplies B A of a denoiser's module: alpha / r, or alpha / sqrt(r) of a rank-stabilised LoRA."""
+        config = self.configs[name]
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        rank = self.states[name][f"{module}.lora_A.weight"].shape[0]
+        return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+    def delta(self, name: str, module: str) -> Tensor:
+        """What the adapter adds to a module's weight, in fp32 and of its shape: scale B A."""
+        a, b = (self.states[name][f"{module}.lora_{part}.weight"] for part in "AB")
+        return self.scale(name, module) * (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
     @property
     def digest(self) -> str:
@@ -63,7 +78,7 @@ class SavedAdapter:
                 asked, kept = getattr(config, option), getattr(saved, option)
                 if asked != kept:
                     raise ValueError(
-                        f"peft_config: {option}={asked!r}, but continue_from={self.source!r} was saved with "
+                        f"peft_config: {option}={asked!r}, but {self.argument}={self.source!r} was saved with "
                         f"{option}={kept!r}{f' on {name}' if name else ''}. Leave peft_config out, "
                         "since rank, alpha and modules come from the file."
                     )
@@ -75,79 +90,81 @@ class SavedAdapter:
             names = denoisers
         if set(names) - set(denoisers):
             raise ValueError(
-                f"continue_from={self.source!r} adapts {sorted(names) if names != [''] else 'one unnamed model'}, but "
-                f"this pipeline's denoisers are {sorted(denoisers)}. A folder of peft's layout has one subfolder a "
-                "denoiser, by its name."
+                f"{self.argument}={self.source!r} adapts {sorted(names) if names != [''] else 'one unnamed model'}, "
+                f"but this pipeline's denoisers are {sorted(denoisers)}. A folder of peft's layout has one subfolder "
+                "a denoiser, by its name."
             )
         if only is not None and set(only) != set(names):
             raise ValueError(
-                f"lora_denoisers={only!r}, but continue_from={self.source!r} adapts {sorted(names)}: leave "
+                f"lora_denoisers={only!r}, but {self.argument}={self.source!r} adapts {sorted(names)}: leave "
                 "lora_denoisers unset, since the file says which denoisers have an adapter."
             )
         return SavedAdapter(self.source, dict(zip(names, self.configs.values())),
-                            dict(zip(names, self.states.values())))
+                            dict(zip(names, self.states.values())), self.argument)
 
 
-def read_adapter(source: str | os.PathLike) -> SavedAdapter:
+def read_adapter(source: str | os.PathLike, argument: str = "continue_from") -> SavedAdapter:
     """Read a saved adapter, all of it, in fp32.
 
     Args:
         source: a folder that a trainer, `pipe.save_lora_weights` or peft's `save_pretrained` wrote, a safetensors
             file of diffusers' layout, or a Hub id.
+        argument: that named the source, for messages.
 
     Raises:
         ValueError: there is none, it could not be fetched, or it holds something else than a plain LoRA of denoisers.
     """
     source = os.fspath(source)
     path = Path(source).expanduser()
-    path = path if path.exists() else _fetched(source)
+    path = path if path.exists() else _fetched(source, argument)
+    said = f"{argument}={source!r}"
     try:
-        parts = _parts(source, path)
+        parts = _parts(said, path)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"continue_from={source!r} could not be read: {error}") from error
+        raise ValueError(f"{said} could not be read: {error}") from error
     return SavedAdapter(source, {name: config for name, (config, _) in parts.items()},
-                        {name: state for name, (_, state) in parts.items()})
+                        {name: state for name, (_, state) in parts.items()}, argument)
 
 
-def _fetched(source: str) -> Path:
+def _fetched(source: str, argument: str) -> Path:
     try:
         return Path(snapshot_download(source, allow_patterns=[LORA_FILE, f"*/{LORA_FILE}", _PEFT_FILE, _PEFT_CONFIG,
                                                               f"*/{_PEFT_FILE}", f"*/{_PEFT_CONFIG}"]))
     except HFValidationError:
-        raise ValueError(f"continue_from={source!r} is neither a folder or file that exists, nor a Hub id.") from None
+        raise ValueError(f"{argument}={source!r} is neither a folder or file that exists, nor a Hub id.") from None
     except Exception as error:  # the Hub's client has no common base class
         said = " ".join(str(error).split())
         raise ValueError(
-            f"continue_from={source!r} is no folder or file here, and could not be fetched from the Hub; check the "
+            f"{argument}={source!r} is no folder or file here, and could not be fetched from the Hub; check the "
             "name, the network (HF_HUB_OFFLINE) and the token, or give a local folder. The Hub's client said: "
             f"{type(error).__name__}: {said}"
         ) from error
 
 
-def _parts(source: str, path: Path) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
+def _parts(label: str, path: Path) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
     if path.is_file():
-        return _diffusers_file(source, path)
-    parts = _diffusers_file(source, path / LORA_FILE) if (path / LORA_FILE).exists() else {}
+        return _diffusers_file(label, path)
+    parts = _diffusers_file(label, path / LORA_FILE) if (path / LORA_FILE).exists() else {}
     for file in sorted(path.glob(f"*/{LORA_FILE}")):  # a second expert, written as if for the first
         if kind_of(file.parent.name) == "denoiser":
-            ((config, state),) = _diffusers_file(source, file).values()
+            ((config, state),) = _diffusers_file(label, file).values()
             parts[file.parent.name] = config, state
     peft = [] if parts else sorted(path.glob(f"*/{_PEFT_CONFIG}")) or list(path.glob(_PEFT_CONFIG))
     for file in peft:
-        parts[file.parent.name if file.parent != path else ""] = _peft_folder(source, file.parent)
+        parts[file.parent.name if file.parent != path else ""] = _peft_folder(label, file.parent)
     if not parts:
         others = sorted(file.name for file in path.glob("*.safetensors"))
         hint = f" It holds {others}: name the file itself if it is one of diffusers' layout." if others else ""
         raise ValueError(
-            f"continue_from={source!r} holds no adapter: no {LORA_FILE}, no {_PEFT_CONFIG}, in it or in a subfolder "
+            f"{label} holds no adapter: no {LORA_FILE}, no {_PEFT_CONFIG}, in it or in a subfolder "
             f"with a denoiser's name.{hint}"
         )
     return parts
 
 
-def _diffusers_file(source: str, file: Path) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
+def _diffusers_file(label: str, file: Path) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
     """Tensors DENOISER.MODULE.lora_A.weight, with the options of each denoiser's config in the file's metadata."""
-    tensors, metadata = _tensors(source, file)
+    tensors, metadata = _tensors(label, file)
     options = json.loads(metadata.get(_METADATA, "{}"))
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -156,30 +173,30 @@ def _diffusers_file(source: str, file: Path) -> dict[str, tuple[LoraConfig, dict
     foreign = [name for name in states if kind_of(name) != "denoiser"]
     if foreign:
         raise ValueError(
-            f"continue_from={source!r} has tensors of {foreign[0]!r}, such as {next(iter(states[foreign[0]]))!r}: no "
+            f"{label} has tensors of {foreign[0]!r}, such as {next(iter(states[foreign[0]]))!r}: no "
             f"denoiser's name (transformer, unet, ...), so it adapts something else or is another tool's layout. "
             f"{_CONVERT}"
         )
-    return {name: (_config(source, {key.removeprefix(f"{name}."): value for key, value in options.items()
+    return {name: (_config(label, {key.removeprefix(f"{name}."): value for key, value in options.items()
                                     if key.startswith(f"{name}.")}, state), state) for name, state in states.items()}
 
 
-def _peft_folder(source: str, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
-    tensors, _ = _tensors(source, folder / _PEFT_FILE)
+def _peft_folder(label: str, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
+    tensors, _ = _tensors(label, folder / _PEFT_FILE)
     state = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    return _config(source, json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8")), state), state
+    return _config(label, json.loads((folder / _PEFT_CONFIG).read_text(encoding="utf-8")), state), state
 
 
-def _tensors(source: str, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _tensors(label: str, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with safe_open(file, "pt") as opened:
         names, metadata = list(opened.keys()), opened.metadata() or {}
         wrong = [name for name in names if not _WEIGHT.fullmatch(name)]
         if wrong or not names:
-            raise ValueError(f"continue_from={source!r}: {_reason(wrong)}")
+            raise ValueError(f"{label}: {_reason(wrong)}")
         tensors = {name: opened.get_tensor(name).float() for name in names}
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if bad:
-        raise ValueError(f"continue_from={source!r}: {bad[0]!r} holds NaN or infinity; that adapter is broken.")
+        raise ValueError(f"{label}: {bad[0]!r} holds NaN or infinity; that adapter is broken.")
     return tensors, metadata
 
 
@@ -188,22 +205,22 @@ def _reason(wrong: list[str]) -> str:
         return "the file holds no tensors."
     name = wrong[0]
     if any("lora_magnitude_vector" in n for n in wrong):
-        return "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is trained. Merge it " \
+        return "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is read. Merge it " \
                "into the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
     if any(mark in n for n in wrong for mark in ("lora_down", "lora_up", ".alpha", "lora.down", "lora.up")):
         return f"{name!r} is the layout of kohya or ComfyUI. {_CONVERT}"
-    return f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is trained. Merge it into the base: " \
+    return f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is read. Merge it into the base: " \
            "pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
 
 
-def _config(source: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
+def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
     """Of a saved adapter: options as saved, modules and ranks as its tensors are."""
     modules = {_WEIGHT.fullmatch(key)["module"] for key in state}
     ranks = {}
     for module in sorted(modules):
         pair = [state.get(f"{module}.lora_{part}.weight") for part in "AB"]
         if None in [None if t is None else t.ndim for t in pair] or pair[0].shape[0] != pair[1].shape[1]:
-            raise ValueError(f"continue_from={source!r}: lora_A and lora_B of {module!r} do not belong together.")
+            raise ValueError(f"{label}: lora_A and lora_B of {module!r} do not belong together.")
         ranks[module] = pair[0].shape[0]
     if not options:  # alpha is the rank: so diffusers loads such a file
         most = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -211,12 +228,12 @@ def _config(source: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
         return LoraConfig(r=most, lora_alpha=most, target_modules=modules, rank_pattern=others,
                           alpha_pattern=dict(others))
     if options.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"continue_from={source!r} is a {options['peft_type']} of peft; only LoRA is trained.")
+        raise ValueError(f"{label} is a {options['peft_type']} of peft; only LoRA is trained.")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     unknown = [name for name, value in options.items() if name not in known and value]
     if unknown:
         raise ValueError(
-            f"continue_from={source!r} was saved with {unknown[0]}={options[unknown[0]]!r}, which this peft does not "
+            f"{label} was saved with {unknown[0]}={options[unknown[0]]!r}, which this peft does not "
             "know; install the peft that wrote it."
         )
     # how it was trained is no part of what it is; its modules are those of its tensors
@@ -228,9 +245,9 @@ def _config(source: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
         config = LoraConfig(**{name: value for name, value in options.items() if name in known} | plain)
         check_lora_config(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"continue_from={source!r} is no LoRA that can be trained on: {error}") from error
+        raise ValueError(f"{label} is no LoRA that can be trained on: {error}") from error
     for module, rank in ranks.items():
         said = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
         if rank != said:
-            raise ValueError(f"continue_from={source!r} says rank {said} for {module!r}, whose tensors have {rank}.")
+            raise ValueError(f"{label} says rank {said} for {module!r}, whose tensors have {rank}.")
     return config

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ...policy import Rollout, VideoPolicy
 from ...transitions import Paper
-from ..data.images import images_of
-from ..data.seeds import sample_seed
-from ..data.video_data import check_prompt, check_videos, undecoded, video_of
-from ..watch.callbacks import AdapterEMA
+from ..base.data.images import images_of
+from ..base.data.seeds import sample_seed
+from ..base.data.video_data import check_prompt, check_videos, undecoded, video_of
+from ..base.watch.callbacks import AdapterEMA
 from .auxiliary_loss import AuxiliaryLoss
 
 ROWS, NOISE, STEP = range(20, 23)  # what a seed is for

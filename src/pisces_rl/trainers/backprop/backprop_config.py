@@ -1,8 +1,9 @@
 """Configuration of `RewardBackpropTrainer`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from ..config import VideoPolicyConfig
+from ...estimate import Held
+from ..base.config import VideoPolicyConfig
 
 THROUGH = ("last_steps", "random_steps", "low_variance", "one_step")
 
@@ -57,6 +58,12 @@ class RewardBackpropConfig(VideoPolicyConfig):
                 raise ValueError(f"{name}={value} must be at least 1.")
         if not 0 <= self.reward_std_decay < 1:
             raise ValueError(f"reward_std_decay={self.reward_std_decay} must lie in [0, 1).")
+
+    def held(self) -> Held:
+        """The graph of the last steps, or of one, and of the decoder."""
+        graphs = {"last_steps": self.backprop_steps, "random_steps": self.num_inference_steps}
+        return replace(super().held(), graphs=graphs.get(self.backprop_through, 1), decode_frames=self.decode_frames,
+                       decoder="checkpointed" if self.checkpoint_decoder else "kept")
 
     def _check_steps(self, steps: int) -> None:
         super()._check_steps(steps)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ...policy import DecodedPart
 from ...transitions import Paper
-from .._trl import EpochRepeatSampler
-from ..data.images import images_of
-from ..data.seeds import sample_seed
-from ..policy_trainer import VideoPolicyTrainer
+from ..base._trl import EpochRepeatSampler
+from ..base.data.images import images_of
+from ..base.data.seeds import sample_seed
+from ..base.policy_trainer import VideoPolicyTrainer
+from ..base.setup.checks import check_dataset
+from ..base.watch.training_metrics import add_recorded
 from ..rollouts.advantages import aggregate_rewards, nanstd
-from ..setup.checks import check_dataset
-from ..watch.training_metrics import add_recorded
 from .backprop_config import RewardBackpropConfig
 
 NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
@@ -188,7 +188,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())
             metrics[f"rewards/{name}/grad_norm"].append(gradients[i].flatten(1).norm(dim=1).mean().item())
             metrics[f"seconds/rewards/{name}"].append(table.seconds[name])
-        metrics["reward"].append((values @ self.reward_weights).mean().item())
+        metrics["reward"].append(aggregate_rewards(values, self.reward_weights).mean().item())
         for i, j in itertools.combinations(range(len(gradients)), 2):
             cosine = torch.cosine_similarity(gradients[i].flatten(1), gradients[j].flatten(1)).mean().item()
             metrics[f"grad_cosine/{self.rewards.names[i]}/{self.rewards.names[j]}"].append(cosine)

@@ -1,15 +1,16 @@
 """Advantage-weighted matching (arXiv 2509.25050): PPO's clip around the likelihood that the regression error gives."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ...estimate import Held
 from ...transitions import Paper
+from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.losses import clip_fractions, clipped_policy_loss
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..watch.callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 
@@ -39,6 +40,12 @@ class AWMConfig(ForwardProcessConfig):
         if self.average_decay_rate < 0 or not 0 <= self.average_decay_max < 1:
             raise ValueError(f"average_decay_rate={self.average_decay_rate} must not be negative, and "
                              f"average_decay_max={self.average_decay_max} must lie in [0, 1).")
+
+    def held(self) -> Held:
+        """The old policy is asked only where a rollout serves several optimizer steps."""
+        held, average = super().held(), self.average_weight > 0
+        asked = average + (held.uses > self.gradient_accumulation_steps)
+        return replace(held, followers=1 + average, predictions=held.predictions + asked)
 
 
 def matching_log_prob(error: Tensor, time: Tensor, power: float) -> Tensor:

@@ -2,20 +2,21 @@
 
 import math
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ...estimate import Held
 from ...policy import Rollout
 from ...transitions import Paper
-from ..data.pairs import SIDES, check_pairs, pair_of
-from ..data.seeds import sample_seed
-from ..data.video_data import undecoded
+from ..base.data.pairs import SIDES, check_pairs, pair_of
+from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
+from ..base.setup.checks import check_dataset
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..setup.checks import check_dataset
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # what a seed is for
@@ -55,6 +56,9 @@ class FlowDPOConfig(ForwardProcessConfig):
                 f"per_device_train_batch_size={self.per_device_train_batch_size} must be a multiple of "
                 f"num_generations={self.num_generations}: the two videos of a pair are trained on together."
             )
+
+    def held(self) -> Held:
+        return replace(super().held(), trained=2 * self.per_device_train_batch_size // self.num_generations)
 
 
 def preference_loss(error: Tensor, reference_error: Tensor, beta: float) -> tuple[Tensor, Tensor]:

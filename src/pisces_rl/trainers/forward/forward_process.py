@@ -13,13 +13,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from ...estimate import Held
 from ...policy import Rollout
-from ..data.seeds import sample_seed
+from ..base.data.seeds import sample_seed
 from ..rollouts.losses import mean_square
 from ..rollouts.rollout_config import RolloutConfig
 from ..rollouts.rollout_trainer import Metrics, RolloutTrainer
@@ -68,6 +69,9 @@ class ForwardProcessConfig(RolloutConfig):
     def uses_reference(self) -> bool:
         return super().uses_reference() or self.beta > 0
 
+    def held(self) -> Held:
+        return replace(super().held(), predictions=int(self.beta > 0))
+
 
 @dataclass
 class Noised:
@@ -101,6 +105,14 @@ class ForwardProcessTrainer(RolloutTrainer):
     """The core of the methods that train on noised videos; each says `loss`, and what it is compared with."""
 
     _told_of_equal_rewards = False
+
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        if "audio_vae" in self.pipeline.components:  # the policy itself finds it out in the first update
+            raise ValueError(
+                f"{type(self.pipeline).__name__} denoises audio beside the video, and {self._name} starts at noise "
+                "levels where only the video's state is known: use VideoGRPOTrainer or RewardBackpropTrainer."
+            )
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         """The losses of B videos at one noise level, (B,); what is logged goes to `metrics`."""

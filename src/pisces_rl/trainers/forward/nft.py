@@ -1,14 +1,15 @@
 """DiffusionNFT (arXiv 2509.16117): two regressions, towards what was rewarded and away from what was not."""
 
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
+from ...estimate import Held
 from ...transitions import Paper
+from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
-from ..watch.callbacks import AdapterEMA
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 
@@ -52,6 +53,10 @@ class NFTConfig(ForwardProcessConfig):
                 f"negative, and old_decay_max={self.old_decay_max} must lie in [0, 1): at 1 the old policy stays "
                 "where it began."
             )
+
+    def held(self) -> Held:
+        held = super().held()
+        return replace(held, followers=1, drawn_by_follower=True, predictions=held.predictions + 1)
 
 
 def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ...transitions import Paper
-from ..data.seeds import sample_seed
+from ..base.data.seeds import sample_seed
 from ..rollouts.rollout_trainer import WINDOW
 from .grpo_config import VideoGRPOConfig
 from .grpo_trainer import VideoGRPOTrainer

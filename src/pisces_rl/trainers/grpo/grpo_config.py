@@ -1,7 +1,8 @@
 """Configuration of `VideoGRPOTrainer`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from ...estimate import Held
 from ..rollouts.losses import STEP_WEIGHTING_PAPERS
 from ..rollouts.rollout_config import RolloutConfig
 
@@ -87,6 +88,12 @@ class VideoGRPOConfig(RolloutConfig):
 
     def uses_reference(self) -> bool:
         return super().uses_reference() or self.beta > 0
+
+    def held(self) -> Held:
+        """Of K trained steps K means and K + 1 states; with beta predictions and means of the reference."""
+        low, high = self.sde_window_range or (0, self.num_inference_steps - 1)
+        steps, held = self.sde_window_size or high - low, super().held()
+        return replace(held, latents=held.latents + 2 * steps + 1, predictions=2 * steps if self.beta else 0)
 
     def policy_settings(self) -> dict:
         names = ("transition", "noise_level", "sde_window_size", "sde_window_range")

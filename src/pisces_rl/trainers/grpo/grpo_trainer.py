@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...policy import ReplayStep, Rollout
 from ...transitions import Paper
-from ..data.seeds import sample_seed
+from ..base.data.seeds import sample_seed
 from ..rollouts.losses import (
     STEP_WEIGHTING_PAPERS,
     clip_fractions,
@@ -66,7 +66,6 @@ class VideoGRPOTrainer(RolloutTrainer):
     papers = (
         Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
     )
-    _counts_memory = True
 
     def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
                  peft_config=None, callbacks=None, auxiliary_losses=None):

@@ -3,7 +3,8 @@
 import warnings
 from dataclasses import dataclass, field, fields
 
-from ..config import VideoPolicyConfig
+from ...estimate import Held
+from ..base.config import VideoPolicyConfig
 
 
 @dataclass
@@ -96,6 +97,15 @@ class RolloutConfig(VideoPolicyConfig):
         shared = {f.name for f in fields(RolloutConfig)}
         own = [f.name for f in fields(self) if f.name not in shared]
         return "scale_rewards", "multi_objective_aggregation", "advantage_clip", *own
+
+    def held(self) -> Held:
+        """Of each video of a rollout its clean latents are kept; a subclass adds to that."""
+        videos = self.per_device_train_batch_size * self.steps_per_generation
+        return Held(
+            sampled=min(self.rollout_batch_size or videos, videos), trained=self.per_device_train_batch_size,
+            prompts=max(1, videos // self.num_generations), uses=self.steps_per_generation * self.num_iterations,
+            rollout=videos, latents=1,
+        )  # fmt: skip
 
     def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         """A ValueError where a setting is none of the allowed ones."""

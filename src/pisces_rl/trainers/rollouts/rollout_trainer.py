@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ...policy import Rollout, adapter_values, gathered_values, held_values, norm, parts_of_values
 from ...policy.fast.execution import attention_kernel
-from .._trl import EpochRepeatSampler
-from ..data.images import group_keys, images_of
-from ..data.seeds import sample_seed
-from ..policy_trainer import VideoPolicyTrainer
-from ..setup.checks import check_dataset
-from ..watch.callbacks import AdapterEMA
-from ..watch.training_metrics import add_recorded
+from ..base._trl import EpochRepeatSampler
+from ..base.data.images import group_keys, images_of
+from ..base.data.seeds import sample_seed
+from ..base.policy_trainer import VideoPolicyTrainer
+from ..base.setup.checks import check_dataset
+from ..base.watch.callbacks import AdapterEMA
+from ..base.watch.training_metrics import add_recorded
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .overlap import OverlappedRewards
 from .scored import ScoredRollout

@@ -1,0 +1,210 @@
+"""`export_adapter`: a saved adapter in the layout and under the names that another program reads."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..hub import describe_exports
+from ..policy import SavedAdapter, check_fits, has_lora_loader, read_adapter
+from ..policy.lora.lora_files import config_dict, write_peft_layout
+from ..policy.lora.saved_adapter import LORA_FILE
+from ..policy.pipeline.offload import kind_of
+from ..run_files import add_listed
+from ..whole_files import atomically
+from .original_names import FAMILIES, Part
+
+#: What `export_adapter` writes, and of which numbers.
+FORMATS = ("diffusers", "peft", "comfyui", "original")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_EXPERTS = {"transformer": "_high_noise", "transformer_2": "_low_noise"}  # of Wan 2.2
+
+
+def export_adapter(
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
+    format: str = "diffusers",
+    *,
+    dtype: str = "bf16",
+    model: str | DiffusionPipeline | nn.Module | None = None,
+) -> list[Path]:
+    r"""Write a saved LoRA adapter for another program.
+
+    A module's weight W (out, in) becomes W + s B A, with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r)
+    where it is rank-stabilised. "comfyui" and "original" files hold A and s B and no alpha, for which their readers
+    take s = 1. Where the original keeps several projections of diffusers in one weight, for instance HunyuanVideo its
+    q, k and v, their LoRAs become one of the summed rank with a block-diagonal B:
+
+        [W_q; W_k; W_v] + diag(s_q B_q, s_k B_k, s_v B_v) [A_q; A_k; A_v]
+
+    which is exact. Rows of projections without a LoRA are zero.
+
+    Args:
+        folder: what a trainer, `pipe.save_lora_weights` or peft saved; a safetensors file of diffusers' layout, or a
+            Hub id.
+        output: a folder. It may be `folder`, except for the layout that is there already.
+        format: "diffusers": pytorch_lora_weights.safetensors, with a second expert (Wan 2.2) in transformer_2/.
+            "peft": adapter_model.safetensors and adapter_config.json in a subfolder for each denoiser.
+            "comfyui": comfyui_lora.safetensors, for ComfyUI's LoRA nodes. "original": original_lora.safetensors, by
+            the names of the published checkpoint. Wan 2.2's two experts have a file each,
+            ..._high_noise.safetensors and ..._low_noise.safetensors.
+        dtype: of the tensors: "bf16", "fp16" or "fp32".
+        model: that was adapted: its pipeline or denoiser, by which the adapter is checked, or the name of its family
+            (`FAMILIES`) or of its class in diffusers. None takes the class that the adapter's file notes.
+
+    Returns:
+        The files written. Where `output` is the folder of a run, its model card lists them.
+
+    Raises:
+        ValueError: unknown format, dtype or family; no adapter, one of another model, or a DoRA; a module whose name
+            in the other format is not known; a value that fp16 cannot hold; or `output` holds the adapter itself.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is unknown; known are {', '.join(FORMATS)}.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; known are {', '.join(DTYPES)}.")
+    output = Path(output)
+    if output.suffix == ".safetensors" or output.is_file():
+        raise ValueError(f"output={str(output)!r} is a file, but must be a folder; the files' names are fixed.")
+    adapter = read_adapter(folder, "folder")
+    adapter, denoisers = fitting(adapter, model)
+    if format in ("comfyui", "original"):
+        files = _original_files(adapter, format, model, denoisers)
+    else:
+        if format == "diffusers" and isinstance(model, DiffusionPipeline) and not has_lora_loader(model):
+            raise ValueError(f"format={format!r}: {type(model).__name__} has no LoRA loader in diffusers; use 'peft'.")
+        files = _layout_files(adapter, format)
+        own = {path.resolve() for path in (Path(folder), *Path(folder).glob("*"), *Path(folder).glob("*/*"))}
+        for path in files:
+            if (output / path).resolve() in own:
+                raise ValueError(
+                    f"output={str(output)!r} holds the adapter itself in {path!r}; choose another folder."
+                )
+    files = {path: ({key: _cast(tensor, dtype, key) for key, tensor in state.items()}, config)
+             for path, (state, config) in files.items()}  # fmt: skip
+    written = []
+    for path, (state, config) in files.items():
+        if format == "peft":
+            written += write_peft_layout(output / Path(path).parent, state, config)
+        else:
+            metadata = {"format": "pt"} | ({} if config is None else {"lora_adapter_metadata": json.dumps(config)})
+            written.append(atomically(output / path, lambda file, s=state, m=metadata: file.write(save(s, m))))
+    add_listed(output, [path.relative_to(output).as_posix() for path in written])
+    describe_exports(output)
+    return written
+
+
+def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Module]]:
+    """The adapter by names of denoisers, and those that `model`, a pipeline or a denoiser, has of them; a ValueError
+    where they do not fit."""
+    if isinstance(model, DiffusionPipeline):
+        names = [name for name, part in model.components.items()
+                 if isinstance(part, nn.Module) and kind_of(name) == "denoiser"]  # fmt: skip
+        adapter = adapter.on(names, None)
+        denoisers = {name: getattr(model, name) for name in adapter.states}
+    else:
+        if "" in adapter.states:  # a folder of peft, which does not say which denoiser it adapts
+            adapter = adapter.on(["transformer"], None)
+        denoisers = dict.fromkeys(adapter.states, model) if isinstance(model, nn.Module) else {}
+    for name, denoiser in denoisers.items():
+        check_fits(adapter, name, denoiser)
+    return adapter, denoisers
+
+
+def _layout_files(adapter: SavedAdapter, format: str) -> dict[str, tuple[dict[str, Tensor], dict]]:
+    """{path: (tensors, config)} of diffusers' or peft's layout."""
+    files = {}
+    for name, state in adapter.states.items():
+        config = config_dict(adapter.configs[name])
+        if format == "peft":
+            files[f"{name}/adapter_model.safetensors"] = state, config
+            continue
+        second = name == "transformer_2"  # which diffusers loads from a file that is written as if for the first
+        key = "transformer" if second else name
+        tensors, options = files.setdefault(f"{name}/{LORA_FILE}" if second else LORA_FILE, ({}, {}))
+        tensors |= {f"{key}.{module}": tensor for module, tensor in state.items()}
+        options |= {f"{key}.{option}": value for option, value in config.items()}
+    return files
+
+
+def _original_files(adapter: SavedAdapter, format: str, model, denoisers: dict[str, nn.Module]) -> dict:
+    """{path: (tensors, None)} of the names of the original or of ComfyUI."""
+    experts = "transformer_2" in adapter.states or getattr(model, "transformer_2", None) is not None
+    files = {}
+    for name in adapter.states:
+        family = _family(adapter, name, model, denoisers.get(name))
+        state = original_state(adapter, name, family, comfyui=format == "comfyui")
+        files[f"{format}_lora{_EXPERTS.get(name, '') if experts else ''}.safetensors"] = state, None
+    return files
+
+
+def _family(adapter: SavedAdapter, name: str, model, denoiser: nn.Module | None) -> str:
+    """The name of the family of a denoiser; a ValueError where it is not known, or the file notes another."""
+    by_class = {cls: family for family, content in FAMILIES.items() for cls in content.classes}
+    noted = (adapter.configs[name].auto_mapping or {}).get("base_model_class")
+    if denoiser is not None:
+        classes = [cls.__name__ for cls in type(denoiser).__mro__]
+        given = next((cls for cls in classes if cls in by_class), classes[0])
+    else:
+        given = model if model is not None else noted
+    family = given if given in FAMILIES else by_class.get(given)
+    if family is None:
+        why = (
+            f"model={given!r} is no family whose names are known"
+            if given is not None
+            else (f"folder={adapter.source!r} does not note which model it adapts, so say so (model=)")
+        )
+        raise ValueError(f"{why}; known are {', '.join(FAMILIES)}, and formats 'diffusers' and 'peft' hold any.")
+    if noted is not None and by_class.get(noted) != family:
+        raise ValueError(f"folder={adapter.source!r} adapts a {noted}, which is not of the family {family!r}.")
+    return family
+
+
+def original_state(adapter: SavedAdapter, name: str, family: str, comfyui: bool) -> dict[str, Tensor]:
+    """A denoiser's LoRA by the names of the original's weights, or of ComfyUI's, in fp32; see `export_adapter`."""
+    content = FAMILIES[family]
+    parts: dict[str, list[tuple[str, Part]]] = {}
+    for module in sorted(adapter.configs[name].target_modules):
+        part = content.part(module, comfyui)
+        if part is None:
+            raise ValueError(
+                f"folder={adapter.source!r} adapts {module!r}, whose name in "
+                f"{'ComfyUI' if comfyui else 'the original'} is not known for the family {family!r}: use format "
+                "'diffusers' or merge it into the base (merge_adapter), unless it is of another model."
+            )
+        parts.setdefault(part.module, []).append((module, part))
+    prefix, suffix = ("diffusion_model.", ".weight") if comfyui else ("", content.weight)
+    state = {}
+    for original, fused in parts.items():
+        a, b = _fused(adapter, name, fused)
+        state[f"{prefix}{original}.lora_A{suffix}"], state[f"{prefix}{original}.lora_B{suffix}"] = a, b
+    return state
+
+
+def _fused(adapter: SavedAdapter, name: str, fused: list[tuple[str, Part]]) -> tuple[Tensor, Tensor]:
+    """One LoRA (A, B) of an original weight, of those of diffusers' modules that are parts of its rows."""
+    state, downs, ups = adapter.states[name], [], []
+    for module, part in sorted(fused, key=lambda pair: pair[1].chunks):
+        up = adapter.scale(name, module) * state[f"{module}.lora_B.weight"]
+        rows = up.shape[0] // len(part.chunks)
+        whole = up.new_zeros(part.of, rows, up.shape[1])
+        whole[list(part.chunks)] = up.unflatten(0, (len(part.chunks), rows))
+        downs.append(state[f"{module}.lora_A.weight"])
+        ups.append(whole.flatten(0, 1))
+    sizes = {(down.shape[1], up.shape[0]) for down, up in zip(downs, ups)}
+    if len(sizes) > 1:
+        raise ValueError(f"folder={adapter.source!r}: {', '.join(m for m, _ in fused)} are of other sizes than one "
+                         "projection of the original; it is of another model.")  # fmt: skip
+    return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def _cast(tensor: Tensor, dtype: str, key: str) -> Tensor:
+    cast = tensor.to(DTYPES[dtype]).contiguous()
+    if not torch.isfinite(cast).all():
+        largest = float(tensor.abs().max())
+        raise ValueError(f"dtype={dtype!r} cannot hold {largest:.3g}, a value of {key!r}; use 'bf16' or 'fp32'.")
+    return cast

@@ -1,0 +1,78 @@
+"""`merge_adapter`: the base model's weights with a saved adapter added, as a component that diffusers loads."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..policy import check_no_adapters, read_adapter
+from ..policy.full.component_files import save_components
+from .adapter_export import fitting
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did to one denoiser.
+
+    Attributes:
+        modules: that have the adapter.
+        weights: numbers in their weights.
+        changed: those of them that are others than before; a small change of a bf16 weight rounds to none.
+    """
+
+    modules: int
+    weights: int
+    changed: int
+
+
+@torch.no_grad()
+def merge_adapter(model: DiffusionPipeline | nn.Module, folder: str | os.PathLike,
+                  output: str | os.PathLike | None = None) -> dict[str, Merged]:  # fmt: skip
+    r"""Add a saved LoRA adapter to the weights of its base model, in place: W becomes W + s B A.
+
+    The sum is in fp32 and then rounded to W's dtype. All denoisers that the adapter has are merged, both experts of
+    Wan 2.2 among them, which `pipe.fuse_lora()` does not do.
+
+    Args:
+        model: a pipeline, or its denoiser; without adapters.
+        folder: of the adapter, see `export_adapter`.
+        output: a folder, in which each merged denoiser is saved as a subfolder of its name, which
+            `WanTransformer3DModel.from_pretrained(output, subfolder="transformer")` loads. None saves nothing.
+
+    Returns:
+        {denoiser: what changed}.
+
+    Raises:
+        ValueError: there is no adapter, or it is of another model, or a DoRA; the model carries adapters, or weights
+            that are quantised or stored in 8 bits. Then no weight has changed.
+    """
+    adapter = read_adapter(folder, "folder")
+    if len(adapter.states) > 1 and not isinstance(model, DiffusionPipeline):
+        raise ValueError(f"folder={adapter.source!r} adapts {sorted(adapter.states)}: give the pipeline as model.")
+    adapter, denoisers = fitting(adapter, model)
+    check_no_adapters(denoisers)
+    for name, denoiser in denoisers.items():
+        for module in adapter.configs[name].target_modules:
+            weight = denoiser.get_submodule(module).weight
+            if not weight.is_floating_point() or weight.dtype.itemsize == 1 or type(weight) is not nn.Parameter:
+                raise ValueError(
+                    f"{module} of {name} is a {type(weight).__name__} of {weight.dtype}, to which nothing can be "
+                    "added; load the model in bfloat16 or float32."
+                )
+    merged = {}
+    for name, denoiser in denoisers.items():
+        weights = changed = 0
+        modules = sorted(adapter.configs[name].target_modules)
+        for module in modules:
+            weight = denoiser.get_submodule(module).weight
+            total = (weight.float() + adapter.delta(name, module).to(weight.device)).to(weight.dtype)
+            weights, changed = weights + weight.numel(), changed + int((total != weight).sum())
+            weight.copy_(total)
+        merged[name] = Merged(len(modules), weights, changed)
+    if output is not None:
+        save_components(SimpleNamespace(**denoisers), list(denoisers), Path(output))
+    return merged

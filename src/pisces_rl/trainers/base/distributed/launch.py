@@ -1,0 +1,105 @@
+"""How a run is spread over processes: weights sharded by FSDP2, tokens of each video split; or a way refused."""
+
+import os
+
+from accelerate import Accelerator, PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+
+from ....policy import VideoPolicy
+from .sharded_optimizer import use_sharded_optimizer
+from .zero import use_zero
+
+
+def check_processes(args) -> None:
+    """A ValueError where a launcher started several processes and this one is alone: each would train a model."""
+    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if launched > 1 and args.world_size == 1:
+        raise ValueError(
+            f"{launched} processes were launched, but they do not see each other, because no GPU was found: each "
+            "would train a model of its own. Set use_cpu=True (--use_cpu) to train on CPUs, or launch one process."
+        )
+
+
+def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
+    """The FSDP settings of `accelerate launch` or of `args.fsdp`; None where nothing is to be sharded.
+
+    Raises:
+        ValueError: FSDP1, or an option of FSDP that has no meaning here is asked for.
+    """
+    if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    settings = args.fsdp_plugin_args or {}
+    version = int(settings.get("fsdp_version") or os.environ.get("FSDP_VERSION", 1))
+    if version != 2:
+        raise ValueError(
+            f"fsdp_version={version}: FSDP1 flattens frozen weights and adapter into one tensor. Set fsdp_version: 2 "
+            "under fsdp_config in the file of accelerate, or --fsdp_version 2."
+        )
+    # Every rank loads the weights that it shards. transformers would leave those of text encoders empty on all ranks
+    # but the first, for FSDP to fill, and text encoders are not sharded.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    plugin = FullyShardedDataParallelPlugin(
+        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"})
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "fsdp_activation_checkpointing=true: set it to false, and gradient_checkpointing=True in the config: "
+            "the denoiser checkpoints its own blocks."
+        )
+    return plugin
+
+
+def spread_policy(policy: VideoPolicy, accelerator: Accelerator, args, sharding: FullyShardedDataParallelPlugin | None,
+                  zero_stage: int | None) -> None:
+    """Share tokens, shard weights and optimizer, and place the policy on its device, as asked for.
+
+    Args:
+        args: a config. sharding: of `requested_sharding`. zero_stage: of `requested_zero`.
+    """
+    if args.context_parallel > 1:
+        share_tokens_of_policy(policy, accelerator, args.context_parallel)
+    if sharding is not None:
+        shard_policy(policy, accelerator, sharding)
+    if zero_stage is not None:
+        use_zero(zero_stage, policy, accelerator, args.max_grad_norm)
+    policy.place(accelerator.device, [kind for kind in args.offload or () if kind != "rewards"])
+    # The trainer averages the adapter's gradients, once per optimizer step: no DDP wrapper, so that the pipeline may
+    # call its denoisers as it likes.
+    prepare_model = accelerator.prepare_model
+    accelerator.prepare_model = lambda model, **kwargs: prepare_model(
+        model, **kwargs | {"evaluation_mode": True, "device_placement": False})
+
+
+def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on.
+
+    Weights that are trained are other parameters afterwards.
+    """
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
+                 cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
+    accelerator.state.distributed_type = PartialState().distributed_type
+    if any(isinstance(p, DTensor) and p.requires_grad for p in policy.denoiser.parameters()):
+        use_sharded_optimizer(accelerator)
+
+
+def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:
+    """Let each `degree` neighbouring processes share every video: its tokens, and the rows of the data set."""
+    parts = accelerator.num_processes // degree
+    policy.share_tokens(init_device_mesh(accelerator.device.type, (parts, 1, degree),
+                                         mesh_dim_names=("data", "ring", "ulysses")))  # fmt: skip
+
+    def prepare(dataloader, device_placement: bool | None = None, slice_fn_for_dispatch=None):
+        prepared = prepare_data_loader(
+            dataloader, accelerator.device, num_processes=parts, process_index=accelerator.process_index // degree,
+            split_batches=accelerator.split_batches, put_on_device=bool(device_placement),
+            rng_types=accelerator.rng_types.copy(), even_batches=accelerator.even_batches,
+            use_seedable_sampler=accelerator.use_seedable_sampler,
+        )  # fmt: skip
+        accelerator._dataloaders.append(prepared)
+        return prepared
+
+    accelerator.prepare_data_loader = prepare

@@ -1,0 +1,504 @@
+"""What every trainer of video policies shares, around its step: set up, evaluate, train, save and resume."""
+
+import contextlib
+import copy
+import os
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list, set_seed
+from peft import LoraConfig
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from ... import assets, hub, media
+from ...policy import (
+    FULL,
+    FullWeights,
+    TrainedLoRA,
+    VideoPolicy,
+    check_lora_config,
+    lora_parameters,
+    parts_of_values,
+    read_adapter,
+    set_adapter,
+)
+from ...rewards import RewardPanel
+from ...run_files import RunFiles
+from ...transitions import Paper
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss, check_auxiliary_losses
+from ._trl import LoopOnlyTrainer, identity
+from .data.images import check_images, image_columns, images_of
+from .data.video_data import undecoded
+from .distributed.gradients import ExpertGradients, average_gradients
+from .distributed.launch import requested_sharding, spread_policy
+from .distributed.ranks import Ranks
+from .distributed.zero import requested_zero
+from .run.adapter_files import check_adapter, write_adapter, write_card
+from .run.checkpoint import load_tree, remove_incomplete, save_tree
+from .run.evaluation import Evaluator
+from .run.report import run_console
+from .run.resume import last_checkpoint, requested_checkpoint, run_identity
+from .run.run_checkpoints import RunCheckpoints
+from .run.run_report import RunReport
+from .setup.checks import (
+    check_dataset,
+    check_full_fine_tuning,
+    check_output_dir,
+    check_reference,
+    checked_weights,
+    settle_evaluation,
+)
+from .setup.initial import InitialPolicy, InitialWeights
+from .setup.load_pipeline import check_unused, freeze, load_pipeline
+from .watch.callbacks import AdapterEMA, StageProgress
+from .watch.plan import memory_plan, step_plan
+from .watch.timeline import Timeline, TimelineSteps, print_timeline
+from .watch.training_metrics import as_floats, merged_over_processes
+
+
+class VideoPolicyTrainer(LoopOnlyTrainer):
+    """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter, or with denoisers trained whole.
+
+    Args:
+        model: a text-to-video pipeline of diffusers without adapters, a Hub id, a folder, or an embedded model's name.
+        reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
+        args: a config.
+        train_dataset: prompts in a column `prompt`; every other column reaches the rewards (one of `datasets.Video` as
+            its file, {"path", "bytes"}), and those of args.image_columns the pipeline.
+        eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
+        judge_funcs: reward callables that are only measured, on the evaluation set.
+        peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections, or, with
+            args.continue_from, what was saved there. "full" trains all weights of the denoisers (of those in
+            args.lora_denoisers) in fp32, without an adapter, and saves them as components of a pipeline.
+        callbacks: further callbacks.
+        auxiliary_losses: terms beside the algorithm's loss, `AuxiliaryLoss` objects, for instance
+            [ConsistencyDistillation(videos, weight=0.1)].
+    """
+
+    loss_is_scaled_for_ga = True
+    papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
+    _may_lack_rewards = False  # whether something else is learnt from
+    _told_of_frozen = False
+    _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
+
+    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
+                 peft_config: LoraConfig | str | None = None, callbacks: list | None = None,
+                 auxiliary_losses: list[AuxiliaryLoss] | None = None):
+        args = copy.copy(args)  # the caller's serves another trainer
+        args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
+        sharding, zero_stage = requested_sharding(args), requested_zero(args)
+        check_dataset("train_dataset", train_dataset)
+        if eval_dataset is not None:
+            check_dataset("eval_dataset", eval_dataset, several=True)
+        train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
+        self.rewards, self.judges = (
+            RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
+        auxiliary_losses = [] if auxiliary_losses is None else auxiliary_losses
+        check_auxiliary_losses(auxiliary_losses)
+        self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses]
+        self._uses_reference = args.uses_reference() or any(loss.uses_reference for loss in self.auxiliary_losses)
+        check_reference(args, self._uses_reference)
+        if args.num_sample_videos:
+            media.check_mp4(args.fps)
+        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
+        settle_evaluation(args, eval_dataset, self.rewards)
+        full = peft_config == FULL
+        if full:
+            check_full_fine_tuning(args, sharding, zero_stage)
+        elif peft_config is not None:
+            check_lora_config(peft_config)
+        continued = read_adapter(args.continue_from) if args.continue_from else None
+        if continued is not None:
+            continued.check_asked(peft_config)
+        requested_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        check_output_dir(args.output_dir)
+
+        set_seed(args.seed)  # the same LoRA initialisation on every process
+        self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
+            getattr(model, "name_or_path", "") or type(model).__name__)
+        args.settle_call(assets.call_defaults(self.model_name))
+        self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
+        self.image_columns = image_columns(self.pipeline, args.image_columns)
+        check_images("train_dataset", train_dataset, self.image_columns)
+        if eval_dataset is not None:
+            check_images("eval_dataset", eval_dataset, self.image_columns)
+        check_unused(self.pipeline)
+        if args.process_index == 0:
+            self._memory_plan = memory_plan(self.pipeline, args, peft_config)
+        self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
+        freeze(self.pipeline, args.device)
+        denoisers = dict(self.policy.denoiser.items())
+        self.trained = (FullWeights(denoisers, args.lora_denoisers) if full else
+                        TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
+        self.adapted_modules = self.trained.modules
+        self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
+                                      self.auxiliary_losses)
+        if args.torch_compile:
+            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
+                                       args.torch_compile_backend or "inductor", args.torch_compile_mode)
+        args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
+
+        self.progress = StageProgress()
+        self.timeline = Timeline(args.device, args.process_index, args.trace_steps)
+        self.policy.record_with(self.timeline.span)
+        self.rewards.record = self.judges.record = self.timeline.span
+        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._step = 0  # micro-batches so far
+        self.files = RunFiles(args.output_dir, self.pipeline.components)
+        self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
+        self._files_elsewhere: dict[Path, RunFiles] = {}
+        own = [TimelineSteps(self.timeline), self.progress]
+        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
+                         eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
+        self.ranks = Ranks(self.accelerator, args.ddp_timeout)
+        self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
+                                   self.ranks, self.progress.stage, args)
+        self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
+                                self.is_world_process_zero(), args)
+        spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
+        self.adapter = lora_parameters(denoisers)  # sharding has replaced weights that are trained whole
+        if full:
+            compares = eval_dataset is not None and args.num_sample_videos > 0
+            self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or (
+                compares and (self._calls_together or args.process_index == 0)))
+        else:
+            self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
+        self._identity |= self.initial.identity
+        self.expert_gradients = ExpertGradients(self.adapter, list(self.adapted_modules))
+        for panel in (self.rewards, self.judges) if "rewards" in (args.offload or ()) else ():
+            panel.offload(self.accelerator.device)
+        self.ema = AdapterEMA(self.adapter, args.ema_decay) if args.ema_decay else None
+        if self.ema is not None:
+            self.add_callback(self.ema)
+        for loss in self.auxiliary_losses:
+            loss.begin(self.policy, self.adapter, seed=args.seed, image_columns=self.image_columns,
+                       reference=self.initial.reference)
+            self.add_callback(loss)
+        self.console = run_console()
+        if self.is_world_process_zero():
+            total = sum(p.numel() for p in self.adapter.values())
+            self.console.print(f"{self.trained.description}, {total / 1e6:.2f} M trainable parameters")
+        if args.should_save:
+            remove_incomplete(args.output_dir)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, whole: bool = False):
+        """Names what is being done on the progress bar and the time line, which logs its seconds; of a `whole` stage
+        with those of stages inside it."""
+        self.progress.stage(name)
+        with self.timeline.span(name, whole):
+            yield
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if not any(key.startswith("eval") for key in logs):
+            own = {name: as_floats(values) for name, values in self._metrics["train"].items()}
+            own |= {"loss": [logs["loss"]]} if "loss" in logs else {}
+            own |= {f"seconds/{part}": [seconds] for part, seconds in self.timeline.read().items()}
+            logs.update(merged_over_processes(own, self.accelerator.num_processes))
+            self._metrics["train"].clear()
+        super().log(logs, start_time)
+        self.report.list_event_files()
+
+    def backward_auxiliary_losses(self) -> Tensor:
+        """Back-propagate the auxiliary losses of one micro-batch; returns their weighted sum, detached."""
+        total, part = torch.zeros((), device=self.accelerator.device), (self.data_part, self.args.data_parts)
+        for auxiliary in self.auxiliary_losses:
+            with self.stage(auxiliary.name, whole=True):
+                count = auxiliary.batch_size or self.args.per_device_train_batch_size
+                loss = auxiliary.loss(self._step, count, part).mean()
+                self._metrics["train"][f"{auxiliary.name}_loss"].append(loss.item())
+                loss = auxiliary.weight * loss / self.current_gradient_accumulation_steps
+                self.backward_loss(loss)
+            total += loss.detach()
+        return total
+
+    def backward_loss(self, loss: Tensor) -> None:
+        """Back-propagate a loss; one that no trained weight entered, as where a step's expert is frozen, has no
+        gradient, and is said once."""
+        if loss.requires_grad:
+            self.accelerator.backward(loss)
+        elif not self._told_of_frozen:
+            self._told_of_frozen = True
+            warnings.warn(
+                f"a denoising step that is trained calls only denoisers without an adapter, so it teaches nothing "
+                f"(optimizer step {self.state.global_step}). Train the steps of {' and '.join(self.adapted_modules)} "
+                "(sde_window_range, train_levels), or more of the denoisers (lora_denoisers).", stacklevel=2,
+            )
+
+    # --- many processes ----------------------------------------------------------------------------------------------
+
+    @property
+    def data_part(self) -> int:
+        """Which part of the videos this process works on, of `args.data_parts`."""
+        return self.accelerator.process_index // self.args.context_parallel
+
+    @property
+    def _calls_together(self) -> bool:
+        """Whether the policy runs only where several processes call it at the same time."""
+        return self.policy.mesh is not None or self.policy.shares_tokens
+
+    def all_reduce_gradients(self) -> None:
+        """Average the adapter's gradients over processes, and log each denoiser's norm where several have one."""
+        step = self.state.global_step
+        if step % self.args.equal_weights_steps == 0:
+            self.check_equal_weights()
+        self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
+        average_gradients(self.adapter, self.accelerator, self.args.context_parallel, self.optimizer)
+        if len(self.adapted_modules) > 1:
+            for name, norm in self.expert_gradients.norms(step + 1, self.optimizer).items():
+                self._metrics["train"][f"grad_norm/{name}"].append(norm)
+
+    def check_equal_weights(self) -> None:
+        """All processes must hold the same adapter; a RankError names the ranks that do not."""
+        self.ranks.meet(f"to compare weights after optimizer step {self.state.global_step}")
+        whole = [p for p in self.adapter.values() if not isinstance(p, DTensor)]  # of a part no other rank has a copy
+        if whole:
+            self.ranks.check_equal(whole)
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
+
+        Args:
+            eval_dataset: another data set than the trainer's, or {name: data set}. Its samples go to
+                samples/other_STEP, which the model card does not show. None is the trainer's.
+            ignore_keys: without effect, as transformers passes it. metric_key_prefix: of the returned names.
+
+        Returns:
+            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
+            per-sample values that rewards recorded and `eval_{metric}` for their scalars (over calls, weighted by
+            their videos); with several data sets, `eval_{set}_...`.
+        """
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        check_dataset("eval_dataset", dataset, several=True)
+        with self._saved_weights():
+            metrics = self.report.evaluate(dataset, self.state, metric_key_prefix, own=eval_dataset is None)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    @property
+    def first_evaluation(self) -> dict | None:
+        """{data set: {"prompts", "scores"}} of the first evaluation by this object."""
+        return self.report.first
+
+    @property
+    def last_evaluation(self) -> dict | None:
+        """The same of the last one, or of the best model where that was loaded."""
+        return self.report.last
+
+    @property
+    def _saved_step(self) -> int:
+        """The step of the adapter as it is."""
+        return self.report.saved_step(self.state)
+
+    def _saved_weights(self) -> contextlib.AbstractContextManager:
+        """Inside, the adapter is what is evaluated and saved."""
+        return self.ema or contextlib.nullcontext()
+
+    def _finish(self) -> None:
+        """The last evaluation, and before against after."""
+        if not self.report.is_current(self.state):
+            self.evaluate()
+        self.report.compare(self.eval_dataset, self.state, self.console, self._calls_together,
+                            self.initial.untrained, self._saved_weights)
+        self._wait()
+
+    def _wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    # --- train, save, resume -----------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)  # a caller's would leave nothing to train
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
+        self.report.begin()
+        checkpoint = self.checkpoints.begin(resume_from_checkpoint)
+        if checkpoint is not None:
+            self.args.eval_on_start = False
+        if self.args.should_save:  # with save_on_each_node a process of every node
+            aside = self.checkpoints.set_aside_earlier_run(checkpoint)
+            if aside is not None and self.is_world_process_zero():
+                self.console.print(f"{self.files.folder} holds an earlier run: what it wrote is in {aside} now.")
+            if self.args.trace_steps:
+                self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
+        if self.is_world_process_zero():
+            for line in (step_plan(self.policy, self.args), self._memory_plan):
+                if line is not None:
+                    self.console.print(line, highlight=False)
+            for change in self._identity["changes"]:
+                self.console.print(f"changed on resume: {change}", highlight=False)
+        try:
+            with self.checkpoints.limited():
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        except KeyboardInterrupt:
+            last = last_checkpoint(self.args.output_dir)
+            advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
+            if self.is_world_process_zero():
+                self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
+            raise
+        except RuntimeError as error:
+            self.ranks.explain(error, f"after optimizer step {self.state.global_step}")
+            raise
+        finally:
+            if self.args.trace_steps:
+                self.timeline.leave_trace(self.args.output_dir)
+        if self.eval_dataset is not None:
+            with self.timeline.span("evaluation", whole=True):
+                self._finish()
+        self.timeline.stop()
+        print_timeline(self.timeline, self.accelerator, self.console)
+        return output
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.check_equal_weights()
+        with self.stage("saving", whole=True):
+            self.checkpoints.save(self.state, self._write_checkpoint)
+            self._wait()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        # What ranks have parts of is gathered before anything is written: a rank whose disk is full gathers no more.
+        optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
+        extra = self._extra_state()
+        with self._saved_weights():
+            pipeline = self.trained.gathered(self.pipeline)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.checkpoints.write_random_state(folder)
+            if not self.args.should_save:
+                return
+            self.files.claim(f"checkpoint-{self.state.global_step}")
+            self.trained.save(pipeline, folder)
+        if not self.args.save_only_model:
+            save_tree(optimizer, folder / "optimizer")
+            save_tree(self.lr_scheduler.state_dict(), folder / "scheduler")
+        save_tree(extra, folder / "trainer")
+        self.checkpoints.write_state(folder, self.state, [*self.callback_handler.callbacks, self.control])
+
+    def _extra_state(self) -> dict:
+        """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
+        averages = {name: average and average.state_dict() for name, average in self._averages().items()}
+        auxiliary = {loss.name: loss.state_dict() for loss in self.auxiliary_losses}
+        return averages | {"auxiliary_losses": auxiliary, "micro_batches": self._step}
+
+    def _load_extra_state(self, state: dict) -> None:
+        self._step = state["micro_batches"]
+        if state.get("ema") is not None:  # what the adapter's file holds is the average
+            set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
+        averages = {name: average for name, average in self._averages().items() if average is not None}
+        auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
+        for one, saved in [*((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
+                           *((average, state.get(name)) for name, average in averages.items())]:
+            if saved is None:
+                one.restart()
+            else:
+                one.load_state_dict(saved)
+
+    def _averages(self) -> dict[str, AdapterEMA | None]:
+        return {"ema": self.ema}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        self.trained.load(self.pipeline, resume_from_checkpoint)
+        self._load_extra_state(load_tree(Path(resume_from_checkpoint) / "trainer"))
+
+    def _load_best_model(self) -> None:
+        self.trained.load(self.pipeline, self.state.best_model_checkpoint)
+        for one in (*self.auxiliary_losses, *self._averages().values()):
+            if one is not None:  # what is evaluated and saved from here on is what was loaded
+                one.restart()
+        self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.checkpoints.read_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
+
+    def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
+        if checkpoint is not None:
+            self.checkpoints.find_best(checkpoint, self.state)
+        self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
+        return position
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        self.checkpoints.read_random_state(checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter, or the denoisers that were trained whole, and the card to a folder (output_dir by
+        default), reload them in a fresh pipeline and compare its output.
+
+        Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
+        With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        with self._saved_weights():
+            pipeline = self.trained.gathered(self.pipeline)
+            if self.is_world_process_zero():
+                write_adapter(pipeline, self.trained, self._files_of(folder))
+                images = images_of(self.train_dataset[:1], self.image_columns)
+                checked = check_adapter(self.policy, self.trained, pipeline, folder,
+                                        {name: image for name, (image,) in images.items()},
+                                        bf16=self.args.bf16, alone=not self._calls_together)
+        if self.is_world_process_zero():
+            self.create_model_card(output_dir=folder)
+            saved = " and ".join(self.trained.components) or "adapter"
+            self.console.print(f"{saved} in {folder}; {checked}")
+        self._wait()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(output_dir=folder)
+
+    def _files_of(self, folder: Path) -> RunFiles:
+        folder, output = Path(folder).resolve(), self.files.folder.resolve()
+        elsewhere = self._files_elsewhere
+        return self.files if folder == output else elsewhere.setdefault(
+            folder, RunFiles(folder, self.pipeline.components))
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
+        """Write the card of the adapter in a folder (output_dir by default): this run's results, and nothing else's.
+
+        It is README.md, or model_card.md where README.md is the user's own.
+        """
+        if not self.is_world_process_zero():
+            return
+        path = write_card(
+            self._files_of(output_dir or self.args.output_dir), self.policy, self.trained, self.args,
+            base_model=self.model_name,
+            trainer=self._name, settings=self._card_settings(), comparison=self.report.comparison,
+            samples_of=self._saved_step, images=self.image_columns,
+            papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
+        )
+        if path.name != "README.md":
+            self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
+
+    def _cited(self) -> tuple[Paper, ...]:
+        """The papers that the model card cites for the method; GRPO adds those of its transition."""
+        return self.papers
+
+    def _card_settings(self) -> dict:
+        names = ("learning_rate", "num_inference_steps", "guidance_scale", "seed")
+        settings = {"rewards": ", ".join(self.rewards.names) or "none",
+                    "optimizer steps": f"{self._saved_step} of {self.state.max_steps}"}
+        settings |= {n: getattr(self.args, n) for n in names}
+        settings["sampler"] = self.policy.sampler
+        if self._identity["changes"]:
+            settings["changed on resume"] = "; ".join(self._identity["changes"])
+        for loss in self.auxiliary_losses:
+            settings |= loss.card_settings()
+        return settings | self.initial.card_settings(self._uses_reference)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None,
+                    **kwargs):
+        """Upload adapter, model card and sample videos from a folder (output_dir by default); returns the repository's
+        address."""
+        url = None
+        if self.is_world_process_zero():
+            url = hub.push_adapter(
+                output_dir or self.args.output_dir,
+                self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
+                private=self.args.hub_private_repo, token=self.args.hub_token, commit_message=commit_message,
+                revision=self.args.hub_revision,
+            )
+        return broadcast_object_list([url])[0]
+
