@@ -214,6 +214,13 @@ def test_components_that_were_trained_whole_are_sampled(base, tmp_path):
     assert not torch.equal(frames(tmp_path / "other"), frames(folder))
 
 
+def test_a_pipeline_with_an_adapter_is_no_base(tmp_path):
+    pipe = pipeline()
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="adapter"):
+        export(pipe, suite_file(tmp_path), tmp_path / "out", dimensions=["color"], num_inference_steps=2, call=CALL)
+
+
 @pytest.mark.slow
 def test_processes_share_the_work(tmp_path):
     suite = suite_file(tmp_path)

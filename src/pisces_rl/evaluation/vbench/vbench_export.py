@@ -12,10 +12,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
+from tqdm import tqdm
 
 from pisces_rl.assets import call_defaults
 from pisces_rl.media.encoding import check_mp4, mp4_bytes
-from pisces_rl.policy import VideoPolicy, add_lora, read_adapter
+from pisces_rl.policy import VideoPolicy, add_lora, check_no_adapters, read_adapter
 from pisces_rl.policy.full.component_files import load_components
 from pisces_rl.trainers import load_pipeline
 from pisces_rl.whole_files import write_json
@@ -77,6 +78,7 @@ def export(
     policy = VideoPolicy(
         pipeline, num_inference_steps=steps, pipeline_kwargs=call, autocast_dtype=torch.bfloat16 if bf16 else None
     )
+    check_no_adapters(policy.denoiser)
     digest = None if adapter is None else add_trained(policy, adapter)
     policy.place(state.device)
     settings = {
@@ -100,7 +102,7 @@ def export(
     if error is not None:
         raise error
     own = missing[state.process_index :: state.num_processes]
-    for start in range(0, len(own), batch_size):
+    for start in tqdm(range(0, len(own), batch_size), unit="batch", disable=not state.is_main_process):
         part = own[start : start + batch_size]
         clips = policy.sample([video.prompt for video in part], noise_seeds=[video.seed for video in part]).videos
         for video, clip in zip(part, clips):
