@@ -28,10 +28,11 @@ MAY_IMPORT = {
                  "whole_files"},
     "estimate": {"policy", "assets"},
     "export": {"policy", "hub", "run_files", "whole_files"},
-    "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion"},
+    "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
+                   "run_files", "whole_files"},
     "prompt_files": set(),
     "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
-    "command": {"rewards"},
+    "command": {"rewards", "evaluation"},
     # names of the top level are loaded on first use, so importing it costs nothing
     "__init__": {"policy", "rewards", "transitions", "trainers", "export", "assets", "media", "hub"},
 }

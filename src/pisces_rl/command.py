@@ -3,9 +3,13 @@
 import argparse
 from collections.abc import Sequence
 
+from .evaluation.vbench import vbench_command
 from .rewards.server import serve
 
-COMMANDS = {"serve": ("rewards of this machine for trainers elsewhere", serve)}
+COMMANDS = {
+    "serve": ("rewards of this machine for trainers elsewhere", serve),
+    "vbench": ("videos for VBench's runner, and its results before and after training", vbench_command),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,5 +1,13 @@
 """Asking rewards and policies what they are worth."""
 
-from .reward_checks import CleanClips, RewardReport, evaluate_reward, plan_inside_objects
+import importlib
 
-__all__ = ["CleanClips", "RewardReport", "evaluate_reward", "plan_inside_objects"]
+_HOME = dict.fromkeys(("CleanClips", "RewardReport", "evaluate_reward", "plan_inside_objects"), "reward_checks")
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    """`pisces-rl` imports this package for its commands: what needs torch is loaded on first use."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

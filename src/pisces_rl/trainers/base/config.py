@@ -144,7 +144,7 @@ class VideoPolicyConfig(_BaseConfig):
                   "for the device."},
     )
     report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "Where scalars and videos are logged."}
+        default="tensorboard", metadata={"help": "Where scalars and videos are logged: tensorboard, wandb or trackio."}
     )
     eval_on_start: bool = field(
         default=True, metadata={"help": "Whether to evaluate before training (when there is an eval_dataset)."}

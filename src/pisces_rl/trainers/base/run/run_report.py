@@ -16,6 +16,7 @@ from ....run_files import RunFiles
 from ....whole_files import write_json
 from ..setup.checks import check_best_metric
 from ..watch.timeline import Timeline
+from ..watch.trackers import log_samples, media_trackers
 from .evaluation import Evaluator, means_of_sets
 from .report import print_comparison, read_evaluation
 from .run_folder import evaluation_file, first_evaluation, write_report, write_samples
@@ -26,7 +27,7 @@ class RunReport:
 
     Args:
         evaluator: samples and scores. files: of the run's folder. timeline: counts the seconds of evaluations.
-        callbacks: among which the writers for TensorBoard are. main: whether this process writes. args: a config.
+        callbacks: among which those of trackers are. main: whether this process writes. args: a config.
 
     Attributes:
         first, last: evaluations, {data set: {"prompts", "scores"}}. comparison: of the run that has ended.
@@ -116,8 +117,12 @@ class RunReport:
 
     def write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str,
                       step: int) -> None:
-        """Files in the run's folder, and videos for TensorBoard."""
+        """Files in the run's folder, videos for TensorBoard, and videos, sheet and scores for wandb and trackio."""
         write_samples(self.files, name, videos, prompts, scores, self.args.fps)
+        folder = self.files.folder / name
+        for tracker in media_trackers(self.callbacks.callbacks):
+            clips = [folder / f"{row:03d}.mp4" for row in range(len(videos))]
+            log_samples(tracker, tag, clips, folder / "sheet.png", prompts, scores, step)
         for writer in self._tensorboard_writers():
             media.add_gif(writer, tag, videos, step, fps=self.args.fps)
 

@@ -1,0 +1,190 @@
+"""Sample the videos of a VBench suite into the files that its runner looks for; resumable, on many processes."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+from pisces_rl.assets import call_defaults
+from pisces_rl.media.encoding import check_mp4, mp4_bytes
+from pisces_rl.policy import VideoPolicy, add_lora, check_no_adapters, read_adapter
+from pisces_rl.policy.full.component_files import load_components
+from pisces_rl.trainers import load_pipeline
+from pisces_rl.whole_files import write_json
+
+from .vbench_suite import VIDEOS, SuiteVideo, read_suite
+
+SETTINGS = "export.json"
+_UNFINISHED = "unfinished"  # not among the videos: the runner would take a temporary file for one
+_STEPS = 16  # as of the trainers' configs, where neither the user nor an embedded model says how many
+
+
+def export(
+    model: str | DiffusionPipeline,
+    suite: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    *,
+    adapter: str | os.PathLike | None = None,
+    dimensions: Sequence[str] | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    fps: float = 8,
+    num_inference_steps: int | None = None,
+    call: dict | None = None,
+    bf16: bool | None = None,
+) -> int:
+    """Write the suite's videos that are not there yet to `output_dir/videos`, see `read_suite` for their names.
+
+    Every process of `accelerate launch` takes its share of what is missing. A video's start noise has a seed of its
+    own, so that the base model and a trained one, exported with the same seed, start from the same noise. A file
+    appears whole or not at all; one that another program broke off is sampled again. `output_dir/export.json` holds
+    the settings and each file's seed.
+
+    Args:
+        model: a pipeline, or its name as of `load_pipeline`. A pipeline must carry no adapter.
+        suite: JSON of VBench or VBench-2.0.
+        adapter: folder of a run, of a saved LoRA or of trained components; a LoRA's file or Hub id. None: the base.
+        dimensions: of the suite; None: all.
+        batch_size: videos a call of the pipeline.
+        num_inference_steps, call: of the pipeline's call; what is unset is as in training.
+        bf16: weights and autocast in bfloat16, else fp32; None: on a GPU.
+
+    Returns:
+        How many videos this process has sampled.
+
+    Raises:
+        ValueError: see `read_suite`; the folder holds videos of other settings; no such model or adapter.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    check_mp4(fps)
+    benchmark, videos = read_suite(suite, dimensions, seed)
+    state, folder = PartialState(cpu=not torch.accelerator.is_available()), Path(output_dir)
+    bf16 = state.device.type == "cuda" if bf16 is None else bf16
+    pipeline = load_pipeline(model, torch.bfloat16 if bf16 else torch.float32)
+    name = model if isinstance(model, str) else pipeline.name_or_path or type(pipeline).__name__
+    call = call_defaults(name) | (call or {})
+    default_steps = call.pop("num_inference_steps", _STEPS)
+    steps = num_inference_steps or default_steps
+    policy = VideoPolicy(
+        pipeline, num_inference_steps=steps, pipeline_kwargs=call, autocast_dtype=torch.bfloat16 if bf16 else None
+    )
+    check_no_adapters(policy.denoiser)
+    digest = None if adapter is None else add_trained(policy, adapter)
+    policy.place(state.device)
+    settings = {
+        "benchmark": benchmark.name,
+        "model": str(name),
+        "adapter": digest,
+        "seed": seed,
+        "fps": fps,
+        "num_inference_steps": steps,
+        "call": call,
+        "bf16": bf16,
+    }
+    plan = [None, None]
+    if state.is_main_process:  # the other processes must neither look at files that are being written nor disagree
+        try:
+            _keep_settings(folder / SETTINGS, settings, videos)
+            plan = [None, [video for video in videos if not all(is_whole_mp4(folder / path) for path in video.paths)]]
+        except ValueError as error:
+            plan = [error, None]
+    error, missing = broadcast_object_list(plan)
+    if error is not None:
+        raise error
+    own = missing[state.process_index :: state.num_processes]
+    for start in tqdm(range(0, len(own), batch_size), unit="batch", disable=not state.is_main_process):
+        part = own[start : start + batch_size]
+        clips = policy.sample([video.prompt for video in part], noise_seeds=[video.seed for video in part]).videos
+        for video, clip in zip(part, clips):
+            data = mp4_bytes(clip.cpu(), fps, min_size=0)
+            for path in video.paths:
+                _write(folder, path, data, state.process_index)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
+    return len(own)
+
+
+def add_trained(policy: VideoPolicy, source: str | os.PathLike) -> str:
+    """Put a saved LoRA, or components that were trained whole, into the policy; returns a digest of the weights."""
+    folder = Path(source).expanduser()
+    files = {name: sorted(folder.glob(f"{name}/diffusion_pytorch_model*.safetensors")) for name in policy.denoiser}
+    whole = [name for name, found in files.items() if found]
+    if whole:
+        load_components(policy.pipeline, whole, folder)
+        content = hashlib.sha256()
+        for path in (path for name in whole for path in files[name]):
+            with path.open("rb") as file:
+                while block := file.read(1 << 24):
+                    content.update(block)
+        return content.hexdigest()
+    try:
+        saved = read_adapter(source)
+        add_lora(dict(policy.denoiser.items()), start=saved)
+    except ValueError as error:
+        raise ValueError(str(error).replace("continue_from=", "adapter=")) from error
+    return saved.digest
+
+
+def is_whole_mp4(path: Path) -> bool:
+    """Whether a file's boxes (ISO/IEC 14496-12, 4.2) end where the file does, with the index and the frames among
+    them; a copy that was broken off is not."""
+    kinds, size = set(), path.stat().st_size if path.is_file() else 0
+    with path.open("rb") if size else contextlib.nullcontext() as file:
+        at = 0
+        while at + 8 <= size:
+            file.seek(at)
+            header = file.read(16)
+            length = int.from_bytes(header[:4], "big")
+            length = int.from_bytes(header[8:16], "big") if length == 1 else length
+            if length < 8:
+                return False
+            kinds.add(header[4:8])
+            at += length
+    return at == size and {b"moov", b"mdat"} <= kinds if size else False
+
+
+def _write(folder: Path, path: str, data: bytes, process: int) -> None:
+    unfinished, final = folder / _UNFINISHED / f"{process}.mp4", folder / path
+    for place in (unfinished.parent, final.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    unfinished.write_bytes(data)
+    os.replace(unfinished, final)
+
+
+def _keep_settings(path: Path, settings: dict, videos: Sequence[SuiteVideo]) -> None:
+    """Write them; a ValueError where the folder's videos were made with others."""
+    settings = json.loads(json.dumps(settings, default=str))
+    seeds = {file: video.seed for video in videos for file in video.paths}
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            seeds = before.pop("seeds") | seeds
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is not what an export writes ({error}); give an empty output_dir.") from error
+        other = [
+            f"{key}={before.get(key)!r}, now {settings.get(key)!r}"
+            for key in sorted({*before, *settings})
+            if before.get(key) != settings.get(key)
+        ]
+        if other:
+            raise ValueError(
+                f"output_dir={str(path.parent)!r} holds videos of other settings: {'; '.join(other)}. "
+                "Give another output_dir, or remove that folder."
+            )
+    elif (path.parent / VIDEOS).exists():
+        raise ValueError(
+            f"output_dir={str(path.parent)!r} holds videos, but no {path.name} that says how they were "
+            "made. Give another output_dir."
+        )
+    write_json(path, settings | {"seeds": seeds}, indent=0)
