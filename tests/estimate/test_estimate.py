@@ -123,6 +123,7 @@ def test_an_update_of_all_weights_takes_what_is_estimated(checkpointing):
     assert estimate.phases["update"]["activations and gradients"] == pytest.approx(allocated_peak(update), rel=0.1)
 
 
+@pytest.mark.slow
 def test_sampling_and_decoding_take_what_is_estimated():
     estimate = estimated("wan")
     policy = VideoPolicy(wan(), **config(**WAN).policy_settings())

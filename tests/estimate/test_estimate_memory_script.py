@@ -55,6 +55,7 @@ def test_the_method_decides_which_settings_there_are(script, arguments, config):
     assert type(script.module.parsed([*arguments, "--report_to", "none"])[2]) is config
 
 
+@pytest.mark.slow
 def test_tells_what_nft_takes(script, capsys):
     script(*TINY, "--method", "nft")
     printed = capsys.readouterr().out

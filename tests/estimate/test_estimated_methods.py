@@ -110,6 +110,7 @@ def test_reward_backpropagation_takes_what_is_estimated(settings):
     assert estimate.phases["update"]["activations and gradients"] == pytest.approx(allocated_peak(update), rel=0.2)
 
 
+@pytest.mark.slow
 def test_fewer_decoded_frames_take_less():
     part, whole = (estimated("backprop", **BACKPROP, num_frames=9, decode_frames=n).peaks for n in (1, None))
     assert set(whole) == {"sampling", "update"} and part["sampling"] == whole["sampling"]
