@@ -28,10 +28,12 @@ ENCODER_REWARDS = {
 }
 SCORERS = {
     "pickscore": "PickScore: people's choices between images of a prompt",
+    "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
     "pickscore": "pickscore:PickScore",
+    "aesthetic": "aesthetic_predictor:AestheticPredictor",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
