@@ -29,11 +29,13 @@ ENCODER_REWARDS = {
 SCORERS = {
     "pickscore": "PickScore: people's choices between images of a prompt",
     "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
+    "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
     "pickscore": "pickscore:PickScore",
     "aesthetic": "aesthetic_predictor:AestheticPredictor",
+    "ocr": "ocr_text:OCRText",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
