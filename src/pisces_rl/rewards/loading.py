@@ -30,12 +30,14 @@ SCORERS = {
     "pickscore": "PickScore: people's choices between images of a prompt",
     "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
     "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
+    "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
     "pickscore": "pickscore:PickScore",
     "aesthetic": "aesthetic_predictor:AestheticPredictor",
     "ocr": "ocr_text:OCRText",
+    "video_align": "video_align:VideoAlign",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for

@@ -21,6 +21,15 @@ def at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def scale(frames: Tensor, size: tuple[int, int], *, passes: bool = True) -> Tensor:
+    """Frames (n, 3, H, W) at another size, bicubic with antialiasing, clamped to [0, 1]; with `passes` clamped between
+    columns and rows, too, as PIL does; torchvision does not."""
+    for now in ((frames.shape[-2], size[1]), size) if passes else (size,):
+        if frames.shape[-2:] != now:
+            frames = F.interpolate(frames, now, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return frames
+
+
 def clip_pixels(frames: Tensor, size: int, *, crop_rounds: bool = False) -> Tensor:
     """CLIP's preprocessing of frames (n, 3, H, W) in [0, 1], as a differentiable function: (n, 3, size, size).
 
@@ -36,9 +45,7 @@ def clip_pixels(frames: Tensor, size: int, *, crop_rounds: bool = False) -> Tens
     short = min(height, width)
     scaled = (int(size * height / short), int(size * width / short))
     frames = frames.clamp(0, 1)
-    for size_now in ((height, scaled[1]), scaled):  # PIL's two passes, columns first, clamp after each
-        if frames.shape[-2:] != size_now:
-            frames = F.interpolate(frames, size_now, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    frames = scale(frames, scaled)
     top, left = (round((side - size) / 2) if crop_rounds else (side - size) // 2 for side in scaled)
     frames = frames[..., top : top + size, left : left + size]
     mean, std = (frames.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))

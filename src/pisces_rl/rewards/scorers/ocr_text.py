@@ -14,7 +14,9 @@ from pisces_rl.rewards.scorers.frame_scorer import spread
 #: Between double quotation marks of any kind; between single ones only where they cannot be apostrophes.
 QUOTED = re.compile(r"""["“„]([^"“”„]*)["”“]|«([^«»]*)»|「([^「」]*)」|(?<!\w)['‘]([^'‘’]+)['’](?!\w)""")
 
-LONGEST_SIDE = 960  # pixels, PaddleOCR's; RapidOCR's own default enlarges every frame to 736, five times the work
+LONGEST_SIDE = (
+    960  # pixels, PaddleOCR's; RapidOCR's own default enlarges small frames to 736: two to seven times the work
+)
 
 
 class OCRText:
