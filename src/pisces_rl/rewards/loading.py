@@ -31,6 +31,7 @@ SCORERS = {
     "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
     "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
     "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
+    "hpsv3": "HPSv3: people's choices between images of a prompt, by Qwen2-VL-7B",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
@@ -38,6 +39,7 @@ _SCORER_CLASSES = {
     "aesthetic": "aesthetic_predictor:AestheticPredictor",
     "ocr": "ocr_text:OCRText",
     "video_align": "video_align:VideoAlign",
+    "hpsv3": "hpsv3:HPSv3",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
