@@ -32,6 +32,7 @@ SCORERS = {
     "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
     "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
     "hpsv3": "HPSv3: people's choices between images of a prompt, by Qwen2-VL-7B",
+    "image_reward": "ImageReward: people's choices between images of a prompt, by BLIP",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
@@ -40,6 +41,7 @@ _SCORER_CLASSES = {
     "ocr": "ocr_text:OCRText",
     "video_align": "video_align:VideoAlign",
     "hpsv3": "hpsv3:HPSv3",
+    "image_reward": "image_reward:ImageReward",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
