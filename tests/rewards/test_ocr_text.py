@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from pisces_rl.cli import load_reward_function
 from pisces_rl.rewards import RewardPanel, load_reward
 from pisces_rl.rewards.scorers.ocr_text import OCRText, quoted_texts, readable_share
 
@@ -114,3 +115,7 @@ def test_bad_inputs_are_named(reward):
         reward(['"A"'], clip("A")[None] * 255)
     with pytest.raises(ValueError, match="'ocr' does not use offload; it takes frames"):
         load_reward("ocr", offload="cuda")
+
+
+def test_the_examples_options_for_encoders_do_not_concern_it(reward):
+    assert isinstance(load_reward_function("ocr", encoder="tiny-vtm", offload="cuda"), OCRText)
