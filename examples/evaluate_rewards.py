@@ -24,7 +24,7 @@ from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_object
 from pisces_rl.evaluation.reward_checks import STRENGTHS
 from pisces_rl.markdown import escape
 from pisces_rl.media import load_video
-from pisces_rl.rewards import REWARDS, OTSemanticReward
+from pisces_rl.rewards import ENCODER_REWARDS, OTSemanticReward
 
 COLORS = ("#1b6ca8", "#b3261e", "#127a3a", "#8a5a00", "#6a3d9a", "#444444", "#c2185b", "#00838f", "#7a8b00")
 
@@ -33,7 +33,7 @@ COLORS = ("#1b6ca8", "#b3261e", "#127a3a", "#8a5a00", "#6a3d9a", "#444444", "#c2
 class EvaluationArguments:
     rewards: list[str] | None = field(default=None, metadata={
         "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: those of "
-                "REWARDS that the encoder has."})  # fmt: skip
+                "ENCODER_REWARDS that the encoder has."})  # fmt: skip
     encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
     ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
     ot_attention: str | None = field(default=None, metadata={
@@ -74,7 +74,7 @@ def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
     attention = None if args.ot_attention is None else json.loads(args.ot_attention)
     options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": {"attention": attention}}
     rewards = {}
-    for name in args.rewards or REWARDS:
+    for name in args.rewards or ENCODER_REWARDS:
         own = options.get(name, {})
         try:
             rewards[name] = load_reward_function(name, encoder=args.encoder, **own)
@@ -143,7 +143,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rewards = load_rewards(args)
-    encoder = next((rewards[name].encoder for name in REWARDS if name in rewards), None)
+    encoder = next((rewards[name].encoder for name in ENCODER_REWARDS if name in rewards), None)
     frames, size = (16, (224, 224)) if encoder is None else (encoder.num_frames, encoder.resolution)
     clips = read_clips(args, frames, size)
     sections, curves = [], {}

@@ -147,7 +147,10 @@ def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
 
 
 def load_reward_function(name: str, **options) -> Callable:
-    """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function."""
-    from pisces_rl.rewards import REWARDS, load_reward
+    """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function; scorers have no
+    encoder, and OCR nothing to offload."""
+    from pisces_rl.rewards import ENCODER_REWARDS, REWARDS, load_reward
 
+    unused = () if name in ENCODER_REWARDS else ("encoder", "offload") if name == "ocr" else ("encoder",)
+    options = {option: value for option, value in options.items() if option not in unused}
     return load_reward(name, **options) if name in REWARDS else load_reward(name)

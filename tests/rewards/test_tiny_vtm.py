@@ -10,7 +10,7 @@ import torch
 
 from pisces_rl.assets import asset_path, available
 from pisces_rl.ot.maps import TransportMap
-from pisces_rl.rewards import REWARDS, RewardPanel, load_reward
+from pisces_rl.rewards import ENCODER_REWARDS, RewardPanel, load_reward
 from pisces_rl.rewards.encoders import load_encoder, tiny_vtm
 from pisces_rl.shapemotion import render_layout, sample_layouts
 
@@ -41,7 +41,7 @@ def test_the_shipped_weights_are_the_recorded_ones(name, entry):
         assert entry == min((k for k in seeds if k.count("-") == 1), key=lambda k: seeds[k]["validation"])
 
 
-@pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.parametrize("name", ENCODER_REWARDS)
 def test_every_reward_prefers_the_true_caption(name):
     prompts, videos = clips()
     reward = load_reward(name)
@@ -70,7 +70,7 @@ def test_real_clips_are_nearer_to_the_bank_than_noise():
 def test_the_rewards_in_half_precision():
     prompts, videos = clips(8)
     encoder = load_encoder("tiny-vtm", dtype=torch.bfloat16)
-    for name in REWARDS:
+    for name in ENCODER_REWARDS:
         half, whole = load_reward(name, encoder=encoder), load_reward(name)
         torch.testing.assert_close(half(prompts, videos), whole(prompts, videos), rtol=0, atol=0.05)
 
@@ -93,5 +93,5 @@ def test_a_panel_of_both_rewards_encodes_each_video_once(monkeypatch):
 
 def test_an_empty_prompt_has_a_reward():
     _, videos = clips(8)
-    for name in REWARDS:
+    for name in ENCODER_REWARDS:
         assert load_reward(name)(["", ""], videos[:2]).isfinite().all()

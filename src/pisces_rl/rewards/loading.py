@@ -1,6 +1,7 @@
 """Rewards by name: the optimal-transport rewards, with what is shipped as their defaults, and the same rewards without
-OT; functions of this package; functions in files and modules."""
+OT; scorers that others trained; functions of this package; functions in files and modules."""
 
+import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -20,11 +21,28 @@ from pisces_rl.rewards.server.remote import remote_reward
 
 DEFAULT_ENCODER = "tiny-vtm"
 BANK = "bank.safetensors"
-REWARDS = {
+ENCODER_REWARDS = {
     "ot_quality": "cosine of the video with its text's image under a transport map",
     "ot_semantic": "matching probability with attention fused with transport plans",
     "cosine": "ot_quality without a map",
     "matching": "ot_semantic without plans",
+}
+SCORERS = {
+    "pickscore": "PickScore: people's choices between images of a prompt",
+    "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
+    "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
+    "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
+    "hpsv3": "HPSv3: people's choices between images of a prompt, by Qwen2-VL-7B",
+    "image_reward": "ImageReward: people's choices between images of a prompt, by BLIP",
+}
+REWARDS = ENCODER_REWARDS | SCORERS
+_SCORER_CLASSES = {
+    "pickscore": "pickscore:PickScore",
+    "aesthetic": "aesthetic_predictor:AestheticPredictor",
+    "ocr": "ocr_text:OCRText",
+    "video_align": "video_align:VideoAlign",
+    "hpsv3": "hpsv3:HPSv3",
+    "image_reward": "image_reward:ImageReward",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
@@ -45,15 +63,22 @@ def load_reward(
             http://host:port/NAME of a server (`server.remote.remote_reward`), which take no options. "ot_quality" is
             the published cosine; a `divergence_weight` adds the credit of the divergence to the bank that lies with
             the map.
-        encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder.
+        encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder; of `ENCODER_REWARDS` only.
         ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
         offload: the device, such as "cuda", on which the encoder works while its weights lie on the CPU between
             calls; unset: it stays on the device it is loaded to. A call that leaves a graph leaves the weights there.
-        options: of `OTQualityReward` or `OTSemanticReward`.
+        options: of `OTQualityReward` or `OTSemanticReward`, or of the class of one of `SCORERS`.
 
-    Raises ValueError for an unknown name, for options that the reward does not use, and for a map of another encoder.
+    Raises ValueError for an unknown name, for options that the reward does not use, for a map of another encoder, and
+    for a scorer whose weights or package are not here.
     """
+    if name in SCORERS:
+        given = {"encoder": None if encoder == DEFAULT_ENCODER else encoder, "ot_map": ot_map, "attention": attention}
+        options |= {option: value for option, value in (given | {"offload": offload}).items() if value is not None}
+        kind = _scorer(name)
+        _check_used(name, kind, list(options), {"name"})
+        return kind(name=name, **options)
     if name not in REWARDS:
         is_url = name.startswith(("http://", "https://"))
         function = remote_reward(name) if is_url else load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
@@ -61,7 +86,8 @@ def load_reward(
             raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return function
     parts = {"ot_map": ot_map, "attention": attention}
-    _check_used(name, [*options, *(part for part, value in parts.items() if value is not None)])
+    left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
+    _check_used(name, _kind(name), [*options, *(part for part, value in parts.items() if value is not None)], left_out)
     if isinstance(encoder, VideoTextEncoder) and offload is not None:
         raise ValueError(f"offload: set it on the encoder itself: encoder.offload = {offload!r}.")
     if name == "ot_semantic":
@@ -84,10 +110,15 @@ def _kind(name: str) -> type[OTQualityReward] | type[OTSemanticReward]:
     return OTQualityReward if name in ("ot_quality", "cosine") else OTSemanticReward
 
 
-def _check_used(name: str, given: list[str]) -> None:
+def _scorer(name: str) -> type:
+    """The class of one of `SCORERS`, imported on first use: some need packages that others do not."""
+    module, _, kind = _SCORER_CLASSES[name].partition(":")
+    return getattr(importlib.import_module(f"pisces_rl.rewards.scorers.{module}"), kind)
+
+
+def _check_used(name: str, kind: type, given: list[str], left_out: set[str | None]) -> None:
     """That a reward uses the options that it is given."""
-    left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
-    takes = [option for option in inspect.signature(_kind(name)).parameters if option not in left_out]
+    takes = [option for option in inspect.signature(kind).parameters if option not in left_out]
     unused = sorted(set(given) - set(takes))
     if unused:
         raise ValueError(f"reward {name!r} does not use {', '.join(unused)}; it takes {', '.join(takes)}.")

@@ -1,0 +1,13 @@
+"""Scorers that others trained on people's judgements, as rewards, loaded by name with `load_reward`: one file a model.
+
+| name | file | model |
+|---|---|---|
+| pickscore | pickscore.py | CLIP-H |
+| aesthetic | aesthetic_predictor.py | CLIP-L/14 and a head |
+| ocr | ocr_text.py | RapidOCR |
+| video_align | video_align.py | Qwen2-VL-2B |
+| hpsv3 | hpsv3.py | Qwen2-VL-7B |
+| image_reward | image_reward.py | BLIP |
+
+`frame_scorer` and `qwen2_vl_reward` hold what several share; `published_weights` checks names before weights are read.
+"""

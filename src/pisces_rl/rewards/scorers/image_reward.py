@@ -1,0 +1,123 @@
+"""ImageReward: which image people prefer for a prompt, by BLIP with a head on its text tower."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVisionModel, PreTrainedTokenizerBase
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from pisces_rl.rewards.encoders.encoder import tokenize
+from pisces_rl.rewards.scorers.aesthetic_predictor import AestheticHead
+from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
+from pisces_rl.rewards.scorers.published_weights import check_names, published_folder, shapes_of
+
+MODEL, TOKENIZER, WEIGHTS = "THUDM/ImageReward", "google-bert/bert-base-uncased", "ImageReward.pt"
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the authors' normalisation
+LONGEST = 35  # tokens of a prompt
+UNUSED = ("blip.vision_proj.", "blip.text_proj.", "embeddings.position_ids")
+VISION = BlipVisionConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
+    patch_size=16, layer_norm_eps=1e-6,
+)  # fmt: skip
+TEXT = BlipTextConfig(
+    vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
+    num_attention_heads=12, max_position_embeddings=512,
+)  # fmt: skip
+#: Names of the published vision tower, after `blip.visual_encoder.`, for those of transformers.
+RENAMED = {
+    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding.": "patch_embed.proj.", "post_layernorm.": "norm.", "encoder.layers.": "blocks.",
+    "self_attn.qkv.": "attn.qkv.", "self_attn.projection.": "attn.proj.", "layer_norm1.": "norm1.",
+    "layer_norm2.": "norm2.",
+}  # fmt: skip
+
+
+class BlipReward(nn.Module):
+    """BLIP's vision tower, its text tower that attends to it, and the head on the first token: (n,) raw scores."""
+
+    def __init__(self, vision: BlipVisionConfig = VISION, text: BlipTextConfig = TEXT):
+        super().__init__()
+        self.visual_encoder, self.text_encoder = BlipVisionModel(vision), BlipTextModel(text, add_pooling_layer=False)
+        self.mlp = AestheticHead(text.hidden_size)
+
+    def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        seen = self.visual_encoder(pixel_values=pixels).last_hidden_state
+        read = self.text_encoder(
+            input_ids=tokens, attention_mask=mask, encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+        ).last_hidden_state  # fmt: skip
+        return self.mlp(at_least_float(read[:, 0]))
+
+
+class ImageReward(FrameScorer):
+    """The mean over frames of (head(h) - mean) / std, about standard normal over the authors' data.
+
+    h is the first token of BLIP's text tower, which reads the prompt and attends to the image; mean and std are the
+    authors' constants. A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied;
+    prompts are padded to 35 tokens, and cut there with a warning. Source: arXiv 2304.05977, ImageReward.py of
+    github.com/THUDM/ImageReward.
+
+    Args:
+        model: the Hub id or folder with ImageReward.pt, which is read with `weights_only`; or a BlipReward.
+        tokenizer: BERT's (uncased), or its Hub id or folder. frames: scored per video; micro_batch: at once.
+        dtype, device: of a model given by name. offload, name: see `FrameScorer`.
+
+    Raises ValueError for weights that are not here, and for those of another model.
+    """
+
+    crop_rounds = True
+
+    def __init__(
+        self, model: str | Path | BlipReward = MODEL, tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER, *,
+        frames: int = 8, micro_batch: int = 16, dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None, name: str = "image_reward",
+        offload: str | torch.device | None = None,
+    ):  # fmt: skip
+        if not isinstance(model, BlipReward):
+            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            model = load_image_reward(published_folder(model, "ImageReward", ("*.json", WEIGHTS)), VISION, TEXT, dtype)
+            model = model.to(device)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = AutoTokenizer.from_pretrained(published_folder(tokenizer, "ImageReward", ("*.json", "*.txt")))
+        self.tokenizer = tokenizer
+        size = model.visual_encoder.config.image_size
+        super().__init__(model, size=size, frames=frames, micro_batch=micro_batch, name=name, offload=offload)
+
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """(B, 2, 35): token numbers and mask."""
+        device = next(self.model.parameters()).device
+        tokens, mask, _, _ = tokenize(self.tokenizer, prompts, LONGEST, device, fixed=True)
+        return torch.stack([tokens, mask.long()], 1)
+
+    def look(self, pixels: Tensor, texts: Tensor) -> Tensor:
+        return (self.model(pixels, texts[:, 0], texts[:, 1]) - MEAN) / STD
+
+
+def official_names(names: Sequence[str]) -> dict[str, str]:
+    """The published name of each weight of a `BlipReward`."""
+    found = {}
+    for name in names:
+        official = name if name.startswith("mlp.") else f"blip.{name}"
+        if name.startswith("visual_encoder."):
+            for own, theirs in RENAMED.items():
+                official = official.replace(own, theirs, 1)
+        found[name] = official
+    return found
+
+
+def load_image_reward(folder: Path, vision: BlipVisionConfig, text: BlipTextConfig, dtype: torch.dtype) -> BlipReward:
+    """The model of a folder's ImageReward.pt. Names and shapes are checked first."""
+    if not (folder / WEIGHTS).is_file():
+        raise ValueError(f"model: {folder} holds no {WEIGHTS}, so it does not hold the weights of ImageReward.")
+    state: Mapping[str, Tensor] = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+    with init_empty_weights(include_buffers=False):
+        model = BlipReward(vision, text)
+    own = shapes_of(model.state_dict())
+    names = official_names(list(own))
+    check_names(shapes_of(state), {names[k]: v for k, v in own.items()}, folder / WEIGHTS, "ImageReward", UNUSED)
+    model.load_state_dict({name: state[names[name]].to(dtype) for name in own}, assign=True)
+    model.mlp.float()
+    return model

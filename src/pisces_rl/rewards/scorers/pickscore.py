@@ -1,0 +1,85 @@
+"""PickScore: a CLIP-H that was trained on people's choices between two images of one prompt."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
+
+from pisces_rl.rewards.encoders.encoder import tokenize
+from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
+from pisces_rl.rewards.scorers.published_weights import (
+    check_config,
+    check_names,
+    published_folder,
+    shapes_of,
+    stored_shapes,
+)
+
+MODEL = "yuvalkirstain/PickScore_v1"
+TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+#: By which a CLIP-H is told from its smaller kin.
+SIZES = {
+    "projection_dim": 1024, "vision_config.hidden_size": 1280, "vision_config.num_hidden_layers": 32,
+    "vision_config.patch_size": 14, "text_config.hidden_size": 1024, "text_config.num_hidden_layers": 24,
+}  # fmt: skip
+UNUSED = ("embeddings.position_ids",)  # buffers that transformers stored before 4.31
+
+
+class PickScore(FrameScorer):
+    """The mean over frames of
+
+        s = exp(logit_scale) cos(image, text)
+
+    with CLIP's image and text features. PickScore_v1 gives about 17 to 24; exp(logit_scale) is 100 at most. Some
+    trainers divide by 26.
+
+    Args:
+        model: the Hub id or folder of PickScore_v1, or a CLIPModel. tokenizer: CLIP's, or its Hub id or folder; the
+            authors take that of the CLIP-H they started from. frames: scored per video; micro_batch: at once.
+        dtype, device: of a model given by name. offload, name: see `FrameScorer`.
+
+    A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied; texts are padded, and
+    cut at 77 tokens with a warning. Source: arXiv 2305.01569, and the README of github.com/yuvalkirstain/PickScore.
+
+    Raises ValueError for weights that are not here, and for those of another model.
+    """
+
+    def __init__(
+        self, model: str | Path | CLIPModel = MODEL,
+        tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER, *, frames: int = 8, micro_batch: int = 16,
+        dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, name: str = "pickscore",
+        offload: str | torch.device | None = None,
+    ):  # fmt: skip
+        if not isinstance(model, CLIPModel):
+            folder = published_folder(model, "PickScore")
+            check_pickscore(folder)
+            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            model = CLIPModel.from_pretrained(folder, dtype=dtype).to(device)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            tokenizer = AutoTokenizer.from_pretrained(published_folder(tokenizer, "PickScore", ("*.json", "*.txt")))
+        self.tokenizer, self.longest = tokenizer, model.config.text_config.max_position_embeddings
+        size = model.config.vision_config.image_size
+        super().__init__(model, size=size, frames=frames, micro_batch=micro_batch, name=name, offload=offload)
+
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """(B, D) text features of length 1."""
+        distinct = list(dict.fromkeys(prompts))
+        tokens, mask, _, _ = tokenize(self.tokenizer, distinct, self.longest, self.model.device)
+        texts = self.model.get_text_features(input_ids=tokens, attention_mask=mask.long()).pooler_output
+        return F.normalize(at_least_float(texts), dim=-1)[[distinct.index(prompt) for prompt in prompts]]
+
+    def look(self, pixels: Tensor, texts: Tensor) -> Tensor:
+        images = self.model.get_image_features(pixel_values=pixels).pooler_output
+        cosine = (F.normalize(at_least_float(images), dim=-1) * texts).sum(-1)
+        return at_least_float(self.model.logit_scale).exp() * cosine
+
+
+def check_pickscore(folder: Path) -> None:
+    """A ValueError unless a folder holds a CLIP-H with all weights under their published names."""
+    check_config(folder, "PickScore (CLIP-H)", "clip", SIZES)
+    with torch.device("meta"):
+        expected = shapes_of(CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict())
+    check_names(stored_shapes(folder, "PickScore"), expected, folder, "PickScore", UNUSED)

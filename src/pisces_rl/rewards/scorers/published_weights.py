@@ -1,0 +1,87 @@
+"""Published weights: where they lie, and that they are those of the model they are said to be, before any is read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def published_folder(
+    name: str | Path, scorer: str, patterns: Sequence[str] = ("*.json", "*.txt", "*.safetensors")
+) -> Path:
+    """A folder, or the Hub's snapshot of a model id.
+
+    Raises ValueError with the command that fetches it, where it is neither here nor to be had.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model: {scorer} needs {str(name)!r}, which is no folder and could not be fetched; run "
+            f"`hf download {name}` where there is a network, or pass the folder that holds it."
+        ) from error
+
+
+def stored_shapes(folder: Path, scorer: str, files: str = "*.safetensors") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors in a folder's safetensors files, read from their headers alone.
+
+    Raises ValueError where there is no such file.
+    """
+    found = {}
+    for file in sorted(folder.glob(files)):
+        with safe_open(file, "pt") as tensors:
+            found |= {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}
+    if not found:
+        raise ValueError(f"model: {folder} holds no {files}, so it does not hold the weights of {scorer}.")
+    return found
+
+
+def check_names(found: Shapes, expected: Shapes, source: str | Path, scorer: str, unused: Sequence[str] = ()) -> None:
+    """That weights are the expected ones, name for name and shape for shape, but for those that `unused` names: a
+    name that ends with one of them or begins with one of them that ends with a dot.
+
+    Raises ValueError naming up to five that are missing, unknown or of another shape.
+    """
+    prefixes = tuple(name for name in unused if name.endswith("."))
+    suffixes = tuple(name for name in unused if not name.endswith("."))
+    found = {k: v for k, v in found.items() if not (k.startswith(prefixes) or k.endswith(suffixes))}
+    wrong = [f"{k} is missing" for k in expected if k not in found]
+    wrong += [f"{k} is unknown" for k in found if k not in expected]
+    wrong += [
+        f"{k} has shape {found[k]}, not {shape}" for k, shape in expected.items() if k in found and found[k] != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"model: {source} does not hold the weights of {scorer}: {'; '.join(wrong[:5])}{more}.")
+
+
+def check_config(folder: Path, scorer: str, kind: str, sizes: Mapping[str, int]) -> dict:
+    """A folder's config.json, whose `model_type` is `kind` and whose entries, "vision_config.hidden_size" say, are
+    `sizes`. An entry that the file leaves out is not looked at: it has the default of its class.
+
+    Raises ValueError that says which model it is instead.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model: {folder} has no config.json; pass the folder of {scorer}'s weights.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("model_type") != kind:
+        raise ValueError(f"model: {folder} is a {config.get('model_type')!r}; {scorer} is a {kind!r}.")
+    for name, size in sizes.items():
+        entry = config
+        for part in name.split("."):
+            entry = (entry or {}).get(part)
+        if entry is not None and entry != size:
+            raise ValueError(f"model: {folder} is another {kind!r}: its {name} is {entry}, that of {scorer} {size}.")
+    return config
+
+
+def shapes_of(state: Mapping) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a state dict."""
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,0 +1,157 @@
+"""VideoAlign's VideoReward: visual quality, motion quality and text alignment of a video, by Qwen2-VL-2B."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
+
+from pisces_rl.rewards.scorers.frame_scorer import spread
+from pisces_rl.rewards.scorers.published_weights import check_config, check_names, published_folder, shapes_of
+from pisces_rl.rewards.scorers.qwen2_vl_reward import (
+    UNUSED,
+    Qwen2VLReward,
+    QwenScorer,
+    empty_shapes,
+    flat_name,
+    load_weights,
+    read_constants,
+)
+
+MODEL, BASE = "KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"
+WEIGHTS = "checkpoint-*/model.pth"
+TEMPLATE = "~/.cache/pisces_rl/video_align_prompt_template.py"
+FETCH = (
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/KwaiVGI/VideoAlign/HEAD/prompt_template.py"
+)
+DIMENSIONS = ("VQ", "MQ", "TA")
+#: The authors' normalisation (`inference_config` of the checkpoint's model_config.json), in the order of DIMENSIONS.
+MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)
+SIZES = {
+    "hidden_size": 1536, "num_hidden_layers": 28, "text_config.hidden_size": 1536, "text_config.num_hidden_layers": 28,
+    "vision_config.embed_dim": 1280, "vision_config.depth": 32,
+}  # fmt: skip
+#: LoRA of the checkpoint: on all linear layers of the language model; the update is RANK_SCALE B A.
+ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RANK, RANK_SCALE = 64, 128 / 64
+
+
+class VideoAlign(QwenScorer):
+    """The sum of three normalised scores, each read at a special token of the authors' prompt:
+
+        r = sum_k weights_k (w h_k - mean_k) / std_k,   k in VQ, MQ, TA
+
+    h_k is the last hidden state at <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|>, w one bias-free linear layer, mean and
+    std the authors' constants. Each dimension is recorded as `<name>_VQ` and so on.
+
+    Frames: two a second, at least four and an even number, evenly spread with first and last, scaled to 128 to 256
+    merged patches of 28 x 28 pixels. Source: arXiv 2501.13918, inference.py, vision_process.py and
+    prompt_template.py of github.com/KwaiVGI/VideoAlign.
+
+    Args:
+        model: the Hub id or folder of VideoReward, with checkpoint-*/model.pth, which is read with `weights_only`;
+            or a Qwen2VLReward.
+        base: the Hub id or folder of Qwen2-VL-2B-Instruct, of which only configuration and tokenizer are read; or a
+            tokenizer.
+        template: the authors' prompt_template.py, which is read and never run; or the text itself.
+        video_fps: frames a second of the videos that are scored. weights: of VQ, MQ and TA.
+        batch_size: videos at once. dtype, device: of a model given by name. offload, name: see `QwenScorer`.
+
+    Raises ValueError for weights or a template that are not here, for another model's, for a video of one frame, and
+    for a prompt with one of the model's special tokens.
+    """
+
+    special, tokens, media = tuple(f"<|{name}_reward|>" for name in DIMENSIONS), (128, 256), "video"
+
+    def __init__(
+        self, model: str | Path | Qwen2VLReward = MODEL, base: str | Path | PreTrainedTokenizerBase = BASE,
+        template: str | Path = TEMPLATE, *, video_fps: float = 16.0, weights: Sequence[float] = (1.0, 1.0, 1.0),
+        batch_size: int = 2, dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
+        name: str = "video_align", offload: str | torch.device | None = None,
+    ):  # fmt: skip
+        if video_fps <= 0 or len(weights) != len(DIMENSIONS):
+            raise ValueError(f"video_fps={video_fps}, weights={weights}: expected frames a second, and 3 weights.")
+        if "{text_prompt}" not in str(template):
+            (template,) = read_constants(template, ["DETAILED_PROMPT_WITH_SPECIAL_TOKEN"], FETCH)
+        if not isinstance(model, Qwen2VLReward):
+            folder = published_folder(base, "VideoAlign", ("*.json", "*.txt"))
+            config = video_align_config(folder)
+            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            model = load_video_align(published_folder(model, "VideoAlign", ("*.json", WEIGHTS)), config, dtype)
+            model, base = model.to(device), AutoTokenizer.from_pretrained(folder)
+        super().__init__(model, base, str(template), batch_size=batch_size, name=name, offload=offload)
+        self.video_fps, self.weights = video_fps, torch.tensor(weights)
+
+    def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
+        """(B,) rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2, on their device."""
+        self.check(prompts, videos)
+        scores = self.scores(prompts, videos)
+        if log_extra is not None:
+            for name, values in zip(DIMENSIONS, scores.detach().cpu().T):
+                log_extra(f"{self.__name__}_{name}", values.tolist())
+        return scores @ self.weights.to(scores)
+
+    def scores(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
+        """(B, 3) normalised scores: VQ, MQ, TA."""
+        clips = videos[:, spread(videos.shape[1], frames_seen(videos.shape[1], self.video_fps))]
+        outputs = self.outputs(prompts, clips)[..., 0]
+        return (outputs - outputs.new_tensor(MEAN)) / outputs.new_tensor(STD)
+
+
+def frames_seen(frames: int, video_fps: float, fps: float = 2.0, least: int = 4, most: int = 768) -> int:
+    """How many frames the authors' `smart_nframes` takes: `fps` a second within bounds, an even number."""
+    if frames < 2:
+        raise ValueError(f"videos: VideoAlign needs at least 2 frames, got {frames}.")
+    return round(min(max(frames / video_fps * fps, least), min(most, frames) // 2 * 2) / 2) * 2
+
+
+def head(width: int) -> nn.Module:
+    return nn.Linear(width, 1, bias=False)
+
+
+def video_align_config(folder: Path) -> Qwen2VLConfig:
+    """Qwen2-VL-2B's configuration; a ValueError for another model's folder."""
+    check_config(folder, "VideoAlign's base (Qwen2-VL-2B)", "qwen2_vl", SIZES)
+    return Qwen2VLConfig.from_pretrained(folder)
+
+
+def official_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the published file: a whole PEFT model, base layers beside LoRA's two matrices."""
+    shapes = {}
+    for name, shape in empty_shapes(config, lambda: head(config.text_config.hidden_size)).items():
+        module, _, kind = f"base_model.model.{flat_name(name)}".rpartition(".")
+        if not module.endswith(ADAPTED):
+            shapes[f"{module}.{kind}"] = shape
+            continue
+        shapes[f"{module}.base_layer.{kind}"] = shape
+        if kind == "weight":
+            shapes[f"{module}.lora_A.default.weight"] = (RANK, shape[1])
+            shapes[f"{module}.lora_B.default.weight"] = (shape[0], RANK)
+    return shapes
+
+
+def load_video_align(folder: Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2VLReward:
+    """The model of a folder's published checkpoint, LoRA added to the layers. Names and shapes are checked first."""
+    files = sorted(folder.glob(WEIGHTS))
+    if not files:
+        raise ValueError(f"model: {folder} holds no {WEIGHTS}, so it does not hold the weights of VideoAlign.")
+    state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True)
+    words = "base_model.model.model.embed_tokens.weight"
+    if words in state:  # its tokenizer's size, not the base model's
+        config.text_config.vocab_size = len(state[words])
+    unused = tuple(f"base_model.model.{name}" for name in UNUSED)
+    check_names(shapes_of(state), official_shapes(config), files[-1], "VideoAlign", unused)
+    merged, names = {}, {}
+    for name in empty_shapes(config, lambda: head(config.text_config.hidden_size)):
+        official = f"base_model.model.{flat_name(name)}"
+        module, _, kind = official.rpartition(".")
+        names[name] = official
+        if not module.endswith(ADAPTED):
+            merged[official] = state[official]
+            continue
+        merged[official] = state[f"{module}.base_layer.{kind}"]
+        if kind == "weight":
+            down, up = (state[f"{module}.lora_{side}.default.weight"].float() for side in "AB")
+            merged[official] = (merged[official].float() + RANK_SCALE * up @ down).to(merged[official].dtype)
+    return load_weights(merged, names, config, lambda: head(config.text_config.hidden_size), dtype)
