@@ -28,7 +28,7 @@ import pisces_rl
 from pisces_rl import command
 from pisces_rl.media import load_video, mp4_bytes
 from pisces_rl.rewards import RemoteReward, RewardError, RewardPanel, load_reward
-from pisces_rl.rewards.server import remote, wire
+from pisces_rl.rewards.server import application, remote, wire
 from pisces_rl.rewards.server.identity import columns_of, identity
 from pisces_rl.rewards.server.scoring_queue import ScoringQueue, Stopping
 
@@ -442,6 +442,26 @@ def test_requests_that_wait_together_are_scored_together():
         queue.put(panel, request("late")).result(20)
     queue.thread.join(20)
     assert not queue.thread.is_alive()
+
+
+def test_an_upload_that_stops_frees_its_place(monkeypatch):
+    """A client whose network is cut says nothing more."""
+    monkeypatch.setattr(application, "LONGEST_PAUSE", 0.1)
+    queue = ScoringQueue(4, "cpu")
+    panel = RewardPanel(tiny_runs.brightness)
+    served = application.RewardApplication(panel, queue, limit=1, max_bytes=100, token=None)
+    parts, sent = [{"type": "http.request", "body": b"half", "more_body": True}], []
+
+    async def receive():
+        return parts.pop() if parts else await asyncio.sleep(60)
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
+    asyncio.run(served.asgi(scope, receive, send))
+    assert sent[0]["status"] == 499 and served.inside == 0
+    queue.stop()
 
 
 @pytest.mark.parametrize("options, why", [

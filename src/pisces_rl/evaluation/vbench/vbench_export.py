@@ -96,7 +96,7 @@ def export(
         try:
             _keep_settings(folder / SETTINGS, settings, videos)
             plan = [None, [video for video in videos if not all(is_whole_mp4(folder / path) for path in video.paths)]]
-        except ValueError as error:
+        except (OSError, ValueError) as error:  # on all processes, which wait for the plan
             plan = [error, None]
     error, missing = broadcast_object_list(plan)
     if error is not None:

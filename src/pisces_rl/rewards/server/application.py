@@ -19,6 +19,7 @@ from .scoring_queue import ScoringQueue, Stopping
 from .wire import PROTOCOL, pack_answer, too_large, unpack_request
 
 RETRY_AFTER = 1  # seconds
+LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
 
 
 class RewardApplication:
@@ -86,8 +87,15 @@ class RewardApplication:
 
     async def _body(self, request: Request) -> bytes:
         """All of it is read, and kept unless it is too large: see `_refuse`."""
-        parts, size = [], 0
-        async for part in request.stream():
+        parts, size, stream = [], 0, request.stream()
+        while True:
+            try:
+                async with asyncio.timeout(LONGEST_PAUSE):
+                    part = await anext(stream)
+            except StopAsyncIteration:
+                break
+            except TimeoutError:
+                raise ClientDisconnect from None
             size += len(part)
             if size <= self.max_bytes:
                 parts.append(part)

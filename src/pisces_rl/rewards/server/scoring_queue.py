@@ -102,16 +102,18 @@ class ScoringQueue:
                     return taken
 
     def _score(self, jobs: list[_Job]) -> None:
+        table = failure = None
         try:
             table = self._table(jobs[0].panel, [job.request for job in jobs])
         except BaseException as error:  # also a reward's sys.exit: the thread serves others
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._score([job])
-            elif isinstance(error, RewardError):
-                jobs[0].future.set_exception(error)
-            else:
-                jobs[0].future.set_exception(RewardError(f"{type(error).__name__}: {error}"))
+            failure = error if isinstance(error, RewardError) else RewardError(f"{type(error).__name__}: {error}")
+        if failure is not None:
+            if len(jobs) == 1:
+                jobs[0].future.set_exception(failure)
+                return
+            del failure  # with the frames that hold the batch of all
+            for job in jobs:
+                self._score([job])
             return
         start = 0
         for job in jobs:
