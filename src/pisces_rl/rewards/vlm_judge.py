@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
+from pisces_rl.rewards.offloaded_model import OffloadedModel
 
 PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt"
 
 
-class VLMJudge:
+class VLMJudge(OffloadedModel):
     """The score that a chat model gives a video and its prompt, as an expectation over its answer's first token.
 
         r = (sum_k k p(k) - k_min) / (k_max - k_min),   p(k) the model's probability of the digit k among `scores`
@@ -60,19 +61,9 @@ class VLMJudge:
             raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
         self.tokens = [token[0] for token in tokens]
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
-        self.__name__, self._offload = name, None
+        self.__name__ = name
         if offload is not None:
             self.offload = offload
-
-    @property
-    def offload(self) -> str | torch.device | None:
-        """Where the model works while its weights lie on the CPU between calls; None: it stays where it is."""
-        return self._offload
-
-    @offload.setter
-    def offload(self, device: str | torch.device | None) -> None:
-        self._offload = device
-        self.model.to("cpu")
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD
+from pisces_rl.rewards.offloaded_model import OffloadedModel
 
 
 def spread(count: int, frames: int) -> Tensor:
@@ -52,7 +53,7 @@ def clip_pixels(frames: Tensor, size: int, *, crop_rounds: bool = False) -> Tens
     return (frames - mean) / std
 
 
-class FrameScorer(ABC):
+class FrameScorer(OffloadedModel, ABC):
     """A video's score is the mean of its frames' scores; differentiable.
 
     A video of one frame has the authors' score of that image; they say nothing of videos.
@@ -74,19 +75,9 @@ class FrameScorer(ABC):
         if frames < 1 or micro_batch < 1:
             raise ValueError(f"frames={frames}, micro_batch={micro_batch}: both must be at least 1.")
         self.model, self.size = model.eval().requires_grad_(False), size
-        self.frames, self.micro_batch, self.__name__, self._offload = frames, micro_batch, name, None
+        self.frames, self.micro_batch, self.__name__ = frames, micro_batch, name
         if offload is not None:
             self.offload = offload
-
-    @property
-    def offload(self) -> str | torch.device | None:
-        """Where the model works while its weights lie on the CPU between calls; None: it stays where it is."""
-        return self._offload
-
-    @offload.setter
-    def offload(self, device: str | torch.device | None) -> None:
-        self._offload = device
-        self.model.to("cpu")
 
     @abstractmethod
     def read(self, prompts: Sequence[str]) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD
+from pisces_rl.rewards.offloaded_model import OffloadedModel
 from pisces_rl.rewards.scorers.frame_scorer import at_least_float, scale
 
 UNUSED = ("lm_head.",)
@@ -35,7 +36,7 @@ class Qwen2VLReward(nn.Module):
         return self.rm_head(at_least_float(hidden))
 
 
-class QwenScorer(ABC):
+class QwenScorer(OffloadedModel, ABC):
     """What scorers on a `Qwen2VLReward` share: how a clip and a prompt are laid out. Differentiable.
 
     Each clip of `clips` is scaled to sides divisible by 28 pixels (a merged patch), with `tokens[0]` to `tokens[1]` of
@@ -67,19 +68,9 @@ class QwenScorer(ABC):
             raise ValueError(f"tokenizer: it has {len(tokenizer)} tokens, the model {rows}; pass the model's own.")
         self.model, self.tokenizer, self.template = model.eval().requires_grad_(False), tokenizer, template
         self.marks = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.special)))
-        self.batch_size, self.__name__, self._offload = batch_size, name, None
+        self.batch_size, self.__name__ = batch_size, name
         if offload is not None:
             self.offload = offload
-
-    @property
-    def offload(self) -> str | torch.device | None:
-        """Where the model works while its weights lie on the CPU between calls; None: it stays where it is."""
-        return self._offload
-
-    @offload.setter
-    def offload(self, device: str | torch.device | None) -> None:
-        self._offload = device
-        self.model.to("cpu")
 
     def check(self, prompts: Sequence[str], videos: Tensor) -> None:
         """A ValueError for shapes and pixels as of every reward, and for a prompt with one of the model's tokens."""
