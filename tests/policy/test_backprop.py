@@ -4,7 +4,7 @@ import pytest
 import torch
 from policy.adapted import give_adapter
 from policy.test_replay_parity import PROMPTS, adapted, seeded
-from tiny_pipelines import BUILD, CALLS, EXPERTS, FLOW, GUIDANCE, REFUSES, quiet
+from tiny_pipelines import BUILD, CALLS, EXPERTS, FLOW, GUIDANCE, REFUSES, often, quiet
 
 from pisces_rl import load_pipeline
 from pisces_rl.policy import DecodedPart, PolicyError, VideoPolicy, lora_parameters
@@ -127,7 +127,7 @@ def trained_wan() -> tuple[VideoPolicy, dict]:
     return policy, give_adapter(dict(policy.denoiser.items()), std=0.05)[0]
 
 
-@pytest.mark.parametrize("family", DIFFERENTIABLE)
+@pytest.mark.parametrize("family", often(DIFFERENTIABLE))
 def test_a_jump_decodes_the_one_step_prediction(family):
     policy, parameters = build(family)
     last = policy.sample_with_gradients(PROMPTS, **seeded(family), jump_at=STEPS - 1)
@@ -138,7 +138,7 @@ def test_a_jump_decodes_the_one_step_prediction(family):
     assert all_reached(family, parameters, gradients(parameters, first.square().mean()), [0])
 
 
-@pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a later start") not in REFUSES])
+@pytest.mark.parametrize("family", often(f for f in DIFFERENTIABLE if (f, "a later start") not in REFUSES))
 def test_the_last_step_begins_from_renoised_latents(family):
     policy, parameters = build(family)
     final = policy.final_latents(PROMPTS, **seeded(family))
@@ -152,7 +152,7 @@ def test_the_last_step_begins_from_renoised_latents(family):
     assert all_reached(family, parameters, gradients(parameters, a.square().mean()), [STEPS - 1])
 
 
-@pytest.mark.parametrize("family", [f for f in DIFFERENTIABLE if (f, "a part of the frames") not in REFUSES])
+@pytest.mark.parametrize("family", often(f for f in DIFFERENTIABLE if (f, "a part of the frames") not in REFUSES))
 def test_a_part_of_the_frames(family):
     policy, parameters = build(family)
     whole = policy.sample(PROMPTS, **seeded(family)).videos

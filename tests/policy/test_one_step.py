@@ -5,7 +5,7 @@ import torch
 from policy.test_backprop import all_reached
 from policy.test_latents import build
 from policy.test_replay_parity import PROMPTS, seeded
-from tiny_pipelines import BUILD, CONDITIONS, FLOW, GUIDANCE, REFUSES
+from tiny_pipelines import BUILD, CONDITIONS, FLOW, GUIDANCE, REFUSES, often
 
 from pisces_rl.policy import PolicyError, Prediction, Rollout, lora_parameters
 
@@ -42,7 +42,7 @@ def test_predictions_along_the_trajectory_are_the_sampler_s(family):
         torch.testing.assert_close(found.clean, state, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", STARTING)
+@pytest.mark.parametrize("family", often(STARTING))
 def test_noised_states_gradients_and_another_grid(family):
     policy = build(family)
     parameters = lora_parameters(dict(policy.denoiser.items()))
@@ -62,7 +62,7 @@ def test_noised_states_gradients_and_another_grid(family):
     assert not predict(policy, **seeded(family), step=2, clean=clean).clean.requires_grad
 
 
-@pytest.mark.parametrize("family", STARTING)
+@pytest.mark.parametrize("family", often(STARTING))
 def test_guidance_for_this_once(family):
     policy = build(family)
     clean = policy.final_latents(PROMPTS, **seeded(family))

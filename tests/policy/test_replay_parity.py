@@ -7,7 +7,7 @@ import diffusers
 import pytest
 import torch
 from policy.adapted import give_adapter
-from tiny_pipelines import BUILD, CALLS, CONDITIONS, EDM, FLOW, GUIDANCE, quiet
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, EDM, FLOW, GUIDANCE, OFTEN, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy, lora_parameters
 from pisces_rl.policy.lora.lora_files import has_lora_loader
@@ -18,11 +18,17 @@ FITTING = {family: ("ddim",) for family in BUILD}
 FITTING |= dict.fromkeys(FLOW, FLOW_TRANSITIONS) | dict.fromkeys(EDM, ("ancestral",))
 HOW = {"guided-plain": (True, False), "guided-checkpointed": (True, True),
        "unguided-plain": (False, False), "unguided-checkpointed": (False, True)}  # fmt: skip
-OFTEN = "guided-plain", "unguided-checkpointed"  # each half of both ways
-# The other transitions only draw another x', so one way of them is enough here.
+QUICK = "guided-plain", "unguided-checkpointed"  # each half of both ways
+
+
+def is_quick(family: str, name: str, how: str) -> bool:
+    """The other transitions only draw another x', so one way of them and a few families are enough."""
+    return how in QUICK if name == FITTING[family][0] else how == QUICK[0] and family in OFTEN
+
+
 CASES = [
     pytest.param(family, name, guided, checkpointing, id=f"{family}-{name}-{how}",
-                 marks=() if how in OFTEN[: 2 if name == FITTING[family][0] else 1] else pytest.mark.slow)
+                 marks=() if is_quick(family, name, how) else pytest.mark.slow)
     for family in BUILD for name in FITTING[family] for how, (guided, checkpointing) in HOW.items()
 ]  # fmt: skip
 SLICE_TOLERANCE = {"allegro": 3e-5}  # x0^ = (x - ...) / sqrt(alpha-bar), which is 0.0064 at its first step
