@@ -25,7 +25,7 @@ def estimated(method: str, peft_config=None, **settings) -> MemoryEstimate:
     return estimate_memory(wan(), config(method, **settings), peft_config)
 
 
-SHORT = dict(num_frames=5, guidance_scale=1.0)
+SHORT = dict(height=32, width=32, num_frames=5, guidance_scale=1.0)
 
 
 def test_nft_holds_the_old_policy_clean_latents_and_two_predictions():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from policy.adapted import build
 from policy.test_replay_parity import PROMPTS, seeded
-from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, REFUSES
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, REFUSES, often
 
 from pisces_rl.policy import (
     PolicyError,
@@ -53,18 +53,13 @@ def grpo(policy: VideoPolicy, parameters: dict, family: str) -> list[torch.Tenso
     return [rollout.videos, rollout.log_probs, *replayed, *gradients]
 
 
-UNETS = ("animatediff", "t2v_sd")  # large, however tiny
-
-
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
     assert len(found) == len(expected)
     for a, b in zip(found, expected):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("family", [
-    pytest.param(family, marks=pytest.mark.slow) if family in UNETS else family for family in BUILD
-])
+@pytest.mark.parametrize("family", often(BUILD))
 def test_every_family_gives_the_same_numbers_with_all_of_it_offloaded(family):
     policy, parameters = build(family)
     expected = grpo(policy, parameters, family)
@@ -78,13 +73,7 @@ def test_every_family_gives_the_same_numbers_with_all_of_it_offloaded(family):
     assert_same(grpo(policy, parameters, family), expected)
 
 
-FOLLOWED = [family for family in BUILD if (family, "backpropagation") not in REFUSES]
-OFTEN = ("wan", "easyanimate", "wan22_a14b", "wan_i2v")
-
-
-@pytest.mark.parametrize("family", [
-    family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in FOLLOWED
-])
+@pytest.mark.parametrize("family", often(f for f in BUILD if (f, "backpropagation") not in REFUSES))
 def test_gradients_through_decoder_and_denoiser_are_the_same(family):
     policy, parameters = build(family)
 

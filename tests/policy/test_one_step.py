@@ -27,7 +27,7 @@ def test_families_that_cannot_start_later_say_so(family, message):
         predict(policy, noise_seeds=[1, 2], step=1, state=first.following)
 
 
-@pytest.mark.parametrize("family", STARTING)
+@pytest.mark.parametrize("family", often(STARTING))
 def test_predictions_along_the_trajectory_are_the_sampler_s(family):
     policy = build(family)
     final = policy.final_latents(PROMPTS, **seeded(family))

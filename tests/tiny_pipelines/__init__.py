@@ -23,7 +23,7 @@ EDM = second_seven.EDM
 EXPERTS = since_wan22.EXPERTS
 REFUSES = second_seven.REFUSES
 # One of each schedule and prediction, of an image as condition, of two experts, and of a decoder frame by frame.
-OFTEN = ("wan", "mochi", "cogvideox", "cosmos", "latte", "wan_i2v", "wan22_a14b")
+OFTEN = ("wan", "mochi", "cogvideox", "cosmos", "latte", "easyanimate", "wan_i2v", "wan22_a14b")
 
 
 def often(families) -> list:

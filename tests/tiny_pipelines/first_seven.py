@@ -369,7 +369,7 @@ CALLS = dict(
         prompt_template={"template": "{}", "crop_start": 0},
     ),
     animatediff=dict(height=16, width=16, num_frames=4, guidance_scale=7.5),
-    t2v_sd=dict(height=16, width=16, num_frames=4, guidance_scale=7.5),
+    t2v_sd=dict(height=8, width=8, num_frames=4, guidance_scale=7.5),
 )
 BUILD = dict(
     wan=tiny_wan,
