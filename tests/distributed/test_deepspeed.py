@@ -2,12 +2,12 @@
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import scenarios
@@ -15,7 +15,8 @@ from comparisons import one_process
 from processes import launch
 from tiny_runs import largest_difference
 
-pytestmark = pytest.mark.slow
+# Not imported, which takes seconds: the processes do it.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")]
 ROOT = Path(__file__).parents[2]
 EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
              "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
