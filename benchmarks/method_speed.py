@@ -30,7 +30,7 @@ from pisces_rl.policy import default_lora_config
 from pisces_rl.rewards import load_reward
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-PARTS = ("text", "rollout", "decode", "rewards", "update", "idle")
+PARTS = ("text", "rollout", "sampling", "decode", "rewards", "update", "idle")
 VIDEOS = 8
 OWN = {"model", "dataset", "rewards", "eval_prompts", "method", "lora_r", "lora_alpha"}  # the script's
 BACKPROP = {"per_device_train_batch_size": 1, "decode_frames": 2, "learning_rate": 1e-4}
@@ -73,6 +73,7 @@ def measure(method: str, steps: int, tiny: bool) -> dict[str, float]:
     rows = [row for row in trainer.state.log_history if "step_time" in row][2:]
     found = {part: fmean(row.get(f"seconds/{part}", 0.0) for row in rows) for part in PARTS}
     found["step"] = sum(found.values())
+    found["rollout"] += found.pop("sampling")  # what backpropagation calls it
     found["GiB"] = float("nan") if tiny else torch.cuda.max_memory_allocated() / 2**30
     return found
 
