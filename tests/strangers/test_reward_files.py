@@ -66,8 +66,9 @@ def test_two_files_of_one_stem(tmp_path):
     assert load_reward(f"{tmp_path}/a/rewards.py:other").__globals__ is first.__globals__
 
 
-def test_a_file_that_was_changed_is_loaded_again(tmp_path):
-    """In a notebook, after a fix."""
+def test_a_file_that_was_changed_is_loaded_again(tmp_path, monkeypatch):
+    """In a notebook, after a fix; within a second, for which bytecode of the same size would count as current."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     for value in (1, 2):
         path = write(tmp_path / "rewards.py", SCORE.format(value))
         assert load_reward(f"{path}:score")([0], None) == [value]

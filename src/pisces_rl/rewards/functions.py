@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
@@ -78,7 +79,7 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
     importlib.invalidate_caches()  # the files may be as old as this process
     _check_neighbours(name, path, folders, content)
-    spec = importlib.util.spec_from_file_location(own, path)
+    spec = importlib.util.spec_from_file_location(own, path, loader=_SourceLoader(own, str(path)))
     module = sys.modules[own] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -86,6 +87,13 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
         del sys.modules[own]
         raise
     return module
+
+
+class _SourceLoader(SourceFileLoader):
+    """Compiles what the file holds now: a bytecode file counts as current after an edit that keeps second and size."""
+
+    def get_code(self, fullname: str):
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes) -> None:
