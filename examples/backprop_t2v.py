@@ -31,8 +31,8 @@ def main() -> None:
     train_dataset, eval_dataset = load_datasets(script, config.seed, config.image_columns)
     trainer = RewardBackpropTrainer(
         model=script.model,
-        reward_funcs=load_rewards(script, script.rewards),
-        judge_funcs=load_rewards(script, script.judges),
+        reward_funcs=load_rewards(script, script.rewards, config.own_reward_device()),
+        judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -19,6 +19,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
@@ -126,11 +127,12 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
     return prompts.select(keep[:count])
 
 
-def load_rewards(script: ScriptArguments, names: list[str]) -> list:
+def load_rewards(script: ScriptArguments, names: list[str], device: torch.device | None = None) -> list:
     attention = None if script.ot_attention is None else json.loads(script.ot_attention)
     quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
     options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
-    load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload)
+    load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
+                             device=device)  # fmt: skip
     return [load(name, **options.get(name, {})) for name in names]
 
 
@@ -173,8 +175,8 @@ def main() -> None:
     train_dataset, eval_dataset = load_datasets(script, config.seed, config.image_columns)
     trainer = VideoGRPOTrainer(
         model=script.model,
-        reward_funcs=load_rewards(script, script.rewards),
-        judge_funcs=load_rewards(script, script.judges),
+        reward_funcs=load_rewards(script, script.rewards, config.own_reward_device()),
+        judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -63,8 +63,8 @@ def main() -> None:
     pairs = SIDES[0] in train_dataset.column_names  # then they are what is learnt from
     trainer = make_trainer(
         model=script.model,
-        reward_funcs=None if pairs else load_rewards(script, script.rewards),
-        judge_funcs=load_rewards(script, script.judges),
+        reward_funcs=None if pairs else load_rewards(script, script.rewards, config.own_reward_device()),
+        judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
         args=config,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

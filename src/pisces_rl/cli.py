@@ -153,4 +153,4 @@ def load_reward_function(name: str, **options) -> Callable:
 
     unused = () if name in ENCODER_REWARDS else ("encoder", "offload") if name == "ocr" else ("encoder",)
     options = {option: value for option, value in options.items() if option not in unused}
-    return load_reward(name, **options) if name in REWARDS else load_reward(name)
+    return load_reward(name, **options) if name in REWARDS else load_reward(name, device=options.get("device"))

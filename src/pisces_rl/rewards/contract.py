@@ -9,7 +9,8 @@ may be `async def`. `log_extra(name, values)` records B per-sample values, `log_
 reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`; one with
 `compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
-between calls. These attributes and `__name__` may be set on a wrapper or a partial: the outermost one counts.
+between calls. One with a method `to` is moved by it where the run has a `reward_device`. These attributes and
+`__name__` may be set on a wrapper or a partial: the outermost one counts.
 
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
 it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
@@ -47,6 +48,13 @@ def offload(func: RewardFunc, device: torch.device | str) -> None:
         for layer in layers(func):
             if getattr(layer, "offload", device) is None:
                 layer.offload = device
+
+
+def move(func: RewardFunc, device: torch.device | str) -> None:
+    """What a reward holds goes to `device` and works there: every layer of it that has a method `to`."""
+    for layer in layers(func):
+        if callable(getattr(layer, "to", None)):
+            layer.to(device)
 
 
 def compares_videos(func: RewardFunc) -> bool:

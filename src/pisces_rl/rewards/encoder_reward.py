@@ -20,3 +20,11 @@ class EncoderReward:
     def offload(self, device: str | torch.device | None) -> None:
         self.encoder.offload = device
         self.encoder.to("cpu")
+
+    def to(self, device: str | torch.device):
+        """Work on `device`, with weights that stay there, or wait as before; itself, as modules have it."""
+        if self.encoder.offload is None:
+            self.encoder.to(device)
+        else:
+            self.encoder.offload = device
+        return self

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
+from pisces_rl.rewards.contract import move
 from pisces_rl.rewards.encoders import VideoTextEncoder
 from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
@@ -54,7 +55,7 @@ FUNCTIONS = {
 
 def load_reward(
     name: str, *, encoder: str | Path | VideoTextEncoder = DEFAULT_ENCODER, ot_map: str | Path | None = None,
-    attention: OTAttention | dict | None = None, offload: str | None = None, **options,
+    attention: OTAttention | dict | None = None, offload: str | None = None, device: str | None = None, **options,
 ) -> Callable:  # fmt: skip
     """A reward by name; rewards of one encoder's name share one encoder.
 
@@ -68,6 +69,7 @@ def load_reward(
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
         offload: the device, such as "cuda", on which the encoder works while its weights lie on the CPU between
             calls; unset: it stays on the device it is loaded to. A call that leaves a graph leaves the weights there.
+        device: where it works, for instance "cuda:1"; unset: CUDA if there is one.
         options: of `OTQualityReward` or `OTSemanticReward`, or of the class of one of `SCORERS`.
 
     Raises ValueError for an unknown name, for options that the reward does not use, for a map of another encoder, and
@@ -78,13 +80,15 @@ def load_reward(
         options |= {option: value for option, value in (given | {"offload": offload}).items() if value is not None}
         kind = _scorer(name)
         _check_used(name, kind, list(options), {"name"})
+        if device is not None and "device" in inspect.signature(kind).parameters:
+            options.setdefault("device", device)
         return kind(name=name, **options)
     if name not in REWARDS:
         is_url = name.startswith(("http://", "https://"))
         function = remote_reward(name) if is_url else load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
             raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
-        return function
+        return _placed(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
     left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
     _check_used(name, _kind(name), [*options, *(part for part, value in parts.items() if value is not None)], left_out)
@@ -97,13 +101,19 @@ def load_reward(
         options["ot_map"] = TransportMap.load(folder)
         if options.get("divergence_weight") and "bank" not in options:
             options["bank"] = load_file(folder / BANK)["bank"].float()
-    model = shared_encoder(encoder, offload)
+    model = shared_encoder(encoder, offload, device)
     if name == "ot_quality" and ot_map is None and options["ot_map"].encoder != model.name:
         raise ValueError(
             f"ot_map: none is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
             "examples/fit_ot_map.py."
         )
-    return _kind(name)(model, name=name, **options)
+    return _placed(_kind(name)(model, name=name, **options), device)
+
+
+def _placed(reward: Callable, device: str | None) -> Callable:
+    if device is not None:
+        move(reward, device)
+    return reward
 
 
 def _kind(name: str) -> type[OTQualityReward] | type[OTSemanticReward]:

@@ -17,3 +17,11 @@ class OffloadedModel:
     def offload(self, device: str | torch.device | None) -> None:
         self._offload = device
         self.model.to("cpu")
+
+    def to(self, device: str | torch.device):
+        """Work on `device`, with weights that stay there, or wait as before; itself, as modules have it."""
+        if self._offload is None:
+            self.model.to(device)
+        else:
+            self._offload = device
+        return self

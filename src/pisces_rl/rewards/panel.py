@@ -19,6 +19,7 @@ from .contract import (
     checked_values,
     is_async,
     is_differentiable,
+    move,
     offload,
     reward_name,
 )
@@ -37,6 +38,7 @@ class RewardPanel:
     Args:
         funcs: a reward or a list of them: callables, see `pisces_rl.rewards.contract`, or names for `load_reward`.
         timeout: seconds that a reward may take for a batch, see `time_limit`; 0: as long as it likes.
+        device: where they work, with the videos and their gradients sent there and back; None: where each one is.
 
     Attributes:
         record: record("rewards/NAME") is entered while a reward is called.
@@ -46,9 +48,10 @@ class RewardPanel:
             that failed, took too long or wrote into the videos.
     """
 
-    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None, timeout: float = 0.0):
-        self.timeout = timeout
-        self.funcs = _loaded(_as_list(funcs))
+    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None, timeout: float = 0.0,
+                 device: torch.device | str | None = None):
+        self.timeout, self.device = timeout, device
+        self.funcs = _loaded(_as_list(funcs), device)
         names = [reward_name(func) for func in self.funcs]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
         if len(set(self.names)) < len(names):
@@ -70,6 +73,7 @@ class RewardPanel:
     @torch.no_grad()
     def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
                  trainer_state=None) -> RewardTable:
+        videos = videos.to(self.device)
         tables: list[RewardTable] = [None] * len(self)
         pending, guard = {}, Untouched(videos)
         order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # those first, to run meanwhile
@@ -99,9 +103,10 @@ class RewardPanel:
         return RewardTable.side_by_side(tables, [[i] for i in range(len(self))])
 
     def offload(self, device: torch.device | str) -> None:
-        """Rewards that hold weights work on `device`, and these lie on the CPU between calls (`contract.offload`)."""
+        """Rewards that hold weights work on `device` (the panel's own, if it has one), and these lie on the CPU
+        between calls (`contract.offload`)."""
         for func in self.funcs:
-            offload(func, device)
+            offload(func, device if self.device is None else self.device)
 
     def check_differentiable(self) -> None:
         """A ValueError that names the rewards which do not say that they carry gradients, or are async."""
@@ -126,7 +131,7 @@ class RewardPanel:
         Raises:
             RewardError: a reward failed, returned no tensor with a graph, or its gradient is not finite.
         """
-        videos = videos.detach().requires_grad_()
+        home, videos = videos.device, videos.detach().to(self.device).requires_grad_()
         table, offered = self._offer(prompts, videos, columns, trainer_state, width=len(self))
         gradients, guard = [], Untouched(videos)
         with shared_encodings(backward=True):
@@ -150,7 +155,7 @@ class RewardPanel:
                             f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
                             f"{prompts[bad[0]]!r}. Training stops before it learns from that."
                         )
-                gradients.append(gradient)
+                gradients.append(gradient.to(home))
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
 
@@ -224,8 +229,9 @@ def _as_list(funcs) -> list:
     return [] if funcs is None else [funcs]
 
 
-def _loaded(funcs: list) -> list[RewardFunc]:
-    """Rewards, those that are given by name loaded; what cannot be a reward is found before weights are loaded."""
+def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
+    """Rewards on `device`, those that are given by name loaded; what cannot be a reward is found before weights are
+    loaded."""
     if any(isinstance(func, str) for func in funcs):
         from .loading import REWARDS, load_reward  # needs transformers
 
@@ -233,7 +239,11 @@ def _loaded(funcs: list) -> list[RewardFunc]:
     for func in funcs:
         if not isinstance(func, str):
             check_reward(func)
-    return [load_reward(func) if isinstance(func, str) else func for func in funcs]
+    funcs = [load_reward(func, device=device) if isinstance(func, str) else func for func in funcs]
+    if device is not None:
+        for func in funcs:
+            move(func, device)
+    return funcs
 
 
 class _named:

@@ -59,8 +59,9 @@ def load_encoder(
 
 
 def shared_encoder(
-    encoder: str | Path | VideoTextEncoder, offload: str | torch.device | None = None
-) -> VideoTextEncoder:
+    encoder: str | Path | VideoTextEncoder, offload: str | torch.device | None = None,
+    device: str | torch.device | None = None,
+) -> VideoTextEncoder:  # fmt: skip
     """`load_encoder`, but the same encoder each time, as long as the files of its folder are the same; an encoder is
     returned as it is. With `offload` one that works on that device and lies on the CPU between uses."""
     if isinstance(encoder, VideoTextEncoder):
@@ -68,13 +69,15 @@ def shared_encoder(
     if not isinstance(encoder, (str, Path)):
         raise TypeError(f"encoder: expected a VideoTextEncoder, a name, a folder or a Hub id, got {encoder!r}.")
     stamps = tuple((file.name, file.stat().st_mtime_ns) for file in _files(Path(encoder)))
-    return _shared(str(encoder), offload, stamps)
+    return _shared(str(encoder), offload, device, stamps)
 
 
 @functools.lru_cache(maxsize=4)
-def _shared(name: str, offload: str | torch.device | None, stamps: tuple) -> VideoTextEncoder:
+def _shared(
+    name: str, offload: str | torch.device | None, device: str | torch.device | None, stamps: tuple
+) -> VideoTextEncoder:
     if offload is None:
-        return load_encoder(name)
+        return load_encoder(name, device=device)
     encoder = load_encoder(name, device="cpu")
     encoder.offload = offload
     return encoder

@@ -83,6 +83,12 @@ class VideoPolicyConfig(_BaseConfig):
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
     )
+    reward_device: str | None = field(
+        default=None,
+        metadata={"help": "Where rewards and judges work, for instance cuda:1, another GPU of this host, so that they "
+                  "and the policy share no memory; of several processes devices with commas, which each host's "
+                  "processes take in turn. Unset: where each reward puts itself."},
+    )
     reward_timeout: float = field(
         default=1200.0,
         metadata={"help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
@@ -172,6 +178,7 @@ class VideoPolicyConfig(_BaseConfig):
         check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
             raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
+        self.own_reward_device()  # an error now, not after the model is loaded
         if self.continue_reference not in ("base", "adapter"):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
         if self.continue_reference == "adapter" and not self.continue_from:
@@ -270,6 +277,21 @@ class VideoPolicyConfig(_BaseConfig):
         """How many videos are sampled how often, in words."""
         videos = self.per_device_train_batch_size * self.data_parts * self.gradient_accumulation_steps
         return f"each optimizer step samples {videos} videos"
+
+    def own_reward_device(self) -> torch.device | None:
+        """The one of `reward_device` that is this process's; a ValueError if one of them is none of this host's."""
+        if self.reward_device is None:
+            return None
+        devices = []
+        for name in self.reward_device.split(","):
+            try:
+                devices.append(torch.device(name.strip()))
+                here = torch.get_device_module(devices[-1]).device_count()
+            except RuntimeError as error:
+                raise ValueError(f"reward_device={self.reward_device!r}: {name!r} is no device: {error}") from error
+            if (devices[-1].index or 0) >= here:
+                raise ValueError(f"reward_device={self.reward_device!r}: there is no {name} among {here} of its kind.")
+        return devices[self.local_process_index % len(devices)]
 
     def policy_kwargs(self) -> dict:
         """The arguments of the pipeline's call that this config sets."""

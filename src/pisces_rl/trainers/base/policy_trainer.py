@@ -95,7 +95,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             check_dataset("eval_dataset", eval_dataset, several=True)
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = (
-            RewardPanel(funcs, args.reward_timeout) for funcs in (reward_funcs, judge_funcs))
+            RewardPanel(funcs, args.reward_timeout, args.own_reward_device()) for funcs in (reward_funcs, judge_funcs))
         auxiliary_losses = [] if auxiliary_losses is None else auxiliary_losses
         check_auxiliary_losses(auxiliary_losses)
         self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses]
