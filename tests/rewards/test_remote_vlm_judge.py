@@ -1,11 +1,12 @@
-"""A vision-language judge over HTTP: against `transformers serve`, which gives no log-probabilities, and against an app
-of the same protocol that computes them with the same tiny model."""
+"""A vision-language judge over HTTP: against `transformers serve`, which gives no log-probabilities, and against an
+app of the same protocol that computes them with the same tiny model."""
 
 import asyncio
 import base64
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from served_app import ServedApp, free_port, garbage, half, reset, stall, status
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tiny_llava import WORDS, tiny_llava
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pisces_rl.media import load_video, mp4_bytes
 from pisces_rl.rewards import RemoteVLMJudge, RewardError, RewardPanel, load_reward, remote_vlm_judge, retrying_client
@@ -49,9 +50,9 @@ def inputs(judge, images, text):
 class Endpoint(ServedApp):
     """The protocol with log-probabilities of a judge's model, and deeds as those of `served_app`."""
 
-    def __init__(self, judge, *deeds, key=None, sees=True, models=(MODEL,), wait=0.0):
-        self.judge, self.deeds, self.key, self.sees, self.models, self.wait = judge, list(deeds), key, sees, models, wait
-        self.requests, self.times, self.inside, self.most = [], [], 0, 0
+    def __init__(self, judge, key=None, sees=True, wait=0.0):
+        self.judge, self.key, self.sees, self.wait = judge, key, sees, wait
+        self.deeds, self.requests, self.times, self.inside, self.most = [], [], [], 0, 0
         super().__init__(Route("/v1/models", self.list), Route("/v1/chat/completions", self.chat, methods=["POST"]))
         self.url += "/v1"
 
@@ -61,7 +62,7 @@ class Endpoint(ServedApp):
             return JSONResponse({"error": {"message": message, "code": 401}}, 401)
 
     async def list(self, request):
-        return self.refused(request) or JSONResponse({"object": "list", "data": [{"id": one} for one in self.models]})
+        return self.refused(request) or JSONResponse({"object": "list", "data": [{"id": MODEL}]})
 
     async def chat(self, request):
         if refused := self.refused(request):
@@ -89,7 +90,7 @@ class Endpoint(ServedApp):
         log_probs = self.judge.model(**given).logits[0, -1].float().log_softmax(-1)
         top = log_probs.topk(min(asked.get("top_logprobs") or 1, len(WORDS)))
         listed = [{"token": WORDS[i], "logprob": log} for i, log in zip(top.indices.tolist(), top.values.tolist())]
-        choice = {"index": 0, "message": {"role": "assistant", "content": listed[0]["token"]}, "finish_reason": "length"}
+        choice = {"index": 0, "message": {"role": "assistant", "content": listed[0]["token"]}}
         if asked.get("logprobs"):
             choice["logprobs"] = {"content": [listed[0] | {"top_logprobs": listed}]}
         return {"object": "chat.completion", "choices": [choice], "usage": {"prompt_tokens": given.input_ids.shape[1]}}
@@ -123,7 +124,8 @@ def ask(*rewards, prompts=PROMPTS, videos=VIDEOS):
 
 
 def close(values, expected):
-    torch.testing.assert_close(torch.as_tensor(values, dtype=torch.float32), torch.as_tensor(expected), atol=1e-5, rtol=0)
+    values, expected = torch.as_tensor(values, dtype=torch.float32), torch.as_tensor(expected)
+    torch.testing.assert_close(values, expected, atol=1e-5, rtol=0)
 
 
 # --- the same scores as the local judge ------------------------------------------------------------------------------
@@ -131,7 +133,7 @@ def close(values, expected):
 
 def test_scores_are_those_of_the_local_judge(local):
     expected = local(PROMPTS, VIDEOS)
-    assert len(set(expected)) == 3 and max(expected) - min(expected) > 0.01
+    assert len(set(expected)) == 3 and max(expected) - min(expected) > 1e-3
     with Endpoint(local) as endpoint:
         table = ask(endpoint.reward())
         close(table.values[:, 0], expected)
@@ -147,7 +149,8 @@ def test_what_is_sent(local):
         frames = spread_frames(VIDEOS, 4)
         clips = [load_video(mp4_bytes(clip.float() / 255, 8, min_size=0)) for clip in frames]
         close(ask(endpoint.reward(send="mp4")).values[:, 0], local(PROMPTS, torch.stack(clips)))
-        assert {part["type"] for one in endpoint.requests for part in one["messages"][0]["content"]} == {"video_url", "text"}
+        parts = [[part["type"] for part in one["messages"][0]["content"]] for one in endpoint.requests]
+        assert parts == [["video_url", "text"]] * 3
         lossy = ask(endpoint.reward(send="jpeg", quality=10)).values[:, 0]
         assert all(part["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
                    for one in endpoint.requests for part in one["messages"][0]["content"][:-1])
@@ -173,7 +176,7 @@ def test_several_questions(local, tmp_path):
 def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
     with Endpoint(local, key=KEY) as endpoint:
         ask(endpoint.reward(api_key=KEY, extra_body={"seed": 3}))
-        assert all(one["seed"] == 3 and one["temperature"] == 0 and one["max_tokens"] == 1 for one in endpoint.requests)
+        assert [(one["seed"], one["temperature"], one["max_tokens"]) for one in endpoint.requests] == [(3, 0, 1)] * 3
         monkeypatch.setenv(remote_vlm_judge.KEY, f"{KEY}\n")
         ask(endpoint.reward())
 
@@ -193,23 +196,18 @@ def test_it_runs_beside_synchronous_rewards(local):
 # --- the digit in a text ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, digit", [
-    ("4", 4), (" 4\n", 4), ("**4**", 4), ("Score: 4", 4), ("The rating is 4", None), ("Rating is 4.", 4), ("4/5", 4),
-    ("4 out of 5", 4), ("4: one small thing", 4), ("4\n\nThe video", 4), ("4/10", None), ("4.5", None), ("45", None),
-    ("3 objects are", None), ("7", None), ("good", None), ("", None), (None, None), ("3-year-old", None),
-    ("Score out of 5: 4", None),
-])  # fmt: skip
-def test_a_digit_in_a_text(local, text, digit):
+def test_a_digit_in_a_text(local):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(logprobs=False, retries=1)
-        endpoint.deeds = [{"message": {"content": text}}] * 2
-        if digit is not None:
+        for text in ("4", " 4\n", "**4**", "Score: 4", "Rating is 4.", "4/5", "4 out of 5", "4: one thing", "4\n\nIt"):
+            endpoint.deeds = [{"message": {"content": text}}]
             table = ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
-            assert table.values.item() == (digit - 1) / 4 and table.metrics["vlm_judge_logprobs"] == [0.0]
-        else:
-            with pytest.raises(RewardError, match="2 tries, the last: the answer .* is none of") as error:
+            assert table.values.item() == 0.75 and table.metrics["vlm_judge_logprobs"] == [0.0], text
+        for text in ("4/10", "4.5", "45", "3 objects are", "3-year-old", "7", "good", "", None, "From 1 to 5: 4"):
+            endpoint.deeds = [{"message": {"content": text}}] * 2
+            why = f"2 tries, the last: the answer {text!r} is none of"
+            with pytest.raises(RewardError, match=re.escape(why)):
                 ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
-            assert f"the answer {text!r} is none of" in str(error.value)
 
 
 def logprobs(*pairs):
@@ -220,9 +218,11 @@ def logprobs(*pairs):
 def test_tokens_with_space_count_and_others_do_not(local):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward()
-        endpoint.deeds = [logprobs(("4", -1.0), ("\u25812", -1.0), (" 2", -2.0), ("40", -0.1), ("٤", -0.1), ("1", -9999.0))]
+        others = ("40", -0.1), ("٤", -0.1), ("1", -9999.0)
+        endpoint.deeds = [logprobs(("4", -1.0), ("\u25812", -1.0), (" 2", -2.0), *others)]
         a, b = torch.tensor([-1.0, -2.0]).exp()
-        close(ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1]).values[0], ((4 * a + 2 * (a + b)) / (2 * a + b) - 1)[None] / 4)
+        expected = ((4 * a + 2 * (a + b)) / (2 * a + b) - 1) / 4
+        close(ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1]).values[0], expected[None])
 
 
 # --- what may be tried again, and what not ---------------------------------------------------------------------------
@@ -230,8 +230,8 @@ def test_tokens_with_space_count_and_others_do_not(local):
 no_digit = logprobs(("yes", -0.1), ("no", -3.0))
 
 
-@pytest.mark.parametrize("deed", [status(408), status(429), status(500), status(502), status(503), half, reset, stall, no_digit],
-                         ids=["408", "429", "500", "502", "503", "half", "reset", "stall", "no_digit"])  # fmt: skip
+@pytest.mark.parametrize("deed", [status(429), status(500), half, reset, stall, no_digit],
+                         ids=["429", "500", "half", "reset", "stall", "no_digit"])  # fmt: skip
 def test_tried_again(local, deed):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(retries=2, time_limit=1.0 if deed is stall else 60.0)
@@ -253,21 +253,21 @@ def test_retry_after_is_honoured(local, retry_after):
 
 @pytest.mark.parametrize("deed, why", [
     (status(429), "2 tries, the last: status 429: this is 429."), (status(400), "status 400: this is 400."),
-    (half, "2 tries, the last: RemoteProtocolError"), (stall, r"2 tries, the last: no answer within 0.5 s \(time_limit\)"),
+    (half, "2 tries, the last: RemoteProtocolError"), (stall, "2 tries, the last: no answer within 0.5 s .time_limit"),
     (garbage, "the answer is no chat completion .*<html>"), ({"message": None}, "the answer is no chat completion"),
     ({"logprobs": None}, "the answer holds no log-probabilities"),
     (logprobs(("1", None)), "the answer holds no log-probabilities"),
     (logprobs(("4", float("nan"))), "the answer holds nan as the log-probability of '4'"),
     (logprobs(("4", 1.0)), "the answer holds 1.0 as the log-probability"),
-    (logprobs(("1", -float("inf"))), "none of .* is among the 1 likeliest first tokens"),
+    (logprobs(("1", -float("inf"))), "2 tries, the last: none of .* is among the 1 likeliest first tokens"),
     (no_digit, r"2 tries, the last: none of \[1, 2, 3, 4, 5\] is among the 2 likeliest .* answer: 'yes', 'no'"),
 ])  # fmt: skip
 def test_an_error_names_rank_url_prompt_and_the_last_failure(local, deed, why):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(retries=1, time_limit=0.5 if deed is stall else 60.0)
         endpoint.deeds = [deed] * 2
-        with pytest.raises(RewardError, match=f"'vlm_judge' of {endpoint.url} failed on rank 0 for model '{MODEL}', prompt "
-                           f"'a red circle', question 'video_alignment': {why}"):  # fmt: skip
+        asked = f"model '{MODEL}', prompt 'a red circle', question 'video_alignment'"
+        with pytest.raises(RewardError, match=f"'vlm_judge' of {endpoint.url} failed on rank 0 for {asked}: {why}"):
             ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
 
 
@@ -297,34 +297,35 @@ def test_limits_are_honoured(local):
 # --- before a run ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_wrong_is_found_before_a_run(local, monkeypatch):
+async def without_logprobs(served, answer):
+    answer = json.loads(answer)
+    del answer["choices"][0]["logprobs"]
+    return JSONResponse(answer)
+
+
+def test_what_is_wrong_is_found_before_a_run(local):
     with Endpoint(local, key=KEY) as closed, Endpoint(local) as plain, Endpoint(local, sees=False) as blind:
-        with ServedApp() as other:
-            elsewhere = other.url
+        def judge(url=plain.url, model=MODEL, **settings):
+            return RemoteVLMJudge(url, model, **{"retries": 0} | settings)
 
-            def without(**deed):
-                async def do(served, answer):
-                    answer = json.loads(answer)
-                    answer["choices"][0] |= deed
-                    return JSONResponse(answer)
-                return do
-
-            for make, deeds, why in (
-                (lambda: RemoteVLMJudge(f"http://127.0.0.1:{free_port()}/v1", MODEL), [], "no server answers .ConnectError"),
-                (lambda: closed.reward(), [], "it refuses the key: .* Set api_key, or the environment variable PISCES_VLM"),
-                (lambda: closed.reward(api_key="sk-wrong"), [], r"key: Incorrect API key provided: Bearer \*\*\*"),
-                (lambda: RemoteVLMJudge(plain.url, "tests/tiny-lava"), [], "no such model; did you mean 'tests/tiny-llava'"),
-                (lambda: RemoteVLMJudge(elsewhere, MODEL), [], "no OpenAI-compatible endpoint .*404.*; expected http://host"),
-                (lambda: plain.reward(), [without(logprobs=None)], "no log-probabilities. Start .* or set logprobs=False"),
-                (lambda: plain.reward(), [status(400)], "it answers text, but not with 4 images: status 400"),
-                (lambda: plain.reward(), [status(400)] * 2, "it does not answer: status 400"),
-                (lambda: blind.reward(), [], "it leaves images out: as many prompt tokens with them as without"),
-                (lambda: blind.reward(send="mp4"), [], "it leaves video out: .* or send images"),
-            ):  # fmt: skip
-                plain.deeds = deeds
-                with pytest.raises(ValueError, match=why) as error:
-                    make()
-                assert "sk-wrong" not in str(error.value) and "vlm_judge" in str(error.value)
+        for make, deeds, why in (
+            (lambda: judge(f"http://127.0.0.1:{free_port()}/v1"), [], "no server answers .ConnectError"),
+            (lambda: judge(closed.url), [], "it refuses the key: .* Set api_key, or the environment"),
+            (lambda: judge(closed.url, api_key="sk-wrong"), [], r"key: Incorrect API key provided: Bearer \*\*\*"),
+            (lambda: judge(api_key="sk-wrong\u2026"), [], "characters that a header cannot carry"),
+            (lambda: judge(model="tests/tiny-lava"), [], "no such model; did you mean 'tests/tiny-llava'"),
+            (lambda: judge(plain.url[:-3]), [], "no OpenAI-compatible endpoint .*404.*; expected http://host:port/v1"),
+            (lambda: judge(), [without_logprobs], "holds no log-probabilities. Start .* or set logprobs=False"),
+            (lambda: judge(), [status(400)], "it answers text, but not with 8 images: status 400"),
+            (lambda: judge(), [status(400)] * 2, "it does not answer: status 400"),
+            (lambda: judge(), [garbage] * 2, "it does not answer: the answer is no chat completion"),
+            (lambda: judge(blind.url), [], "it leaves images out: as many prompt tokens with them as without"),
+            (lambda: judge(blind.url, send="mp4"), [], "it leaves video out: .* or send images"),
+        ):  # fmt: skip
+            plain.deeds = deeds
+            with pytest.raises(ValueError, match=why) as error:
+                make()
+            assert "sk-wrong" not in str(error.value)
 
 
 @pytest.mark.parametrize("name, why", [
@@ -338,7 +339,7 @@ def test_what_is_wrong_is_found_before_a_run(local, monkeypatch):
     ("vlm+http://127.0.0.1:9/v1?model=a&quality=101", "quality=101 must be"),
     ("vlm+http://127.0.0.1:9/v1?model=a&logprobs=maybe", "logprobs='maybe' must be 'required', or False"),
     ("vlm+http://127.0.0.1:9/v1?model=a&scores=1,10", "scores=.1, 10.: expected two or more ascending digits"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&weights=1,2", "weights=.*: expected a positive number for each of 1 questions"),
+    ("vlm+http://127.0.0.1:9/v1?model=a&weights=1,2", "weights=.*: expected a positive number for each of 1"),
     ("vlm+http://127.0.0.1:9/v1?model=a&max_concurrency=0", "max_concurrency=0"),
     ("vlm+http://127.0.0.1:9/v1?model=a&requests_per_minute=0", "requests_per_minute=0"),
     ("vlm+http://127.0.0.1:9/v1?model=a&retries=-1", "retries=-1"),
@@ -378,16 +379,17 @@ def test_bad_inputs_are_named(local, prompts, change, error, message):
 def serve(local, tmp_path_factory):
     """The url of `transformers serve`, which finds a tiny LLaVA and a tiny Llama in a cache of the Hub."""
     cache = tmp_path_factory.mktemp("hub")
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, num_hidden_layers=1,
-                                         num_attention_heads=2, pad_token_id=0))  # fmt: skip
-    tokenizer = local.processor.tokenizer
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, pad_token_id=0,
+                                         num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    words = local.processor.tokenizer.backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>",
+                                        chat_template="{{ messages[0].content }}")  # fmt: skip
     for name, model, processor in ((MODEL, local.model, local.processor), (LANGUAGE_MODEL, llama, tokenizer)):
-        folder = cache / f"models--{name.replace('/', '--')}"
+        folder, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
         (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40, encoding="utf-8")
-        model.save_pretrained(folder / "snapshots" / ("0" * 40))
-        processor.save_pretrained(folder / "snapshots" / ("0" * 40))
-    (folder / "snapshots" / ("0" * 40) / "chat_template.jinja").write_text("{{ messages[0].content }}", encoding="utf-8")
+        (folder / "refs" / "main").write_text(commit, encoding="utf-8")
+        model.save_pretrained(folder / "snapshots" / commit)
+        processor.save_pretrained(folder / "snapshots" / commit)
     port = free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--port", str(port)],
@@ -419,8 +421,8 @@ def test_transformers_serve(serve, local):
     for settings, why in (
         ({}, "holds no log-probabilities. Start a server that gives them .* or set logprobs=False"),
         ({"model": "tests/tiny-lava"}, "no such model; did you mean 'tests/tiny-llava'"),
-        ({"model": LANGUAGE_MODEL, "logprobs": False}, "it leaves images out"),
-        ({"send": "mp4", "logprobs": False, "retries": 0}, "it answers text, but not with 1 video: status 500"),
+        ({"model": LANGUAGE_MODEL, "logprobs": False,}, "it leaves images out"),
+        ({"send": "mp4", "logprobs": False, "retries": 1}, "it answers text, but not with 1 video: .*status 500"),
     ):
         with pytest.raises(ValueError, match=why):
             RemoteVLMJudge(serve, **{"model": MODEL} | settings)

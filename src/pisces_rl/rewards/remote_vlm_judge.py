@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
 import httpx2
 import torch
@@ -28,12 +28,12 @@ TRY_AGAIN = (408, 429, 500, 502, 503, 504)
 LONGEST_ANSWER = 16  # tokens, where the digit is read from text
 SPACE = " \t\n\u2581\u0120"  # with that of SentencePiece and of byte-level BPE
 # What models take for an image's place or the end of a turn, and not for text.
-CONTROL = re.compile(r"<\|[^\s|<>]+\|>|</?s>|<(?:bos|eos|pad|unk|image|video|(?:start|end)_of_turn)>|\[/?INST\]|\[IMG\]")
+CONTROL = re.compile(r"<\|[^\s|<>]+\|>|<(?:/?s|bos|eos|pad|unk|image|video|(?:start|end)_of_turn)>|\[(?:/?INST|IMG)\]")
 # One digit, alone or out of so many, perhaps after "Score:"; then the answer ends or a mark introduces more.
 DIGIT = re.compile(
-    r"\W*(?:(?:score|rating|answer)(?:\s+is)?\W+)?(?P<digit>\d)(?:\s*(?:/|out of)\s*(?P<most>\d+))?(?![.,]?\d)\s*(?:$|[^\w\s/-]|\n)",
-    re.IGNORECASE,
-)
+    r"\W*(?:(?:score|rating|answer)(?:\s+is)?\W+)?(?P<digit>\d)(?:\s*(?:/|out of)\s*(?P<most>\d+))?(?![.,]?\d)"
+    r"\s*(?:$|[^\w\s/-]|\n)", re.IGNORECASE,
+)  # fmt: skip
 
 
 class RemoteVLMJudge:
@@ -48,9 +48,9 @@ class RemoteVLMJudge:
     tokens counts as 0. With logprobs=False, E_q is the digit in the text of a greedy answer. Each question's score is
     recorded as NAME_QUESTION, by the name of its file, and 1 or 0 as the metric NAME_logprobs.
 
-    A try that failed is made again as `RetryingClient` does, for the statuses 408, 429, 500, 502, 503 and 504; so is an
-    answer without a digit, which a server may give for one batch and not the next. Anything else, and the last of them,
-    is a RewardError with rank, url, prompt and the last error. A failure is never a value.
+    A try that failed is made again as `RetryingClient` does, for the statuses 408, 429, 500, 502, 503 and 504, and for
+    an answer without a digit, since answers of one batch may differ from those of another. Anything else, and the last
+    of them, is a RewardError with rank, url, prompt and the last error. A failure is never a value.
 
     Args:
         url: of the endpoint, http://host:port/v1. model: its id there.
@@ -59,7 +59,7 @@ class RemoteVLMJudge:
         scores: the answers, digits, ascending. frames: per video, evenly spread; all that it has if fewer.
         send: frames as "png" or "jpeg" images, or as one "mp4" video. quality: of JPEG, 1 to 100. fps: of the mp4.
         logprobs: "required", or False to read the digit from text. top_logprobs: so many are asked for.
-        max_concurrency: requests at once. requests_per_minute: begun, tries included. Both of one process: ranks add up.
+        max_concurrency: requests at once. requests_per_minute: begun, tries included. Both of each process.
         time_limit: seconds of one try. retries: tries after the first one.
         api_key: unset: the environment variable PISCES_VLM_API_KEY, if any. It is not written anywhere.
         extra_body: further fields of a request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
@@ -80,8 +80,7 @@ class RemoteVLMJudge:
         name: str = "vlm_judge",
     ):  # fmt: skip
         self.url, self.model, self.__name__ = url.rstrip("/"), model, name
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query:
+        if not re.match(r"https?://[^/?]+[^?]*$", self.url):
             raise ValueError(f"url={url!r}: expected http://host:port/v1.")
         files = question if isinstance(question, (list, tuple)) else [question]
         self.questions = {Path(str(file)).stem: read_question(file) for file in files}
@@ -93,21 +92,21 @@ class RemoteVLMJudge:
         self.scores = list(scores)
         if len(self.scores) < 2 or self.scores != sorted(set(scores) & set(range(10))):
             raise ValueError(f"scores={tuple(scores)}: expected two or more ascending digits.")
-        for argument, value, most in (("frames", frames, math.inf), ("quality", quality, 100),
-                                      ("top_logprobs", top_logprobs, math.inf)):  # fmt: skip
-            if not isinstance(value, int) or not 1 <= value <= most:
-                raise ValueError(f"{argument}={value!r} must be a whole number, 1 or more{', at most 100' * (most == 100)}.")
+        for argument, value in {"frames": frames, "quality": quality, "top_logprobs": top_logprobs}.items():
+            if not isinstance(value, int) or value < 1 or argument == "quality" and value > 100:
+                raise ValueError(f"{argument}={value!r} must be a whole number, 1 or more; quality at most 100.")
         if send not in SENT_AS:
             raise ValueError(f"send={send!r} must be one of {', '.join(map(repr, SENT_AS))}.")
         if logprobs not in ("required", False):
             raise ValueError(f"logprobs={logprobs!r} must be 'required', or False to read the digit from the text.")
-        if extra_body is not None and not isinstance(extra_body, Mapping):
+        if not isinstance(extra_body or {}, Mapping):
             raise ValueError(f"extra_body={extra_body!r} must be a dictionary.")
         self.frames, self.send, self.quality, self.fps = frames, send, quality, fps
         self.logprobs, self.top_logprobs, self.extra_body = bool(logprobs), top_logprobs, dict(extra_body or {})
         self._client = RetryingClient(
-            name, key=os.environ.get(KEY) if api_key is None else api_key, time_limit=time_limit, retries=retries, try_again=TRY_AGAIN,
-            max_concurrency=max_concurrency, requests_per_minute=requests_per_minute, media_type="application/json",
+            name, key=os.environ.get(KEY) if api_key is None else api_key, time_limit=time_limit, retries=retries,
+            try_again=TRY_AGAIN, max_concurrency=max_concurrency, requests_per_minute=requests_per_minute,
+            media_type="application/json",
         )  # fmt: skip
         self._check_model()
         self._check_answers()
@@ -205,7 +204,8 @@ class RemoteVLMJudge:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise self._wrong(f"no server answers ({type(error).__name__}: {error}); see that it runs.") from error
         if response.status_code in (401, 403):
-            raise self._wrong(f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment variable {KEY}.")
+            raise self._wrong(f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment "
+                              f"variable {KEY}.")  # fmt: skip
         try:
             listed = [one["id"] for one in response.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
@@ -220,25 +220,25 @@ class RemoteVLMJudge:
         """Gray frames, as many as a video has, are asked about, and once more without them: a server that leaves out
         what its model cannot see reads as many tokens either way."""
         shown = self._shown(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
-        text = f"Answer with the digit {self.scores[0]} and nothing else."
+        what, text = "video" if self.send == "mp4" else "images", f"Answer with the digit {self.scores[0]} and nothing else."
         try:
             seen = self._try(shown, text)
         except Failed as error:
-            alone = error.status is not None and not self._fails([], text)
-            what = f"it answers text, but not with {len(shown)} {_kind(shown)}" if alone else "it does not answer"
+            text_alone = error.status is not None and self._answers_text(text)
+            why = f"it answers text, but not with {len(shown)} {what}" if text_alone else "it does not answer"
             more = " Lower top_logprobs, or set logprobs=False." * (self.logprobs and "logprob" in str(error))
-            raise self._wrong(f"{what}: {error}{more}") from error
+            raise self._wrong(f"{why}: {error}{more}") from error
         if self.logprobs:
             try:
                 self._expected(seen[0])
             except TryAgain:
                 pass  # that gray frames get no digit says nothing of videos
             except ValueError as error:
-                raise self._wrong(f"{error} Start a server that gives them (vLLM, SGLang), or set logprobs=False, which "
-                                  "reads the digit from the text.") from error  # fmt: skip
+                raise self._wrong(f"{error} Start a server that gives them (vLLM, SGLang), or set logprobs=False, "
+                                  "which reads the digit from the text.") from error  # fmt: skip
         if seen[1] is not None and seen[1] == self._try([], text)[1]:
-            raise self._wrong(f"it leaves {_kind(shown)} out: as many prompt tokens with them as without. Serve a model "
-                              f"that takes them{', or send images' * (self.send == 'mp4')}.")  # fmt: skip
+            raise self._wrong(f"it leaves {what} out: as many prompt tokens with them as without. Serve a "
+                              f"model that takes them{', or send images' * (self.send == 'mp4')}.")  # fmt: skip
 
     def _try(self, shown: list[dict], text: str) -> tuple[dict, int | None]:
         """A choice, and the prompt's number of tokens if the server says it."""
@@ -247,25 +247,24 @@ class RemoteVLMJudge:
             lambda body: (_choice(body), (json.loads(body).get("usage") or {}).get("prompt_tokens")),
         )  # fmt: skip
 
-    def _fails(self, shown: list[dict], text: str) -> bool:
+    def _answers_text(self, text: str) -> bool:
         try:
-            self._try(shown, text)
+            return bool(self._try([], text))
         except Failed:
-            return True
-        return False
+            return False
 
     def _wrong(self, why: str) -> ValueError:
         return ValueError(f"reward {self.__name__!r}, model {self.model!r} of {self.url}: {why}")
 
 
 def remote_vlm_judge(name: str) -> RemoteVLMJudge:
-    """The judge "vlm+http://host:port/v1?model=ID". More settings of `RemoteVLMJudge` may follow: "&frames=4&send=jpeg";
-    several files as "&question=a.txt&question=b.txt&weights=1,2"; "&logprobs=false"; "&scores=0,1"; `extra_body` as JSON.
+    """The judge "vlm+http://host:port/v1?model=ID". Settings of `RemoteVLMJudge` may follow: "&frames=4&send=jpeg";
+    files as "&question=a.txt&question=b.txt&weights=1,2"; "&scores=0,1"; "&logprobs=false"; `extra_body` as JSON.
 
     Raises ValueError: see `RemoteVLMJudge`; no model, or an unknown setting. The key is never one: it would be logged.
     """
-    known = {"model": str, "question": str, "weights": _numbers(float), "scores": _numbers(int), "frames": int, "send": str,
-             "quality": int, "fps": float, "logprobs": lambda value: False if value.lower() == "false" else value,
+    known = {"model": str, "question": str, "weights": _numbers, "scores": _numbers, "frames": int, "send": str,
+             "quality": int, "fps": float, "logprobs": lambda text: text.lower() != "false" and text,
              "top_logprobs": int, "max_concurrency": int, "requests_per_minute": float, "time_limit": float,
              "retries": int, "extra_body": json.loads, "name": str}  # fmt: skip
     url, _, query = name.removeprefix("vlm+").partition("?")
@@ -284,17 +283,13 @@ def remote_vlm_judge(name: str) -> RemoteVLMJudge:
     return RemoteVLMJudge(url, **settings)
 
 
-def _numbers(kind: type) -> Callable[[str], list]:
-    return lambda text: [kind(part) for part in text.split(",")]
+def _numbers(text: str) -> list[float]:
+    return json.loads(f"[{text}]")
 
 
 def _part(kind: str, form: str, data: bytes) -> dict:
     url = f"data:{kind}/{form};base64,{base64.b64encode(data).decode()}"
     return {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
-
-
-def _kind(shown: list[dict]) -> str:
-    return "images" if shown[0]["type"] == "image_url" else "video"
 
 
 def _choice(body: bytes) -> dict:

@@ -140,8 +140,8 @@ class RemoteReward:
             raise ValueError(f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
                              "one with `pisces-rl serve`, and take the url that it prints.") from error  # fmt: skip
         if response.status_code == 401:
-            raise ValueError(f"reward {name!r}: {url} refuses the token: {self._client.error_in(response)} Set token, or the "
-                             f"environment variable {TOKEN}, to what its --token_file holds.")  # fmt: skip
+            raise ValueError(f"reward {name!r}: {url} refuses the token: {self._client.error_in(response)} Set token, "
+                             f"or the environment variable {TOKEN}, to what its --token_file holds.")  # fmt: skip
         try:
             health = response.raise_for_status().json()
             protocol, rewards = health["protocol"], dict(health["rewards"])
