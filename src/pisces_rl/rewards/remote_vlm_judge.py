@@ -158,9 +158,8 @@ class RemoteVLMJudge:
     def _body(self, shown: list[dict], text: str) -> bytes:
         asked = {"model": self.model, "temperature": 0.0, "max_tokens": 1 if self.logprobs else LONGEST_ANSWER,
                  "messages": [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]}  # fmt: skip
-        if self.logprobs:
-            asked |= {"logprobs": True, "top_logprobs": self.top_logprobs}
-        return json.dumps(asked | self.extra_body).encode()
+        more = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.logprobs else {}
+        return json.dumps(asked | more | self.extra_body).encode()
 
     # --- its answer ---
 
@@ -184,9 +183,8 @@ class RemoteVLMJudge:
             logs.get(token.strip(SPACE), []).append(log)
         largest = max((log for own in logs.values() for log in own), default=-math.inf)
         if largest == -math.inf:
-            likely = ", ".join(repr(token) for token, _ in first[:5])
             raise TryAgain(f"none of {self.scores} is among the {len(first)} likeliest first tokens of the answer: "
-                           f"{likely}, ...")  # fmt: skip
+                           f"{', '.join(repr(token) for token, _ in first[:5])}, ...")  # fmt: skip
         shares = {score: sum(math.exp(log - largest) for log in own) for score, own in logs.items()}
         return sum(int(score) * share for score, share in shares.items()) / sum(shares.values())
 
@@ -220,7 +218,8 @@ class RemoteVLMJudge:
         """Gray frames, as many as a video has, are asked about, and once more without them: a server that leaves out
         what its model cannot see reads as many tokens either way."""
         shown = self._shown(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
-        what, text = "video" if self.send == "mp4" else "images", f"Answer with the digit {self.scores[0]} and nothing else."
+        what = "video" if self.send == "mp4" else "images"
+        text = f"Answer with the digit {self.scores[0]} and nothing else."
         try:
             seen = self._try(shown, text)
         except Failed as error:
@@ -271,8 +270,8 @@ def remote_vlm_judge(name: str) -> RemoteVLMJudge:
     settings: dict = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in known:
-            advice = f" Put the key into the environment variable {KEY}." if "key" in key else ""
-            raise ValueError(f"reward {url}: unknown setting {key!r}; there are {', '.join(known)}.{advice}")
+            raise ValueError(f"reward {url}: unknown setting {key!r}; there are {', '.join(known)}."
+                             + f" Put the key into the environment variable {KEY}." * ("key" in key))  # fmt: skip
         try:
             value = known[key](value)
         except ValueError as error:
