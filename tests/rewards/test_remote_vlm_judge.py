@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -20,6 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from tiny_llava import WORDS, tiny_llava
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+import tiny_runs
 
 from pisces_rl.media import load_video, mp4_bytes
 from pisces_rl.rewards import RemoteVLMJudge, RewardError, RewardPanel, load_reward, remote_vlm_judge, retrying_client
@@ -193,6 +197,19 @@ def test_it_runs_beside_synchronous_rewards(local):
         assert ask(waits, endpoint.reward()).values.isfinite().all()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_run_is_that_of_the_local_judge(local, tmp_path, overlap):
+    settings = {"overlap_rewards": overlap, "rollout_batch_size": 2} if overlap else {}
+    with Endpoint(local) as endpoint:
+        runs = [tiny_runs.trainer(tmp_path / name, reward, alive=True, **settings)
+                for name, reward in (("remote", endpoint.reward()), ("inside", local))]
+        for made in runs:
+            made.train()
+    remote, inside = (tiny_runs.logged(made, "reward") for made in runs)
+    assert len(remote) > 1 and remote == pytest.approx(inside, abs=1e-5)
+    assert tiny_runs.logged(runs[0], "seconds/rewards/vlm_judge")[0] > 0
+
+
 # --- the digit in a text ---------------------------------------------------------------------------------------------
 
 
@@ -326,6 +343,11 @@ def test_what_is_wrong_is_found_before_a_run(local):
             with pytest.raises(ValueError, match=why) as error:
                 make()
             assert "sk-wrong" not in str(error.value)
+
+
+def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
+    with pytest.raises(ValueError, match="'vlm_judge', model 'a' of .*: no server answers"):
+        tiny_runs.trainer(tmp_path, f"vlm+http://127.0.0.1:{free_port()}/v1?model=a", model="no/such-pipeline")
 
 
 @pytest.mark.parametrize("name, why", [

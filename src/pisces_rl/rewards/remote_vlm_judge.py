@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import difflib
 import io
 import json
@@ -60,10 +61,9 @@ class RemoteVLMJudge:
         send: frames as "png" or "jpeg" images, or as one "mp4" video. quality: of JPEG, 1 to 100. fps: of the mp4.
         logprobs: "required", or False to read the digit from text. top_logprobs: so many are asked for.
         max_concurrency: requests at once. requests_per_minute: begun, tries included. Both of each process.
-        time_limit: seconds of one try. retries: tries after the first one.
+        time_limit: seconds of one try. retries: tries after the first one. name: under which it is logged.
         api_key: unset: the environment variable PISCES_VLM_API_KEY, if any. It is not written anywhere.
         extra_body: further fields of a request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
-        name: under which it is logged.
 
     Raises:
         ValueError: an argument is wrong; no endpoint answers at the url, or it refuses the key, has no such model,
@@ -246,11 +246,9 @@ class RemoteVLMJudge:
             lambda body: (_choice(body), (json.loads(body).get("usage") or {}).get("prompt_tokens")),
         )  # fmt: skip
 
-    def _answers_text(self, text: str) -> bool:
-        try:
+    def _answers_text(self, text: str) -> bool | None:
+        with contextlib.suppress(Failed):
             return bool(self._try([], text))
-        except Failed:
-            return False
 
     def _wrong(self, why: str) -> ValueError:
         return ValueError(f"reward {self.__name__!r}, model {self.model!r} of {self.url}: {why}")
