@@ -43,7 +43,8 @@ class ScriptArguments:
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
         metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function, "
-                  "package.module:function or a server's http://host:port/NAME."},
+                  "package.module:function, a server's http://host:port/NAME or a vision-language judge's "
+                  "vlm+http://host:port/v1?model=ID."},
     )
     judges: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}

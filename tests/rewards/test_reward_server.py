@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -15,8 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-import uvicorn
-from starlette.applications import Starlette
+from served_app import ServedApp, free_port, garbage, half, reset, stall, status
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
@@ -27,7 +25,7 @@ from tiny_runs import largest_difference, logged, trainer, weights
 import pisces_rl
 from pisces_rl import command
 from pisces_rl.media import load_video, mp4_bytes
-from pisces_rl.rewards import RemoteReward, RewardError, RewardPanel, load_reward
+from pisces_rl.rewards import RemoteReward, RewardError, RewardPanel, load_reward, retrying_client
 from pisces_rl.rewards.server import application, remote, wire
 from pisces_rl.rewards.server.identity import columns_of, identity
 from pisces_rl.rewards.server.scoring_queue import ScoringQueue, Stopping
@@ -105,7 +103,7 @@ def server(tmp_path_factory):
     serving.end()
 
 
-class Faulty:
+class Faulty(ServedApp):
     """A server in this process that does to each request what the next of its deeds says, and then answers well."""
 
     def __init__(self, *deeds, identity="1234", health=None, compares_videos=False):
@@ -113,20 +111,7 @@ class Faulty:
         about = {"identity": identity, "compares_videos": compares_videos, "columns": None}
         self.about = {"protocol": wire.PROTOCOL, "version": "0", "state": "ready", "queue": 0, "max_bytes": 2**30,
                       "rewards": {"bright": about}} | (health or {})
-        app = Starlette(routes=[Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"])])
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(app, lifespan="off", log_level="critical", ws="none", timeout_graceful_shutdown=0)
-        self.uvicorn = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *error):
-        self.uvicorn.should_exit = True
-        self.thread.join(20)
+        super().__init__(Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"]))
 
     async def health(self, request):
         return JSONResponse(self.about)
@@ -142,35 +127,9 @@ class Faulty:
         return await deed(self, json.dumps(answer))
 
 
-def status(code: int, **headers):
-    async def deed(faulty, answer):
-        return JSONResponse({"error": f"this is {code}."}, code, headers={k.replace("_", "-"): v
-                                                                          for k, v in headers.items()})
-    return deed
-
-
-async def half(faulty, answer):
-    return Response(answer[:20], headers={"Content-Length": str(len(answer))}, media_type="application/json")
-
-
-async def reset(faulty, answer):
-    for connection in list(faulty.uvicorn.server_state.connections):
-        connection.transport.abort()
-    return Response(answer)
-
-
-async def stall(faulty, answer):
-    await asyncio.sleep(60)
-    return Response(answer)
-
-
-async def garbage(faulty, answer):
-    return Response("<html>")
-
-
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch):
-    monkeypatch.setattr(remote, "LONGEST_WAIT", 0.01)
+    monkeypatch.setattr(retrying_client, "LONGEST_WAIT", 0.01)
 
 
 def ask(reward, *others, columns=None, state=None):
@@ -329,9 +288,7 @@ def test_what_json_does_not_carry_is_an_error():
 
 
 def test_a_wrong_url_name_or_token(server):
-    free = socket.create_server(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-    free.close()
+    port = free_port()
     for make, why in (
         (lambda: load_reward(f"http://127.0.0.1:{port}/bright"), "no server answers at .*`pisces-rl serve`"),
         (lambda: server.reward("brightnes"), "did you mean 'brightness'"),

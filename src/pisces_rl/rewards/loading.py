@@ -17,6 +17,7 @@ from pisces_rl.rewards.encoders.tiny_vtm import CARD
 from pisces_rl.rewards.functions import load_function
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.rewards.quality import OTQualityReward
+from pisces_rl.rewards.remote_vlm_judge import remote_vlm_judge
 from pisces_rl.rewards.semantic import OTSemanticReward
 from pisces_rl.rewards.server.remote import remote_reward
 
@@ -61,9 +62,9 @@ def load_reward(
 
     Args:
         name: one of `REWARDS`; or of `FUNCTIONS`, or file.py:function, or package.module:function, or the
-            http://host:port/NAME of a server (`server.remote.remote_reward`), which take no options. "ot_quality" is
-            the published cosine; a `divergence_weight` adds the credit of the divergence to the bank that lies with
-            the map.
+            http://host:port/NAME of a server (`server.remote.remote_reward`), or the vlm+http://host:port/v1?model=ID
+            of a vision-language judge (`remote_vlm_judge`), which take no options. "ot_quality" is the published
+            cosine; a `divergence_weight` adds the credit of the divergence to the bank that lies with the map.
         encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder; of `ENCODER_REWARDS` only.
         ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
@@ -84,8 +85,12 @@ def load_reward(
             options.setdefault("device", device)
         return kind(name=name, **options)
     if name not in REWARDS:
-        is_url = name.startswith(("http://", "https://"))
-        function = remote_reward(name) if is_url else load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
+        if name.startswith(("http://", "https://")):
+            function = remote_reward(name)
+        elif name.startswith(("vlm+http://", "vlm+https://")):
+            function = remote_vlm_judge(name)
+        else:
+            function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
             raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return _placed(function, device)

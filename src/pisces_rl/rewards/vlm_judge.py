@@ -48,10 +48,7 @@ class VLMJudge(OffloadedModel):
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
         self.model, self.processor = model.eval().requires_grad_(False), processor
-        question = question if hasattr(question, "read_text") else Path(question)
-        self.question = question.read_text(encoding="utf-8")
-        if "{prompt}" not in self.question:
-            raise ValueError(f"question: {question} does not say {{prompt}}.")
+        self.question = read_question(question)
         tokens = [processor.tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
         if (
             len(scores) < 2
@@ -83,11 +80,9 @@ class VLMJudge(OffloadedModel):
         return torch.cat(parts).tolist()
 
     def _ask(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
-        picks = torch.linspace(0, videos.shape[1] - 1, min(self.frames, videos.shape[1])).round().long()
-        frames = (videos[:, picks].clamp(0, 1) * 255).round().byte().cpu()
-        images = [[to_image(frame) for frame in clip] for clip in frames]
+        images = [[to_image(frame) for frame in clip] for clip in spread_frames(videos, self.frames)]
         texts = [self.processor.apply_chat_template(
-            [{"role": "user", "content": [*[{"type": "image"}] * len(picks), {"type": "text", "text": text}]}],
+            [{"role": "user", "content": [*[{"type": "image"}] * len(images[0]), {"type": "text", "text": text}]}],
             add_generation_prompt=True, tokenize=False) for text in map(self._text, prompts)]  # fmt: skip
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
@@ -97,6 +92,20 @@ class VLMJudge(OffloadedModel):
 
     def _text(self, prompt: str) -> str:
         return self.question.replace("{prompt}", prompt)
+
+
+def read_question(file: str | Path) -> str:
+    """The text of a question. Raises ValueError where it does not say {prompt}."""
+    text = (file if hasattr(file, "read_text") else Path(file)).read_text(encoding="utf-8")
+    if "{prompt}" not in text:
+        raise ValueError(f"question: {file} does not say {{prompt}}.")
+    return text
+
+
+def spread_frames(videos: Tensor, count: int) -> Tensor:
+    """(B, F, 3, H, W) in [0, 1] -> `count` frames of each or all of them, evenly spread, as bytes on the CPU."""
+    picks = torch.linspace(0, videos.shape[1] - 1, min(count, videos.shape[1])).round().long()
+    return (videos[:, picks].clamp(0, 1) * 255).round().byte().cpu()
 
 
 def to_image(frame: Tensor) -> Image.Image:

@@ -1,0 +1,196 @@
+"""Requests over HTTP for a reward: what may be tried again is, and what fails for good names rank, url and prompt."""
+
+import asyncio
+import contextlib
+import email.utils
+import itertools
+import json
+import math
+import os
+import random
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
+
+import httpx2
+from torch.distributed import get_rank, is_available, is_initialized
+
+from pisces_rl.rewards.contract import RewardError
+
+T = TypeVar("T")
+CONNECT = 10.0  # seconds to connect, and to answer what is asked before a run
+PIECE = 2**20  # bytes
+LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
+
+
+class TryAgain(Exception):
+    """Another try may succeed, in `retry_after` seconds or later."""
+
+    def __init__(self, message: str, retry_after: float = 0.0, status: int | None = None):
+        super().__init__(message)
+        self.retry_after, self.status = retry_after, status
+
+
+class Failed(Exception):
+    """Another try would fail alike, or was the last. `url`: of the server that was asked last; `status`: its answer's,
+    if any."""
+
+    def __init__(self, message: str, url: str = "", status: int | None = None):
+        super().__init__(message)
+        self.url, self.status = url, status
+
+    def as_reward_error(self, name: str, asked: str) -> RewardError:
+        rank = get_rank() if is_available() and is_initialized() else 0
+        return RewardError(
+            f"reward {name!r} of {self.url} failed on rank {rank} for {asked}: {self} Nothing is lost: see to the "
+            "server, and resume from the last checkpoint."
+        )
+
+
+class RetryingClient:
+    """Posts in an event loop of its own thread, which keeps its connections: a panel's loop ends with each call.
+
+    A try that failed is made again after min(2^k / 2, 30) s times a random factor from .5 to 1.5, or after what the
+    server's Retry-After says (at most `time_limit`), if: the connection was refused, reset or broken off within the
+    answer; no answer came within the time limit; the status is one of `try_again`; the reader of the answer raises
+    `TryAgain`.
+
+    Args:
+        name: of the thread. key: sent as "Authorization: Bearer KEY". Proxies of the environment are not used.
+        time_limit: seconds of one try, from connecting to the whole answer. retries: tries after the first one.
+        try_again: statuses. max_concurrency: tries at once; requests_per_minute: tries begun, evenly spread; both of
+            this process, and unset: as many as are asked for. media_type: of what is posted.
+
+    Raises ValueError for a wrong argument, naming it.
+    """
+
+    def __init__(
+        self, name: str, *, key: str | None, time_limit: float, retries: int,
+        try_again: Sequence[int] = (502, 503, 504), max_concurrency: int | None = None,
+        requests_per_minute: float | None = None, media_type: str = "application/octet-stream",
+    ):  # fmt: skip
+        if not 0 < time_limit < math.inf:
+            raise ValueError(f"time_limit={time_limit!r} must be a positive number of seconds.")
+        if not isinstance(retries, int) or retries < 0:
+            raise ValueError(f"retries={retries!r} must be a whole number, 0 or more.")
+        if max_concurrency is not None and (not isinstance(max_concurrency, int) or max_concurrency < 1):
+            raise ValueError(f"max_concurrency={max_concurrency!r} must be a whole number, 1 or more.")
+        if requests_per_minute is not None and not 0 < requests_per_minute < math.inf:
+            raise ValueError(f"requests_per_minute={requests_per_minute!r} must be a positive number.")
+        self._key = (key or "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise ValueError("the key (token) holds characters that a header cannot carry.")
+        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._sent = {"Content-Type": media_type}
+        self.name, self.time_limit, self.retries = name, time_limit, retries
+        self.try_again, self.max_concurrency = try_again, max_concurrency
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._random = random.Random()  # the run's random numbers stay as they are
+        self._process, self._lock = None, threading.Lock()
+
+    def get(self, url: str) -> httpx2.Response:
+        """One try, at once; for a check before a run."""
+        return httpx2.get(url, headers=self._headers, timeout=CONNECT, trust_env=False)
+
+    def error_in(self, response: httpx2.Response) -> str:
+        """What a server says is wrong, without the key: its "error", a sentence or OpenAI's {"message": ...}, or
+        FastAPI's "detail"."""
+        try:
+            answer = json.loads(response.content)
+            error = next(answer[key] for key in ("error", "detail", "message") if key in answer)
+            said = str(error["message"] if isinstance(error, dict) and "message" in error else error)
+        except (ValueError, TypeError, StopIteration):
+            said = repr(response.text[:200])
+        return said.replace(self._key, "***") if self._key else said
+
+    async def ask(
+        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T]
+    ) -> T:
+        """`read` of the first answer with status 200 to a POST of body() to urls[0] + path, or the next url's, or
+        urls[0]'s again, ...
+
+        Raises `Failed`, also where `read` raises ValueError.
+        """
+        return await asyncio.wrap_future(self._start(self._ask(urls, path, body, read)))
+
+    def ask_before_a_run(self, url: str, path: str, body: bytes, read: Callable[[bytes], T]) -> T:
+        """`ask`, for a caller that waits."""
+        return self._start(self._ask([url], path, lambda: body, read)).result()
+
+    def _start(self, coroutine: Coroutine) -> Future:
+        with self._lock:
+            if self._process != os.getpid():  # a fork has no threads
+                self._client = httpx2.AsyncClient(
+                    timeout=httpx2.Timeout(None, connect=min(CONNECT, self.time_limit)),
+                    limits=httpx2.Limits(keepalive_expiry=60),
+                    trust_env=False,
+                )
+                self._free = asyncio.Semaphore(self.max_concurrency) if self.max_concurrency else None
+                self._next = 0.0  # when the next try may begin, on the loop's clock
+                self._loop, self._process = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name=f"remote {self.name}", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _ask(
+        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T]
+    ) -> T:
+        for attempt in itertools.count():
+            url = urls[attempt % len(urls)]
+            try:
+                async with self._free or contextlib.nullcontext():
+                    await self._turn()
+                    response = await self._post(url, path, body())
+                return read(response)
+            except ValueError as error:
+                raise Failed(str(error), url) from error
+            except TryAgain as error:
+                if attempt == self.retries:
+                    tries = f"{attempt + 1} tries, the last: " if attempt else ""
+                    raise Failed(f"{tries}{error}", url, error.status) from error
+                backoff = min(0.5 * 2**attempt, LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
+                await asyncio.sleep(max(backoff, min(error.retry_after, self.time_limit)))
+
+    async def _turn(self) -> None:
+        now = self._loop.time()
+        start = max(now, self._next)
+        self._next = start + self._interval
+        await asyncio.sleep(start - now)
+
+    async def _post(self, url: str, path: str, body: bytes) -> bytes:
+        """The body of an answer with status 200.
+
+        Raises TryAgain, or Failed for what another try would not change."""
+        post = self._client.post(url + path, content=_pieces(body),
+                                 headers=self._headers | self._sent | {"Content-Length": str(len(body))})  # fmt: skip
+        try:
+            response = await asyncio.wait_for(post, self.time_limit)
+        except asyncio.TimeoutError as error:
+            raise TryAgain(f"no answer within {self.time_limit:g} s (time_limit).") from error
+        except httpx2.TransportError as error:
+            raise TryAgain(f"{type(error).__name__}: {error}.") from error
+        except httpx2.HTTPError as error:
+            raise Failed(f"{type(error).__name__}: {error}.", url) from error
+        if response.status_code == 200:
+            return response.content
+        said = f"status {response.status_code}: {self.error_in(response)}"
+        if response.status_code in self.try_again:
+            raise TryAgain(said, _seconds(response.headers.get("retry-after")), response.status_code)
+        raise Failed(said, url, response.status_code)
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Of a Retry-After, which is a number of seconds or a date; 0 for anything else."""
+    if retry_after is None or retry_after.isdecimal():
+        return float(retry_after or 0)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+async def _pieces(body: bytes) -> AsyncIterator[memoryview]:
+    """A large body at once would be copied into the socket's buffer."""
+    for start in range(0, len(body), PIECE):
+        yield memoryview(body)[start : start + PIECE]
