@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.offloaded_model import OffloadedModel
@@ -52,14 +52,7 @@ class VLMJudge(OffloadedModel):
         self.question = question.read_text(encoding="utf-8")
         if "{prompt}" not in self.question:
             raise ValueError(f"question: {question} does not say {{prompt}}.")
-        tokens = [processor.tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
-        if (
-            len(scores) < 2
-            or list(scores) != sorted(set(scores))
-            or any(len(token) != 1 or token[0] == processor.tokenizer.unk_token_id for token in tokens)
-        ):
-            raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
-        self.tokens = [token[0] for token in tokens]
+        self.tokens = digit_tokens(processor.tokenizer, scores)
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
         self.__name__ = name
         if offload is not None:
@@ -92,11 +85,28 @@ class VLMJudge(OffloadedModel):
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.model.device)).logits[:, -1, self.tokens].float().cpu()
-        expected = logits.softmax(-1) @ self.scores
+        expected = expected_digit(logits, self.scores)
         return (expected - self.scores[0]) / (self.scores[-1] - self.scores[0])
 
     def _text(self, prompt: str) -> str:
         return self.question.replace("{prompt}", prompt)
+
+
+def digit_tokens(tokenizer: PreTrainedTokenizerBase, scores: Sequence[int]) -> list[int]:
+    """The tokens of answers, two or more ascending numbers of one token each; else a ValueError."""
+    tokens = [tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
+    if (
+        len(scores) < 2
+        or list(scores) != sorted(set(scores))
+        or any(len(token) != 1 or token[0] == tokenizer.unk_token_id for token in tokens)
+    ):
+        raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
+    return [token[0] for token in tokens]
+
+
+def expected_digit(logits: Tensor, scores: Tensor) -> Tensor:
+    """sum_k scores_k p_k, p the softmax of logits (..., K) over the answers' tokens alone."""
+    return logits.softmax(-1) @ scores.to(logits)
 
 
 def to_image(frame: Tensor) -> Image.Image:
