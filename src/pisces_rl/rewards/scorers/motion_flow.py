@@ -34,9 +34,9 @@ class MotionFlow:
     search (Kroeger et al., arXiv 1603.03590) on grey frames, on the CPU. Larger frames are scaled down to a shorter
     side of 256; it takes about .06 s a pair of them on one core.
 
-    Motion beyond about a fifth of the shorter side between two frames, and motion of plain surfaces inside their edges, is
-    not found. A cut reads as fast motion where the pictures can be bent into each other. No gradients. Install it with
-    `pip install 'pisces_rl[motion]'`.
+    Motion beyond about a fifth of the shorter side between two frames, and motion of plain surfaces inside their
+    edges, is not found. A cut reads as fast motion where the pictures can be bent into each other. No gradients.
+    Install it with `pip install 'pisces_rl[motion]'`.
 
     Args:
         video_fps: frames a second of the videos. threshold: of m at 8 frames a second. name: under which it is logged.
