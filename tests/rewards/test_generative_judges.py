@@ -150,6 +150,15 @@ def test_batch_mates_change_nothing_and_it_is_a_reward(taught):
     assert only.tolist() == parts[f"{taught.__name__}_{taught.dimensions[1]}"]
 
 
+def test_it_waits_on_the_cpu_between_calls(taught, monkeypatch):
+    places = []
+    monkeypatch.setattr(taught.model, "to", lambda place: places.append(place) or taught.model)
+    expected = taught(PROMPTS, videos())
+    taught.offload = "cuda"
+    assert places == ["cpu"] and taught(PROMPTS, videos()).equal(expected) and places == ["cpu", "cuda", "cpu"]
+    taught.offload = None
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_an_answer_without_scores_is_an_error_that_quotes_it(name):
     scorer = judge(name, max_new_tokens=5)
