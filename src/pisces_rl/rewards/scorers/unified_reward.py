@@ -36,7 +36,7 @@ class UnifiedReward(GenerativeJudge):
             tokenizer: of a model object; unset for a name.
         template: the authors' point_score_APS_video_generation.py, which is read and never run; or the text itself.
         frames: n, shown of a video. weights: of alignment, physics and style. batch_size: videos at once.
-        max_new_tokens: the longest answer; three lines take about fifty.
+        max_new_tokens: the longest answer, of three lines.
         dtype, device: of a model given by name. offload, name: see `GenerativeJudge`.
 
     Raises ValueError for weights or a template that are not here, for another model's, and for a prompt with one of

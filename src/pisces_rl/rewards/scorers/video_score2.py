@@ -24,7 +24,7 @@ class VideoScore2(GenerativeJudge):
 
     The authors sample the answer at temperature .7 and give the most probable digit times its probability among the
     five; the answer here is the most probable one, and the score the expectation, which their evaluation has, too. The
-    model explains its scores, so an answer takes hundreds of tokens.
+    model explains its scores before it gives them, so answers are long.
 
     Frames: two a second, at least four and an even number, evenly spread with first and last, scaled to 128 to 768
     merged patches of 28 x 28 pixels. To the model two frames are a second apart, whatever `video_fps` is, as the
