@@ -148,9 +148,10 @@ def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
 
 def load_reward_function(name: str, **options) -> Callable:
     """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function; scorers have no
-    encoder, and OCR nothing to offload."""
+    encoder, and OCR and optical flow nothing to offload."""
     from pisces_rl.rewards import ENCODER_REWARDS, REWARDS, load_reward
 
-    unused = () if name in ENCODER_REWARDS else ("encoder", "offload") if name == "ocr" else ("encoder",)
+    weightless = name in ("ocr", "motion_flow")
+    unused = () if name in ENCODER_REWARDS else ("encoder", "offload") if weightless else ("encoder",)
     options = {option: value for option, value in options.items() if option not in unused}
     return load_reward(name, **options) if name in REWARDS else load_reward(name, device=options.get("device"))

@@ -36,6 +36,9 @@ SCORERS = {
     "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
     "hpsv3": "HPSv3: people's choices between images of a prompt, by Qwen2-VL-7B",
     "image_reward": "ImageReward: people's choices between images of a prompt, by BLIP",
+    "unified_reward": "UnifiedReward 2.0: alignment, physics and style, written by Qwen2.5-VL",
+    "video_score2": "VideoScore2: visual quality, text alignment and physical consistency, written by Qwen2.5-VL-7B",
+    "motion_flow": "optical flow up to a threshold, a guard against videos that freeze, without a model",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
@@ -45,6 +48,9 @@ _SCORER_CLASSES = {
     "video_align": "video_align:VideoAlign",
     "hpsv3": "hpsv3:HPSv3",
     "image_reward": "image_reward:ImageReward",
+    "unified_reward": "unified_reward:UnifiedReward",
+    "video_score2": "video_score2:VideoScore2",
+    "motion_flow": "motion_flow:MotionFlow",
 }
 
 _WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for

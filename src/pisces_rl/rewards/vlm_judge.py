@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.offloaded_model import OffloadedModel
@@ -49,14 +49,7 @@ class VLMJudge(OffloadedModel):
             raise ValueError("processor: a model object needs its processor.")
         self.model, self.processor = model.eval().requires_grad_(False), processor
         self.question = read_question(question)
-        tokens = [processor.tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
-        if (
-            len(scores) < 2
-            or list(scores) != sorted(set(scores))
-            or any(len(token) != 1 or token[0] == processor.tokenizer.unk_token_id for token in tokens)
-        ):
-            raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
-        self.tokens = [token[0] for token in tokens]
+        self.tokens = digit_tokens(processor.tokenizer, scores)
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
         self.__name__ = name
         if offload is not None:
@@ -87,7 +80,7 @@ class VLMJudge(OffloadedModel):
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.model.device)).logits[:, -1, self.tokens].float().cpu()
-        expected = logits.softmax(-1) @ self.scores
+        expected = expected_digit(logits, self.scores)
         return (expected - self.scores[0]) / (self.scores[-1] - self.scores[0])
 
     def _text(self, prompt: str) -> str:
@@ -106,6 +99,23 @@ def spread_frames(videos: Tensor, count: int) -> Tensor:
     """(B, F, 3, H, W) in [0, 1] -> `count` frames of each or all of them, evenly spread, as bytes on the CPU."""
     picks = torch.linspace(0, videos.shape[1] - 1, min(count, videos.shape[1])).round().long()
     return (videos[:, picks].clamp(0, 1) * 255).round().byte().cpu()
+
+
+def digit_tokens(tokenizer: PreTrainedTokenizerBase, scores: Sequence[int]) -> list[int]:
+    """The tokens of answers, two or more ascending numbers of one token each; else a ValueError."""
+    tokens = [tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
+    if (
+        len(scores) < 2
+        or list(scores) != sorted(set(scores))
+        or any(len(token) != 1 or token[0] == tokenizer.unk_token_id for token in tokens)
+    ):
+        raise ValueError(f"scores={tuple(scores)}: expected two or more ascending numbers of one token each.")
+    return [token[0] for token in tokens]
+
+
+def expected_digit(logits: Tensor, scores: Tensor) -> Tensor:
+    """sum_k scores_k p_k, p the softmax of logits (..., K) over the answers' tokens alone."""
+    return logits.softmax(-1) @ scores.to(logits)
 
 
 def to_image(frame: Tensor) -> Image.Image:

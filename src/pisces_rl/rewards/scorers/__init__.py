@@ -8,6 +8,10 @@
 | video_align | video_align.py | Qwen2-VL-2B |
 | hpsv3 | hpsv3.py | Qwen2-VL-7B |
 | image_reward | image_reward.py | BLIP |
+| unified_reward | unified_reward.py | Qwen2.5-VL |
+| video_score2 | video_score2.py | Qwen2.5-VL-7B |
+| motion_flow | motion_flow.py | none: OpenCV's optical flow |
 
-`frame_scorer` and `qwen2_vl_reward` hold what several share; `published_weights` checks names before weights are read.
+`frame_scorer`, `qwen2_vl_reward` and `generative_judge` hold what several share; `published_weights` checks names
+before weights are read.
 """

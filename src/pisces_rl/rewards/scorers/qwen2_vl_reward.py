@@ -1,4 +1,5 @@
-"""Qwen2-VL with a reward head on special tokens, shared by VideoAlign and HPSv3: sizes, patches, names of weights."""
+"""Qwen2-VL with a reward head on special tokens, shared by VideoAlign and HPSv3; sizes, patches, chats and templates,
+which the generative judges share, too."""
 
 import ast
 import math
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD
@@ -96,36 +97,61 @@ class QwenScorer(OffloadedModel, ABC):
         return torch.cat(parts).to(clips.device)
 
     def _ask(self, prompts: Sequence[str], clips: Tensor) -> Tensor:
-        config, parameter = self.model.model.config, next(self.model.parameters())
-        vision = config.vision_config
-        factor = vision.patch_size * vision.spatial_merge_size
-        size = qwen_size(*clips.shape[-2:], *(n * factor**2 for n in self.tokens), factor=factor)
-        clips = at_least_float(clips.to(parameter.device, torch.promote_types(clips.dtype, parameter.dtype)))
-        patches, grid = qwen_patches(clips, size, vision, passes=self.media == "image")
-        places = math.prod(grid) // vision.spatial_merge_size**2
-        ids, mask = self._tokens(prompts, places)
-        ids, mask = ids.to(parameter.device), mask.to(parameter.device)
-        kinds = (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int()
-        pixels = "pixel_values" if self.media == "image" else "pixel_values_videos"
-        inputs = {
-            "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds,
-            pixels: patches.flatten(0, 1).to(parameter.dtype),
-            f"{self.media}_grid_thw": torch.tensor([grid] * len(prompts), device=parameter.device),
-        }  # fmt: skip
-        return self.model(torch.isin(ids, self.marks.to(ids.device)), **inputs)
+        texts = [self.template.replace(PROMPT, prompt) for prompt in prompts]
+        parameter = next(self.model.parameters())
+        inputs = qwen_inputs(
+            self.tokenizer, texts, clips, self.model.model.config, parameter, media=self.media, tokens=self.tokens
+        )
+        return self.model(torch.isin(inputs["input_ids"], self.marks.to(parameter.device)), **inputs)
 
-    def _tokens(self, prompts: Sequence[str], places: int) -> tuple[Tensor, Tensor]:
-        """Token numbers (B, L) and mask (B, L); the clip has `places` tokens."""
-        pad = f"<|{self.media}_pad|>"
-        texts = [
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": [{"type": self.media}, {"type": "text", "text": text}]}],
-                add_generation_prompt=True, tokenize=False,
-            ).replace(pad, pad * places)
-            for text in (self.template.replace(PROMPT, prompt) for prompt in prompts)
-        ]  # fmt: skip
-        batch = self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
+
+def qwen_inputs(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], clips: Tensor, config: PreTrainedConfig,
+    parameter: Tensor, *, media: str, tokens: tuple[int, int], padding_side: str = "right",
+) -> dict[str, Tensor]:  # fmt: skip
+    """What Qwen2-VL and Qwen2.5-VL take: for each row the chat template with its clip and then its text.
+
+    Args:
+        tokenizer: with a chat template. texts: B of them. clips: (B, F, 3, H, W) in [0, 1].
+        config: the model's. parameter: of its device and dtype.
+        media: "video", or "image" for F images one after the other, each of which the model reads alone.
+        tokens: least and most merged patches of a frame.
+    """
+    vision, rows = config.vision_config, len(clips)
+    factor = vision.patch_size * vision.spatial_merge_size
+    size = qwen_size(*clips.shape[-2:], *(n * factor**2 for n in tokens), factor=factor)
+    clips = at_least_float(clips.to(parameter.device, torch.promote_types(clips.dtype, parameter.dtype)))
+    if media == "image":
+        clips = clips.flatten(0, 1)[:, None]
+    patches, grid = qwen_patches(clips, size, vision, passes=media == "image")
+    content, pad = [{"type": media}] * (len(clips) // rows), f"<|{media}_pad|>"
+    chats = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
+            add_generation_prompt=True, tokenize=False,
+        ).replace(pad, pad * (math.prod(grid) // vision.spatial_merge_size**2))
+        for text in texts
+    ]  # fmt: skip
+    batch = tokenizer(chats, padding=True, padding_side=padding_side, return_tensors="pt").to(parameter.device)
+    ids = batch["input_ids"]
+    pixels = "pixel_values" if media == "image" else "pixel_values_videos"
+    return {
+        "input_ids": ids, "attention_mask": batch["attention_mask"],
+        "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int(),
+        pixels: patches.flatten(0, 1).to(parameter.dtype),
+        f"{media}_grid_thw": torch.tensor([grid] * len(clips), device=parameter.device),
+    }  # fmt: skip
+
+
+def frames_seen(
+    frames: int, video_fps: float, whole: Callable[[float], int] = round, *, fps: float = 2.0, least: int = 4,
+    most: int = 768,
+) -> int:  # fmt: skip
+    """How many frames `smart_nframes` of qwen-vl-utils takes: `fps` a second within bounds, an even number, which
+    `whole` finds: `round` in the copy that VideoAlign has, `math.floor` in later releases."""
+    if frames < 2:
+        raise ValueError(f"videos: the model needs at least 2 frames, got {frames}.")
+    return whole(min(max(frames / video_fps * fps, least), min(most, frames) // 2 * 2) / 2) * 2
 
 
 def qwen_size(height: int, width: int, lowest: int, highest: int, factor: int = 28) -> tuple[int, int]:
@@ -199,8 +225,20 @@ def read_constants(path: str | Path, names: Sequence[str], fetch: str) -> list[s
         raise ValueError(f"template: there is no {path}; the authors' file is fetched with `{fetch}`.")
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            found |= {target.id: node.value.value for target in node.targets if isinstance(target, ast.Name)}
-    if missing := [name for name in names if not isinstance(found.get(name), str)]:
+        if isinstance(node, ast.Assign) and (text := _constant(node.value)) is not None:
+            found |= {target.id: text for target in node.targets if isinstance(target, ast.Name)}
+    if missing := [name for name in names if name not in found]:
         raise ValueError(f"template: {path} does not assign {', '.join(missing)}; fetch it with `{fetch}`.")
     return [found[name] for name in names]
+
+
+def _constant(node: ast.expr) -> str | None:
+    """The text of a string, of an f-string with what it inserts left in braces, or of `Template(string)`."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Template":
+        return _constant(node.args[0])
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    parts = (p.value if isinstance(p, ast.Constant) else f"{{{ast.unparse(p.value)}}}" for p in node.values)
+    return "".join(parts)

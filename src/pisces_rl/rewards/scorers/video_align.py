@@ -15,6 +15,7 @@ from pisces_rl.rewards.scorers.qwen2_vl_reward import (
     QwenScorer,
     empty_shapes,
     flat_name,
+    frames_seen,
     load_weights,
     read_constants,
 )
@@ -97,13 +98,6 @@ class VideoAlign(QwenScorer):
         clips = videos[:, spread(videos.shape[1], frames_seen(videos.shape[1], self.video_fps))]
         outputs = self.outputs(prompts, clips)[..., 0]
         return (outputs - outputs.new_tensor(MEAN)) / outputs.new_tensor(STD)
-
-
-def frames_seen(frames: int, video_fps: float, fps: float = 2.0, least: int = 4, most: int = 768) -> int:
-    """How many frames the authors' `smart_nframes` takes: `fps` a second within bounds, an even number."""
-    if frames < 2:
-        raise ValueError(f"videos: VideoAlign needs at least 2 frames, got {frames}.")
-    return round(min(max(frames / video_fps * fps, least), min(most, frames) // 2 * 2) / 2) * 2
 
 
 def head(width: int) -> nn.Module:

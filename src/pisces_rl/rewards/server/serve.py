@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="Known names, file.py:function or package.module:function.",
+        help="Known names (an unknown one prints them), file.py:function or package.module:function.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs a token.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed.")
