@@ -36,6 +36,12 @@ and without, with activation checkpointing and without, by every transition list
 - adapters: tensors of the default LoRA; each got a gradient.
 - LoRA: `diffusers`, saved so that `pipe.load_lora_weights` reads it; `peft`, the pipeline has no LoRA loader, and
   `PeftModel.from_pretrained` reads it (the model card has the lines).
+
+GRPO, Flash-GRPO and Flow-DPPO need these log-probs ([methods.md](methods.md)). `nft`, `awm`, `rvm` and `flow_dpo`
+start the pipeline at any noise level instead, which every family of the table but `ltx2` allows:
+`tests/trainers/test_nft_families.py` takes an optimizer step of NFT on each; AWM, RVM and Flow-DPO ask the policy the
+same and were not run on each. LTX-2 is refused once its pipeline is loaded: it denoises audio beside the video, and
+the audio's state at a later step is not known.
 """
 
 

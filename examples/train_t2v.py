@@ -9,7 +9,8 @@
 --method is grpo, flash_grpo, flow_dppo, nft, awm, rvm or flow_dpo, and decides which settings there are (--method nft
 --help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is
 {"prompt": ..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without
-rewards. Without --config and --model it follows recipes/shapemotion_METHOD.yaml (of rvm, if no method is named): the
+rewards; those of a recipe are not loaded, and --rewards is refused. To other methods these columns mean nothing.
+Without --config and --model it follows recipes/shapemotion_METHOD.yaml (of rvm, if no method is named): the
 embedded tiny-wan on ShapeMotion.
 """
 
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from datasets import Dataset
 from grpo_t2v import ScriptArguments, arguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
 from pisces_rl import METHODS
@@ -54,16 +56,24 @@ def method_of(argv: list[str], methods: Iterable[str] = METHODS, unnamed: str | 
     return method
 
 
+def rewards_of(method: str, script: ScriptArguments, dataset: Dataset) -> list[str]:
+    """Names of the rewards; none where Flow-DPO has pairs, unless the command line asks for some: the trainer refuses
+    these."""
+    pairs = method == "flow_dpo" and not set(SIDES).isdisjoint(dataset.column_names)
+    asked = any(argument.split("=")[0] == "--rewards" for argument in sys.argv[1:])
+    return [] if pairs and not asked else script.rewards
+
+
 def main() -> None:
     method = method_of(sys.argv[1:])
     make_trainer, make_config = METHODS[method]
     given = arguments(RECIPES / f"shapemotion_{method}.yaml")
     script, config = parse_arguments(MethodArguments, make_config, arguments=given)
-    train_dataset, eval_dataset = load_datasets(script, config.seed, [*(config.image_columns or ["image"]), *SIDES])
-    pairs = SIDES[0] in train_dataset.column_names  # then they are what is learnt from
+    files = [*(config.image_columns or ["image"]), *(SIDES if method == "flow_dpo" else ())]
+    train_dataset, eval_dataset = load_datasets(script, config.seed, files)
     trainer = make_trainer(
         model=script.model,
-        reward_funcs=None if pairs else load_rewards(script, script.rewards, config.own_reward_device()),
+        reward_funcs=load_rewards(script, rewards_of(method, script, train_dataset), config.own_reward_device()),
         judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
         args=config,
         train_dataset=train_dataset,

@@ -214,6 +214,29 @@ def test_the_examples_have_a_default_recipe(monkeypatch, example):
         assert arguments(*given) == given
 
 
+@pytest.mark.parametrize("method, rewards, message", [
+    ("nft", True, "no-such-folder"),
+    ("grpo", True, "no-such-folder"),
+    ("flow_dpo", False, "no-such-folder"),
+    ("flow_dpo", True, "reward_funcs is given, but train_dataset holds pairs"),
+])
+def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, monkeypatch, method, rewards, message):
+    """What the trainer says last before it would load a model; without rewards it would have said so before."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("train_t2v")
+    for name in ("good.mp4", "bad.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
+    (tmp_path / "my.py").write_text("def score(prompts, videos, **columns):\n    return [0.0] * len(prompts)\n")
+    monkeypatch.setattr(sys, "argv", [
+        "train_t2v.py", "--method", method, "--model", str(tmp_path / "no-such-folder"), "--use_cpu",
+        "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out"), "--num_generations", "2",
+        *(["--rewards", f"{tmp_path}/my.py:score"] if rewards else []),
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        script.main()
+
+
 def test_the_settings_of_rewards_reach_them(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     grpo = importlib.import_module("grpo_t2v")
