@@ -197,7 +197,7 @@ def test_it_runs_beside_synchronous_rewards(local):
         assert ask(waits, endpoint.reward()).values.isfinite().all()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_is_that_of_the_local_judge(local, tmp_path, overlap):
     settings = {"overlap_rewards": overlap, "rollout_batch_size": 2} if overlap else {}
     with Endpoint(local) as endpoint:

@@ -268,6 +268,24 @@ def test_an_error_at_once(deed, why):
     assert len(faulty.requests) == 1
 
 
+def test_a_busy_server_is_waited_for_and_no_longer():
+    """Its Retry-After says that it lives: such tries are not among `retries`, until `time_limit` is over."""
+    busy = status(503, Retry_After="0")
+    with Faulty(*[busy] * 3) as faulty:
+        ask(RemoteReward(faulty.url, "bright", retries=0))
+        assert len(faulty.requests) == 4
+    busy = status(503, Retry_After="9")
+    with Faulty(*[busy] * 9) as faulty, pytest.raises(RewardError, match="2 tries, the last: status 503"):
+        ask(RemoteReward(faulty.url, "bright", retries=0, time_limit=0.5))
+
+
+def test_processes_begin_at_different_servers(monkeypatch):
+    with Faulty() as a, Faulty() as b:
+        monkeypatch.setenv("RANK", "1")
+        RewardPanel(RemoteReward([a.url, b.url], "bright"))(PROMPTS[:1], VIDEOS[:1], {})
+        assert not a.requests and len(b.requests) == 1
+
+
 def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
     with Faulty({}, status(500)) as faulty:
         made = trainer(tmp_path / "a", RemoteReward(faulty.url, "bright"), alive=True)

@@ -26,9 +26,9 @@ LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for mor
 
 
 class TryAgain(Exception):
-    """Another try may succeed, in `retry_after` seconds or later."""
+    """Another try may succeed, in `retry_after` seconds or later; None: the server does not say when."""
 
-    def __init__(self, message: str, retry_after: float = 0.0, status: int | None = None):
+    def __init__(self, message: str, retry_after: float | None = None, status: int | None = None):
         super().__init__(message)
         self.retry_after, self.status = retry_after, status
 
@@ -55,7 +55,8 @@ class RetryingClient:
     A try that failed is made again after min(2^k / 2, 30) s times a random factor from .5 to 1.5, or after what the
     server's Retry-After says (at most `time_limit`), if: the connection was refused, reset or broken off within the
     answer; no answer came within the time limit; the status is one of `try_again`; the reader of the answer raises
-    `TryAgain`.
+    `TryAgain`. A server that says when to come back is alive and busy: such waits, up to `time_limit` in all, are not
+    among the `retries`.
 
     Args:
         name: of the thread. key: sent as "Authorization: Bearer KEY". Proxies of the environment are not used.
@@ -136,6 +137,7 @@ class RetryingClient:
     async def _ask(
         self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T]
     ) -> T:
+        tries, patience = 0, self.time_limit
         for attempt in itertools.count():
             url = urls[attempt % len(urls)]
             try:
@@ -146,11 +148,14 @@ class RetryingClient:
             except ValueError as error:
                 raise Failed(str(error), url) from error
             except TryAgain as error:
-                if attempt == self.retries:
-                    tries = f"{attempt + 1} tries, the last: " if attempt else ""
-                    raise Failed(f"{tries}{error}", url, error.status) from error
-                backoff = min(0.5 * 2**attempt, LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
-                await asyncio.sleep(max(backoff, min(error.retry_after, self.time_limit)))
+                busy = error.retry_after is not None and patience > 0
+                if not busy and tries == self.retries:
+                    many = f"{attempt + 1} tries, the last: " if attempt else ""
+                    raise Failed(f"{many}{error}", url, error.status) from error
+                wait = min(0.5 * 2**tries, LONGEST_WAIT) * self._random.uniform(0.5, 1.5)
+                wait = max(wait, min(error.retry_after or 0.0, self.time_limit))
+                tries, patience = (tries, patience - wait) if busy else (tries + 1, patience)
+                await asyncio.sleep(wait)
 
     async def _turn(self) -> None:
         now = self._loop.time()
@@ -180,10 +185,12 @@ class RetryingClient:
         raise Failed(said, url, response.status_code)
 
 
-def _seconds(retry_after: str | None) -> float:
-    """Of a Retry-After, which is a number of seconds or a date; 0 for anything else."""
-    if retry_after is None or retry_after.isdecimal():
-        return float(retry_after or 0)
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a Retry-After, which is a number of seconds or a date; 0 for anything else, None without one."""
+    if retry_after is None:
+        return None
+    if retry_after.isdecimal():
+        return float(retry_after)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
     except ValueError:
