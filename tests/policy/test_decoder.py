@@ -1,8 +1,11 @@
 """How the VAE decodes: slices change nothing, its dtype is its own, and what it cannot do is said."""
 
+import functools
+
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+from policy.adapted import give_adapter
 from policy.test_replay_parity import PROMPTS
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 
@@ -31,6 +34,56 @@ def test_slices_are_decoded_one_video_at_a_time():
     policy.sample(PROMPTS, noise_seeds=[1, 2])
     hook.remove()
     assert rows and set(rows) == {1}
+
+
+@pytest.mark.parametrize("family", ["wan", "wan22_ti2v", "wan_i2v"])
+@pytest.mark.parametrize("frames", [1, 2, 9])
+def test_chunks_change_nothing(family, frames):
+    """The clip is longer than two chunks; TI2V's VAE has patches and shortcuts that begin differently."""
+    longer = CALLS[family] | {"num_frames": 17}
+    policies = [VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=longer, vae_chunk_frames=f)
+                for f in (None, frames)]  # fmt: skip
+    whole, chunked = (p.sample(PROMPTS, noise_seeds=[1, 2], conditions=CONDITIONS[family]).videos for p in policies)
+    assert whole.shape[1] == 17
+    torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
+
+
+def test_chunks_are_as_long_as_asked_and_only_without_gradients():
+    policy = VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, vae_chunk_frames=4,
+                         pipeline_kwargs=CALLS["wan"] | {"num_frames": 25})  # fmt: skip
+    give_adapter(dict(policy.denoiser.items()))
+    lengths = []
+    hook = policy.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
+    policy.sample(PROMPTS[:1], noise_seeds=[1])
+    assert lengths == [1, 4, 2]
+    lengths.clear()
+    policy.sample_with_gradients(PROMPTS[:1], noise_seeds=[1])
+    hook.remove()
+    assert set(lengths) == {1}
+    VideoPolicy(policy.pipeline, num_inference_steps=2)
+    assert "_decode" not in vars(policy.pipeline.vae)  # another policy of the same pipeline
+
+
+@pytest.mark.slow
+def test_a_compiled_decoder_decodes_the_same(monkeypatch):
+    """Two batch sizes, each of a first, a second, a further and a last, shorter chunk; without the compiler of C++,
+    which takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    policies = [VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"]
+                            | {"num_frames": 33}, **how) for how in ({}, {"vae_chunk_frames": 3, "vae_compile": True})]
+    for count in (1, 2):
+        whole, chunked = (p.sample(PROMPTS[:count], noise_seeds=[1, 2][:count]).videos for p in policies)
+        torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("family, how, message", [
+    ("hunyuan", {"vae_chunk_frames": 2}, "AutoencoderKLHunyuanVideo .* cannot do so, only AutoencoderKLWan"),
+    ("wan", {"vae_chunk_frames": 0}, "vae_chunk_frames=0"), ("wan", {"vae_compile": True}, "needs vae_chunk_frames"),
+    ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither goes with vae_tiling"),
+])  # fmt: skip
+def test_chunks_that_cannot_be(family, how, message):
+    with pytest.raises(PolicyError, match=message):
+        VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, **how)
 
 
 def test_tiles_are_switched_on():

@@ -55,7 +55,8 @@ class VideoPolicy(nn.Module):
         pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
         attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
-        vae_dtype, vae_slicing, vae_tiling: how the VAE decodes, see `decoder.set_decoder`.
+        vae_dtype, vae_slicing, vae_tiling, vae_chunk_frames, vae_compile: how the VAE decodes, see
+            `decoder.set_decoder`.
 
     Raises:
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
@@ -65,7 +66,8 @@ class VideoPolicy(nn.Module):
                  num_inference_steps: int = 16, sde_window_size: int | None = None,
                  sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
                  autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None,
-                 vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False):
+                 vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False,
+                 vae_chunk_frames: int | None = None, vae_compile: bool = False):
         super().__init__()
         self.pipeline = pipeline
         denoisers = denoisers_of(pipeline)
@@ -93,7 +95,8 @@ class VideoPolicy(nn.Module):
         self._codec: LatentCodec | None = None
         self.record = contextlib.nullcontext
         self.vae_dtype = vae_dtype
-        set_decoder(pipeline, dtype=vae_dtype, slicing=vae_slicing, tiling=vae_tiling)
+        set_decoder(pipeline, dtype=vae_dtype, slicing=vae_slicing, tiling=vae_tiling, chunk_frames=vae_chunk_frames,
+                    compiled=vae_compile)
         self.makes_images = False  # videos of one frame; known from the first sample on
         if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:
             pipeline.vae.enable_slicing()

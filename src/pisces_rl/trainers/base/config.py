@@ -73,6 +73,16 @@ class VideoPolicyConfig(_BaseConfig):
                   "little."},
     )
 
+    vae_chunk_frames: int | None = field(
+        default=None,
+        metadata={"help": "Latent frames that Wan's VAE decodes at a time, for speed and more memory. Unset: one, as "
+                  "diffusers does."},
+    )
+    vae_compile: bool = field(
+        default=False,
+        metadata={"help": "With vae_chunk_frames, whether its decoder is compiled; the first videos wait for it."},
+    )
+
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
         default=None,
@@ -307,4 +317,5 @@ class VideoPolicyConfig(_BaseConfig):
             "num_inference_steps": self.num_inference_steps or STEPS, "pipeline_kwargs": self.policy_kwargs(),
             "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
             "vae_dtype": self.vae_dtype, "vae_slicing": self.vae_slicing, "vae_tiling": self.vae_tiling,
+            "vae_chunk_frames": self.vae_chunk_frames, "vae_compile": self.vae_compile,
         }

@@ -1,0 +1,61 @@
+"""Optional: a causal VAE decodes several latent frames at a time, compiled; see benchmarks/decoder_speed.py."""
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.vae import DecoderOutput
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .quirks import CAUSAL_CHUNKS
+
+VARIANTS = 64  # graphs of one decoder: first, second, further and last chunk, for each batch size
+
+
+class ChunkedDecoder:
+    """`_decode` of a VAE whose decoder keeps the last frames of each convolution's input for the next call.
+
+    diffusers decodes one latent frame a call, since that takes least memory. The first frame stays alone, because it
+    is not upsampled in time; the others go `frames` at a time. Convolutions, norms and attention see the same values,
+    so only the kernels' rounding changes. Calls that need gradients are the VAE's own.
+
+    Args:
+        frames: latent frames a call, 1 or more. compiled: whether `torch.compile` fuses what is between convolutions;
+            the first videos of each batch size wait for it.
+    """
+
+    def __init__(self, vae: nn.Module, frames: int, compiled: bool):
+        self.vae, self.frames, self.own = vae, frames, type(vae)._decode.__get__(vae)
+        self.compiled = torch.compile(vae.decoder, dynamic=False) if compiled else None
+
+    def __call__(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
+        if torch.is_grad_enabled():
+            return self.own(z, return_dict)
+        vae = self.vae
+        decoder = vae.decoder if self.compiled is None or isinstance(z, FakeTensor) else self.compiled
+        vae.clear_cache()
+        parts = []
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            for chunk in self._chunks(vae.post_quant_conv(z)):
+                parts.append(decoder(chunk, feat_cache=vae._feat_map, feat_idx=[0], first_chunk=not parts))
+        vae.clear_cache()
+        videos = torch.cat(parts, 2)
+        if vae.config.patch_size is not None:
+            videos = unpatchify(videos, vae.config.patch_size)
+        videos = videos.clamp(-1, 1)
+        return DecoderOutput(sample=videos) if return_dict else (videos,)
+
+    def _chunks(self, latents: Tensor) -> list[Tensor]:
+        first, others = latents[:, :, :1], latents[:, :, 1:]
+        return [first, *(others.split(self.frames, 2) if others.shape[2] else ())]
+
+
+def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool) -> bool:
+    """Have a VAE decode so many latent frames at a time, or as it did; whether it can."""
+    if vae is not None:
+        vars(vae).pop("_decode", None)
+    if frames is None:
+        return True
+    if type(vae).__name__ not in CAUSAL_CHUNKS:
+        return False
+    vae._decode = ChunkedDecoder(vae, frames, compiled)
+    return True
