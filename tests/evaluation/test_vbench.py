@@ -428,3 +428,36 @@ def test_the_command_exports(tmp_path, capsys):
     assert settings["call"]["num_frames"] == 5 and settings["call"]["height"] == 64  # its own default
     with pytest.raises(SystemExit, match="pisces-rl vbench export: dimensions="):
         command.main([*arguments, "--dimensions", "scene"])
+
+
+def test_the_script_runs_every_dimension_once_and_the_comparison_reads_what_it_leaves(tmp_path):
+    """In place of VBench's own commands stand two of the same arguments, which write a file of its name and form."""
+    environment, clone, base = tmp_path / "env", tmp_path / "VBench", tmp_path / "base"
+    for folder in (environment / "bin", clone / "vbench", base / "videos"):
+        folder.mkdir(parents=True)
+    (clone / "vbench" / "VBench_full_info.json").write_text("[]")
+    runner = environment / "bin" / "vbench"
+    result = {"DIMENSION": [0.5, [{"video_path": "a cat-0.mp4", "video_results": 0.5}]]}
+    runner.write_text(f"""#!/usr/bin/env bash
+while [ $# -gt 0 ]; do
+  case $1 in --output_path) out=$2;; --dimension) dimension=$2;; --videos_path) videos=$2;; esac
+  shift
+done
+echo "$dimension $videos" >> {tmp_path}/log
+mkdir -p "$out"
+echo '{json.dumps(result)}' | sed "s/DIMENSION/$dimension/" > "$out/x_eval_results.json"
+""")
+    python = environment / "bin" / "python"
+    python.write_text('#!/usr/bin/env bash\nmkdir -p "${@: -1}/filtered_videos"\n')
+    for file in (runner, python):
+        file.chmod(0o755)
+    script = [str(Path(__file__).parents[2] / "examples" / "run_vbench.sh"), str(environment), str(clone), str(base)]
+    only = os.environ | {"DIMENSIONS": "color temporal_flickering"}
+    for _ in range(2):
+        subprocess.run(script, env=only, check=True)
+    assert (tmp_path / "log").read_text().splitlines() == [
+        f"color {base}/videos", f"temporal_flickering {base}/static/filtered_videos",
+    ]
+    assert set(read_results(base / "results")[1]) == {"color", "temporal_flickering"}
+    wrong = subprocess.run([*script[:3], str(tmp_path)], capture_output=True, text=True)
+    assert wrong.returncode == 2 and "vbench export" in wrong.stderr
