@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 from policy.adapted import give_adapter
-from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, quiet
+from tiny_pipelines import BUILD, CALLS, CONDITIONS, EXPERTS, often, quiet
 
 from pisces_rl.hub import model_card
 from pisces_rl.policy import (
@@ -41,7 +41,7 @@ def latents(pipe, family, seed=0):
     return pipe(output_type="latent", generator=torch.Generator().manual_seed(seed), **call_of(family))[0]
 
 
-@pytest.mark.parametrize("family", BUILD)
+@pytest.mark.parametrize("family", often(BUILD))
 def test_saved_adapter_loads_into_a_fresh_pipeline(family, tmp_path):
     pipe, _, parameters, counts = adapted(family)
     assert 2 * sum(counts.values()) == len(parameters)
