@@ -266,6 +266,18 @@ def idle_rank(folder) -> dict:
     return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), max_steps=2))
 
 
+def no_spread(folder, **settings) -> dict:
+    """AdamW, with rewards that are equal from the third step on: by how much each step but the first moves."""
+    kept = tiny_runs.Weights()
+    kept.trainer = made(folder, tiny_runs.equal_from(2), callbacks=[kept], **ADAMW | settings)
+    result = trained(kept.trainer)
+    return result | {"moved": [tiny_runs.largest_difference(a, b) for a, b in zip(kept.steps, kept.steps[1:])]}
+
+
+def full_no_spread(folder) -> dict:
+    return no_spread(folder, peft_config="full", alive=False, learning_rate=1e-3)
+
+
 def compiled(folder) -> dict:
     """Blocks as graphs, without the compiler behind them."""
     return trained(made(folder, videos=4, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"))

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import scenarios
-from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
+from comparisons import (
+    assert_equal_ranks,
+    assert_equal_rewards_move_nothing,
+    assert_equals_one,
+    assert_evaluated_as_one,
+    assert_resumed,
+    numbers,
+)
 from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "overlapped", "idle_rank", "distilled", "nft", "flash_grpo"]
@@ -43,8 +50,10 @@ def test_two_processes_equal_one(two, name):
 
 @pytest.mark.slow
 def test_more_scenarios(tmp_path):
-    result = torchrun(scenarios.__file__, tmp_path, *SLOW, timeout=300)
+    result = torchrun(scenarios.__file__, tmp_path, *SLOW, "no_spread", timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]
+    assert_equal_ranks(tmp_path, "no_spread")
+    assert_equal_rewards_move_nothing(tmp_path)
     for name in SLOW:
         assert_equal_ranks(tmp_path, name)
         assert_equals_one(tmp_path, name, scenarios.METRICS)

@@ -241,7 +241,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return self.policy.mesh is not None or self.policy.shares_tokens
 
     def all_reduce_gradients(self) -> None:
-        """Average the adapter's gradients over processes, and log each denoiser's norm where several have one."""
+        """Average the adapter's gradients over processes, see `average_gradients`, and log each denoiser's norm where
+        several have one."""
         step = self.state.global_step
         if step % self.args.equal_weights_steps == 0:
             self.check_equal_weights()

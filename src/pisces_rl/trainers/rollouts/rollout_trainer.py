@@ -69,6 +69,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         self.scored: ScoredRollout | None = None
         self._rollout_state: dict = {}  # what draws it again in a run that is resumed inside it
         self._resumed_rollout: dict | None = None
+        self._told_of_rewards: set[str] = set()  # reasons why some teach nothing
         self.followers: dict[str, AdapterEMA] = self.followed()
         self.prompt_statistics = PromptStatistics(
             args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
@@ -194,6 +195,8 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._take(parts, state, len(prompts))
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
+        if len(self.rewards) and self.is_world_process_zero():
+            self._warn_of_rewards(keys, values.isnan().all(1), state["spread"])
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
@@ -286,14 +289,30 @@ class RolloutTrainer(VideoPolicyTrainer):
                     "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
                 )
 
+    def _warn_of_rewards(self, keys: list[str], unscored: Tensor, spread: Tensor) -> None:
+        """Names a prompt whose rewards teach nothing, once a run for each reason."""
+        size, told = self.args.num_generations, {}
+        if unscored.any():
+            told["unscored"] = (
+                f"no reward applies to {int(unscored.sum())} of a rollout's {len(keys)} videos (all returned None), "
+                f"the first of {keys[int(unscored.nonzero()[0])]!r}: they teach nothing. Reward their prompts, or "
+                "leave them out of train_dataset."
+            )
+        equal = (~spread).view(-1, size).all(1).nonzero().flatten().tolist()
+        if equal:
+            further = f", nor do those of {len(equal) - 1} further of this rollout's {len(keys) // size} prompts"
+            told["equal"] = (
+                f"the rewards of {keys[equal[0] * size]!r} tell none of its videos from another (all are equal, or "
+                f"none applies){further if len(equal) > 1 else ''}: they teach nothing, and where no group of a "
+                "rollout has others, and no further term of the loss a gradient, no step is taken. "
+                "frac_reward_zero_std says how many there are."
+            )
+        for reason in told.keys() - self._told_of_rewards:
+            self._told_of_rewards.add(reason)
+            warnings.warn(told[reason], stacklevel=2)
+
     def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
         metrics = self._metrics["train"]
-        unscored = int(values.isnan().all(1).sum())
-        if unscored and len(self.rewards) and self.is_world_process_zero():
-            warnings.warn(
-                f"no reward applies to {unscored} of a rollout's {len(values)} videos (all returned None): they teach "
-                "nothing. Reward their prompts, or leave them out of train_dataset.", stacklevel=2,
-            )
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
