@@ -132,6 +132,11 @@ def test_pairs_are_checked_before_a_model_is_loaded(tmp_path, pairs, change, mes
     (tiny_runs.brightness, {}, "reward_funcs is given, but train_dataset holds pairs"),
     (None, {"num_generations": 4}, "num_generations=4 and num_iterations=1, but train_dataset holds pairs"),
     (None, {"num_iterations": 2}, "num_generations=2 and num_iterations=2, but train_dataset holds pairs"),
+    (None, {"overlap_rewards": True, "rollout_batch_size": 2}, "overlap_rewards=True, but train_dataset holds pairs"),
+    (None, {"rollout_batch_size": 2}, "rollout_batch_size=2, but train_dataset holds pairs"),
+    (None, {"reward_weights": [1.0]}, r"reward_weights=\[1.0\], but train_dataset holds pairs"),
+    (None, {"multi_objective_aggregation": "normalize_then_sum"},
+     "multi_objective_aggregation='normalize_then_sum', but train_dataset holds pairs"),
 ])
 def test_settings_that_do_not_fit_pairs(tmp_path, pairs, rewards, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -48,9 +48,6 @@ class ForwardProcessConfig(RolloutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.share_initial_noise:
-            raise ValueError("share_initial_noise=True, but only the start noise tells the videos of a group apart: "
-                             "these methods sample without further noise. Leave it out.")
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weights the distance to the reference.")
 

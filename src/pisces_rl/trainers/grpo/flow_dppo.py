@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,8 +15,11 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlowDPPOConfig(VideoGRPOConfig):
-    """Settings of [`FlowDPPOTrainer`]: those of GRPO, of which `epsilon` is not used."""
+    """Settings of [`FlowDPPOTrainer`]: those of GRPO, of which `epsilon` and `epsilon_high` are refused."""
 
+    without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("epsilon", "epsilon_high"), "Flow-DPPO does not clip the ratio; set divergence_limit."
+    )
     divergence_limit: float = field(
         default=1e-5,
         metadata={"help": "A step's term is left out where KL(old, new) of its transition, a dimension, exceeds this "

@@ -77,6 +77,10 @@ class VideoGRPOTrainer(RolloutTrainer):
         """A window of the schedule, the same in the whole rollout."""
         return self.policy.draw_window(sample_seed(self.args.seed, number, WINDOW))
 
+    @property
+    def shares_noise(self) -> bool:
+        return self.args.share_initial_noise
+
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
         metrics: Metrics = defaultdict(list)
         total, taken = torch.zeros((), device=self.accelerator.device), rows

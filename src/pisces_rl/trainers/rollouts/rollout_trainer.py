@@ -86,6 +86,11 @@ class RolloutTrainer(VideoPolicyTrainer):
         """The denoising steps that are stochastic and recorded, in the videos of a group of the number-th rollout."""
         return []
 
+    @property
+    def shares_noise(self) -> bool:
+        """Whether the videos of a group start from the same noise."""
+        return False
+
     def followed(self) -> dict[str, AdapterEMA]:
         """{name: an average of the adapter}: kept beside it, saved and resumed with it."""
         return {}
@@ -211,7 +216,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         args, number = self.args, self._step // self._uses_per_rollout
         first_row = self.data_part * len(prompts)
         ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
-        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
+        noise_ids = [i // args.num_generations if self.shares_noise else i for i in ids]
         noise_seeds = [sample_seed(args.seed, number, NOISE, i) for i in noise_ids]
         step_seeds = [sample_seed(args.seed, number, STEP, i) for i in ids]
         steps = [self.trained_steps(number, i // args.num_generations) for i in ids]
@@ -277,7 +282,7 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _drawn_from(self, keys: list[str]) -> str:
         """A digest of all that a rollout's videos depend on besides the weights."""
         args = self.args
-        drawn_from = keys, args.seed, args.share_initial_noise, sorted(args.policy_settings().items())
+        drawn_from = keys, args.seed, self.shares_noise, sorted(args.policy_settings().items())
         return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
 
     def _check_groups(self, keys: list[str]) -> None:
