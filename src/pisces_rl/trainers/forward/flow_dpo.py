@@ -173,15 +173,16 @@ class FlowDPOTrainer(ForwardProcessTrainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """Rows winner, loser, ... of the P groups that are taken, the best and the worst; and (P,) weights: G, since
-        of a group's G videos one pair is trained on, or 0 where none is better."""
+        """Rows winner, loser, ... of the P groups that are taken, the best and the worst of those that have a reward;
+        and (P,) weights: G, since of a group's G videos one pair is trained on, or 0 where none is better."""
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
             group = rows[start:start + size]
-            advantages = scored.advantages[group]
-            pairs += [group[int(advantages.argmax())], group[int(advantages.argmin())]]
+            advantages, unknown = scored.advantages[group], ~scored.ranked[group]
+            pairs += [group[int(advantages.masked_fill(unknown, -math.inf).argmax())],
+                      group[int(advantages.masked_fill(unknown, math.inf).argmin())]]
         winners, losers = pairs[::2], pairs[1::2]
-        known = scored.spread[winners] & (scored.advantages[winners] > scored.advantages[losers])
+        known = scored.ranked[winners] & (scored.advantages[winners] > scored.advantages[losers])
         taken = self._taken(pairs, known.repeat_interleave(2))
         return taken, size * (known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2))
 

@@ -191,12 +191,14 @@ class RolloutTrainer(VideoPolicyTrainer):
             values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
-        earlier = None
+        spread, earlier = (group_std > 0) | (advantages != 0), None
+        ranked = spread & ~rewards.isnan()
         if self.prompt_statistics is not None:
             earlier = self.prompt_statistics.state_dict()
             advantages = self.prompt_statistics.advantages(keys, rewards)
-        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip),
-                 "spread": (group_std > 0) | (advantages != 0), "at": self.state.global_step}
+            spread = (group_std > 0) | (advantages != 0)
+        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip), "spread": spread,
+                 "ranked": ranked, "at": self.state.global_step}
         self._take(parts, state, len(prompts))
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
@@ -255,8 +257,8 @@ class RolloutTrainer(VideoPolicyTrainer):
         own = slice(first_row, first_row + count)
         self._rollout_state = state
         self.scored = ScoredRollout(
-            parts, state["advantages"][own], state["spread"][own], number, state["at"], first_row,
-            [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
+            parts, state["advantages"][own], state["spread"][own], state.get("ranked", state["spread"])[own], number,
+            state["at"], first_row, [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
         )
 
     def _draw_again(self, inputs: list[dict], state: dict) -> None:
