@@ -1,5 +1,6 @@
 """Flow-DPO from pairs of videos in a data set, and what is wrong with them."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from pisces_rl.media import load_video, save_video
 from pisces_rl.trainers.base.data.seeds import sample_seed
 from pisces_rl.trainers.forward.forward_process import NOISE
+from pisces_rl.trainers.methods import METHODS
 
 PAIRS = {"method": "flow_dpo", "num_generations": 2}
 
@@ -213,3 +215,12 @@ def test_a_group_of_which_fewer_than_two_can_be_told_apart_is_no_pair(tmp_path, 
                                   num_sample_videos=0)
     made.train()
     assert largest_difference(*kept.steps) == 0
+
+
+@pytest.mark.parametrize("method, warns", [("flow_dpo", False), ("grpo", True), ("nft", True)])
+def test_two_videos_are_a_group_for_a_preference(tmp_path, method, warns):
+    """The sign of an advantage, which a small group often has wrong, counts for the other methods."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        METHODS[method][1](output_dir=str(tmp_path), num_generations=2, use_cpu=True)
+    assert any("groups below 8" in str(w.message) for w in told) == warns

@@ -35,6 +35,7 @@ class FlowDPOConfig(ForwardProcessConfig):
         ("scale_rewards", "advantage_clip"),
         "Flow-DPO takes the best and the worst of a group: only the order of a group's rewards counts; leave it out.",
     )
+    small_group: ClassVar[int] = 2  # no advantage's sign counts
     beta: float = field(
         default=500.0, metadata={"help": "Strength of the tie to the reference, as in DPO: the larger, the nearer."}
     )

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from ...estimate import Held
 from ..base.config import VideoPolicyConfig
@@ -15,6 +16,8 @@ class RolloutConfig(VideoPolicyConfig):
     `generation_batch_size` videos is drawn, in groups of `num_generations` per prompt; each optimizer step uses
     `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.
     """
+
+    small_group: ClassVar[int] = 8  # below, a warning
 
     # --- how a rollout is sampled ---
     rollout_batch_size: int | None = field(
@@ -154,10 +157,10 @@ class RolloutConfig(VideoPolicyConfig):
                 f"rollout of {share} videos, so there is no sampling left to score beside: set rollout_batch_size "
                 f"below {share}, or leave overlap_rewards out."
             )
-        if self.num_generations < 8:
+        if self.num_generations < self.small_group:
             warnings.warn(
-                f"num_generations={self.num_generations}: groups below 8 often give advantages of the wrong sign on "
-                "video; training goes on.", stacklevel=2,
+                f"num_generations={self.num_generations}: groups below {self.small_group} often give advantages "
+                "of the wrong sign on video; training goes on.", stacklevel=2,
             )
 
     def videos_a_step(self) -> str:
