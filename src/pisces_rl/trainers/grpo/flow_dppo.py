@@ -28,7 +28,7 @@ class FlowDPPOConfig(VideoGRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps_per_generation * self.num_iterations <= self.gradient_accumulation_steps:
+        if not self.reuses_rollouts:
             warnings.warn("with one optimizer step a rollout the policy is the one that sampled it, so nothing "
                           "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
                           "steps_per_generation.", stacklevel=2)

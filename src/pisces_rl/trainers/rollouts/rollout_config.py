@@ -98,6 +98,11 @@ class RolloutConfig(VideoPolicyConfig):
                 raise ValueError(f"{why}, so {name}={value!r} would have no effect; set {name}={default!r}, or "
                                  f"leave {why.partition('=')[0]} out.")
 
+    @property
+    def reuses_rollouts(self) -> bool:
+        """Whether a rollout serves several optimizer steps."""
+        return self.steps_per_generation * self.num_iterations > self.gradient_accumulation_steps
+
     def objective(self) -> tuple[str, ...]:
         shared = {f.name for f in fields(RolloutConfig)}
         own = [f.name for f in fields(self) if f.name not in shared]

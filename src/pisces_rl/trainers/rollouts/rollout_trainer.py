@@ -238,7 +238,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def _weights_in_use(self) -> dict[str, Tensor] | None:
         """Those that draw this rollout, where a checkpoint may lie inside it."""
-        if self._uses_per_rollout <= self.args.gradient_accumulation_steps:
+        if not self.args.reuses_rollouts:
             return None
         return held_values(self.adapter, "cpu")
 
