@@ -375,7 +375,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- resume ------------------------------------------------------------------------------------------------------
 
-    def _averages(self) -> dict[str, AdapterEMA | None]:
+    def _averages(self) -> dict[str, AdapterEMA]:
         return super()._averages() | self.followers
 
     def _extra_state(self) -> dict:
