@@ -176,13 +176,15 @@ def test_the_mask_is_of_what_is_far_and_moves_on(tmp_path):
     made = dppo(tmp_path, divergence_limit=limit)
     left_out = far & (log_ratio.detach() * advantage > 0)
     assert left_out.tolist() == [False, True, False, False, False, False, False, True]
-    loss = made.policy_loss(step, log_ratio, advantage, samples)
+    reads, mean_rows = [], samples.mean_rows
+    samples.mean_rows = lambda *asked: reads.append(asked) or mean_rows(*asked)
+    loss, low, high = made.policy_loss(step, log_ratio, advantage, samples)
+    assert len(reads) == 1  # the divergence is a mean over all latents
     torch.testing.assert_close(loss, (-advantage * log_ratio.exp()) * ~left_out)
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     torch.testing.assert_close(gradient, -advantage * log_ratio.exp() * ~left_out)
-    low, high = made.clipped(step, log_ratio, advantage, samples)
     assert (float(low), float(high)) == (1 / 8, 1 / 8)
-    assert torch.autograd.gradcheck(lambda ratio: made.policy_loss(step, ratio, advantage, samples), log_ratio)
+    assert torch.autograd.gradcheck(lambda ratio: made.policy_loss(step, ratio, advantage, samples)[0], log_ratio)
 
 
 def test_dppo_is_policy_gradient_until_it_is_far(tmp_path):

@@ -59,16 +59,10 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlowDPPOConfig() if args is None else args, *further, **keywords)
 
-    def _left_out(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout) -> Tensor:
+    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
+                    samples: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         old_mean = samples.mean_rows(step.index, step.rows)
         divergence = kl_to_reference(step.mean.detach(), old_mean, step.std, samples.rows_per_video)
-        return (divergence > self.args.divergence_limit) & (log_ratio.detach() * advantage > 0)
-
-    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout) -> Tensor:
-        left_out = self._left_out(step, log_ratio, advantage, samples)
-        return (-advantage * log_ratio.exp()).masked_fill(left_out, 0.0)
-
-    def clipped(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
-                samples: Rollout) -> tuple[Tensor, Tensor]:
-        left_out = self._left_out(step, log_ratio, advantage, samples)
-        return (left_out & (advantage < 0)).float().mean(), (left_out & (advantage > 0)).float().mean()
+        left_out = (divergence > self.args.divergence_limit) & (log_ratio.detach() * advantage > 0)
+        loss = (-advantage * log_ratio.exp()).masked_fill(left_out, 0.0)
+        return loss, (left_out & (advantage < 0)).float().mean(), (left_out & (advantage > 0)).float().mean()
