@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
 import test_consistency as consistency  # noqa: E402
+import test_flow_dpo as flow_dpo_data  # noqa: E402
 import tiny_runs  # noqa: E402
 from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
@@ -227,6 +228,19 @@ def full_twice(folder) -> dict:
 def flow_dpo(folder) -> dict:
     """The best against the worst of four."""
     return trained(made(folder, method="flow_dpo", max_steps=3, beta=100.0, learning_rate=0.01))
+
+
+def flow_dpo_pairs(folder) -> dict:
+    """Four pairs of videos of a data set: two a process."""
+    files = folder / f"clips_{RANK}"
+    files.mkdir(parents=True)
+    return trained(made(folder, None, data=flow_dpo_data.clips(files), method="flow_dpo", num_generations=2,
+                        max_steps=3, beta=100.0, learning_rate=0.01))
+
+
+def flow_dppo(folder) -> dict:
+    """Each rollout twice, with a mask that leaves out some terms, and a KL term."""
+    return trained(made(folder, method="flow_dppo", max_steps=4, num_iterations=2, beta=0.01, divergence_limit=1e-7))
 
 
 def flash_grpo(folder, halves: bool = False) -> dict:
