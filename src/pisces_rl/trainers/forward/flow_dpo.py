@@ -21,6 +21,9 @@ from ..rollouts.scored import ScoredRollout
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # what a seed is for
+#: Settings of rollouts and rewards, of which there are none beside pairs.
+OF_ROLLOUTS = ("overlap_rewards", "log_completions", "per_prompt_stat_tracking", "rollout_batch_size",
+               "reward_weights", "multi_objective_aggregation")
 
 
 @dataclass
@@ -124,8 +127,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
                     f"num_generations={args.num_generations} and num_iterations={args.num_iterations}, but "
                     "train_dataset holds pairs (chosen, rejected): set num_generations=2 and num_iterations=1."
                 )
-            for name in ("overlap_rewards", "log_completions", "per_prompt_stat_tracking", "rollout_batch_size",
-                         "reward_weights", "multi_objective_aggregation"):
+            for name in OF_ROLLOUTS:
                 if getattr(args, name) != args.__dataclass_fields__[name].default:
                     raise ValueError(f"{name}={getattr(args, name)!r}, but train_dataset holds pairs (chosen, "
                                      "rejected): nothing is sampled or scored. Leave it out.")
