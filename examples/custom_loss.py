@@ -2,8 +2,8 @@
 
     accelerate launch examples/custom_loss.py
 
-`policy_loss` is given one denoising step of a few videos and returns a loss for each. Here a penalty keeps the ratio
-near 1 in place of the clip (Simple Policy Optimization, arXiv 2401.16025).
+`policy_loss` is given one denoising step of a few videos and returns a loss for each, and which shares of them a clip
+left out. Here a penalty keeps the ratio near 1 in place of the clip (Simple Policy Optimization, arXiv 2401.16025).
 """
 
 from datasets import Dataset
@@ -14,10 +14,9 @@ from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 class PenaltyTrainer(VideoGRPOTrainer):
     def policy_loss(self, step, log_ratio, advantage, samples):
         ratio = log_ratio.exp()
-        return -advantage * ratio + advantage.abs() * (ratio - 1).square() / (2 * self.args.epsilon)
-
-    def clipped(self, step, log_ratio, advantage, samples):
-        return log_ratio.new_zeros(()), log_ratio.new_zeros(())  # nothing is: these are the logged shares
+        loss = -advantage * ratio + advantage.abs() * (ratio - 1).square() / (2 * self.args.epsilon)
+        nothing = log_ratio.new_zeros(())  # is left out: what is logged as clip_ratio
+        return loss, nothing, nothing
 
 
 def brightness(prompts, videos, **columns):

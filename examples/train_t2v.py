@@ -9,7 +9,8 @@
 --method is grpo, flash_grpo, flow_dppo, nft, awm, rvm or flow_dpo, and decides which settings there are (--method nft
 --help); other arguments are those of grpo_t2v.py. A recipe may name the method. Each line of pairs.jsonl is
 {"prompt": ..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without
-rewards; those of a recipe are not loaded, and --rewards is refused. To other methods these columns mean nothing.
+rewards; those of a recipe are not loaded, its settings of rollouts do not count, and --rewards is refused. To other
+methods these columns mean nothing.
 Without --config and --model it follows recipes/shapemotion_METHOD.yaml (of rvm, if no method is named): the
 embedded tiny-wan on ShapeMotion.
 """
@@ -27,6 +28,7 @@ from grpo_t2v import ScriptArguments, arguments, load_auxiliary_losses, load_dat
 from pisces_rl import METHODS
 from pisces_rl.cli import parse_arguments
 from pisces_rl.trainers.base.data.pairs import SIDES
+from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
@@ -56,12 +58,16 @@ def method_of(argv: list[str], methods: Iterable[str] = METHODS, unnamed: str | 
     return method
 
 
-def rewards_of(method: str, script: ScriptArguments, dataset: Dataset) -> list[str]:
-    """Names of the rewards; none where Flow-DPO has pairs, unless the command line asks for some: the trainer refuses
-    these."""
-    pairs = method == "flow_dpo" and not set(SIDES).isdisjoint(dataset.column_names)
-    asked = any(argument.split("=")[0] == "--rewards" for argument in sys.argv[1:])
-    return [] if pairs and not asked else script.rewards
+def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset) -> None:
+    """Where Flow-DPO has pairs, leave out a recipe's rewards and settings of rollouts; the trainer refuses what the
+    command line asks for of these."""
+    if method != "flow_dpo" or set(SIDES).isdisjoint(dataset.column_names):
+        return
+    asked = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in sys.argv[1:]}
+    if "rewards" not in asked:
+        script.rewards = []
+    for name in set(OF_ROLLOUTS) - asked:
+        setattr(config, name, type(config).__dataclass_fields__[name].default)
 
 
 def main() -> None:
@@ -71,9 +77,10 @@ def main() -> None:
     script, config = parse_arguments(MethodArguments, make_config, arguments=given)
     files = [*(config.image_columns or ["image"]), *(SIDES if method == "flow_dpo" else ())]
     train_dataset, eval_dataset = load_datasets(script, config.seed, files)
+    fit_pairs(method, script, config, train_dataset)
     trainer = make_trainer(
         model=script.model,
-        reward_funcs=load_rewards(script, rewards_of(method, script, train_dataset), config.own_reward_device()),
+        reward_funcs=load_rewards(script, script.rewards, config.own_reward_device()),
         judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
         args=config,
         train_dataset=train_dataset,

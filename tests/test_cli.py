@@ -237,6 +237,26 @@ def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, monkeypatch, method, re
         script.main()
 
 
+@pytest.mark.parametrize("given, message", [
+    ([], "no-such-folder"),
+    (["--rollout_batch_size", "2"], "rollout_batch_size=2, but train_dataset holds pairs"),
+    (["--multi_objective_aggregation=normalize_then_sum"], "multi_objective_aggregation='normalize_then_sum', but"),
+])
+def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, monkeypatch, given, message):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    script = importlib.import_module("train_t2v")
+    for name in ("good.mp4", "bad.mp4"):
+        (tmp_path / name).write_bytes(name.encode())
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
+    monkeypatch.setattr(sys, "argv", [
+        "train_t2v.py", "--config", str(ROOT / "recipes" / "wan21_1.3b_flow_dpo.yaml"), "--use_cpu",
+        "--model", str(tmp_path / "no-such-folder"), "--dataset", str(tmp_path / "pairs.jsonl"),
+        "--output_dir", str(tmp_path / "out"), "--num_generations", "2", *given,
+    ])  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        script.main()
+
+
 def test_the_settings_of_rewards_reach_them(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     grpo = importlib.import_module("grpo_t2v")

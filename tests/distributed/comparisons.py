@@ -44,6 +44,12 @@ def assert_equals_one(folder: Path, name: str, metrics=()) -> None:
         assert numbers(folder, name)[key] == pytest.approx(one[key], rel=1e-3, abs=2e-5), key
 
 
+def assert_equal_rewards_move_nothing(folder: Path, name: str = "no_spread") -> None:
+    for rank in (0, 1):
+        first, *further = numbers(folder, name, rank)["moved"]
+        assert first > 0 and further == [0.0, 0.0]
+
+
 def assert_resumed(folder: Path) -> None:
     for rank in (0, 1):
         result = numbers(folder, "resumed", rank)

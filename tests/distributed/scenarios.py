@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_flatten
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "trainers")]
 import test_backprop_trainer as backprop  # noqa: E402
 import test_consistency as consistency  # noqa: E402
+import test_flow_dpo as flow_dpo_data  # noqa: E402
 import tiny_runs  # noqa: E402
 from tiny_pipelines import CALLS  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
@@ -229,6 +230,19 @@ def flow_dpo(folder) -> dict:
     return trained(made(folder, method="flow_dpo", max_steps=3, beta=100.0, learning_rate=0.01))
 
 
+def flow_dpo_pairs(folder) -> dict:
+    """Four pairs of videos of a data set: two a process."""
+    files = folder / f"clips_{RANK}"
+    files.mkdir(parents=True)
+    return trained(made(folder, None, data=flow_dpo_data.clips(files), method="flow_dpo", num_generations=2,
+                        max_steps=3, beta=100.0, learning_rate=0.01))
+
+
+def flow_dppo(folder) -> dict:
+    """Each rollout twice, with a mask that leaves out some terms, and a KL term."""
+    return trained(made(folder, method="flow_dppo", max_steps=4, num_iterations=2, beta=0.01, divergence_limit=1e-7))
+
+
 def flash_grpo(folder, halves: bool = False) -> dict:
     """Four prompts, each with a window of its own."""
     trainer = made(folder, data=tiny_runs.prompts(4), method="flash_grpo", num_generations=2, num_inference_steps=4,
@@ -264,6 +278,18 @@ def idle_rank(folder) -> dict:
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
     return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), max_steps=2))
+
+
+def no_spread(folder, **settings) -> dict:
+    """AdamW, with rewards that are equal from the third step on: by how much each step but the first moves."""
+    kept = tiny_runs.Weights()
+    kept.trainer = made(folder, tiny_runs.equal_from(2), callbacks=[kept], **ADAMW | settings)
+    result = trained(kept.trainer)
+    return result | {"moved": [tiny_runs.largest_difference(a, b) for a, b in zip(kept.steps, kept.steps[1:])]}
+
+
+def full_no_spread(folder) -> dict:
+    return no_spread(folder, peft_config="full", alive=False, learning_rate=1e-3)
 
 
 def compiled(folder) -> dict:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
 
 import scenarios
-from comparisons import one_process
+from comparisons import assert_equal_rewards_move_nothing, one_process
 from processes import launch
 from tiny_runs import largest_difference
 
@@ -23,7 +23,8 @@ EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped
              "compiled"]  # fmt: skip
 STAGES = [2, 3]
 FULL = ["full", "full_resumed"]  # ZeRO-3 partitions frozen weights only
-BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights"]
+BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights",
+            "no_spread"]  # fmt: skip
 
 
 def numbers(folder: Path, name: str, rank: int = 0) -> dict:
@@ -95,6 +96,11 @@ def test_each_process_holds_half(runs, stage):
         assert own["states"] == pytest.approx(own["trained"], rel=0.05)  # AdamW has two for each number
         share = 1 if stage == 2 else 2
         assert own["held"] == pytest.approx(own["whole"] / share, rel=0.01)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_equal_rewards_move_nothing(runs, stage):
+    assert_equal_rewards_move_nothing(runs.two(stage))
 
 
 @pytest.mark.parametrize("stage", STAGES)

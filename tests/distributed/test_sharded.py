@@ -6,6 +6,7 @@ import pytest
 import scenarios
 from comparisons import (
     assert_equal_ranks,
+    assert_equal_rewards_move_nothing,
     assert_equals_one,
     assert_evaluated_as_one,
     assert_resumed,
@@ -37,7 +38,8 @@ def sharded(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def more(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("more")
-    result = accelerate(scenarios.__file__, folder, *SLOW, "resumed", "evaluated", "half_precision", timeout=500)
+    result = accelerate(scenarios.__file__, folder, *SLOW, "resumed", "evaluated", "half_precision",
+                        "no_spread", "full_no_spread", timeout=500)  # fmt: skip
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -68,6 +70,13 @@ def test_sharded_processes_equal_one(sharded, name):
 def test_more_sharded_processes_equal_one(more, name):
     assert_equal_ranks(more, name)
     assert_equals_one(more, name, scenarios.METRICS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["no_spread", "full_no_spread"])
+def test_equal_rewards_move_nothing(more, name):
+    assert_equal_ranks(more, name)
+    assert_equal_rewards_move_nothing(more, name)
 
 
 @pytest.mark.slow

@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import scenarios
-from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_as_one, assert_resumed, numbers
+from comparisons import (
+    assert_equal_ranks,
+    assert_equal_rewards_move_nothing,
+    assert_equals_one,
+    assert_evaluated_as_one,
+    assert_resumed,
+    numbers,
+)
 from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "overlapped", "idle_rank", "distilled", "nft", "flash_grpo"]
-SLOW = ["split_group", "backpropagated", "accumulated", "backpropagated_k2", "full"]  # the first two: test_sharded.py
+SLOW = ["split_group", "backpropagated", "accumulated", "backpropagated_k2", "full",  # the first two: test_sharded.py
+        "flow_dppo", "awm", "rvm", "flow_dpo", "flow_dpo_pairs"]  # fmt: skip
 SHARED = ["whole_groups"]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
             "unequal_weights"]
@@ -43,8 +51,10 @@ def test_two_processes_equal_one(two, name):
 
 @pytest.mark.slow
 def test_more_scenarios(tmp_path):
-    result = torchrun(scenarios.__file__, tmp_path, *SLOW, timeout=300)
+    result = torchrun(scenarios.__file__, tmp_path, *SLOW, "no_spread", timeout=300)
     assert result.returncode == 0, result.stdout[-3000:]
+    assert_equal_ranks(tmp_path, "no_spread")
+    assert_equal_rewards_move_nothing(tmp_path)
     for name in SLOW:
         assert_equal_ranks(tmp_path, name)
         assert_equals_one(tmp_path, name, scenarios.METRICS)

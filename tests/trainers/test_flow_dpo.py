@@ -1,5 +1,6 @@
 """Flow-DPO from pairs of videos in a data set, and what is wrong with them."""
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import TrainerCallback
 from pisces_rl.media import load_video, save_video
 from pisces_rl.trainers.base.data.seeds import sample_seed
 from pisces_rl.trainers.forward.forward_process import NOISE
+from pisces_rl.trainers.methods import METHODS
 
 PAIRS = {"method": "flow_dpo", "num_generations": 2}
 
@@ -132,6 +134,11 @@ def test_pairs_are_checked_before_a_model_is_loaded(tmp_path, pairs, change, mes
     (tiny_runs.brightness, {}, "reward_funcs is given, but train_dataset holds pairs"),
     (None, {"num_generations": 4}, "num_generations=4 and num_iterations=1, but train_dataset holds pairs"),
     (None, {"num_iterations": 2}, "num_generations=2 and num_iterations=2, but train_dataset holds pairs"),
+    (None, {"overlap_rewards": True, "rollout_batch_size": 2}, "overlap_rewards=True, but train_dataset holds pairs"),
+    (None, {"rollout_batch_size": 2}, "rollout_batch_size=2, but train_dataset holds pairs"),
+    (None, {"reward_weights": [1.0]}, r"reward_weights=\[1.0\], but train_dataset holds pairs"),
+    (None, {"multi_objective_aggregation": "normalize_then_sum"},
+     "multi_objective_aggregation='normalize_then_sum', but train_dataset holds pairs"),
 ])
 def test_settings_that_do_not_fit_pairs(tmp_path, pairs, rewards, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -160,3 +167,60 @@ def test_what_only_reading_shows_names_the_prompt_and_takes_no_step(tmp_path, pa
     with pytest.raises(ValueError, match=message):
         made.train()
     assert made.state.global_step == 0 and largest_difference(before, weights(made)) == 0
+
+
+# --- best against worst of a rollout ---------------------------------------------------------------------------------
+
+
+class Taught(TrainerCallback):
+    """The rewards of the winner and the loser of each step's pairs; None where a video has none."""
+
+    def __init__(self):
+        self.trainer, self.pairs = None, []
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made = self.trainer
+        rows, _ = made.taught(made.scored, made.scored.micro_batches[0])
+        self.pairs += [(made.given[winner], made.given[loser]) for winner, loser in zip(rows[::2], rows[1::2])]
+
+
+@pytest.mark.parametrize("scored", [[3.0, 2.0, 1.0], [-1.0, -2.0, -3.0]], ids=["falling", "rising"])
+def test_a_video_without_a_reward_is_neither_winner_nor_loser(tmp_path, scored):
+    """Running statistics compare with earlier rollouts, beside which all of a group may be better, or worse; an
+    unscored video's advantage of 0 was then the worst, or the best."""
+    taught = Taught()
+
+    def one_of_four_is_unscored(prompts, videos, trainer_state, **columns):
+        step = trainer_state.global_step
+        made.given = [(10.0 * step * scored[0] + v) if v is not None else None for v in [scored[0], None, *scored[1:]]]
+        return made.given
+
+    taught.trainer = made = trainer(tmp_path, one_of_four_is_unscored, tiny_runs.prompts(1), method="flow_dpo",
+                                    per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=1, max_steps=3,
+                                    callbacks=[taught], num_sample_videos=0)
+    made.train()
+    best, worst = max(scored), min(scored)
+    assert taught.pairs == [(best + step * 10 * scored[0], worst + step * 10 * scored[0]) for step in range(3)]
+
+
+@pytest.mark.parametrize("rewards", [[1.0, None, None, None], [9.0, None, 9.0, 9.0], [None] * 4])
+def test_a_group_of_which_fewer_than_two_can_be_told_apart_is_no_pair(tmp_path, rewards):
+    """Also beside the statistics of earlier rollouts, from which all of them differ."""
+    def later(prompts, videos, trainer_state, **columns):
+        return [4.0, 3.0, 2.0, 1.0] if trainer_state.global_step == 0 else rewards
+
+    kept = tiny_runs.Weights()
+    kept.trainer = made = trainer(tmp_path, later, tiny_runs.prompts(1), method="flow_dpo", callbacks=[kept],
+                                  per_prompt_stat_tracking=True, per_prompt_stat_tracking_min_count=1, max_steps=2,
+                                  num_sample_videos=0)
+    made.train()
+    assert largest_difference(*kept.steps) == 0
+
+
+@pytest.mark.parametrize("method, warns", [("flow_dpo", False), ("grpo", True), ("nft", True)])
+def test_two_videos_are_a_group_for_a_preference(tmp_path, method, warns):
+    """The sign of an advantage, which a small group often has wrong, counts for the other methods."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        METHODS[method][1](output_dir=str(tmp_path), num_generations=2, use_cpu=True)
+    assert any("groups below 8" in str(w.message) for w in told) == warns

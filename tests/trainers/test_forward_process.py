@@ -15,7 +15,6 @@ from pisces_rl.trainers.forward.forward_process import NOISE, Noised
 from pisces_rl.trainers.forward.nft import nft_loss
 from pisces_rl.trainers.methods import METHODS
 
-FORWARD = ["nft", "awm", "rvm", "flow_dpo"]
 VIDEOS, ROWS, SHAPE, TIME = 4, 2, (3, 5), torch.tensor(0.7, dtype=torch.float64)
 
 
@@ -380,20 +379,6 @@ def test_awm_compares_with_the_policy_that_drew_the_rollout(tmp_path):
 
 
 # --- rewards that tell nothing ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FORWARD)
-def test_a_rollout_of_equal_rewards_moves_nothing_and_says_so(tmp_path, name):
-    made = trainer(tmp_path, lambda prompts, videos, **columns: [0.5] * len(prompts), method=name, alive=True,
-                   max_steps=2, weight_decay=0.1, learning_rate=1e-2, optim="sgd")
-    part_from(made)
-    before = weights(made)
-    with pytest.warns(UserWarning, match=r"rewards of 'clip \d' tell none of its videos from another") as told:
-        made.train()
-    assert sum("get no step" in str(w.message) for w in told) == 1  # once a run
-    # the optimizer's own decay is all that is left
-    assert all(torch.allclose(p, before[n] * (1 - 1e-3) ** 2, rtol=1e-6) for n, p in weights(made).items())
-    assert logged(made, "frac_reward_zero_std") == [1.0, 1.0] and logged(made, "loss") == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["nft", "flow_dpo"])

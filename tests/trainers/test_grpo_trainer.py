@@ -208,25 +208,6 @@ def test_without_kl_equal_rewards_train_nothing(tmp_path):
     assert logged(made, "clip_ratio/region_mean") == [0.0]
 
 
-def test_a_step_without_advantages_is_a_step_of_the_momentum(tmp_path):
-    """As it is where several processes share gradients, and in TRL."""
-    calls = []
-
-    def once(prompts, videos, **columns):
-        calls.append(None)
-        return brightness(prompts, videos) if len(calls) == 1 else [0.0] * len(prompts)
-
-    class Keep(TrainerCallback):
-        steps = []
-
-        def on_step_end(self, args, state, control, **kwargs):
-            self.steps.append({name: value.clone() for name, value in weights(made).items()})
-
-    made = trainer(tmp_path, once, alive=True, max_steps=2, callbacks=[Keep()])
-    made.train()
-    assert largest_difference(*Keep.steps) > 0
-
-
 def test_a_reward_may_be_called_max(tmp_path):
     def max_brightness(prompts, videos, **columns):
         return brightness(prompts, videos)

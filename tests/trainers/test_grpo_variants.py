@@ -176,13 +176,15 @@ def test_the_mask_is_of_what_is_far_and_moves_on(tmp_path):
     made = dppo(tmp_path, divergence_limit=limit)
     left_out = far & (log_ratio.detach() * advantage > 0)
     assert left_out.tolist() == [False, True, False, False, False, False, False, True]
-    loss = made.policy_loss(step, log_ratio, advantage, samples)
+    reads, mean_rows = [], samples.mean_rows
+    samples.mean_rows = lambda *asked: reads.append(asked) or mean_rows(*asked)
+    loss, low, high = made.policy_loss(step, log_ratio, advantage, samples)
+    assert len(reads) == 1  # the divergence is a mean over all latents
     torch.testing.assert_close(loss, (-advantage * log_ratio.exp()) * ~left_out)
     (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     torch.testing.assert_close(gradient, -advantage * log_ratio.exp() * ~left_out)
-    low, high = made.clipped(step, log_ratio, advantage, samples)
     assert (float(low), float(high)) == (1 / 8, 1 / 8)
-    assert torch.autograd.gradcheck(lambda ratio: made.policy_loss(step, ratio, advantage, samples), log_ratio)
+    assert torch.autograd.gradcheck(lambda ratio: made.policy_loss(step, ratio, advantage, samples)[0], log_ratio)
 
 
 def test_dppo_is_policy_gradient_until_it_is_far(tmp_path):
@@ -207,6 +209,43 @@ def test_equal_rewards_train_nothing(tmp_path, method):
     before = weights(made)
     made.train()
     assert largest_difference(before, weights(made)) == 0 and logged(made, "frac_reward_zero_std") == [1.0]
+
+
+class AnchorByHand(TrainerCallback):
+    """The gradient of beta KL(p || p_ref), or of beta |v - v_ref|^2, of all videos and steps in one graph."""
+
+    trainer = gradient = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made, total, count = self.trainer, 0.0, 0
+        for _, samples in made.scored.parts:
+            own, reference = [], []
+            made.policy.replay(samples, range(len(samples)), own.append)
+            with made.initial.reference():
+                made.policy.replay(samples, range(len(samples)), reference.append, grad=False)
+            for step, other in zip(own, reference, strict=True):
+                if args.kl_space == "x":
+                    distance = kl_divergence(Normal(step.mean, step.std), Normal(other.mean, other.std))
+                else:
+                    distance = (step.prediction - other.prediction) ** 2
+                total = total + distance.flatten(1).mean(1).sum()
+                count += len(samples)
+        gradient = torch.autograd.grad(args.beta * total / count, list(made.adapter.values()))
+        self.gradient = dict(zip(made.adapter, gradient))
+
+
+@pytest.mark.parametrize("method, space", [("grpo", "x"), ("grpo", "v"), ("flash_grpo", "x"), ("flow_dppo", "x")])
+def test_without_an_advantage_only_the_anchor_pulls(tmp_path, method, space):
+    by_hand, gradients = AnchorByHand(), Gradients()
+    by_hand.trainer = made = trainer(
+        tmp_path, lambda prompts, videos, **columns: [0.5] * len(prompts), method=method, alive=True, max_steps=1,
+        beta=0.3, kl_space=space, max_grad_norm=0.0, callbacks=[gradients, by_hand], num_sample_videos=0,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    made.train()
+    assert logged(made, "kl")[0] > 0 and not made.scored.advantages.any()
+    for name, expected in by_hand.gradient.items():
+        scale = float(expected.abs().max())
+        assert scale > 0 and float((gradients.steps[0][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
 
 
 # --- a loss of the user's own ----------------------------------------------------------------------------------------

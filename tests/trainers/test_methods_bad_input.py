@@ -1,5 +1,7 @@
 """Settings and data that a method cannot use: a ValueError before anything is loaded."""
 
+from dataclasses import fields
+
 import pytest
 from datasets import Dataset
 from tiny_runs import config, prompts, trainer
@@ -11,7 +13,7 @@ from pisces_rl.trainers.methods import METHODS
 @pytest.mark.parametrize("settings, message", [
     ({"num_generations": 1}, "num_generations=1: advantages need at least 2 videos per prompt"),
     ({"beta": -0.1}, "beta=-0.1 must "),
-    ({"scale_rewards": "std"}, "scale_rewards='std' must be one of"),
+    ({"scale_rewards": "std"}, "scale_rewards='std' (must be one of|is not supported)"),
 ])
 def test_what_no_method_can_use(tmp_path, method, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -70,3 +72,34 @@ def test_a_data_set_without_prompts(tmp_path, method, data, message):
 def test_no_rewards(tmp_path, method):
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         METHODS[method][0]("no such model", None, config(tmp_path, method), prompts())
+
+
+@pytest.mark.parametrize("method, settings, message", [
+    ("flow_dppo", {"epsilon": 0.2}, "epsilon=0.2 is not supported: Flow-DPPO .*divergence_limit"),
+    ("flow_dppo", {"epsilon_high": 0.3}, "epsilon_high=0.3 is not supported: Flow-DPPO .*divergence_limit"),
+    ("flow_dpo", {"advantage_clip": 5.0}, "advantage_clip=5.0 is not supported: .*the order of a group's rewards"),
+    ("flow_dpo", {"scale_rewards": "batch"}, "scale_rewards='batch' is not supported: .*the order of a group's"),
+    ("grpo", {"scale_rewards": "none", "multi_objective_aggregation": "normalize_then_sum"},
+     "multi_objective_aggregation='normalize_then_sum' divides .*scale_rewards='none' would have no effect"),
+    ("rvm", {"scale_rewards": "group", "multi_objective_aggregation": "normalize_then_sum"},
+     "multi_objective_aggregation='normalize_then_sum' divides .*scale_rewards='group' would have no effect"),
+    ("grpo", {"scale_rewards": "batch", "per_prompt_stat_tracking": True},
+     "per_prompt_stat_tracking=True takes .*scale_rewards='batch' would have no effect"),
+])
+def test_a_setting_that_would_have_no_effect(tmp_path, method, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, method, **settings)
+
+
+@pytest.mark.parametrize("method, settings", [
+    ("flow_dppo", {"epsilon": 1e-3, "epsilon_high": None}), ("flow_dpo", {"scale_rewards": True}),
+    ("rvm", {"multi_objective_aggregation": "normalize_then_sum"}), ("rvm", {"per_prompt_stat_tracking": True}),
+])
+def test_its_default_passes(tmp_path, method, settings):
+    config(tmp_path, method, **settings)
+
+
+def test_only_methods_with_noise_in_their_steps_may_share_the_start_noise():
+    """Without it nothing would tell a group's videos apart."""
+    has = {name for name, (_, cls) in METHODS.items() if "share_initial_noise" in {f.name for f in fields(cls)}}
+    assert has == {"grpo", "flash_grpo", "flow_dppo"}

@@ -9,6 +9,8 @@ from test_resume import state_of
 from tiny_pipelines import CALLS
 from tiny_runs import StopAt, largest_difference, logged, prompts, trainer, weights
 
+from pisces_rl.trainers.base.run.checkpoint import load_tree
+
 #: A rollout for two optimizer steps, by half or as a whole.
 HALVES = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 1,
           "data": prompts(4)}
@@ -70,6 +72,21 @@ def test_averages_are_saved_apart(tmp_path):
     without._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
     assert largest_difference(weights(made), weights(without)) == 0
     assert largest_difference(made.followers["old"].average, without.followers["old"].average) == 0
+
+
+def test_the_trained_weights_are_saved_once(tmp_path):
+    """Beside ema_decay's average, for the adapter's file holds that; an earlier checkpoint holds them beside each."""
+    settings = {"method": "nft", "old_decay_rate": 0.2, "ema_decay": 0.9, "max_steps": 3}
+    made = trainer(tmp_path, callbacks=[StopAt(3)], **settings)
+    made.train()
+    saved = load_tree(tmp_path / "checkpoint-3" / "trainer")
+    assert saved["ema"].keys() == {"updates", "average", "weights"} and saved["old"].keys() == {"updates", "average"}
+    earlier = saved | {"old": saved["old"] | {"weights": saved["ema"]["weights"]}}
+    again = trainer(tmp_path / "again", **settings)
+    again.trained.load(again.pipeline, tmp_path / "checkpoint-3")
+    again._load_extra_state(earlier)
+    assert largest_difference(weights(made), weights(again)) == 0
+    assert largest_difference(made.followers["old"].average, again.followers["old"].average) == 0
 
 
 def test_nft_s_adapter_reloads_in_plain_diffusers(tmp_path):

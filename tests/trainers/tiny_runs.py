@@ -98,6 +98,27 @@ class Gradients(TrainerCallback):
         self.steps.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
 
+class Weights(TrainerCallback):
+    """Keeps the weights after every optimizer step of `trainer`, which is set once it is made."""
+
+    trainer = None
+
+    def __init__(self):
+        self.steps: list[dict[str, torch.Tensor]] = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps.append({name: value.clone() for name, value in weights(self.trainer).items()})
+
+
+def equal_from(step: int):
+    """Rewards that are equal from an optimizer step on."""
+    def rewards(prompts, videos, trainer_state, **columns):
+        values = brightness(prompts, videos)
+        return (values if trainer_state.global_step < step else torch.ones_like(values)).tolist()
+
+    return rewards
+
+
 class StopAt(TrainerCallback):
     """Saves and stops after a step, as if the machine was taken away between two steps."""
 

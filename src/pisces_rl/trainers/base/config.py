@@ -4,6 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,8 @@ CALL = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames"
 @dataclass
 class VideoPolicyConfig(_BaseConfig):
     """Settings of every trainer of a video policy, on top of `transformers.TrainingArguments`."""
+
+    without_effect: ClassVar[dict[str, str]] = {}  # {inherited field that is not read: what to do instead}
 
     # --- the policy: how a video is sampled ---
     num_inference_steps: int | None = field(

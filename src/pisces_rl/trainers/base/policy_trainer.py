@@ -216,8 +216,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return total
 
     def backward_loss(self, loss: Tensor) -> None:
-        """Back-propagate a loss; one that no trained weight entered, as where a step's expert is frozen, has no
-        gradient, and is said once."""
+        """Back-propagate a loss; it is said once that no trained weight entered it (a step's expert is frozen)."""
         if loss.requires_grad:
             self.accelerator.backward(loss)
         elif not self._told_of_frozen:
@@ -241,9 +240,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return self.policy.mesh is not None or self.policy.shares_tokens
 
     def all_reduce_gradients(self) -> None:
-        """Average the adapter's gradients over processes, and log each denoiser's norm where several have one."""
-        step = self.state.global_step
-        if step % self.args.equal_weights_steps == 0:
+        """`average_gradients` of the adapter; each denoiser's norm is logged where several have one."""
+        if (step := self.state.global_step) % self.args.equal_weights_steps == 0:
             self.check_equal_weights()
         self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
         average_gradients(self.adapter, self.accelerator, self.args.context_parallel, self.optimizer)
@@ -336,9 +334,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             with self.checkpoints.limited():
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except KeyboardInterrupt:
-            last = last_checkpoint(self.args.output_dir)
-            advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
             if self.is_world_process_zero():
+                last = last_checkpoint(self.args.output_dir)
+                advice = f"Resume with resume_from_checkpoint={last}" if last else "No checkpoint was written yet"
                 self.console.print(f"\nInterrupted at step {self.state.global_step}. {advice}.", style="yellow")
             raise
         except RuntimeError as error:
@@ -380,7 +378,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     def _extra_state(self) -> dict:
         """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
-        averages = {name: average and average.state_dict() for name, average in self._averages().items()}
+        averages = {name: one.state_dict(weights=one is self.ema) for name, one in self._averages().items()}
         auxiliary = {loss.name: loss.state_dict() for loss in self.auxiliary_losses}
         return averages | {"auxiliary_losses": auxiliary, "micro_batches": self._step}
 
@@ -388,17 +386,16 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self._step = state["micro_batches"]
         if state.get("ema") is not None:  # what the adapter's file holds is the average
             set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
-        averages = {name: average for name, average in self._averages().items() if average is not None}
         auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
         for one, saved in [*((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
-                           *((average, state.get(name)) for name, average in averages.items())]:
+                           *((average, state.get(name)) for name, average in self._averages().items())]:
             if saved is None:
                 one.restart()
             else:
                 one.load_state_dict(saved)
 
-    def _averages(self) -> dict[str, AdapterEMA | None]:
-        return {"ema": self.ema}
+    def _averages(self) -> dict[str, AdapterEMA]:
+        return {} if self.ema is None else {"ema": self.ema}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         self.trained.load(self.pipeline, resume_from_checkpoint)
@@ -407,8 +404,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _load_best_model(self) -> None:
         self.trained.load(self.pipeline, self.state.best_model_checkpoint)
         for one in (*self.auxiliary_losses, *self._averages().values()):
-            if one is not None:  # what is evaluated and saved from here on is what was loaded
-                one.restart()
+            one.restart()  # what is evaluated and saved from here on is what was loaded
         self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

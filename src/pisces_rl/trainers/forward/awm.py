@@ -42,10 +42,8 @@ class AWMConfig(ForwardProcessConfig):
                              f"average_decay_max={self.average_decay_max} must lie in [0, 1).")
 
     def held(self) -> Held:
-        """The old policy is asked only where a rollout serves several optimizer steps."""
-        held, average = super().held(), self.average_weight > 0
-        asked = average + (held.uses > self.gradient_accumulation_steps)
-        return replace(held, followers=1 + average, predictions=held.predictions + asked)
+        held, followers = super().held(), (self.average_weight > 0) + self.reuses_rollouts
+        return replace(held, followers=followers, predictions=held.predictions + followers)
 
 
 def matching_log_prob(error: Tensor, time: Tensor, power: float) -> Tensor:
@@ -72,23 +70,25 @@ class AWMTrainer(ForwardProcessTrainer):
             self.add_callback(self.followers["average"])  # updated after each optimizer step
 
     def followed(self) -> dict[str, AdapterEMA]:
-        args = self.args
-        old = AdapterEMA(self.adapter, lambda rollout: 0.0)  # the policy that drew the rollout
-        if not args.average_weight:
-            return {"old": old}
+        args, followers = self.args, {}
 
         def decay(step: int) -> float:
             return min(args.average_decay_rate * step, args.average_decay_max)
 
-        return {"old": old, "average": AdapterEMA(self.adapter, decay)}
+        if args.reuses_rollouts:  # the policy that drew a rollout is another one after its first optimizer step
+            followers["old"] = AdapterEMA(self.adapter, lambda rollout: 0.0)
+        if args.average_weight:
+            followers["average"] = AdapterEMA(self.adapter, decay)
+        return followers
 
     def before_rollout(self) -> None:
-        self.followers["old"].update()
+        if "old" in self.followers:
+            self.followers["old"].update()
 
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
         known = super().compared(scored) | self.followers
         if self.state.global_step == scored.drawn_at:
-            del known["old"]  # it is still the trained one
+            known.pop("old", None)  # it is still the trained one
         return known
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,15 +21,24 @@ from ..rollouts.scored import ScoredRollout
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # what a seed is for
+#: Settings of rollouts and rewards, of which there are none beside pairs.
+OF_ROLLOUTS = ("overlap_rewards", "log_completions", "per_prompt_stat_tracking", "rollout_batch_size",
+               "reward_weights", "multi_objective_aggregation")
 
 
 @dataclass
 class FlowDPOConfig(ForwardProcessConfig):
     """Settings of [`FlowDPOTrainer`]. A micro-batch holds whole groups; of each, two videos are trained on.
 
-    With pairs from a data set a group is a pair: `num_generations` is 2.
+    With pairs from a data set a group is a pair: `num_generations` is 2. `scale_rewards` and `advantage_clip` are
+    refused: only the order of a group's rewards counts.
     """
 
+    without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("scale_rewards", "advantage_clip"),
+        "Flow-DPO takes the best and the worst of a group: only the order of a group's rewards counts; leave it out.",
+    )
+    small_group: ClassVar[int] = 2  # no advantage's sign counts
     beta: float = field(
         default=500.0, metadata={"help": "Strength of the tie to the reference, as in DPO: the larger, the nearer."}
     )
@@ -37,16 +47,11 @@ class FlowDPOConfig(ForwardProcessConfig):
         default=0.0,
         metadata={"help": "Weight of mean (v - v*)^2 of the preferred video, against the likelihood of both falling."},
     )
-
-    advantage_clip: float = field(
-        default=math.inf, metadata={"help": "Not used: only the order of a group's advantages counts."}
-    )
+    advantage_clip: float = field(default=math.inf, metadata={"help": "Not used: a clip could make the best and the "
+                                                              "second best equal."})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.advantage_clip != math.inf:
-            raise ValueError(f"advantage_clip={self.advantage_clip}: Flow-DPO takes the best and the worst of a "
-                             "group, which a clip could make equal; leave it out.")
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be positive: it scales the preference.")
         if self.sft_weight < 0:
@@ -122,10 +127,10 @@ class FlowDPOTrainer(ForwardProcessTrainer):
                     f"num_generations={args.num_generations} and num_iterations={args.num_iterations}, but "
                     "train_dataset holds pairs (chosen, rejected): set num_generations=2 and num_iterations=1."
                 )
-            for name in ("overlap_rewards", "log_completions", "per_prompt_stat_tracking"):
-                if getattr(args, name):
-                    raise ValueError(f"{name}=True, but train_dataset holds pairs (chosen, rejected): nothing is "
-                                     "sampled or scored. Leave it out.")
+            for name in OF_ROLLOUTS:
+                if getattr(args, name) != args.__dataclass_fields__[name].default:
+                    raise ValueError(f"{name}={getattr(args, name)!r}, but train_dataset holds pairs (chosen, "
+                                     "rejected): nothing is sampled or scored. Leave it out.")
         super().__init__(model, reward_funcs, args, train_dataset, *further, **keywords)
 
     @property
@@ -171,15 +176,16 @@ class FlowDPOTrainer(ForwardProcessTrainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """Rows winner, loser, ... of the P groups that are taken, the best and the worst; and (P,) weights: G, since
-        of a group's G videos one pair is trained on, or 0 where none is better."""
+        """Rows winner, loser, ... of the P groups that are taken, the best and the worst of those that have a reward;
+        and (P,) weights: G, since of a group's G videos one pair is trained on, or 0 where none is better."""
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
             group = rows[start:start + size]
-            advantages = scored.advantages[group]
-            pairs += [group[int(advantages.argmax())], group[int(advantages.argmin())]]
+            advantages, unknown = scored.advantages[group], ~scored.ranked[group]
+            pairs += [group[int(advantages.masked_fill(unknown, -math.inf).argmax())],
+                      group[int(advantages.masked_fill(unknown, math.inf).argmin())]]
         winners, losers = pairs[::2], pairs[1::2]
-        known = scored.spread[winners] & (scored.advantages[winners] > scored.advantages[losers])
+        known = scored.ranked[winners] & (scored.advantages[winners] > scored.advantages[losers])
         taken = self._taken(pairs, known.repeat_interleave(2))
         return taken, size * (known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2))
 

@@ -9,7 +9,6 @@ flow (see `policy.schedules`),
 with x0^ the model's prediction, whatever it predicts by itself. So v - v* = (x0 - x0^) / t for every family.
 """
 
-import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -49,9 +48,6 @@ class ForwardProcessConfig(RolloutConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.share_initial_noise:
-            raise ValueError("share_initial_noise=True, but only the start noise tells the videos of a group apart: "
-                             "these methods sample without further noise. Leave it out.")
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weights the distance to the reference.")
 
@@ -104,8 +100,6 @@ class Noised:
 class ForwardProcessTrainer(RolloutTrainer):
     """The core of the methods that train on noised videos; each says `loss`, and what it is compared with."""
 
-    _told_of_equal_rewards = False
-
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
         if "audio_vae" in self.pipeline.components:  # the policy itself finds it out in the first update
@@ -142,17 +136,6 @@ class ForwardProcessTrainer(RolloutTrainer):
         """The rows that teach something: not a group whose rewards are equal. Ranks that share weights make the same
         calls, so there they are all taken, and weigh nothing."""
         return rows if self.policy.mesh is not None else [row for row, has in zip(rows, known) if has]
-
-    def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
-        super()._take(parts, state, count)
-        equal = [row for row, has in enumerate(self.scored.spread) if not has]
-        if equal and not self._told_of_equal_rewards:
-            self._told_of_equal_rewards = True
-            warnings.warn(
-                f"the rewards of {self.scored.samples.prompts[equal[0]]!r} tell none of its videos from another (all "
-                "are equal, or none applies): such groups get no step. frac_reward_zero_std says how many there are.",
-                stacklevel=2,
-            )
 
     def _levels(self) -> list[int]:
         """The steps of the schedule at whose noise levels the videos of this rollout are trained in its present use,

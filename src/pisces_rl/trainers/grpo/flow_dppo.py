@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,8 +15,11 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlowDPPOConfig(VideoGRPOConfig):
-    """Settings of [`FlowDPPOTrainer`]: those of GRPO, of which `epsilon` is not used."""
+    """Settings of [`FlowDPPOTrainer`]: those of GRPO, of which `epsilon` and `epsilon_high` are refused."""
 
+    without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
+        ("epsilon", "epsilon_high"), "Flow-DPPO does not clip the ratio; set divergence_limit."
+    )
     divergence_limit: float = field(
         default=1e-5,
         metadata={"help": "A step's term is left out where KL(old, new) of its transition, a dimension, exceeds this "
@@ -24,7 +28,7 @@ class FlowDPPOConfig(VideoGRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.steps_per_generation * self.num_iterations <= self.gradient_accumulation_steps:
+        if not self.reuses_rollouts:
             warnings.warn("with one optimizer step a rollout the policy is the one that sampled it, so nothing "
                           "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
                           "steps_per_generation.", stacklevel=2)
@@ -55,16 +59,10 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlowDPPOConfig() if args is None else args, *further, **keywords)
 
-    def _left_out(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout) -> Tensor:
+    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
+                    samples: Rollout) -> tuple[Tensor, Tensor, Tensor]:
         old_mean = samples.mean_rows(step.index, step.rows)
         divergence = kl_to_reference(step.mean.detach(), old_mean, step.std, samples.rows_per_video)
-        return (divergence > self.args.divergence_limit) & (log_ratio.detach() * advantage > 0)
-
-    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout) -> Tensor:
-        left_out = self._left_out(step, log_ratio, advantage, samples)
-        return (-advantage * log_ratio.exp()).masked_fill(left_out, 0.0)
-
-    def clipped(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
-                samples: Rollout) -> tuple[Tensor, Tensor]:
-        left_out = self._left_out(step, log_ratio, advantage, samples)
-        return (left_out & (advantage < 0)).float().mean(), (left_out & (advantage > 0)).float().mean()
+        left_out = (divergence > self.args.divergence_limit) & (log_ratio.detach() * advantage > 0)
+        loss = (-advantage * log_ratio.exp()).masked_fill(left_out, 0.0)
+        return loss, (left_out & (advantage < 0)).float().mean(), (left_out & (advantage > 0)).float().mean()

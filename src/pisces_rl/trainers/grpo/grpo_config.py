@@ -41,6 +41,11 @@ class VideoGRPOConfig(RolloutConfig):
         default=None,
         metadata={"help": "Two integers low high: windows lie in the steps [low, high). Unset: all but the last."},
     )
+    share_initial_noise: bool = field(
+        default=False,
+        metadata={"help": "Whether the videos of a group start from the same noise, so that only the transitions' "
+                  "noise tells them apart."},
+    )
     # --- the objective ---
     beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference (the adapter switched off); "
                                                "0 skips the reference pass."})

@@ -77,6 +77,10 @@ class VideoGRPOTrainer(RolloutTrainer):
         """A window of the schedule, the same in the whole rollout."""
         return self.policy.draw_window(sample_seed(self.args.seed, number, WINDOW))
 
+    @property
+    def shares_noise(self) -> bool:
+        return self.args.share_initial_noise
+
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
         metrics: Metrics = defaultdict(list)
         total, taken = torch.zeros((), device=self.accelerator.device), rows
@@ -91,20 +95,21 @@ class VideoGRPOTrainer(RolloutTrainer):
             total += self._update(samples, places, scored, own, count, len(taken) / len(rows), metrics)
         return total, metrics
 
-    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout) -> Tensor:
-        """The loss of one denoising step of B videos, (B,); a subclass may replace it.
+    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
+                    samples: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of one denoising step of B videos; a subclass may replace it.
 
         Args:
             step: under the current weights. log_ratio: (B,) log p - log p_old, carries gradients.
             advantage: (B,). samples: of which `step.rows` are scored; `samples.mean_rows(step.index, step.rows)` is
                 the transition's mean under the policy that drew them.
-        """
-        return clipped_policy_loss(log_ratio, advantage, self.args.epsilon, self.args.upper_epsilon)
 
-    def clipped(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
-                samples: Rollout) -> tuple[Tensor, Tensor]:
-        """(low, high): shares of the B videos whose gradient `policy_loss` removed, by their advantage's sign."""
-        return clip_fractions(log_ratio, advantage, self.args.epsilon, self.args.upper_epsilon)
+        Returns:
+            (loss, low, high): (B,), and the shares of the B videos whose gradient a clip or a mask removed where the
+            advantage is below 0, or above.
+        """
+        limits = self.args.epsilon, self.args.upper_epsilon
+        return (clipped_policy_loss(log_ratio, advantage, *limits), *clip_fractions(log_ratio, advantage, *limits))
 
     def _update(self, samples: Rollout, places: list[int], scored: ScoredRollout, rows: list[int], count: int,
                 share: float, metrics: Metrics) -> Tensor:
@@ -132,7 +137,8 @@ class VideoGRPOTrainer(RolloutTrainer):
             if args.step_weighting == "guard":
                 old_mean = samples.mean_rows(step.index, step.rows)
                 log_ratio = guarded_log_ratio(log_ratio, step.mean, old_mean, step.std, samples.rows_per_video)
-            loss = weight * self.policy_loss(step, log_ratio, advantage, samples)
+            loss, low, high = self.policy_loss(step, log_ratio, advantage, samples)
+            loss = weight * loss
             if args.beta:
                 expected = reference[step.index, step.rows[0]]
                 if args.kl_space == "x":
@@ -145,7 +151,6 @@ class VideoGRPOTrainer(RolloutTrainer):
             with self.logged_gradient(step.index):
                 self.backward_loss(loss)
             total = total + loss.detach()
-            low, high = self.clipped(step, log_ratio, advantage, samples)
             metrics["clip_ratio/low_mean"].append(low * share)
             metrics["clip_ratio/high_mean"].append(high * share)
             metrics["clip_ratio/region_mean"].append((low + high) * share)

@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import dataclass, field, fields
+from typing import ClassVar
 
 from ...estimate import Held
 from ..base.config import VideoPolicyConfig
@@ -16,12 +17,9 @@ class RolloutConfig(VideoPolicyConfig):
     `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.
     """
 
+    small_group: ClassVar[int] = 8  # below, a warning
+
     # --- how a rollout is sampled ---
-    share_initial_noise: bool = field(
-        default=False,
-        metadata={"help": "Whether the videos of a group start from the same noise, so that only the transitions' "
-                  "noise tells them apart."},
-    )
     rollout_batch_size: int | None = field(
         default=None,
         metadata={"help": "Videos per call of the pipeline while sampling. Unset: the process's whole share."},
@@ -71,8 +69,8 @@ class RolloutConfig(VideoPolicyConfig):
     )
 
     def __post_init__(self):
-        super().__post_init__()
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        super().__post_init__()
         self.check_choice("scale_rewards", ("group", "batch", "none"))
         self.check_choice("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
@@ -80,18 +78,30 @@ class RolloutConfig(VideoPolicyConfig):
                 f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
                 f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
             )
-        for name, only in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
-            if self.per_prompt_stat_tracking and getattr(self, name) != only:
-                raise ValueError(
-                    "per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's summed "
-                    f"rewards, so {name}={getattr(self, name)!r} would have no effect; set {name}={only!r}, or leave "
-                    "per_prompt_stat_tracking out."
-                )
+        if self.per_prompt_stat_tracking:
+            self._check_scaling("per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's "
+                                "summed rewards", "scale_rewards", "multi_objective_aggregation")
+        elif self.multi_objective_aggregation == "normalize_then_sum":
+            self._check_scaling("multi_objective_aggregation='normalize_then_sum' divides each reward by its group's "
+                                "standard deviation and their sum by the batch's", "scale_rewards")
         if not self.advantage_clip > 0:
             raise ValueError(f"advantage_clip={self.advantage_clip} must be positive: advantages lie within +- it.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
         self._check_batches()
+
+    def _check_scaling(self, why: str, *names: str) -> None:
+        """A ValueError where one of these settings is not the method's default, although it has no effect."""
+        for name in names:
+            default, value = self.__dataclass_fields__[name].default, getattr(self, name)
+            if value != default:
+                raise ValueError(f"{why}, so {name}={value!r} would have no effect; set {name}={default!r}, or "
+                                 f"leave {why.partition('=')[0]} out.")
+
+    @property
+    def reuses_rollouts(self) -> bool:
+        """Whether a rollout serves several optimizer steps."""
+        return self.steps_per_generation * self.num_iterations > self.gradient_accumulation_steps
 
     def objective(self) -> tuple[str, ...]:
         shared = {f.name for f in fields(RolloutConfig)}
@@ -152,10 +162,10 @@ class RolloutConfig(VideoPolicyConfig):
                 f"rollout of {share} videos, so there is no sampling left to score beside: set rollout_batch_size "
                 f"below {share}, or leave overlap_rewards out."
             )
-        if self.num_generations < 8:
+        if self.num_generations < self.small_group:
             warnings.warn(
-                f"num_generations={self.num_generations}: groups below 8 often give advantages of the wrong sign on "
-                "video; training goes on.", stacklevel=2,
+                f"num_generations={self.num_generations}: groups below {self.small_group} often give advantages "
+                "of the wrong sign on video; training goes on.", stacklevel=2,
             )
 
     def videos_a_step(self) -> str:

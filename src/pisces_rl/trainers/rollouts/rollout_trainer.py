@@ -69,6 +69,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         self.scored: ScoredRollout | None = None
         self._rollout_state: dict = {}  # what draws it again in a run that is resumed inside it
         self._resumed_rollout: dict | None = None
+        self._told_of_rewards: set[str] = set()  # reasons why some teach nothing
         self.followers: dict[str, AdapterEMA] = self.followed()
         self.prompt_statistics = PromptStatistics(
             args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
@@ -84,6 +85,11 @@ class RolloutTrainer(VideoPolicyTrainer):
     def trained_steps(self, number: int, group: int) -> list[int]:
         """The denoising steps that are stochastic and recorded, in the videos of a group of the number-th rollout."""
         return []
+
+    @property
+    def shares_noise(self) -> bool:
+        """Whether the videos of a group start from the same noise."""
+        return False
 
     def followed(self) -> dict[str, AdapterEMA]:
         """{name: an average of the adapter}: kept beside it, saved and resumed with it."""
@@ -185,15 +191,19 @@ class RolloutTrainer(VideoPolicyTrainer):
             values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
-        earlier = None
+        spread, earlier = (group_std > 0) | (advantages != 0), None
+        ranked = spread & ~rewards.isnan()
         if self.prompt_statistics is not None:
             earlier = self.prompt_statistics.state_dict()
             advantages = self.prompt_statistics.advantages(keys, rewards)
-        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip),
-                 "spread": (group_std > 0) | (advantages != 0), "at": self.state.global_step}
+            spread = (group_std > 0) | (advantages != 0)
+        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip), "spread": spread,
+                 "ranked": ranked, "at": self.state.global_step}
         self._take(parts, state, len(prompts))
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
+        if len(self.rewards) and self.is_world_process_zero():
+            self._warn_of_rewards(keys, values.isnan().all(1), state["spread"])
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
@@ -208,7 +218,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         args, number = self.args, self._step // self._uses_per_rollout
         first_row = self.data_part * len(prompts)
         ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
-        noise_ids = [i // args.num_generations if args.share_initial_noise else i for i in ids]
+        noise_ids = [i // args.num_generations if self.shares_noise else i for i in ids]
         noise_seeds = [sample_seed(args.seed, number, NOISE, i) for i in noise_ids]
         step_seeds = [sample_seed(args.seed, number, STEP, i) for i in ids]
         steps = [self.trained_steps(number, i // args.num_generations) for i in ids]
@@ -228,7 +238,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def _weights_in_use(self) -> dict[str, Tensor] | None:
         """Those that draw this rollout, where a checkpoint may lie inside it."""
-        if self._uses_per_rollout <= self.args.gradient_accumulation_steps:
+        if not self.args.reuses_rollouts:
             return None
         return held_values(self.adapter, "cpu")
 
@@ -247,8 +257,8 @@ class RolloutTrainer(VideoPolicyTrainer):
         own = slice(first_row, first_row + count)
         self._rollout_state = state
         self.scored = ScoredRollout(
-            parts, state["advantages"][own], state["spread"][own], number, state["at"], first_row,
-            [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
+            parts, state["advantages"][own], state["spread"][own], state.get("ranked", state["spread"])[own], number,
+            state["at"], first_row, [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
         )
 
     def _draw_again(self, inputs: list[dict], state: dict) -> None:
@@ -274,7 +284,7 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _drawn_from(self, keys: list[str]) -> str:
         """A digest of all that a rollout's videos depend on besides the weights."""
         args = self.args
-        drawn_from = keys, args.seed, args.share_initial_noise, sorted(args.policy_settings().items())
+        drawn_from = keys, args.seed, self.shares_noise, sorted(args.policy_settings().items())
         return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
 
     def _check_groups(self, keys: list[str]) -> None:
@@ -286,14 +296,30 @@ class RolloutTrainer(VideoPolicyTrainer):
                     "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
                 )
 
+    def _warn_of_rewards(self, keys: list[str], unscored: Tensor, spread: Tensor) -> None:
+        """Names a prompt whose rewards teach nothing, once a run for each reason."""
+        size, told = self.args.num_generations, {}
+        if unscored.any():
+            told["unscored"] = (
+                f"no reward applies to {int(unscored.sum())} of a rollout's {len(keys)} videos (all returned None), "
+                f"the first of {keys[int(unscored.nonzero()[0])]!r}: they teach nothing. Reward their prompts, or "
+                "leave them out of train_dataset."
+            )
+        equal = (~spread).view(-1, size).all(1).nonzero().flatten().tolist()
+        if equal:
+            further = f", nor do those of {len(equal) - 1} further of this rollout's {len(keys) // size} prompts"
+            told["equal"] = (
+                f"the rewards of {keys[equal[0] * size]!r} tell none of its videos from another (all are equal, or "
+                f"none applies){further if len(equal) > 1 else ''}: they teach nothing, and where no group of a "
+                "rollout has others, and no further term of the loss a gradient, no step is taken. "
+                "frac_reward_zero_std says how many there are."
+            )
+        for reason in told.keys() - self._told_of_rewards:
+            self._told_of_rewards.add(reason)
+            warnings.warn(told[reason], stacklevel=2)
+
     def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
         metrics = self._metrics["train"]
-        unscored = int(values.isnan().all(1).sum())
-        if unscored and len(self.rewards) and self.is_world_process_zero():
-            warnings.warn(
-                f"no reward applies to {unscored} of a rollout's {len(values)} videos (all returned None): they teach "
-                "nothing. Reward their prompts, or leave them out of train_dataset.", stacklevel=2,
-            )
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
             metrics[f"rewards/{name}/std"].append(nanstd(values[:, i]).item())
@@ -349,7 +375,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- resume ------------------------------------------------------------------------------------------------------
 
-    def _averages(self) -> dict[str, AdapterEMA | None]:
+    def _averages(self) -> dict[str, AdapterEMA]:
         return super()._averages() | self.followers
 
     def _extra_state(self) -> dict:

@@ -15,7 +15,8 @@ class ScoredRollout:
     Attributes:
         parts: (rows of this share, their samples) for the videos that have the same trained steps.
         advantages: (n,) of this share's videos, on the CPU.
-        spread: (n,) whether the rewards of a video's group differ.
+        spread: (n,) whether the rewards of a video's group differ, or with running statistics its reward from them.
+        ranked: (n,) whether its reward places a video in its group: it has one, and the group's differ.
         number: of the rollout, from 0. drawn_at: the optimizer step before which it was drawn.
         first_row: the place of this share's first video in the whole rollout.
         micro_batches: the rows of each.
@@ -24,6 +25,7 @@ class ScoredRollout:
     parts: list[tuple[list[int], Rollout]]
     advantages: Tensor
     spread: Tensor
+    ranked: Tensor
     number: int
     drawn_at: int
     first_row: int

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from ....policy import norm
+from ....policy import held, norm
 from .zero import MESSAGE, PartitionedOptimizer
 
 
@@ -17,10 +17,15 @@ def average_gradients(
 ) -> None:
     """The mean over videos, of the sum over the `context_parallel` processes that share a video's tokens.
 
-    A gradient that is None, as where every sample had advantage 0, becomes 0: the optimizer then takes the same step
-    (of its momentum) on one process as on several. An optimizer in parts reduces them itself. Those of weights in
-    parts were averaged by each backward.
+    A gradient that is None becomes 0 where another one is not: the optimizer then takes the same step on one process
+    as on several. Where all are 0 on all processes, as of rewards without spread, they all become None, with which an
+    optimizer moves nothing, neither by its momentum nor by its decay. An optimizer in parts reduces them itself. Those
+    of weights in parts were averaged by each backward.
     """
+    if not _any_gradient(adapter, accelerator):
+        for parameter in adapter.values():
+            parameter.grad = None
+        return
     for parameter in adapter.values():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -34,6 +39,13 @@ def average_gradients(
         flat = accelerator.reduce(torch.cat([g.flatten() for g in message]), reduction="mean") * context_parallel
         for gradient, mean in zip(message, flat.split([g.numel() for g in message])):
             gradient.copy_(mean.view_as(gradient))
+
+
+def _any_gradient(adapter: dict[str, nn.Parameter], accelerator: Accelerator) -> bool:
+    """Whether a number of any gradient on any process is not 0; all processes must call."""
+    own = [held(p.grad).any() for p in adapter.values() if p.grad is not None]
+    found = torch.stack(own).any() if own else torch.zeros((), device=accelerator.device)
+    return bool(accelerator.reduce(found.float().to(accelerator.device), reduction="sum") > 0)
 
 
 def _messages(gradients: list[Tensor]) -> list[list[Tensor]]:
@@ -64,7 +76,8 @@ class ExpertGradients:
         if isinstance(optimizer, PartitionedOptimizer):
             norms = optimizer.norms(self.parameters)
         else:
-            norms = {name: norm([p.grad for p in own]).item() for name, own in self.parameters.items()}
+            gradients = {name: [p.grad for p in own if p.grad is not None] for name, own in self.parameters.items()}
+            norms = {name: norm(own).item() if own else 0.0 for name, own in gradients.items()}
         idle = [name for name, own in norms.items() if own == 0 and name not in self.idle]
         if idle and any(norms.values()):
             self.idle.update(idle)

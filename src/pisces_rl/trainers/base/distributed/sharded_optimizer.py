@@ -32,6 +32,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm_typ
     All ranks must call.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:  # on all ranks
+        return torch.zeros(())
     total = norm(gradients)
     if max_norm < float("inf"):
         torch._foreach_mul_([held(g) for g in gradients], torch.clamp(max_norm / (total + 1e-6), max=1.0))

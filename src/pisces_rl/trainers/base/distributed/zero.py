@@ -90,7 +90,8 @@ class PartitionedOptimizer(AcceleratedOptimizer):
     """An optimizer of whole parameters whose states lie in parts on the ranks, by DeepSpeed's ZeRO-2.
 
     Gradients accumulate on each rank, over any number of backward passes, until `reduce`; every rank then holds its
-    part of their mean. `step` clips, updates each part on its rank, and gathers the parameters.
+    part of their mean. `step` clips, updates each part on its rank, and gathers the parameters; it does nothing where
+    nothing was reduced.
 
     Args:
         optimizer: one of `OPTIMIZERS`, on the trainable parameters.
@@ -119,6 +120,7 @@ class PartitionedOptimizer(AcceleratedOptimizer):
                                   "allgather_bucket_size": message},
         })[0]  # fmt: skip
         super().__init__(optimizer, device_placement=False)
+        self.reduced = False  # since the last step
         for hook in self.engine.optimizer._grad_acc_hooks:  # which would reduce in each backward pass
             hook.remove()
 
@@ -132,13 +134,18 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         self.engine.optimizer.refresh_fp32_params()  # somebody may have set the parameters
         with self.engine.coalesce_grad_reduction():  # which reduces what was accumulated before it ends
             pass
+        self.reduced = True
 
     def norm(self) -> Tensor:
         """Of the averaged gradient, before it is clipped."""
+        if not self.reduced:
+            return torch.zeros(())
         return self.engine.optimizer.scaled_global_norm()
 
     def norms(self, parts: dict[str, list[nn.Parameter]]) -> dict[str, float]:
         """{name: norm of the averaged gradient of its parameters}."""
+        if not self.reduced:
+            return dict.fromkeys(parts, 0.0)
         zero, names = self.engine.optimizer, list(parts)
         squares = torch.zeros(len(names), device=zero.device)
         for i, parameters in enumerate(zero.bit16_groups):
@@ -150,7 +157,9 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         return dict(zip(names, squares.sqrt().tolist()))
 
     def step(self, closure=None) -> None:
-        self.engine.step()
+        if self.reduced:
+            self.engine.step()
+        self.reduced = False
 
     def zero_grad(self, set_to_none=None) -> None:
         self.engine.optimizer.zero_grad()

@@ -1,4 +1,5 @@
-"""Settings of transformers and TRL that nothing here would read: what to use in place of each.
+"""Settings of transformers and TRL that nothing here would read, and of a config's base that its method would not:
+what to use in place of each.
 
 They belong to training steps, evaluations, samplers and wrappers that these trainers replace.
 `tests/strangers/test_settings.py` decides about every field of the configs, so that a new transformers is noticed.
@@ -73,10 +74,12 @@ _AS_FILLED_IN = {"include_num_input_tokens_seen": "no", "accelerator_config": Ac
 
 
 def check_inherited(config) -> None:
-    """A ValueError where a config, after transformers' own checks, sets what nobody reads."""
+    """A ValueError where a config, after transformers' own checks, sets what nobody reads; of the fields that a method
+    inherits from ours, its config's `without_effect` says which these are."""
+    without_effect = WITHOUT_EFFECT | config.without_effect
     for field in fields(config):
         name, value = field.name, getattr(config, field.name)
-        allowed, instead = SOME_WITHOUT_EFFECT.get(name, ((), WITHOUT_EFFECT.get(name)))
+        allowed, instead = SOME_WITHOUT_EFFECT.get(name, ((), without_effect.get(name)))
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if name == "data_seed" and value == config.seed:
             continue

@@ -84,15 +84,20 @@ class AdapterEMA(TrainerCallback):
         set_adapter(self.parameters, self.kept)
         self.kept = None
 
-    def state_dict(self) -> dict:
-        """Whole tensors; where ranks hold parts, all must call, and only those that write files get them."""
-        weights = self.kept or {name: held(p) for name, p in self.parameters.items()}
-        whole = {name: gathered_values(values, self.parameters)
-                 for name, values in {"average": self.average, "weights": weights}.items()}
+    def state_dict(self, weights: bool = False) -> dict:
+        """Whole tensors; where ranks hold parts, all must call, and only those that write files get them.
+
+        Args:
+            weights: whether the trained weights, too: of the average that is saved in their place.
+        """
+        state = {"average": self.average}
+        if weights:
+            state["weights"] = self.kept or {name: held(p) for name, p in self.parameters.items()}
+        whole = {name: gathered_values(values, self.parameters) for name, values in state.items()}
         return {"updates": self.updates} | whole
 
     def load_state_dict(self, state: dict) -> None:
+        """The average; the trained weights are its caller's to set."""
         self.updates = state["updates"]
         self.average = {name: part.to(self.parameters[name].dtype)
                         for name, part in parts_of_values(state["average"], self.parameters).items()}
-        set_adapter(self.parameters, parts_of_values(state["weights"], self.parameters))
