@@ -134,7 +134,7 @@ class RewardPanel:
         home, videos = videos.device, videos.detach().to(self.device).requires_grad_()
         table, offered = self._offer(prompts, videos, columns, trainer_state, width=len(self))
         gradients, guard = [], Untouched(videos)
-        with shared_encodings(backward=True):
+        with shared_encodings(backward=True) as encodings:
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
                 with self.record(f"rewards/{name}"):
@@ -155,6 +155,7 @@ class RewardPanel:
                             f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
                             f"{prompts[bad[0]]!r}. Training stops before it learns from that."
                         )
+                encodings.backward_done()
                 gradients.append(gradient.to(home))
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
