@@ -134,7 +134,7 @@ def load_rewards(script: ScriptArguments, names: list[str], device: torch.device
     options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
     load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
                              device=device)  # fmt: skip
-    return [load(name, **options.get(name, {})) for name in names]
+    return [load(name, **options.get(name.partition("?")[0], {})) for name in names]
 
 
 def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:

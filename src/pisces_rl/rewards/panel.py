@@ -234,9 +234,9 @@ def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
     """Rewards on `device`, those that are given by name loaded; what cannot be a reward is found before weights are
     loaded."""
     if any(isinstance(func, str) for func in funcs):
-        from .loading import REWARDS, load_reward  # needs transformers
+        from .loading import is_known, load_reward  # needs transformers
 
-        funcs = [load_reward(f) if isinstance(f, str) and f not in REWARDS else f for f in funcs]
+        funcs = [load_reward(f) if isinstance(f, str) and not is_known(f) else f for f in funcs]
     for func in funcs:
         if not isinstance(func, str):
             check_reward(func)
