@@ -15,8 +15,8 @@ from pisces_rl.rewards.scorers.qwen2_vl_reward import read_constants
 MODEL = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 TEMPLATE = "~/.cache/pisces_rl/point_score_APS_video_generation.py"
 FETCH = (
-    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/CodeGoat24/UnifiedReward/HEAD/inference_qwen/"
-    "UnifiedReward-2.0-inference/point_score_APS_video_generation.py"
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/CodeGoat24/UnifiedReward/"
+    "0b03be974afd497f53b256b62bdc2e562e799217/inference_qwen/UnifiedReward-2.0-inference/point_score_APS_video_generation.py"
 )
 SCORE = r" Score \(1-5\):\s*([1-5](?:\.[0-9]+)?)(?![0-9])"
 

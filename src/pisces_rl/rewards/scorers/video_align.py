@@ -25,7 +25,8 @@ MODEL, BASE = "KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"
 WEIGHTS = "checkpoint-*/model.pth"
 TEMPLATE = "~/.cache/pisces_rl/video_align_prompt_template.py"
 FETCH = (
-    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/KwaiVGI/VideoAlign/HEAD/prompt_template.py"
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/KwaiVGI/VideoAlign/"
+    "3e5ebc600aebc4d28300e9132b0a23ee8e1bc47c/prompt_template.py"
 )
 DIMENSIONS = ("VQ", "MQ", "TA")
 #: The authors' normalisation (`inference_config` of the checkpoint's model_config.json), in the order of DIMENSIONS.

@@ -16,7 +16,10 @@ from pisces_rl.rewards.scorers.qwen2_vl_reward import frames_seen, read_constant
 
 MODEL = "TIGER-Lab/VideoScore2"
 TEMPLATE = "~/.cache/pisces_rl/vs2_inference.py"
-FETCH = f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/TIGER-AI-Lab/VideoScore2/HEAD/vs2_inference.py"
+FETCH = (
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/TIGER-AI-Lab/VideoScore2/"
+    "e6abe26bf694c293023cb3863bd6c657128766ac/vs2_inference.py"
+)
 
 
 class VideoScore2(GenerativeJudge):
