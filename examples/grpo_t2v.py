@@ -42,8 +42,9 @@ class ScriptArguments:
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
-        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function, "
-                  "package.module:function, a server's http://host:port/NAME or a vision-language judge's "
+        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
+                  "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
+                  "http://host:port/NAME or a vision-language judge's "
                   "vlm+http://host:port/v1?model=ID."},
     )
     judges: list[str] = field(
