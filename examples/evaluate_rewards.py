@@ -75,7 +75,7 @@ def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
     options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": {"attention": attention}}
     rewards = {}
     for name in args.rewards or ENCODER_REWARDS:
-        own = options.get(name, {})
+        own = options.get(name.partition("?")[0], {})
         try:
             rewards[name] = load_reward_function(name, encoder=args.encoder, **own)
         except ValueError as error:

@@ -42,8 +42,9 @@ class ScriptArguments:
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
-        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too), file.py:function, "
-                  "package.module:function, a server's http://host:port/NAME or a vision-language judge's "
+        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
+                  "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
+                  "http://host:port/NAME or a vision-language judge's "
                   "vlm+http://host:port/v1?model=ID."},
     )
     judges: list[str] = field(
@@ -134,7 +135,7 @@ def load_rewards(script: ScriptArguments, names: list[str], device: torch.device
     options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
     load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
                              device=device)  # fmt: skip
-    return [load(name, **options.get(name, {})) for name in names]
+    return [load(name, **options.get(name.partition("?")[0], {})) for name in names]
 
 
 def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:

@@ -149,9 +149,11 @@ def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
 def load_reward_function(name: str, **options) -> Callable:
     """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function; scorers have no
     encoder, and OCR and optical flow nothing to offload."""
-    from pisces_rl.rewards import ENCODER_REWARDS, REWARDS, load_reward
+    from pisces_rl.rewards import ENCODER_REWARDS, load_reward
+    from pisces_rl.rewards.loading import is_known
 
-    weightless = name in ("ocr", "motion_flow")
-    unused = () if name in ENCODER_REWARDS else ("encoder", "offload") if weightless else ("encoder",)
+    plain, _, _ = name.partition("?")
+    weightless = plain in ("ocr", "motion_flow")
+    unused = () if plain in ENCODER_REWARDS else ("encoder", "offload") if weightless else ("encoder",)
     options = {option: value for option, value in options.items() if option not in unused}
-    return load_reward(name, **options) if name in REWARDS else load_reward(name, device=options.get("device"))
+    return load_reward(name, **options) if is_known(name) else load_reward(name, device=options.get("device"))

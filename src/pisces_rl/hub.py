@@ -163,6 +163,9 @@ def _exports(files: Sequence[str]) -> str:
     programs = {"comfyui": "ComfyUI, in `models/loras/`", "original": "programs that read the original checkpoint"}
     rows = [f"| {code(path)} | {program} |" for kind, program in programs.items()
             for path in sorted(fnmatch.filter(files, f"{kind}_lora*.safetensors"))]
+    if any(PurePosixPath(path).name == LORA for path in files):  # otherwise PEFT's files are the adapter itself
+        rows += [f"| {code(path)} and its `adapter_config.json` | `PeftModel.from_pretrained` |"
+                 for path in sorted(fnmatch.filter(files, "*/adapter_model.safetensors"))]
     return "\n".join([f"{_EXPORTS}\n", "| file | for |", "|---|---|", *rows]) if rows else ""
 
 

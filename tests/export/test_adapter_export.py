@@ -383,13 +383,21 @@ def test_an_adapter_without_a_note_needs_the_model(tmp_path):
         export_adapter(tmp_path / "run", tmp_path / "out", "comfyui", model=model)
 
 
-def test_values_beyond_fp16_and_the_adapter_itself_are_kept(tmp_path):
+def test_values_beyond_fp16_and_the_adapter_itself_are_kept(tmp_path, monkeypatch):
     trained("wan", tmp_path / "run")
     file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
     before = file.read_bytes()
     with pytest.raises(ValueError, match="holds the adapter itself in 'pytorch_lora_weights.safetensors'"):
         export_adapter(tmp_path / "run", tmp_path / "run")
     assert file.read_bytes() == before
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder, output in (("~/run", tmp_path / "run"), (tmp_path / "run", "~/run"), ("~/run", "~/run")):
+        with pytest.raises(ValueError, match="holds the adapter itself in 'pytorch_lora_weights.safetensors'"):
+            export_adapter(folder, output)
+    assert file.read_bytes() == before
+    monkeypatch.chdir(tmp_path)
+    (written,) = export_adapter("~/run", "~/out", "comfyui", model="wan")
+    assert written == tmp_path / "out" / "comfyui_lora.safetensors" and not (tmp_path / "~").exists()
     save_file({key: 1e6 * tensor for key, tensor in load_file(file).items()}, file)
     with pytest.raises(ValueError, match="dtype='fp16' cannot hold"):
         export_adapter(tmp_path / "run", tmp_path / "out", "comfyui", dtype="fp16", model="wan")
@@ -408,9 +416,12 @@ def test_the_card_lists_what_is_exported_into_the_runs_folder(tmp_path):
     for _ in range(2):
         export_adapter(tmp_path, tmp_path, "comfyui")
         export_adapter(tmp_path, tmp_path, "original")
+    export_adapter(tmp_path, tmp_path, "peft")
+    export_adapter(tmp_path, tmp_path, "comfyui")
     written = (tmp_path / "README.md").read_text()
     assert written.count("## Other formats") == written.count("## Citation") == 1
     assert "`comfyui_lora.safetensors` | ComfyUI" in written and "`original_lora.safetensors`" in written
+    assert "`transformer/adapter_model.safetensors` and its `adapter_config.json` | `PeftModel" in written
     assert {"comfyui_lora.safetensors", "original_lora.safetensors"} <= set(described(tmp_path))
     assert model_card("you/base", "Video GRPO", "WanPipeline", {"lr": 1}, folder=tmp_path) == written
     fresh = quiet(BUILD["wan"]())

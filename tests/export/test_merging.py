@@ -7,7 +7,7 @@ from export.test_adapter_export import latents, trained
 from safetensors.torch import load_file
 from tiny_pipelines import BUILD, quiet
 
-from pisces_rl import merge_adapter
+from pisces_rl import export_adapter, merge_adapter
 from pisces_rl.policy import read_adapter, save_lora
 
 
@@ -82,3 +82,22 @@ def test_nothing_changes_where_it_is_refused(tmp_path):
         merge_adapter(BUILD["wan22_a14b"]().transformer, tmp_path / "two")
     with pytest.raises(ValueError, match="holds no adapter"):
         merge_adapter(other, tmp_path)
+
+
+def test_the_adapters_own_folder_is_no_place_for_the_merged_model(tmp_path, monkeypatch):
+    trained("wan", tmp_path / "run")
+    export_adapter(tmp_path / "run", tmp_path / "peft", "peft")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base, kept = BUILD["wan"](), sorted(tmp_path.rglob("*"))
+    before = {name: weight.clone() for name, weight in base.transformer.state_dict().items()}
+    for folder, output in (
+        (tmp_path / "run", tmp_path / "run"), (tmp_path / "run", "~/run"), ("~/run", tmp_path / "peft" / ".." / "run"),
+        (tmp_path / "run" / "pytorch_lora_weights.safetensors", tmp_path / "run"),
+        (tmp_path / "peft" / "transformer", tmp_path / "peft"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="is the adapter's own folder"):
+            merge_adapter(base, folder, output)
+    assert sorted(tmp_path.rglob("*")) == kept
+    assert all(torch.equal(weight, before[name]) for name, weight in base.transformer.state_dict().items())
+    merge_adapter(base, "~/run", "~/merged")
+    assert (tmp_path / "merged" / "transformer" / "config.json").is_file()

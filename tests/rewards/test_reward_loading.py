@@ -5,7 +5,7 @@ import torch
 from tiny_encoders import build
 
 from pisces_rl.assets import asset_path
-from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward, load_reward, loading
+from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward, RewardPanel, load_reward, loading
 from pisces_rl.rewards.encoders import load_encoder, tiny_vtm
 
 FOLDER = asset_path("tiny-vtm", tiny_vtm.CARD)
@@ -78,3 +78,47 @@ def test_rewards_share_an_encoder_unless_one_offloads():
     assert first.encoder.offload is None
     with pytest.raises(ValueError, match="offload: set it on the encoder itself"):
         load_reward("cosine", encoder=load_encoder("tiny-vtm"), offload="cuda")
+
+
+def test_options_follow_the_name(monkeypatch):
+    motion = load_reward("motion_flow?video_fps=4&threshold=3")
+    assert (motion.step, motion.threshold) == (1, 6) and motion.__name__ == "motion_flow"
+    assert load_reward("motion_flow?threshold=3", threshold=5).threshold == 3
+    quality = load_reward("cosine?micro_batch=3&cosine_weight=2", encoder="tiny-vtm", device="cpu")
+    assert (quality.micro_batch, quality.cosine_weight, quality.__name__) == (3, 2, "cosine")
+    given = {}
+    monkeypatch.setattr(loading, "_scorer", lambda name: Kept)
+    load_reward("video_align?weights=1,0,.5&video_fps=8&template=1+1&base=7&dtype=fp32", offload="cuda").check(given)
+    assert given == dict(weights=[1, 0, 0.5], video_fps=8, template="1+1", base="7", dtype="fp32", offload="cuda")
+
+
+class Kept:
+    def __init__(self, *, name, weights=(1.0, 1.0, 1.0), video_fps=16.0, template="a", base="b", dtype=None,
+                 offload=None):  # fmt: skip
+        self.given = dict(weights=weights, video_fps=video_fps, template=template, base=base, dtype=dtype,
+                          offload=offload)  # fmt: skip
+
+    def check(self, given):
+        given |= self.given
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("motion_flow?fps=8", "'motion_flow' does not use fps; it takes video_fps, threshold"),
+    ("motion_flow?video_fps=fast", "'motion_flow': video_fps='fast' must be like 16.0"),
+    ("motion_flow?video_fps", r"'motion_flow': expected motion_flow\?option=value&option=value, got 'video_fps'"),
+    ("motion_flow?video_fps=0", "video_fps=0, threshold=6.0: both must be above 0"),
+    ("video_align?weights=1,x,1", "'video_align': weights='1,x,1' must be like "),
+    ("hpsv3?frames=2.5", "'hpsv3': frames='2.5' must be like 4"),
+    ("motion_flow?threshold=inf", "'motion_flow': threshold='inf' must be like 6.0"),
+    ("cosine?plan=full", "'cosine' does not use plan; it takes"),
+    ("motion_flo?video_fps=8", "'motion_flo.video_fps=8' is unknown; did you mean 'motion_flow'"),
+])  # fmt: skip
+def test_options_behind_a_name_are_looked_at(name, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(name)
+
+
+def test_a_panel_loads_names_with_options_where_it_works(monkeypatch):
+    monkeypatch.setattr(loading, "shared_encoder", lambda name, offload, device: pytest.fail(f"on {device}"))
+    with pytest.raises(pytest.fail.Exception, match="on cpu"):
+        RewardPanel(["cosine?micro_batch=3"], device="cpu")

@@ -67,7 +67,7 @@ def export_adapter(
         raise ValueError(f"format={format!r} is unknown; known are {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; known are {', '.join(DTYPES)}.")
-    output = Path(output)
+    output = Path(output).expanduser()
     if output.suffix == ".safetensors" or output.is_file():
         raise ValueError(f"output={str(output)!r} is a file, but must be a folder; the files' names are fixed.")
     adapter = read_adapter(folder, "folder")
@@ -78,7 +78,8 @@ def export_adapter(
         if format == "diffusers" and isinstance(model, DiffusionPipeline) and not has_lora_loader(model):
             raise ValueError(f"format={format!r}: {type(model).__name__} has no LoRA loader in diffusers; use 'peft'.")
         files = _layout_files(adapter, format)
-        own = {path.resolve() for path in (Path(folder), *Path(folder).glob("*"), *Path(folder).glob("*/*"))}
+        source = Path(folder).expanduser()
+        own = {path.resolve() for path in (source, *source.glob("*"), *source.glob("*/*"))}
         for path in files:
             if (output / path).resolve() in own:
                 raise ValueError(

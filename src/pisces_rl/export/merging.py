@@ -41,20 +41,29 @@ def merge_adapter(model: DiffusionPipeline | nn.Module, folder: str | os.PathLik
         model: a pipeline, or its denoiser; without adapters.
         folder: of the adapter, see `export_adapter`.
         output: a folder, in which each merged denoiser is saved as a subfolder of its name, which
-            `WanTransformer3DModel.from_pretrained(output, subfolder="transformer")` loads. None saves nothing.
+            `WanTransformer3DModel.from_pretrained(output, subfolder="transformer")` loads; another than the adapter's,
+            where the merged files would stand for it. None saves nothing.
 
     Returns:
         {denoiser: what changed}.
 
     Raises:
         ValueError: there is no adapter, or it is of another model, or a DoRA; the model carries adapters, or weights
-            that are quantised or stored in 8 bits. Then no weight has changed.
+            that are quantised or stored in 8 bits; `output` is the adapter's folder. Then no weight has changed.
     """
     adapter = read_adapter(folder, "folder")
     if len(adapter.states) > 1 and not isinstance(model, DiffusionPipeline):
         raise ValueError(f"folder={adapter.source!r} adapts {sorted(adapter.states)}: give the pipeline as model.")
     adapter, denoisers = fitting(adapter, model)
     check_no_adapters(denoisers)
+    if output is not None:
+        output, source = Path(output).expanduser(), Path(folder).expanduser()
+        home = (source.parent if source.is_file() else source).resolve()
+        if home in {place.resolve() for place in (output, *(output / name for name in denoisers))}:
+            raise ValueError(
+                f"output={str(output)!r} is the adapter's own folder, where the merged weights would stand beside it "
+                "and be taken for what was trained; choose another folder."
+            )
     for name, denoiser in denoisers.items():
         for module in adapter.configs[name].target_modules:
             weight = denoiser.get_submodule(module).weight
@@ -74,5 +83,5 @@ def merge_adapter(model: DiffusionPipeline | nn.Module, folder: str | os.PathLik
             weight.copy_(total)
         merged[name] = Merged(len(modules), weights, changed)
     if output is not None:
-        save_components(SimpleNamespace(**denoisers), list(denoisers), Path(output))
+        save_components(SimpleNamespace(**denoisers), list(denoisers), output)
     return merged

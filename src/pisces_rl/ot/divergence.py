@@ -37,6 +37,8 @@ class BankDivergence:
     Source: Feydy et al. 2019 (arXiv 1810.08278); Sejourne et al. 2019 (arXiv 1910.12958) for `reach`.
     """
 
+    identifying = ("bank", "weights", "settings")  # and what is computed of them differs in last bits by device
+
     def __init__(
         self, bank: Tensor, *, blur: float, reach: float | None = None, weights: Tensor | None = None,
         tolerance: float = 1e-5, max_iterations: int = 5000,

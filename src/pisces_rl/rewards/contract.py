@@ -9,8 +9,9 @@ may be `async def`. `log_extra(name, values)` records B per-sample values, `log_
 reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`; one with
 `compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
-between calls. One with a method `to` is moved by it where the run has a `reward_device`. These attributes and
-`__name__` may be set on a wrapper or a partial: the outermost one counts.
+between calls, or, where a call leaves a graph, until the panel's backward pass. One with a method `to` is moved by it
+where the run has a `reward_device`. These attributes and `__name__` may be set on a wrapper or a partial: the
+outermost one counts.
 
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
 it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
@@ -145,6 +146,14 @@ def check_pixels(videos: Tensor) -> None:
             f"videos: video {row} has values from {float(low[row]):.3g} to {float(high[row]):.3g}; expected finite "
             "pixels in [0, 1]."
         )
+
+
+def check_prompts(prompts: Sequence[str], special: Sequence[str], owner: str) -> None:
+    """A ValueError for a prompt with a special token of a reward's model (an image's place, an end of turn), naming
+    both: it would be read as one."""
+    for prompt in prompts:
+        if held := [token for token in special if token in prompt]:
+            raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of {owner}; leave it out.")
 
 
 def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 
 from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
+from pisces_rl.rewards.offloaded_model import set_offload
 
 
 class EncoderReward:
@@ -18,8 +19,8 @@ class EncoderReward:
 
     @offload.setter
     def offload(self, device: str | torch.device | None) -> None:
+        set_offload(self.encoder, self.encoder.offload, device)
         self.encoder.offload = device
-        self.encoder.to("cpu")
 
     def to(self, device: str | torch.device):
         """Work on `device`, with weights that stay there, or wait as before; itself, as modules have it."""

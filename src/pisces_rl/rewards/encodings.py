@@ -1,4 +1,4 @@
-"""Each video encoded once per encoder, however many rewards look at it."""
+"""Each video encoded once per encoder, however many rewards look at it; and which weights stay for a backward pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:  # they need transformers, which takes seconds, and a panel may have no encoder
     from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
@@ -24,29 +24,44 @@ class _Encodings:
     def __init__(self):
         self.known: dict[tuple, tuple] = {}
         self.encoders: dict[int, VideoTextEncoder] = {}
+        self.left: list[nn.Module] = []
+
+    def backward_done(self) -> None:
+        """Weights that wait for a reward's backward pass and for no other's go to the CPU."""
+        while self.left:
+            self.left.pop().to("cpu")
 
 
 @contextlib.contextmanager
-def shared_encodings(backward: bool = False) -> Iterator[None]:
-    """Inside, features are computed once for each encoder and input. Afterwards, encoders with `offload` go back to
-    the CPU, unless a graph is left that needs their weights: until a call without one they stay where they work.
-    Inside another such block it does nothing.
+def shared_encodings(backward: bool = False) -> Iterator[_Encodings]:
+    """Inside, features are computed once for each encoder and input. Afterwards, encoders and models with `offload` go
+    back to the CPU, unless a graph is left that needs their weights: until a call without one they stay where they
+    work. Inside another such block it does nothing.
 
     Args: backward: the block has a backward pass of its own, and leaves no graph.
     """
     if _scope.get() is not None:
-        yield
+        yield _scope.get()
         return
-    token = _scope.set(_Encodings())
+    scope = _Encodings()
+    token = _scope.set(scope)
     try:
-        yield
+        yield scope
     finally:
-        scope = _scope.get()
         _scope.reset(token)
         graph = any(features.pooled.requires_grad for features, _ in scope.known.values())
         for encoder in scope.encoders.values():
             if encoder.offload is not None and (backward or not graph):
                 encoder.to("cpu")
+        if backward:
+            scope.backward_done()
+
+
+def leave_for_backward(model: nn.Module) -> None:
+    """A model's weights stay where they work for a graph that is left; they go to the CPU after the backward pass of a
+    `shared_encodings` block that has one."""
+    if (scope := _scope.get()) is not None:
+        scope.left.append(model)
 
 
 def text_features(encoder: VideoTextEncoder, prompts: Sequence[str]) -> TextFeatures:

@@ -3,8 +3,11 @@ OT; scorers that others trained; functions of this package; functions in files a
 
 import importlib
 import inspect
+import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import parse_qsl
 
 from safetensors.torch import load_file
 
@@ -67,10 +70,12 @@ def load_reward(
     """A reward by name; rewards of one encoder's name share one encoder.
 
     Args:
-        name: one of `REWARDS`; or of `FUNCTIONS`, or file.py:function, or package.module:function, or the
-            http://host:port/NAME of a server (`server.remote.remote_reward`), or the vlm+http://host:port/v1?model=ID
-            of a vision-language judge (`remote_vlm_judge`), which take no options. "ot_quality" is the published
-            cosine; a `divergence_weight` adds the credit of the divergence to the bank that lies with the map.
+        name: one of `REWARDS`, with options behind a question mark if any, "video_align?video_fps=8&weights=1,0,1",
+            which win over those that are given beside it; or of `FUNCTIONS`, or file.py:function, or
+            package.module:function, or the http://host:port/NAME of a server (`server.remote.remote_reward`), or the
+            vlm+http://host:port/v1?model=ID of a vision-language judge (`remote_vlm_judge`), which take no options
+            here. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the divergence to the
+            bank that lies with the map.
         encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder; of `ENCODER_REWARDS` only.
         ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
         attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
@@ -82,6 +87,10 @@ def load_reward(
     Raises ValueError for an unknown name, for options that the reward does not use, for a map of another encoder, and
     for a scorer whose weights or package are not here.
     """
+    if is_known(name) and "?" in name:
+        given = {"encoder": encoder, "ot_map": ot_map, "attention": attention, "offload": offload, "device": device}
+        name, behind = _queried(name)
+        return load_reward(name, **given | options | behind)
     if name in SCORERS:
         given = {"encoder": None if encoder == DEFAULT_ENCODER else encoder, "ot_map": ot_map, "attention": attention}
         options |= {option: value for option, value in (given | {"offload": offload}).items() if value is not None}
@@ -119,6 +128,45 @@ def load_reward(
             "examples/fit_ot_map.py."
         )
     return _placed(_kind(name)(model, name=name, **options), device)
+
+
+def is_known(name: str) -> bool:
+    """Whether it names one of `REWARDS`, with or without options behind it."""
+    return name.partition("?")[0] in REWARDS
+
+
+def _queried(name: str) -> tuple[str, dict]:
+    """The reward's name and the options behind it: of the type of their default, numbers where that is None and they
+    are some; lists with commas."""
+    name, _, query = name.partition("?")
+    try:
+        options = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True))
+    except ValueError as error:
+        raise ValueError(f"reward {name!r}: expected {name}?option=value&option=value, got {query!r}.") from error
+    kind = _scorer(name) if name in SCORERS else _kind(name)
+    defaults = {option: parameter.default for option, parameter in inspect.signature(kind).parameters.items()}
+    for option, text in options.items():
+        default = defaults.get(option)
+        value = text if isinstance(default, (str, Path)) else _read(text)
+        fine = {
+            int: type(value) is int, float: type(value) in (int, float),
+            tuple: isinstance(value, list) and all(type(number) in (int, float) for number in value),
+        }  # fmt: skip
+        if not fine.get(type(default), True):
+            raise ValueError(f"reward {name!r}: {option}={text!r} must be like {default!r}, its default.")
+        options[option] = value
+    return name, options
+
+
+def _read(text: str):
+    """A number, an object of JSON (arguments of `OTAttention`), a list where there are commas, or the text itself."""
+    for read in (json.loads if text.startswith("{") else int, float):
+        try:
+            value = read(text)
+        except ValueError:
+            continue
+        return text if isinstance(value, float) and not math.isfinite(value) else value
+    return [_read(part) for part in text.split(",")] if "," in text else text
 
 
 def _placed(reward: Callable, device: str | None) -> Callable:

@@ -134,7 +134,7 @@ class RewardPanel:
         home, videos = videos.device, videos.detach().to(self.device).requires_grad_()
         table, offered = self._offer(prompts, videos, columns, trainer_state, width=len(self))
         gradients, guard = [], Untouched(videos)
-        with shared_encodings(backward=True):
+        with shared_encodings(backward=True) as encodings:
             for i, (name, func) in enumerate(zip(self.names, self.funcs)):
                 start = time.perf_counter()
                 with self.record(f"rewards/{name}"):
@@ -155,6 +155,7 @@ class RewardPanel:
                             f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
                             f"{prompts[bad[0]]!r}. Training stops before it learns from that."
                         )
+                encodings.backward_done()
                 gradients.append(gradient.to(home))
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
@@ -233,9 +234,9 @@ def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
     """Rewards on `device`, those that are given by name loaded; what cannot be a reward is found before weights are
     loaded."""
     if any(isinstance(func, str) for func in funcs):
-        from .loading import REWARDS, load_reward  # needs transformers
+        from .loading import is_known, load_reward  # needs transformers
 
-        funcs = [load_reward(f) if isinstance(f, str) and f not in REWARDS else f for f in funcs]
+        funcs = [load_reward(f) if isinstance(f, str) and not is_known(f) else f for f in funcs]
     for func in funcs:
         if not isinstance(func, str):
             check_reward(func)

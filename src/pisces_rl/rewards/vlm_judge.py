@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedTokenizerBase
 
-from pisces_rl.rewards.contract import check_inputs, check_pixels
-from pisces_rl.rewards.offloaded_model import OffloadedModel
+from pisces_rl.rewards.contract import check_inputs, check_pixels, check_prompts
+from pisces_rl.rewards.offloaded_model import OffloadedModel, first_device
+from pisces_rl.rewards.scorers.frame_scorer import spread
 
 PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt"
 
@@ -43,8 +44,8 @@ class VLMJudge(OffloadedModel):
     ):  # fmt: skip
         if isinstance(model, str):
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device)
+            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+            model = model.to(first_device(device, offload))
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
         self.model, self.processor = model.eval().requires_grad_(False), processor
@@ -59,17 +60,10 @@ class VLMJudge(OffloadedModel):
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:
         check_inputs(prompts, videos)
         check_pixels(videos)
-        for prompt in prompts:
-            if held := [token for token in self.processor.tokenizer.all_special_tokens if token in prompt]:
-                raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of the judge's model; leave it out.")
+        check_prompts(prompts, self.processor.tokenizer.all_special_tokens, "the judge's model")
         rows = range(0, len(prompts), self.batch_size)
-        try:
-            if self.offload is not None:
-                self.model.to(self.offload)
+        with self.working():
             parts = [self._ask(prompts[i : i + self.batch_size], videos[i : i + self.batch_size]) for i in rows]
-        finally:
-            if self.offload is not None:
-                self.model.to("cpu")
         return torch.cat(parts).tolist()
 
     def _ask(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
@@ -97,8 +91,7 @@ def read_question(file: str | Path) -> str:
 
 def spread_frames(videos: Tensor, count: int) -> Tensor:
     """(B, F, 3, H, W) in [0, 1] -> `count` frames of each or all of them, evenly spread, as bytes on the CPU."""
-    picks = torch.linspace(0, videos.shape[1] - 1, min(count, videos.shape[1])).round().long()
-    return (videos[:, picks].clamp(0, 1) * 255).round().byte().cpu()
+    return (videos[:, spread(videos.shape[1], count)].clamp(0, 1) * 255).round().byte().cpu()
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase, scores: Sequence[int]) -> list[int]:

@@ -55,6 +55,7 @@ class VideoTextEncoder(nn.Module, ABC):
         cross_layers: numbers of the text layers that attend to the video, for models that match; else empty.
         cross_heads: how many heads these layers have.
         offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is.
+            Set here it moves nothing before the next use; a reward's `offload` does.
     """
 
     name: str

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
 from pisces_rl.rewards.scorers.published_weights import (
     check_config,
@@ -72,7 +73,7 @@ class AestheticPredictor(FrameScorer):
         device: str | torch.device | None = None, name: str = "aesthetic", offload: str | torch.device | None = None,
     ):  # fmt: skip
         head = head if isinstance(head, AestheticHead) else load_head(head)
-        device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+        device = first_device(device, offload)
         if not isinstance(clip, CLIPVisionModelWithProjection):
             folder = published_folder(clip, "the aesthetic predictor")
             check_vision_tower(folder)

@@ -62,7 +62,7 @@ class FrameScorer(OffloadedModel, ABC):
         model: frozen by this class. frames: how many are scored, evenly spread, first and last included.
         micro_batch: frames scored at once. name: under which it is logged.
         offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
-            A call that leaves a graph leaves them on the device.
+            A call that leaves a graph leaves them on the device, for a panel until its backward pass.
     """
 
     differentiable = True
@@ -97,18 +97,12 @@ class FrameScorer(OffloadedModel, ABC):
         graph = torch.is_grad_enabled() and videos.requires_grad
         frames = videos[:, spread(videos.shape[1], self.frames)]
         rows = torch.arange(len(videos)).repeat_interleave(frames.shape[1])
-        try:
-            if self.offload is not None:
-                self.model.to(self.offload)
+        with self.working(graph), torch.set_grad_enabled(graph):
             parameter = next(self.model.parameters())
-            with torch.set_grad_enabled(graph):
-                texts, scores = self.read(prompts), []
-                for part, row in zip(frames.flatten(0, 1).split(self.micro_batch), rows.split(self.micro_batch)):
-                    part = at_least_float(part.to(parameter.device, torch.promote_types(part.dtype, parameter.dtype)))
-                    pixels = clip_pixels(part, self.size, crop_rounds=self.crop_rounds)
-                    scores.append(self.look(pixels.to(parameter.dtype), texts[row.to(texts.device)]))
-        finally:
-            if self.offload is not None and not graph:
-                self.model.to("cpu")
+            texts, scores = self.read(prompts), []
+            for part, row in zip(frames.flatten(0, 1).split(self.micro_batch), rows.split(self.micro_batch)):
+                part = at_least_float(part.to(parameter.device, torch.promote_types(part.dtype, parameter.dtype)))
+                pixels = clip_pixels(part, self.size, crop_rounds=self.crop_rounds)
+                scores.append(self.look(pixels.to(parameter.dtype), texts[row.to(texts.device)]))
         scores = torch.cat(scores)
         return scores.unflatten(0, (len(videos), -1)).mean(1).to(videos.device)

@@ -20,7 +20,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from pisces_rl.rewards.contract import RewardError, check_inputs, check_pixels
+from pisces_rl.rewards.contract import RewardError, check_inputs, check_pixels, check_prompts
 from pisces_rl.rewards.offloaded_model import OffloadedModel
 from pisces_rl.rewards.scorers.published_weights import (
     check_config,
@@ -96,17 +96,10 @@ class GenerativeJudge(OffloadedModel, ABC):
         """
         check_inputs(prompts, videos)
         check_pixels(videos)
-        for prompt in prompts:
-            if held := [token for token in self.tokenizer.all_special_tokens if token in prompt]:
-                raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of {self.__name__}; leave it out.")
+        check_prompts(prompts, self.tokenizer.all_special_tokens, self.__name__)
         clips, rows = self.frames_of(videos.detach()), range(0, len(prompts), self.batch_size)
-        try:
-            if self.offload is not None:
-                self.model.to(self.offload)
+        with self.working():
             parts = [self.scores(prompts[i : i + self.batch_size], clips[i : i + self.batch_size]) for i in rows]
-        finally:
-            if self.offload is not None:
-                self.model.to("cpu")
         scores = torch.cat(parts)
         if log_extra is not None:
             for dimension, values in zip(self.dimensions, scores.T):

@@ -8,6 +8,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import spread
 from pisces_rl.rewards.scorers.published_weights import check_config, check_names, published_folder, stored_shapes
 from pisces_rl.rewards.scorers.qwen2_vl_reward import (
@@ -69,7 +70,7 @@ class HPSv3(QwenScorer):
         if not isinstance(model, Qwen2VLReward):
             folder = published_folder(base, "HPSv3", ("*.json", "*.txt"))
             check_config(folder, "HPSv3's base (Qwen2-VL-7B)", "qwen2_vl", SIZES)
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             weights = published_folder(model, "HPSv3", ("*.json", WEIGHTS))
             model = load_hpsv3(weights, Qwen2VLConfig.from_pretrained(folder), dtype).to(device)
             base = AutoTokenizer.from_pretrained(folder)

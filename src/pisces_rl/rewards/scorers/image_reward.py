@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, BlipTextConfig, BlipVisionConfig, BlipVi
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from pisces_rl.rewards.encoders.encoder import tokenize
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.aesthetic_predictor import AestheticHead
 from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
 from pisces_rl.rewards.scorers.published_weights import check_names, published_folder, shapes_of
@@ -77,7 +78,7 @@ class ImageReward(FrameScorer):
         offload: str | torch.device | None = None,
     ):  # fmt: skip
         if not isinstance(model, BlipReward):
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             model = load_image_reward(published_folder(model, "ImageReward", ("*.json", WEIGHTS)), VISION, TEXT, dtype)
             model = model.to(device)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.encoders.encoder import tokenize
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
 from pisces_rl.rewards.scorers.published_weights import (
     check_config,
@@ -56,7 +57,7 @@ class PickScore(FrameScorer):
         if not isinstance(model, CLIPModel):
             folder = published_folder(model, "PickScore")
             check_pickscore(folder)
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             model = CLIPModel.from_pretrained(folder, dtype=dtype).to(device)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = AutoTokenizer.from_pretrained(published_folder(tokenizer, "PickScore", ("*.json", "*.txt")))

@@ -12,7 +12,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen2VLConfig, Qwen2VLModel
 
-from pisces_rl.rewards.contract import check_inputs, check_pixels
+from pisces_rl.rewards.contract import check_inputs, check_pixels, check_prompts
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD
 from pisces_rl.rewards.offloaded_model import OffloadedModel
 from pisces_rl.rewards.scorers.frame_scorer import at_least_float, scale
@@ -48,7 +48,7 @@ class QwenScorer(OffloadedModel, ABC):
         model: frozen by this class. tokenizer: Qwen2-VL's, to which `special` are added.
         template: holds `{text_prompt}` and each special token once, in order. batch_size: clips at once.
         offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
-            A call that leaves a graph leaves them on the device.
+            A call that leaves a graph leaves them on the device, for a panel until its backward pass.
     """
 
     differentiable = True
@@ -77,23 +77,14 @@ class QwenScorer(OffloadedModel, ABC):
         """A ValueError for shapes and pixels as of every reward, and for a prompt with one of the model's tokens."""
         check_inputs(prompts, videos)
         check_pixels(videos)
-        known = self.tokenizer.all_special_tokens + list(self.special)
-        for prompt in prompts:
-            if held := [token for token in known if token in prompt]:
-                raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of {self.__name__}; leave it out.")
+        check_prompts(prompts, self.tokenizer.all_special_tokens + list(self.special), self.__name__)
 
     def outputs(self, prompts: Sequence[str], clips: Tensor) -> Tensor:
         """(B, specials, outputs) of the head, for clips (B, F, 3, H, W) of an even number of frames, or of one."""
         graph = torch.is_grad_enabled() and clips.requires_grad
         rows = range(0, len(prompts), self.batch_size)
-        try:
-            if self.offload is not None:
-                self.model.to(self.offload)
-            with torch.set_grad_enabled(graph):
-                parts = [self._ask(prompts[i : i + self.batch_size], clips[i : i + self.batch_size]) for i in rows]
-        finally:
-            if self.offload is not None and not graph:
-                self.model.to("cpu")
+        with self.working(graph), torch.set_grad_enabled(graph):
+            parts = [self._ask(prompts[i : i + self.batch_size], clips[i : i + self.batch_size]) for i in rows]
         return torch.cat(parts).to(clips.device)
 
     def _ask(self, prompts: Sequence[str], clips: Tensor) -> Tensor:

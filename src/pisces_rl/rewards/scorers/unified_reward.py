@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.generative_judge import GenerativeJudge, load_judge
 from pisces_rl.rewards.scorers.qwen2_vl_reward import read_constants
 
 MODEL = "CodeGoat24/UnifiedReward-2.0-qwen-7b"
 TEMPLATE = "~/.cache/pisces_rl/point_score_APS_video_generation.py"
 FETCH = (
-    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/CodeGoat24/UnifiedReward/HEAD/inference_qwen/"
-    "UnifiedReward-2.0-inference/point_score_APS_video_generation.py"
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/CodeGoat24/UnifiedReward/"
+    "0b03be974afd497f53b256b62bdc2e562e799217/inference_qwen/UnifiedReward-2.0-inference/point_score_APS_video_generation.py"
 )
 SCORE = r" Score \(1-5\):\s*([1-5](?:\.[0-9]+)?)(?![0-9])"
 
@@ -59,7 +60,7 @@ class UnifiedReward(GenerativeJudge):
         if self.placeholder not in str(template):
             (template,) = read_constants(template, ["problem"], FETCH)
         if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             model, tokenizer = load_judge(model, "UnifiedReward 2.0", ("7B", "3B"), dtype, device)
         super().__init__(
             model, tokenizer, str(template), weights=weights, batch_size=batch_size, max_new_tokens=max_new_tokens,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import spread
 from pisces_rl.rewards.scorers.published_weights import check_config, check_names, published_folder, shapes_of
 from pisces_rl.rewards.scorers.qwen2_vl_reward import (
@@ -24,7 +25,8 @@ MODEL, BASE = "KwaiVGI/VideoReward", "Qwen/Qwen2-VL-2B-Instruct"
 WEIGHTS = "checkpoint-*/model.pth"
 TEMPLATE = "~/.cache/pisces_rl/video_align_prompt_template.py"
 FETCH = (
-    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/KwaiVGI/VideoAlign/HEAD/prompt_template.py"
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/KwaiVGI/VideoAlign/"
+    "3e5ebc600aebc4d28300e9132b0a23ee8e1bc47c/prompt_template.py"
 )
 DIMENSIONS = ("VQ", "MQ", "TA")
 #: The authors' normalisation (`inference_config` of the checkpoint's model_config.json), in the order of DIMENSIONS.
@@ -78,7 +80,7 @@ class VideoAlign(QwenScorer):
         if not isinstance(model, Qwen2VLReward):
             folder = published_folder(base, "VideoAlign", ("*.json", "*.txt"))
             config = video_align_config(folder)
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             model = load_video_align(published_folder(model, "VideoAlign", ("*.json", WEIGHTS)), config, dtype)
             model, base = model.to(device), AutoTokenizer.from_pretrained(folder)
         super().__init__(model, base, str(template), batch_size=batch_size, name=name, offload=offload)

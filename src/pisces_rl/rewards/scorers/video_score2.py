@@ -9,13 +9,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2_5_VLForConditionalGeneration
 
+from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import spread
 from pisces_rl.rewards.scorers.generative_judge import GenerativeJudge, load_judge
 from pisces_rl.rewards.scorers.qwen2_vl_reward import frames_seen, read_constants
 
 MODEL = "TIGER-Lab/VideoScore2"
 TEMPLATE = "~/.cache/pisces_rl/vs2_inference.py"
-FETCH = f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/TIGER-AI-Lab/VideoScore2/HEAD/vs2_inference.py"
+FETCH = (
+    f"curl --create-dirs -o {TEMPLATE} https://raw.githubusercontent.com/TIGER-AI-Lab/VideoScore2/"
+    "e6abe26bf694c293023cb3863bd6c657128766ac/vs2_inference.py"
+)
 
 
 class VideoScore2(GenerativeJudge):
@@ -63,7 +67,7 @@ class VideoScore2(GenerativeJudge):
         if self.placeholder not in str(template):
             (template,) = read_constants(template, ["VS2_QUERY_TEMPLATE"], FETCH)
         if not isinstance(model, Qwen2_5_VLForConditionalGeneration):
-            device = device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")
+            device = first_device(device, offload)
             model, tokenizer = load_judge(model, "VideoScore2", ("7B",), dtype, device)
         super().__init__(
             model, tokenizer, str(template), weights=weights, batch_size=batch_size, max_new_tokens=max_new_tokens,
