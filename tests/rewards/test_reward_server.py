@@ -419,7 +419,8 @@ def test_requests_that_wait_together_are_scored_together():
     assert not queue.thread.is_alive()
 
 
-def test_an_upload_that_stops_frees_its_place(monkeypatch):
+@pytest.mark.parametrize("name", ["brightness", "unknown"])
+def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
     """A client whose network is cut says nothing more."""
     monkeypatch.setattr(application, "LONGEST_PAUSE", 0.1)
     queue = ScoringQueue(4, "cpu")
@@ -428,12 +429,12 @@ def test_an_upload_that_stops_frees_its_place(monkeypatch):
     parts, sent = [{"type": "http.request", "body": b"half", "more_body": True}], []
 
     async def receive():
-        return parts.pop() if parts else await asyncio.sleep(60)
+        return parts.pop() if parts else await asyncio.sleep(20)
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": f"/score/{name}", "headers": [], "query_string": b""}
     asyncio.run(served.asgi(scope, receive, send))
     assert sent[0]["status"] == 499 and served.inside == 0
     queue.stop()

@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
 from starlette.applications import Starlette
@@ -54,11 +55,17 @@ class RewardApplication:
     async def score(self, request: Request) -> Response:
         self._check_token(request)
         name = request.path_params["name"]
-        if name not in self.panels:
-            await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
-        if self.queue.stopped or self.inside >= self.limit:
-            why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
-            await self._refuse(request, 503, f"{why}; try again.")
+        try:
+            if name not in self.panels:
+                await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
+            if self.queue.stopped or self.inside >= self.limit:
+                why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
+                await self._refuse(request, 503, f"{why}; try again.")
+            return await self._answered(request, name)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+
+    async def _answered(self, request: Request, name: str) -> Response:
         self.inside += 1
         try:
             body = await self._body(request)
@@ -73,8 +80,6 @@ class RewardApplication:
             raise _busy("the server stops; try again.") from error
         except (RewardError, ValueError) as error:
             raise HTTPException(500, str(error)) from error
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
         finally:
             self.inside -= 1
 
@@ -87,15 +92,8 @@ class RewardApplication:
 
     async def _body(self, request: Request) -> bytes:
         """All of it is read, and kept unless it is too large: see `_refuse`."""
-        parts, size, stream = [], 0, request.stream()
-        while True:
-            try:
-                async with asyncio.timeout(LONGEST_PAUSE):
-                    part = await anext(stream)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise ClientDisconnect from None
+        parts, size = [], 0
+        async for part in _pieces(request):
             size += len(part)
             if size <= self.max_bytes:
                 parts.append(part)
@@ -107,7 +105,7 @@ class RewardApplication:
 
     async def _refuse(self, request: Request, status: int, why: str) -> None:
         """Answers once the body is read, and dropped: a client that is cut off while it sends reads no answer."""
-        async for _ in request.stream():
+        async for _ in _pieces(request):
             pass
         raise _busy(why) if status == 503 else HTTPException(status, why)
 
@@ -122,6 +120,19 @@ class RewardApplication:
         finally:
             scored.cancel()
             gone.cancel()
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """A body as it comes. Raises ClientDisconnect after `LONGEST_PAUSE` without a piece."""
+    stream = request.stream()
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(stream, None), LONGEST_PAUSE)
+        except asyncio.TimeoutError:
+            raise ClientDisconnect from None
+        if piece is None:
+            return
+        yield piece
 
 
 def _busy(why: str) -> HTTPException:
