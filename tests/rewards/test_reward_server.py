@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
+from PIL import Image
 from served_app import ServedApp, free_port, garbage, half, reset, stall, status
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -106,9 +107,9 @@ def server(tmp_path_factory):
 class Faulty(ServedApp):
     """A server in this process that does to each request what the next of its deeds says, and then answers well."""
 
-    def __init__(self, *deeds, identity="1234", health=None, compares_videos=False):
+    def __init__(self, *deeds, identity="1234", health=None, compares_videos=False, columns=None):
         self.deeds, self.requests, self.identity = list(deeds), [], identity
-        about = {"identity": identity, "compares_videos": compares_videos, "columns": None}
+        about = {"identity": identity, "compares_videos": compares_videos, "columns": columns}
         self.about = {"protocol": wire.PROTOCOL, "version": "0", "state": "ready", "queue": 0, "max_bytes": 2**30,
                       "rewards": {"bright": about}} | (health or {})
         super().__init__(Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"]))
@@ -296,9 +297,13 @@ def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
     assert made.state.global_step == 1 and largest_difference(weights(made), weights(inside)) == 0
 
 
-def test_what_json_does_not_carry_is_an_error():
-    with Faulty() as faulty, pytest.raises(RewardError, match="column 'image' holds what JSON does not carry"):
-        ask(RemoteReward(faulty.url, "bright"), columns={"image": [(1, 2)] * 3})
+def test_what_json_does_not_carry_is_an_error_where_a_reward_names_it():
+    columns = {"image": [Image.new("RGB", (2, 2))] * 3, "size": [(1, 2)] * 3, "number": [1, 2, 3]}
+    with Faulty() as faulty:  # takes **columns
+        ask(RemoteReward(faulty.url, "bright"), columns=columns)
+        assert faulty.requests[0].columns == {"number": [1, 2, 3]}
+    with Faulty(columns=["image"]) as faulty, pytest.raises(RewardError, match="column 'image', which the reward nam"):
+        ask(RemoteReward(faulty.url, "bright"), columns=columns)
     assert not faulty.requests
 
 

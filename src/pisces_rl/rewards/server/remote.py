@@ -18,6 +18,7 @@ from .wire import (
     STATE,
     ScoreAnswer,
     ScoreRequest,
+    is_plain,
     other_protocol,
     pack_request,
     too_large,
@@ -92,7 +93,9 @@ class RemoteReward:
         **columns: list,
     ) -> list[float | None]:
         videos = videos.detach().cpu()  # here, on the stream of this thread
-        if self.columns is not None:
+        if self.columns is None:
+            columns = {column: values for column, values in columns.items() if is_plain(list(values))}
+        else:
             columns = {column: columns[column] for column in self.columns if column in columns}
         state = None if trainer_state is None else {key: getattr(trainer_state, key) for key in STATE}
         servers = 1 if self.compares_videos else max(1, min(len(self.urls), len(prompts)))

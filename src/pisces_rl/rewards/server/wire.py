@@ -1,7 +1,8 @@
 """What a reward server and its clients say to each other, version `PROTOCOL`.
 
 GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue", "max_bytes", "rewards": {name:
-{"identity", "compares_videos", "columns"}}}, where `columns` are those that the reward names, or null for all.
+{"identity", "compares_videos", "columns"}}}, where `columns` are those that the reward names, or null for all that
+JSON carries.
 
 POST /score/NAME takes a safetensors file. Its tensor `request` holds the UTF-8 bytes of JSON: {"protocol", "prompts":
 B strings, "columns": {name: B values}, "state": a few numbers of the trainer's state, or null, "size": [H, W]}. The
@@ -61,8 +62,8 @@ def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
     for name, values in request.columns.items():
         if not is_plain(list(values)):
             raise ValueError(
-                f"column {name!r} holds what JSON does not carry unchanged (images, arrays, tuples, bytes). A reward "
-                "that names its columns instead of taking **columns is sent only those."
+                f"column {name!r}, which the reward names, holds what JSON does not carry unchanged (images, arrays, "
+                "tuples, bytes). Leave it out of the reward's arguments, or use the reward inside the run."
             )
     head = {"protocol": PROTOCOL, "prompts": list(request.prompts), "columns": request.columns, "state": request.state,
             "size": list(request.videos.shape[-2:])}  # fmt: skip
