@@ -35,6 +35,7 @@ PROMPTS = ["first", "second", "third"]
 VIDEOS = torch.rand(3, 4, 3, 10, 7, generator=torch.Generator().manual_seed(0))
 COLUMNS = {"number": [0, 1, 2], "note": [{"a": [1.5, None]}, "ö", True]}
 TOKEN = "a-word"
+PLACED = "placed, good?"
 REWARDS = '''
 import time
 from pathlib import Path
@@ -63,6 +64,19 @@ def waits(prompts):
     while not GO.exists():
         time.sleep(0.01)
     return [1.0] * len(prompts)
+
+
+class Placed:
+    __name__, device = "placed, good?", None
+
+    def to(self, device):
+        self.device = device
+
+    def __call__(self, prompts):
+        return [float(self.device == "cpu")] * len(prompts)
+
+
+placed = Placed()
 '''
 
 
@@ -72,7 +86,7 @@ class Serving:
     def __init__(self, folder: Path, *options: str, port: int = 0, token: str | None = TOKEN):
         self.file, self.folder = folder / "rewards_of_server.py", folder
         self.file.write_text(REWARDS, encoding="utf-8")
-        names = [f"{self.file}:{name}" for name in ("brightness", "recorded", "nan", "waits")]
+        names = [f"{self.file}:{name}" for name in ("brightness", "recorded", "nan", "waits", "placed")]
         if token is not None:
             (folder / "token").write_text(token + "\n", encoding="utf-8")
             options = (*options, "--token-file", str(folder / "token"))
@@ -80,7 +94,7 @@ class Serving:
             [sys.executable, "-m", "pisces_rl.command", "serve", "--port", str(port), "--rewards", *names, *options],
             stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        word, first, *_ = self.process.stdout.readline().split()
+        word, first, *_, self.last = self.process.stdout.readline().split()
         self.url = first.rsplit("/", 1)[0]
         assert word == "serving" and first.endswith("/brightness")
 
@@ -167,6 +181,12 @@ def test_what_a_reward_records_and_does_not_apply_to(server):
     assert there.values[:, 0].isnan().tolist() == [False, True, False] and repr(there.extras) == repr(here.extras)
     assert there.metrics == here.metrics == {"largest": [2.0], "step": [7.0]}
     assert there.recorded_by.keys() == here.recorded_by.keys() and there.seconds["recorded"] > 0
+
+
+def test_rewards_work_on_the_servers_device_under_any_name(server, monkeypatch):
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    panel = RewardPanel(server.last)  # as it was printed
+    assert panel.names == [PLACED] and panel(PROMPTS, VIDEOS, {}).values.tolist() == [[1.0]] * 3
 
 
 def test_uint8_frames_and_mp4(server, monkeypatch):
@@ -362,7 +382,7 @@ def test_what_a_server_refuses(server):
         RewardPanel(server.reward("brightness"))(["x"], torch.zeros(1, 1, 3, 512, 512), {})
     health = httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()
     assert health["state"] == "ready" and health["queue"] == 0 and health["version"] == pisces_rl.__version__
-    assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits"]
+    assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits", PLACED]
 
 
 def test_identity_and_columns():
@@ -396,7 +416,7 @@ def test_requests_that_wait_together_are_scored_together():
         return wire.ScoreRequest(list(names), torch.zeros(len(names), 1, 3, size, size),
                                  {"number": list(range(len(names)))}, None)
 
-    queue, panel = ScoringQueue(4, "cpu"), RewardPanel(reward)
+    queue, panel = ScoringQueue(4), RewardPanel(reward)
     first = queue.put(panel, request("a"))
     assert begun.wait(20)
     b, c, other, d, bad, gone = (queue.put(panel, request(*names, size=size)) for names, size in (
@@ -428,7 +448,7 @@ def test_requests_that_wait_together_are_scored_together():
 def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
     """A client whose network is cut says nothing more."""
     monkeypatch.setattr(application, "LONGEST_PAUSE", 0.1)
-    queue = ScoringQueue(4, "cpu")
+    queue = ScoringQueue(4)
     panel = RewardPanel(tiny_runs.brightness)
     served = application.RewardApplication(panel, queue, limit=1, max_bytes=100, token=None)
     parts, sent = [{"type": "http.request", "body": b"half", "more_body": True}], []
@@ -458,6 +478,15 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit, match=r"needs starlette and uvicorn: pip install 'pisces_rl\[server\]'"):
         command.main(["serve", "--rewards", "no_such_module:reward"])
+
+
+def test_a_reward_without_its_package_and_a_name_with_a_slash(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(SystemExit, match=r"serve: reward 'ocr' reads text .* pip install 'pisces_rl\[ocr\]'"):
+        command.main(["serve", "--rewards", "ocr"])
+    (tmp_path / "slashed.py").write_text("def reward(prompts): ...\n\nreward.__name__ = 'a/b'\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="serve: reward 'a/b': a name that is served .* may hold no '/'"):
+        command.main(["serve", "--rewards", f"{tmp_path / 'slashed.py'}:reward"])
 
 
 def test_a_full_queue_and_a_signal(server):

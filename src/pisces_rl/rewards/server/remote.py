@@ -4,7 +4,7 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 import httpx2
 from torch import Tensor
@@ -127,7 +127,7 @@ class RemoteReward:
             if len(body) > self.max_bytes:
                 raise Failed(too_large(len(body), self.max_bytes), urls[0])
             return await self._client.ask(
-                urls, f"/score/{self.__name__}", lambda: body,
+                urls, f"/score/{quote(self.__name__, safe='')}", lambda: body,
                 lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts),
             )  # fmt: skip
         except Failed as error:
@@ -172,7 +172,7 @@ def remote_reward(urls: str) -> RemoteReward:
         url, _, query = url.strip().partition("?")
         server, _, name = url.rstrip("/").rpartition("/")
         servers.append(server)
-        names.append(name)
+        names.append(unquote(name))
         for key, value in parse_qsl(query, keep_blank_values=True):
             if key not in known:
                 raise ValueError(f"reward {urls!r}: unknown setting {key!r}; there are {', '.join(known)}.")
