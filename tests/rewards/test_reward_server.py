@@ -1,6 +1,7 @@
 """Rewards over HTTP: the same numbers as inside, to the bit; and whatever fails is tried again or ends the run."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -129,9 +130,11 @@ class Faulty(ServedApp):
         super().__init__(Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"]))
 
     async def health(self, request):
+        self.authorization = request.headers.get("authorization")
         return JSONResponse(self.about)
 
     async def score(self, request):
+        self.authorization = request.headers.get("authorization")
         asked = wire.unpack_request(await request.body())
         self.requests.append(asked)
         answer = {"protocol": wire.PROTOCOL, "reward": "bright", "identity": self.identity, "extras": {},
@@ -262,6 +265,35 @@ def test_the_last_try_is_an_error(deed, why):
         assert len(faulty.requests) == 2
 
 
+@pytest.mark.parametrize("time_limit, why", [(0.4, "no answer within 0.4 s"), (60.0, "no answer yet")])
+def test_a_reward_timeout_names_url_prompt_and_the_last_failure(time_limit, why):
+    with Faulty(*[stall] * 9) as faulty:
+        panel = RewardPanel(RemoteReward(faulty.url, "bright", time_limit=time_limit), timeout=1.5)
+        with pytest.raises(RewardError, match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
+                                              f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}"):
+            panel(PROMPTS, VIDEOS, {})
+
+
+def test_a_login_in_a_url_is_sent_and_not_shown():
+    async def refuse(faulty, answer):
+        return JSONResponse({"error": f"hunter@2 and {faulty.authorization} are wrong."}, 401)
+
+    with Faulty({}, refuse) as faulty:
+        reward = load_reward(faulty.url.replace("//", "//me:hunter%402@") + "/bright")
+        ask(reward)
+        sent = faulty.authorization
+        assert sent == "Basic " + base64.b64encode(b"me:hunter@2").decode()
+        with pytest.raises(RewardError, match=f"of {faulty.url} failed .* status 401") as error:
+            ask(reward)
+        assert "hunter" not in str(error.value) and sent[6:] not in str(error.value)
+    for name in (f"http://me:hunter2@127.0.0.1:{free_port()}/bright", "http://me:hunter2@a/b?colour=1",
+                 "http://me:hunter2@a/b,http://a/c", "vlm+http://me:hunter2@127.0.0.1:9/v1?model=a",
+                 "vlm+http://me:hunter2@127.0.0.1:9/v1", "vlm+http://me:hunter2@127.0.0.1:9/v1?fps=x"):
+        with pytest.raises(ValueError) as error:
+            load_reward(name)
+        assert "hunter2" not in str(error.value)
+
+
 def test_a_dead_server_is_an_error():
     with Faulty() as faulty:
         reward = RemoteReward(faulty.url, "bright", retries=1)
@@ -338,6 +370,7 @@ def test_a_wrong_url_name_or_token(server):
         (lambda: server.reward("brightness", token="another"), "refuses the token"),
         (lambda: load_reward(f"{server.url}/a,{server.url}/b"), "with one NAME"),
         (lambda: load_reward(f"{server.url}/a?colour=1"), "unknown setting 'colour'"),
+        (lambda: load_reward("http://h:1/a?time_limit=5m"), "reward 'http://h:1/a.*: time_limit='5m' cannot be read"),
         (lambda: RemoteReward("gpu7:8000", "a"), "expected http://host:port"),
         (lambda: server.reward("brightness", frames="gif"), "frames='gif' must be one of"),
         (lambda: server.reward("brightness", retries=-1), "retries=-1"),

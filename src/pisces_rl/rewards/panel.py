@@ -22,6 +22,7 @@ from .contract import (
     move,
     offload,
     reward_name,
+    unanswered,
 )
 from .coroutines import Coroutines
 from .encodings import shared_encodings
@@ -85,7 +86,7 @@ class RewardPanel:
                     with self.record(f"rewards/{name}"):
                         values = self._call(name, self.funcs[i], offered(name))
                         if inspect.isawaitable(values):
-                            pending[i] = coroutines.start(self._awaited(name, values))
+                            pending[i] = coroutines.start(self._awaited(name, values, self.funcs[i]))
                             continue
                         tables[i].values[:, 0] = checked_values(name, values, prompts)
                         guard.check(name, *(self.names[k] for k in pending))
@@ -204,7 +205,7 @@ class RewardPanel:
             "Nothing is lost: mend the reward or raise reward_timeout, and resume from the last checkpoint."
         )
 
-    async def _awaited(self, name: str, awaitable: Awaitable) -> tuple[object, float]:
+    async def _awaited(self, name: str, awaitable: Awaitable, func: RewardFunc) -> tuple[object, float]:
         """What it returns, and its seconds."""
         start = time.perf_counter()
         with _named(name):
@@ -213,7 +214,7 @@ class RewardPanel:
             except asyncio.TimeoutError as error:
                 if not self.timeout or time.perf_counter() - start < self.timeout:
                     raise  # of the reward itself
-                raise RewardError(self._too_slow(name)) from error
+                raise RewardError(f"{self._too_slow(name)} {unanswered(func)}".rstrip()) from error
 
 
 def _as_list(funcs) -> list:

@@ -4,13 +4,13 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
 from torch import Tensor
 
 import pisces_rl
-from pisces_rl.rewards.retrying_client import Failed, RetryingClient
+from pisces_rl.rewards.retrying_client import Failed, RetryingClient, masked, read_settings
 
 from .wire import (
     FRAMES,
@@ -63,15 +63,15 @@ class RemoteReward:
         retries: int = 6,
         frames: str = "lossless",
     ):
-        self.urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
-        if not self.urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname
-                                    for one in self.urls):  # fmt: skip
-            raise ValueError(f"url={url!r}: expected http://host:port, or a list of such.")
+        urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
+        if not urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname for one in urls):
+            raise ValueError(f"url={masked(repr(url))}: expected http://host:port, or a list of such.")
         if frames not in FRAMES:
             raise ValueError(f"frames={frames!r} must be one of {', '.join(map(repr, FRAMES))}.")
         self.__name__, self.frames = name, frames
         token = os.environ.get(TOKEN) if token is None else token
         self._client = RetryingClient(name, key=token, time_limit=time_limit, retries=retries)
+        self.urls = [self._client.without_login(one) for one in urls]
         health = [self._health(one, name) for one in self.urls]
         about = [one["rewards"][name] for one in health]
         for other, theirs in zip(self.urls, about):
@@ -115,9 +115,14 @@ class RemoteReward:
                     log_metric(metric, value)
         return [value for answer in answers for value in answer.values]
 
+    @property
+    def unanswered(self) -> str:
+        return self._client.unanswered
+
     # --- one part of a batch, at one server after another ---
 
     async def _part(self, place: int, request: ScoreRequest) -> ScoreAnswer:
+        asked = f"{len(request.prompts)} videos, the first of prompt {request.prompts[0]!r}"
         urls = [self.urls[(place + k) % len(self.urls)] for k in range(len(self.urls))]
         try:
             try:
@@ -128,17 +133,16 @@ class RemoteReward:
                 raise Failed(too_large(len(body), self.max_bytes), urls[0])
             return await self._client.ask(
                 urls, f"/score/{quote(self.__name__, safe='')}", lambda: body,
-                lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts),
+                lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts), asked,
             )  # fmt: skip
         except Failed as error:
-            asked = f"{len(request.prompts)} videos, the first of prompt {request.prompts[0]!r}"
             raise error.as_reward_error(self.__name__, asked) from error
 
     # --- before a run ---
 
     def _health(self, url: str, name: str) -> dict:
         try:
-            response = self._client.get(f"{url}/health")
+            response = self._client.get(url, "/health")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ValueError(f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
                              "one with `pisces-rl serve`, and take the url that it prints.") from error  # fmt: skip
@@ -173,10 +177,7 @@ def remote_reward(urls: str) -> RemoteReward:
         server, _, name = url.rstrip("/").rpartition("/")
         servers.append(server)
         names.append(unquote(name))
-        for key, value in parse_qsl(query, keep_blank_values=True):
-            if key not in known:
-                raise ValueError(f"reward {urls!r}: unknown setting {key!r}; there are {', '.join(known)}.")
-            settings[key] = known[key](value)
+        settings |= read_settings(urls, query, known)
     if len(set(names)) > 1 or not all(urlsplit(server).hostname for server in servers):
-        raise ValueError(f"reward {urls!r}: expected http://host:port/NAME, of several servers with one NAME.")
+        raise ValueError(f"reward {masked(urls)!r}: expected http://host:port/NAME, of several servers with one NAME.")
     return RemoteReward(servers, names[0], **settings)
