@@ -226,6 +226,32 @@ def test_several_servers_get_parts_at_the_same_time():
         assert torch.equal(panel(PROMPTS, VIDEOS, {}).values[:, 0], values)
 
 
+@pytest.mark.parametrize("frames", wire.FRAMES)
+def test_a_batch_over_the_limit_goes_in_several_requests(frames):
+    values = []
+    for limit, parts in ((2**30, [3]), (8000, [1, 2])):  # a video of 3360 bytes, and a head
+        with Faulty(health={"max_bytes": limit}) as faulty:
+            values.append(RewardPanel(RemoteReward(faulty.url, "bright", frames=frames))(PROMPTS, VIDEOS, {}).values)
+            assert [len(request.prompts) for request in faulty.requests] == parts
+    assert torch.equal(*values)
+    with Faulty(health={"max_bytes": 3000}) as faulty, pytest.raises(RewardError, match="raise its --max_mb"):
+        ask(RemoteReward(faulty.url, "bright"))
+    with Faulty(health={"max_bytes": 8000}, compares_videos=True) as faulty, pytest.raises(RewardError, match="_mb"):
+        ask(RemoteReward(faulty.url, "bright"))
+
+
+def test_mp4_files_are_not_decoded_beyond_what_a_request_says():
+    black = wire.ScoreRequest(["x"], torch.zeros(1, 30, 3, 64, 65), {}, None)
+    packed = wire.pack_request(black, "mp4")
+    assert len(packed) < 10_000 and torch.equal(wire.unpack_request(packed).videos, black.videos)
+    with pytest.raises(wire.TooLarge, match="has 1497600 bytes, and this server takes 1000000"):
+        wire.unpack_request(packed, 1_000_000)
+    for size, why in ((b"[2, 64, 65]", "frame 3 of 64 x 66; expected 2 frames"),
+                      (b"[30, 2, 65]", "frame 1 of 64 x 66"), (b"[99, 64, 65]", "30 frames of 64 x 66; expected 99")):
+        with pytest.raises(ValueError, match=why):
+            wire.unpack_request(packed.replace(b"[30, 64, 65]", size.ljust(12)), 1e9)
+
+
 def test_who_compares_videos_gets_all():
     with Faulty(compares_videos=True) as a, Faulty(compares_videos=True) as b:
         reward = RemoteReward([a.url, b.url], "bright")

@@ -17,7 +17,7 @@ from pisces_rl.rewards.panel import RewardPanel
 
 from .identity import columns_of, identity
 from .scoring_queue import ScoringQueue, Stopping
-from .wire import PROTOCOL, pack_answer, too_large, unpack_request
+from .wire import PROTOCOL, TooLarge, pack_answer, too_large, unpack_request
 
 RETRY_AFTER = 1  # seconds
 LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
@@ -70,7 +70,9 @@ class RewardApplication:
         try:
             body = await self._body(request)
             try:
-                asked = await asyncio.to_thread(unpack_request, body)
+                asked = await asyncio.to_thread(unpack_request, body, self.max_bytes)
+            except TooLarge as error:
+                raise HTTPException(413, str(error)) from error
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
             del body

@@ -18,6 +18,7 @@ from .wire import (
     STATE,
     ScoreAnswer,
     ScoreRequest,
+    decoded_bytes,
     is_plain,
     other_protocol,
     pack_request,
@@ -33,11 +34,12 @@ class RemoteReward:
 
         reward = RemoteReward("http://gpu7:8000", "video_align")
 
-    Of several servers each gets a part of the batch, at the same time, unless the reward compares videos: then one
-    gets all. A try that failed is made again, with the next server, if: the connection was refused, reset or broken
-    off within the answer; no answer came within the time limit; the status is 502, 503 or 504 (`RetryingClient`).
-    Anything else, and the last of them, is a RewardError with rank, url, first prompt and the last error. A failure is
-    never a value: None comes from the reward alone.
+    Of several servers each gets a part of the batch, at the same time, and a part over a server's --max_mb goes in
+    several requests, unless the reward compares videos: then one gets all in one. A try that failed is made again,
+    with the next server, if: the connection was refused, reset or broken off within the answer; no answer came within
+    the time limit; the status is 502, 503 or 504 (`RetryingClient`). Anything else, and the last of them, is a
+    RewardError with rank, url, first prompt and the last error. A failure is never a value: None comes from the reward
+    alone.
 
     Args:
         url: of a server, http://host:port, or a list of them. Proxies of the environment are not used.
@@ -101,11 +103,10 @@ class RemoteReward:
         servers = 1 if self.compares_videos else max(1, min(len(self.urls), len(prompts)))
         bounds = [len(prompts) * k // servers for k in range(servers + 1)]
         first, self._first = self._first, (self._first + 1) % len(self.urls)
-        answers: list[ScoreAnswer] = await asyncio.gather(*(
-            self._part(first + k, ScoreRequest(list(prompts[start:end]), videos[start:end],
-                                               {column: own[start:end] for column, own in columns.items()}, state))
-            for k, (start, end) in enumerate(zip(bounds, bounds[1:]))
-        ))  # fmt: skip
+        request = ScoreRequest(list(prompts), videos, columns, state)
+        parts = await asyncio.gather(*(self._part(first + k, request.rows(start, end))
+                                       for k, (start, end) in enumerate(zip(bounds, bounds[1:]))))  # fmt: skip
+        answers: list[ScoreAnswer] = [answer for part in parts for answer in part]
         for extra in dict.fromkeys(extra for answer in answers for extra in answer.extras) if log_extra else ():
             log_extra(extra, [value for answer in answers
                               for value in answer.extras.get(extra, [None] * len(answer.values))])  # fmt: skip
@@ -121,20 +122,29 @@ class RemoteReward:
 
     # --- one part of a batch, at one server after another ---
 
-    async def _part(self, place: int, request: ScoreRequest) -> ScoreAnswer:
-        asked = f"{len(request.prompts)} videos, the first of prompt {request.prompts[0]!r}"
+    async def _part(self, place: int, request: ScoreRequest) -> list[ScoreAnswer]:
+        """In several requests, one after another, where one would be too large and the reward compares no videos."""
+        count = len(request.prompts)
+        asked = f"{count} videos, the first of prompt {request.prompts[0]!r}"
         urls = [self.urls[(place + k) % len(self.urls)] for k in range(len(self.urls))]
         try:
             try:
                 body = await asyncio.to_thread(pack_request, request, self.frames)
             except ValueError as error:
                 raise Failed(str(error), urls[0]) from error
-            if len(body) > self.max_bytes:
-                raise Failed(too_large(len(body), self.max_bytes), urls[0])
-            return await self._client.ask(
+            size = max(len(body), decoded_bytes(request.videos.shape))
+            if size > self.max_bytes and (count == 1 or self.compares_videos):
+                raise Failed(too_large(size, self.max_bytes), urls[0])
+            if size > self.max_bytes:
+                del body
+                parts = min(count, -(-size // self.max_bytes))
+                bounds = [count * k // parts for k in range(parts + 1)]
+                return [answer for start, end in zip(bounds, bounds[1:])
+                        for answer in await self._part(place, request.rows(start, end))]  # fmt: skip
+            return [await self._client.ask(
                 urls, f"/score/{quote(self.__name__, safe='')}", lambda: body,
                 lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts), asked,
-            )  # fmt: skip
+            )]  # fmt: skip
         except Failed as error:
             raise error.as_reward_error(self.__name__, asked) from error
 
