@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
@@ -440,7 +441,8 @@ def test_what_a_server_refuses(server):
     with pytest.raises(RewardError, match="raise its --max_mb"):
         RewardPanel(server.reward("brightness"))(["x"], torch.zeros(1, 1, 3, 512, 512), {})
     health = httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()
-    assert health["state"] == "ready" and health["queue"] == 0 and health["version"] == pisces_rl.__version__
+    assert health["state"] == "ready" and health["queue"] == 0 <= health["scored"]
+    assert health["version"] == pisces_rl.__version__
     assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits", PLACED]
 
 
@@ -521,6 +523,33 @@ def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
     scope = {"type": "http", "method": "POST", "path": f"/score/{name}", "headers": [], "query_string": b""}
     asyncio.run(served.asgi(scope, receive, send))
     assert sent[0]["status"] == 499 and served.inside == 0
+    queue.stop()
+
+
+def test_progress_is_told(monkeypatch, capsys):
+    queue, now = ScoringQueue(4), [1000.0]
+    monkeypatch.setattr(application, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    served = application.RewardApplication(RewardPanel(tiny_runs.brightness), queue, limit=1, max_bytes=10**6,
+                                           token=None)
+    scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
+
+    def post(count):
+        parts = [{"type": "http.request", "body": body(count)}]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.sleep(60)
+
+        async def send(message):
+            pass
+
+        asyncio.run(served.asgi(scope, receive, send))
+
+    for pause, count in ((0, 2), (20, 4), (20, 2), (20, 1), (100, 1), (20, 1), (20, 4)):
+        now[0] += pause
+        post(count)
+    assert capsys.readouterr().err.splitlines() == ["8 videos scored, 0.2 a second; requests inside: 1",
+                                                    "15 videos scored, 0.175 a second; requests inside: 1"]
+    assert served.scored == 15
     queue.stop()
 
 

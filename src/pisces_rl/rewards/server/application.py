@@ -2,6 +2,8 @@
 
 import asyncio
 import hmac
+import sys
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
@@ -22,6 +24,8 @@ from .wire import PROTOCOL, TooLarge, pack_answer, too_large, unpack_request
 RETRY_AFTER = 1  # seconds
 LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
 
+PROGRESS = 30.0  # seconds between two lines on stderr, while requests come
+
 
 class RewardApplication:
     """`asgi` answers for the rewards of a panel.
@@ -36,6 +40,8 @@ class RewardApplication:
         self.panels = {name: panel.only([i]) for i, name in enumerate(panel.names)}
         self.queue, self.limit, self.max_bytes = queue, limit, max_bytes
         self.token, self.inside = None if token is None else f"Bearer {token}".encode(), 0
+        self.scored = 0  # videos
+        self._line_from, self._scored_then, self._latest = time.monotonic(), 0, time.monotonic()
         self.about = {
             name: {"identity": identity(func), "compares_videos": compares_videos(func), "columns": columns_of(func)}
             for name, func in zip(panel.names, panel.funcs)
@@ -49,7 +55,7 @@ class RewardApplication:
         self._check_token(request)
         return JSONResponse({
             "protocol": PROTOCOL, "version": pisces_rl.__version__, "rewards": self.about, "queue": self.inside,
-            "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
+            "scored": self.scored, "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
         })  # fmt: skip
 
     async def score(self, request: Request) -> Response:
@@ -66,6 +72,8 @@ class RewardApplication:
             return Response(status_code=499)  # nobody reads it
 
     async def _answered(self, request: Request, name: str) -> Response:
+        if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # the pause has no part in videos a second
+            self._line_from = time.monotonic()
         self.inside += 1
         try:
             body = await self._body(request)
@@ -77,6 +85,7 @@ class RewardApplication:
                 raise HTTPException(400, str(error)) from error
             del body
             answer = await self._unless_gone(request, self.queue.put(self.panels[name], asked))
+            self._tell_progress(len(asked.prompts))
             return Response(pack_answer(name, self.about[name]["identity"], answer), media_type="application/json")
         except Stopping as error:
             raise _busy("the server stops; try again.") from error
@@ -84,6 +93,16 @@ class RewardApplication:
             raise HTTPException(500, str(error)) from error
         finally:
             self.inside -= 1
+            self._latest = time.monotonic()
+
+    def _tell_progress(self, videos: int) -> None:
+        self.scored += videos
+        seconds = time.monotonic() - self._line_from
+        if seconds >= PROGRESS:
+            rate = (self.scored - self._scored_then) / seconds
+            print(f"{self.scored} videos scored, {rate:.3g} a second; requests inside: {self.inside}", file=sys.stderr,
+                  flush=True)  # fmt: skip
+            self._line_from, self._scored_then = time.monotonic(), self.scored
 
     def _check_token(self, request: Request) -> None:
         if self.token is None:

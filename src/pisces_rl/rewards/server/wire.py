@@ -1,8 +1,8 @@
 """What a reward server and its clients say to each other, version `PROTOCOL`.
 
-GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue", "max_bytes", "rewards": {name:
-{"identity", "compares_videos", "columns"}}}, where `columns` are those that the reward names, or null for all that
-JSON carries.
+GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue" (requests inside), "scored" (videos so
+far), "max_bytes", "rewards": {name: {"identity", "compares_videos", "columns"}}}, where `columns` are those that the
+reward names, or null for all that JSON carries.
 
 POST /score/NAME takes a safetensors file. Its tensor `request` holds the UTF-8 bytes of JSON: {"protocol", "prompts":
 B strings, "columns": {name: B values}, "state": a few numbers of the trainer's state, or null, "size": [F, H, W]}. The
