@@ -376,6 +376,19 @@ def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
     assert made.state.global_step == 1 and largest_difference(weights(made), weights(inside)) == 0
 
 
+def test_a_server_with_other_weights_at_a_resume_is_told(tmp_path, capsys):
+    with Faulty() as faulty:
+        trainer(tmp_path, RemoteReward(faulty.url, "bright"), max_steps=1, save_strategy="steps", save_steps=1).train()
+    capsys.readouterr()
+    for weights_of, told in (("1234", False), ("5678", True)):
+        with Faulty(identity=weights_of) as faulty:
+            made = trainer(tmp_path, RemoteReward(faulty.url, "bright"), max_steps=2)
+            made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        said = " ".join(capsys.readouterr().out.split())
+        change = "remote reward 'bright' 1234 until step 1, then 5678"
+        assert (change in said) == told and (change in str(made._identity["changes"])) == told
+
+
 def test_what_json_does_not_carry_is_an_error_where_a_reward_names_it():
     columns = {"image": [Image.new("RGB", (2, 2))] * 3, "size": [(1, 2)] * 3, "number": [1, 2, 3]}
     with Faulty() as faulty:  # takes **columns
