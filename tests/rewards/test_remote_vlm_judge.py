@@ -177,6 +177,15 @@ def test_several_questions(local, tmp_path):
         close(ask(name).values[:, 0], (blue + 3 * round_) / 4)
 
 
+def test_two_judges_of_one_name_and_question(local):
+    with Endpoint(local) as endpoint:
+        table = ask(endpoint.reward(), endpoint.reward(frames=1))
+    names = ["vlm_judge_0_video_alignment", "vlm_judge_1_video_alignment"]
+    assert sorted(table.extras) == names and list(table.metrics) == ["vlm_judge_0_logprobs", "vlm_judge_1_logprobs"]
+    close(table.values, torch.tensor([table.extras[name] for name in names]).T)
+    assert (table.values[:, 0] - table.values[:, 1]).abs().min() > 1e-6
+
+
 def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
     with Endpoint(local, key=KEY) as endpoint:
         ask(endpoint.reward(api_key=KEY, extra_body={"seed": 3}))

@@ -16,7 +16,7 @@ and `__name__` may be set on a wrapper or a partial: the outermost one counts.
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
 it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
 lies deeper, and `videos`, are shared, and a reward that writes into `videos` is an error. Two rewards may not record
-different values under one name.
+different values under one name; what a reward NAME, of which a panel has several, records as NAME_x is NAME_i_x there.
 """
 
 import inspect

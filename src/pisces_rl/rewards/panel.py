@@ -168,10 +168,17 @@ class RewardPanel:
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
         table = RewardTable(torch.full((len(prompts), width), torch.nan, device="cpu"))
 
+        own_names = dict(zip(self.names, map(reward_name, self.funcs)))
+
         def offered(reward: str) -> dict:
             scalars: dict[str, list[float]] = {}
 
+            def unique(name: str) -> str:
+                prefix = f"{own_names[reward]}_"
+                return f"{reward}_{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
             def log_extra(name: str, values: Sequence) -> None:
+                name = unique(name)
                 if len(values) != len(prompts):
                     raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
                 values = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
@@ -179,6 +186,7 @@ class RewardPanel:
                 table.extras[name] = values
 
             def log_metric(name: str, value: float) -> None:
+                name = unique(name)
                 own = scalars.setdefault(name, [])
                 own.append(float(value))
                 table.claim(reward, name, "metrics", own)
