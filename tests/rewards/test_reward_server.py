@@ -561,7 +561,7 @@ def test_progress_is_told(monkeypatch, capsys):
         now[0] += pause
         post(count)
     assert capsys.readouterr().err.splitlines() == ["8 videos scored, 0.2 a second; requests inside: 1",
-                                                    "15 videos scored, 0.175 a second; requests inside: 1"]
+                                                    "15 videos scored, 0.15 a second; requests inside: 1"]
     assert served.scored == 15
     queue.stop()
 

@@ -23,7 +23,6 @@ from .wire import PROTOCOL, TooLarge, pack_answer, too_large, unpack_request
 
 RETRY_AFTER = 1  # seconds
 LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
-
 PROGRESS = 30.0  # seconds between two lines on stderr, while requests come
 
 
@@ -73,7 +72,7 @@ class RewardApplication:
 
     async def _answered(self, request: Request, name: str) -> Response:
         if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # the pause has no part in videos a second
-            self._line_from = time.monotonic()
+            self._line_from, self._scored_then = time.monotonic(), self.scored
         self.inside += 1
         try:
             body = await self._body(request)
