@@ -60,7 +60,7 @@ def judge(name: str, network=None, **options):
     return JUDGES[name](network or model(), tokenizer(), TEMPLATES[name], **options)
 
 
-@pytest.fixture(scope="module", params=[JUDGES[0], pytest.param(JUDGES[1], marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["video_score2", pytest.param("unified_reward", marks=pytest.mark.slow)])
 def taught(request):
     """A judge that writes ANSWERS for PROMPTS and the videos."""
     network = model()
