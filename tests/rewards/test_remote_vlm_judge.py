@@ -177,6 +177,15 @@ def test_several_questions(local, tmp_path):
         close(ask(name).values[:, 0], (blue + 3 * round_) / 4)
 
 
+def test_two_judges_of_one_name_and_question(local):
+    with Endpoint(local) as endpoint:
+        table = ask(endpoint.reward(), endpoint.reward(frames=1))
+    names = ["vlm_judge_0_video_alignment", "vlm_judge_1_video_alignment"]
+    assert sorted(table.extras) == names and list(table.metrics) == ["vlm_judge_0_logprobs", "vlm_judge_1_logprobs"]
+    close(table.values, torch.tensor([table.extras[name] for name in names]).T)
+    assert (table.values[:, 0] - table.values[:, 1]).abs().min() > 1e-6
+
+
 def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
     with Endpoint(local, key=KEY) as endpoint:
         ask(endpoint.reward(api_key=KEY, extra_body={"seed": 3}))
@@ -288,6 +297,15 @@ def test_an_error_names_rank_url_prompt_and_the_last_failure(local, deed, why):
             ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
 
 
+def test_a_reward_timeout_names_url_prompt_and_the_last_failure(local):
+    with Endpoint(local) as endpoint:
+        panel = RewardPanel(endpoint.reward(time_limit=0.4, max_concurrency=1), timeout=1.5)
+        endpoint.deeds = [stall] * 9
+        with pytest.raises(RewardError, match=rf"\(reward_timeout\).* It asked for model .*, prompt '{PROMPTS[0]}', "
+                                              f".* failure was that of {endpoint.url}: no answer within 0.4 s"):
+            panel(PROMPTS, VIDEOS, {})
+
+
 def test_a_server_that_is_gone_is_an_error(local):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(retries=1)
@@ -365,6 +383,7 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
     ("vlm+http://127.0.0.1:9/v1?model=a&max_concurrency=0", "max_concurrency=0"),
     ("vlm+http://127.0.0.1:9/v1?model=a&requests_per_minute=0", "requests_per_minute=0"),
     ("vlm+http://127.0.0.1:9/v1?model=a&retries=-1", "retries=-1"),
+    ("vlm+http://127.0.0.1:9/v1?model=a&time_limit=5m", "reward 'http://127.0.0.1:9/v1': time_limit='5m' cannot be"),
     ("vlm+http://127.0.0.1:9/v1?model=a&time_limit=nan", "time_limit=nan"),
     ("vlm+http://127.0.0.1:9/v1?model=a&extra_body=[1]", "extra_body=.1. must be"),
     (f"vlm+http://127.0.0.1:9/v1?model=a&question={PROMPT}&question={PROMPT}", "expected files of different names"),

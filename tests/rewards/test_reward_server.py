@@ -1,6 +1,7 @@
 """Rewards over HTTP: the same numbers as inside, to the bit; and whatever fails is tried again or ends the run."""
 
 import asyncio
+import base64
 import contextlib
 import json
 import os
@@ -10,10 +11,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import pytest
 import torch
+from PIL import Image
 from served_app import ServedApp, free_port, garbage, half, reset, stall, status
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -34,6 +37,7 @@ PROMPTS = ["first", "second", "third"]
 VIDEOS = torch.rand(3, 4, 3, 10, 7, generator=torch.Generator().manual_seed(0))
 COLUMNS = {"number": [0, 1, 2], "note": [{"a": [1.5, None]}, "ö", True]}
 TOKEN = "a-word"
+PLACED = "placed, good?"
 REWARDS = '''
 import time
 from pathlib import Path
@@ -62,6 +66,19 @@ def waits(prompts):
     while not GO.exists():
         time.sleep(0.01)
     return [1.0] * len(prompts)
+
+
+class Placed:
+    __name__, device = "placed, good?", None
+
+    def to(self, device):
+        self.device = device
+
+    def __call__(self, prompts):
+        return [float(self.device == "cpu")] * len(prompts)
+
+
+placed = Placed()
 '''
 
 
@@ -71,7 +88,7 @@ class Serving:
     def __init__(self, folder: Path, *options: str, port: int = 0, token: str | None = TOKEN):
         self.file, self.folder = folder / "rewards_of_server.py", folder
         self.file.write_text(REWARDS, encoding="utf-8")
-        names = [f"{self.file}:{name}" for name in ("brightness", "recorded", "nan", "waits")]
+        names = [f"{self.file}:{name}" for name in ("brightness", "recorded", "nan", "waits", "placed")]
         if token is not None:
             (folder / "token").write_text(token + "\n", encoding="utf-8")
             options = (*options, "--token-file", str(folder / "token"))
@@ -79,7 +96,7 @@ class Serving:
             [sys.executable, "-m", "pisces_rl.command", "serve", "--port", str(port), "--rewards", *names, *options],
             stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        word, first, *_ = self.process.stdout.readline().split()
+        word, first, *_, self.last = self.process.stdout.readline().split()
         self.url = first.rsplit("/", 1)[0]
         assert word == "serving" and first.endswith("/brightness")
 
@@ -106,17 +123,19 @@ def server(tmp_path_factory):
 class Faulty(ServedApp):
     """A server in this process that does to each request what the next of its deeds says, and then answers well."""
 
-    def __init__(self, *deeds, identity="1234", health=None, compares_videos=False):
+    def __init__(self, *deeds, identity="1234", health=None, compares_videos=False, columns=None):
         self.deeds, self.requests, self.identity = list(deeds), [], identity
-        about = {"identity": identity, "compares_videos": compares_videos, "columns": None}
+        about = {"identity": identity, "compares_videos": compares_videos, "columns": columns}
         self.about = {"protocol": wire.PROTOCOL, "version": "0", "state": "ready", "queue": 0, "max_bytes": 2**30,
                       "rewards": {"bright": about}} | (health or {})
         super().__init__(Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"]))
 
     async def health(self, request):
+        self.authorization = request.headers.get("authorization")
         return JSONResponse(self.about)
 
     async def score(self, request):
+        self.authorization = request.headers.get("authorization")
         asked = wire.unpack_request(await request.body())
         self.requests.append(asked)
         answer = {"protocol": wire.PROTOCOL, "reward": "bright", "identity": self.identity, "extras": {},
@@ -168,6 +187,12 @@ def test_what_a_reward_records_and_does_not_apply_to(server):
     assert there.recorded_by.keys() == here.recorded_by.keys() and there.seconds["recorded"] > 0
 
 
+def test_rewards_work_on_the_servers_device_under_any_name(server, monkeypatch):
+    monkeypatch.setenv(remote.TOKEN, TOKEN)
+    panel = RewardPanel(server.last)  # as it was printed
+    assert panel.names == [PLACED] and panel(PROMPTS, VIDEOS, {}).values.tolist() == [[1.0]] * 3
+
+
 def test_uint8_frames_and_mp4(server, monkeypatch):
     body = wire.pack_request(wire.ScoreRequest(PROMPTS, (VIDEOS * 255).round().byte(), {}, None))
     values = wire.unpack_answer(server.post("brightness", body).content, "brightness",
@@ -200,6 +225,32 @@ def test_several_servers_get_parts_at_the_same_time():
         assert seen == [PROMPTS[:1], PROMPTS[1:]] and b.requests[0].columns == {"x": [2, 3]}
         a.deeds, b.deeds = [status(503)], []  # the other one takes over
         assert torch.equal(panel(PROMPTS, VIDEOS, {}).values[:, 0], values)
+
+
+@pytest.mark.parametrize("frames", wire.FRAMES)
+def test_a_batch_over_the_limit_goes_in_several_requests(frames):
+    values = []
+    for limit, parts in ((2**30, [3]), (8000, [1, 2])):  # a video of 3360 bytes, and a head
+        with Faulty(health={"max_bytes": limit}) as faulty:
+            values.append(RewardPanel(RemoteReward(faulty.url, "bright", frames=frames))(PROMPTS, VIDEOS, {}).values)
+            assert [len(request.prompts) for request in faulty.requests] == parts
+    assert torch.equal(*values)
+    with Faulty(health={"max_bytes": 3000}) as faulty, pytest.raises(RewardError, match="raise its --max_mb"):
+        ask(RemoteReward(faulty.url, "bright"))
+    with Faulty(health={"max_bytes": 8000}, compares_videos=True) as faulty, pytest.raises(RewardError, match="_mb"):
+        ask(RemoteReward(faulty.url, "bright"))
+
+
+def test_mp4_files_are_not_decoded_beyond_what_a_request_says():
+    black = wire.ScoreRequest(["x"], torch.zeros(1, 30, 3, 64, 65), {}, None)
+    packed = wire.pack_request(black, "mp4")
+    assert len(packed) < 10_000 and torch.equal(wire.unpack_request(packed).videos, black.videos)
+    with pytest.raises(wire.TooLarge, match="has 1497600 bytes, and this server takes 1000000"):
+        wire.unpack_request(packed, 1_000_000)
+    for size, why in ((b"[2, 64, 65]", "frame 3 of 64 x 66; expected 2 frames"),
+                      (b"[30, 2, 65]", "frame 1 of 64 x 66"), (b"[99, 64, 65]", "30 frames of 64 x 66; expected 99")):
+        with pytest.raises(ValueError, match=why):
+            wire.unpack_request(packed.replace(b"[30, 64, 65]", size.ljust(12)), 1e9)
 
 
 def test_who_compares_videos_gets_all():
@@ -239,6 +290,35 @@ def test_the_last_try_is_an_error(deed, why):
         with pytest.raises(RewardError, match=f"'bright' of {faulty.url} failed on rank 0 .* prompt 'first': {why}"):
             ask(reward)
         assert len(faulty.requests) == 2
+
+
+@pytest.mark.parametrize("time_limit, why", [(0.4, "no answer within 0.4 s"), (60.0, "no answer yet")])
+def test_a_reward_timeout_names_url_prompt_and_the_last_failure(time_limit, why):
+    with Faulty(*[stall] * 9) as faulty:
+        panel = RewardPanel(RemoteReward(faulty.url, "bright", time_limit=time_limit), timeout=1.5)
+        with pytest.raises(RewardError, match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
+                                              f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}"):
+            panel(PROMPTS, VIDEOS, {})
+
+
+def test_a_login_in_a_url_is_sent_and_not_shown():
+    async def refuse(faulty, answer):
+        return JSONResponse({"error": f"hunter@2 and {faulty.authorization} are wrong."}, 401)
+
+    with Faulty({}, refuse) as faulty:
+        reward = load_reward(faulty.url.replace("//", "//me:hunter%402@") + "/bright")
+        ask(reward)
+        sent = faulty.authorization
+        assert sent == "Basic " + base64.b64encode(b"me:hunter@2").decode()
+        with pytest.raises(RewardError, match=f"of {faulty.url} failed .* status 401") as error:
+            ask(reward)
+        assert "hunter" not in str(error.value) and sent[6:] not in str(error.value)
+    for name in (f"http://me:hunter2@127.0.0.1:{free_port()}/bright", "http://me:hunter2@a/b?colour=1",
+                 "http://me:hunter2@a/b,http://a/c", "vlm+http://me:hunter2@127.0.0.1:9/v1?model=a",
+                 "vlm+http://me:hunter2@127.0.0.1:9/v1", "vlm+http://me:hunter2@127.0.0.1:9/v1?fps=x"):
+        with pytest.raises(ValueError) as error:
+            load_reward(name)
+        assert "hunter2" not in str(error.value)
 
 
 def test_a_dead_server_is_an_error():
@@ -296,9 +376,26 @@ def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
     assert made.state.global_step == 1 and largest_difference(weights(made), weights(inside)) == 0
 
 
-def test_what_json_does_not_carry_is_an_error():
-    with Faulty() as faulty, pytest.raises(RewardError, match="column 'image' holds what JSON does not carry"):
-        ask(RemoteReward(faulty.url, "bright"), columns={"image": [(1, 2)] * 3})
+def test_a_server_with_other_weights_at_a_resume_is_told(tmp_path, capsys):
+    with Faulty() as faulty:
+        trainer(tmp_path, RemoteReward(faulty.url, "bright"), max_steps=1, save_strategy="steps", save_steps=1).train()
+    capsys.readouterr()
+    for weights_of, told in (("1234", False), ("5678", True)):
+        with Faulty(identity=weights_of) as faulty:
+            made = trainer(tmp_path, RemoteReward(faulty.url, "bright"), max_steps=2)
+            made.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        said = " ".join(capsys.readouterr().out.split())
+        change = "remote reward 'bright' 1234 until step 1, then 5678"
+        assert (change in said) == told and (change in str(made._identity["changes"])) == told
+
+
+def test_what_json_does_not_carry_is_an_error_where_a_reward_names_it():
+    columns = {"image": [Image.new("RGB", (2, 2))] * 3, "size": [(1, 2)] * 3, "number": [1, 2, 3]}
+    with Faulty() as faulty:  # takes **columns
+        ask(RemoteReward(faulty.url, "bright"), columns=columns)
+        assert faulty.requests[0].columns == {"number": [1, 2, 3]}
+    with Faulty(columns=["image"]) as faulty, pytest.raises(RewardError, match="column 'image', which the reward nam"):
+        ask(RemoteReward(faulty.url, "bright"), columns=columns)
     assert not faulty.requests
 
 
@@ -313,6 +410,7 @@ def test_a_wrong_url_name_or_token(server):
         (lambda: server.reward("brightness", token="another"), "refuses the token"),
         (lambda: load_reward(f"{server.url}/a,{server.url}/b"), "with one NAME"),
         (lambda: load_reward(f"{server.url}/a?colour=1"), "unknown setting 'colour'"),
+        (lambda: load_reward("http://h:1/a?time_limit=5m"), "reward 'http://h:1/a.*: time_limit='5m' cannot be read"),
         (lambda: RemoteReward("gpu7:8000", "a"), "expected http://host:port"),
         (lambda: server.reward("brightness", frames="gif"), "frames='gif' must be one of"),
         (lambda: server.reward("brightness", retries=-1), "retries=-1"),
@@ -356,8 +454,9 @@ def test_what_a_server_refuses(server):
     with pytest.raises(RewardError, match="raise its --max_mb"):
         RewardPanel(server.reward("brightness"))(["x"], torch.zeros(1, 1, 3, 512, 512), {})
     health = httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()
-    assert health["state"] == "ready" and health["queue"] == 0 and health["version"] == pisces_rl.__version__
-    assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits"]
+    assert health["state"] == "ready" and health["queue"] == 0 <= health["scored"]
+    assert health["version"] == pisces_rl.__version__
+    assert list(health["rewards"]) == ["brightness", "recorded", "nan", "waits", PLACED]
 
 
 def test_identity_and_columns():
@@ -391,7 +490,7 @@ def test_requests_that_wait_together_are_scored_together():
         return wire.ScoreRequest(list(names), torch.zeros(len(names), 1, 3, size, size),
                                  {"number": list(range(len(names)))}, None)
 
-    queue, panel = ScoringQueue(4, "cpu"), RewardPanel(reward)
+    queue, panel = ScoringQueue(4), RewardPanel(reward)
     first = queue.put(panel, request("a"))
     assert begun.wait(20)
     b, c, other, d, bad, gone = (queue.put(panel, request(*names, size=size)) for names, size in (
@@ -419,23 +518,51 @@ def test_requests_that_wait_together_are_scored_together():
     assert not queue.thread.is_alive()
 
 
-def test_an_upload_that_stops_frees_its_place(monkeypatch):
+@pytest.mark.parametrize("name", ["brightness", "unknown"])
+def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
     """A client whose network is cut says nothing more."""
     monkeypatch.setattr(application, "LONGEST_PAUSE", 0.1)
-    queue = ScoringQueue(4, "cpu")
+    queue = ScoringQueue(4)
     panel = RewardPanel(tiny_runs.brightness)
     served = application.RewardApplication(panel, queue, limit=1, max_bytes=100, token=None)
     parts, sent = [{"type": "http.request", "body": b"half", "more_body": True}], []
 
     async def receive():
-        return parts.pop() if parts else await asyncio.sleep(60)
+        return parts.pop() if parts else await asyncio.sleep(20)
 
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": f"/score/{name}", "headers": [], "query_string": b""}
     asyncio.run(served.asgi(scope, receive, send))
     assert sent[0]["status"] == 499 and served.inside == 0
+    queue.stop()
+
+
+def test_progress_is_told(monkeypatch, capsys):
+    queue, now = ScoringQueue(4), [1000.0]
+    monkeypatch.setattr(application, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    served = application.RewardApplication(RewardPanel(tiny_runs.brightness), queue, limit=1, max_bytes=10**6,
+                                           token=None)
+    scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
+
+    def post(count):
+        parts = [{"type": "http.request", "body": body(count)}]
+
+        async def receive():
+            return parts.pop() if parts else await asyncio.sleep(60)
+
+        async def send(message):
+            pass
+
+        asyncio.run(served.asgi(scope, receive, send))
+
+    for pause, count in ((0, 2), (20, 4), (20, 2), (20, 1), (100, 1), (20, 1), (20, 4)):
+        now[0] += pause
+        post(count)
+    assert capsys.readouterr().err.splitlines() == ["8 videos scored, 0.2 a second; requests inside: 1",
+                                                    "15 videos scored, 0.15 a second; requests inside: 1"]
+    assert served.scored == 15
     queue.stop()
 
 
@@ -452,6 +579,15 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit, match=r"needs starlette and uvicorn: pip install 'pisces_rl\[server\]'"):
         command.main(["serve", "--rewards", "no_such_module:reward"])
+
+
+def test_a_reward_without_its_package_and_a_name_with_a_slash(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(SystemExit, match=r"serve: reward 'ocr' reads text .* pip install 'pisces_rl\[ocr\]'"):
+        command.main(["serve", "--rewards", "ocr"])
+    (tmp_path / "slashed.py").write_text("def reward(prompts): ...\n\nreward.__name__ = 'a/b'\n", encoding="utf-8")
+    with pytest.raises(SystemExit, match="serve: reward 'a/b': a name that is served .* may hold no '/'"):
+        command.main(["serve", "--rewards", f"{tmp_path / 'slashed.py'}:reward"])
 
 
 def test_a_full_queue_and_a_signal(server):

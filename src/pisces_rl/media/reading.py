@@ -13,7 +13,8 @@ from av.stream import Disposition
 from torch import Tensor
 
 
-def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
+def load_video(path: str | Path | bytes, frames: int | None = None,
+               shape: tuple[int, int, int] | None = None) -> Tensor:
     """A video file as (F, 3, H, W) float in [0, 1], as a player shows it.
 
     Rotations and mirrorings of the header are applied; pixels that are not square are resampled in width; transparent
@@ -26,9 +27,10 @@ def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
         frames: keep this many, the nearest to instants that are evenly spread in time from the first frame to the
             last, so a frame that stands long may be kept more than once; memory holds only these. A video that has no
             more keeps all, and None keeps all, whatever their times.
+        shape: (F, H, W) that the file must have; of a file from others, nothing beyond it is kept in memory.
 
     Raises:
-        ValueError: the file is no video, has no frames, or breaks off in the middle; frames below 1.
+        ValueError: the file is no video, has no frames, or breaks off in the middle; frames below 1; another shape.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames!r} must be at least 1, or None for all.")
@@ -47,6 +49,8 @@ def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
         kept, size = [], None
         for count, (frame, aspect) in enumerate(_decoded(path), 1):
             size = size or (max(1, round(frame.width * aspect)), frame.height)
+            if shape is not None and (count > shape[0] or size != shape[:0:-1]):
+                raise ValueError(_other_shape(name, f"frame {count} of", size[::-1], shape))
             copies = 1 if chosen is None else chosen.count(count - 1)
             if copies:
                 kept += [_shown(frame, *size)] * copies
@@ -59,9 +63,15 @@ def load_video(path: str | Path | bytes, frames: int | None = None) -> Tensor:
         raise ValueError(f"{name}: cannot be read as a video{where} ({error}). {fix}") from error
     except _NoVideo as error:
         raise ValueError(f"{name}: {error}") from error
+    if shape is not None and count < shape[0]:
+        raise ValueError(_other_shape(name, f"{count} frames of", size[::-1] if size else shape[1:], shape))
     if not kept:
         raise ValueError(f"{name}: the video has no frames.")
     return torch.from_numpy(np.stack(kept)).permute(0, 3, 1, 2).float().div_(255)
+
+
+def _other_shape(name: str | Path, what: str, size: tuple[int, int], shape: tuple[int, int, int]) -> str:
+    return f"{name}: {what} {size[0]} x {size[1]}; expected {shape[0]} frames of {shape[1]} x {shape[2]}."
 
 
 class _NoVideo(Exception):

@@ -10,13 +10,14 @@ reward with the attribute `differentiable = True` returns a tensor that carries 
 `compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
 between calls, or, where a call leaves a graph, until the panel's backward pass. One with a method `to` is moved by it
-where the run has a `reward_device`. These attributes and `__name__` may be set on a wrapper or a partial: the
+where the run has a `reward_device`. An async one may say in an attribute `unanswered` what it waited for when it was
+cancelled, for the error of a `reward_timeout`. These attributes and `__name__` may be set on a wrapper or a partial: the
 outermost one counts.
 
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
 it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
 lies deeper, and `videos`, are shared, and a reward that writes into `videos` is an error. Two rewards may not record
-different values under one name.
+different values under one name; what a reward NAME, of which a panel has several, records as NAME_x is NAME_i_x there.
 """
 
 import inspect
@@ -61,6 +62,11 @@ def move(func: RewardFunc, device: torch.device | str) -> None:
 def compares_videos(func: RewardFunc) -> bool:
     """Whether a reward says that a video's value depends on the others of its call."""
     return bool(_said(func, "compares_videos", False))
+
+
+def unanswered(func: RewardFunc) -> str:
+    """What a reward that was cancelled says that it waited for; "" where it says nothing."""
+    return _said(func, "unanswered", "")
 
 
 def is_async(func: RewardFunc) -> bool:

@@ -21,6 +21,7 @@ from pisces_rl.rewards.functions import load_function
 from pisces_rl.rewards.ot_attention import OTAttention
 from pisces_rl.rewards.quality import OTQualityReward
 from pisces_rl.rewards.remote_vlm_judge import remote_vlm_judge
+from pisces_rl.rewards.retrying_client import masked
 from pisces_rl.rewards.semantic import OTSemanticReward
 from pisces_rl.rewards.server.remote import remote_reward
 
@@ -107,7 +108,7 @@ def load_reward(
         else:
             function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
-            raise ValueError(f"reward {name!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
+            raise ValueError(f"reward {masked(name)!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return _placed(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
     left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}

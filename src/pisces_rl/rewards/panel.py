@@ -22,6 +22,7 @@ from .contract import (
     move,
     offload,
     reward_name,
+    unanswered,
 )
 from .coroutines import Coroutines
 from .encodings import shared_encodings
@@ -85,7 +86,7 @@ class RewardPanel:
                     with self.record(f"rewards/{name}"):
                         values = self._call(name, self.funcs[i], offered(name))
                         if inspect.isawaitable(values):
-                            pending[i] = coroutines.start(self._awaited(name, values))
+                            pending[i] = coroutines.start(self._awaited(name, values, self.funcs[i]))
                             continue
                         tables[i].values[:, 0] = checked_values(name, values, prompts)
                         guard.check(name, *(self.names[k] for k in pending))
@@ -168,10 +169,17 @@ class RewardPanel:
             raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
         table = RewardTable(torch.full((len(prompts), width), torch.nan, device="cpu"))
 
+        own_names = dict(zip(self.names, map(reward_name, self.funcs)))
+
         def offered(reward: str) -> dict:
             scalars: dict[str, list[float]] = {}
 
+            def unique(name: str) -> str:
+                prefix = f"{own_names[reward]}_"
+                return f"{reward}_{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
             def log_extra(name: str, values: Sequence) -> None:
+                name = unique(name)
                 if len(values) != len(prompts):
                     raise ValueError(f"log_extra({name!r}) got {len(values)} values for {len(prompts)} samples.")
                 values = [v.item() if isinstance(v, (Tensor, np.generic)) else v for v in values]
@@ -179,6 +187,7 @@ class RewardPanel:
                 table.extras[name] = values
 
             def log_metric(name: str, value: float) -> None:
+                name = unique(name)
                 own = scalars.setdefault(name, [])
                 own.append(float(value))
                 table.claim(reward, name, "metrics", own)
@@ -205,7 +214,7 @@ class RewardPanel:
             "Nothing is lost: mend the reward or raise reward_timeout, and resume from the last checkpoint."
         )
 
-    async def _awaited(self, name: str, awaitable: Awaitable) -> tuple[object, float]:
+    async def _awaited(self, name: str, awaitable: Awaitable, func: RewardFunc) -> tuple[object, float]:
         """What it returns, and its seconds."""
         start = time.perf_counter()
         with _named(name):
@@ -214,7 +223,7 @@ class RewardPanel:
             except asyncio.TimeoutError as error:
                 if not self.timeout or time.perf_counter() - start < self.timeout:
                     raise  # of the reward itself
-                raise RewardError(self._too_slow(name)) from error
+                raise RewardError(f"{self._too_slow(name)} {unanswered(func)}".rstrip()) from error
 
 
 def _as_list(funcs) -> list:

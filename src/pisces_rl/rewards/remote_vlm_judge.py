@@ -11,7 +11,6 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import parse_qsl
 
 import httpx2
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from pisces_rl.media import mp4_bytes
 from pisces_rl.rewards.contract import check_inputs, check_pixels
-from pisces_rl.rewards.retrying_client import Failed, RetryingClient, TryAgain
+from pisces_rl.rewards.retrying_client import Failed, RetryingClient, TryAgain, masked, read_settings
 from pisces_rl.rewards.vlm_judge import PROMPT, read_question, spread_frames, to_image
 
 KEY = "PISCES_VLM_API_KEY"  # environment variable
@@ -79,9 +78,9 @@ class RemoteVLMJudge:
         time_limit: float = 300.0, retries: int = 6, api_key: str | None = None, extra_body: Mapping | None = None,
         name: str = "vlm_judge",
     ):  # fmt: skip
-        self.url, self.model, self.__name__ = url.rstrip("/"), model, name
-        if not re.match(r"https?://[^/?]+[^?]*$", self.url):
-            raise ValueError(f"url={url!r}: expected http://host:port/v1.")
+        self.model, self.__name__ = model, name
+        if not re.match(r"https?://[^/?]+[^?]*$", url):
+            raise ValueError(f"url={masked(url)!r}: expected http://host:port/v1.")
         files = question if isinstance(question, (list, tuple)) else [question]
         self.questions = {Path(str(file)).stem: read_question(file) for file in files}
         if not files or len(self.questions) < len(files):
@@ -108,6 +107,7 @@ class RemoteVLMJudge:
             try_again=TRY_AGAIN, max_concurrency=max_concurrency, requests_per_minute=requests_per_minute,
             media_type="application/json",
         )  # fmt: skip
+        self.url = self._client.without_login(url.rstrip("/"))
         self._check_model()
         self._check_answers()
 
@@ -129,6 +129,10 @@ class RemoteVLMJudge:
             log_metric(f"{self.__name__}_logprobs", float(self.logprobs))
         return [sum(w * r for w, r in zip(self.weights, row)) / sum(self.weights) for row in rows]
 
+    @property
+    def unanswered(self) -> str:
+        return self._client.unanswered
+
     async def _video(self, prompt: str, clip: Tensor) -> list[float]:
         """The score of each question."""
         shown = await asyncio.to_thread(self._shown, clip)
@@ -136,10 +140,10 @@ class RemoteVLMJudge:
 
     async def _ask(self, prompt: str, question: str, shown: list[dict]) -> float:
         text = self.questions[question].replace("{prompt}", prompt)
+        asked = f"model {self.model!r}, prompt {prompt!r}, question {question!r}"
         try:
-            return await self._client.ask([self.url], CHAT, lambda: self._body(shown, text), self._score)
+            return await self._client.ask([self.url], CHAT, lambda: self._body(shown, text), self._score, asked)
         except Failed as error:
-            asked = f"model {self.model!r}, prompt {prompt!r}, question {question!r}"
             raise error.as_reward_error(self.__name__, asked) from error
 
     # --- a request ---
@@ -198,7 +202,7 @@ class RemoteVLMJudge:
 
     def _check_model(self) -> None:
         try:
-            response = self._client.get(f"{self.url}/models")
+            response = self._client.get(self.url, "/models")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise self._wrong(f"no server answers ({type(error).__name__}: {error}); see that it runs.") from error
         if response.status_code in (401, 403):
@@ -266,17 +270,11 @@ def remote_vlm_judge(name: str) -> RemoteVLMJudge:
              "retries": int, "extra_body": json.loads, "name": str}  # fmt: skip
     url, _, query = name.removeprefix("vlm+").partition("?")
     settings: dict = {}
-    for key, value in parse_qsl(query, keep_blank_values=True):
-        if key not in known:
-            raise ValueError(f"reward {url}: unknown setting {key!r}; there are {', '.join(known)}."
-                             + f" Put the key into the environment variable {KEY}." * ("key" in key))  # fmt: skip
-        try:
-            value = known[key](value)
-        except ValueError as error:
-            raise ValueError(f"reward {url}: {key}={value!r} cannot be read: {error}.") from error
+    advice = f" Put the key into the environment variable {KEY}."
+    for key, value in read_settings(url, query, known, lambda key: advice * ("key" in key)):
         settings[key] = [*settings.get(key, []), value] if key == "question" else value
     if not settings.get("model"):
-        raise ValueError(f"reward {name!r}: expected vlm+http://host:port/v1?model=ID.")
+        raise ValueError(f"reward {masked(name)!r}: expected vlm+http://host:port/v1?model=ID.")
     return RemoteVLMJudge(url, **settings)
 
 

@@ -1,6 +1,7 @@
 """Requests over HTTP for a reward: what may be tried again is, and what fails for good names rank, url and prompt."""
 
 import asyncio
+import base64
 import contextlib
 import email.utils
 import itertools
@@ -8,11 +9,13 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
+from urllib.parse import parse_qsl, unquote
 
 import httpx2
 from torch.distributed import get_rank, is_available, is_initialized
@@ -23,6 +26,7 @@ T = TypeVar("T")
 CONNECT = 10.0  # seconds to connect, and to answer what is asked before a run
 PIECE = 2**20  # bytes
 LONGEST_WAIT = 30.0  # seconds between two tries, unless the server asks for more
+CREDENTIALS = re.compile(r"(?<=://)([^/?#\s,]*)@")
 
 
 class TryAgain(Exception):
@@ -64,6 +68,9 @@ class RetryingClient:
         try_again: statuses. max_concurrency: tries at once; requests_per_minute: tries begun, evenly spread; both of
             this process, and unset: as many as are asked for. media_type: of what is posted.
 
+    Attributes:
+        unanswered: of the latest `ask` that was cancelled: url, what was asked and its last failure, a sentence.
+
     Raises ValueError for a wrong argument, naming it.
     """
 
@@ -83,17 +90,30 @@ class RetryingClient:
         self._key = (key or "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise ValueError("the key (token) holds characters that a header cannot carry.")
-        self._headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        self._secrets, self._logins = [self._key] if self._key else [], {}
         self._sent = {"Content-Type": media_type}
         self.name, self.time_limit, self.retries = name, time_limit, retries
         self.try_again, self.max_concurrency = try_again, max_concurrency
         self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
         self._random = random.Random()  # the run's random numbers stay as they are
-        self._process, self._lock = None, threading.Lock()
+        self._process, self._lock, self.unanswered = None, threading.Lock(), ""
 
-    def get(self, url: str) -> httpx2.Response:
+    def without_login(self, url: str) -> str:
+        """The url without USER:PASSWORD@, which messages may show; what is asked of it carries them as basic
+        authentication, instead of the key."""
+        if found := CREDENTIALS.search(url):
+            url, login = url.replace(found[0], "", 1), unquote(found[1])
+            self._logins[url] = f"Basic {base64.b64encode(login.encode()).decode()}"
+            self._secrets += [login, self._logins[url].removeprefix("Basic "), login.partition(":")[2] or login]
+        return url
+
+    def _headers(self, url: str) -> dict[str, str]:
+        sent = self._logins.get(url, f"Bearer {self._key}" if self._key else "")
+        return {"Authorization": sent} if sent else {}
+
+    def get(self, url: str, path: str) -> httpx2.Response:
         """One try, at once; for a check before a run."""
-        return httpx2.get(url, headers=self._headers, timeout=CONNECT, trust_env=False)
+        return httpx2.get(url + path, headers=self._headers(url), timeout=CONNECT, trust_env=False)
 
     def error_in(self, response: httpx2.Response) -> str:
         """What a server says is wrong, without the key: its "error", a sentence or OpenAI's {"message": ...}, or
@@ -104,21 +124,28 @@ class RetryingClient:
             said = str(error["message"] if isinstance(error, dict) and "message" in error else error)
         except (ValueError, TypeError, StopIteration):
             said = repr(response.text[:200])
-        return said.replace(self._key, "***") if self._key else said
+        for secret in self._secrets:
+            said = said.replace(secret, "***")
+        return said
 
     async def ask(
-        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T]
+        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T], asked: str
     ) -> T:
         """`read` of the first answer with status 200 to a POST of body() to urls[0] + path, or the next url's, or
         urls[0]'s again, ...
 
-        Raises `Failed`, also where `read` raises ValueError.
+        Raises `Failed`, also where `read` raises ValueError. `asked` says what, for `unanswered`.
         """
-        return await asyncio.wrap_future(self._start(self._ask(urls, path, body, read)))
+        failures, self.unanswered = [f"{urls[0]}: no answer yet."], ""
+        try:
+            return await asyncio.wrap_future(self._start(self._ask(urls, path, body, read, failures)))
+        except asyncio.CancelledError:  # of those that are asked together, the first
+            self.unanswered = self.unanswered or f"It asked for {asked}; the last failure was that of {failures[-1]}"
+            raise
 
     def ask_before_a_run(self, url: str, path: str, body: bytes, read: Callable[[bytes], T]) -> T:
         """`ask`, for a caller that waits."""
-        return self._start(self._ask([url], path, lambda: body, read)).result()
+        return self._start(self._ask([url], path, lambda: body, read, [])).result()
 
     def _start(self, coroutine: Coroutine) -> Future:
         with self._lock:
@@ -135,8 +162,9 @@ class RetryingClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _ask(
-        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T]
-    ) -> T:
+        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T],
+        failures: list[str],
+    ) -> T:  # fmt: skip
         tries, patience = 0, self.time_limit
         for attempt in itertools.count():
             url = urls[attempt % len(urls)]
@@ -148,6 +176,7 @@ class RetryingClient:
             except ValueError as error:
                 raise Failed(str(error), url) from error
             except TryAgain as error:
+                failures.append(f"{url}: {error}")
                 busy = error.retry_after is not None and patience > 0
                 if not busy and tries == self.retries:
                     many = f"{attempt + 1} tries, the last: " if attempt else ""
@@ -167,8 +196,8 @@ class RetryingClient:
         """The body of an answer with status 200.
 
         Raises TryAgain, or Failed for what another try would not change."""
-        post = self._client.post(url + path, content=_pieces(body),
-                                 headers=self._headers | self._sent | {"Content-Length": str(len(body))})  # fmt: skip
+        headers = self._headers(url) | self._sent | {"Content-Length": str(len(body))}
+        post = self._client.post(url + path, content=_pieces(body), headers=headers)
         try:
             response = await asyncio.wait_for(post, self.time_limit)
         except asyncio.TimeoutError as error:
@@ -183,6 +212,32 @@ class RetryingClient:
         if response.status_code in self.try_again:
             raise TryAgain(said, _seconds(response.headers.get("retry-after")), response.status_code)
         raise Failed(said, url, response.status_code)
+
+
+def masked(text: str) -> str:
+    """A text with what stands before the @ of its urls as ***."""
+    return CREDENTIALS.sub("***@", text)
+
+
+def read_settings(
+    reward: str, query: str, known: Mapping[str, Callable[[str], object]], advice: Callable[[str], str] | None = None
+) -> list[tuple[str, object]]:
+    """The settings of a url's query, each read by what `known` has under its name; `advice` is for a name that is not.
+
+    Raises ValueError that names reward and setting.
+    """
+    settings = []
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key not in known:
+            more = advice(key) if advice else ""
+            raise ValueError(
+                f"reward {masked(reward)!r}: unknown setting {key!r}; there are {', '.join(known)}.{more}"
+            )
+        try:
+            settings.append((key, known[key](text)))
+        except ValueError as error:
+            raise ValueError(f"reward {masked(reward)!r}: {key}={text!r} cannot be read: {error}.") from error
+    return settings
 
 
 def _seconds(retry_after: str | None) -> float | None:

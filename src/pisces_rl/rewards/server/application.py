@@ -2,6 +2,9 @@
 
 import asyncio
 import hmac
+import sys
+import time
+from collections.abc import AsyncIterator
 from concurrent.futures import Future
 
 from starlette.applications import Starlette
@@ -16,10 +19,11 @@ from pisces_rl.rewards.panel import RewardPanel
 
 from .identity import columns_of, identity
 from .scoring_queue import ScoringQueue, Stopping
-from .wire import PROTOCOL, pack_answer, too_large, unpack_request
+from .wire import PROTOCOL, TooLarge, pack_answer, too_large, unpack_request
 
 RETRY_AFTER = 1  # seconds
 LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
+PROGRESS = 30.0  # seconds between two lines on stderr, while requests come
 
 
 class RewardApplication:
@@ -35,6 +39,8 @@ class RewardApplication:
         self.panels = {name: panel.only([i]) for i, name in enumerate(panel.names)}
         self.queue, self.limit, self.max_bytes = queue, limit, max_bytes
         self.token, self.inside = None if token is None else f"Bearer {token}".encode(), 0
+        self.scored = 0  # videos
+        self._line_from, self._scored_then, self._latest = time.monotonic(), 0, time.monotonic()
         self.about = {
             name: {"identity": identity(func), "compares_videos": compares_videos(func), "columns": columns_of(func)}
             for name, func in zip(panel.names, panel.funcs)
@@ -48,35 +54,54 @@ class RewardApplication:
         self._check_token(request)
         return JSONResponse({
             "protocol": PROTOCOL, "version": pisces_rl.__version__, "rewards": self.about, "queue": self.inside,
-            "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
+            "scored": self.scored, "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
         })  # fmt: skip
 
     async def score(self, request: Request) -> Response:
         self._check_token(request)
         name = request.path_params["name"]
-        if name not in self.panels:
-            await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
-        if self.queue.stopped or self.inside >= self.limit:
-            why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
-            await self._refuse(request, 503, f"{why}; try again.")
+        try:
+            if name not in self.panels:
+                await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
+            if self.queue.stopped or self.inside >= self.limit:
+                why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
+                await self._refuse(request, 503, f"{why}; try again.")
+            return await self._answered(request, name)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+
+    async def _answered(self, request: Request, name: str) -> Response:
+        if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # the pause has no part in videos a second
+            self._line_from, self._scored_then = time.monotonic(), self.scored
         self.inside += 1
         try:
             body = await self._body(request)
             try:
-                asked = await asyncio.to_thread(unpack_request, body)
+                asked = await asyncio.to_thread(unpack_request, body, self.max_bytes)
+            except TooLarge as error:
+                raise HTTPException(413, str(error)) from error
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
             del body
             answer = await self._unless_gone(request, self.queue.put(self.panels[name], asked))
+            self._tell_progress(len(asked.prompts))
             return Response(pack_answer(name, self.about[name]["identity"], answer), media_type="application/json")
         except Stopping as error:
             raise _busy("the server stops; try again.") from error
         except (RewardError, ValueError) as error:
             raise HTTPException(500, str(error)) from error
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
         finally:
             self.inside -= 1
+            self._latest = time.monotonic()
+
+    def _tell_progress(self, videos: int) -> None:
+        self.scored += videos
+        seconds = time.monotonic() - self._line_from
+        if seconds >= PROGRESS:
+            rate = (self.scored - self._scored_then) / seconds
+            print(f"{self.scored} videos scored, {rate:.3g} a second; requests inside: {self.inside}", file=sys.stderr,
+                  flush=True)  # fmt: skip
+            self._line_from, self._scored_then = time.monotonic(), self.scored
 
     def _check_token(self, request: Request) -> None:
         if self.token is None:
@@ -87,15 +112,8 @@ class RewardApplication:
 
     async def _body(self, request: Request) -> bytes:
         """All of it is read, and kept unless it is too large: see `_refuse`."""
-        parts, size, stream = [], 0, request.stream()
-        while True:
-            try:
-                async with asyncio.timeout(LONGEST_PAUSE):
-                    part = await anext(stream)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise ClientDisconnect from None
+        parts, size = [], 0
+        async for part in _pieces(request):
             size += len(part)
             if size <= self.max_bytes:
                 parts.append(part)
@@ -107,7 +125,7 @@ class RewardApplication:
 
     async def _refuse(self, request: Request, status: int, why: str) -> None:
         """Answers once the body is read, and dropped: a client that is cut off while it sends reads no answer."""
-        async for _ in request.stream():
+        async for _ in _pieces(request):
             pass
         raise _busy(why) if status == 503 else HTTPException(status, why)
 
@@ -122,6 +140,19 @@ class RewardApplication:
         finally:
             scored.cancel()
             gone.cancel()
+
+
+async def _pieces(request: Request) -> AsyncIterator[bytes]:
+    """A body as it comes. Raises ClientDisconnect after `LONGEST_PAUSE` without a piece."""
+    stream = request.stream()
+    while True:
+        try:
+            piece = await asyncio.wait_for(anext(stream, None), LONGEST_PAUSE)
+        except asyncio.TimeoutError:
+            raise ClientDisconnect from None
+        if piece is None:
+            return
+        yield piece
 
 
 def _busy(why: str) -> HTTPException:

@@ -4,13 +4,13 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Sequence
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
 from torch import Tensor
 
 import pisces_rl
-from pisces_rl.rewards.retrying_client import Failed, RetryingClient
+from pisces_rl.rewards.retrying_client import Failed, RetryingClient, masked, read_settings
 
 from .wire import (
     FRAMES,
@@ -18,6 +18,8 @@ from .wire import (
     STATE,
     ScoreAnswer,
     ScoreRequest,
+    decoded_bytes,
+    is_plain,
     other_protocol,
     pack_request,
     too_large,
@@ -32,11 +34,12 @@ class RemoteReward:
 
         reward = RemoteReward("http://gpu7:8000", "video_align")
 
-    Of several servers each gets a part of the batch, at the same time, unless the reward compares videos: then one
-    gets all. A try that failed is made again, with the next server, if: the connection was refused, reset or broken
-    off within the answer; no answer came within the time limit; the status is 502, 503 or 504 (`RetryingClient`).
-    Anything else, and the last of them, is a RewardError with rank, url, first prompt and the last error. A failure is
-    never a value: None comes from the reward alone.
+    Of several servers each gets a part of the batch, at the same time, and a part over a server's --max_mb goes in
+    several requests, unless the reward compares videos: then one gets all in one. A try that failed is made again,
+    with the next server, if: the connection was refused, reset or broken off within the answer; no answer came within
+    the time limit; the status is 502, 503 or 504 (`RetryingClient`). Anything else, and the last of them, is a
+    RewardError with rank, url, first prompt and the last error. A failure is never a value: None comes from the reward
+    alone.
 
     Args:
         url: of a server, http://host:port, or a list of them. Proxies of the environment are not used.
@@ -62,15 +65,15 @@ class RemoteReward:
         retries: int = 6,
         frames: str = "lossless",
     ):
-        self.urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
-        if not self.urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname
-                                    for one in self.urls):  # fmt: skip
-            raise ValueError(f"url={url!r}: expected http://host:port, or a list of such.")
+        urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
+        if not urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname for one in urls):
+            raise ValueError(f"url={masked(repr(url))}: expected http://host:port, or a list of such.")
         if frames not in FRAMES:
             raise ValueError(f"frames={frames!r} must be one of {', '.join(map(repr, FRAMES))}.")
         self.__name__, self.frames = name, frames
         token = os.environ.get(TOKEN) if token is None else token
         self._client = RetryingClient(name, key=token, time_limit=time_limit, retries=retries)
+        self.urls = [self._client.without_login(one) for one in urls]
         health = [self._health(one, name) for one in self.urls]
         about = [one["rewards"][name] for one in health]
         for other, theirs in zip(self.urls, about):
@@ -92,17 +95,18 @@ class RemoteReward:
         **columns: list,
     ) -> list[float | None]:
         videos = videos.detach().cpu()  # here, on the stream of this thread
-        if self.columns is not None:
+        if self.columns is None:
+            columns = {column: values for column, values in columns.items() if is_plain(list(values))}
+        else:
             columns = {column: columns[column] for column in self.columns if column in columns}
         state = None if trainer_state is None else {key: getattr(trainer_state, key) for key in STATE}
         servers = 1 if self.compares_videos else max(1, min(len(self.urls), len(prompts)))
         bounds = [len(prompts) * k // servers for k in range(servers + 1)]
         first, self._first = self._first, (self._first + 1) % len(self.urls)
-        answers: list[ScoreAnswer] = await asyncio.gather(*(
-            self._part(first + k, ScoreRequest(list(prompts[start:end]), videos[start:end],
-                                               {column: own[start:end] for column, own in columns.items()}, state))
-            for k, (start, end) in enumerate(zip(bounds, bounds[1:]))
-        ))  # fmt: skip
+        request = ScoreRequest(list(prompts), videos, columns, state)
+        parts = await asyncio.gather(*(self._part(first + k, request.rows(start, end))
+                                       for k, (start, end) in enumerate(zip(bounds, bounds[1:]))))  # fmt: skip
+        answers: list[ScoreAnswer] = [answer for part in parts for answer in part]
         for extra in dict.fromkeys(extra for answer in answers for extra in answer.extras) if log_extra else ():
             log_extra(extra, [value for answer in answers
                               for value in answer.extras.get(extra, [None] * len(answer.values))])  # fmt: skip
@@ -112,30 +116,43 @@ class RemoteReward:
                     log_metric(metric, value)
         return [value for answer in answers for value in answer.values]
 
+    @property
+    def unanswered(self) -> str:
+        return self._client.unanswered
+
     # --- one part of a batch, at one server after another ---
 
-    async def _part(self, place: int, request: ScoreRequest) -> ScoreAnswer:
+    async def _part(self, place: int, request: ScoreRequest) -> list[ScoreAnswer]:
+        """In several requests, one after another, where one would be too large and the reward compares no videos."""
+        count = len(request.prompts)
+        asked = f"{count} videos, the first of prompt {request.prompts[0]!r}"
         urls = [self.urls[(place + k) % len(self.urls)] for k in range(len(self.urls))]
         try:
             try:
                 body = await asyncio.to_thread(pack_request, request, self.frames)
             except ValueError as error:
                 raise Failed(str(error), urls[0]) from error
-            if len(body) > self.max_bytes:
-                raise Failed(too_large(len(body), self.max_bytes), urls[0])
-            return await self._client.ask(
-                urls, f"/score/{self.__name__}", lambda: body,
-                lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts),
-            )  # fmt: skip
+            size = max(len(body), decoded_bytes(request.videos.shape))
+            if size > self.max_bytes and (count == 1 or self.compares_videos):
+                raise Failed(too_large(size, self.max_bytes), urls[0])
+            if size > self.max_bytes:
+                del body
+                parts = min(count, -(-size // self.max_bytes))
+                bounds = [count * k // parts for k in range(parts + 1)]
+                return [answer for start, end in zip(bounds, bounds[1:])
+                        for answer in await self._part(place, request.rows(start, end))]  # fmt: skip
+            return [await self._client.ask(
+                urls, f"/score/{quote(self.__name__, safe='')}", lambda: body,
+                lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts), asked,
+            )]  # fmt: skip
         except Failed as error:
-            asked = f"{len(request.prompts)} videos, the first of prompt {request.prompts[0]!r}"
             raise error.as_reward_error(self.__name__, asked) from error
 
     # --- before a run ---
 
     def _health(self, url: str, name: str) -> dict:
         try:
-            response = self._client.get(f"{url}/health")
+            response = self._client.get(url, "/health")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ValueError(f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
                              "one with `pisces-rl serve`, and take the url that it prints.") from error  # fmt: skip
@@ -169,11 +186,8 @@ def remote_reward(urls: str) -> RemoteReward:
         url, _, query = url.strip().partition("?")
         server, _, name = url.rstrip("/").rpartition("/")
         servers.append(server)
-        names.append(name)
-        for key, value in parse_qsl(query, keep_blank_values=True):
-            if key not in known:
-                raise ValueError(f"reward {urls!r}: unknown setting {key!r}; there are {', '.join(known)}.")
-            settings[key] = known[key](value)
+        names.append(unquote(name))
+        settings |= read_settings(urls, query, known)
     if len(set(names)) > 1 or not all(urlsplit(server).hostname for server in servers):
-        raise ValueError(f"reward {urls!r}: expected http://host:port/NAME, of several servers with one NAME.")
+        raise ValueError(f"reward {masked(urls)!r}: expected http://host:port/NAME, of several servers with one NAME.")
     return RemoteReward(servers, names[0], **settings)

@@ -45,11 +45,11 @@ class ScoringQueue:
     call fails, each request is scored alone, so that an error is that of its own videos.
 
     Args:
-        max_batch: videos of several requests in one call. device: on which the rewards get the videos.
+        max_batch: videos of several requests in one call.
     """
 
-    def __init__(self, max_batch: int, device: torch.device | str):
-        self.max_batch, self.device = max_batch, device
+    def __init__(self, max_batch: int):
+        self.max_batch = max_batch
         self.jobs: deque[_Job] = deque()
         self.changed, self.stopped = threading.Condition(), False
         self.thread = threading.Thread(target=self._work, name="scoring", daemon=True)
@@ -127,5 +127,5 @@ class ScoringQueue:
         columns = {name: [value for request in requests for value in request.columns[name]]
                    for name in requests[0].columns}  # fmt: skip
         return panel([prompt for request in requests for prompt in request.prompts],
-                     (videos[0] if len(videos) == 1 else torch.cat(videos)).to(self.device), columns,
+                     videos[0] if len(videos) == 1 else torch.cat(videos), columns,
                      None if state is None else SimpleNamespace(**state))  # fmt: skip

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
+from urllib.parse import quote
 
 INSTALL = "pisces-rl serve needs starlette and uvicorn: pip install 'pisces_rl[server]'"
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs a token.")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed.")
     parser.add_argument("--token_file", "--token-file", type=Path, help="File whose text every request must carry.")
-    parser.add_argument("--device", help="On which rewards get the videos; unset: cuda where there is one, else cpu.")
+    parser.add_argument("--device", help="Where rewards work; unset: cuda where there is one, else cpu.")
     parser.add_argument(
         "--max_batch",
         type=int,
@@ -62,9 +63,12 @@ def run(args: argparse.Namespace) -> None:
     from .scoring_queue import ScoringQueue
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    queue = ScoringQueue(args.max_batch, device)
+    queue = ScoringQueue(args.max_batch)
     panel = RewardPanel([load_function(name) if ":" in name and "://" not in name else name  # without transformers
-                         for name in args.rewards])  # fmt: skip
+                         for name in args.rewards], device=device)  # fmt: skip
+    if slashed := [name for name in panel.names if "/" in name]:
+        raise ValueError(f"reward {slashed[0]!r}: a name that is served stands in a url and may hold no '/'; give the "
+                         "reward another (__name__).")  # fmt: skip
     application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20,
                                     token=token)  # fmt: skip
     host, port = listener.getsockname()[:2]
@@ -73,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     class Server(uvicorn.Server):
         async def startup(self, sockets=None) -> None:
             await super().startup(sockets)
-            print("serving", *(f"http://{host}:{port}/{name}" for name in application.about), flush=True)
+            urls = (f"http://{host}:{port}/{quote(name, safe='')}" for name in application.about)
+            print("serving", *urls, flush=True)
 
         def handle_exit(self, sig, frame) -> None:
             super().handle_exit(sig, frame)
@@ -118,5 +123,5 @@ def _bound(host: str, port: int) -> socket.socket:
 def main(args: argparse.Namespace) -> None:
     try:
         run(args)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:  # a reward's package is missing
         sys.exit(f"pisces-rl serve: {error}")

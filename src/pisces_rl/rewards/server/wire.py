@@ -1,13 +1,15 @@
 """What a reward server and its clients say to each other, version `PROTOCOL`.
 
-GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue", "max_bytes", "rewards": {name:
-{"identity", "compares_videos", "columns"}}}, where `columns` are those that the reward names, or null for all.
+GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue" (requests inside), "scored" (videos so
+far), "max_bytes", "rewards": {name: {"identity", "compares_videos", "columns"}}}, where `columns` are those that the
+reward names, or null for all that JSON carries.
 
 POST /score/NAME takes a safetensors file. Its tensor `request` holds the UTF-8 bytes of JSON: {"protocol", "prompts":
-B strings, "columns": {name: B values}, "state": a few numbers of the trainer's state, or null, "size": [H, W]}. The
+B strings, "columns": {name: B values}, "state": a few numbers of the trainer's state, or null, "size": [F, H, W]}. The
 videos are one tensor `videos` (B, F, 3, H, W), fp32 in [0, 1] or uint8 in 0..255, or the bytes of B mp4 files as uint8
-tensors `video_0`, `video_1`, ... The answer is JSON: {"protocol", "reward": NAME, "identity", "values": B numbers or
-nulls, "extras": {name: B values}, "metrics": {name: numbers}}.
+tensors `video_0`, `video_1`, ... of "size"; `max_bytes` bounds the body, and the frames of mp4 files in fp32. The
+answer is JSON: {"protocol", "reward": NAME, "identity", "values": B numbers or nulls, "extras": {name: B values},
+"metrics": {name: numbers}}.
 
 An error is JSON {"error": a sentence} under its HTTP status: 400 the request is wrong, 401 the token, 404 the name,
 413 too large, 500 the reward failed, 503 the queue is full or the server stops (with Retry-After).
@@ -31,6 +33,10 @@ STATE = ("global_step", "max_steps", "epoch")  # of the trainer's state, which a
 FRAMES = ("lossless", "mp4")
 
 
+class TooLarge(ValueError):
+    """A request over the size limit."""
+
+
 @dataclass
 class ScoreRequest:
     """Videos (B, F, 3, H, W) in fp32, their prompts and columns, and what is sent of the trainer's state."""
@@ -39,6 +45,10 @@ class ScoreRequest:
     videos: Tensor
     columns: dict[str, list]
     state: dict[str, float] | None
+
+    def rows(self, start: int, end: int) -> "ScoreRequest":
+        columns = {name: values[start:end] for name, values in self.columns.items()}
+        return ScoreRequest(self.prompts[start:end], self.videos[start:end], columns, self.state)
 
 
 @dataclass
@@ -61,11 +71,11 @@ def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
     for name, values in request.columns.items():
         if not is_plain(list(values)):
             raise ValueError(
-                f"column {name!r} holds what JSON does not carry unchanged (images, arrays, tuples, bytes). A reward "
-                "that names its columns instead of taking **columns is sent only those."
+                f"column {name!r}, which the reward names, holds what JSON does not carry unchanged (images, arrays, "
+                "tuples, bytes). Leave it out of the reward's arguments, or use the reward inside the run."
             )
     head = {"protocol": PROTOCOL, "prompts": list(request.prompts), "columns": request.columns, "state": request.state,
-            "size": list(request.videos.shape[-2:])}  # fmt: skip
+            "size": [request.videos.shape[1], *request.videos.shape[-2:]]}  # fmt: skip
     tensors = {"request": _as_tensor(json.dumps(head).encode())}
     if frames == "mp4":
         for row, video in enumerate(request.videos):
@@ -75,10 +85,11 @@ def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
     return save(tensors)
 
 
-def unpack_request(body: bytes) -> ScoreRequest:
+def unpack_request(body: bytes, max_bytes: float = math.inf) -> ScoreRequest:
     """The request in a body.
 
     Raises:
+        TooLarge: mp4 files of more than `max_bytes` as fp32 frames by what the request says; they are not decoded.
         ValueError: it is none, is of another protocol, or does not hold together; the message says what is wrong.
     """
     try:
@@ -90,14 +101,20 @@ def unpack_request(body: bytes) -> ScoreRequest:
     if protocol != PROTOCOL:
         raise ValueError(other_protocol("the client", protocol, "this server"))
     try:
-        prompts, columns, state, (height, width) = (head[key] for key in ("prompts", "columns", "state", "size"))
+        prompts, columns, state, (count, height, width) = (
+            head[key] for key in ("prompts", "columns", "state", "size")
+        )
         if "videos" in tensors:
             videos = tensors["videos"]
             if videos.dtype not in (torch.float32, torch.uint8):
                 raise ValueError(f"videos: expected float32 or uint8, got {videos.dtype}.")
             videos = videos.float().div_(255) if videos.dtype == torch.uint8 else videos
         else:  # an odd side has got one more row or column
-            parts = [load_video(tensors[f"video_{row}"].numpy().tobytes()) for row in range(len(prompts))]
+            size = decoded_bytes((len(prompts), count, 3, height, width))
+            if size > max_bytes:
+                raise TooLarge(too_large(size, max_bytes))
+            shape = (count, height + height % 2, width + width % 2)
+            parts = [load_video(tensors[f"video_{row}"].numpy().tobytes(), shape=shape) for row in range(len(prompts))]
             videos = torch.stack([part[..., :height, :width] for part in parts])
         check_inputs(prompts, videos)
         for name, values in columns.items():
@@ -167,6 +184,11 @@ def other_protocol(who: str, protocol: object, here: str) -> str:
 def too_large(size: int, max_bytes: int) -> str:
     return (f"the request has {size} bytes, and this server takes {max_bytes}; raise its --max_mb, or send fewer "
             "videos at once.")  # fmt: skip
+
+
+def decoded_bytes(shape: Sequence[int]) -> int:
+    """Of videos of this shape, in fp32."""
+    return 4 * math.prod(shape)
 
 
 def is_plain(value: object) -> bool:

@@ -135,7 +135,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
                         TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
         self.adapted_modules = self.trained.modules
         self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
-                                      self.auxiliary_losses)
+                                      self.auxiliary_losses, self.rewards)
         if args.torch_compile:
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
                                        args.torch_compile_backend or "inductor", args.torch_compile_mode)

@@ -13,6 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType
 
 from ....policy import VideoPolicy
+from ....rewards import RemoteReward, RewardPanel
+from ....rewards.signature import layers
 from ....run_files import own_checkpoints
 from ...auxiliary.auxiliary_loss import AuxiliaryLoss
 
@@ -59,13 +61,14 @@ def step_of(checkpoint: str) -> int:
 
 
 def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: tuple[str, ...],
-                 auxiliary_losses: list[AuxiliaryLoss]) -> dict:
+                 auxiliary_losses: list[AuxiliaryLoss], rewards: RewardPanel) -> dict:
     """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted; and the
     settings of the run, with what changed in them where it was resumed.
 
     Args:
         trainer: its name. model: where the pipeline is from. args: the config. position: settings by which the
             position in the data is counted. auxiliary_losses: their weights are settings of the run, too.
+        rewards: those of servers have an identity, of their code and weights.
     """
     denoisers = policy.denoiser
     return {
@@ -79,6 +82,8 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
                     | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
         "objective": {name: _plain(getattr(args, name)) for name in args.objective()},
+        "remote_rewards": {name: layer.identity for name, func in zip(rewards.names, rewards.funcs)
+                           for layer in layers(func) if isinstance(layer, RemoteReward)},
         "changes": [],
     }
 
@@ -146,9 +151,14 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
     then, now = weights | then, weights | now
     objective = [name for name in own["objective"] if name in saved.get("objective", {})]
     then, now = then | saved.get("objective", {}), now | own["objective"]
+    servers = {name: (before, own["remote_rewards"][name]) for name, before in saved.get("remote_rewards", {}).items()
+               if name in own["remote_rewards"]}
     return saved.get("changes", []) + [
         f"{name} {then[name]} until step {step}, then {now[name]}" for name in (*TOLD, *weights, *objective)
         if then[name] != now[name]
+    ] + [
+        f"code or weights of the remote reward {name!r} {before} until step {step}, then {after}"
+        for name, (before, after) in servers.items() if before != after
     ]
 
 
