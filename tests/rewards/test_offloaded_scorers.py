@@ -1,10 +1,18 @@
 """Scorers whose weights wait on the CPU: where they are when a graph is left, and when it has been used."""
 
+import sys
+import weakref
+from pathlib import Path
+
 import pytest
 import test_video_align
 import tiny_encoders
 import torch
 from test_pickscore import tiny_clip
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainers"))
+import test_backprop_trainer as backprop
+import tiny_runs
 
 from pisces_rl.rewards import RewardError, RewardPanel, load_reward
 from pisces_rl.rewards.encoders import load_encoder
@@ -56,3 +64,37 @@ def test_offload_of_none_moves_nothing_or_undoes_it(part, monkeypatch):
     reward.offload = "cuda"
     reward.offload = None
     assert places == ["cpu", "cuda"] and reward.offload is None, "back to where it worked"
+
+
+def test_a_reward_does_not_keep_anothers_graph():
+    """Which would hold the weights on the device that have gone to the CPU."""
+    kept = []
+
+    def first(prompts, videos):
+        weight = torch.rand(videos.shape[1:])
+        kept.append(weakref.ref(weight))
+        return (videos * weight).mean(dim=(1, 2, 3, 4))
+
+    def second(prompts, videos):
+        assert kept[0]() is None
+        return first(prompts, videos)
+
+    first.differentiable = second.differentiable = True
+    RewardPanel([first, second]).with_gradients(["a"], torch.rand(1, 2, 3, 4, 4), {})
+    assert len(kept) == 2
+
+
+def test_a_run_samples_without_the_scorers_weights_and_leaves_the_same_adapter(tmp_path, monkeypatch):
+    scorer, moves, sampled = pickscore(), [], []
+    made = backprop.trainer(tmp_path / "a", scorer)
+    made.train()
+    made.save_model()
+    monkeypatch.setattr(scorer.model, "to", moves.append)
+    offloaded = backprop.trainer(tmp_path / "b", scorer, offload=["rewards"])
+    sample = offloaded.policy.sample_with_gradients
+    offloaded.policy.sample_with_gradients = lambda *args, **k: sampled.append(len(moves)) or sample(*args, **k)
+    offloaded.train()
+    offloaded.save_model()
+    assert sampled == [1, 3] and len(moves) == 5, "away at once, then there and away for each step"
+    found, expected = tiny_runs.weights(offloaded), tiny_runs.weights(made)
+    assert expected and all(torch.equal(found[name], expected[name]) for name in expected)

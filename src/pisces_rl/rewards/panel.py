@@ -156,6 +156,7 @@ class RewardPanel:
                             f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
                             f"{prompts[bad[0]]!r}. Training stops before it learns from that."
                         )
+                del values  # and with it a graph that holds the weights
                 encodings.backward_done()
                 gradients.append(gradient.to(home))
                 table.seconds[name] = time.perf_counter() - start
