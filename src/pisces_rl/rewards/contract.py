@@ -11,8 +11,8 @@ reward with the attribute `differentiable = True` returns a tensor that carries 
 with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
 between calls, or, where a call leaves a graph, until the panel's backward pass. One with a method `to` is moved by it
 where the run has a `reward_device`. An async one may say in an attribute `unanswered` what it waited for when it was
-cancelled, for the error of a `reward_timeout`. These attributes and `__name__` may be set on a wrapper or a partial: the
-outermost one counts.
+cancelled, for the error of a `reward_timeout`. These attributes and `__name__` may be set on a wrapper or a partial:
+the outermost one counts.
 
 A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
 it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
