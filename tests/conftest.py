@@ -48,8 +48,18 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish(session):
+    forget_what_lives()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    if nextitem is not None and nextitem.path != item.path:
+        forget_what_lives()
+
+
+def forget_what_lives():
     """Garbage is not looked for among the objects of torch, diffusers and transformers: accelerate collects it once a
-    run, which was 40 % of a tiny run's time."""
+    run, which was 40 % of a tiny run's time. A file's tests import more of them."""
     gc.collect()
     gc.freeze()
 

@@ -280,6 +280,7 @@ def test_other_families(family):
     assert all(0 < base[phase] < larger[phase] for phase in base)
 
 
+@pytest.mark.slow
 def test_fsdp2_shares_the_denoiser():
     estimate = estimated("wan")
     shared = estimate.fsdp2(4)

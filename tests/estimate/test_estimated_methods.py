@@ -40,6 +40,7 @@ def test_nft_holds_the_old_policy_clean_latents_and_two_predictions():
         assert nft.phases[phase]["trained weights"] == adapter
 
 
+@pytest.mark.slow
 def test_flow_dpo_trains_on_two_videos_of_each_group():
     settings = SHORT | dict(num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=1)
     pairs, all_ = estimated("flow_dpo", **settings), estimated("rvm", **settings)

@@ -36,7 +36,7 @@ def all_reached(family: str, parameters: dict, gradients: list, steps) -> bool:
     )
 
 
-@pytest.mark.parametrize("family", DIFFERENTIABLE)
+@pytest.mark.parametrize("family", often(DIFFERENTIABLE))
 def test_videos_are_the_samples_and_gradients_reach_every_adapter(family):
     policy, parameters = build(family, guided=True)
     expected = policy.sample(PROMPTS, **seeded(family)).videos

@@ -286,7 +286,7 @@ def test_options_that_match_nothing(options, message):
                  LoraConfig(r=4, target_modules=["to_q", "to_k"], **options))
 
 
-@pytest.mark.parametrize("family", ["wan", "latte"])
+@pytest.mark.parametrize("family", ["wan", pytest.param("latte", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("options", [
     {"use_rslora": True, "lora_alpha": 6}, {"lora_alpha": 2.5}, {"init_lora_weights": "gaussian"},
     {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 9}}, {"exclude_modules": ["to_k"]},

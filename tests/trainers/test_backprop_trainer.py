@@ -157,7 +157,7 @@ def test_the_checkpoint_of_the_other_trainer(tmp_path):
         tiny_runs.trainer(tmp_path / "ours").train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("through", THROUGH)
+@pytest.mark.parametrize("through", [THROUGH[0], *(pytest.param(t, marks=pytest.mark.slow) for t in THROUGH[1:])])
 def test_a_model_of_one_step(tmp_path, through):
     made = trainer(tmp_path, backprop_through=through, num_inference_steps=1, eval_dataset=tiny_runs.prompts(1))
     made.train()

@@ -30,7 +30,8 @@ def trainer(folder, family: str, **settings):
 @pytest.mark.parametrize("method, family", [
     *(("nft", family) if family in FAST else pytest.param("nft", family, marks=pytest.mark.slow)
       for family in STARTING),
-    *((method, family) for method in OTHERS for family in ("cogvideox", "latte", "wan22_a14b")),
+    *((method, "wan22_a14b") for method in OTHERS),
+    *(pytest.param(method, family, marks=pytest.mark.slow) for method in OTHERS for family in ("cogvideox", "latte")),
 ])
 def test_a_step(tmp_path, method, family):
     """Its gradients are finite and reach every adapter; of Wan 2.2's experts both, each from its own levels."""
