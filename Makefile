@@ -36,7 +36,7 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 # Alone on its cores a run gains a fifth from threads that spin a little before they sleep.
-demo: $(STAMP)  ## improve the embedded text-to-video model, in four minutes on two CPU cores
+demo: $(STAMP)  ## improve the embedded text-to-video model, in about four minutes on two CPU cores
 	env -u OMP_WAIT_POLICY GOMP_SPINCOUNT=20000 $(LAUNCH) examples/train_t2v.py --config recipes/shapemotion_rvm.yaml $(ARGS)
 
 test: $(STAMP)  ## run the tests

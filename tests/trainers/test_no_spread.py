@@ -57,6 +57,15 @@ def test_an_anchor_or_another_term_still_steps(tmp_path):
     assert largest_difference(before, weights(made)) > 0
 
 
+def told_once(made, phrase: str) -> str:
+    """The one warning of a training that holds a phrase."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made.train()
+    (message,) = (str(w.message) for w in told if phrase in str(w.message))
+    return message
+
+
 @pytest.mark.parametrize("method", OFTEN)
 def test_it_is_said_once_of_which_prompts(tmp_path, method):
     """Two of three groups; the next rollout says nothing more of it."""
@@ -65,12 +74,10 @@ def test_it_is_said_once_of_which_prompts(tmp_path, method):
 
     made = trainer(tmp_path, of_clip_0, method=method, per_device_train_batch_size=12, shuffle_dataset=False,
                    num_sample_videos=0)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        made.train()
-    (message,) = (str(w.message) for w in told if "tell none" in str(w.message))
-    assert message.startswith("the rewards of 'clip 1' tell none of its videos from another (all are equal, or none "
-                              "applies), nor do those of 1 further of this rollout's 3 prompts")
+    assert told_once(made, "tell none").startswith(
+        "the rewards of 'clip 1' tell none of its videos from another (all are equal, or none applies), nor do those "
+        "of 1 further of this rollout's 3 prompts"
+    )
 
 
 def test_a_prompt_that_no_reward_scores_is_named_once(tmp_path):
@@ -78,9 +85,6 @@ def test_a_prompt_that_no_reward_scores_is_named_once(tmp_path):
         return [None if p == "clip 1" else v for p, v in zip(prompts, brightness(prompts, videos).tolist())]
 
     made = trainer(tmp_path, none_for_clip_1, per_device_train_batch_size=12, num_sample_videos=0)
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        made.train()
-    (message,) = (str(w.message) for w in told if "no reward applies" in str(w.message))
-    assert message.startswith("no reward applies to 4 of a rollout's 12 videos (all returned None), the first of "
-                              "'clip 1'")
+    assert told_once(made, "no reward applies").startswith(
+        "no reward applies to 4 of a rollout's 12 videos (all returned None), the first of 'clip 1'"
+    )
