@@ -10,7 +10,15 @@ from pathlib import Path
 import psutil
 import yaml
 
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+
+def on_gpus() -> bool:
+    """Whether processes, and tiny runs, use a GPU each: only in tests that set this variable."""
+    return os.environ.get("PISCES_RL_TESTS_ON") == "cuda"
+
+
+def environment() -> dict[str, str]:
+    own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    return os.environ | own | ({} if on_gpus() else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def together(script: str, *arguments: str, timeout: float) -> list[subprocess.CompletedProcess]:
@@ -19,7 +27,7 @@ def together(script: str, *arguments: str, timeout: float) -> list[subprocess.Co
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, script, *arguments]
-    common = os.environ | ENVIRONMENT | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]  # fmt: skip
     try:
@@ -33,8 +41,8 @@ def together(script: str, *arguments: str, timeout: float) -> list[subprocess.Co
 def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -> subprocess.CompletedProcess:
     """`accelerate launch script folder names` with FSDP2 on two processes; `fsdp` changes its settings."""
     settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "use_cpu": True, "num_machines": 1,
-        "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
+        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1,
+        "use_cpu": not on_gpus(), "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
         "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
     }  # fmt: skip
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
@@ -58,7 +66,7 @@ def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedPro
     When time runs out, all of its descendants are killed: ranks have sessions of their own.
     """
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(command, env=os.environ | ENVIRONMENT, stdout=subprocess.PIPE,
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.STDOUT, text=True, start_new_session=True)
     try:
         output, _ = process.communicate(timeout=timeout)

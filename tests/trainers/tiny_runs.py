@@ -26,7 +26,8 @@ def pipeline(seed: int = 0):
 def config(folder, method: str = "grpo", **settings):
     """One prompt group of 4 a step unless `settings` say otherwise; for GRPO a clip range that never clips."""
     defaults = {
-        **CALL, "output_dir": str(folder), "use_cpu": True, "report_to": "none", "gradient_checkpointing": False,
+        **CALL, "output_dir": str(folder), "report_to": "none", "gradient_checkpointing": False, "bf16": False,
+        "use_cpu": os.environ.get("PISCES_RL_TESTS_ON") != "cuda",
         "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 16}, "per_device_train_batch_size": 4,
         "num_generations": 4, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
         "num_sample_videos": 2, "save_strategy": "no",
@@ -75,7 +76,7 @@ def enliven(made: VideoGRPOTrainer, scale: float = 0.05) -> None:
 
 def weights(made: VideoGRPOTrainer) -> dict[str, torch.Tensor]:
     """Whole, also where processes hold parts: then all must call."""
-    return {name: p.detach().full_tensor() if isinstance(p, DTensor) else p.detach().clone()
+    return {name: (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).to("cpu", copy=True)
             for name, p in made.adapter.items()}
 
 
