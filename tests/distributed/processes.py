@@ -9,16 +9,12 @@ from pathlib import Path
 
 import psutil
 import yaml
-
-
-def on_gpus() -> bool:
-    """Whether processes, and tiny runs, use a GPU each: only in tests that set this variable."""
-    return os.environ.get("PISCES_RL_TESTS_ON") == "cuda"
+from scenarios import tiny_runs
 
 
 def environment() -> dict[str, str]:
     own = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    return os.environ | own | ({} if on_gpus() else {"CUDA_VISIBLE_DEVICES": ""})
+    return os.environ | own | ({} if tiny_runs.on_gpus() else {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def together(script: str, *arguments: str, timeout: float) -> list[subprocess.CompletedProcess]:
@@ -42,7 +38,7 @@ def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -
     """`accelerate launch script folder names` with FSDP2 on two processes; `fsdp` changes its settings."""
     settings = {
         "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1,
-        "use_cpu": not on_gpus(), "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
+        "use_cpu": not tiny_runs.on_gpus(), "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
         "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
     }  # fmt: skip
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))

@@ -45,28 +45,33 @@ def test_values_and_gradients_are_those_of_the_videos_device(device):
         for a, b in zip(first, second):
             assert b.device == home.device
             assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
-            if device != "cpu":  # the same kernels
-                assert torch.equal(a, b) and torch.equal(plain, moved)
+            if device != "cpu":  # the same kernels, some of which sum in no fixed order
+                torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 
 @pytest.mark.parametrize("device", ELSEWHERE)
 @pytest.mark.parametrize("kind", ["backprop", "grpo"])
 def test_a_run_is_that_of_the_videos_device(tmp_path, device, kind):
+    """But for the rounding of fp32, a hundredth of what was learned at most: AdamW would make much of it."""
     found = []
     for where in ("cuda:0", device):
-        reward, settings = Brightness(), dict(reward_device=where, use_cpu=False)
+        reward = Brightness()
+        settings = dict(reward_device=where, use_cpu=False, optim="sgd", learning_rate=1.0, num_sample_videos=0,
+                        max_grad_norm=0.0)
         if kind == "grpo":
-            made = trainer(tmp_path / where, reward, alive=True, num_sample_videos=0, **settings)
+            made = trainer(tmp_path / where, reward, alive=True, **settings)
         else:
             config = RewardBackpropConfig(
-                output_dir=str(tmp_path / where), max_steps=2, report_to="none", bf16=False, num_sample_videos=0,
+                output_dir=str(tmp_path / where), max_steps=2, report_to="none", bf16=False,
                 per_device_train_batch_size=2, num_inference_steps=2, height=16, width=16, num_frames=5, **settings,
             )  # fmt: skip
             made = RewardBackpropTrainer(tiny_runs.pipeline(), reward, config, tiny_runs.prompts())
+        before = weights(made)
         made.train()
         assert reward.seen == {where} and str(reward.scale.device) == where
         found.append(weights(made))
-    assert largest_difference(*found) <= (1e-4 if device == "cpu" else 0)
+    learned = largest_difference(before, found[0])
+    assert 0 < learned and largest_difference(*found) < 1e-2 * learned
 
 
 def test_all_kinds_of_rewards_go_there():

@@ -19,6 +19,11 @@ from pisces_rl.trainers.methods import METHODS
 CALL = {"height": 16, "width": 16, "num_frames": 5, "guidance_scale": 1.0}
 
 
+def on_gpus() -> bool:
+    """Whether runs, and processes that tests start, use a GPU each: only in tests that set this variable."""
+    return os.environ.get("PISCES_RL_TESTS_ON") == "cuda"
+
+
 def pipeline(seed: int = 0):
     return quiet(BUILD["wan"](seed))
 
@@ -27,10 +32,10 @@ def config(folder, method: str = "grpo", **settings):
     """One prompt group of 4 a step unless `settings` say otherwise; for GRPO a clip range that never clips."""
     defaults = {
         **CALL, "output_dir": str(folder), "report_to": "none", "gradient_checkpointing": False, "bf16": False,
-        "use_cpu": os.environ.get("PISCES_RL_TESTS_ON") != "cuda",
+        "use_cpu": not on_gpus(),
         "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 16}, "per_device_train_batch_size": 4,
         "num_generations": 4, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "num_sample_videos": 2, "save_strategy": "no",
+        "num_sample_videos": 0 if on_gpus() else 2, "save_strategy": "no",
     } | ({"epsilon": 0.5} if method == "grpo" else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
