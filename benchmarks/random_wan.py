@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 SIZES = {
     "wan21_1.3b": dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30),
     "wan21_14b": dict(num_attention_heads=40, attention_head_dim=128, ffn_dim=13824, num_layers=40),
-    "tiny": dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=2),
+    "tiny": dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=32, num_layers=2),
 }
 TEXT_ENCODERS = {  # without the vocabulary: small is one layer of Wan's width, full is UMT5-XXL's encoder
     "small": dict(d_kv=8, d_ff=64, num_layers=1, num_heads=4),

@@ -24,17 +24,18 @@ from pisces_rl.policy.fast.execution import compile_blocks
 from pisces_rl.policy.fast.products import fuse_products
 
 ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
-VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products)
-    "eager": (False, None, None, False),
-    "compiled": (True, "everything", None, False),
-    "cudnn": (True, "everything", "cudnn", False),
-    "keep": (True, "all_but_attention", "cudnn", False),
-    "fused": (True, "all_but_attention", "cudnn", True),
+VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products, base's precision)
+    "eager": (False, None, None, False, None),
+    "compiled": (True, "everything", None, False, None),
+    "cudnn": (True, "everything", "cudnn", False, None),
+    "keep": (True, "all_but_attention", "cudnn", False, None),
+    "fused": (True, "all_but_attention", "cudnn", True, None),
+    "fp8": (True, "all_but_attention", "cudnn", True, "fp8"),
 }
 
 
 def build(name: str, args, device: str) -> VideoPolicy:
-    compiled, recompute, kernel, fused = VARIANTS[name]
+    compiled, recompute, kernel, fused, precision = VARIANTS[name]
     pipe = random_wan(args.tiny, torch.bfloat16 if device == "cuda" else torch.float32, device).to(device)
     denoisers = {"transformer": pipe.transformer}
     add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=ATTENTION))
@@ -52,6 +53,7 @@ def build(name: str, args, device: str) -> VideoPolicy:
         pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size),
         autocast_dtype=torch.bfloat16 if device == "cuda" else None, attention_kernel=kernel,
     )  # fmt: skip
+    policy.set_base_precision(precision)
     if fused:
         fuse_products(pipe.transformer)
     if compiled:

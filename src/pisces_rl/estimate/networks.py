@@ -47,6 +47,7 @@ class Networks:
         self.full = peft_config == FULL
         if self.full:
             FullWeights(denoisers, args.lora_denoisers)
+        self.policy.set_base_precision(args.base_precision)
         self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
         self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
                        for name, denoiser in denoisers.items()}

@@ -9,6 +9,7 @@ are the pipeline's own in both passes, hence equal by construction. No code here
 
 import contextlib
 import inspect
+import re
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
 from .fast.execution import ATTENTION_KERNELS, checkpointed, compile_blocks
+from .fast.fp8 import FP8Linear, check_device, quantise, serves_fp8
 from .fast.products import fuse_products
+from .lora.adapters import PROJECTIONS
 from .pipeline.conditions import Conditions, calls, checked_conditions, of_video
 from .pipeline.decoder import set_decoder
 from .pipeline.inference_only import check_trainable
@@ -143,6 +146,28 @@ class VideoPolicy(nn.Module):
             else:
                 warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
                               "keeps all activations of one denoising step.", stacklevel=2)
+
+    def set_base_precision(self, precision: str | None) -> None:
+        """With "fp8", hold the frozen projections of attention and feed-forward in FP8, see `fast/fp8.py`.
+
+        Before `compile_blocks`. Sampling, replay and a reference without the adapter then all compute with them.
+
+        Raises:
+            ValueError: the denoisers' device computes no FP8 products.
+            PolicyError: there are no such projections, or none of widths that FP8 takes.
+        """
+        if precision is None:
+            return
+        count = 0
+        for module in self.denoiser.values():
+            check_device(device_of(module))
+            layers = [m for n, m in module.named_modules() if re.fullmatch(PROJECTIONS, n.removesuffix(".base_layer"))]
+            for layer in filter(serves_fp8, layers):
+                quantise(layer)
+            count += sum(isinstance(layer, FP8Linear) for layer in layers)
+        if not count:
+            raise PolicyError("base_precision='fp8': the denoisers have no frozen linear projections of attention or "
+                              "feed-forward whose widths are multiples of 16; unset it.")  # fmt: skip
 
     def compile_blocks(self, recompute: str = "all_but_attention", backend: str | None = "inductor",
                        mode: str | None = None) -> None:

@@ -70,7 +70,7 @@ def modulated_norm(
     if serves(x):
         _modulated_norm[(batch * length,)](
             x, y, gate, scale, shift, total, n, length, width, joined.stride(0), scale.stride(0), shift.stride(0),
-            0 if gate is None else gate.stride(0), eps, **_launch(width),
+            0 if gate is None else gate.stride(0), eps, **launch(width),
         )  # fmt: skip
     else:
         if y is not None:
@@ -100,7 +100,7 @@ def modulated_norm_backward(
         grad_x, grad_n = grad_x.contiguous(), grad_n.contiguous()
         _modulated_norm_backward[(batch * length,)](
             x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale.stride(0),
-            0 if gate is None else gate.stride(0), eps, **_launch(width),
+            0 if gate is None else gate.stride(0), eps, **launch(width),
         )  # fmt: skip
         return out_x, out_y
     centred = _precise(x) - _precise(x).mean(-1, keepdim=True)
@@ -199,7 +199,7 @@ def _is_power_of_two(number: int) -> bool:
     return number & (number - 1) == 0
 
 
-def _launch(width: int) -> dict[str, int]:
+def launch(width: int) -> dict[str, int]:
     block = triton.next_power_of_2(width)
     return dict(BLOCK=block, num_warps=min(max(block // 512, 1), 16))
 
@@ -214,14 +214,11 @@ def _launch_heads(q: Tensor) -> tuple[tuple[int], dict[str, int]]:
 if triton is not None:
 
     @triton.jit
-    def _modulated_norm(
-        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride, eps,
-        BLOCK: tl.constexpr,
+    def normed_row(
+        x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride, gate_stride, eps, d, inside
     ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
+        """A row of n; that of x' is stored where there is a y."""
         video = row // length
-        d = tl.arange(0, BLOCK)
-        inside = d < width
         factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
         offset = tl.load(shift + video * shift_stride + d, mask=inside, other=0.0)
         if gate is not None:
@@ -236,7 +233,18 @@ if triton is not None:
             value = rounded.to(tl.float32)
         centred = tl.where(inside, value - tl.sum(value, 0) / width, 0.0)
         inverse = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
-        normed = centred * inverse * factor + offset
+        return centred * inverse * factor + offset
+
+    @triton.jit
+    def _modulated_norm(
+        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride, eps,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        normed = normed_row(x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride,
+                            gate_stride, eps, d, inside)  # fmt: skip
         tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit

@@ -20,6 +20,7 @@ from diffusers.models.activations import GELU
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
+from .fp8 import FP8FeedForward, FP8Linear, FP8NormProduct, FP8Product
 from .kernels import modulated_norm, modulated_norm_backward, operator
 
 
@@ -115,7 +116,7 @@ class NormProduct(torch.autograd.Function):
 
 
 def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """W, b, A and s B of layers side by side."""
+    """W, b, A and s B of layers side by side; of layers in FP8 a weight's bits and scales in place of W."""
     a = b = None
     bases = layers
     if isinstance(layers[0], Linear):
@@ -124,11 +125,14 @@ def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None
         a = torch.cat([layer.lora_A[name].weight for layer, name in zip(layers, names)]).to(dtype)
         b = [layer.scaling[name] * layer.lora_B[name].weight for layer, name in zip(layers, names)]
         b = torch.block_diag(*b).to(dtype)
-    weight = torch.cat([base.weight for base in bases]) if len(bases) > 1 else bases[0].weight
-    bias = bases[0].bias
-    if bias is not None:
-        bias = (torch.cat([base.bias for base in bases]) if len(bases) > 1 else bias).to(dtype)
-    return weight.to(dtype), bias, a, b
+    def together(name: str) -> Tensor | None:
+        values = [getattr(base, name) for base in bases]
+        return torch.cat(values) if len(values) > 1 else values[0]
+
+    weight = together("weight")
+    weights = (weight, together("weight_scale")) if isinstance(bases[0], FP8Linear) else (weight.to(dtype),)
+    bias = None if bases[0].bias is None else together("bias").to(dtype)
+    return *weights, bias, a, b
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
@@ -141,7 +145,12 @@ def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
     """[layer(x) for layer in layers] side by side, (..., sum of out); of layers that `are_one_product`."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        y = Product.apply(x.flatten(0, -2).to(dtype), *gathered(layers, dtype), gelu)
+        rows = x.flatten(0, -2).to(dtype)
+        if is_fp8(layers):
+            y = FP8Product.apply(rows, *gathered(layers, dtype))
+            y = F.gelu(y, approximate="tanh") if gelu else y
+        else:
+            y = Product.apply(rows, *gathered(layers, dtype), gelu)
     return y.unflatten(0, x.shape[:-1])
 
 
@@ -152,14 +161,42 @@ def norm_product(
     """x' = x + gate * y and the `product` of its layer norm * scale + shift; x and y (B, L, D), the others (B, D)."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        x, out = NormProduct.apply(x, y, gate, scale, shift, eps, *gathered(layers, dtype), gelu)
+        if is_fp8(layers):
+            x, out = FP8NormProduct.apply(x, y, gate, scale, shift, eps, dtype, *gathered(layers, dtype))
+            out = F.gelu(out, approximate="tanh") if gelu else out
+        else:
+            x, out = NormProduct.apply(x, y, gate, scale, shift, eps, *gathered(layers, dtype), gelu)
+    return x, out.unflatten(0, x.shape[:2])
+
+
+def norm_feed_forward(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, up: nn.Module,
+    rest: list[nn.Module],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`norm_product` with a GELU by the layer `up`, then the layers `rest`: in FP8 one function where they are one."""
+    down = rest[-1]
+    fp8 = len(rest) == 2 and isinstance(rest[0], nn.Dropout) and rest[0].p == 0
+    if not (fp8 and is_fp8([up]) and are_one_product([down]) and is_fp8([down])):
+        x, y = norm_product(x, y, gate, scale, shift, eps, [up], gelu=True)
+        for layer in rest:
+            y = layer(y)
+        return x, y
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
+        x, out = FP8FeedForward.apply(x, y, gate, scale, shift, eps, dtype, *gathered([up], dtype),
+                                      *gathered([down], dtype))  # fmt: skip
     return x, out.unflatten(0, x.shape[:2])
 
 
 def are_one_product(layers: list[nn.Module]) -> bool:
     """Whether layers are all plain and frozen, or all LoRA layers that `is_one_product`."""
-    plain = all(type(layer) is nn.Linear and not layer.weight.requires_grad for layer in layers)
-    return plain or all(is_one_product(layer) for layer in layers)
+    plain = all(type(layer) in (nn.Linear, FP8Linear) and not layer.weight.requires_grad for layer in layers)
+    return (plain or all(is_one_product(layer) for layer in layers)) and len({is_fp8([x]) for x in layers}) == 1
+
+
+def is_fp8(layers: list[nn.Module]) -> bool:
+    """Whether the base of layers that `are_one_product` is in FP8."""
+    return isinstance(layers[0].get_base_layer() if isinstance(layers[0], Linear) else layers[0], FP8Linear)
 
 
 def is_one_product(layer: nn.Module) -> bool:

@@ -17,8 +17,10 @@ from .linear import (
     are_one_product,
     compute_dtype,
     gathered,
+    is_fp8,
     linear,
     linear_backward,
+    norm_feed_forward,
     norm_product,
     product,
 )
@@ -82,10 +84,12 @@ def _norm_heads(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (B, L, D) and self attention's heads (B, L, H, d) of its layer norm * scale + shift, each (B, D)."""
     dtype = compute_dtype(x)
-    heads = _norm_and_angles(attn, x, dtype, rotary)
+    heads, layers = _norm_and_angles(attn, x, dtype, rotary), [attn.to_q, attn.to_k, attn.to_v]
+    if is_fp8(layers):
+        x, qkv = norm_product(x, None, None, scale, shift, eps, layers)
+        return x, *_RotatedHeads.apply(qkv, *heads)
     with torch.autocast(x.device.type, enabled=False):
-        layers = gathered([attn.to_q, attn.to_k, attn.to_v], dtype)
-        return _NormHeads.apply(x, scale, shift, eps, *layers, *heads)
+        return _NormHeads.apply(x, scale, shift, eps, *gathered(layers, dtype), *heads)
 
 
 def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -155,9 +159,7 @@ class _FewPassesBlock:
         weight, bias = (p.float().expand(len(temb), -1) for p in (self.norm2.weight, self.norm2.bias))
         x, q = norm_product(x, y, gate, weight, bias, self.norm2.eps, second)
         y = _output(cross, _cross_attention(cross, q, encoder_hidden_states))
-        x, y = norm_product(x, y, None, 1 + c_scale, c_shift, self.norm3.eps, third, gelu=True)
-        for layer in self.ffn.net[1:]:
-            y = layer(y)
+        x, y = norm_feed_forward(x, y, None, 1 + c_scale, c_shift, self.norm3.eps, *third, list(self.ffn.net[1:]))
         return (x.float() + y.float() * c_gate[:, None]).type_as(x)
 
     def _is_usual(self, temb: Tensor) -> bool:

@@ -27,7 +27,8 @@ ATTENTION = (
 FEED_FORWARD = r"(net\.0\.proj|net\.2|feed_forward\.(in_layer|out_layer)|conv_inverted|conv_point)"
 BLOCKS = r"(blocks|(single_|temporal_|visual_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
 NOT_AUDIO = r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see the video: audio stays the base's
-DEFAULT_TARGETS = rf"{NOT_AUDIO}{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
+PROJECTIONS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
+DEFAULT_TARGETS = NOT_AUDIO + PROJECTIONS
 # What a block of two streams computes for the text stream alone.
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
 

@@ -96,9 +96,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = (
             RewardPanel(funcs, args.reward_timeout, args.own_reward_device()) for funcs in (reward_funcs, judge_funcs))
-        auxiliary_losses = [] if auxiliary_losses is None else auxiliary_losses
-        check_auxiliary_losses(auxiliary_losses)
-        self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses]
+        check_auxiliary_losses(auxiliary_losses or [])
+        self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses or []]
         self._uses_reference = args.uses_reference() or any(loss.uses_reference for loss in self.auxiliary_losses)
         check_reference(args, self._uses_reference)
         if args.num_sample_videos:
@@ -125,7 +124,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         check_images("train_dataset", train_dataset, self.image_columns)
         if eval_dataset is not None:
             check_images("eval_dataset", eval_dataset, self.image_columns)
-        check_unused(self.pipeline)
+        check_unused(self.pipeline, args.base_precision)
         if args.process_index == 0:
             self._memory_plan = memory_plan(self.pipeline, args, peft_config)
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
@@ -134,6 +133,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.trained = (FullWeights(denoisers, args.lora_denoisers) if full else
                         TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
         self.adapted_modules = self.trained.modules
+        self.policy.set_base_precision(args.base_precision)
         self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
                                       self.auxiliary_losses, self.rewards)
         if args.torch_compile:

@@ -77,6 +77,7 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "pipeline": type(policy.pipeline).__name__,
         "denoisers": {name: _architecture(module) for name, module in denoisers.items()},
         "weights": {name: _weights_digest(module) for name, module in denoisers.items()},
+        "base_precision": args.base_precision,
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
         "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
@@ -106,7 +107,8 @@ def check_same_run(checkpoint: str, own: dict) -> None:
             f"resume_from_checkpoint={checkpoint!r} trained {_trained(saved)}, this run trains {_trained(own)}: "
             "resume with the peft_config and the lora_denoisers of that run."
         )
-    differences = (("weights", "other base weights"), ("lora_scale", "another lora_alpha or other lora_denoisers"))
+    differences = (("base_precision", "another base_precision"), ("weights", "other base weights"),
+                   ("lora_scale", "another lora_alpha or other lora_denoisers"))
     for key, what in differences:
         if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
             raise ValueError(

@@ -117,6 +117,8 @@ def check_full_fine_tuning(args, sharding: FullyShardedDataParallelPlugin | None
         raise ValueError(f"peft_config={FULL!r} trains all weights of the denoisers, but {what}: {instead}.")
 
     train_lora = "train a LoRA (peft_config=None)"
+    if args.base_precision is not None:
+        refuse(f"base_precision={args.base_precision!r} rounds frozen weights", f"unset it, or {train_lora}")
     if args.continue_from:
         refuse(f"continue_from={args.continue_from!r} is a saved LoRA", "merge it into the base first "
                "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "

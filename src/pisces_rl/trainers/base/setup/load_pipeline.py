@@ -10,6 +10,7 @@ from torch import nn
 from .... import assets
 from ....policy import check_no_adapters
 from ....policy.fast.execution import uncompile_blocks
+from ....policy.fast.fp8 import FP8Linear
 from ....policy.fast.products import unfuse_products
 from ....policy.pipeline.offload import kind_of
 
@@ -36,12 +37,13 @@ def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = No
         ) from error
 
 
-def check_unused(pipeline: DiffusionPipeline) -> None:
+def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> None:
     """That no component has adapters; what an earlier trainer left on the denoisers (compiled blocks, fused products,
     recomputation in backward) goes.
 
     Raises:
-        ValueError: a component carries adapters, or lies in parts on several ranks.
+        ValueError: a component carries adapters, lies in parts on several ranks, or holds FP8 weights that are not
+            asked for.
     """
     modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
     check_no_adapters(modules)
@@ -49,6 +51,9 @@ def check_unused(pipeline: DiffusionPipeline) -> None:
         if kind_of(name) == "denoiser":
             uncompile_blocks(module)
             unfuse_products(module)
+            if base_precision is None and any(isinstance(layer, FP8Linear) for layer in module.modules()):
+                raise ValueError(f"{name} has FP8 weights of an earlier trainer, but base_precision is unset: set it "
+                                 "to 'fp8', or load the pipeline again.")  # fmt: skip
             if module.is_gradient_checkpointing:
                 module.disable_gradient_checkpointing()
 

@@ -1,0 +1,415 @@
+"""Optional speed: products of a frozen base in FP8, the same in sampling, update and backward.
+
+A frozen weight W (N, K) is rounded once to e4m3, four bits of precision, with a power of two t_n for each row. The
+rows of an input are rounded alike, by the kernel that writes them where there is one (`modulated_norm`'s, a GELU's):
+
+    y_mn = s_m t_n sum_k x8_mk w8_nk + b_n + (u B^T)_mn,    u = x A^T,
+
+summed in fp32; LoRA's part stays in the input's dtype, and its A and B get their gradients from x itself. Backward's
+product with the base is one of FP8, too: the gradient, times t along the sum, is rounded by rows as x is,
+
+    dL/dx_mk = r_m sum_n g8_mn w8_nk + (g B A)_mk,    r_m g8_mn ~ g_mn t_n.
+
+So the base takes one byte a weight, and no other graph samples than the one that is trained. Scales are powers of two:
+e4m3 has an exponent of its own, so another scale gains no precision, and what they multiply is exact. On a device
+without FP8 the products are computed in fp32 from the same rounded values (CPU) or refused (`check_device`).
+Format and scaling: Micikevicius et al., arXiv 2209.05433.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .kernels import launch, modulated_norm, modulated_norm_backward, operator, serves, triton
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+MULTIPLE = 16  # of the widths that FP8 products take
+CAPABILITY = (8, 9)  # the first of NVIDIA's with them
+
+
+class FP8Linear(nn.Linear):
+    """A frozen linear layer whose weight lies in e4m3: its bits (out, in) in `weight`, its scales in `weight_scale`.
+
+    Bits are held as uint8, which no cast of a module and no library that looks for a dtype to compute in touches.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            y = FP8Product.apply(x.flatten(0, -2).to(dtype), self.weight, self.weight_scale, bias, None, None)
+        return y.unflatten(0, x.shape[:-1])
+
+
+def check_device(device: torch.device) -> None:
+    """A ValueError where a device computes no FP8 products."""
+    if device.type == "cpu":
+        return
+    if device.type != "cuda" or torch.version.cuda is None:
+        raise ValueError(f"base_precision='fp8' needs an NVIDIA GPU (or a CPU, for a trial), not {device}. Unset it.")
+    have = torch.cuda.get_device_capability(device)
+    if have < CAPABILITY:
+        raise ValueError(
+            f"base_precision='fp8' needs a GPU of compute capability {'.'.join(map(str, CAPABILITY))} (Ada, Hopper or "
+            f"later); {torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}. Unset it."
+        )
+
+
+@torch.no_grad()
+def quantise(layer: nn.Linear) -> None:
+    """Make a frozen linear layer an `FP8Linear`."""
+    bits, scale = _rounded(layer.weight.data)
+    layer.__class__ = FP8Linear
+    layer.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
+    layer.register_buffer("weight_scale", scale.flatten())
+
+
+def serves_fp8(layer: nn.Module) -> bool:
+    """Whether `quantise` takes a layer."""
+    return (type(layer) is nn.Linear and not layer.weight.requires_grad
+            and not layer.in_features % MULTIPLE and not layer.out_features % MULTIPLE)  # fmt: skip
+
+
+def dequantised(layer: FP8Linear) -> Tensor:
+    """The weight that a layer multiplies with, in fp32; bf16 holds it exactly."""
+    return layer.weight.view(E4M3).float() * layer.weight_scale.float()[:, None]
+
+
+# --- operators ---
+
+
+def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, K) in e4m3, and their scales (M, 1): the least power of two by which a row fits."""
+    x = x.float()
+    bits = (x.abs().amax(1, keepdim=True).clamp_min(1e-30) * (1 / LARGEST)).view(torch.int32)
+    exponent = (bits + 0x7FFFFF) >> 23
+    inverse = ((254 - exponent) << 23).view(torch.float32)
+    return (x * inverse).to(E4M3), (exponent << 23).view(torch.float32)
+
+
+def _outputs(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty(rows, width, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
+
+
+@operator
+def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
+    if not serves(x):
+        return _rounded(x if factor is None else x.float() * factor)
+    q, scale = _outputs(*x.shape, x)
+    _quantised[(len(x),)](x, factor, q, scale, x.shape[1], x.stride(0), **launch(x.shape[1]))
+    return q, scale
+
+
+@torch.library.register_fake("pisces_rl::quantised")
+def _(x, factor):
+    return _outputs(*x.shape, x)
+
+
+@operator
+def quantised_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, a: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What `modulated_norm` gives, of which n is empty without `a`; n in e4m3, and its scales."""
+    batch, length, width = x.shape
+    if not serves(x):
+        total, joined = modulated_norm(x, y, gate, scale, shift, eps, a, dtype)
+        q, scales = _rounded(joined[:, :width])
+        return total, x.new_empty(0, dtype=dtype) if a is None else joined, q, scales
+    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+    rows = batch * length
+    joined = x.new_empty(0 if a is None else rows, width + (0 if a is None else len(a)), dtype=dtype)
+    q, scales = _outputs(rows, width, x)
+    _quantised_norm[(rows,)](
+        x, y, gate, scale, shift, total, None if a is None else joined, q, scales, length, width, joined.stride(0),
+        scale.stride(0), shift.stride(0), 0 if gate is None else gate.stride(0), eps,
+        ROUNDED=dtype == torch.bfloat16, **launch(width),
+    )  # fmt: skip
+    if a is not None:
+        torch.mm(joined[:, :width], a.T, out=joined[:, width:])
+    return total, joined if a is not None else x.new_empty(0, dtype=dtype), q, scales
+
+
+@torch.library.register_fake("pisces_rl::quantised_norm")
+def _(x, y, gate, scale, shift, eps, a, dtype):
+    rows, width = x.shape[0] * x.shape[1], x.shape[2]
+    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+    joined = x.new_empty(0, dtype=dtype) if a is None else x.new_empty(rows, width + len(a), dtype=dtype)
+    return total, joined, *_outputs(rows, width, x)
+
+
+@operator
+def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """h = GELU(z), by its tanh approximation, (M, K), empty unless `kept`; h in e4m3, and its scales."""
+    if not serves(z):
+        h = F.gelu(z, approximate="tanh")
+        return h if kept else z.new_empty(0), *_rounded(h)
+    h = torch.empty_like(z) if kept else z.new_empty(0)
+    q, scale = _outputs(*z.shape, z)
+    _quantised_gelu[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **launch(z.shape[1]))
+    return h, q, scale
+
+
+@torch.library.register_fake("pisces_rl::quantised_gelu")
+def _(z, kept):
+    return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
+
+
+@operator
+def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """g = grad GELU'(z), empty unless `kept`; g times a factor (K,) in e4m3, and its scales."""
+    if not serves(z):
+        g = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
+        return g if kept else z.new_empty(0), *_rounded(g.float() * factor)
+    g = torch.empty_like(z) if kept else z.new_empty(0)
+    q, scale = _outputs(*z.shape, z)
+    _quantised_gelu_backward[(len(z),)](
+        grad, z, factor, g if kept else None, q, scale, z.shape[1], **launch(z.shape[1])
+    )
+    return g, q, scale
+
+
+@torch.library.register_fake("pisces_rl::quantised_gelu_backward")
+def _(grad, z, factor, kept):
+    return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
+
+
+@operator
+def scaled_product(
+    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
+    b: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """(M, N) = the product above of q (M, K) and the bits of a weight (N, K), with u b^T where there is one."""
+    y = _product(q, scale, weight, weight_scale, bias, dtype)
+    return y if u is None else y.addmm_(u, b.T)
+
+
+@torch.library.register_fake("pisces_rl::scaled_product")
+def _(q, scale, weight, weight_scale, bias, u, b, dtype):
+    return q.new_empty(len(q), len(weight), dtype=dtype)
+
+
+@operator
+def scaled_product_backward(
+    q: Tensor, scale: Tensor, weight: Tensor, u: Tensor | None, a: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """(M, K) = scale q w8 of a gradient q (M, N) and the bits of a weight (N, K), with u a where there is one."""
+    y = _product(q, scale, _transposed(weight), torch.ones_like(weight[0], dtype=torch.float32), None, dtype)
+    return y if u is None else y.addmm_(u, a)
+
+
+@torch.library.register_fake("pisces_rl::scaled_product_backward")
+def _(q, scale, weight, u, a, dtype):
+    return q.new_empty(len(q), weight.shape[1], dtype=dtype)
+
+
+def _product(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype) -> Tensor:
+    weight = weight.view(E4M3)
+    if not q.is_cuda:
+        y = q.float() @ weight.float().T * scale * weight_scale
+        return (y if bias is None else y + bias).to(dtype)
+    fits = dtype == torch.bfloat16  # what products scaled by rows give
+    y = torch._scaled_mm(q, weight.T, scale, weight_scale[None].float(), bias if fits else None,
+                         out_dtype=torch.bfloat16, use_fast_accum=True)  # fmt: skip
+    return y if fits else y.to(dtype) + (0 if bias is None else bias)
+
+
+def _transposed(weight: Tensor) -> Tensor:
+    """A weight's bits (N, K) as (K, N), contiguous: FP8 products take both factors along the sum."""
+    if not serves(weight):
+        return weight.T.contiguous()
+    out = weight.new_empty(weight.shape[::-1])
+    grid = (triton.cdiv(len(weight), 64), triton.cdiv(weight.shape[1], 64))
+    _transpose[grid](weight, out, *weight.shape, BLOCK=64)
+    return out
+
+
+# --- what a block computes ---
+
+
+def _backward(
+    grad: Tensor, rounded: tuple[Tensor, Tensor], x: Tensor | None, u: Tensor | None, weight: Tensor,
+    a: Tensor | None, b: Tensor | None, dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x, A and B from that of y, and from it times the weight's scales in e4m3."""
+    if a is None:
+        return scaled_product_backward(*rounded, weight, None, None, dtype), None, None
+    grad_u = grad @ b
+    return scaled_product_backward(*rounded, weight, grad_u, a, dtype), grad_u.T @ x, grad.T @ u
+
+
+class FP8Product(torch.autograd.Function):
+    """y (M, N) of x (M, K), a weight's bits and scales, a bias, A (R, K) and B (N, R)."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, weight_scale: Tensor, bias, a: Tensor | None, b: Tensor | None):
+        u = None if a is None else x @ a.T
+        ctx.save_for_backward(None if a is None else x, u, weight, weight_scale, a, b)
+        return scaled_product(*quantised(x, None), weight, weight_scale, bias, u, b, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, u, weight, weight_scale, a, b = ctx.saved_tensors
+        rounded = quantised(grad, weight_scale)
+        grad_x, grad_a, grad_b = _backward(grad, rounded, x, u, weight, a, b, grad.dtype)
+        return grad_x, None, None, None, grad_a, grad_b
+
+
+class FP8NormProduct(torch.autograd.Function):
+    """x' = x + gate * y and the `FP8Product` of its modulated norm, as `linear.NormProduct` takes them."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+        dtype: torch.dtype, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None,
+        b: Tensor | None,
+    ):  # fmt: skip
+        total, joined, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a, dtype)
+        total = x if y is None else total
+        ctx.save_for_backward(total, gate, scale, joined, weight, weight_scale, a, b)
+        ctx.eps, ctx.y_dtype = eps, None if y is None else y.dtype
+        u = None if a is None else joined[:, x.shape[2] :]
+        return total, scaled_product(*rounded, weight, weight_scale, bias, u, b, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor, grad: Tensor):
+        total, gate, scale, joined, weight, weight_scale, a, b = ctx.saved_tensors
+        n, u = (None, None) if a is None else joined.split([total.shape[2], len(a)], 1)
+        rounded = quantised(grad, weight_scale)
+        grad_n, grad_a, grad_b = _backward(grad, rounded, n, u, weight, a, b, grad.dtype)
+        grads = _norm_backward(ctx, total, grad_total, grad_n, gate, scale)
+        return *grads, *[None] * 8, grad_a, grad_b
+
+
+class FP8FeedForward(torch.autograd.Function):
+    """x' = x + gate * y and the feed-forward GELU(n W^T + b) V^T + c of its modulated norm n, with LoRAs or none.
+
+    The GELU's output is rounded by the kernel that computes it, and so is its gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+        dtype: torch.dtype,
+        weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
+        down: Tensor, down_scale: Tensor, down_bias: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
+    ):  # fmt: skip
+        total, joined, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a, dtype)
+        total = x if y is None else total
+        u = None if a is None else joined[:, x.shape[2] :]
+        z = scaled_product(*rounded, weight, weight_scale, bias, u, b, dtype)
+        h, *rounded_h = quantised_gelu(z, down_a is not None)
+        down_u = None if down_a is None else h @ down_a.T
+        ctx.save_for_backward(total, gate, scale, joined, *rounded, weight, weight_scale, bias, a, b, down, down_scale,
+                              down_a, down_b)  # fmt: skip
+        ctx.eps, ctx.y_dtype = eps, None if y is None else y.dtype
+        return total, scaled_product(*rounded_h, down, down_scale, down_bias, down_u, down_b, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor, grad: Tensor):
+        (total, gate, scale, joined, q, s, weight, weight_scale, bias, a, b, down, down_scale, down_a,
+         down_b) = ctx.saved_tensors  # fmt: skip
+        dtype = grad.dtype
+        n, u = (None, None) if a is None else joined.split([total.shape[2], len(a)], 1)
+        z = scaled_product(q, s, weight, weight_scale, bias, u, b, dtype)
+        h = None if down_a is None else F.gelu(z, approximate="tanh")
+        down_u = None if down_a is None else h @ down_a.T
+        grad_h, grad_down_a, grad_down_b = _backward(grad, quantised(grad, down_scale), h, down_u, down, down_a,
+                                                     down_b, dtype)  # fmt: skip
+        grad_z, *rounded = quantised_gelu_backward(grad_h, z, weight_scale, a is not None)
+        grad_n, grad_a, grad_b = _backward(grad_z, rounded, n, u, weight, a, b, dtype)
+        grads = _norm_backward(ctx, total, grad_total, grad_n, gate, scale)
+        return *grads, *[None] * 8, grad_a, grad_b, *[None] * 3, grad_down_a, grad_down_b
+
+
+def _norm_backward(ctx, total: Tensor, grad_total: Tensor, grad_n: Tensor, gate: Tensor | None, scale: Tensor):
+    """The gradients of x and y."""
+    grad_x, grad_y = modulated_norm_backward(total, grad_total, grad_n, gate, scale, ctx.eps)
+    if ctx.y_dtype is None:
+        return grad_x, None
+    return grad_x, (grad_x if gate is None else grad_y).to(ctx.y_dtype)
+
+
+if triton is not None:
+    import triton.language as tl
+
+    from .kernels import normed_row
+
+    @triton.jit
+    def _round_row(x, at, inside, q, scales, row):
+        """Store a row in e4m3, and its scale."""
+        bits = (tl.maximum(tl.max(tl.abs(tl.where(inside, x, 0.0)), 0), 1e-30) * (1 / 448.0)).to(
+            tl.int32, bitcast=True
+        )
+        exponent = (bits + 0x7FFFFF) >> 23
+        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        tl.store(q + at, (x * inverse).to(q.dtype.element_ty), mask=inside)
+        tl.store(scales + row, (exponent << 23).to(tl.float32, bitcast=True))
+
+    @triton.jit
+    def _quantised(x, factor, q, scales, width, x_stride, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        value = tl.load(x + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
+        if factor is not None:
+            value *= tl.load(factor + d, mask=inside, other=0.0).to(tl.float32)
+        _round_row(value, row * width + d, inside, q, scales, row)
+
+    @triton.jit
+    def _gelu(z):
+        # 1 + tanh(w) = 2 sigmoid(2 w)
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+
+    @triton.jit
+    def _quantised_gelu(z, h, q, scales, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        at = row * width + d
+        value = _gelu(tl.load(z + at, mask=inside, other=0.0).to(tl.float32)).to(z.dtype.element_ty)
+        if h is not None:
+            tl.store(h + at, value, mask=inside)
+        _round_row(value.to(tl.float32), at, inside, q, scales, row)
+
+    @triton.jit
+    def _quantised_gelu_backward(grad, z, factor, g, q, scales, width, BLOCK: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        at = row * width + d
+        x = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
+        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        s = tl.sigmoid(inner)
+        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
+        value = (tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * slope).to(z.dtype.element_ty)
+        if g is not None:
+            tl.store(g + at, value, mask=inside)
+        value = value.to(tl.float32) * tl.load(factor + d, mask=inside, other=0.0).to(tl.float32)
+        _round_row(value, at, inside, q, scales, row)
+
+    @triton.jit
+    def _quantised_norm(
+        x, y, gate, scale, shift, total, n, q, scales, length, width, n_stride, scale_stride, shift_stride,
+        gate_stride, eps, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        d = tl.arange(0, BLOCK)
+        inside = d < width
+        normed = normed_row(x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride,
+                            gate_stride, eps, d, inside)  # fmt: skip
+        if ROUNDED:
+            normed = normed.to(tl.bfloat16).to(tl.float32)
+        if n is not None:
+            tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
+        _round_row(normed, row * width + d, inside, q, scales, row)
+
+    @triton.jit
+    def _transpose(x, out, rows, columns, BLOCK: tl.constexpr):
+        i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        inside = (i[:, None] < rows) & (j[None, :] < columns)
+        tile = tl.load(x + i[:, None] * columns + j[None, :], mask=inside, other=0)
+        tl.store(out + j[:, None] * rows + i[None, :], tl.trans(tile), mask=tl.trans(inside))
