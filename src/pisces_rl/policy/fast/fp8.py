@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import launch, modulated_norm, modulated_norm_backward, operator, serves, triton
+from .kernels import always, kernel, launch, modulated_norm, modulated_norm_backward, operator, serves, triton
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -93,13 +93,13 @@ def _outputs(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty(rows, width, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
 
 
-@operator
+@operator(inline=always)
 def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
     if not serves(x):
         return _rounded(x if factor is None else x.float() * factor)
     q, scale = _outputs(*x.shape, x)
-    _quantised[(len(x),)](x, factor, q, scale, x.shape[1], x.stride(0), **launch(x.shape[1]))
+    kernel(_quantised)[(len(x),)](x, factor, q, scale, x.shape[1], x.stride(0), **launch(x.shape[1]))
     return q, scale
 
 
@@ -108,40 +108,37 @@ def _(x, factor):
     return _outputs(*x.shape, x)
 
 
-@operator
+@operator(inline=always)
 def quantised_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, a: Tensor | None,
+    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, kept: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What `modulated_norm` gives, of which n is empty without `a`; n in e4m3, and its scales."""
+    """x' and n (B L, D) of `modulated_norm` in `dtype`, n empty unless `kept`; n in e4m3, and its scales."""
     batch, length, width = x.shape
     if not serves(x):
-        total, joined = modulated_norm(x, y, gate, scale, shift, eps, a, dtype)
-        q, scales = _rounded(joined[:, :width])
-        return total, x.new_empty(0, dtype=dtype) if a is None else joined, q, scales
-    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+        total, n = modulated_norm(x, y, gate, scale, shift, eps, None, dtype)
+        q, scales = _rounded(n)
+        return total, n if kept else x.new_empty(0, dtype=dtype), q, scales
     rows = batch * length
-    joined = x.new_empty(0 if a is None else rows, width + (0 if a is None else len(a)), dtype=dtype)
+    total = torch.empty_like(x) if y is not None else x.new_empty(0)
+    n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
     q, scales = _outputs(rows, width, x)
-    _quantised_norm[(rows,)](
-        x, y, gate, scale, shift, total, None if a is None else joined, q, scales, length, width, joined.stride(0),
-        scale.stride(0), shift.stride(0), 0 if gate is None else gate.stride(0), eps,
-        ROUNDED=dtype == torch.bfloat16, **launch(width),
+    kernel(_quantised_norm)[(rows,)](
+        x, y, gate, scale, shift, total, n if kept else None, q, scales, length, width, scale.stride(0),
+        shift.stride(0), 0 if gate is None else gate.stride(0), eps, ROUNDED=dtype == torch.bfloat16, **launch(width),
     )  # fmt: skip
-    if a is not None:
-        torch.mm(joined[:, :width], a.T, out=joined[:, width:])
-    return total, joined if a is not None else x.new_empty(0, dtype=dtype), q, scales
+    return total, n, q, scales
 
 
 @torch.library.register_fake("pisces_rl::quantised_norm")
-def _(x, y, gate, scale, shift, eps, a, dtype):
+def _(x, y, gate, scale, shift, eps, kept, dtype):
     rows, width = x.shape[0] * x.shape[1], x.shape[2]
     total = torch.empty_like(x) if y is not None else x.new_empty(0)
-    joined = x.new_empty(0, dtype=dtype) if a is None else x.new_empty(rows, width + len(a), dtype=dtype)
-    return total, joined, *_outputs(rows, width, x)
+    n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
+    return total, n, *_outputs(rows, width, x)
 
 
-@operator
+@operator(inline=always)
 def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
     """h = GELU(z), by its tanh approximation, (M, K), empty unless `kept`; h in e4m3, and its scales."""
     if not serves(z):
@@ -149,7 +146,7 @@ def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
         return h if kept else z.new_empty(0), *_rounded(h)
     h = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
-    _quantised_gelu[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **launch(z.shape[1]))
+    kernel(_quantised_gelu)[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **launch(z.shape[1]))
     return h, q, scale
 
 
@@ -158,7 +155,7 @@ def _(z, kept):
     return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
 
 
-@operator
+@operator(inline=always)
 def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
     """g = grad GELU'(z), empty unless `kept`; g times a factor (K,) in e4m3, and its scales."""
     if not serves(z):
@@ -166,7 +163,7 @@ def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool)
         return g if kept else z.new_empty(0), *_rounded(g.float() * factor)
     g = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
-    _quantised_gelu_backward[(len(z),)](
+    kernel(_quantised_gelu_backward)[(len(z),)](
         grad, z, factor, g if kept else None, q, scale, z.shape[1], **launch(z.shape[1])
     )
     return g, q, scale
@@ -196,14 +193,14 @@ def _(q, scale, weight, weight_scale, bias, u, b, dtype):
 def scaled_product_backward(
     q: Tensor, scale: Tensor, weight: Tensor, u: Tensor | None, a: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """(M, K) = scale q w8 of a gradient q (M, N) and the bits of a weight (N, K), with u a where there is one."""
-    y = _product(q, scale, _transposed(weight), torch.ones_like(weight[0], dtype=torch.float32), None, dtype)
+    """(M, K) = scale q w8 of a gradient q (M, N) and the bits of a weight (K, N), with u a where there is one."""
+    y = _product(q, scale, weight, torch.ones_like(weight[:, 0], dtype=torch.float32), None, dtype)
     return y if u is None else y.addmm_(u, a)
 
 
 @torch.library.register_fake("pisces_rl::scaled_product_backward")
 def _(q, scale, weight, u, a, dtype):
-    return q.new_empty(len(q), weight.shape[1], dtype=dtype)
+    return q.new_empty(len(q), len(weight), dtype=dtype)
 
 
 def _product(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype) -> Tensor:
@@ -217,14 +214,20 @@ def _product(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bia
     return y if fits else y.to(dtype) + (0 if bias is None else bias)
 
 
-def _transposed(weight: Tensor) -> Tensor:
+@operator(inline=always)
+def transposed(weight: Tensor) -> Tensor:
     """A weight's bits (N, K) as (K, N), contiguous: FP8 products take both factors along the sum."""
     if not serves(weight):
         return weight.T.contiguous()
-    out = weight.new_empty(weight.shape[::-1])
-    grid = (triton.cdiv(len(weight), 64), triton.cdiv(weight.shape[1], 64))
-    _transpose[grid](weight, out, *weight.shape, BLOCK=64)
+    out = weight.new_empty(weight.shape[1], weight.shape[0])
+    grid = -(-len(weight) // 64), -(-weight.shape[1] // 64)
+    kernel(_transpose)[grid](weight, out, *weight.shape, BLOCK=64)
     return out
+
+
+@torch.library.register_fake("pisces_rl::transposed")
+def _(weight):
+    return weight.new_empty(weight.shape[1], weight.shape[0])
 
 
 # --- what a block computes ---
@@ -236,9 +239,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, A and B from that of y, and from it times the weight's scales in e4m3."""
     if a is None:
-        return scaled_product_backward(*rounded, weight, None, None, dtype), None, None
+        return scaled_product_backward(*rounded, transposed(weight), None, None, dtype), None, None
     grad_u = grad @ b
-    return scaled_product_backward(*rounded, weight, grad_u, a, dtype), grad_u.T @ x, grad.T @ u
+    return scaled_product_backward(*rounded, transposed(weight), grad_u, a, dtype), grad_u.T @ x, grad.T @ u
 
 
 class FP8Product(torch.autograd.Function):
@@ -267,17 +270,15 @@ class FP8NormProduct(torch.autograd.Function):
         dtype: torch.dtype, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None,
         b: Tensor | None,
     ):  # fmt: skip
-        total, joined, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a, dtype)
-        total = x if y is None else total
-        ctx.save_for_backward(total, gate, scale, joined, weight, weight_scale, a, b)
+        total, n, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a is not None, dtype)
+        total, u = x if y is None else total, None if a is None else n @ a.T
+        ctx.save_for_backward(total, gate, scale, n, u, weight, weight_scale, a, b)
         ctx.eps, ctx.y_dtype = eps, None if y is None else y.dtype
-        u = None if a is None else joined[:, x.shape[2] :]
         return total, scaled_product(*rounded, weight, weight_scale, bias, u, b, dtype)
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, grad: Tensor):
-        total, gate, scale, joined, weight, weight_scale, a, b = ctx.saved_tensors
-        n, u = (None, None) if a is None else joined.split([total.shape[2], len(a)], 1)
+        total, gate, scale, n, u, weight, weight_scale, a, b = ctx.saved_tensors
         rounded = quantised(grad, weight_scale)
         grad_n, grad_a, grad_b = _backward(grad, rounded, n, u, weight, a, b, grad.dtype)
         grads = _norm_backward(ctx, total, grad_total, grad_n, gate, scale)
@@ -297,23 +298,21 @@ class FP8FeedForward(torch.autograd.Function):
         weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
         down: Tensor, down_scale: Tensor, down_bias: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
     ):  # fmt: skip
-        total, joined, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a, dtype)
-        total = x if y is None else total
-        u = None if a is None else joined[:, x.shape[2] :]
+        total, n, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a is not None, dtype)
+        total, u = x if y is None else total, None if a is None else n @ a.T
         z = scaled_product(*rounded, weight, weight_scale, bias, u, b, dtype)
         h, *rounded_h = quantised_gelu(z, down_a is not None)
         down_u = None if down_a is None else h @ down_a.T
-        ctx.save_for_backward(total, gate, scale, joined, *rounded, weight, weight_scale, bias, a, b, down, down_scale,
+        ctx.save_for_backward(total, gate, scale, n, u, *rounded, weight, weight_scale, bias, a, b, down, down_scale,
                               down_a, down_b)  # fmt: skip
         ctx.eps, ctx.y_dtype = eps, None if y is None else y.dtype
         return total, scaled_product(*rounded_h, down, down_scale, down_bias, down_u, down_b, dtype)
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, grad: Tensor):
-        (total, gate, scale, joined, q, s, weight, weight_scale, bias, a, b, down, down_scale, down_a,
+        (total, gate, scale, n, u, q, s, weight, weight_scale, bias, a, b, down, down_scale, down_a,
          down_b) = ctx.saved_tensors  # fmt: skip
         dtype = grad.dtype
-        n, u = (None, None) if a is None else joined.split([total.shape[2], len(a)], 1)
         z = scaled_product(q, s, weight, weight_scale, bias, u, b, dtype)
         h = None if down_a is None else F.gelu(z, approximate="tanh")
         down_u = None if down_a is None else h @ down_a.T
@@ -334,9 +333,7 @@ def _norm_backward(ctx, total: Tensor, grad_total: Tensor, grad_n: Tensor, gate:
 
 
 if triton is not None:
-    import triton.language as tl
-
-    from .kernels import normed_row
+    from .kernels import normed_row, tl
 
     @triton.jit
     def _round_row(x, at, inside, q, scales, row):
@@ -393,8 +390,8 @@ if triton is not None:
 
     @triton.jit
     def _quantised_norm(
-        x, y, gate, scale, shift, total, n, q, scales, length, width, n_stride, scale_stride, shift_stride,
-        gate_stride, eps, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+        x, y, gate, scale, shift, total, n, q, scales, length, width, scale_stride, shift_stride, gate_stride,
+        eps, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK)
@@ -404,7 +401,7 @@ if triton is not None:
         if ROUNDED:
             normed = normed.to(tl.bfloat16).to(tl.float32)
         if n is not None:
-            tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
+            tl.store(n + row * width + d, normed.to(n.dtype.element_ty), mask=inside)
         _round_row(normed, row * width + d, inside, q, scales, row)
 
     @triton.jit

@@ -9,10 +9,12 @@ which a program does one token; elsewhere the same in plain torch. Everything is
 x' is rounded before its norm and q before its rotation, as the models of diffusers round them.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 try:
     import triton
@@ -23,16 +25,48 @@ except ImportError:  # CPU builds of torch come without it
 MAX_WIDTH = 16384
 
 
-def operator(function: Callable) -> Callable:
+def operator(function: Callable | None = None, *, inline: Callable[..., bool] | None = None) -> Callable:
     """A function of tensors as an operator, which compilers leave whole.
 
     `torch.library.custom_op` without its check that results alias no inputs: under torch 2.11 that takes .2 ms a call,
     and an update then waits for its host.
+
+    Args:
+        inline: of which arguments a compiled block launches the Triton kernels of `function` itself, on a CUDA device,
+            as it does for `torch.library.triton_op`. Python's dispatch and Triton's binding of arguments take longer.
     """
+    if function is None:
+        return functools.partial(operator, inline=inline)
     name = f"pisces_rl::{function.__name__}"
     torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
     torch.library.impl(name, "default", function)
+    if inline is not None:
+        rule = functools.partial(_inlined, function, inline)
+        torch.library.register_torch_dispatch(name, FunctionalTensorMode, rule)
     return getattr(torch.ops.pisces_rl, function.__name__).default
+
+
+def _inlined(function: Callable, inline: Callable[..., bool], mode, op, types, args: tuple, kwargs: dict | None):
+    if not (serves(args[0]) and inline(*args)):
+        return mode.__torch_dispatch__(op, types, args, kwargs)
+    _TRACING.append(True)
+    try:
+        with mode:
+            return function(*args, **kwargs or {})
+    finally:
+        _TRACING.pop()
+
+
+def always(*args) -> bool:
+    return True
+
+
+def kernel(jitted):
+    """A Triton kernel; while a compiler traces its launch, what it can trace."""
+    return torch.library.wrap_triton(jitted) if _TRACING else jitted
+
+
+_TRACING: list[bool] = []
 
 
 def serves(x: Tensor) -> bool:
@@ -88,7 +122,7 @@ def _(x, y, gate, scale, shift, eps, a, dtype):
     return total, _wide(x.shape[0] * x.shape[1], x.shape[2] + (0 if a is None else len(a)), x, dtype)
 
 
-@operator
+@operator(inline=always)
 def modulated_norm_backward(
     x: Tensor, grad_x: Tensor, grad_n: Tensor, gate: Tensor | None, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -98,7 +132,7 @@ def modulated_norm_backward(
     out_y = x.new_empty(0) if gate is None else torch.empty_like(x)
     if serves(x):
         grad_x, grad_n = grad_x.contiguous(), grad_n.contiguous()
-        _modulated_norm_backward[(batch * length,)](
+        kernel(_modulated_norm_backward)[(batch * length,)](
             x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale.stride(0),
             0 if gate is None else gate.stride(0), eps, **launch(width),
         )  # fmt: skip
@@ -118,7 +152,7 @@ def _(x, grad_x, grad_n, gate, scale, eps):
     return torch.empty_like(x), x.new_empty(0) if gate is None else torch.empty_like(x)
 
 
-@operator
+@operator(inline=always)
 def rotated_heads(
     qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -135,7 +169,7 @@ def rotated_heads(
     kept = torch.promote_types(qkv.dtype, weight_q.dtype)
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grid, options = _launch_heads(q)
-        _rotated_heads[grid](qkv, weight_q, weight_k, cos, sin, q, k, length, q.shape[2], eps,
+        kernel(_rotated_heads)[grid](qkv, weight_q, weight_k, cos, sin, q, k, length, q.shape[2], eps,
                              ROUNDED=kept != torch.float32, **options)  # fmt: skip
         return q, k
     for out, x, weight in zip((q, k), qkv.split(width, -1), (weight_q, weight_k)):
@@ -152,7 +186,7 @@ def _(qkv, weight_q, weight_k, cos, sin, eps, dtype):
     return qkv.new_empty(shape, dtype=dtype), qkv.new_empty(shape, dtype=dtype)
 
 
-@operator
+@operator(inline=lambda *args: args[-1] is None)
 def rotated_heads_backward(
     qkv: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor,
     sin: Tensor, eps: float, b: Tensor | None,
@@ -168,7 +202,7 @@ def rotated_heads_backward(
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grads = [g.contiguous() for g in (grad_q, grad_k, grad_v)]
         grid, options = _launch_heads(grads[0])
-        _rotated_heads_backward[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, length,
+        kernel(_rotated_heads_backward)[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, length,
                                       grad_q.shape[2], out.stride(0), eps, **options)  # fmt: skip
     else:
         parts = out.split(width, -1)
