@@ -23,7 +23,7 @@ from diffusers import WanPipeline
 from tiny_wan_scores import sample
 
 from pisces_rl.assets import asset_path
-from pisces_rl.policy import load_lora
+from pisces_rl.policy import VideoPolicy, load_lora
 from pisces_rl.shapemotion import load_prompts, verify
 from pisces_rl.trainers.base.run.report import paired_bootstrap
 from pisces_rl.trainers.base.run.resume import last_checkpoint
@@ -56,9 +56,12 @@ def seconds_a_step(folder: Path) -> float:
 
 
 @torch.no_grad()
-def scores(adapter: Path | None, prompts: dict[str, list[str]], device: str, batch: int) -> dict[str, np.ndarray]:
+def scores(adapter: Path | None, prompts: dict[str, list[str]], device: str, batch: int,
+           dtype: torch.dtype = torch.float32, base_precision: str | None = None) -> dict[str, np.ndarray]:
     """`correct` by sampler and set."""
-    pipe = WanPipeline.from_pretrained(asset_path("tiny-wan"), dtype=torch.float32).to(device)
+    pipe = WanPipeline.from_pretrained(asset_path("tiny-wan"), dtype=dtype).to(device)
+    pipe.transformer.requires_grad_(False)
+    VideoPolicy(pipe).set_base_precision(base_precision)
     pipe.set_progress_bar_config(disable=True)
     if adapter is not None:
         load_lora(pipe, adapter)

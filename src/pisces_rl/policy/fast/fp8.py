@@ -93,6 +93,12 @@ def _outputs(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty(rows, width, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
 
 
+def _parts(width: int) -> dict[str, int]:
+    """The two blocks of a row, each of a power of two."""
+    full = 1 << (width.bit_length() - 1)
+    return dict(FULL=full, REST=1 << max(width - full - 1, 0).bit_length(), num_warps=min(max(full // 512, 1), 16))
+
+
 @operator(inline=always)
 def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
@@ -146,7 +152,7 @@ def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
         return h if kept else z.new_empty(0), *_rounded(h)
     h = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
-    kernel(_quantised_gelu)[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **launch(z.shape[1]))
+    kernel(_quantised_gelu)[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **_parts(z.shape[1]))
     return h, q, scale
 
 
@@ -164,7 +170,7 @@ def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool)
     g = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
     kernel(_quantised_gelu_backward)[(len(z),)](
-        grad, z, factor, g if kept else None, q, scale, z.shape[1], **launch(z.shape[1])
+        grad, z, factor, g if kept else None, q, scale, z.shape[1], **_parts(z.shape[1])
     )
     return g, q, scale
 
@@ -174,44 +180,36 @@ def _(grad, z, factor, kept):
     return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
 
 
-@operator
 def scaled_product(
     q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
     b: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """(M, N) = the product above of q (M, K) and the bits of a weight (N, K), with u b^T where there is one."""
-    y = _product(q, scale, weight, weight_scale, bias, dtype)
-    return y if u is None else y.addmm_(u, b.T)
-
-
-@torch.library.register_fake("pisces_rl::scaled_product")
-def _(q, scale, weight, weight_scale, bias, u, b, dtype):
-    return q.new_empty(len(q), len(weight), dtype=dtype)
+    factors = q, weight.view(E4M3).T, scale, weight_scale.float()[None]
+    if q.is_cuda and u is None and dtype == torch.bfloat16:  # no operator of ours: a compiler calls cuBLAS itself
+        return torch._scaled_mm(*factors, bias, out_dtype=dtype, use_fast_accum=True)
+    return product_with_lora(*factors, bias, u, None if b is None else b.T, dtype)
 
 
 @operator
-def scaled_product_backward(
-    q: Tensor, scale: Tensor, weight: Tensor, u: Tensor | None, a: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """(M, K) = scale q w8 of a gradient q (M, N) and the bits of a weight (K, N), with u a where there is one."""
-    y = _product(q, scale, weight, torch.ones_like(weight[:, 0], dtype=torch.float32), None, dtype)
-    return y if u is None else y.addmm_(u, a)
-
-
-@torch.library.register_fake("pisces_rl::scaled_product_backward")
-def _(q, scale, weight, u, a, dtype):
-    return q.new_empty(len(q), len(weight), dtype=dtype)
-
-
-def _product(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype) -> Tensor:
-    weight = weight.view(E4M3)
+def product_with_lora(
+    q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
+    b: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """(M, N) = scale weight_scale q weight + bias + u b of q (M, K) and weight (K, N) in e4m3."""
     if not q.is_cuda:
-        y = q.float() @ weight.float().T * scale * weight_scale
-        return (y if bias is None else y + bias).to(dtype)
-    fits = dtype == torch.bfloat16  # what products scaled by rows give
-    y = torch._scaled_mm(q, weight.T, scale, weight_scale[None].float(), bias if fits else None,
-                         out_dtype=torch.bfloat16, use_fast_accum=True)  # fmt: skip
-    return y if fits else y.to(dtype) + (0 if bias is None else bias)
+        y = (q.float() @ weight.float() * scale * weight_scale + (0 if bias is None else bias)).to(dtype)
+    elif dtype == torch.bfloat16:
+        y = torch._scaled_mm(q, weight, scale, weight_scale, bias, out_dtype=dtype, use_fast_accum=True)
+    else:  # products that are scaled by rows come in bf16
+        y = torch._scaled_mm(q, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
+        y = y if bias is None else y + bias
+    return y if u is None else y.addmm_(u, b)
+
+
+@torch.library.register_fake("pisces_rl::product_with_lora")
+def _(q, weight, scale, weight_scale, bias, u, b, dtype):
+    return q.new_empty(len(q), weight.shape[1], dtype=dtype)
 
 
 @operator(inline=always)
@@ -238,10 +236,10 @@ def _backward(
     a: Tensor | None, b: Tensor | None, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The gradients of x, A and B from that of y, and from it times the weight's scales in e4m3."""
-    if a is None:
-        return scaled_product_backward(*rounded, transposed(weight), None, None, dtype), None, None
-    grad_u = grad @ b
-    return scaled_product_backward(*rounded, transposed(weight), grad_u, a, dtype), grad_u.T @ x, grad.T @ u
+    grad_u = None if a is None else grad @ b
+    ones = torch.ones(weight.shape[1], device=weight.device)  # the scales are in the gradient
+    grad_x = scaled_product(*rounded, transposed(weight), ones, None, grad_u, None if a is None else a.T, dtype)
+    return (grad_x, None, None) if a is None else (grad_x, grad_u.T @ x, grad.T @ u)
 
 
 class FP8Product(torch.autograd.Function):
@@ -336,15 +334,26 @@ if triton is not None:
     from .kernels import normed_row, tl
 
     @triton.jit
+    def _power(largest):
+        """The least power of two by which e4m3 holds a number, and its inverse."""
+        bits = (tl.maximum(largest, 1e-30) * (1 / 448.0)).to(tl.int32, bitcast=True)
+        exponent = (bits + 0x7FFFFF) >> 23
+        return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+
+    @triton.jit
     def _round_row(x, at, inside, q, scales, row):
         """Store a row in e4m3, and its scale."""
-        bits = (tl.maximum(tl.max(tl.abs(tl.where(inside, x, 0.0)), 0), 1e-30) * (1 / 448.0)).to(
-            tl.int32, bitcast=True
-        )
-        exponent = (bits + 0x7FFFFF) >> 23
-        inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+        scale, inverse = _power(tl.max(tl.abs(tl.where(inside, x, 0.0)), 0))
         tl.store(q + at, (x * inverse).to(q.dtype.element_ty), mask=inside)
-        tl.store(scales + row, (exponent << 23).to(tl.float32, bitcast=True))
+        tl.store(scales + row, scale)
+
+    @triton.jit
+    def _round_parts(first, second, at, rest, inside, q, scales, row):
+        """`_round_row` of a row in two parts; the second is 0 where it is not `inside`."""
+        scale, inverse = _power(tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0)))
+        tl.store(q + at, (first * inverse).to(q.dtype.element_ty))
+        tl.store(q + rest, (second * inverse).to(q.dtype.element_ty), mask=inside)
+        tl.store(scales + row, scale)
 
     @triton.jit
     def _quantised(x, factor, q, scales, width, x_stride, BLOCK: tl.constexpr):
@@ -362,31 +371,42 @@ if triton is not None:
         return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
 
     @triton.jit
-    def _quantised_gelu(z, h, q, scales, width, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        d = tl.arange(0, BLOCK)
-        inside = d < width
-        at = row * width + d
-        value = _gelu(tl.load(z + at, mask=inside, other=0.0).to(tl.float32)).to(z.dtype.element_ty)
-        if h is not None:
-            tl.store(h + at, value, mask=inside)
-        _round_row(value.to(tl.float32), at, inside, q, scales, row)
+    def _gelu_slope(z):
+        inner = 1.5957691216057308 * (z + 0.044715 * z * z * z)
+        s = tl.sigmoid(inner)
+        return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)
+
+    # A row as two blocks, of which the first is full: 8,960 numbers are 8,192 and 768, where one block would be 16,384
+    # wide, and exponentials, not memory, would take the time.
 
     @triton.jit
-    def _quantised_gelu_backward(grad, z, factor, g, q, scales, width, BLOCK: tl.constexpr):
+    def _quantised_gelu(z, h, q, scales, width, FULL: tl.constexpr, REST: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
-        d = tl.arange(0, BLOCK)
-        inside = d < width
-        at = row * width + d
-        x = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        s = tl.sigmoid(inner)
-        slope = s + x * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * x * x)
-        value = (tl.load(grad + at, mask=inside, other=0.0).to(tl.float32) * slope).to(z.dtype.element_ty)
+        at, rest = row * width + tl.arange(0, FULL), row * width + FULL + tl.arange(0, REST)
+        inside = FULL + tl.arange(0, REST) < width
+        first = _gelu(tl.load(z + at).to(tl.float32)).to(z.dtype.element_ty)
+        second = _gelu(tl.load(z + rest, mask=inside, other=0.0).to(tl.float32)).to(z.dtype.element_ty)
+        if h is not None:
+            tl.store(h + at, first)
+            tl.store(h + rest, second, mask=inside)
+        _round_parts(first.to(tl.float32), second.to(tl.float32), at, rest, inside, q, scales, row)
+
+    @triton.jit
+    def _quantised_gelu_backward(grad, z, factor, g, q, scales, width, FULL: tl.constexpr, REST: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        d, e = tl.arange(0, FULL), FULL + tl.arange(0, REST)
+        at, rest, inside = row * width + d, row * width + e, e < width
+        first = tl.load(grad + at).to(tl.float32) * _gelu_slope(tl.load(z + at).to(tl.float32))
+        second = tl.load(grad + rest, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(
+            tl.load(z + rest, mask=inside, other=0.0).to(tl.float32)
+        )
+        first, second = first.to(z.dtype.element_ty), second.to(z.dtype.element_ty)
         if g is not None:
-            tl.store(g + at, value, mask=inside)
-        value = value.to(tl.float32) * tl.load(factor + d, mask=inside, other=0.0).to(tl.float32)
-        _round_row(value, at, inside, q, scales, row)
+            tl.store(g + at, first)
+            tl.store(g + rest, second, mask=inside)
+        first = first.to(tl.float32) * tl.load(factor + d).to(tl.float32)
+        second = second.to(tl.float32) * tl.load(factor + e, mask=inside, other=0.0).to(tl.float32)
+        _round_parts(first, second, at, rest, inside, q, scales, row)
 
     @triton.jit
     def _quantised_norm(

@@ -104,8 +104,9 @@ def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tens
 
 def _cross_attention(attn: nn.Module, q: Tensor, context: Tensor) -> Tensor:
     """Attention of projected queries (B, L, H d) to a text's tokens, before its output projection."""
-    k = attn.norm_k(attn.to_k(context))
-    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), k, attn.to_v(context)))
+    layers = [attn.to_k, attn.to_v]
+    k, v = product(context, layers).chunk(2, -1) if are_one_product(layers) else [f(context) for f in layers]
+    q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
     x = dispatch_attention_fn(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
                               backend=attn.processor._attention_backend)  # fmt: skip
     return x.flatten(2, 3).type_as(q)
