@@ -129,14 +129,8 @@ def warmed_up(sides: dict[str, Callable[[], Phases]], device: str) -> tuple[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkout", metavar="CHECKOUT", type=Path, help="a clone of github.com/yifan123/flow_grpo")
-    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--height", type=int, default=240)
-    parser.add_argument("--width", type=int, default=416)
-    parser.add_argument("--frames", type=int, default=33)
+    speed.work_options(parser)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     try:

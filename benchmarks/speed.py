@@ -26,6 +26,8 @@ from pisces_rl.policy.fast.execution import compile_blocks
 from pisces_rl.policy.fast.products import fuse_products
 
 ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
+SIZE = dict(height=240, width=416, frames=33)
+TINY_SIZE = dict(height=16, width=16, frames=9)
 VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products, base's precision)
     "eager": (False, None, None, False, None),
     "compiled": (True, "everything", None, False, None),
@@ -39,6 +41,7 @@ VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused pro
 def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
     """Wan with random weights and an adapter whose B is not zero."""
     pipe = random_wan(args.tiny, dtype, device).to(device)
+    pipe.vae.requires_grad_(False)
     denoisers = {"transformer": pipe.transformer}
     add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=ATTENTION))
     torch.manual_seed(1)
@@ -48,10 +51,21 @@ def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
     return pipe
 
 
+def work_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the work that is timed."""
+    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
+    parser.add_argument("--steps", type=int, default=4)
+    for name, full in SIZE.items():
+        parser.add_argument(f"--{name}", type=int, default=None, help=f"{full}; {TINY_SIZE[name]} of --tiny")
+
+
 def size_of(args) -> dict[str, int]:
-    if args.tiny:
-        return dict(height=16, width=16, num_frames=9)
-    return dict(height=args.height, width=args.width, num_frames=args.frames)
+    """Height, width and num_frames of the pipeline's call."""
+    known = TINY_SIZE if args.tiny else SIZE
+    size = {name: getattr(args, name) or default for name, default in known.items()}
+    return dict(height=size["height"], width=size["width"], num_frames=size["frames"])
 
 
 def build(name: str, args, device: str, recompute: str | None = None, offload: Sequence[str] = ()) -> VideoPolicy:
@@ -166,16 +180,10 @@ def profiled(label: str, call, device: str, shown: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
-    parser.add_argument("--steps", type=int, default=4)
+    work_options(parser)
     parser.add_argument("--profile", type=int, nargs="?", const=18, default=0, metavar="ROWS",
                         help="print the kernels of one rollout and one update")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--height", type=int, default=240)
-    parser.add_argument("--width", type=int, default=416)
-    parser.add_argument("--frames", type=int, default=33)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     print("| variant | rollout ms | update ms | error | rollout GiB | update GiB | s to begin |")
