@@ -123,7 +123,7 @@ def figure(rows: list[dict], path: Path) -> None:
         left.plot(1000 * n, ms / n, "o", color=colour, label=phase)
         fit = fitted(n, ms)
         if fit is not None:
-            x = np.geomspace(n[0], n[-1], 200)
+            x = np.linspace(n[0], n[-1], 200)
             a, b, c = fit[0]
             left.plot(1000 * x, a / x + b + c * x, color=colour, label=f"{a:.1f} + {b:.2f} n + {c:.3f} n$^2$")
         kinds = sorted({(row["recompute"], row["offload"]) for row in rows})
@@ -132,7 +132,7 @@ def figure(rows: list[dict], path: Path) -> None:
                    if phase in row and (row["recompute"], row["offload"]) == (recompute, offload)]  # fmt: skip
             label = f"{phase}, recompute {recompute}{', offload' if offload else ''}"
             right.plot([x for x, _ in own], [y for _, y in own], marker, color=colour, label=label, markersize=4)
-    left.set(xlabel="tokens of a video", ylabel="ms per 1,000 tokens, sample and step", xscale="log", ylim=(0, None))
+    left.set(xlabel="tokens of a video", ylabel="ms per 1,000 tokens, sample and step", ylim=(0, None))
     right.set(xlabel="tokens at a time (of all videos of the batch)", ylabel="peak GiB", xscale="log")
     for axis in (left, right):
         axis.grid(alpha=0.3)
