@@ -155,9 +155,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
-    print(f"{torch.cuda.get_device_name() if device == 'cuda' else 'CPU'}, torch {torch.__version__}, diffusers "
-          f"{diffusers.__version__}\n\n| family | class | "  # fmt: skip
-          + " | ".join(f"{phase} {name}" for phase in ("forward", "update", "GiB") for name in VARIANTS) + " |")
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    heads = " | ".join(f"{phase} {name}" for phase in ("forward", "update", "GiB") for name in VARIANTS)
+    print(f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}\n\n| family | class | {heads} |")
     print("|---" * (2 + 3 * len(VARIANTS)) + "|")
     for family in args.families:
         columns = []
