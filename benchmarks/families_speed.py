@@ -120,7 +120,7 @@ def inputs_of(family: str, tiny: bool, batch: int, dtype: torch.dtype, device: s
 
 def measure(family: str, variant: str, args, device: str) -> tuple[float, float, float]:
     """Milliseconds a sample of forward and of update, and the update's peak GiB."""
-    compiled, recompute, kernel, fused = speed.VARIANTS[variant]
+    compiled, recompute, kernel, fused, _ = speed.VARIANTS[variant]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformer = transformer_of(family, args.tiny, dtype, device)
     inputs = inputs_of(family, args.tiny, args.batch, dtype, device)
