@@ -13,10 +13,12 @@ backward at each step, in micro-batches. Two warm-up runs, median of --repeats; 
 
 import argparse
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from statistics import median
 
 import torch
+from diffusers import WanPipeline
 from random_wan import random_wan
 
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config, lora_parameters
@@ -24,6 +26,8 @@ from pisces_rl.policy.fast.execution import compile_blocks
 from pisces_rl.policy.fast.products import fuse_products
 
 ATTENTION = r"blocks\..*(to_q|to_k|to_v|to_out\.0)"
+SIZE = dict(height=240, width=416, frames=33)
+TINY_SIZE = dict(height=16, width=16, frames=9)
 VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused products, base's precision)
     "eager": (False, None, None, False, None),
     "compiled": (True, "everything", None, False, None),
@@ -34,56 +38,82 @@ VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused pro
 }
 
 
-def build(name: str, args, device: str) -> VideoPolicy:
-    compiled, recompute, kernel, fused, precision = VARIANTS[name]
-    pipe = random_wan(args.tiny, torch.bfloat16 if device == "cuda" else torch.float32, device).to(device)
+def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
+    """Wan with random weights and an adapter whose B is not zero."""
+    pipe = random_wan(args.tiny, dtype, device).to(device)
+    pipe.vae.requires_grad_(False)
     denoisers = {"transformer": pipe.transformer}
     add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=ATTENTION))
     torch.manual_seed(1)
     for key, parameter in lora_parameters(denoisers).items():
         if "lora_B" in key:
             torch.nn.init.normal_(parameter, std=0.02)
-    size = (
-        dict(height=16, width=16, num_frames=9)
-        if args.tiny
-        else dict(height=args.height, width=args.width, num_frames=args.frames)
-    )
+    return pipe
+
+
+def work_options(parser: argparse.ArgumentParser) -> None:
+    """The options of the work that is timed."""
+    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
+    parser.add_argument("--steps", type=int, default=4)
+    for name, full in SIZE.items():
+        parser.add_argument(f"--{name}", type=int, default=None, help=f"{full}; {TINY_SIZE[name]} of --tiny")
+
+
+def size_of(args) -> dict[str, int]:
+    """Height, width and num_frames of the pipeline's call."""
+    known = TINY_SIZE if args.tiny else SIZE
+    size = {name: getattr(args, name) or default for name, default in known.items()}
+    return dict(height=size["height"], width=size["width"], num_frames=size["frames"])
+
+
+def build(name: str, args, device: str, recompute: str | None = None, offload: Sequence[str] = ()) -> VideoPolicy:
+    """A variant as a policy; `recompute` replaces the variant's, `offload` is of `VideoPolicy.place`."""
+    compiled, variants_recompute, kernel, fused, precision = VARIANTS[name]
+    pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device)
     policy = VideoPolicy(
         pipe, transition="flow_sde", num_inference_steps=args.steps,
-        pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size),
+        pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size_of(args)),
         autocast_dtype=torch.bfloat16 if device == "cuda" else None, attention_kernel=kernel,
     )  # fmt: skip
     policy.set_base_precision(precision)
+    if offload:
+        policy.place(device, offload)
     if fused:
         fuse_products(pipe.transformer)
     if compiled:
-        compile_blocks(pipe.transformer, recompute=recompute, backend="aot_eager" if args.tiny else "inductor")
+        compile_blocks(pipe.transformer, recompute=recompute or variants_recompute,
+                       backend="aot_eager" if args.tiny else "inductor")  # fmt: skip
     else:
         policy.activation_checkpointing_enable()
     return policy
 
 
-def timed(call, repeats: int, device: str) -> tuple[float, float]:
-    """Median seconds after two warm-up runs, and the peak of allocated GiB."""
-    seconds = []
-    for _ in range(repeats + 2):
-        if device == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
-    return median(seconds[2:]), peak
+def once(call: Callable[[], None], device: str) -> tuple[float, float]:
+    """Seconds of a call, and the peak of allocated GiB."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return seconds, torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else float("nan")
 
 
-def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
-    """Rollout ms, update ms, error, rollout GiB, update GiB; seconds until the first rollout and update were done."""
+def timed(call: Callable[[], None], repeats: int, device: str, warm_up: int = 2) -> tuple[float, float]:
+    """Median seconds after the warm-up runs, and the peak of allocated GiB."""
+    runs = [once(call, device) for _ in range(warm_up + repeats)]
+    return median(seconds for seconds, _ in runs[warm_up:]), runs[-1][1]
+
+
+def phases(policy: VideoPolicy, args) -> tuple[Callable[[], None], Callable[[], None], list[torch.Tensor]]:
+    """A rollout, an update of it, and |log p(update) - log p(sampling)| of every step updated so far."""
     prompts = [f"prompt {i}" for i in range(args.batch)]
     seeds, trained = list(range(args.batch)), list(range(args.steps - 1))
-    found = {}
+    found, errors = {}, []
 
     def roll() -> None:
         found["rollout"] = policy.sample(prompts, noise_seeds=seeds, step_seeds=seeds, steps=trained,
@@ -94,7 +124,7 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
         for first in range(0, args.batch, args.micro_batch):
             rows = list(range(first, min(first + args.micro_batch, args.batch)))
 
-            def visit(step, rows=rows, first=first) -> None:
+            def visit(step, rows=rows) -> None:
                 old = rollout.log_probs[rows, rollout.steps.index(step.index)]
                 errors.append((step.log_prob.detach() - old).abs().max())
                 step.log_prob.mean().backward()
@@ -102,9 +132,14 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
             policy.replay(rollout, rows, visit, wait=False)
         policy.check_replays()
 
+    return roll, update, errors
+
+
+def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
+    """Rollout ms, update ms, error, rollout GiB, update GiB; seconds until the first rollout and update were done."""
+    roll, update, errors = phases(policy, args)
     start = time.perf_counter()
     roll()
-    errors: list = []
     update()
     error = float(torch.stack(errors).max())
     first = time.perf_counter() - start
@@ -114,8 +149,8 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
         for label, call in (("rollout", roll), ("update", update)):
             profiled(label, call, device, args.profile)
     per = 1000 / args.batch
-    return (per * rollout_seconds / args.steps, per * update_seconds / len(trained), error, rollout_peak, update_peak,
-            first)  # fmt: skip
+    return (per * rollout_seconds / args.steps, per * update_seconds / (args.steps - 1), error, rollout_peak,
+            update_peak, first)  # fmt: skip
 
 
 def profiled(label: str, call, device: str, shown: int) -> None:
@@ -145,16 +180,10 @@ def profiled(label: str, call, device: str, shown: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
-    parser.add_argument("--steps", type=int, default=4)
+    work_options(parser)
     parser.add_argument("--profile", type=int, nargs="?", const=18, default=0, metavar="ROWS",
                         help="print the kernels of one rollout and one update")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--height", type=int, default=240)
-    parser.add_argument("--width", type=int, default=416)
-    parser.add_argument("--frames", type=int, default=33)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     print("| variant | rollout ms | update ms | error | rollout GiB | update GiB | s to begin |")
