@@ -1,6 +1,5 @@
 """The debiased Sinkhorn divergence of groups of points from a fixed bank, with each point's share of it."""
 
-import math
 import warnings
 
 import torch
@@ -160,17 +159,15 @@ class BankDivergence:
         return h, value - reg * (moved - 1), error
 
     def _iterate_bank(self) -> tuple[Tensor, Tensor, float]:
-        """Potential, its softmin and its marginal error, by the averaged symmetric iteration, annealed."""
-        y, reg, rho = self.bank, self.settings["reg"], self.settings["reach"]
+        """Potential, its softmin and its marginal error, by the averaged symmetric iteration from 0: between a set and
+        itself it needs no annealing (5 to 13 iterations for blurs down to a hundredth of `metrics.default_blur`)."""
+        reg, rho = self.settings["reg"], self.settings["reach"]
         h = torch.zeros_like(self.weights)
-        eps = max(float((y.amax(0) - y.amin(0)).square().sum()) / 2, reg)
-        halvings = math.ceil(math.log2(eps / reg))
-        for iteration in range(halvings + self.settings["max_iterations"]):
-            eps = max(eps / 2, reg) if 0 < iteration <= halvings else eps
-            new, error = self._bank_error(h, eps)
-            if iteration >= halvings and error <= self.settings["tolerance"]:
+        for _ in range(self.settings["max_iterations"]):
+            new, error = self._bank_error(h)
+            if error <= self.settings["tolerance"]:
                 return h, new, error
-            last, h = h, (h + new * (1.0 if rho is None else rho / (rho + eps))) / 2
+            last, h = h, (h + new * (1.0 if rho is None else rho / (rho + reg))) / 2
         return last, new, error
 
     def _bank_by_geomloss(self) -> tuple[Tensor, Tensor, float]:
@@ -179,16 +176,17 @@ class BankDivergence:
         while True:
             iterations = min(iterations, self.settings["max_iterations"])
             h = geomloss_solver.self_potential(self.bank, self.weights, reg, rho, iterations)
-            new, error = self._bank_error(h, reg)
+            new, error = self._bank_error(h)
             if error <= self.settings["tolerance"] or iterations >= self.settings["max_iterations"]:
                 return h, new, error
             iterations *= 2
 
-    def _bank_error(self, h: Tensor, eps: float) -> tuple[Tensor, float]:
+    def _bank_error(self, h: Tensor) -> tuple[Tensor, float]:
         """The softmin of h, and the L1 distance of its plan's marginal from what optimality asks."""
-        new = self._softmin(h, self.weights.log(), eps)
-        target = 1.0 if self.settings["reach"] is None else (-h / self.settings["reach"]).exp()
-        return new, float((self.weights * (((h - new) / eps).exp() - target).abs()).sum())
+        reg, rho = self.settings["reg"], self.settings["reach"]
+        new = self._softmin(h, self.weights.log(), reg)
+        target = 1.0 if rho is None else (-h / rho).exp()
+        return new, float((self.weights * (((h - new) / reg).exp() - target).abs()).sum())
 
     def _softmin(self, h: Tensor, log_b: Tensor, eps: float) -> Tensor:
         """-eps LSE_j(log b_j + (h_j - C_ij) / eps) of every point of the bank, some rows at a time."""
