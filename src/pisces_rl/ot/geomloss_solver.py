@@ -43,7 +43,7 @@ def solve(
     exact = cost.double()  # offsets and their sums in fp64: where costs span many eps, fp32 would lose what counts
     f = torch.where(a > 0, (begin.f0 + begin.l0).double(), 0.0)
     g = torch.where(b > 0, begin.g0.double(), 0.0)
-    active = torch.ones_like(a[:, :1], dtype=torch.bool)
+    active = ((a > 0).any(1) & (b > 0).any(1))[:, None]
     iterations = torch.zeros_like(active[:, 0], dtype=torch.long)
     done = 0
     while True:
@@ -56,7 +56,7 @@ def solve(
         else:
             block = min(max(FIRST_BLOCK, done // 2), max_iterations - done)
             start, scaling = _at_one_eps(reg, block)
-        weights = ((w * (-z / rho).exp()).to(cost) for w, z in ((a, f), (b, g)))
+        weights = ((w * (-z / rho).clamp(-80, 80).exp()).to(cost) for w, z in ((a, f), (b, g)))
         step_f, step_g = _iterate(rest, *weights, reg, rho, start, scaling)
         f = torch.where(active & (a > 0), f + step_f, f)
         g = torch.where(active & (b > 0), g + step_g, g)

@@ -75,7 +75,7 @@ def partial_transport_plan(
     masked = problems.masked()
     mass = _mass(masked, mass)
     most = torch.maximum(masked.a.sum(1), masked.b.sum(1))
-    whole = ~masked.empty & (mass >= most * (1 - WHOLE))
+    whole = masked.empty | (mass >= most * (1 - WHOLE))
     some, others = masked.check(whole.any(), (~whole).any())
 
     def fields(rows: Tensor, bounded: bool) -> list[Tensor]:

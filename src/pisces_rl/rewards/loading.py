@@ -111,7 +111,8 @@ def load_reward(
             raise ValueError(f"reward {masked(name)!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return _placed(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
-    left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
+    without = {"cosine": ("ot_map",), "matching": ("attention", "solver")}.get(name, ())
+    left_out = {"encoder", "matcher", "name", *without}
     _check_used(name, _kind(name), [*options, *(part for part, value in parts.items() if value is not None)], left_out)
     if isinstance(encoder, VideoTextEncoder) and offload is not None:
         raise ValueError(f"offload: set it on the encoder itself: encoder.offload = {offload!r}.")
