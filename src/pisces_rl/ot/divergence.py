@@ -33,8 +33,8 @@ class BankDivergence:
         blur: length > 0 below which points are not told apart, in units of the points.
         reach: length above which mass is rather created than moved; None: all mass is moved.
         tolerance: L1 marginal error of every term. max_iterations: of every term.
-        solver: of every term, "native" or "geomloss". geomloss's own term of the bank holds some six matrices of M x M
-            costs, or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
+        solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of
+            M x M costs, or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
 
     `self_error` is the marginal error of the bank's own term; one above the tolerance is a `ConvergenceWarning`.
 
@@ -159,24 +159,30 @@ class BankDivergence:
         return h, value - reg * (moved - 1), error
 
     def _iterate_bank(self) -> tuple[Tensor, Tensor, float]:
-        """Potential, its softmin and its marginal error, by the averaged symmetric iteration from 0: between a set and
-        itself it needs no annealing (5 to 13 iterations for blurs down to a hundredth of `metrics.default_blur`)."""
-        reg, rho = self.settings["reg"], self.settings["reach"]
+        """Potential, its softmin and its marginal error, by the symmetric iteration from 0.
+
+        Between a set and itself it needs no annealing: near the solution, softmin turns an error e of h into -k e with
+        k in [0, 1], a factor each for some directions. A whole step removes what has k = 0 (between far points, at a
+        large blur), an averaged one what has k = 1 (a constant, near points), so they take turns.
+        """
+        rho = self.settings["reach"]
+        damping = 1.0 if rho is None else rho / (rho + self.settings["reg"])
         h = torch.zeros_like(self.weights)
         costs = squared_cost(self.bank, self.bank) if len(self.bank) ** 2 <= CHUNK_CELLS else None
-        for _ in range(self.settings["max_iterations"]):
+        for iteration in range(self.settings["max_iterations"]):
             new, error = self._bank_error(h, costs)
             if error <= self.settings["tolerance"]:
                 return h, new, error
-            last, h = h, (h + new * (1.0 if rho is None else rho / (rho + reg))) / 2
+            last, h = h, damping * new if iteration % 2 == 0 else (h + damping * new) / 2
         return last, new, error
 
     def _bank_by_geomloss(self) -> tuple[Tensor, Tensor, float]:
         """The same by geomloss, which begins again with twice the iterations until they are enough."""
-        reg, rho, iterations = self.settings["reg"], self.settings["reach"], 8
+        reg, rho, iterations = self.settings["reg"], self.settings["reach"], 6
+        backend = geomloss_solver.backend_for(self.bank)
         while True:
             iterations = min(iterations, self.settings["max_iterations"])
-            h = geomloss_solver.self_potential(self.bank, self.weights, reg, rho, iterations)
+            h = geomloss_solver.self_potential(self.bank, self.weights, reg, rho, iterations, backend)
             new, error = self._bank_error(h)
             if error <= self.settings["tolerance"] or iterations >= self.settings["max_iterations"]:
                 return h, new, error

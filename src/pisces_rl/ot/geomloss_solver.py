@@ -26,7 +26,7 @@ DRIFT = 1e-9  # how far, relatively, the blur moves in a block of iterations at 
 FIRST_BLOCK = 10
 FORBIDDEN = 200.0  # a cell that costs so many eps too much has no mass in any precision
 TENSORIZED_CELLS = 5000**2  # geomloss's own limit
-COPIES = 6  # of a matrix of costs, that the tensorized loop holds at its peak
+COPIES = 5  # of a matrix of costs, that the tensorized loop holds at its peak
 
 
 def solve(
@@ -105,10 +105,11 @@ def _at_one_eps(reg: float, iterations: int) -> tuple[float, float]:
     return reg * (1 + DRIFT), (1 + DRIFT) ** (-1 / max(1, iterations - 2))  # both ends count
 
 
-def self_potential(points: Tensor, weights: Tensor, reg: float, rho: float | None, iterations: int) -> Tensor:
+def self_potential(
+    points: Tensor, weights: Tensor, reg: float, rho: float | None, iterations: int, backend: str
+) -> Tensor:
     """(M,): h of OT between points (M, D) with weights (M,) and themselves, for |x - y|^2 / 2, from h = 0."""
     start, scaling = _at_one_eps(reg, iterations)
-    backend = backend_for(points)
     points = points - points.mean(0)
     loss = _loss(
         p=2, blur=math.sqrt(reg), reach=None if rho is None else math.sqrt(rho), diameter=math.sqrt(start),
@@ -124,11 +125,15 @@ def backend_for(points: Tensor) -> str:
     cells = len(points) ** 2
     if importlib.util.find_spec("pykeops") is not None:
         return "tensorized" if cells <= TENSORIZED_CELLS else "online"
-    on_gpu = points.device.type == "cuda"
-    free = torch.cuda.mem_get_info(points.device)[0] if on_gpu else psutil.virtual_memory().available
-    if cells > TENSORIZED_CELLS and COPIES * cells * points.element_size() > free:
+    needed = COPIES * cells * points.element_size()
+    if points.device.type == "cuda":
+        free = torch.cuda.mem_get_info(points.device)[0]
+        free += torch.cuda.memory_reserved(points.device) - torch.cuda.memory_allocated(points.device)
+    else:
+        free = psutil.virtual_memory().available
+    if cells > TENSORIZED_CELLS and needed > free:
         raise ValueError(
-            f"solver='geomloss': {len(points)} points need {COPIES * cells * points.element_size() / 1e9:.0f} GB for "
+            f"solver='geomloss': {len(points)} points need {needed / 1e9:.0f} GB for "
             f"their costs, {free / 1e9:.0f} GB are free: pip install pykeops, or use solver='native'; neither holds "
             "them all."
         )
