@@ -1,13 +1,16 @@
-"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': a table of docs/ot.md.
+"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': tables of docs/ot.md.
 
     python benchmarks/ot_speed.py                    # on the GPU if there is one
     python benchmarks/ot_speed.py --shapes 8x32x513 --device cpu --threads 1 --solvers ours POT
+    python benchmarks/ot_speed.py --table solvers    # solver="native" and "geomloss", plans of the semantic reward
+    python benchmarks/ot_speed.py --table banks      # the same two, BankDivergence
 
 Costs are 1 - cos of random 64-dimensional points, brought to [0, 1] in each problem; "with build" counts that, too.
 Every solver runs at the fewest iterations with which its L1 marginal error, both sides together, is at most the
-tolerance for every problem. Times are medians of repeats after a warm-up, with --threads 1 on a CPU of the thread's
-own time, so that a busy machine does not count; errors are L1 distances of the plan from an fp64 solution to 1e-11;
-memory is the peak above the cost.
+tolerance for every problem; "native" and "geomloss", through this package, stop by themselves. Times are medians of
+repeats after a warm-up, with --threads 1 on a CPU of the thread's own time, so that a busy machine does not count;
+errors are L1 distances of the plan from an fp64 solution to 1e-11; memory is the peak above the cost. A bank that does
+not fit, or would take longer than --seconds, is left out with its reason; on a CPU it is timed once.
 """
 
 import argparse
@@ -23,7 +26,9 @@ from geomloss import ot as geomloss_ot
 from ot.batch import solve_batch
 from torch import Tensor
 
-from pisces_rl.ot import cosine_cost, transport_plan
+from pisces_rl.ot import BankDivergence, cosine_cost, transport_plan
+from pisces_rl.ot.metrics import default_blur
+from pisces_rl.ot.plans import SOLVERS
 
 
 def build(x: Tensor, y: Tensor) -> Tensor:
@@ -67,18 +72,18 @@ def fewest(solve: Callable[[int], Tensor], tolerance: float, limit: int = 4096) 
     return count
 
 
-def clock(run: Callable, device: torch.device, repeats: int) -> float:
+def clock(run: Callable, device: torch.device, repeats: int, warmup: int = 2) -> float:
     """Median milliseconds."""
     times = []
     now = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    for i in range(repeats + 2):
+    for i in range(repeats + warmup):
         if device.type == "cuda":
             torch.cuda.synchronize()
         start = now()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if i >= 2:
+        if i >= warmup:
             times.append(1e3 * (now() - start))
     return statistics.median(times)
 
@@ -110,9 +115,71 @@ def measure(solve: Callable, x: Tensor, y: Tensor, count: int, exact: Tensor, re
     return f"{count} | {alone:.2f} | {with_build:.2f} | {marginal_error(plan):.1e} | {error:.1e} | {memory}"
 
 
+def compare_plans(args: argparse.Namespace, device: torch.device) -> None:
+    """Both solvers of this package, balanced and with the penalty that the semantic reward has by default."""
+    headings = "B x N x M, eps, plan, tolerance, solver, iterations, ms, marginal error, plan error, MiB"
+    print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
+    for shape, reg, share, tolerance in itertools.product(args.shapes, args.reg, (None, 0.9), args.tolerance):
+        reach = None if share is None else reg * share / (1 - share)
+        cost = build(*points(shape, device))
+        exact = transport_plan(cost.double(), reg=reg, reach=reach, tolerance=1e-11, max_iterations=20_000).plan
+        for solver in SOLVERS:
+            solve = partial(transport_plan, cost, reg=reg, reach=reach, tolerance=tolerance, solver=solver)
+            plan = solve()
+            error = float((plan.plan.double() - exact).abs().sum((1, 2)).max())
+            name = "balanced" if reach is None else "unbalanced"
+            print(f"| {shape} | {reg:g} | {name} | {tolerance:g} | {solver} | {int(plan.iterations.max())} | "
+                  f"{clock(solve, device, args.repeats):.2f} | {float(plan.marginal_error.max()):.1e} | {error:.1e} | "
+                  f"{peak(solve, device)} |", flush=True)  # fmt: skip
+
+
+def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
+    """Both solvers on banks of unit vectors: the bank's own term, then four groups of eight with their gradient."""
+    headings = "points, blur, solver, ms of the bank, its marginal error, ms of four groups, value, MiB"
+    print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
+    last = {}  # solver to points and ms of the largest bank before
+    for count, solver in itertools.product(args.banks, SOLVERS):
+        generator = torch.Generator().manual_seed(0)
+        draw = partial(torch.randn, generator=generator)
+        bank, groups = (torch.nn.functional.normalize(x, dim=-1) for x in (draw(count, 512), draw(4, 8, 512) + 0.02))
+        bank, groups, blur = bank.to(device), groups.to(device).requires_grad_(), default_blur(bank)
+        row = f"| {count:,} | {blur:.3g} | {solver} |"
+        size, ms = last.get(solver, (count, 0.0))
+        expected = ms * (count / size) ** 2 / 1e3
+        if expected > args.seconds:
+            print(f"{row} left out: some {expected:.0f} s, above --seconds | | | | |", flush=True)
+            continue
+        made = []
+        solve = partial(lambda into, *args, **options: into.append(BankDivergence(*args, **options)), made, bank,
+                        blur=blur, solver=solver)  # fmt: skip
+        try:
+            took = clock(solve, device, 1, warmup=int(device.type == "cuda"))
+        except (ValueError, torch.OutOfMemoryError) as error:
+            print(f"{row} left out: {error} | | | | |", flush=True)
+            continue
+        last[solver], divergence = (count, took), made[-1]
+        both = partial(value_and_gradient, divergence, groups)
+        print(f"{row} {took:.0f} | {divergence.self_error:.1e} | {clock(both, device, 5):.1f} | "
+              f"{float(divergence(groups).mean()):.6f} | {peak(solve, device)} |", flush=True)  # fmt: skip
+
+
+def value_and_gradient(divergence: BankDivergence, groups: Tensor) -> None:
+    torch.autograd.grad(divergence(groups).sum(), groups)
+
+
+def points(shape: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    batch, n, m = (int(s) for s in shape.split("x"))
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(batch, size, 64, generator=generator).to(device) for size in (n, m))
+    return x, y
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--table", default="others", choices=["others", "solvers", "banks"])
+    parser.add_argument("--banks", nargs="+", type=int, default=[1000, 5000, 20_000, 50_000])
+    parser.add_argument("--seconds", type=float, default=120, help="leave out what would take longer for one bank")
     parser.add_argument("--shapes", nargs="+", default=["128x32x2049", "64x77x1568"], help="BxNxM")
     parser.add_argument("--reg", nargs="+", type=float, default=[0.05])
     parser.add_argument("--tolerance", nargs="+", type=float, default=[1e-3])
@@ -126,13 +193,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}\n")
+    if args.table != "others":
+        return {"solvers": compare_plans, "banks": compare_banks}[args.table](args, device)
     headings = "B x N x M, eps, tolerance, solver, iterations, ms, ms with build, marginal error, plan error, MiB"
     print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
     step = torch.compile(log_step, dynamic=False)
     for shape, reg, tolerance in itertools.product(args.shapes, args.reg, args.tolerance):
-        batch, n, m = (int(s) for s in shape.split("x"))
-        generator = torch.Generator().manual_seed(0)
-        x, y = (torch.randn(batch, size, 64, generator=generator).to(device) for size in (n, m))
+        x, y = points(shape, device)
         cost = build(x, y)
         exact = transport_plan(cost.double(), reg=reg, tolerance=1e-11, max_iterations=20_000).plan
         for label, solve in solvers(reg, tolerance, step).items():

@@ -38,6 +38,8 @@ class EvaluationArguments:
     ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
     ot_attention: str | None = field(default=None, metadata={
         "help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."})  # fmt: skip
+    ot_solver: str | None = field(default=None, metadata={
+        "help": "What solves the plans of ot_semantic: native or geomloss. Unset: the faster."})  # fmt: skip
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})
     n: int = field(default=128, metadata={"help": "Clips, at most; they and their corruptions are held in memory."})
@@ -72,7 +74,8 @@ def middle(video: Tensor, size: tuple[int, int]) -> Tensor:
 def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
     """Those asked for, or else all that the encoder has; why another is left out is printed."""
     attention = None if args.ot_attention is None else json.loads(args.ot_attention)
-    options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": {"attention": attention}}
+    semantic = {"attention": attention, "solver": args.ot_solver}
+    options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": semantic}
     rewards = {}
     for name in args.rewards or ENCODER_REWARDS:
         own = options.get(name.partition("?")[0], {})

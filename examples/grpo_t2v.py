@@ -63,6 +63,9 @@ class ScriptArguments:
         default=None,
         metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
     )
+    ot_solver: str | None = field(
+        default=None, metadata={"help": "What solves plans and the divergence: native or geomloss. Unset: the faster."}
+    )
     reward_offload: str | None = field(
         default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
     )
@@ -132,7 +135,9 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 def load_rewards(script: ScriptArguments, names: list[str], device: torch.device | None = None) -> list:
     attention = None if script.ot_attention is None else json.loads(script.ot_attention)
     quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
-    options = {"ot_quality": quality, "ot_semantic": {"attention": attention}}
+    if script.divergence_weight:
+        quality["solver"] = script.ot_solver
+    options = {"ot_quality": quality, "ot_semantic": {"attention": attention, "solver": script.ot_solver}}
     load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
                              device=device)  # fmt: skip
     return [load(name, **options.get(name.partition("?")[0], {})) for name in names]

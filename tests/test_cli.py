@@ -260,10 +260,13 @@ def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, mon
 def test_the_settings_of_rewards_reach_them(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     grpo = importlib.import_module("grpo_t2v")
-    script = grpo.ScriptArguments(divergence_weight=0.5, ot_attention='{"plan": "partial"}')
+    script = grpo.ScriptArguments(
+        divergence_weight=0.5, ot_attention='{"plan": "balanced"}', ot_solver="geomloss"
+    )
     quality, semantic, plain = grpo.load_rewards(script, ["ot_quality", "ot_semantic", "cosine"])
     assert quality.divergence_weight == 0.5 and plain.divergence_weight == 0
-    assert semantic.attention == OTAttention(plan="partial")
+    assert semantic.attention == OTAttention(plan="balanced", solver="geomloss")
+    assert quality.bank.settings["solver"] == "geomloss"
 
 
 def test_rewards_by_name():

@@ -31,6 +31,7 @@ def test_the_shipped_map_is_for_no_other():
         ("cosine", {"ot_map": FOLDER / "map", "attention": {"plan": "full"}}, "attention, ot_map"),
         ("matching", {"attention": OTAttention()}, "attention"),
         ("matching", {"ot_map": FOLDER / "map"}, "ot_map"),
+        ("matching", {"solver": "geomloss"}, "solver"),
         ("ot_quality", {"attention": {}}, "attention"),
         ("ot_semantic", {"divergence_weight": 0.1}, "divergence_weight"),
         ("ot_quality", {"plan": "full"}, "plan"),
@@ -47,8 +48,28 @@ def test_settings_are_looked_at_before_the_encoder_is_loaded(monkeypatch, tmp_pa
     monkeypatch.setattr(loading, "shared_encoder", lambda *args, **kwargs: pytest.fail("an encoder was loaded"))
     with pytest.raises(ValueError, match="plan='exact'"):
         load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "exact"})
+    for name in ("ot_semantic?solver=pot", "ot_quality?solver=pot&divergence_weight=1"):
+        with pytest.raises(ValueError, match="solver='pot': expected one of native, geomloss"):
+            load_reward(name, encoder="elsewhere")
+    with pytest.raises(ValueError, match="solver='geomloss': it has no partial plans, only unbalanced and balanced"):
+        load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "partial", "solver": "geomloss"})
     with pytest.raises(FileNotFoundError, match="holds no map"):
         load_reward("ot_quality", encoder="elsewhere", ot_map=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ot_semantic?", "ot_quality?divergence_weight=0.5&"])
+def test_a_solver_by_name_gives_the_same_reward(name):
+    prompts = ["a red circle", "a green square moving up"]
+    videos = torch.rand(2, 5, 3, 32, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    values, gradients = [], []
+    for solver in ("native", "geomloss"):
+        reward = load_reward(f"{name}solver={solver}")
+        bank = getattr(reward, "bank", None)
+        assert solver == (reward.attention.solver if bank is None else bank.settings["solver"])
+        values.append(reward(prompts, videos))
+        gradients += torch.autograd.grad(values[-1].sum(), videos)
+    torch.testing.assert_close(values[1], values[0], atol=1e-4, rtol=1e-4)
+    assert (gradients[1] - gradients[0]).norm() < 1e-2 * gradients[0].norm()
 
 
 def test_an_encoder_that_was_trained_again_is_loaded_again(tmp_path):

@@ -1,13 +1,13 @@
 """The debiased Sinkhorn divergence of groups of points from a fixed bank, with each point's share of it."""
 
-import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from pisces_rl.ot import geomloss_solver
 from pisces_rl.ot.costs import as_float, squared_cost
-from pisces_rl.ot.plans import ConvergenceWarning, TransportPlan, check_positive, transport_plan
+from pisces_rl.ot.plans import ConvergenceWarning, TransportPlan, check_positive, check_solver, transport_plan
 from pisces_rl.ot.solver import full_precision
 
 CHUNK_CELLS = 2**26  # costs that the bank's own term holds at once: 256 MiB in fp32
@@ -33,6 +33,10 @@ class BankDivergence:
         blur: length > 0 below which points are not told apart, in units of the points.
         reach: length above which mass is rather created than moved; None: all mass is moved.
         tolerance: L1 marginal error of every term. max_iterations: of every term.
+        solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of
+            M x M costs, or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
+
+    `self_error` is the marginal error of the bank's own term; one above the tolerance is a `ConvergenceWarning`.
 
     Source: Feydy et al. 2019 (arXiv 1810.08278); Sejourne et al. 2019 (arXiv 1910.12958) for `reach`.
     """
@@ -41,9 +45,10 @@ class BankDivergence:
 
     def __init__(
         self, bank: Tensor, *, blur: float, reach: float | None = None, weights: Tensor | None = None,
-        tolerance: float = 1e-5, max_iterations: int = 5000,
+        tolerance: float = 1e-5, max_iterations: int = 5000, solver: str = "native",
     ):  # fmt: skip
         check_positive(blur=blur, tolerance=tolerance)
+        check_solver(solver)
         if reach is not None:
             check_positive(reach=reach)
         if not (isinstance(max_iterations, int) and max_iterations > 0):
@@ -59,8 +64,9 @@ class BankDivergence:
             )
         self.weights = self.weights / self.weights.sum()
         self.settings = dict(
-            reg=blur**2, reach=None if reach is None else reach**2, tolerance=tolerance, max_iterations=max_iterations
-        )
+            reg=blur**2, reach=None if reach is None else reach**2, tolerance=tolerance,
+            max_iterations=max_iterations, solver=solver,
+        )  # fmt: skip
         self.self_potential, self.self_value, self.self_error = self._solve_bank()
         self.floor: dict[int, tuple[float, float]] = {}
 
@@ -134,38 +140,64 @@ class BankDivergence:
         return across, transport_plan(squared_cost(groups, groups), a, a, **self.settings)
 
     def _solve_bank(self) -> tuple[Tensor, Tensor, float]:
-        """Potential (M,), value and marginal error of OT(bank, bank), by the averaged symmetric iteration."""
-        y, reg, rho = self.bank, self.settings["reg"], self.settings["reach"]
-        with full_precision(y.device):
-            log_b = self.weights.log()
-            h = torch.zeros_like(self.weights)
-            eps = max(float((y.amax(0) - y.amin(0)).square().sum()) / 2, reg)
-            halvings = math.ceil(math.log2(eps / reg))
-            for iteration in range(halvings + self.settings["max_iterations"]):
-                eps = max(eps / 2, reg) if 0 < iteration <= halvings else eps
-                new = self._softmin(h, log_b, eps)
-                target = 1.0 if rho is None else (-h / rho).exp()
-                error = float((self.weights * (((h - new) / eps).exp() - target).abs()).sum())
-                if iteration >= halvings and error <= self.settings["tolerance"]:
-                    break
-                last, h = h, (h + new * (1.0 if rho is None else rho / (rho + eps))) / 2
-            else:
-                h = last
+        """Potential (M,), value and marginal error of OT(bank, bank)."""
+        reg, rho = self.settings["reg"], self.settings["reach"]
+        with full_precision(self.bank.device):
+            native = self.settings["solver"] == "native"
+            h, new, error = self._iterate_bank() if native else self._bank_by_geomloss()
+            if not error <= self.settings["tolerance"]:
                 warnings.warn(
                     f"the bank's own term misses the marginal error of {self.settings['tolerance']:g}: {error:.1e} "
                     f"after {self.settings['max_iterations']} iterations; raise blur or max_iterations.",
                     ConvergenceWarning, stacklevel=3,
                 )  # fmt: skip
-            moved = (self.weights * ((h - new) / eps).exp()).sum()
+            moved = (self.weights * ((h - new) / reg).exp()).sum()
             if rho is None:
                 value = 2 * (self.weights * h).sum()
             else:
                 value = -2 * rho * (self.weights * torch.expm1(-h / rho)).sum()
         return h, value - reg * (moved - 1), error
 
-    def _softmin(self, h: Tensor, log_b: Tensor, eps: float) -> Tensor:
-        """-eps LSE_j(log b_j + (h_j - C_ij) / eps) of every point of the bank, some rows at a time."""
-        rows = max(1, CHUNK_CELLS // len(self.bank))
-        shift = (log_b + h / eps)[None]
-        chunks = self.bank.split(rows)
-        return torch.cat([-eps * (shift - squared_cost(x, self.bank) / eps).logsumexp(1) for x in chunks])
+    def _iterate_bank(self) -> tuple[Tensor, Tensor, float]:
+        """Potential, its softmin and its marginal error, by the symmetric iteration from 0.
+
+        Between a set and itself it needs no annealing: near the solution, softmin turns an error e of h into -k e with
+        k in [0, 1], a factor each for some directions. A whole step removes what has k = 0 (between far points, at a
+        large blur), an averaged one what has k = 1 (a constant, near points), so they take turns.
+        """
+        rho = self.settings["reach"]
+        damping = 1.0 if rho is None else rho / (rho + self.settings["reg"])
+        h = torch.zeros_like(self.weights)
+        costs = squared_cost(self.bank, self.bank) if len(self.bank) ** 2 <= CHUNK_CELLS else None
+        for iteration in range(self.settings["max_iterations"]):
+            new, error = self._bank_error(h, costs)
+            if error <= self.settings["tolerance"]:
+                return h, new, error
+            last, h = h, damping * new if iteration % 2 == 0 else (h + damping * new) / 2
+        return last, new, error
+
+    def _bank_by_geomloss(self) -> tuple[Tensor, Tensor, float]:
+        """The same by geomloss, which begins again with twice the iterations until they are enough."""
+        reg, rho, iterations = self.settings["reg"], self.settings["reach"], 6
+        backend = geomloss_solver.backend_for(self.bank)
+        while True:
+            iterations = min(iterations, self.settings["max_iterations"])
+            h = geomloss_solver.self_potential(self.bank, self.weights, reg, rho, iterations, backend)
+            new, error = self._bank_error(h)
+            if error <= self.settings["tolerance"] or iterations >= self.settings["max_iterations"]:
+                return h, new, error
+            iterations *= 2
+
+    def _bank_error(self, h: Tensor, costs: Tensor | None = None) -> tuple[Tensor, float]:
+        """The softmin of h, and the L1 distance of its plan's marginal from what optimality asks."""
+        reg, rho = self.settings["reg"], self.settings["reach"]
+        new = self._softmin(h, costs)
+        target = 1.0 if rho is None else (-h / rho).exp()
+        return new, float((self.weights * (((h - new) / reg).exp() - target).abs()).sum())
+
+    def _softmin(self, h: Tensor, costs: Tensor | None) -> Tensor:
+        """-eps LSE_j(log b_j + (h_j - C_ij) / eps) of every point of the bank; without costs, some rows at a time."""
+        eps, rows = self.settings["reg"], max(1, CHUNK_CELLS // len(self.bank))
+        shift = (self.weights.log() + h / eps)[None]
+        chunks = (squared_cost(x, self.bank) for x in self.bank.split(rows)) if costs is None else (costs,)
+        return torch.cat([-eps * torch.add(shift, cost, alpha=-1 / eps).logsumexp(1) for cost in chunks])

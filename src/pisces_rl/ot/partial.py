@@ -18,6 +18,7 @@ from pisces_rl.ot.plans import (
     check_count,
     check_positive,
     check_resolution,
+    check_solver,
     solve_checked,
 )
 from pisces_rl.ot.solver import full_precision
@@ -46,6 +47,7 @@ def partial_transport_plan(
     reference: str = "product",
     tolerance: float = 1e-5,
     max_iterations: int = 5000,
+    solver: str = "native",
 ) -> TransportPlan:
     """Entropic partial transport: the best plan of a given mass under both marginals.
 
@@ -60,28 +62,30 @@ def partial_transport_plan(
         mass: a number or (B,), at most min(|a|, |b|), in units of the weights.
         reference: R. "product": a b^T. "uniform": 1 on every cell with positive weights, as POT's
             `entropic_partial_wasserstein` solves.
+        solver: "native"; "geomloss" solves only a mass that is all of both sides', any other is a ValueError.
 
     Source: Benamou et al. 2015 (arXiv 1412.5154), section 5.
     """
     check_positive(reg=reg, tolerance=tolerance)
     check_count(max_iterations=max_iterations)
+    check_solver(solver)
     if reference not in REFERENCES:
         raise ValueError(f"reference={reference!r}: expected one of {', '.join(REFERENCES)}.")
     problems = _Problems.of(cost, a, b)
     masked = problems.masked()
     mass = _mass(masked, mass)
     most = torch.maximum(masked.a.sum(1), masked.b.sum(1))
-    whole = ~masked.empty & (mass >= most * (1 - WHOLE))
+    whole = masked.empty | (mass >= most * (1 - WHOLE))
     some, others = masked.check(whole.any(), (~whole).any())
 
     def fields(rows: Tensor, bounded: bool) -> list[Tensor]:
         constraint = Bounded(mass[rows]) if bounded else Balanced()
         if reference == "product":
             part = _Problems(problems.cost.detach()[rows], problems.a[rows], problems.b[rows], True, problems.slack)
-            return part.fields(float(reg), constraint, tolerance, max_iterations)
+            return part.fields(float(reg), constraint, tolerance, max_iterations, solver)
         part = masked[rows]
         part.alpha, part.beta = (part.a > 0).to(part.a), (part.b > 0).to(part.b)
-        return solve_checked(part, float(reg), constraint, tolerance, max_iterations, stacklevel=4)
+        return solve_checked(part, float(reg), constraint, tolerance, max_iterations, solver, stacklevel=4)
 
     parts = [(rows.nonzero()[:, 0], bounded) for rows, bounded, any_ in ((whole, False, some), (~whole, True, others))
              if any_]  # fmt: skip
@@ -101,6 +105,7 @@ def dummy_point_transport_plan(
     reg: float,
     tolerance: float = 1e-5,
     max_iterations: int = 5000,
+    solver: str = "native",
 ) -> TransportPlan:
     """Partial transport through one dummy point a side: balanced entropic transport of the extended problem.
 
@@ -111,10 +116,12 @@ def dummy_point_transport_plan(
 
     The entropy also counts what each point leaves to the dummy, which `partial_transport_plan` leaves free; at reg ->
     0 both solve the same problem. `plan`, potentials and gradient are of the real block, the value is the extended
-    problem's. Arguments as `partial_transport_plan`. Source: Chapel et al. 2020 (arXiv 2002.08276) for the extension.
+    problem's. Arguments as `partial_transport_plan`, with either `solver`. Source: Chapel et al. 2020 (arXiv
+    2002.08276) for the extension.
     """
     check_positive(reg=reg, tolerance=tolerance)
     check_count(max_iterations=max_iterations)
+    check_solver(solver)
     problems = _Problems.of(cost, a, b)
     masked = problems.masked()
     masked.flags.setdefault(BAD_COST, ~masked.cost.isfinite().all())
@@ -127,7 +134,7 @@ def dummy_point_transport_plan(
     cost[:, -1, :-1] = torch.where((masked.b > 0) & (a[:, -1:] > 0), 0.0, math.inf)
     extended = Masked(cost, a, b, a, b, masked.empty, False, masked.flags, masked.slack)
     plan, value, error, iterations, f, g = solve_checked(
-        extended, float(reg), Balanced(), tolerance, max_iterations, stacklevel=3
+        extended, float(reg), Balanced(), tolerance, max_iterations, solver, stacklevel=3
     )
     plan, f, g = plan[:, :rows, :columns], f[:, :rows], g[:, :columns]
     return problems.finish(plan, value, error, iterations, f, g, tolerance)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pisces_rl.ot import fused
+from pisces_rl.ot import fused, geomloss_solver
 from pisces_rl.ot.constraints import Balanced, Constraint, Penalised
 from pisces_rl.ot.costs import as_float
 from pisces_rl.ot.scaling import scale
 from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
 
+SOLVERS = {"native": solve, "geomloss": geomloss_solver.solve}
 BAD_COST = "cost: NaN or infinite where both weights are positive."
 MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
 HALF_TOLERANCE = 1e-2  # the same for weights that came in fp16 or bf16
@@ -79,6 +80,7 @@ def transport_plan(
     reach: float | None = None,
     tolerance: float = 1e-5,
     max_iterations: int = 5000,
+    solver: str = "native",
 ) -> TransportPlan:
     """Entropic optimal transport, balanced or KL-unbalanced.
 
@@ -96,6 +98,7 @@ def transport_plan(
         reg: entropic regularisation eps > 0, in units of cost.
         reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
         tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|). max_iterations: at the final reg.
+        solver: "native", or "geomloss", which takes several times as long to the same plan.
 
     Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
     tolerance. Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv
@@ -103,11 +106,12 @@ def transport_plan(
     """
     check_positive(reg=reg, tolerance=tolerance)
     check_count(max_iterations=max_iterations)
+    check_solver(solver)
     if reach is not None:
         check_positive(reach=reach)
     problems = _Problems.of(cost, a, b)
     constraint = Balanced() if reach is None else Penalised(float(reach))
-    return problems.solve(float(reg), constraint, tolerance, max_iterations)
+    return problems.solve(float(reg), constraint, tolerance, max_iterations, solver)
 
 
 def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
@@ -141,14 +145,18 @@ class _Problems:
         a, b = _weights("a", a, cost, cost.shape[1]), _weights("b", b, cost, cost.shape[2])
         return _Problems(cost, a, b, batched, HALF_TOLERANCE if half else MASS_TOLERANCE, uniform)
 
-    def solve(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> TransportPlan:
+    def solve(
+        self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
+    ) -> TransportPlan:
         """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
-        return self.finish(*self.fields(reg, constraint, tolerance, max_iterations), tolerance)
+        return self.finish(*self.fields(reg, constraint, tolerance, max_iterations, solver), tolerance)
 
-    def fields(self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int) -> list[Tensor]:
+    def fields(
+        self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
+    ) -> list[Tensor]:
         """Those of `TransportPlan`."""
-        if not fused.serves(self.cost, tolerance):
-            return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, stacklevel=5)
+        if solver != "native" or not fused.serves(self.cost, tolerance):
+            return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, solver, stacklevel=5)
         with full_precision(self.cost.device):
             cost = self.cost.detach()
             fields = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
@@ -156,7 +164,9 @@ class _Problems:
             if left.any():
                 left = left.nonzero()[:, 0].to(cost.device)
                 rest = _Problems(cost[left], self.a[left], self.b[left], True, self.slack)
-                solved = solve_checked(rest.masked(), reg, constraint[left], tolerance, max_iterations, stacklevel=5)
+                solved = solve_checked(
+                    rest.masked(), reg, constraint[left], tolerance, max_iterations, solver, stacklevel=5
+                )
                 fields = [all_.index_copy(0, left, some.to(all_)) for all_, some in zip(fields, solved)]
         return fields
 
@@ -219,14 +229,15 @@ class Masked:
 
 
 def solve_checked(
-    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, stacklevel: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `TransportPlan` by the general solver, for any reference and any pattern of cells.
+    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str,
+    stacklevel: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The fields of `TransportPlan` by one of `SOLVERS`, for any reference and any pattern of cells.
 
     `stacklevel` is of the warning: how far above is the caller who asked.
     """
     with full_precision(problems.cost.device):
-        fields, converged = _solve_checked(problems, reg, constraint, tolerance, max_iterations)
+        fields, converged = _solve_checked(problems, reg, constraint, tolerance, max_iterations, solver)
     if not converged:
         error = fields[2]
         warnings.warn(
@@ -239,7 +250,7 @@ def solve_checked(
 
 
 def _solve_checked(
-    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
+    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
 ) -> tuple[tuple[Tensor, ...], bool]:
     cost, a, b, live = problems.cost, problems.a, problems.b, ~problems.empty
     if isinstance(constraint, Balanced):
@@ -255,17 +266,25 @@ def _solve_checked(
     extremes = own_stages.amax(), own_stages.amin(), begin.span.amax() / reg, begin.l0.abs().amax() / reg
     stages, fewest, ratio, distance = problems.check(*extremes)
     check_resolution(ratio, reg, cost.dtype)
-    if stages and not fewest:  # those that anneal apart from those that need not, so that neither changes the other
-        parts = [(own_stages == 0).nonzero()[:, 0], (own_stages > 0).nonzero()[:, 0]]
-        solved = [_solve_checked(problems[rows], reg, constraint[rows], tolerance, max_iterations) for rows in parts]
+    # those that anneal apart from those that need not, so that neither changes the other; geomloss has one schedule
+    # for all of a batch
+    if stages != fewest and (solver == "geomloss" or not fewest):
+        kinds = own_stages if solver == "geomloss" else own_stages > 0
+        parts = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
+        solved = [
+            _solve_checked(problems[rows], reg, constraint[rows], tolerance, max_iterations, solver) for rows in parts
+        ]
         order = torch.cat(parts).argsort()
         return tuple(torch.cat(f)[order] for f in zip(*(f for f, _ in solved))), all(done for _, done in solved)
     alpha, beta, far = problems.alpha, problems.beta, distance > FAR
-    if isinstance(constraint, Balanced) and problems.full and begin.flat and not (stages or far):
+    plain = isinstance(constraint, Balanced) and problems.full and begin.flat and not (stages or far)
+    if solver == "native" and plain:
         fields = _scaled_alone(cost, a, b, alpha, beta, begin.l0, reg, tolerance, max_iterations)
         if fields is not None:
             return fields, True
-    solution = solve(cost, a, b, alpha, beta, reg, constraint, begin, int(stages), far, tolerance, max_iterations)
+    solution = SOLVERS[solver](
+        cost, a, b, alpha, beta, reg, constraint, begin, int(stages), far, tolerance, max_iterations
+    )
     plan = solution.plan if problems.full else torch.where(live[:, None, None], solution.plan, 0.0)
     error = torch.where(live, solution.error, 0.0)
     f = torch.where((a > 0) & live[:, None], solution.f, 0.0)
@@ -310,6 +329,11 @@ def check_count(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r}: expected an integer >= 1.")
+
+
+def check_solver(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"solver={solver!r}: expected one of {', '.join(SOLVERS)}.")
 
 
 def check_resolution(ratio: float, reg: float, dtype: torch.dtype) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
+from pisces_rl.ot.plans import check_solver
 from pisces_rl.rewards.contract import move
 from pisces_rl.rewards.encoders import VideoTextEncoder
 from pisces_rl.rewards.encoders.load_encoder import shared_encoder
@@ -83,7 +84,7 @@ def load_reward(
         offload: the device, such as "cuda", on which the encoder works while its weights lie on the CPU between
             calls; unset: it stays on the device it is loaded to. A call that leaves a graph leaves the weights there.
         device: where it works, for instance "cuda:1"; unset: CUDA if there is one.
-        options: of `OTQualityReward` or `OTSemanticReward`, or of the class of one of `SCORERS`.
+        options: of `OTQualityReward` or `OTSemanticReward` (`solver="geomloss"`), or of the class of one of `SCORERS`.
 
     Raises ValueError for an unknown name, for options that the reward does not use, for a map of another encoder, and
     for a scorer whose weights or package are not here.
@@ -111,8 +112,11 @@ def load_reward(
             raise ValueError(f"reward {masked(name)!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
         return _placed(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
-    left_out = {"encoder", "matcher", "name", {"cosine": "ot_map", "matching": "attention"}.get(name)}
+    without = {"cosine": ("ot_map",), "matching": ("attention", "solver")}.get(name, ())
+    left_out = {"encoder", "matcher", "name", *without}
     _check_used(name, _kind(name), [*options, *(part for part, value in parts.items() if value is not None)], left_out)
+    if options.get("solver") is not None:
+        check_solver(options["solver"])
     if isinstance(encoder, VideoTextEncoder) and offload is not None:
         raise ValueError(f"offload: set it on the encoder itself: encoder.offload = {offload!r}.")
     if name == "ot_semantic":

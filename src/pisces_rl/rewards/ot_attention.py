@@ -22,6 +22,7 @@ from torch import Tensor
 from pisces_rl.ot import cosine_cost, partial_transport_plan, pisces_plan, transport_plan
 from pisces_rl.ot import fused as fused_plans
 from pisces_rl.ot.constraints import Balanced, Penalised
+from pisces_rl.ot.plans import check_solver
 from pisces_rl.rewards import fused_ot_attention as fused
 from pisces_rl.rewards.graphs import by_graph
 
@@ -57,6 +58,7 @@ class OTAttention:
         layers, heads: those that are fused, as the model counts them; None: all.
         floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product. Not in "arithmetic".
         class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
+        solver: "native", or "geomloss" for unbalanced and balanced plans, see docs/ot.md.
         tolerance: of the plans' marginals. drawings: a list that each call is appended to, or None.
 
     The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True; in its
@@ -74,6 +76,7 @@ class OTAttention:
     heads: Sequence[int] | None = None
     floor: float = 0.0
     class_tokens: bool = False
+    solver: str = "native"
     tolerance: float = 1e-3
     drawings: list[Drawing] | None = field(default=None, repr=False)
 
@@ -81,6 +84,9 @@ class OTAttention:
         for name, value, allowed in (("plan", self.plan, PLANS), ("fusion", self.fusion, FUSIONS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
+        check_solver(self.solver)
+        if self.solver != "native" and self.plan not in ("unbalanced", "balanced"):
+            raise ValueError(f"solver={self.solver!r}: it has no {self.plan} plans, only unbalanced and balanced.")
         if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
             raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
         if not (self.reg > 0 and math.isfinite(self.reg)):
@@ -154,7 +160,7 @@ class BoundOTAttention:
         """The weights from one launch; None where that is not possible, or a plan does not reach its tolerance."""
         s = self.settings
         served = fused_plans.serves(logits[0], s.tolerance)
-        if not s.normalise or s.plan not in ("unbalanced", "balanced") or not served:
+        if not s.normalise or s.solver != "native" or s.plan not in ("unbalanced", "balanced") or not served:
             return None
         heads = logits.shape[1] if s.temporal or s.spatial else 1
         constraint = Balanced() if s.plan == "balanced" else Penalised(s.reach)
@@ -244,7 +250,7 @@ class BoundOTAttention:
             mass = s.mass * a.sum(1)
             plan = partial_transport_plan(cost, a, b, mass=mass, reg=s.reg, tolerance=s.tolerance).plan
         else:
-            plan = transport_plan(cost, a, b, reg=s.reg, reach=s.reach, tolerance=s.tolerance).plan
+            plan = transport_plan(cost, a, b, reg=s.reg, reach=s.reach, tolerance=s.tolerance, solver=s.solver).plan
         return plan.unflatten(0, (-1, heads))
 
     def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -31,6 +31,7 @@ class OTQualityReward(EncoderReward):
         bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; needed for a divergence weight.
         cosine_weight, divergence_weight: the terms; a weight of 0 leaves its term out.
         blur: of the bank's divergence; None: `pisces_rl.ot.metrics.default_blur` of the bank.
+        solver: of the bank's divergence, "native" or "geomloss"; None: `BankDivergence`'s default.
         micro_batch: videos encoded at once. name: under which it is logged.
 
     A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,), differentiable: the gradient of the
@@ -40,7 +41,7 @@ class OTQualityReward(EncoderReward):
     def __init__(
         self, encoder: VideoTextEncoder | str | Path, ot_map: TransportMap | None = None, *,
         bank: Tensor | BankDivergence | None = None, cosine_weight: float = 1.0, divergence_weight: float = 0.0,
-        blur: float | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
+        blur: float | None = None, solver: str | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
     ):  # fmt: skip
         encoder = shared_encoder(encoder)
         if ot_map is not None and ot_map.encoder != encoder.name:
@@ -51,11 +52,11 @@ class OTQualityReward(EncoderReward):
             raise ValueError("cosine_weight, divergence_weight: at least one must differ from 0.")
         if divergence_weight and bank is None:
             raise ValueError("bank: a divergence weight needs the features of real videos.")
-        for setting, value in (("bank", bank), ("blur", blur)):
+        for setting, value in (("bank", bank), ("blur", blur), ("solver", solver)):
             if value is not None and not divergence_weight:
                 raise ValueError(f"{setting}: it has no effect without a divergence_weight.")
-        if blur is not None and isinstance(bank, BankDivergence):
-            raise ValueError("blur: the bank, a BankDivergence, has its own.")
+            if setting != "bank" and value is not None and isinstance(bank, BankDivergence):
+                raise ValueError(f"{setting}: the bank, a BankDivergence, has its own.")
         self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
         self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
         self.compares_videos = bool(divergence_weight)
@@ -64,7 +65,8 @@ class OTQualityReward(EncoderReward):
             from pisces_rl.ot.metrics import default_blur
 
             blur = default_blur(bank) if blur is None else blur
-            self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur)
+            chosen = {} if solver is None else {"solver": solver}
+            self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur, **chosen)
         self.__name__ = name
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:

@@ -24,6 +24,7 @@ class OTSemanticReward(EncoderReward):
         matcher: an encoder with a matching head, or its name, folder or Hub id.
         attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability. Of the
             matcher's layers it changes `fused_layers`: plans of the last one cannot reach the match.
+        solver: of the plans, in place of the attention's; None: as the attention has it.
         micro_batch: videos matched at once.
         name: under which it is logged.
 
@@ -33,8 +34,12 @@ class OTSemanticReward(EncoderReward):
 
     def __init__(
         self, matcher: VideoTextEncoder | str | Path, attention: OTAttention | None = None, *,
-        micro_batch: int = MICRO_BATCH, name: str = "ot_semantic",
+        solver: str | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_semantic",
     ):  # fmt: skip
+        if solver is not None:
+            if attention is None:
+                raise ValueError("solver: it has no effect without an attention.")
+            attention = replace(attention, solver=solver)
         matcher = shared_encoder(matcher)
         if not matcher.matches:
             raise ValueError(f"matcher: {matcher.name} has no matching head.")
