@@ -47,15 +47,21 @@ def measure(vae: AutoencoderKLWan, latents: Tensor, repeats: int) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="on a CPU in fp32, not compiled")
-    parser.add_argument("--chunks", type=int, nargs="+", default=[2, 4, 8], help="latent frames at a time")
+    parser.add_argument("--chunks", type=int, nargs="+", default=[8], help="latent frames at a time, compiled")
     parser.add_argument("--videos", type=int, nargs="+", default=[1, 4], help="at once")
     parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--plain", type=int, nargs="*", default=[2, 4, 8], help="chunks that are not compiled, too")
+    parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN time its kernels and take the fastest")
+    parser.add_argument("--channels_last", action="store_true", help="the decoder's weights in channels-last order")
     args = parser.parse_args()
     device, dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
     size = dict(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1) if args.tiny else {}
     whole = AutoencoderKLWan(**size).eval().requires_grad_(False).to(device)
     vae = copy.deepcopy(whole).to(dtype)
+    torch.backends.cudnn.benchmark = args.cudnn_benchmark
+    if args.channels_last:
+        vae.decoder.to(memory_format=torch.channels_last_3d)
     print("| videos | latent frames at a time | compiled | ms a video | GiB | dB to fp32 | dB to diffusers |")
     print("|---" * 7 + "|")
     for count in args.videos:
@@ -63,8 +69,8 @@ def main() -> None:
         with torch.no_grad():
             exact = torch.cat([whole.decode(own.float()).sample for own in latents.split(1)])
         plain = None
-        for frames, compiled in [(None, False), *((n, False) for n in args.chunks),
-                                 *((n, True) for n in args.chunks[-2:] if not args.tiny)]:
+        for frames, compiled in [(None, False), *((n, False) for n in args.plain),
+                                 *((n, True) for n in args.chunks if not args.tiny)]:
             decode_in_chunks(vae, frames, compiled)
             milliseconds, videos, memory = measure(vae, latents, args.repeats)
             plain = videos if plain is None else plain
