@@ -124,7 +124,7 @@ def quantised_norm(
     if not serves(x):
         total, n = modulated_norm(x, y, gate, scale, shift, eps, None, dtype)
         q, scales = _rounded(n)
-        return total, n if kept else x.new_empty(0, dtype=dtype), q, scales
+        return total, n.contiguous() if kept else x.new_empty(0, dtype=dtype), q, scales
     rows = batch * length
     total = torch.empty_like(x) if y is not None else x.new_empty(0)
     n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
@@ -411,7 +411,7 @@ if triton is not None:
     @triton.jit
     def _quantised_norm(
         x, y, gate, scale, shift, total, n, q, scales, length, width, scale_stride, shift_stride, gate_stride,
-        eps, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
+        eps: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK)

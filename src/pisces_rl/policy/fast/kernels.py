@@ -246,10 +246,12 @@ def _launch_heads(q: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 
 if triton is not None:
+    # `eps` is a constexpr: a compiled block hands other floats to a kernel in fp64, and sums would be in fp64, too.
 
     @triton.jit
     def normed_row(
-        x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride, gate_stride, eps, d, inside
+        x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride, gate_stride,
+        eps: tl.constexpr, d, inside,
     ):  # fmt: skip
         """A row of n; that of x' is stored where there is a y."""
         video = row // length
@@ -271,8 +273,8 @@ if triton is not None:
 
     @triton.jit
     def _modulated_norm(
-        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride, eps,
-        BLOCK: tl.constexpr,
+        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride,
+        eps: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK)
@@ -283,8 +285,8 @@ if triton is not None:
 
     @triton.jit
     def _modulated_norm_backward(
-        x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale_stride, gate_stride, eps,
-        BLOCK: tl.constexpr,
+        x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale_stride, gate_stride,
+        eps: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         video = row // length
@@ -306,7 +308,7 @@ if triton is not None:
             tl.store(out_y + at, (grad * opening).to(out_y.dtype.element_ty), mask=inside)
 
     @triton.jit
-    def _inverse_length(x, width, eps):
+    def _inverse_length(x, width, eps: tl.constexpr):
         return tl.rsqrt(tl.sum(tl.sum(x * x, 1), 0) / width + eps)
 
     @triton.jit
@@ -315,7 +317,7 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads(
-        qkv, weight_q, weight_k, cosines, sines, q, k, length, heads, eps, ROUNDED: tl.constexpr,
+        qkv, weight_q, weight_k, cosines, sines, q, k, length, heads, eps: tl.constexpr, ROUNDED: tl.constexpr,
         BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
     ):  # fmt: skip
         head = tl.arange(0, BLOCK_H)[:, None]
@@ -340,7 +342,8 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads_backward(
-        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, length, heads, out_stride, eps,
+        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, length, heads, out_stride,
+        eps: tl.constexpr,
         BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
     ):  # fmt: skip
         head = tl.arange(0, BLOCK_H)[:, None]
