@@ -1,6 +1,6 @@
 """The CUDA kernel against the general solver: on a GPU, or by Triton's interpreter where only triton is installed."""
 
-from triton_scripts import check, needs_triton
+from triton_scripts import check
 
 SCRIPT = """
     import sys, warnings
@@ -53,6 +53,5 @@ SCRIPT = """
 """
 
 
-@needs_triton
 def test_the_kernel_agrees_with_the_general_solver(tmp_path):
     check(SCRIPT, tmp_path)

@@ -1,6 +1,6 @@
 """The CUDA kernels against plain torch: on a GPU, or by Triton's interpreter where only triton is installed."""
 
-from triton_scripts import check, needs_triton
+from triton_scripts import check
 
 SCRIPT = """
     import sys
@@ -69,6 +69,5 @@ SCRIPT = """
 """
 
 
-@needs_triton
 def test_the_kernels_agree_with_plain_torch(tmp_path):
     check(SCRIPT, tmp_path)
