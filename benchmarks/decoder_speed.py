@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from pisces_rl.policy.pipeline.chunked_decoder import decode_in_chunks
+from pisces_rl.policy.fast.chunked_decoder import decode_in_chunks
 
 SHAPES = {"tiny": (3, 4, 6), "full": (9, 30, 52)}  # latent frames, rows, columns
 

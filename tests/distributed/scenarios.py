@@ -76,6 +76,13 @@ def split_group(folder) -> dict:
     return trained(made(folder, videos=4, max_steps=3))
 
 
+def fp8(folder) -> dict:
+    """One group on an FP8 base: half of it on each process."""
+    trainer = made(folder, videos=4, model="tiny-wan", base_precision="fp8", max_steps=1, learning_rate=0.1)
+    before = tiny_runs.weights(trainer)
+    return trained(trainer) | ({"before": before} if WORLD == 1 else {})
+
+
 def nft(folder) -> dict:
     """Two groups, an old policy that lags, and some of the noise levels."""
     return trained(made(folder, method="nft", max_steps=4, beta=0.3, old_decay_rate=0.3, train_levels=2))
@@ -630,7 +637,7 @@ def run(name: str, folder: Path) -> dict:
     folder.mkdir(exist_ok=True)
     result = globals()[name](folder / f"{name}_{WORLD}")
     save_file({k: v.contiguous() for k, v in result["weights"].items()}, folder / f"{name}_{RANK}.safetensors")
-    numbers = {k: v for k, v in result.items() if k != "weights"}
+    numbers = {k: v for k, v in result.items() if k not in ("weights", "before")}
     (folder / f"{name}_{RANK}.json").write_text(json.dumps(numbers))
     return result
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..schedule.scheduler import PolicyError
 from ..sessions.session import replaced_method
-from .chunked_decoder import decode_in_chunks
+from ..fast.chunked_decoder import decode_in_chunks
 from .quirks import CAUSAL_CHUNKS, WITHOUT_SLICES
 
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

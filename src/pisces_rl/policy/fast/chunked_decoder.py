@@ -6,7 +6,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .quirks import CAUSAL_CHUNKS
+from ..pipeline.quirks import CAUSAL_CHUNKS
 
 VARIANTS = 64  # graphs of one decoder: first, second, further and last chunk, for each batch size
 
