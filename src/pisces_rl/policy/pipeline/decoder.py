@@ -7,9 +7,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from ..fast.chunked_decoder import decode_in_chunks
 from ..schedule.scheduler import PolicyError
 from ..sessions.session import replaced_method
-from ..fast.chunked_decoder import decode_in_chunks
 from .quirks import CAUSAL_CHUNKS, WITHOUT_SLICES
 
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
