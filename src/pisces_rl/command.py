@@ -4,9 +4,11 @@ import argparse
 from collections.abc import Sequence
 
 from .evaluation.vbench import vbench_command
+from .rewards.scorers import convert_weights
 from .rewards.server import serve
 
 COMMANDS = {
+    "convert": ("a reward's published pickle as safetensors", convert_weights),
     "serve": ("rewards of this machine for trainers elsewhere", serve),
     "vbench": ("videos for VBench's runner, and its results before and after training", vbench_command),
 }

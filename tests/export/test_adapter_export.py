@@ -25,6 +25,7 @@ from pisces_rl.policy import (
     default_lora_config,
     load_lora,
     lora_parameters,
+    read_adapter,
     save_lora,
     without_adapters,
 )
@@ -106,7 +107,8 @@ def test_diffusers_converts_hunyuan_video_of_the_published_width(tmp_path):
 def test_of_half_precision_within_its_rounding(dtype, tolerance, tmp_path):
     pipe = trained("wan", tmp_path / "run")
     (file,) = export_adapter(tmp_path / "run", tmp_path / "out", "comfyui", dtype=dtype)
-    assert {t.dtype for t in load_file(file).values()} == {{"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]}
+    kinds = {(".alpha" in key, t.dtype) for key, t in load_file(file).items()}
+    assert kinds == {(True, torch.float32), (False, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])}
     fresh = quiet(BUILD["wan"]())
     fresh.load_lora_weights(file.parent, weight_name=file.name)
     expected = latents(pipe, "wan")
@@ -199,11 +201,17 @@ def random_adapter(sizes: dict[str, tuple[int, int]], rslora: bool = False, sour
     return SavedAdapter(source, {"transformer": config}, {"transformer": state})
 
 
-def deltas_of(state: dict[str, torch.Tensor], suffix: str = ".weight") -> dict[str, torch.Tensor]:
-    """{original module: what its reader adds to the weight}."""
-    modules = {key.partition(".lora_")[0] for key in state}
-    assert len(state) == 2 * len(modules)
-    return {m: state[f"{m}.lora_B{suffix}"] @ state[f"{m}.lora_A{suffix}"] for m in modules}
+def deltas_of(state: dict[str, torch.Tensor], suffix: str = ".weight", alphas: bool = True) -> dict[str, torch.Tensor]:
+    """{original module: what its reader adds to the weight}, by ComfyUI's rule (comfy/weight_adapter/lora.py): alpha /
+    rank B A, or B A where there is no alpha; without `alphas` that of a reader that does not know them."""
+    modules = {key.partition(".lora_")[0] for key in state if not key.endswith(".alpha")}
+    assert len(state) == 2 * len(modules) + sum(f"{m}.alpha" in state for m in modules)
+    deltas = {}
+    for m in modules:
+        up, down = state[f"{m}.lora_B{suffix}"], state[f"{m}.lora_A{suffix}"]
+        known = alphas and f"{m}.alpha" in state
+        deltas[m] = (state[f"{m}.alpha"].item() / down.shape[0] if known else 1.0) * up @ down
+    return deltas
 
 
 def trained_delta(adapter: SavedAdapter, module: str) -> torch.Tensor:
@@ -282,6 +290,54 @@ def test_cogvideox_modulation_rows():
     torch.testing.assert_close(delta, torch.cat([one[:3], two[:3], one[3:], two[3:]]))
 
 
+# Alphas.
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("family", ["wan", "wan_i2v", "skyreels", "cogvideox", "mochi"])
+def test_readers_with_and_without_alpha_add_the_trained_delta(family, dtype, tmp_path):
+    """Also of ranks above 256, which bf16 does not hold exactly: 3 x 129 of Mochi's q, k and v in one weight."""
+    trained(family, tmp_path, r=129, lora_alpha=43, use_rslora=True, rank_pattern={r".*to_out\.0": 5})
+    (file,) = export_adapter(tmp_path, tmp_path / "out", "comfyui", dtype=dtype)
+    state = load_file(file)
+    alphas = {key.removesuffix(".alpha"): tensor for key, tensor in state.items() if key.endswith(".alpha")}
+    assert alphas.keys() == {key.partition(".lora_")[0] for key in state if not key.endswith(".alpha")}
+    for module, alpha in alphas.items():
+        assert alpha.shape == () and alpha.dtype == torch.float32
+        assert alpha.item() == state[f"{module}.lora_A.weight"].shape[0]
+    assert len({alpha.item() for alpha in alphas.values()}) > 1
+    adapter = read_adapter(tmp_path)
+    known, unknown = deltas_of(state), deltas_of(state, alphas=False)
+    assert all(torch.equal(known[module], unknown[module]) for module in known)
+    content = FAMILIES[family if family in FAMILIES else "wan"]
+    for module in adapter.configs["transformer"].target_modules:
+        part = content.part(module, comfyui=True)
+        chunks = known[f"diffusion_model.{part.module}"].unflatten(0, (part.of, -1))
+        expected = adapter.delta("transformer", module)
+        tolerance = dict(rtol=0, atol=2e-2 * expected.abs().max().item()) if dtype == "bf16" else {}
+        torch.testing.assert_close(chunks[list(part.chunks)].flatten(0, 1).float(), expected, **tolerance)
+
+
+@pytest.mark.parametrize("family, module, message", [
+    ("wan", "time_projection.1", "should be empty .*time_projection.1.alpha"),
+    ("wan_i2v", "img_emb.proj.1", "should be empty .*img_emb.proj.1.alpha"),
+    ("ltx", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
+    ("ltx2", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
+    ("hunyuan", "double_blocks.0.img_attn_qkv", "chunk expects at least a 1-dim"),
+    ("hunyuan", "double_blocks.0.img_attn_proj", "Invalid LoRA checkpoint"),
+])  # fmt: skip
+def test_diffusers_refuses_the_alphas_that_are_left_out(family, module, message, tmp_path):
+    """When it takes one, the file may hold it."""
+    targets = {"wan": "all-linear", "wan_i2v": "all-linear", "hunyuan": HUNYUAN_DOUBLE}.get(family)
+    trained(family, tmp_path, targets=targets)
+    (file,) = export_adapter(tmp_path, tmp_path / "out", "comfyui", dtype="fp32")
+    state, alpha = load_file(file), f"diffusion_model.{module}.alpha"
+    assert f"diffusion_model.{module}.lora_A.weight" in state and alpha not in state
+    quiet(BUILD[family]()).load_lora_weights(dict(state))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        quiet(BUILD[family]()).load_lora_weights(state | {alpha: torch.tensor(4.0)})
+
+
 # Names.
 
 ATTENTION = ("q", "k", "v", "o")
@@ -317,7 +373,10 @@ def test_names_of_a_block_are_those_published(family, format, block, names, tmp_
     trained(family, tmp_path)
     (file,) = export_adapter(tmp_path, tmp_path / "out", format)
     keys = {key.removeprefix(block) for key in load_file(file) if key.startswith(block)}
-    assert keys == {f"{name}.lora_{part}.weight" for name in names for part in "AB"}
+    alphas = {key for key in keys if key.endswith(".alpha")}
+    assert keys - alphas == {f"{name}.lora_{part}.weight" for name in names for part in "AB"}
+    scaled = format == "comfyui" and family in ("wan", "wan_i2v", "cogvideox", "mochi")
+    assert alphas == ({f"{name}.alpha" for name in names} if scaled else set())
 
 
 def test_mochis_original_names_are_those_of_its_own_lora_layers(tmp_path):

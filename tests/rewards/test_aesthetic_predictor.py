@@ -1,9 +1,5 @@
 """The aesthetic predictor with a tiny random CLIP and a random head; names and shapes against the published ones."""
 
-import runpy
-from collections import OrderedDict
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +8,7 @@ from tiny_encoders import TEXT, VISION
 from torch.autograd import gradcheck
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from pisces_rl.rewards import RewardPanel, load_reward
+from pisces_rl.rewards import RewardPanel
 from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD
 from pisces_rl.rewards.scorers.aesthetic_predictor import (
     SIZES,
@@ -22,8 +18,6 @@ from pisces_rl.rewards.scorers.aesthetic_predictor import (
     load_head,
 )
 from pisces_rl.rewards.scorers.frame_scorer import clip_pixels
-
-convert = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "convert_aesthetic.py"))["convert"]
 
 # of sac+logos+ava1-l14-linearMSE.pth, github.com/christophschuhmann/improved-aesthetic-predictor
 PUBLISHED_HEAD = {
@@ -112,37 +106,8 @@ def test_its_gradient_is_the_finite_difference():
     assert gradcheck(lambda x: reward(["a"], x), clip, fast_mode=True, atol=1e-5)
 
 
-def test_the_pickle_is_converted_once_and_loaded(tmp_path):
-    published, clips = head(), videos()
-    torch.save(OrderedDict(published.state_dict()), tmp_path / "head.pth")
-    file = convert(tmp_path / "head.pth", tmp_path / "new" / "head.safetensors")
-    tower = tiny_tower()
-    loaded = load_reward("aesthetic", clip=tower, head=file, frames=3)
-    torch.testing.assert_close(
-        loaded(["", ""], clips), AestheticPredictor(tower, published, frames=3)(["", ""], clips)
-    )
-
-
-def test_a_pickle_that_runs_code_is_not_read(tmp_path):
-    class Program:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "ran",))
-
-    torch.save({"layers.0.weight": Program()}, tmp_path / "head.pth")
-    with pytest.raises(Exception, match="[Ww]eights.only"):
-        convert(tmp_path / "head.pth", tmp_path / "head.safetensors")
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "head.safetensors").exists()
-
-
 def test_weights_of_another_model_are_refused_by_name(tmp_path, monkeypatch):
-    state = head().state_dict()
-    state["layers.6.weight"] = state["layers.6.weight"][:, :3].clone()
-    torch.save(state, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match=r"head.pth does not hold .* head: layers.6.weight has shape \(16, 3\), not"):
-        convert(tmp_path / "head.pth", tmp_path / "head.safetensors")
-    with pytest.raises(
-        ValueError, match=r"there is no .*; convert .* `python examples/convert_aesthetic.py --checkpoint"
-    ):
+    with pytest.raises(ValueError, match=r"there is no .*; convert .* with `pisces-rl convert aesthetic sac"):
         load_head(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match="clip: its features have 10 numbers, the head reads 768"):
         AestheticPredictor(tiny_tower(10), head())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -35,13 +36,17 @@ def export_adapter(
     r"""Write a saved LoRA adapter for another program.
 
     A module's weight W (out, in) becomes W + s B A, with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r)
-    where it is rank-stabilised. "comfyui" and "original" files hold A and s B and no alpha, for which their readers
-    take s = 1. Where the original keeps several projections of diffusers in one weight, for instance HunyuanVideo its
-    q, k and v, their LoRAs become one of the summed rank with a block-diagonal B:
+    where it is rank-stabilised. "comfyui" and "original" files hold A and s B. Where the original keeps several
+    projections of diffusers in one weight, for instance HunyuanVideo its q, k and v, their LoRAs become one of the
+    summed rank with a block-diagonal B:
 
         [W_q; W_k; W_v] + diag(s_q B_q, s_k B_k, s_v B_v) [A_q; A_k; A_v]
 
     which is exact. Rows of projections without a LoRA are zero.
+
+    "comfyui" files of Wan, CogVideoX and Mochi also hold `X.alpha` = r, a scalar in fp32: readers that scale by
+    alpha / r and readers that know no alpha add the same. HunyuanVideo, LTX and LTX-2, and Wan's layers outside its
+    blocks, have none, since diffusers would refuse the file; nor have "original" files, whose readers add B A alone.
 
     Args:
         folder: what a trainer, `pipe.save_lora_weights` or peft saved; a safetensors file of diffusers' layout, or a
@@ -52,7 +57,7 @@ def export_adapter(
             "comfyui": comfyui_lora.safetensors, for ComfyUI's LoRA nodes. "original": original_lora.safetensors, by
             the names of the published checkpoint. Wan 2.2's two experts have a file each,
             ..._high_noise.safetensors and ..._low_noise.safetensors.
-        dtype: of the tensors: "bf16", "fp16" or "fp32".
+        dtype: of A and B: "bf16", "fp16" or "fp32".
         model: that was adapted: its pipeline or denoiser, by which the adapter is checked, or the name of its family
             (`FAMILIES`) or of its class in diffusers. None takes the class that the adapter's file notes.
 
@@ -183,6 +188,8 @@ def original_state(adapter: SavedAdapter, name: str, family: str, comfyui: bool)
     for original, fused in parts.items():
         a, b = _fused(adapter, name, fused)
         state[f"{prefix}{original}.lora_A{suffix}"], state[f"{prefix}{original}.lora_B{suffix}"] = a, b
+        if comfyui and content.alpha is not None and re.fullmatch(content.alpha, original):
+            state[f"{prefix}{original}.alpha"] = torch.tensor(float(len(a)))
     return state
 
 
@@ -204,6 +211,8 @@ def _fused(adapter: SavedAdapter, name: str, fused: list[tuple[str, Part]]) -> t
 
 
 def _cast(tensor: Tensor, dtype: str, key: str) -> Tensor:
+    if key.endswith(".alpha"):  # bf16 holds not every rank above 256
+        return tensor
     cast = tensor.to(DTYPES[dtype]).contiguous()
     if not torch.isfinite(cast).all():
         largest = float(tensor.abs().max())

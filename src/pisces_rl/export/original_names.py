@@ -43,12 +43,15 @@ class Family:
         original: names in the published checkpoint, below the prefix under which a checkpoint may keep the denoiser.
         comfyui: names in ComfyUI where they are others, or fewer are known.
         weight: what the original's reader has behind lora_A and lora_B.
+        alpha: names of ComfyUI, as a regular expression that matches all of one, that get an `.alpha` in files for it;
+            None: no name does.
     """
 
     classes: tuple[str, ...]
     original: tuple[Names, ...]
     comfyui: tuple[Names, ...] | None = None
     weight: str = ".weight"
+    alpha: str | None = None
 
     def part(self, module: str, comfyui: bool) -> Part | None:
         """Where a module of diffusers is in the original, or in ComfyUI; None where that is not known."""
@@ -189,11 +192,15 @@ _MOCHI = (
 )
 
 #: By name. SkyReels-V2 is Wan 2.1's architecture.
+#:
+#: Alphas, by the loaders of diffusers 0.42: Wan's applies those of its blocks and refuses others; those of
+#: HunyuanVideo, LTX and LTX-2 refuse all, since each key must contain "lora". CogVideoX and Mochi have no converter in
+#: diffusers, so ComfyUI alone reads their files.
 FAMILIES = {
-    "wan": Family(("WanTransformer3DModel", "SkyReelsV2Transformer3DModel"), _WAN),
+    "wan": Family(("WanTransformer3DModel", "SkyReelsV2Transformer3DModel"), _WAN, alpha=r"blocks\..*"),
     "hunyuan_video": Family(("HunyuanVideoTransformer3DModel",), (*_HUNYUAN_BLOCKS, *_HUNYUAN_REST), _HUNYUAN_BLOCKS),
     "ltx": Family(("LTXVideoTransformer3DModel",), _LTX),
     "ltx2": Family(("LTX2VideoTransformer3DModel",), _LTX2),
-    "cogvideox": Family(("CogVideoXTransformer3DModel",), _COGVIDEOX, _COGVIDEOX_COMFYUI),
-    "mochi": Family(("MochiTransformer3DModel",), _MOCHI, weight=""),
+    "cogvideox": Family(("CogVideoXTransformer3DModel",), _COGVIDEOX, _COGVIDEOX_COMFYUI, alpha=".*"),
+    "mochi": Family(("MochiTransformer3DModel",), _MOCHI, weight="", alpha=".*"),
 }

@@ -15,6 +15,7 @@ from pisces_rl.rewards.scorers.published_weights import (
     check_config,
     check_names,
     published_folder,
+    read_weights,
     shapes_of,
     stored_shapes,
 )
@@ -55,7 +56,7 @@ class AestheticPredictor(FrameScorer):
 
     Args:
         clip: the Hub id or folder of CLIP-L/14, or a CLIPVisionModelWithProjection.
-        head: the file that `examples/convert_aesthetic.py` wrote, or an AestheticHead.
+        head: the file that `pisces-rl convert` wrote, or an AestheticHead.
         frames: scored per video; micro_batch: at once. dtype, device: of a model given by name.
         offload, name: see `FrameScorer`.
 
@@ -95,14 +96,21 @@ class AestheticPredictor(FrameScorer):
 
 
 def load_head(path: str | Path) -> AestheticHead:
-    """From a file that `examples/convert_aesthetic.py` wrote, in fp32."""
+    """From a file that `pisces-rl convert` wrote, in fp32."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
-            f"head: there is no {path}; convert the published sac+logos+ava1-l14-linearMSE.pth with `python "
-            "examples/convert_aesthetic.py --checkpoint sac+logos+ava1-l14-linearMSE.pth`."
+            f"head: there is no {path}; convert the published sac+logos+ava1-l14-linearMSE.pth with "
+            "`pisces-rl convert aesthetic sac+logos+ava1-l14-linearMSE.pth`."
         )
     return head_of(load_file(path), path)
+
+
+def read_head(path: Path) -> dict[str, Tensor]:
+    """The weights of the head's file, of the pickle, too; names and shapes checked."""
+    state = read_weights(path)
+    head_of(state, path)
+    return state
 
 
 def head_of(state: dict[str, Tensor], source: str | Path) -> AestheticHead:

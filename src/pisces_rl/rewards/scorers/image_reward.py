@@ -1,6 +1,6 @@
 """ImageReward: which image people prefer for a prompt, by BLIP with a head on its text tower."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,13 @@ from pisces_rl.rewards.encoders.encoder import tokenize
 from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.aesthetic_predictor import AestheticHead
 from pisces_rl.rewards.scorers.frame_scorer import FrameScorer, at_least_float
-from pisces_rl.rewards.scorers.published_weights import check_names, published_folder, shapes_of
+from pisces_rl.rewards.scorers.published_weights import (
+    check_names,
+    published_folder,
+    read_weights,
+    shapes_of,
+    weights_file,
+)
 
 MODEL, TOKENIZER, WEIGHTS = "THUDM/ImageReward", "google-bert/bert-base-uncased", "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the authors' normalisation
@@ -62,7 +68,8 @@ class ImageReward(FrameScorer):
     github.com/THUDM/ImageReward.
 
     Args:
-        model: the Hub id or folder with ImageReward.pt, which is read with `weights_only`; or a BlipReward.
+        model: the Hub id, a folder or the file of the weights: ImageReward.pt, which is read with `weights_only`, or
+            ImageReward.safetensors, which `pisces-rl convert` wrote and which is preferred; or a BlipReward.
         tokenizer: BERT's (uncased), or its Hub id or folder. frames: scored per video; micro_batch: at once.
         dtype, device: of a model given by name. offload, name: see `FrameScorer`.
 
@@ -79,8 +86,7 @@ class ImageReward(FrameScorer):
     ):  # fmt: skip
         if not isinstance(model, BlipReward):
             device = first_device(device, offload)
-            model = load_image_reward(published_folder(model, "ImageReward", ("*.json", WEIGHTS)), VISION, TEXT, dtype)
-            model = model.to(device)
+            model = load_image_reward(model, VISION, TEXT, dtype).to(device)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             tokenizer = AutoTokenizer.from_pretrained(published_folder(tokenizer, "ImageReward", ("*.json", "*.txt")))
         self.tokenizer = tokenizer
@@ -109,16 +115,24 @@ def official_names(names: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def load_image_reward(folder: Path, vision: BlipVisionConfig, text: BlipTextConfig, dtype: torch.dtype) -> BlipReward:
-    """The model of a folder's ImageReward.pt. Names and shapes are checked first."""
-    if not (folder / WEIGHTS).is_file():
-        raise ValueError(f"model: {folder} holds no {WEIGHTS}, so it does not hold the weights of ImageReward.")
-    state: Mapping[str, Tensor] = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
+def read_image_reward(path: Path, vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, Tensor]:
+    """The weights of a file by their published names, names and shapes checked."""
+    state = read_weights(path)
+    with torch.device("meta"):
+        own = shapes_of(BlipReward(vision, text).state_dict())
+    names = official_names(list(own))
+    check_names(shapes_of(state), {names[k]: v for k, v in own.items()}, path, "ImageReward", UNUSED)
+    return state
+
+
+def load_image_reward(
+    source: str | Path, vision: BlipVisionConfig, text: BlipTextConfig, dtype: torch.dtype
+) -> BlipReward:
+    """The model of ImageReward's weights: a file, a folder or a Hub id. Names and shapes are checked first."""
+    state = read_image_reward(weights_file(source, "ImageReward", WEIGHTS), vision, text)
     with init_empty_weights(include_buffers=False):
         model = BlipReward(vision, text)
-    own = shapes_of(model.state_dict())
-    names = official_names(list(own))
-    check_names(shapes_of(state), {names[k]: v for k, v in own.items()}, folder / WEIGHTS, "ImageReward", UNUSED)
-    model.load_state_dict({name: state[names[name]].to(dtype) for name in own}, assign=True)
+    names = official_names(list(model.state_dict()))
+    model.load_state_dict({name: state[names[name]].to(dtype) for name in names}, assign=True)
     model.mlp.float()
     return model

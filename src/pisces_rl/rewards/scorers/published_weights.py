@@ -1,11 +1,15 @@
 """Published weights: where they lie, and that they are those of the model they are said to be, before any is read."""
 
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,6 +30,48 @@ def published_folder(
             f"model: {scorer} needs {str(name)!r}, which is no folder and could not be fetched; run "
             f"`hf download {name}` where there is a network, or pass the folder that holds it."
         ) from error
+
+
+def weights_file(name: str | Path, scorer: str, pickle: str) -> Path:
+    """The file of a scorer's weights that are published as a pickle: the safetensors file that `pisces-rl convert`
+    wrote from it where there is one, else the pickle.
+
+    Args:
+        name: that file, a folder, or a Hub id.
+        pickle: where a published folder has it, "checkpoint-*/model.pth" say; the last counts. The converted file is
+            looked for beside it and in the folder itself.
+
+    Raises ValueError where the folder is neither here nor to be had, or holds neither file.
+    """
+    if Path(name).expanduser().is_file():
+        return Path(name).expanduser()
+    folder = published_folder(name, scorer, ("*.json", pickle))
+    converted = Path(pickle).with_suffix(".safetensors")
+    found = [file for pattern in (pickle, str(converted), converted.name) for file in folder.glob(pattern)]
+    if not found:
+        raise ValueError(
+            f"model: {folder} holds no {pickle}, and no {converted.name} converted from it, so it does not hold the "
+            f"weights of {scorer}."
+        )
+    return max(found, key=lambda file: (file.parent, file.suffix == converted.suffix))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a pickle, which is read with `weights_only` and can run no code.
+
+    Raises ValueError for a file that is no pickle of tensors by name.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds; each means the same to the user
+        raise ValueError(f"model: {path} is not a pickle of tensors alone, and nothing else is read.") from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ValueError(f"model: {path} is a pickle, but not of tensors by name.")
+    return dict(state)
 
 
 def stored_shapes(folder: Path, scorer: str, files: str = "*.safetensors") -> dict[str, tuple[int, ...]]:

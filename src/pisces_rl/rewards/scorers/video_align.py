@@ -9,7 +9,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2VLConfig
 
 from pisces_rl.rewards.offloaded_model import first_device
 from pisces_rl.rewards.scorers.frame_scorer import spread
-from pisces_rl.rewards.scorers.published_weights import check_config, check_names, published_folder, shapes_of
+from pisces_rl.rewards.scorers.published_weights import (
+    check_config,
+    check_names,
+    published_folder,
+    read_weights,
+    shapes_of,
+    weights_file,
+)
 from pisces_rl.rewards.scorers.qwen2_vl_reward import (
     UNUSED,
     Qwen2VLReward,
@@ -53,8 +60,9 @@ class VideoAlign(QwenScorer):
     prompt_template.py of github.com/KwaiVGI/VideoAlign.
 
     Args:
-        model: the Hub id or folder of VideoReward, with checkpoint-*/model.pth, which is read with `weights_only`;
-            or a Qwen2VLReward.
+        model: the Hub id, a folder or the file of VideoReward's weights: checkpoint-*/model.pth, which is read with
+            `weights_only`, or model.safetensors, which `pisces-rl convert` wrote and which is preferred; or a
+            Qwen2VLReward.
         base: the Hub id or folder of Qwen2-VL-2B-Instruct, of which only configuration and tokenizer are read; or a
             tokenizer.
         template: the authors' prompt_template.py, which is read and never run; or the text itself.
@@ -81,8 +89,8 @@ class VideoAlign(QwenScorer):
             folder = published_folder(base, "VideoAlign", ("*.json", "*.txt"))
             config = video_align_config(folder)
             device = first_device(device, offload)
-            model = load_video_align(published_folder(model, "VideoAlign", ("*.json", WEIGHTS)), config, dtype)
-            model, base = model.to(device), AutoTokenizer.from_pretrained(folder)
+            model = load_video_align(model, config, dtype).to(device)
+            base = AutoTokenizer.from_pretrained(folder)
         super().__init__(model, base, str(template), batch_size=batch_size, name=name, offload=offload)
         self.video_fps, self.weights = video_fps, torch.tensor(weights)
 
@@ -127,17 +135,22 @@ def official_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def load_video_align(folder: Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2VLReward:
-    """The model of a folder's published checkpoint, LoRA added to the layers. Names and shapes are checked first."""
-    files = sorted(folder.glob(WEIGHTS))
-    if not files:
-        raise ValueError(f"model: {folder} holds no {WEIGHTS}, so it does not hold the weights of VideoAlign.")
-    state = torch.load(files[-1], map_location="cpu", weights_only=True, mmap=True)
+def read_video_align(path: Path, config: Qwen2VLConfig) -> dict[str, Tensor]:
+    """The weights of a file by their published names, names and shapes checked; `config` gets the file's number of
+    tokens."""
+    state = read_weights(path)
     words = "base_model.model.model.embed_tokens.weight"
     if words in state:  # its tokenizer's size, not the base model's
         config.text_config.vocab_size = len(state[words])
     unused = tuple(f"base_model.model.{name}" for name in UNUSED)
-    check_names(shapes_of(state), official_shapes(config), files[-1], "VideoAlign", unused)
+    check_names(shapes_of(state), official_shapes(config), path, "VideoAlign", unused)
+    return state
+
+
+def load_video_align(source: str | Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2VLReward:
+    """The model of VideoReward's weights: a file, a folder or a Hub id; LoRA added to the layers. Names and shapes are
+    checked first."""
+    state = read_video_align(weights_file(source, "VideoAlign", WEIGHTS), config)
     merged, names = {}, {}
     for name in empty_shapes(config, lambda: head(config.text_config.hidden_size)):
         official = f"base_model.model.{flat_name(name)}"

@@ -1,0 +1,106 @@
+"""`pisces-rl convert`: published weights that are a pickle as safetensors, once, under the same names."""
+
+import argparse
+import difflib
+import sys
+from collections import Counter
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from pisces_rl.whole_files import atomically
+
+#: The rewards whose weights are published as a pickle, and the argument of `load_reward` that takes the file.
+PICKLED = {"aesthetic": "head", "image_reward": "model", "video_align": "model"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("reward", metavar="NAME", help=f"Of the reward: {', '.join(PICKLED)}.")
+    parser.add_argument("file", metavar="FILE", type=Path, help="Its published pickle.")
+    parser.add_argument("--output", type=Path, help="A .safetensors file; unset: where the reward looks for it.")
+    parser.add_argument("--base", help="Of video_align: Hub id or folder of Qwen2-VL-2B-Instruct; unset: the Hub's.")
+
+
+def convert_weights(
+    reward: str, file: str | Path, output: str | Path | None = None, *, base: str | Path | None = None
+) -> Path:
+    """Read a pickle with `weights_only`, check names and shapes as the scorer does, and write all of its tensors to a
+    safetensors file, under the same names and in the same precision. The file appears whole or not at all.
+
+    Args:
+        reward: one of `PICKLED`.
+        file: the published pickle.
+        output: unset: where the reward looks for it, which is beside the pickle, and for the head of "aesthetic" in
+            ~/.cache/pisces_rl.
+        base: of "video_align": folder or Hub id of Qwen2-VL-2B-Instruct, of which config.json is read.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ValueError: an unknown reward; no such file, or one that is not a pickle of tensors; weights of another model;
+            an output that is there already or is no .safetensors file.
+    """
+    if reward not in PICKLED:
+        near = difflib.get_close_matches(reward, PICKLED, n=3)
+        advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
+        raise ValueError(
+            f"reward {reward!r} has no weights that are published as a pickle{advice} Those that have: "
+            f"{', '.join(PICKLED)}."
+        )
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise ValueError(f"file: there is no {file}; give the published pickle.")
+    if file.suffix == ".safetensors":
+        raise ValueError(f"file: {file} is a safetensors file already; give the published pickle.")
+    output = _usual_place(reward, file) if output is None else Path(output).expanduser()
+    if output.suffix != ".safetensors":
+        raise ValueError(f"output: {output} must be a file that ends with .safetensors.")
+    if output.exists():
+        raise ValueError(f"output: {output} is there already; remove it, or choose another with --output.")
+    state = _read(reward, file, base)
+    data = save(_apart(state), {"format": "pt"})
+    return atomically(output, lambda target: target.write(data))
+
+
+def _usual_place(reward: str, file: Path) -> Path:
+    if reward != "aesthetic":
+        return file.with_suffix(".safetensors")
+    from pisces_rl.rewards.scorers.aesthetic_predictor import HEAD
+
+    return HEAD.expanduser()
+
+
+def _read(reward: str, file: Path, base: str | Path | None) -> dict[str, Tensor]:
+    """The tensors of a pickle, once the scorer has checked them."""
+    if reward == "aesthetic":
+        from pisces_rl.rewards.scorers.aesthetic_predictor import read_head
+
+        return read_head(file)
+    if reward == "image_reward":
+        from pisces_rl.rewards.scorers import image_reward
+
+        return image_reward.read_image_reward(file, image_reward.VISION, image_reward.TEXT)
+    from pisces_rl.rewards.scorers import video_align
+    from pisces_rl.rewards.scorers.published_weights import published_folder
+
+    folder = published_folder(base or video_align.BASE, "VideoAlign", ("config.json",))
+    return video_align.read_video_align(file, video_align.video_align_config(folder))
+
+
+def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory, as safetensors needs them."""
+    owners = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
+    return {
+        name: tensor.clone() if owners[tensor.untyped_storage().data_ptr()] > 1 else tensor.contiguous()
+        for name, tensor in state.items()
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    try:
+        written = convert_weights(args.reward, args.file, args.output, base=args.base)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pisces-rl convert: {error}")
+    print(f'wrote {written}: load_reward("{args.reward}", {PICKLED[args.reward]}="{written}")')
