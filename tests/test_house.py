@@ -266,3 +266,16 @@ def test_what_all_methods_share_knows_none_of_them(room):
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
     assert paths and not [(path.name, name) for path in paths for name in imported_modules(path)
                           if name.startswith(methods)]
+
+
+def test_each_page_is_in_the_navigation_of_the_site():
+    """docs/README.md is GitHub's index of the pages; what is generated lies outside docs/ (docs/site_links.py)."""
+
+    def leaves(node):
+        return [node] if isinstance(node, str) else [p for part in (node.values() if isinstance(node, dict) else node)
+                                                     for p in leaves(part)]
+
+    text = re.sub(r"!ENV .*", '""', (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = leaves(yaml.safe_load(text)["nav"])
+    written = {p.relative_to(ROOT / "docs").as_posix() for p in ROOT.glob("docs/**/*.md")} - {"README.md"}
+    assert sorted(listed) == sorted(written | {"index.md", "contributing.md", "changelog.md"})
