@@ -38,8 +38,9 @@ class TransportPlan:
         value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
         marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of max(|a|, |b|).
         iterations: (B,), updates of both potentials at the final `reg`, counted from the start of the last solver
-        tried.
-        potential_a, potential_b: (B, N), (B, M), f and g in units of cost; 0 at zero weights.
+            tried.
+        potential_a: (B, N), f in units of cost; 0 at zero weights.
+        potential_b: (B, M), g in units of cost; 0 at zero weights.
         tolerance: the marginal error that was asked for.
     """
 
@@ -93,11 +94,13 @@ def transport_plan(
 
     Args:
         cost: (B, N, M) or (N, M), finite where both weights are positive.
-        a, b: (B, N), (B, M), or without B for all problems alike; unset: uniform, of total 1. A problem with no
-            weight at all in a or in b (an empty prompt) has a zero plan.
+        a: (B, N), or (N,) for all problems alike; unset: uniform, of total 1. A problem with no weight at all in a or
+            in b (an empty prompt) has a zero plan.
+        b: (B, M), or (M,) for all problems alike; unset: uniform, of total 1.
         reg: entropic regularisation eps > 0, in units of cost.
         reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
-        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|). max_iterations: at the final reg.
+        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|).
+        max_iterations: at the final reg.
         solver: "native", or "geomloss", which takes several times as long to the same plan.
 
     Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
