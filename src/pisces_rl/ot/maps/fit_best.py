@@ -68,7 +68,8 @@ def fit_best(
         held_out: share of the points.
         blur: of the divergence; unset: `metrics.default_blur` of the target.
         seed: of the split.
-        encoder, normalise: of the baselines, and of `maps` if unset.
+        encoder: of the baselines, and of `maps` if unset.
+        normalise: of the baselines, and of `maps` if unset.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a share in (0, 1).")
