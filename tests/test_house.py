@@ -279,3 +279,21 @@ def test_each_page_is_in_the_navigation_of_the_site():
     listed = leaves(yaml.safe_load(text)["nav"])
     written = {p.relative_to(ROOT / "docs").as_posix() for p in ROOT.glob("docs/**/*.md")} - {"README.md"}
     assert sorted(listed) == sorted(written | {"index.md", "contributing.md", "changelog.md"})
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Code in a symptom is text of the sources, `...` standing for a value; entries have a cause and a fix each."""
+    literals = [" ".join(node.value.split()) for path in sources() for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = page.split("\n### ")[1:]
+    assert len(entries) >= 20
+    for entry in entries:
+        title = entry.splitlines()[0]
+        parts = re.fullmatch(r".*\*\*Symptom\.\*\* (.*)\*\*Cause\.\*\* .*\*\*Fix\.\*\* .*", entry, re.S)
+        assert parts, title
+        for quoted in re.findall(r"`([^`]+)`", parts[1]):
+            if " " not in quoted or quoted.startswith("python "):
+                continue
+            for piece in filter(None, " ".join(quoted.split()).split(" ... ")):
+                assert any(piece in literal for literal in literals), f"{title}: no message holds {piece!r}"
