@@ -88,8 +88,8 @@ def transport_plan(
         min_P <P, C> + reg KL(P | a b^T)                                      with P 1 = a, P^T 1 = b      (reach None)
         min_P <P, C> + reg KL(P | a b^T) + reach KL(P 1 | a) + reach KL(P^T 1 | b)
 
-    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, <a, f> + <b, g> - reg (|P| - |a| |b|) if
-    balanced; for probability weights that is <a, f> + <b, g>. Computed in fp32 (fp64 for an fp64 cost) with autocast
+    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, `<a, f> + <b, g> - reg (|P| - |a| |b|)` if
+    balanced; for probability weights that is `<a, f> + <b, g>`. Computed in fp32 (fp64 for an fp64 cost) with autocast
     and TF32 off; each problem is iterated until its own error is below the tolerance.
 
     Args:
@@ -118,9 +118,9 @@ def transport_plan(
 
 
 def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
-    """<C, P> with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
+    """`<C, P>` with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
 
-    The derivative of <C, P(C)> itself also has a term through P; this function leaves it out on purpose.
+    The derivative of `<C, P(C)>` itself also has a term through P; this function leaves it out on purpose.
     """
     return (as_float(cost) * plan.detach()).sum((-1, -2))
 

@@ -75,7 +75,7 @@ class RemoteVLMJudge:
     Raises:
         ValueError: an argument is wrong; no endpoint answers at the url, or it refuses the key, has no such model,
             gives no log-probabilities, or takes no such images or video; on a call, what `VLMJudge` refuses, and a
-            prompt with what looks like a special token (<|im_end|>, <image>), since the model's are not known here.
+            prompt with what looks like a special token (`<|im_end|>`, `<image>`): the model's are not known here.
     """
 
     def __init__(
