@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what files may be called, what must not be in them."""
 
 import ast
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -297,3 +298,14 @@ def test_troubleshooting_quotes_messages_that_exist():
                 continue
             for piece in filter(None, " ".join(quoted.split()).split(" ... ")):
                 assert any(piece in literal for literal in literals), f"{title}: no message holds {piece!r}"
+
+
+@pytest.mark.parametrize("module", ["", ".rewards", ".ot", ".ot.maps", ".transitions", ".export", ".estimate",
+                                    ".evaluation", ".trainers"])
+def test_the_reference_has_every_public_class_and_function(module):
+    """Not of `policy`, which also exports what only other parts of the package use."""
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: pisces_rl[\w.]*\.(\w+)$", pages, re.M))
+    public = importlib.import_module(f"pisces_rl{module}").__all__
+    missing = [name for name in public if name not in shown and not name.isupper()]
+    assert not missing, f"docs/reference/ lacks {missing}"
