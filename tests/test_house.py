@@ -31,8 +31,10 @@ MAY_IMPORT = {
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
                    "run_files", "whole_files"},
     "prompt_files": set(),
-    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "assets", "media", "hub", "evaluation"},
-    "command": {"rewards", "evaluation"},
+    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub", "evaluation",
+            "estimate", "export", "shapemotion", "markdown", "whole_files"},
+    "command": {"cli", "rewards", "evaluation"},
+    "__main__": {"command"},
     # names of the top level are loaded on first use, so importing it costs nothing
     "__init__": {"policy", "rewards", "transitions", "trainers", "export", "assets", "media", "hub"},
 }
