@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
                    "run_files", "whole_files"},
     "prompt_files": set(),
-    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub", "evaluation",
-            "estimate", "export", "shapemotion", "markdown", "whole_files"},
+    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub",
+            "evaluation", "estimate", "export", "shapemotion", "markdown", "whole_files"},
     "command": {"cli", "rewards", "evaluation"},
     "__main__": {"command"},
     # names of the top level are loaded on first use, so importing it costs nothing

@@ -85,7 +85,8 @@ def command_parser() -> CommandParser:
     """Of what stands before the subcommand, and of its name."""
     parser = CommandParser(
         prog="pisces-rl", description="Reinforcement-learning post-training of text-to-video diffusion models.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, usage="pisces-rl [--version] [--traceback] COMMAND ...")  # fmt: skip
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pisces-rl [--version] [--traceback] COMMAND ...")  # fmt: skip
     parser.add_argument("--version", action="version", version=f"pisces_rl {__version__}")
     parser.add_argument("--traceback", action="store_true",
                         help=f"Show where an error comes from, as {TRACEBACK}=1 does.")  # fmt: skip
