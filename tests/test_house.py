@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
                    "run_files", "whole_files"},
     "prompt_files": set(),
-    "cli": {"prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub",
+    "cli": {"command", "prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub",
             "evaluation", "estimate", "export", "shapemotion", "markdown", "whole_files"},
     "command": {"cli", "rewards", "evaluation"},
     "__main__": {"command"},
