@@ -13,7 +13,8 @@ from pisces_rl.cli.completion_command import script, words_of_help
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--use_cpu", "--max_steps", "1", "--height", "32", "--width", "32", "--num_frames", "5",
-        "--guidance_scale", "1", "--num_inference_steps", "2", "--per_device_train_batch_size", "2", "--num_generations", "4",
+        "--guidance_scale", "1", "--num_inference_steps", "2", "--per_device_train_batch_size", "2",
+        "--num_generations", "4",
         "--gradient_accumulation_steps", "2", "--report_to", "none", "--save_strategy", "no", "--eval_prompts", "0",
         "--pipeline_kwargs", '{"max_sequence_length": 24}', "--model", "tiny-wan",
         "--rewards", "exposure"]  # fmt: skip

@@ -120,10 +120,10 @@ def test_the_extra_server_is_imported_where_it_serves_only():
     assert not [line for line in at_import if re.search(r"starlette|uvicorn|[. ]application\b", line)]
 
 
-def test_nobody_imports_shapemotion_but_examples_evaluation_and_tests():
+def test_nobody_imports_shapemotion_but_commands_evaluation_and_tests():
     """Rewards and trainers must not know the embedded world."""
     users = {part_of(p) for p in sources() if "shapemotion" in parts_imported(p)}
-    assert users <= {"shapemotion", "evaluation"}
+    assert users <= {"shapemotion", "evaluation", "cli"}
 
 
 def opened_without_encoding(path: Path) -> list[int]:
