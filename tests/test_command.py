@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pisces_rl import command
-from pisces_rl.cli import accelerate_launch, env_command
+from pisces_rl.cli import env_command
 from pisces_rl.cli.completion_command import script, words_of_help
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +137,7 @@ def test_train_and_sample(tmp_path):
 
 def test_train_and_sample_in_this_process(tmp_path, capsys):
     command.main(["train", "--method", "grpo", *TINY, "--output_dir", str(tmp_path / "run")])
+    assert "step 1 of 1: reward" in capsys.readouterr().err
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
     command.main(["sample", "--model", "tiny-wan", "--prompt", "a red circle", "--output", str(tmp_path / "out"),
                   "--num_frames", "5", "--num_inference_steps", "1"])  # fmt: skip
@@ -146,12 +147,19 @@ def test_train_and_sample_in_this_process(tmp_path, capsys):
 
 def test_accelerate_s_launcher_gets_its_options_and_the_command_the_rest(monkeypatch):
     given = []
-    monkeypatch.setattr(accelerate_launch, "launch_command", given.append)
-    command.main(["train", "--method", "nft", "--accelerate_config", "ddp.yaml", "--num_processes=2", "--seed", "1"])
-    (args,) = given
-    assert (args.config_file, args.num_processes) == ("ddp.yaml", 2)
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", given.append)
+    command.main(["train", "--method", "nft", "--accelerate_config", "ddp", "--num_processes=2", "--seed", "1"])
+    command.main(["fit-map", "--num_processes", "4"])
+    args, fit = given
+    assert (args.config_file, args.num_processes) == (str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), 2)
     assert args.module and args.training_script == "pisces_rl"
     assert args.training_script_args == ["train", "--method", "nft", "--seed", "1"]
+    assert (fit.config_file, fit.num_processes, fit.training_script_args) == (None, 4, ["fit-map"])
+
+
+def test_a_missing_launcher_file_is_a_sentence(capsys):
+    status, printed = stopped(capsys, "train", "--accelerate_config", "dpp")
+    assert status == 1 and "--accelerate_config dpp: there is no such file, and it is none of ddp, deeps" in printed
 
 
 @pytest.mark.slow

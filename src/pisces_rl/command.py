@@ -17,8 +17,9 @@ EPILOG = """
 pisces-rl COMMAND --help lists a command's options.
 
 train, evaluate, fit-map and estimate take --config FILE.yaml; the command line
-overrides the file. On several processes: pisces-rl train --accelerate_config
-FILE ... (fit-map and vbench, too), or accelerate launch -m pisces_rl train ...
+overrides the file. On several processes: pisces-rl train --num_processes N, or
+--accelerate_config FILE (fit-map and vbench, too); accelerate launch -m
+pisces_rl train ... is the same.
 
 Exit status: 0; 1 on an error, 2 on a wrong command line, 130 on Ctrl-C."""
 
@@ -51,7 +52,7 @@ COMMANDS: dict[str, tuple[str, str, Callable]] = {
     "env": ("versions of this machine, for a bug report", "cli.env_command", by_options),
     "completion": ("a shell's completion of this program", "cli.completion_command", by_options),
 }  # fmt: skip
-LAUNCHED = ("train", "fit-map", "vbench")  # which take --accelerate_config
+LAUNCHED = ("train", "fit-map", "vbench")  # whose work processes share: --accelerate_config, --num_processes
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -126,11 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(name: str, prog: str, arguments: list[str]) -> None:
     """A subcommand, in this process or in those that accelerate starts."""
     purpose, module, read = COMMANDS[name]
-    if name in LAUNCHED and any(argument.split("=")[0] == "--accelerate_config" for argument in arguments):
-        from .cli.accelerate_launch import launch
+    if name in LAUNCHED:
+        from .cli.accelerate_launch import launch, launched
 
-        launch(name, arguments)
-        return
+        if launched(arguments):
+            launch(name, arguments)
+            return
     if name not in ("convert", "env", "completion"):
         from .cli.quiet import quiet
 

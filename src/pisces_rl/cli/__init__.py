@@ -1,9 +1,11 @@
 """The commands of `pisces-rl` and what they share: arguments from YAML and the command line, prompts and rewards."""
 
 import importlib
+from pathlib import Path
 
 _HOME = dict.fromkeys(("load_prompt_dataset", "load_reward_function", "parse_arguments"), "arguments")
-__all__ = list(_HOME)
+__all__ = ["RECIPES", *_HOME]
+RECIPES = Path(__file__).parents[3] / "recipes"  # of a source tree; an installed package has none
 
 
 def __getattr__(name: str):

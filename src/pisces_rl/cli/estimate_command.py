@@ -16,8 +16,9 @@ from rich.table import Table
 from pisces_rl import assets
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
+from . import RECIPES
 from .arguments import parse_arguments
-from .train_command import RECIPES, TRAINERS, MethodArguments, method_of
+from .train_command import TRAINERS, MethodArguments, method_of
 from .training_inputs import lora_config
 
 ARCHITECTURES = RECIPES / "architectures.json"

@@ -19,12 +19,12 @@ from pisces_rl.trainers import METHODS, RewardBackpropConfig, RewardBackpropTrai
 from pisces_rl.trainers.base.data.pairs import SIDES
 from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
+from . import RECIPES
 from .arguments import nearest, parse_arguments
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
 #: Every trainer and its settings, by name: the methods that train on rollouts, and reward backpropagation.
 TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
-RECIPES = Path(__file__).parents[3] / "recipes"  # of a source tree; an installed package has none
 
 
 @dataclass
