@@ -37,11 +37,12 @@ def main(args: argparse.Namespace) -> None:
 
 
 def words_of_help(program: Callable, arguments: list[str]) -> set[str]:
-    """The options that a command's --help names."""
+    """The options that a command's --help names, of two spellings that with underscores."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         program([*arguments, "--help"])
-    return set(re.findall(r"(?<![\w-])--\w[\w-]*", printed.getvalue()))
+    found = set(re.findall(r"(?<![\w-])--\w[\w-]*", printed.getvalue()))
+    return {word for word in found if "--" + word[2:].replace("-", "_") not in found - {word}}
 
 
 def script(words: Mapping[str, list[str]]) -> str:
