@@ -257,6 +257,10 @@ def test_the_settings_of_rewards_reach_them():
     assert quality.divergence_weight == 0.5 and plain.divergence_weight == 0
     assert semantic.attention == OTAttention(plan="balanced", solver="geomloss")
     assert quality.bank.settings["solver"] == "geomloss"
+    (quality,) = load_rewards(ScriptArguments(ot_solver="geomloss"), ["ot_quality?divergence_weight=0.5"])
+    assert quality.bank.settings["solver"] == "geomloss"
+    with pytest.raises(ValueError, match="solver='sinkhorn': expected one of native, geomloss"):
+        load_rewards(ScriptArguments(ot_solver="sinkhorn"), ["cosine"])
 
 
 def test_rewards_by_name():
