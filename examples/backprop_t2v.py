@@ -7,41 +7,17 @@
 
 Without --config and --model it follows recipes/shapemotion_backprop.yaml: the embedded tiny-wan on ShapeMotion and the
 optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. Rewards must be differentiable.
+`pisces-rl train --method backprop` is the same.
 """
 
+import sys
 from pathlib import Path
 
-from grpo_t2v import (
-    ScriptArguments,
-    arguments,
-    load_auxiliary_losses,
-    load_datasets,
-    load_rewards,
-    lora_config,
-)
-
-from pisces_rl import RewardBackpropConfig, RewardBackpropTrainer
-from pisces_rl.cli import parse_arguments
+from pisces_rl.cli.quiet import quiet
+from pisces_rl.cli.train_command import train_by
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "shapemotion_backprop.yaml"
 
-
-def main() -> None:
-    script, config = parse_arguments(ScriptArguments, RewardBackpropConfig, arguments=arguments(RECIPE))
-    train_dataset, eval_dataset = load_datasets(script, config.seed, config.image_columns)
-    trainer = RewardBackpropTrainer(
-        model=script.model,
-        reward_funcs=load_rewards(script, script.rewards, config.own_reward_device()),
-        judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
-        args=config,
-        train_dataset=train_dataset,
-        eval_dataset=eval_dataset,
-        peft_config=lora_config(script, config),
-        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
-    )
-    trainer.train()
-    trainer.save_model()
-
-
 if __name__ == "__main__":
-    main()
+    quiet()
+    train_by("backprop", sys.argv[1:], RECIPE)

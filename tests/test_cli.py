@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
-from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments
+from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments, train_command
+from pisces_rl.cli.train_command import MethodArguments, method_of, with_recipe
+from pisces_rl.cli.training_inputs import ScriptArguments, load_rewards
 from pisces_rl.rewards import OTAttention, exposure, load_reward
 from pisces_rl.shapemotion import shapemotion_reward
 
@@ -159,11 +161,6 @@ def test_the_trainers_config(recipe, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_recipes_parse(path):
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from train_t2v import MethodArguments, ScriptArguments, method_of
-    finally:
-        sys.path.remove(str(ROOT / "examples"))
     method = method_of(["--config", str(path)]) if "method:" in path.read_text() else None
     kind = RewardBackpropConfig if "examples/backprop_t2v.py" in path.read_text() else VideoGRPOConfig
     kinds = (MethodArguments, METHODS[method][1]) if method else (ScriptArguments, kind)
@@ -205,8 +202,7 @@ def test_the_examples_have_a_default_recipe(monkeypatch, example):
     script = importlib.import_module(example)
 
     def arguments(*given):
-        monkeypatch.setattr(sys, "argv", [f"{example}.py", *given])
-        return script.arguments(script.RECIPE)
+        return with_recipe(given, script.RECIPE)
 
     assert arguments("--seed", "1") == ["--config", str(script.RECIPE), "--seed", "1"]
     assert script.RECIPE.is_file()
@@ -220,21 +216,19 @@ def test_the_examples_have_a_default_recipe(monkeypatch, example):
     ("flow_dpo", False, "no-such-folder"),
     ("flow_dpo", True, "reward_funcs is given, but train_dataset holds pairs"),
 ])
-def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, monkeypatch, method, rewards, message):
+def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, method, rewards, message):
     """What the trainer says last before it would load a model; without rewards it would have said so before."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    script = importlib.import_module("train_t2v")
     for name in ("good.mp4", "bad.mp4"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
     (tmp_path / "my.py").write_text("def score(prompts, videos, **columns):\n    return [0.0] * len(prompts)\n")
-    monkeypatch.setattr(sys, "argv", [
-        "train_t2v.py", "--method", method, "--model", str(tmp_path / "no-such-folder"), "--use_cpu",
+    arguments = [
+        "--method", method, "--model", str(tmp_path / "no-such-folder"), "--use_cpu",
         "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out"), "--num_generations", "2",
         *(["--rewards", f"{tmp_path}/my.py:score"] if rewards else []),
-    ])  # fmt: skip
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        script.main()
+        train_command.main(arguments)
 
 
 @pytest.mark.parametrize("given, message", [
@@ -242,31 +236,31 @@ def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, monkeypatch, method, re
     (["--rollout_batch_size", "2"], "rollout_batch_size=2, but train_dataset holds pairs"),
     (["--multi_objective_aggregation=normalize_then_sum"], "multi_objective_aggregation='normalize_then_sum', but"),
 ])
-def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, monkeypatch, given, message):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    script = importlib.import_module("train_t2v")
+def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, given, message):
     for name in ("good.mp4", "bad.mp4"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
-    monkeypatch.setattr(sys, "argv", [
-        "train_t2v.py", "--config", str(ROOT / "recipes" / "wan21_1.3b_flow_dpo.yaml"), "--use_cpu",
+    arguments = [
+        "--config", str(ROOT / "recipes" / "wan21_1.3b_flow_dpo.yaml"), "--use_cpu",
         "--model", str(tmp_path / "no-such-folder"), "--dataset", str(tmp_path / "pairs.jsonl"),
         "--output_dir", str(tmp_path / "out"), "--num_generations", "2", *given,
-    ])  # fmt: skip
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=message):
-        script.main()
+        train_command.main(arguments)
 
 
-def test_the_settings_of_rewards_reach_them(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    grpo = importlib.import_module("grpo_t2v")
-    script = grpo.ScriptArguments(
+def test_the_settings_of_rewards_reach_them():
+    script = ScriptArguments(
         divergence_weight=0.5, ot_attention='{"plan": "balanced"}', ot_solver="geomloss"
     )
-    quality, semantic, plain = grpo.load_rewards(script, ["ot_quality", "ot_semantic", "cosine"])
+    quality, semantic, plain = load_rewards(script, ["ot_quality", "ot_semantic", "cosine"])
     assert quality.divergence_weight == 0.5 and plain.divergence_weight == 0
     assert semantic.attention == OTAttention(plan="balanced", solver="geomloss")
     assert quality.bank.settings["solver"] == "geomloss"
+    (quality,) = load_rewards(ScriptArguments(ot_solver="geomloss"), ["ot_quality?divergence_weight=0.5"])
+    assert quality.bank.settings["solver"] == "geomloss"
+    with pytest.raises(ValueError, match="solver='sinkhorn': expected one of native, geomloss"):
+        load_rewards(ScriptArguments(ot_solver="sinkhorn"), ["cosine"])
 
 
 def test_rewards_by_name():

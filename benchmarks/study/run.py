@@ -18,7 +18,6 @@ The cells map_* read outputs/study/maps/ in the working directory, whatever --ou
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 import traceback
@@ -28,15 +27,12 @@ from pathlib import Path
 
 import torch
 import yaml
+from recipes import STAGES, cells, settings_of
 from transformers import TrainerCallback
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
-from grpo_t2v import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards
-from recipes import STAGES, cells, settings_of
-
-from pisces_rl import METHODS, RewardBackpropConfig, RewardBackpropTrainer
 from pisces_rl.cli import parse_arguments
+from pisces_rl.cli.train_command import TRAINERS
+from pisces_rl.cli.training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards
 from pisces_rl.policy import VideoPolicy, default_lora_config
 from pisces_rl.policy.lora.adapters import adapters_off
 from pisces_rl.rewards import load_reward
@@ -45,7 +41,6 @@ from pisces_rl.shapemotion import verify
 from pisces_rl.trainers.base.run.resume import last_checkpoint
 from pisces_rl.trainers.rollouts.losses import kl_to_reference
 
-TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 JUDGE = "tiny-vtm-judge"  # of another seed and width than the encoder that rewards
 DIVERSE_PROMPTS, DIVERSE_SAMPLES = 32, 8
 

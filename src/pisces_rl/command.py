@@ -1,29 +1,151 @@
-"""The program `pisces-rl`; each sub-command is a module with `add_arguments(parser)` and `main(args)`."""
+"""The program `pisces-rl`: one table of its subcommands, each a module that is imported when it is called."""
 
 import argparse
-from collections.abc import Sequence
+import difflib
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
-from .evaluation.vbench import vbench_command
-from .rewards.scorers import convert_weights
-from .rewards.server import serve
+from . import __version__
 
-COMMANDS = {
-    "convert": ("a reward's published pickle as safetensors", convert_weights),
-    "serve": ("rewards of this machine for trainers elsewhere", serve),
-    "vbench": ("videos for VBench's runner, and its results before and after training", vbench_command),
-}
+TRACEBACK = "PISCES_RL_TRACEBACK"
+EPILOG = """
+pisces-rl COMMAND --help lists a command's options.
+
+train, evaluate, fit-map and estimate take --config FILE.yaml; the command line
+overrides the file. On several processes: pisces-rl train --num_processes N, or
+--accelerate_config FILE (fit-map and vbench, too); accelerate launch -m
+pisces_rl train ... is the same.
+
+Exit status: 0; 1 on an error, 2 on a wrong command line, 130 on Ctrl-C."""
+
+
+def by_options(module: ModuleType, prog: str, purpose: str, arguments: list[str]) -> None:
+    """Of a module with `add_arguments(parser)` and `main(args)`."""
+    parser = CommandParser(prog=prog, description=f"{purpose[0].upper()}{purpose[1:]}.", allow_abbrev=False,
+                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    module.add_arguments(parser)
+    module.main(parser.parse_args(arguments))
+
+
+def by_settings(module: ModuleType, prog: str, purpose: str, arguments: list[str]) -> None:
+    """Of a module with `main(arguments, prog)`, which reads dataclasses by `cli.parse_arguments`."""
+    module.main(arguments, prog)
+
+
+#: Subcommand: (purpose, module of this package, how its command line is read). A new one is one line here.
+COMMANDS: dict[str, tuple[str, str, Callable]] = {
+    "train": ("train by --method grpo, nft, awm, rvm, backprop, ...", "cli.train_command", by_settings),
+    "sample": ("videos of a model before and after training", "cli.sample_command", by_options),
+    "evaluate": ("ask rewards what they measure", "cli.evaluate_command", by_settings),
+    "fit-map": ("fit the transport map of the reward ot_quality", "cli.fit_map_command", by_settings),
+    "estimate": ("memory of a run, without weights or a GPU", "cli.estimate_command", by_settings),
+    "export": ("an adapter for ComfyUI or PEFT, or merged", "cli.export_command", by_options),
+    "serve": ("rewards of this machine for trainers elsewhere", "rewards.server.serve", by_options),
+    "vbench": ("videos for VBench's runner, and its results",
+               "evaluation.vbench.vbench_command", by_options),
+    "convert": ("a reward's published pickle as safetensors", "rewards.scorers.convert_weights", by_options),
+    "env": ("versions of this machine, for a bug report", "cli.env_command", by_options),
+    "completion": ("a shell's completion of this program", "cli.completion_command", by_options),
+}  # fmt: skip
+LAUNCHED = ("train", "fit-map", "vbench")  # whose work processes share: --accelerate_config, --num_processes
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors name the nearest known words."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"allow_abbrev": False} | options)
+
+    def error(self, message: str) -> None:
+        wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
+        if wrong:
+            choice, option = wrong.groups()
+            known = _words(self, options=option is not None)
+            near = difflib.get_close_matches((choice or option or "").split("=")[0], known, n=3)
+            message = re.sub(r" \(choose from .*\)", "", message) if near else message
+            message += f"; did you mean {' or '.join(near)}?" if near else ""
+        super().error(message)
+
+
+def _words(parser: argparse.ArgumentParser, options: bool) -> list[str]:
+    """Options of a parser and its subparsers, or else whatever it lets choose from."""
+    words = []
+    for action in parser._actions:
+        words += action.option_strings if options else [str(choice) for choice in action.choices or ()]
+        if isinstance(action, argparse._SubParsersAction):
+            words += [word for inner in action.choices.values() for word in _words(inner, options)]
+    return list(dict.fromkeys(words))
+
+
+def command_parser() -> CommandParser:
+    """Of what stands before the subcommand, and of its name."""
+    parser = CommandParser(
+        prog="pisces-rl", description="Reinforcement-learning post-training of text-to-video diffusion models.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pisces-rl [--version] [--traceback] COMMAND ...")  # fmt: skip
+    parser.add_argument("--version", action="version", version=f"pisces_rl {__version__}")
+    parser.add_argument("--traceback", action="store_true",
+                        help=f"Show where an error comes from, as {TRACEBACK}=1 does.")  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND",
+                                     parser_class=argparse.ArgumentParser)  # fmt: skip
+    for name, (purpose, _, _) in COMMANDS.items():
+        commands.add_parser(name, help=purpose, add_help=False)
+    return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="pisces-rl", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, (purpose, module) in COMMANDS.items():
-        own = commands.add_parser(name, help=purpose, description=f"{name}: {purpose}.", allow_abbrev=False,
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
-        module.add_arguments(own)
-        own.set_defaults(main=module.main)
-    args = parser.parse_args(arguments)
-    args.main(args)
+    """Run the program.
+
+    Raises:
+        SystemExit: 1 with a sentence on a user's mistake (ValueError, OSError or ImportError), 2 on a wrong command
+            line, 130 on Ctrl-C. Other errors pass, with their traceback.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    named = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    before, rest = arguments[: named + 1], arguments[named + 1 :]
+    args = command_parser().parse_args(before or ["--help"])
+    trace = args.traceback or os.environ.get(TRACEBACK, "0") not in ("", "0")
+    prog = f"pisces-rl {args.command}"
+    try:
+        run(args.command, prog, rest)
+    except KeyboardInterrupt:
+        if trace:
+            raise
+        print(f"{prog}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError) as error:
+        if trace:
+            raise
+        raise SystemExit(f"{prog}: {sentence(error)}") from error
+
+
+def run(name: str, prog: str, arguments: list[str]) -> None:
+    """A subcommand, in this process or in those that accelerate starts."""
+    purpose, module, read = COMMANDS[name]
+    if name in LAUNCHED:
+        from .cli.accelerate_launch import launch, launched
+
+        if launched(arguments):
+            launch(name, arguments)
+            return
+    if name not in ("convert", "env", "completion"):
+        from .cli.quiet import quiet
+
+        quiet()
+    read(importlib.import_module(f".{module}", __package__), prog, purpose, arguments)
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong and, where the error is not one of this package's, how to see where it came from."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    foreign = not frames[-1].startswith("pisces_rl")
+    text, kind = str(error) or type(error).__name__, type(error).__name__
+    return f"{text}\n(pisces-rl --traceback ... shows where this {kind} comes from)" if foreign else text
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""examples/estimate_memory.py: what it prints, and what it refuses."""
+"""`pisces-rl estimate`: what it prints, and what it refuses."""
 
-import importlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from pisces_rl import AWMConfig, NFTConfig, RewardBackpropConfig, VideoGRPOConfig
+from pisces_rl.cli import estimate_command
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--model", "tiny-wan", "--height", "64", "--width", "64", "--num_frames", "17", "--report_to", "none",
@@ -15,16 +15,11 @@ TINY = ["--model", "tiny-wan", "--height", "64", "--width", "64", "--num_frames"
 
 
 @pytest.fixture
-def script(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    module = importlib.import_module("estimate_memory")
-
+def script(tmp_path):
     def run(*arguments: str) -> None:
-        argv = ["estimate_memory.py", "--output_dir", str(tmp_path), *arguments]
-        monkeypatch.setattr(module.sys, "argv", argv)
-        module.main()
+        estimate_command.main(["--output_dir", str(tmp_path), *arguments])
 
-    run.module = module
+    run.module = estimate_command
     return run
 
 

@@ -1,8 +1,6 @@
 """Evaluating rewards: one that is right, one that knows nothing, one that sees its batch; and the script."""
 
-import importlib
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 from rewards.tiny_encoders import build
 
+from pisces_rl.cli import evaluate_command
 from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_objects
 from pisces_rl.media import load_video, save_video
 from pisces_rl.rewards import RewardError, load_reward
@@ -139,17 +138,14 @@ def write_clips(folder, sizes):
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
-    """examples/evaluate_rewards.py, in this process; `run(*options)`."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    module = importlib.import_module("evaluate_rewards")
+    """The module of `pisces-rl evaluate`, in this process; `run(*options)`."""
 
     def run(*options):
-        monkeypatch.setattr(sys, "argv", ["evaluate", "--output_dir", str(tmp_path / "out"), *options])
-        module.main()
+        evaluate_command.main(["--output_dir", str(tmp_path / "out"), *options])
         return (tmp_path / "out" / "rewards.md").read_text()
 
-    module.run = run
-    return module
+    monkeypatch.setattr(evaluate_command, "run", run, raising=False)
+    return evaluate_command
 
 
 def test_the_script_on_files(script, tmp_path):

@@ -414,7 +414,7 @@ def test_the_command_reads(tmp_path, capsys):
     before, after = (result_files(tmp_path / n, {"color": v}) for n, v in (("before", 0.5), ("after", 0.75)))
     command.main(["vbench", "read", "--before", str(before), "--after", str(after), "--output_dir", str(tmp_path)])
     assert "| color | 0.5000 | 0.7500 | 2 | +0.2500" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="pisces-rl vbench read: results="):
+    with pytest.raises(SystemExit, match="pisces-rl vbench: results="):
         command.main(["vbench", "read", "--before", str(tmp_path / "vbench"), "--after", str(after), "--output_dir",
                       str(tmp_path)])
 
@@ -426,7 +426,7 @@ def test_the_command_exports(tmp_path, capsys):
     assert "sampled 5 videos" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "export.json").read_text())
     assert settings["call"]["num_frames"] == 5 and settings["call"]["height"] == 64  # its own default
-    with pytest.raises(SystemExit, match="pisces-rl vbench export: dimensions="):
+    with pytest.raises(SystemExit, match="pisces-rl vbench: dimensions="):
         command.main([*arguments, "--dimensions", "scene"])
 
 

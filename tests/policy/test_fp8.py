@@ -1,10 +1,14 @@
 """FP8 products: the values and gradients of the formulas, and the same in sampling and update."""
 
 
+import json
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import WanPipeline
+from peft import LoraConfig, inject_adapter_in_model
 from policy.adapted import build, give_adapter
 from policy.test_execution import run
 from torch import nn
@@ -16,6 +20,7 @@ from pisces_rl.policy import PolicyError, VideoPolicy, adapters_off
 from pisces_rl.policy.fast import fp8
 from pisces_rl.policy.fast.fp8 import FP8FeedForward, FP8Linear, FP8NormProduct, FP8Product, dequantised, quantise
 from pisces_rl.policy.fast.products import fuse_products, unfuse_products
+from pisces_rl.policy.lora.adapters import PRODUCTS
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -108,8 +113,8 @@ def test_bf16_holds_a_rounded_weight_exactly():
     weight = dequantised(linear)
     assert torch.equal(weight, weight.bfloat16().float())
     assert float((weight - before).norm() / before.norm()) < 0.04
-    assert linear.weight.dtype == torch.uint8 and linear.to(torch.bfloat16).weight.dtype == torch.uint8
-    assert torch.equal(dequantised(linear), weight)
+    assert linear.weight.dtype == torch.uint8 and linear.half().weight.dtype == torch.uint8
+    assert torch.equal(dequantised(linear), weight) and linear.weight_scale.dtype == torch.float32
 
 
 # --- products ---
@@ -143,6 +148,21 @@ def test_a_norm_and_its_product_or_feed_forward(summed, lora, whole):
     else:
         ours = FP8NormProduct.apply(*common, *first)
     assert_same(ours, [total, theirs], inputs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rows_may_have_any_stride(bias):
+    """Expanded gradients, and inputs that are views."""
+    torch.manual_seed(0)
+    linear = nn.Linear(48, 32, bias=bias).requires_grad_(False)
+    quantise(linear)
+    x = draw(1, 48, 5).transpose(1, 2).requires_grad_()
+    y = linear(x)
+    torch.testing.assert_close(y, linear(x.contiguous()))
+    y.sum().backward()
+    strided, x.grad = x.grad, None
+    linear(x).backward(torch.ones_like(y))
+    torch.testing.assert_close(strided, x.grad)
 
 
 def test_the_operators_are_whole():
@@ -191,6 +211,8 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
                 else:
                     torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2)
 
+        compare(fp8.quantised, torch.randn(48, 5, device=device).to(dtype).T, None)
+        compare(fp8.quantised, torch.ones(1, 1, device=device, dtype=dtype).expand(5, 48), None)
         for width in (16, 48, 64, 140):
             x, grad = (torch.randn(5, width, device=device).to(dtype) for _ in range(2))
             factor = torch.exp2(torch.randint(-9, 2, (width,), device=device).float())
@@ -226,8 +248,8 @@ def quantised_policy(family: str = "wan") -> tuple[VideoPolicy, dict]:
     return policy, parameters
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", pytest.param("cogvideox", marks=pytest.mark.slow),
-                                    pytest.param("hunyuan", marks=pytest.mark.slow)])  # fmt: skip
+@pytest.mark.parametrize("family", ["wan", "ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "cogvideox", "mochi", "hunyuan15", "kandinsky5", "flux"))])  # fmt: skip
 def test_sampling_and_update_are_one_computation(family):
     """Plain, fused and compiled; fused computes what peft and diffusers do with the same layers."""
     policy, parameters = quantised_policy(family)
@@ -272,9 +294,37 @@ def test_which_layers_and_how_much_memory():
     policy.set_base_precision("fp8")  # again: nothing to do
 
 
-def test_no_layer_to_hold_in_fp8_says_so():
+def test_blocks_of_one_stream_have_their_products_in_fp8():
+    for name, held in (("proj_mlp", True), ("proj_out", True), ("attn.to_q", True), ("norm.linear", False)):
+        assert bool(re.fullmatch(PRODUCTS, f"single_transformer_blocks.0.{name}")) is held
+    assert not re.fullmatch(PRODUCTS, "proj_out")  # behind the blocks
+
+
+def test_a_saved_pipeline_has_numbers_not_bits(tmp_path):
+    policy, _ = quantised_policy()
+    transformer = policy.pipeline.transformer
+    policy.pipeline.unload_lora_weights()
+    weight = dequantised(transformer.blocks[0].ffn.net[2])
+    transformer.save_pretrained(tmp_path)
+    loaded = type(transformer).from_pretrained(tmp_path)
+    assert torch.equal(loaded.blocks[0].ffn.net[2].weight, weight)
+    assert transformer.state_dict()["blocks.0.ffn.net.2.weight"].dtype == torch.uint8  # elsewhere bits
+
+
+def test_what_a_policy_refuses():
     with pytest.raises(PolicyError, match="no frozen linear projections of attention or feed-forward"):
-        build("latte")[0].set_base_precision("fp8")
+        build("latte")[0].set_base_precision("fp8")  # of width 12
+    with pytest.raises(ValueError, match="base_precision='int4' must be 'fp8', or unset"):
+        build("ltx")[0].set_base_precision("int4")
+    policy, _ = build("ltx")
+    policy.compile_blocks(backend="aot_eager")
+    with pytest.raises(PolicyError, match="set it before blocks are compiled"):
+        policy.set_base_precision("fp8")
+    policy = VideoPolicy(tiny_runs.quiet(tiny_runs.BUILD["ltx"]()), num_inference_steps=2)
+    policy.pipeline.transformer.requires_grad_(False)
+    inject_adapter_in_model(LoraConfig(r=4, target_modules=["to_q"], use_dora=True), policy.pipeline.transformer)
+    with pytest.raises(PolicyError, match="DoRA reads the base's weights"):
+        policy.set_base_precision("fp8")
 
 
 # --- runs ---
@@ -294,6 +344,16 @@ def test_a_run_with_an_fp8_base(tmp_path):
     other = tiny_runs.trainer(tmp_path / "part", model="tiny-wan", **settings | {"base_precision": None})
     with pytest.raises(ValueError, match="was trained on another base_precision"):
         other.train(resume_from_checkpoint=True)
+    identity = tmp_path / "part" / "checkpoint-2" / "policy.json"
+    older = json.loads(identity.read_text())
+    del older["base_precision"]  # as before there was one
+    identity.write_text(json.dumps(older))
+    with pytest.raises(ValueError, match="was trained on another base_precision"):
+        tiny_runs.trainer(tmp_path / "part", model="tiny-wan", **settings).train(resume_from_checkpoint=True)
+    whole.pipeline.unload_lora_weights()
+    again = tiny_runs.trainer(tmp_path / "again", model=whole.pipeline, **settings)
+    again.train()
+    assert tiny_runs.logged(again, "reward")[0] == tiny_runs.logged(whole, "reward")[0]
     whole.pipeline.unload_lora_weights()
     with pytest.raises(ValueError, match="has FP8 weights of an earlier trainer, but base_precision is unset"):
         tiny_runs.trainer(tmp_path / "other", model=whole.pipeline)

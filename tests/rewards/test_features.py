@@ -1,6 +1,5 @@
 """Features on disk: broken off and resumed, unpaired, and by two processes; the script that fits a map on them."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from datasets import Dataset, Features, Value
 from datasets import Video as VideoFeature
 from tiny_encoders import ENCODERS, build
 
+from pisces_rl.cli import fit_map_command
 from pisces_rl.media import load_video, save_video
 from pisces_rl.rewards import cache_features, features, load_features, load_reward
 from pisces_rl.rewards.features import Features as Cached
@@ -163,26 +163,24 @@ def test_two_processes_encode_what_one_does(tmp_path):
 
 
 def arguments(tmp_path, rows, *options) -> list[str]:
-    """Of examples/fit_ot_map.py on rows of a file of videos and captions, with the shipped encoder."""
+    """Of `pisces-rl fit-map` on rows of a file of videos and captions, with the shipped encoder."""
     (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["examples/fit_ot_map.py", "--dataset", str(tmp_path / "clips.jsonl"),
+    return ["--dataset", str(tmp_path / "clips.jsonl"),
             "--output_dir", str(tmp_path / "map"), "--bank_size", "10", *options]  # fmt: skip
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """examples/fit_ot_map.py, in this process."""
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    return importlib.import_module("fit_ot_map")
+def script():
+    """The module of `pisces-rl fit-map`, in this process."""
+    return fit_map_command
 
 
 @pytest.fixture
-def fit(tmp_path, script, monkeypatch, capsys):
+def fit(tmp_path, script, capsys):
     """What the script prints when it is called in this process."""
 
     def call(rows, *options) -> str:
-        monkeypatch.setattr(sys, "argv", arguments(tmp_path, rows, *options))
-        script.main()
+        script.main(arguments(tmp_path, rows, *options))
         return capsys.readouterr().out
 
     return call
@@ -242,9 +240,8 @@ def test_the_script_refuses_what_it_cannot_fit_or_save(tmp_path, script, monkeyp
         (["--maps", "regressed"], "maps: regressed needs pairs of a video and a caption"),
         (["--save", "neural"], "save='neural': expected best or one of those fitted: identity, .*linear, entropic"),
     ):
-        monkeypatch.setattr(sys, "argv", ["fit", "--output_dir", str(tmp_path / "map"), *options])
         with pytest.raises(ValueError, match=message):
-            script.main()
+            script.main(["--output_dir", str(tmp_path / "map"), *options])
         assert not (tmp_path / "map").exists()
 
 

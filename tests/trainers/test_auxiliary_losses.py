@@ -11,6 +11,7 @@ from tiny_runs import StopAt, largest_difference, logged, weights
 
 from pisces_rl import AuxiliaryLoss, ConsistencyDistillation, RewardBackpropTrainer, VideoGRPOTrainer
 from pisces_rl.cli import parse_arguments
+from pisces_rl.cli.training_inputs import ScriptArguments, load_auxiliary_losses
 from pisces_rl.policy import default_lora_config, save_lora
 from pisces_rl.trainers.methods import METHODS
 
@@ -148,11 +149,8 @@ def test_the_teacher_may_be_the_saved_adapter(tmp_path):
     assert trainer._card_settings()["reference"] == "the adapter it was continued from"
 
 
-def test_the_scripts_make_the_term_of_their_options(monkeypatch):
+def test_the_command_makes_the_term_of_its_options():
     root = Path(__file__).parents[2]
-    monkeypatch.syspath_prepend(root / "examples")
-    from grpo_t2v import ScriptArguments, load_auxiliary_losses
-
     recipe = ["--config", str(root / "recipes" / "shapemotion_distill.yaml"), "--use_cpu"]
     config = backprop.RewardBackpropConfig
     script, args = parse_arguments(ScriptArguments, config, arguments=recipe)

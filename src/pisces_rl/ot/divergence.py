@@ -35,8 +35,8 @@ class BankDivergence:
         reach: length above which mass is rather created than moved; None: all mass is moved.
         tolerance: L1 marginal error of every term.
         max_iterations: of every term.
-        solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of M x
-            M costs, or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
+        solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of
+            costs (M, M), or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
 
     `self_error` is the marginal error of the bank's own term; one above the tolerance is a `ConvergenceWarning`.
 

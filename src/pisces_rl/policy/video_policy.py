@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.distributed import DeviceMesh
 
 from .fast.execution import ATTENTION_KERNELS, checkpointed, compile_blocks
-from .fast.fp8 import FP8Linear, check_device, quantise, serves_fp8
+from .fast.fp8 import FP8Linear, check_device, quantise, save_numbers, serves_fp8
 from .fast.products import fuse_products
-from .lora.adapters import PROJECTIONS
+from .lora.adapters import PRODUCTS
 from .pipeline.conditions import Conditions, calls, checked_conditions, of_video
 from .pipeline.decoder import set_decoder
 from .pipeline.inference_only import check_trainable
@@ -151,22 +151,31 @@ class VideoPolicy(nn.Module):
                               "keeps all activations of one denoising step.", stacklevel=2)
 
     def set_base_precision(self, precision: str | None) -> None:
-        """With "fp8", hold the frozen projections of attention and feed-forward in FP8, see `fast/fp8.py`.
+        """With "fp8", store the frozen projections of attention and feed-forward in FP8, see `fast/fp8.py`.
 
-        Before `compile_blocks`. Sampling, replay and a reference without the adapter then all compute with them.
+        Before `compile_blocks`, `shard` and `place`. Sampling, replay and a reference without the adapter then all
+        compute with them. Reload the pipeline to undo it, and to fuse an adapter.
 
         Raises:
-            ValueError: the denoisers' device computes no FP8 products.
-            PolicyError: there are no such projections, or none of widths that FP8 takes.
+            ValueError: another precision than None or "fp8", or the denoisers' device computes no FP8 products.
+            PolicyError: there are no such projections, or none of widths that FP8 takes; blocks are compiled or
+                sharded already; an adapter reads its base's weights (DoRA).
         """
+        if precision not in (None, "fp8"):
+            raise ValueError(f"base_precision={precision!r} must be 'fp8', or unset.")
         if precision is None:
             return
+        if self.compiled or self.mesh is not None:
+            raise PolicyError("base_precision='fp8': set it before blocks are compiled and weights are sharded.")
         count = 0
         for module in self.denoiser.values():
             check_device(device_of(module))
-            layers = [m for n, m in module.named_modules() if re.fullmatch(PROJECTIONS, n.removesuffix(".base_layer"))]
+            layers = [m for n, m in module.named_modules() if re.fullmatch(PRODUCTS, n.removesuffix(".base_layer"))]
+            if any(getattr(layer, "lora_variant", None) for layer in layers):
+                raise PolicyError("base_precision='fp8': DoRA reads the base's weights; use a plain LoRA or unset it.")
             for layer in filter(serves_fp8, layers):
                 quantise(layer)
+            save_numbers(module)
             count += sum(isinstance(layer, FP8Linear) for layer in layers)
         if not count:
             raise PolicyError("base_precision='fp8': the denoisers have no frozen linear projections of attention or "

@@ -1,7 +1,6 @@
 """Sample the videos of a VBench suite into the files that its runner looks for; resumable, on many processes."""
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -14,18 +13,14 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from pisces_rl.assets import call_defaults
 from pisces_rl.media.encoding import check_mp4, mp4_bytes
-from pisces_rl.policy import VideoPolicy, add_lora, check_no_adapters, read_adapter
-from pisces_rl.policy.full.component_files import load_components
-from pisces_rl.trainers import load_pipeline
 from pisces_rl.whole_files import write_json
 
+from ..sampling_policy import add_trained, sampling_policy
 from .vbench_suite import VIDEOS, SuiteVideo, read_suite
 
 SETTINGS = "export.json"
 _UNFINISHED = "unfinished"  # not among the videos: the runner would take a temporary file for one
-_STEPS = 16  # as of the trainers' configs, where neither the user nor an embedded model says how many
 
 
 def export(
@@ -70,26 +65,16 @@ def export(
     benchmark, videos = read_suite(suite, dimensions, seed)
     state, folder = PartialState(cpu=not torch.accelerator.is_available()), Path(output_dir)
     bf16 = state.device.type == "cuda" if bf16 is None else bf16
-    pipeline = load_pipeline(model, torch.bfloat16 if bf16 else torch.float32)
-    name = model if isinstance(model, str) else pipeline.name_or_path or type(pipeline).__name__
-    call = call_defaults(name) | (call or {})
-    default_steps = call.pop("num_inference_steps", _STEPS)
-    steps = num_inference_steps or default_steps
-    policy = VideoPolicy(
-        pipeline, num_inference_steps=steps, pipeline_kwargs=call, autocast_dtype=torch.bfloat16 if bf16 else None
-    )
-    check_no_adapters(policy.denoiser)
+    policy, made = sampling_policy(model, num_inference_steps=num_inference_steps, call=call, bf16=bf16)
     digest = None if adapter is None else add_trained(policy, adapter)
     policy.place(state.device)
     settings = {
         "benchmark": benchmark.name,
-        "model": str(name),
+        "model": made.pop("model"),
         "adapter": digest,
         "seed": seed,
         "fps": fps,
-        "num_inference_steps": steps,
-        "call": call,
-        "bf16": bf16,
+        **made,
     }
     plan = [None, None]
     if state.is_main_process:  # the other processes must neither look at files that are being written nor disagree
@@ -113,27 +98,6 @@ def export(
     if state.is_main_process:
         shutil.rmtree(folder / _UNFINISHED, ignore_errors=True)
     return len(own)
-
-
-def add_trained(policy: VideoPolicy, source: str | os.PathLike) -> str:
-    """Put a saved LoRA, or components that were trained whole, into the policy; returns a digest of the weights."""
-    folder = Path(source).expanduser()
-    files = {name: sorted(folder.glob(f"{name}/diffusion_pytorch_model*.safetensors")) for name in policy.denoiser}
-    whole = [name for name, found in files.items() if found]
-    if whole:
-        load_components(policy.pipeline, whole, folder)
-        content = hashlib.sha256()
-        for path in (path for name in whole for path in files[name]):
-            with path.open("rb") as file:
-                while block := file.read(1 << 24):
-                    content.update(block)
-        return content.hexdigest()
-    try:
-        saved = read_adapter(source)
-        add_lora(dict(policy.denoiser.items()), start=saved)
-    except ValueError as error:
-        raise ValueError(str(error).replace("continue_from=", "adapter=")) from error
-    return saved.digest
 
 
 def is_whole_mp4(path: Path) -> bool:

@@ -5,8 +5,9 @@ rows of an input are rounded alike, by the kernel that writes them where there i
 
     y_mn = s_m t_n sum_k x8_mk w8_nk + b_n + (u B^T)_mn,    u = x A^T,
 
-summed in fp32; LoRA's part stays in the input's dtype, and its A and B get their gradients from x itself. Backward's
-product with the base is one of FP8, too: the gradient, times t along the sum, is rounded by rows as x is,
+summed as cuBLAS does with fast accumulation, on a CPU in fp32; LoRA's part stays in the input's dtype, and its A and B
+get their gradients from x itself. Backward's product with the base is in FP8, too: the gradient, times t along the
+sum, is rounded by rows as x is,
 
     dL/dx_mk = r_m sum_n g8_mn w8_nk + (g B A)_mk,    r_m g8_mn ~ g_mn t_n.
 
@@ -15,6 +16,10 @@ e4m3 has an exponent of its own, so another scale gains no precision, and what t
 without FP8 the products are computed in fp32 from the same rounded values (CPU) or refused (`check_device`).
 Format and scaling: Micikevicius et al., arXiv 2209.05433.
 """
+
+import functools
+import types
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -29,10 +34,23 @@ CAPABILITY = (8, 9)  # the first of NVIDIA's with them
 
 
 class FP8Linear(nn.Linear):
-    """A frozen linear layer whose weight lies in e4m3: its bits (out, in) in `weight`, its scales in `weight_scale`.
+    """A frozen linear layer whose weight is stored in e4m3: bits (out, in) in `weight`, scales in `weight_scale`.
 
     Bits are held as uint8, which no cast of a module and no library that looks for a dtype to compute in touches.
+    Scales stay fp32. On CUDA the product comes in bf16, whatever the dtype of x, and is cast.
     """
+
+    def _apply(self, function, recurse: bool = True):
+        scale = self.weight_scale
+        super()._apply(function, recurse)
+        self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if _SAVING.get():
+            destination[f"{prefix}weight"] = dequantised(self).bfloat16()
+            del destination[f"{prefix}weight_scale"]
 
     def forward(self, x: Tensor) -> Tensor:
         device = x.device.type
@@ -55,6 +73,25 @@ def check_device(device: torch.device) -> None:
             f"base_precision='fp8' needs a GPU of compute capability {'.'.join(map(str, CAPABILITY))} (Ada, Hopper or "
             f"later); {torch.cuda.get_device_name(device)} has {'.'.join(map(str, have))}. Unset it."
         )
+
+
+_SAVING = ContextVar("_SAVING", default=False)  # weights are saved as numbers
+
+
+def save_numbers(denoiser: nn.Module) -> None:
+    """Let `denoiser.save_pretrained` write the numbers of FP8 weights, in bf16, which holds them; bits would be loaded
+    as numbers."""
+    save = type(denoiser).save_pretrained
+
+    @functools.wraps(save)
+    def save_pretrained(self, *args, **kwargs):
+        token = _SAVING.set(True)
+        try:
+            return save(self, *args, **kwargs)
+        finally:
+            _SAVING.reset(token)
+
+    denoiser.save_pretrained = types.MethodType(save_pretrained, denoiser)
 
 
 @torch.no_grad()
@@ -104,6 +141,7 @@ def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
     if not serves(x):
         return _rounded(x if factor is None else x.float() * factor)
+    x = x if x.stride(1) == 1 else x.contiguous()
     q, scale = _outputs(*x.shape, x)
     kernel(_quantised)[(len(x),)](x, factor, q, scale, x.shape[1], x.stride(0), **launch(x.shape[1]))
     return q, scale
@@ -150,6 +188,7 @@ def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not serves(z):
         h = F.gelu(z, approximate="tanh")
         return h if kept else z.new_empty(0), *_rounded(h)
+    z = z.contiguous()
     h = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
     kernel(_quantised_gelu)[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **_parts(z.shape[1]))
@@ -167,6 +206,7 @@ def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool)
     if not serves(z):
         g = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
         return g if kept else z.new_empty(0), *_rounded(g.float() * factor)
+    grad, z = grad.contiguous(), z.contiguous()
     g = torch.empty_like(z) if kept else z.new_empty(0)
     q, scale = _outputs(*z.shape, z)
     kernel(_quantised_gelu_backward)[(len(z),)](

@@ -11,6 +11,7 @@ x' is rounded before its norm and q before its rotation, as the models of diffus
 
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -49,12 +50,12 @@ def operator(function: Callable | None = None, *, inline: Callable[..., bool] | 
 def _inlined(function: Callable, inline: Callable[..., bool], mode, op, types, args: tuple, kwargs: dict | None):
     if not (serves(args[0]) and inline(*args)):
         return mode.__torch_dispatch__(op, types, args, kwargs)
-    _TRACING.append(True)
+    token = _TRACING.set(True)
     try:
         with mode:
             return function(*args, **kwargs or {})
     finally:
-        _TRACING.pop()
+        _TRACING.reset(token)
 
 
 def always(*args) -> bool:
@@ -63,10 +64,10 @@ def always(*args) -> bool:
 
 def kernel(jitted):
     """A Triton kernel; while a compiler traces its launch, what it can trace."""
-    return torch.library.wrap_triton(jitted) if _TRACING else jitted
+    return torch.library.wrap_triton(jitted) if _TRACING.get() else jitted
 
 
-_TRACING: list[bool] = []
+_TRACING = ContextVar("_TRACING", default=False)
 
 
 def serves(x: Tensor) -> bool:

@@ -29,6 +29,8 @@ BLOCKS = r"(blocks|(single_|temporal_|visual_)?transformer_blocks|down_blocks|mi
 NOT_AUDIO = r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see the video: audio stays the base's
 PROJECTIONS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
 DEFAULT_TARGETS = NOT_AUDIO + PROJECTIONS
+# And those of blocks of one stream, whose attention and feed-forward share their output projection.
+PRODUCTS = rf"{PROJECTIONS}|{BLOCKS}\..*(proj_mlp|proj_out)"
 # What a block of two streams computes for the text stream alone.
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
 

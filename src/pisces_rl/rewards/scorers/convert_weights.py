@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -99,8 +98,5 @@ def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def main(args: argparse.Namespace) -> None:
-    try:
-        written = convert_weights(args.reward, args.file, args.output, base=args.base)
-    except (ValueError, OSError) as error:
-        sys.exit(f"pisces-rl convert: {error}")
+    written = convert_weights(args.reward, args.file, args.output, base=args.base)
     print(f'wrote {written}: load_reward("{args.reward}", {PICKLED[args.reward]}="{written}")')

@@ -5,7 +5,6 @@ import ipaddress
 import os
 import signal
 import socket
-import sys
 import threading
 from pathlib import Path
 from urllib.parse import quote
@@ -35,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_mb", type=int, default=2048, help="Megabytes (2^20 bytes) of a request; more get 413.")
 
 
-def run(args: argparse.Namespace) -> None:
+def main(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. Prints one line, `serving URL URL ...`, with the URL of each reward, once it is
     ready. Raises ValueError for what is wrong with an argument, before any reward is loaded."""
     for name in ("max_batch", "queue", "max_mb"):
@@ -118,10 +117,3 @@ def _bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"--host {host} --port {port} cannot be used: {error}") from error
     return listener
-
-
-def main(args: argparse.Namespace) -> None:
-    try:
-        run(args)
-    except (ValueError, ImportError) as error:  # a reward's package is missing
-        sys.exit(f"pisces-rl serve: {error}")

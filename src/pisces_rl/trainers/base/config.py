@@ -58,9 +58,9 @@ class VideoPolicyConfig(_BaseConfig):
 
     base_precision: str | None = field(
         default=None,
-        metadata={"help": "fp8: the frozen projections of attention and feed-forward lie and multiply in FP8 (e4m3), "
-                  "in sampling and update alike: faster, and half of the memory; NVIDIA GPUs since Ada and Hopper. "
-                  "Unset: the weights' own."},
+        metadata={"help": "fp8: the frozen projections of attention and feed-forward are stored and multiplied in FP8 "
+                  "(e4m3), in sampling and update alike: half of their memory, and with torch_compile faster; NVIDIA "
+                  "GPUs since Ada and Hopper. Unset: the weights' own."},
     )
 
     # --- memory ---

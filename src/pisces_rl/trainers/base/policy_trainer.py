@@ -117,7 +117,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
         self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
-            getattr(model, "name_or_path", "") or type(model).__name__)
+            str(getattr(model, "name_or_path", "") or type(model).__name__))
         args.settle_call(assets.call_defaults(self.model_name))
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
         self.image_columns = image_columns(self.pipeline, args.image_columns)

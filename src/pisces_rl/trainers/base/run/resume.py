@@ -110,7 +110,8 @@ def check_same_run(checkpoint: str, own: dict) -> None:
     differences = (("base_precision", "another base_precision"), ("weights", "other base weights"),
                    ("lora_scale", "another lora_alpha or other lora_denoisers"))
     for key, what in differences:
-        if saved.get(key, own[key]) != own[key]:  # a checkpoint of before this was kept has none
+        before = saved.get(key, None if key == "base_precision" else own[key])  # older checkpoints lack these
+        if before != own[key]:
             raise ValueError(
                 f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
                 f"mean something else. It was made from {saved['model']!r}."

@@ -1,6 +1,7 @@
 """Callbacks: a progress bar that says what is being done, and an average of the adapter."""
 
 import sys
+import time
 from collections.abc import Callable
 
 import torch
@@ -11,13 +12,21 @@ from ....policy import gathered_values, held, held_values, parts_of_values, set_
 
 
 class StageProgress(TrainerCallback):
-    """One bar over optimizer steps, whose text names the stage (rollout, rewards, update, evaluation, saving)."""
+    """One bar over optimizer steps, whose text names the stage (rollout, rewards, update, evaluation, saving).
+
+    Where stderr is no terminal, a line with a step's number takes its place, at most one in `LINE_SECONDS`, and one at
+    the last step.
+    """
+
+    LINE_SECONDS = 30
 
     def __init__(self):
-        self.bar = None
+        self.bar, self.lines, self.next_line = None, False, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero and not args.disable_tqdm:
+        shown = state.is_world_process_zero and not args.disable_tqdm
+        self.lines = shown and not sys.stderr.isatty()
+        if shown and not self.lines:
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step",
                             file=sys.stderr, smoothing=0.1)
 
@@ -30,11 +39,17 @@ class StageProgress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.bar is not None and logs and "reward" in logs:
-            shown = {"reward": f"{logs['reward']:.3f}"}
-            if "kl" in logs:
-                shown["kl"] = f"{logs['kl']:.2g}"
+        if (self.bar is None and not self.lines) or not logs or "reward" not in logs:
+            return
+        shown = {"reward": f"{logs['reward']:.3f}"}
+        if "kl" in logs:
+            shown["kl"] = f"{logs['kl']:.2g}"
+        if self.bar is not None:
             self.bar.set_postfix(shown)
+        elif time.monotonic() >= self.next_line or state.global_step >= state.max_steps:
+            self.next_line = time.monotonic() + self.LINE_SECONDS
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"step {state.global_step} of {state.max_steps}: {text}", file=sys.stderr, flush=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:

@@ -1,10 +1,10 @@
-"""What the scripts in examples/ share: arguments from YAML and the command line, prompts and rewards by name."""
+"""What the commands share: arguments from YAML and the command line, prompts and rewards by name."""
 
 import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,15 +12,16 @@ import yaml
 from datasets import Dataset, Value, load_dataset
 from transformers import HfArgumentParser
 
-from .prompt_files import PROMPT_FILES, read_prompt_file
+from ..prompt_files import PROMPT_FILES, read_prompt_file
 
 
-def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) -> tuple:
+def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, prog: str | None = None) -> tuple:
     """Dataclasses from `--config file.yaml` and command-line overrides, the command line first.
 
     Args:
         dataclasses: one or more dataclass types; no two may share a field.
         arguments: the command line without the program's name; None takes `sys.argv`.
+        prog: the program's name in its help and errors; None takes `sys.argv`.
 
     Returns:
         One instance each.
@@ -29,7 +30,7 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) 
         SystemExit: an argument or a key of the YAML file is unknown; the message names the nearest known one.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclasses, allow_abbrev=False)  # an abbreviation is a typo that trains
+    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False)  # an abbreviation is a typo that trains
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
     path = _config_path(arguments)
@@ -37,12 +38,12 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None) 
         settings = _read_yaml(parser, path)
         for key in settings:
             if key not in known:
-                parser.error(f"{path}: unknown key {key!r}{_nearest(str(key), known)}")
+                parser.error(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
         arguments = _as_arguments(parser, path, settings) + arguments
     *instances, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
-        parser.error(f"unknown argument {argument!r}{_nearest(name, known)}")
+        parser.error(f"unknown argument {argument!r}{nearest(name, known)}")
     return tuple(instances[:len(dataclasses)])
 
 
@@ -89,7 +90,7 @@ def _as_arguments(parser: HfArgumentParser, path: str, settings: dict) -> list[s
     return arguments
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"; did you mean {match[0]!r}?" if match else "."
 

@@ -1,0 +1,37 @@
+"""`pisces-rl env`: what a bug report needs to know of a machine."""
+
+import argparse
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+from pisces_rl import __version__
+
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub",
+            "safetensors", "geomloss", "deepspeed", "numpy", "av")  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """Versions, platform and GPUs, by name."""
+    import torch
+
+    found = {"pisces_rl": __version__, "platform": platform.platform(), "python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["CUDA of torch"] = torch.version.cuda or "none"
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    found["GPUs"] = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"
+    found["CPU cores"] = str(os.cpu_count())
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def main(args: argparse.Namespace) -> None:
+    for name, value in environment().items():
+        print(f"- {name}: {value}")

@@ -1,0 +1,33 @@
+"""`pisces-rl export`: a trained adapter for another program, or the base with it merged in; see docs/export.md."""
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from pisces_rl.export import DTYPES, FAMILIES, FORMATS
+
+    parser.add_argument("folder", help="Of the adapter: a run's output_dir, or a Hub id.")
+    parser.add_argument("output", help="Folder to write to; it may be the run's.")
+    parser.add_argument("--format", default="diffusers", choices=[*FORMATS, "merged"])
+    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="Of the files.")
+    parser.add_argument(
+        "--model",
+        help=f"merged: the base model, a folder or Hub id. Otherwise one of {', '.join(FAMILIES)}, where the adapter "
+        "does not note its model.",
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    from pisces_rl.export import DTYPES, export_adapter, merge_adapter
+    from pisces_rl.trainers import load_pipeline
+
+    if args.format != "merged":
+        for path in export_adapter(args.folder, args.output, args.format, dtype=args.dtype, model=args.model):
+            print(path)
+        return
+    if args.model is None:
+        raise ValueError("--format merged needs --model, the base model.")
+    pipeline = load_pipeline(args.model, DTYPES[args.dtype])
+    for name, merged in merge_adapter(pipeline, args.folder, args.output).items():
+        print(f"{args.output}/{name}: {merged.changed:,} of {merged.weights:,} weights of {merged.modules} "
+              "modules changed")  # fmt: skip

@@ -1,0 +1,112 @@
+"""`pisces-rl train`: any method on a LoRA, or all weights, of any text-to-video, image-to-video or text-to-image
+pipeline of diffusers.
+
+--method decides which settings there are. A recipe may name the method. Each line of a `.jsonl` of pairs is {"prompt":
+..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without rewards;
+those of a recipe are not loaded, its settings of rollouts do not count, and --rewards is refused. To other methods
+these columns mean nothing.
+"""
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from datasets import Dataset
+
+from pisces_rl.trainers import METHODS, RewardBackpropConfig, RewardBackpropTrainer, VideoPolicyTrainer
+from pisces_rl.trainers.base.data.pairs import SIDES
+from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
+
+from . import RECIPES
+from .arguments import nearest, parse_arguments
+from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
+
+#: Every trainer and its settings, by name: the methods that train on rollouts, and reward backpropagation.
+TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
+
+
+@dataclass
+class MethodArguments(ScriptArguments):
+    method: str = field(default="rvm", metadata={"help": f"One of {', '.join(TRAINERS)}."})
+
+
+def method_of(argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None) -> str:
+    """The method that the command line or its recipe names; it decides which settings there are.
+
+    Args: unnamed: what a recipe is for that names none; None refuses it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config", type=Path)
+    known = parser.parse_known_args(argv)[0]
+    method = known.method
+    if method is None and known.config is not None and known.config.is_file():
+        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
+        if method is None:
+            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(methods)}.")
+    method = method or unnamed or MethodArguments.method
+    if method not in methods:
+        raise SystemExit(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}")
+    return method
+
+
+def with_recipe(arguments: Sequence[str], recipe: Path) -> list[str]:
+    """The command line, with the default recipe where it names neither a recipe nor a model."""
+    given = {argument.split("=")[0] for argument in arguments}
+    default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(recipe)]
+    if default and not recipe.is_file():
+        raise SystemExit("Give --config, a recipe, or --model; the default recipes lie in the source tree only.")
+    return [*default, *arguments]
+
+
+def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, arguments: Sequence[str]) -> None:
+    """Where Flow-DPO has pairs, leave out a recipe's rewards and settings of rollouts; the trainer refuses what the
+    command line asks for of these."""
+    if method != "flow_dpo" or set(SIDES).isdisjoint(dataset.column_names):
+        return
+    asked = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    if "rewards" not in asked:
+        script.rewards = []
+    for name in set(OF_ROLLOUTS) - asked:
+        setattr(config, name, type(config).__dataclass_fields__[name].default)
+
+
+def train(method: str, script: ScriptArguments, config, arguments: Sequence[str] = ()) -> VideoPolicyTrainer:
+    """Train and save as the settings say.
+
+    Args:
+        method: one of `TRAINERS`.
+        script, config: from the command line, `config` of the method's class.
+        arguments: that command line, which tells a recipe's settings from the user's.
+    """
+    files = [*(config.image_columns or ["image"]), *(SIDES if method == "flow_dpo" else ())]
+    train_dataset, eval_dataset = load_datasets(script, config.seed, files)
+    fit_pairs(method, script, config, train_dataset, arguments)
+    trainer = TRAINERS[method][0](
+        model=script.model,
+        reward_funcs=load_rewards(script, script.rewards, config.own_reward_device()),
+        judge_funcs=load_rewards(script, script.judges, config.own_reward_device()),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=lora_config(script, config),
+        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+def train_by(method: str, arguments: Sequence[str], recipe: Path) -> None:
+    """Train by one method, which the command line does not name."""
+    script, config = parse_arguments(ScriptArguments, TRAINERS[method][1], arguments=with_recipe(arguments, recipe))
+    train(method, script, config, arguments)
+
+
+def main(arguments: Sequence[str], prog: str | None = None) -> None:
+    method = method_of(arguments)
+    given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml")
+    script, config = parse_arguments(MethodArguments, TRAINERS[method][1], arguments=given, prog=prog)
+    train(method, script, config, arguments)

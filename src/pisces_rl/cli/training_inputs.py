@@ -1,0 +1,160 @@
+"""What training takes from its command line: model, prompts, rewards, adapter and auxiliary losses."""
+
+import functools
+import json
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+
+from pisces_rl.ot.plans import check_solver
+from pisces_rl.policy import FULL, default_lora_config
+from pisces_rl.shapemotion import Clips, load_prompts
+from pisces_rl.trainers import AuxiliaryLoss, ConsistencyDistillation
+
+from .arguments import load_prompt_dataset, load_reward_function
+
+
+@dataclass
+class ScriptArguments:
+    model: str = field(default="tiny-wan", metadata={"help": "Hub id or folder of a pipeline, or tiny-wan."})
+    dataset: str = field(
+        default="shapemotion", metadata={"help": "shapemotion, a Hub data set, or a .txt, .csv, .json, .jsonl file."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    dataset_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
+    eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
+    rewards: list[str] = field(
+        default_factory=lambda: ["ot_quality", "ot_semantic"],
+        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
+                  "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
+                  "http://host:port/NAME or a vision-language judge's "
+                  "vlm+http://host:port/v1?model=ID."},
+    )
+    judges: list[str] = field(
+        default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}
+    )
+    reward_encoder: str = field(
+        default="tiny-vtm", metadata={"help": "Encoder of the rewards ot_quality, ot_semantic, cosine and matching."}
+    )
+    ot_map: str | None = field(
+        default=None, metadata={"help": "Folder that fit_ot_map.py wrote, for ot_quality. Unset: tiny-vtm's."}
+    )
+    divergence_weight: float = field(
+        default=0.0, metadata={"help": "Of ot_quality's credit of the divergence to the bank beside the map."}
+    )
+    ot_attention: str | None = field(
+        default=None,
+        metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
+    )
+    ot_solver: str | None = field(
+        default=None, metadata={"help": "What solves plans and the divergence: native or geomloss. Unset: native."}
+    )
+    reward_offload: str | None = field(
+        default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
+    )
+    train: str = field(
+        default="lora",
+        metadata={"help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
+                  "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."},
+    )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Rank of the adapter. Unset: 16, or that of --continue_from."}
+    )
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to adapt. Unset: attention and feed-forward projections."}
+    )
+    consistency_weight: float = field(
+        default=0.0, metadata={"help": "Weight of consistency distillation on captioned videos beside the rewards."}
+    )
+    consistency_steps: int = field(default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."})
+    consistency_guidance: float | None = field(
+        default=None,
+        metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
+    )
+    consistency_decay: float = field(
+        default=0.95, metadata={"help": "Decay of the adapter's moving average that gives the targets."}
+    )
+    consistency_batch_size: int | None = field(
+        default=None, metadata={"help": "Videos a micro-batch. Unset: per_device_train_batch_size."}
+    )
+
+
+def load_datasets(
+    script: ScriptArguments, seed: int, images: list[str] | None = None
+) -> tuple[Dataset, dict[str, Dataset] | None]:
+    """Training prompts, with their images in the columns of that name, and held-out sets."""
+    count = script.eval_prompts
+    if script.dataset == "shapemotion":
+        train = load_prompts("train", n=2048, seed=seed)
+        if not count:
+            return train, None
+        halves = [shapemotion_prompts(s, count // 2, seed=1) for s in ("test_color_shape", "test_shape_motion")]
+        return train, {
+            "test_seen": shapemotion_prompts("test_seen", count, seed=1),  # fresh prompts of trained compositions
+            "held_out": concatenate_datasets(halves),  # color-shape and shape-motion pairs that are never trained
+            "relation": shapemotion_prompts("test_seen", count // 8, seed=1, directed=True),
+        }
+    images = images or ["image"]
+    prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column, images)
+    if not count or len(prompts) < 2 * count:
+        if count:
+            print(f"{len(prompts)} prompts are too few to evaluate on {count}, so none is: lower --eval_prompts.")
+        return prompts, None
+    parts = prompts.train_test_split(test_size=count, seed=seed)
+    return parts["train"], {"held_out": parts["test"]}
+
+
+def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = False) -> Dataset:
+    """ShapeMotion prompts without a directed relation ("above", "to the left of"), or only such.
+
+    tiny-wan knows the axis of a relation but not which object comes first, so these prompts are measured apart.
+    """
+    prompts = load_prompts(split, n=8 * count + 64, seed=seed)
+    keep = [row for row, relation in enumerate(prompts["relation"]) if (relation not in (None, "and")) == directed]
+    return prompts.select(keep[:count])
+
+
+def load_rewards(script: ScriptArguments, names: list[str], device: torch.device | None = None) -> list:
+    attention = None if script.ot_attention is None else json.loads(script.ot_attention)
+    quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
+    options = {"ot_quality": quality, "ot_semantic": {"attention": attention, "solver": script.ot_solver}}
+    if script.ot_solver is not None:
+        check_solver(script.ot_solver)
+    load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
+                             device=device)  # fmt: skip
+    loaded = []
+    for name in names:
+        kind, _, given = name.partition("?")
+        divergence = kind == "ot_quality" and (script.divergence_weight or "divergence_weight=" in given)
+        loaded.append(load(name, **options.get(kind, {}) | ({"solver": script.ot_solver} if divergence else {})))
+    return loaded
+
+
+def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
+    """The adapter's settings; None where those of the saved adapter to continue from are meant; or "full"."""
+    given = script.lora_r, script.lora_alpha, script.lora_target_modules
+    if script.train not in ("lora", FULL):
+        raise SystemExit(f"--train {script.train!r} must be lora or {FULL}.")
+    if script.train == FULL:
+        return FULL
+    if config.continue_from and given == (None, None, None):
+        return None
+    return default_lora_config(16 if script.lora_r is None else script.lora_r, *given[1:])
+
+
+def load_auxiliary_losses(script: ScriptArguments, config, train_dataset: Dataset) -> list[AuxiliaryLoss]:
+    """Consistency distillation, where it has a weight, on ShapeMotion's clips or the videos of the column `video`."""
+    if not script.consistency_weight:
+        return []
+    videos = train_dataset
+    if script.dataset == "shapemotion":
+        videos = Clips("train", n=4096, seed=config.seed)
+    elif "video" not in train_dataset.column_names:
+        raise ValueError(f"dataset={script.dataset!r} has no column `video`, which --consistency_weight needs.")
+    return [ConsistencyDistillation(
+        videos, script.consistency_weight, steps=script.consistency_steps, guidance=script.consistency_guidance,
+        decay=script.consistency_decay, batch_size=script.consistency_batch_size,
+    )]

@@ -1,0 +1,199 @@
+"""The program `pisces-rl`: its help, its errors and exit statuses, and each subcommand once."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pisces_rl import command
+from pisces_rl.cli import env_command
+from pisces_rl.cli.completion_command import script, words_of_help
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--use_cpu", "--max_steps", "1", "--height", "32", "--width", "32", "--num_frames", "5",
+        "--guidance_scale", "1", "--num_inference_steps", "2", "--per_device_train_batch_size", "2",
+        "--num_generations", "4",
+        "--gradient_accumulation_steps", "2", "--report_to", "none", "--save_strategy", "no", "--eval_prompts", "0",
+        "--pipeline_kwargs", '{"max_sequence_length": 24}', "--model", "tiny-wan",
+        "--rewards", "exposure"]  # fmt: skip
+
+
+def stopped(capsys, *arguments: str) -> tuple[object, str]:
+    """Exit status and what was printed of a call that ends the program; a status that is a text is printed, too."""
+    with pytest.raises(SystemExit) as ended:
+        command.main(list(arguments))
+    printed = "".join(capsys.readouterr())
+    return (1, printed + ended.value.code) if isinstance(ended.value.code, str) else (ended.value.code, printed)
+
+
+# --- help and wrong command lines ---
+
+
+def test_help_names_every_subcommand_and_imports_nothing_heavy():
+    code = ("import sys\nfrom pisces_rl.command import main\ntry:\n    main(['--help'])\nexcept SystemExit as ended:\n"
+            "    assert not ended.code\nheavy = {'torch', 'numpy', 'diffusers', 'transformers', 'datasets', 'yaml'}\n"
+            "print('heavy:', sorted(heavy & set(sys.modules)))\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "heavy: []" in done.stdout
+    for name, (purpose, _, _) in command.COMMANDS.items():
+        assert f"    {name} " in done.stdout.replace("\n", " \n") and purpose in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_without_a_subcommand_the_help_is_shown(capsys, arguments):
+    status, printed = stopped(capsys, *arguments)
+    assert not status and "Exit status" in printed
+
+
+@pytest.mark.parametrize("name", command.COMMANDS)
+def test_every_subcommand_has_a_help(capsys, name):
+    status, printed = stopped(capsys, name, "--help")
+    assert not status and printed.startswith(f"usage: pisces-rl {name} ")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["trian"], "invalid choice: 'trian'; did you mean train"),
+    (["--tracebak", "train"], "did you mean --traceback"),
+    (["vbench", "reed"], "invalid choice: 'reed'; did you mean read"),
+    (["serve", "--rewards", "exposure", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port"),
+    (["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"], "did you mean 'learning_rate'"),
+    (["evaluate", "--reward", "exposure"], "did you mean 'rewards'"),
+    (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
+])  # fmt: skip
+def test_a_wrong_command_line_names_the_nearest_words(capsys, arguments, message):
+    status, printed = stopped(capsys, *arguments)
+    assert status == 2 and message in printed
+
+
+def test_an_unknown_method_names_the_nearest(capsys):
+    status, printed = stopped(capsys, "train", "--method", "ntf")
+    assert status == 1 and "--method 'ntf' must be one of grpo" in printed and "did you mean 'nft'" in printed
+
+
+# --- errors ---
+
+
+def test_a_mistake_is_a_sentence_and_its_traceback_is_there_for_who_asks(capsys, monkeypatch, tmp_path):
+    arguments = ["sample", "--model", "tiny-wan", "--prompt", "a circle", "--output", str(tmp_path),
+                 "--batch_size", "0"]  # fmt: skip
+    status, printed = stopped(capsys, *arguments)
+    assert status == 1 and printed == "pisces-rl sample: --batch_size 0 must be at least 1."
+    with pytest.raises(ValueError, match="--batch_size 0"):
+        command.main(["--traceback", *arguments])
+    monkeypatch.setenv(command.TRACEBACK, "1")
+    with pytest.raises(ValueError, match="--batch_size 0"):
+        command.main(arguments)
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (KeyboardInterrupt(), 130, "pisces-rl env: interrupted\n"),
+    (OSError("no space left"), 1, "pisces-rl env: no space left\n(pisces-rl --traceback ... shows where this OSError"),
+])
+def test_ctrl_c_and_errors_of_others(capsys, monkeypatch, error, status, message):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(env_command, "environment", fails)
+    got, printed = stopped(capsys, "env")
+    assert got == status and printed.startswith(message)
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(env_command, "environment", lambda: {}["gone"])
+    with pytest.raises(KeyError):
+        command.main(["env"])
+
+
+# --- the subcommands ---
+
+
+def test_env_prints_the_versions(capsys):
+    command.main(["env"])
+    printed = capsys.readouterr().out
+    for name in ("pisces_rl: 0", "torch: 2", "diffusers: 0", "trl: 1", "GPUs: ", "platform: ", "geomloss: "):
+        assert f"- {name}" in printed
+
+
+@pytest.mark.slow
+def test_train_and_sample(tmp_path):
+    """By the program itself: what it prints where stderr is no terminal, too."""
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    program = [sys.executable, "-m", "pisces_rl"]
+    run = tmp_path / "run"
+    done = subprocess.run([*program, "train", "--method", "grpo", *TINY, "--output_dir", str(run)],
+                          capture_output=True, text=True, env=env)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "step 1 of 1: reward" in done.stderr
+    for noise in ("it/s", "step/s", "pin_memory", "accelerator"):
+        assert noise not in done.stderr + done.stdout
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    command.main(["sample", "--model", "tiny-wan", "--adapter", str(run), "--prompts", str(tmp_path / "prompts.txt"),
+                  "--output", str(tmp_path / "out"), "--num_frames", "5", "--num_inference_steps", "2"])  # fmt: skip
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert names == {"before_after.png", *(f"{part}/00{i}.mp4" for part in ("before", "after") for i in (0, 1))}
+
+
+def test_train_and_sample_in_this_process(tmp_path, capsys):
+    command.main(["train", "--method", "grpo", *TINY, "--output_dir", str(tmp_path / "run")])
+    assert "step 1 of 1: reward" in capsys.readouterr().err
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
+    command.main(["sample", "--model", "tiny-wan", "--prompt", "a red circle", "--output", str(tmp_path / "out"),
+                  "--num_frames", "5", "--num_inference_steps", "1"])  # fmt: skip
+    assert capsys.readouterr().out.endswith(f"1 prompts: {tmp_path / 'out'}; {tmp_path / 'out' / 'before.png'}\n")
+    assert (tmp_path / "out" / "before" / "000.mp4").is_file() and not (tmp_path / "out" / "after").exists()
+
+
+def test_accelerate_s_launcher_gets_its_options_and_the_command_the_rest(monkeypatch):
+    given = []
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", given.append)
+    command.main(["train", "--method", "nft", "--accelerate_config", "ddp", "--num_processes=2", "--seed", "1"])
+    command.main(["fit-map", "--num_processes", "4"])
+    args, fit = given
+    assert (args.config_file, args.num_processes) == (str(ROOT / "recipes" / "accelerate" / "ddp.yaml"), 2)
+    assert args.module and args.training_script == "pisces_rl"
+    assert args.training_script_args == ["train", "--method", "nft", "--seed", "1"]
+    assert (fit.config_file, fit.num_processes, fit.training_script_args) == (None, 4, ["fit-map"])
+
+
+def test_a_missing_launcher_file_is_a_sentence(capsys):
+    status, printed = stopped(capsys, "train", "--accelerate_config", "dpp")
+    assert status == 1 and "--accelerate_config dpp: there is no such file, and it is none of ddp, deeps" in printed
+
+
+@pytest.mark.slow
+def test_two_processes_train(tmp_path):
+    config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
+    done = subprocess.run(
+        [sys.executable, "-m", "pisces_rl", "train", "--method", "grpo", "--accelerate_config", str(config),
+         "--num_processes", "2", "--main_process_port", "0", *TINY, "--output_dir", str(tmp_path)],
+        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "2 x cpu" in done.stdout and (tmp_path / "pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.parametrize("example, own", [
+    ("train_t2v", "--num_generations"), ("estimate_memory", "--gpu_gib"), ("evaluate_rewards", "--ot_map"),
+    ("fit_ot_map", "--bank_size"), ("export_adapter", "--format"),
+])
+@pytest.mark.slow
+def test_the_examples_are_thin_callers(example, own):
+    path = ROOT / "examples" / f"{example}.py"
+    done = subprocess.run([sys.executable, str(path), "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: {path.name} ") and own in done.stdout
+    assert len(path.read_text().split('"""')[2].splitlines()) < 25
+
+
+# --- completion ---
+
+
+def test_completion_offers_subcommands_and_options(capsys, tmp_path):
+    assert {"--port", "--rewards", "--help"} <= words_of_help(command.main, ["serve"])
+    (tmp_path / "c.sh").write_text(script({"serve": ["--port", "--queue"], "env": ["--help"]}))
+    for words, offered in ((["pisces-rl", "se"], ["serve"]), (["pisces-rl", "serve", "--q"], ["--queue"])):
+        code = (f"source {tmp_path / 'c.sh'}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+                '_pisces_rl; echo "${COMPREPLY[@]}"')  # fmt: skip
+        done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == offered
