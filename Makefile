@@ -18,7 +18,7 @@ LAUNCH = $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo
 # By file, so that what a file's tests share (a launch of several processes, a trained run) is made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-slow lint real-check clean
+.PHONY: help install demo test test-slow lint docs real-check clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -48,9 +48,21 @@ test-slow: $(STAMP)  ## run the tests that take longer, too
 lint: $(STAMP)  ## check style
 	$(BIN)/ruff check .
 
+# The site needs the extra `docs` only: it reads the sources and imports nothing, so torch is not installed for it.
+DOCS = $$($(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
+	print(*p['options.extras_require']['docs'].split())")
+
+$(VENV)/.docs: setup.cfg constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt $(DOCS)
+	@touch $@
+
+docs: $(VENV)/.docs  ## build the documentation's site into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 real-check: $(STAMP)  ## on a GPU, with the Hub: one short GRPO run of Wan 2.1 1.3B, with its figures
 	$(BIN)/python benchmarks/real_check.py $(ARGS)
 
 clean:  ## remove caches and build files; .venv and outputs/ stay
-	rm -rf build dist .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(STAMP)
+	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(STAMP) $(VENV)/.docs
 	find src tests examples benchmarks assets_src -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true

@@ -1,6 +1,7 @@
 """The rules of the house: who may import whom, what files may be called, what must not be in them."""
 
 import ast
+import importlib
 import re
 import subprocess
 from pathlib import Path
@@ -268,3 +269,45 @@ def test_what_all_methods_share_knows_none_of_them(room):
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
     assert paths and not [(path.name, name) for path in paths for name in imported_modules(path)
                           if name.startswith(methods)]
+
+
+def test_each_page_is_in_the_navigation_of_the_site():
+    """docs/README.md is GitHub's index of the pages; what is generated lies outside docs/ (docs/site_links.py)."""
+
+    def leaves(node):
+        return [node] if isinstance(node, str) else [p for part in (node.values() if isinstance(node, dict) else node)
+                                                     for p in leaves(part)]
+
+    text = re.sub(r"!ENV .*", '""', (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    listed = leaves(yaml.safe_load(text)["nav"])
+    written = {p.relative_to(ROOT / "docs").as_posix() for p in ROOT.glob("docs/**/*.md")} - {"README.md"}
+    assert sorted(listed) == sorted(written | {"index.md", "contributing.md", "changelog.md"})
+
+
+def test_troubleshooting_quotes_messages_that_exist():
+    """Code in a symptom is text of the sources, `...` standing for a value; entries have a cause and a fix each."""
+    literals = [" ".join(node.value.split()) for path in sources() for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    entries = page.split("\n### ")[1:]
+    assert len(entries) >= 20
+    for entry in entries:
+        title = entry.splitlines()[0]
+        parts = re.fullmatch(r".*\*\*Symptom\.\*\* (.*)\*\*Cause\.\*\* .*\*\*Fix\.\*\* .*", entry, re.S)
+        assert parts, title
+        for quoted in re.findall(r"`([^`]+)`", parts[1]):
+            if " " not in quoted or quoted.startswith("python "):
+                continue
+            for piece in filter(None, " ".join(quoted.split()).split(" ... ")):
+                assert any(piece in literal for literal in literals), f"{title}: no message holds {piece!r}"
+
+
+@pytest.mark.parametrize("module", ["", ".rewards", ".ot", ".ot.maps", ".transitions", ".export", ".estimate",
+                                    ".evaluation", ".trainers"])
+def test_the_reference_has_every_public_class_and_function(module):
+    """Not of `policy`, which also exports what only other parts of the package use."""
+    pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.md"))
+    shown = set(re.findall(r"^::: pisces_rl[\w.]*\.(\w+)$", pages, re.M))
+    public = importlib.import_module(f"pisces_rl{module}").__all__
+    missing = [name for name in public if name not in shown and not name.isupper()]
+    assert not missing, f"docs/reference/ lacks {missing}"

@@ -36,8 +36,9 @@ class Held:
         rollout: videos that are sampled before they are trained on; 0: they are not kept.
         latents: how many are kept of each of these, in fp32.
         predictions: of other policies, in fp32, beside the graph, for each trained video.
-        followers: further copies of what is trained. drawn_by_follower: whether one of them samples; the trained
-            weights, for which it then stands in, wait in a copy.
+        followers: further copies of what is trained.
+        drawn_by_follower: whether one of them samples; the trained weights, for which it then stands in, wait in a
+            copy.
         graphs: denoising steps whose graphs live at the same time.
         decoder: whether the graph goes on through it; "checkpointed": it is computed again in backward.
         decode_frames: of how many latent frames; None: all.

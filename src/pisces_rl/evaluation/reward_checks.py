@@ -74,7 +74,8 @@ class RewardReport:
         curves: by corruption of pixels, the mean reward at each of `STRENGTHS`.
         invariance: the largest change of a reward with its batch-mates, and with a longer prompt in the batch.
         alignment: of a reward with a map: mutual-kNN (k = 10), Spearman of pairwise distances, recall at 1, 5, 10.
-        milliseconds: a video. peak_mib: of GPU memory, None on a CPU.
+        milliseconds: a video.
+        peak_mib: of GPU memory, None on a CPU.
 
     Clips where the reward returned None have no part in any of them.
     """

@@ -29,10 +29,12 @@ class BankDivergence:
     `calibrate` measures that floor and `relative` divides by it.
 
     Args:
-        bank: (M, D), without gradients. weights: (M,), of total 1; unset: uniform.
+        bank: (M, D), without gradients.
+        weights: (M,), of total 1; unset: uniform.
         blur: length > 0 below which points are not told apart, in units of the points.
         reach: length above which mass is rather created than moved; None: all mass is moved.
-        tolerance: L1 marginal error of every term. max_iterations: of every term.
+        tolerance: L1 marginal error of every term.
+        max_iterations: of every term.
         solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of
             costs (M, M), or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
 
@@ -73,7 +75,8 @@ class BankDivergence:
     def __call__(self, x: Tensor, a: Tensor | None = None) -> Tensor:
         """(B,) for groups x (B, n, D), or a scalar for (n, D); differentiable with respect to x.
 
-        Args: a: (B, n) or (n,), weights of the points; zero is padding. Unset: uniform.
+        Args:
+            a: (B, n) or (n,), weights of the points; zero is padding. Unset: uniform.
         """
         groups, a, batched = self._groups(x, a)
         value = self._value(a, *self._plans(groups, a))

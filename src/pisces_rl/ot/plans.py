@@ -38,8 +38,9 @@ class TransportPlan:
         value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
         marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of max(|a|, |b|).
         iterations: (B,), updates of both potentials at the final `reg`, counted from the start of the last solver
-        tried.
-        potential_a, potential_b: (B, N), (B, M), f and g in units of cost; 0 at zero weights.
+            tried.
+        potential_a: (B, N), f in units of cost; 0 at zero weights.
+        potential_b: (B, M), g in units of cost; 0 at zero weights.
         tolerance: the marginal error that was asked for.
     """
 
@@ -87,17 +88,19 @@ def transport_plan(
         min_P <P, C> + reg KL(P | a b^T)                                      with P 1 = a, P^T 1 = b      (reach None)
         min_P <P, C> + reg KL(P | a b^T) + reach KL(P 1 | a) + reach KL(P^T 1 | b)
 
-    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, <a, f> + <b, g> - reg (|P| - |a| |b|) if
-    balanced; for probability weights that is <a, f> + <b, g>. Computed in fp32 (fp64 for an fp64 cost) with autocast
+    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, `<a, f> + <b, g> - reg (|P| - |a| |b|)` if
+    balanced; for probability weights that is `<a, f> + <b, g>`. Computed in fp32 (fp64 for an fp64 cost) with autocast
     and TF32 off; each problem is iterated until its own error is below the tolerance.
 
     Args:
         cost: (B, N, M) or (N, M), finite where both weights are positive.
-        a, b: (B, N), (B, M), or without B for all problems alike; unset: uniform, of total 1. A problem with no
-            weight at all in a or in b (an empty prompt) has a zero plan.
+        a: (B, N), or (N,) for all problems alike; unset: uniform, of total 1. A problem with no weight at all in a or
+            in b (an empty prompt) has a zero plan.
+        b: (B, M), or (M,) for all problems alike; unset: uniform, of total 1.
         reg: entropic regularisation eps > 0, in units of cost.
         reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
-        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|). max_iterations: at the final reg.
+        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|).
+        max_iterations: at the final reg.
         solver: "native", or "geomloss", which takes several times as long to the same plan.
 
     Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
@@ -115,9 +118,9 @@ def transport_plan(
 
 
 def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
-    """<C, P> with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
+    """`<C, P>` with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
 
-    The derivative of <C, P(C)> itself also has a term through P; this function leaves it out on purpose.
+    The derivative of `<C, P(C)>` itself also has a term through P; this function leaves it out on purpose.
     """
     return (as_float(cost) * plan.detach()).sum((-1, -2))
 

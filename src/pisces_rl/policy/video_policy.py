@@ -58,8 +58,11 @@ class VideoPolicy(nn.Module):
         pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
         attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
-        vae_dtype, vae_slicing, vae_tiling, vae_chunk_frames, vae_compile: how the VAE decodes, see
-            `decoder.set_decoder`.
+        vae_dtype: of the VAE while it decodes, see `decoder.set_decoder`.
+        vae_slicing: decode one video at a time.
+        vae_tiling: decode parts of a frame at a time.
+        vae_chunk_frames: latent frames that Wan's decoder takes a call.
+        vae_compile: compile that decoder.
 
     Raises:
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
@@ -322,7 +325,8 @@ class VideoPolicy(nn.Module):
         The state that enters the first of these steps is a constant. The videos are those of `sample` without steps.
 
         Args:
-            prompts: B prompts. noise_seeds: B seeds of the start noise.
+            prompts: B prompts.
+            noise_seeds: B seeds of the start noise.
             last_steps: how many of the last denoising steps carry gradients.
             jump_at: in place of `last_steps`, this one step carries gradients, and its prediction x0^ of the clean
                 latents is what is decoded; later steps are skipped.
@@ -369,7 +373,8 @@ class VideoPolicy(nn.Module):
         Args:
             rollout: what `sample` returned, or given videos: prompts, `clean`, and conditions where they have some.
             rows: indices of B videos in the rollout.
-            noise_seeds: B seeds of the noise. step: its index.
+            noise_seeds: B seeds of the noise.
+            step: its index.
             state: latents of the B videos that enter the step, in place of noised ones.
             grad: build a graph.
             overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.

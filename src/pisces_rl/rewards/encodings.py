@@ -38,7 +38,8 @@ def shared_encodings(backward: bool = False) -> Iterator[_Encodings]:
     back to the CPU, unless a graph is left that needs their weights: until a call without one they stay where they
     work. Inside another such block it does nothing.
 
-    Args: backward: the block has a backward pass of its own, and leaves no graph.
+    Args:
+        backward: the block has a backward pass of its own, and leaves no graph.
     """
     if _scope.get() is not None:
         yield _scope.get()

@@ -53,7 +53,8 @@ def cache_features(
     Args:
         samples: pairs of a video (F, 3, H, W) in [0, 1], a function that returns it, or None, and a caption or None.
         folder: for the features of this encoder and this source.
-        source: what the samples are and how they were drawn. batch_size: videos of one size encoded at once.
+        source: what the samples are and how they were drawn.
+        batch_size: videos of one size encoded at once.
 
     Raises ValueError for a folder of another encoder or source, and if there is not one text or not one video.
     """

@@ -35,8 +35,9 @@ class OffloadedModel:
     def working(self, graph: bool = False) -> Iterator[None]:
         """Inside, the weights are where the model works; afterwards they go back to the CPU if it offloads.
 
-        Args: graph: a graph is left that needs them: then they go back after a panel's backward pass, or, without a
-            panel that has one, after the next call without a graph.
+        Args:
+            graph: a graph is left that needs them: then they go back after a panel's backward pass, or, without a
+                panel that has one, after the next call without a graph.
         """
         if self._offload is None:
             yield

@@ -53,13 +53,18 @@ class OTAttention:
             the attention that they had. In it the scale of P's rows cancels: a word cannot stay unmatched.
             "gated": the same, then times the share of its weight that the word moves, N sum_j P_ij, at most 1.
             "arithmetic": (A + N P) / 2, whose rows sum to less than 1 where a word moves less than its weight.
-        mass: m in (0, 1]. reg: eps, in the cost's units. temporal, spatial: gamma and eta.
+        mass: m in (0, 1].
+        reg: eps, in the cost's units.
+        temporal: gamma.
+        spatial: eta.
         normalise: bring each term and C to [0, 1]. False: t and s count as they are, in frames and in patches.
-        layers, heads: those that are fused, as the model counts them; None: all.
+        layers: those that are fused, as the model counts them; None: all.
+        heads: those that are fused, as the model counts them; None: all.
         floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product. Not in "arithmetic".
         class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
         solver: "native", or "geomloss" for unbalanced and balanced plans, see docs/ot.md.
-        tolerance: of the plans' marginals. drawings: a list that each call is appended to, or None.
+        tolerance: of the plans' marginals.
+        drawings: a list that each call is appended to, or None.
 
     The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True; in its
     first release plan "partial", fusion "arithmetic", temporal 0.1, normalise False, class_tokens True.

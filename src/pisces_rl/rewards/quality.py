@@ -29,10 +29,12 @@ class OTQualityReward(EncoderReward):
         encoder: whose pooled features are compared, or its name, folder or Hub id.
         ot_map: T, bound to this encoder; None: the identity, the raw cosine.
         bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; needed for a divergence weight.
-        cosine_weight, divergence_weight: the terms; a weight of 0 leaves its term out.
+        cosine_weight: of the cosine's term; 0 leaves it out.
+        divergence_weight: of the divergence's term; 0 leaves it out.
         blur: of the bank's divergence; None: `pisces_rl.ot.metrics.default_blur` of the bank.
         solver: of the bank's divergence, "native" or "geomloss"; None: `BankDivergence`'s default.
-        micro_batch: videos encoded at once. name: under which it is logged.
+        micro_batch: videos encoded at once.
+        name: under which it is logged.
 
     A call takes prompts and videos (B, F, 3, H, W) in [0, 1] and returns (B,), differentiable: the gradient of the
     divergence term's sum is that of B times the divergence. Source: arXiv 2602.01624, section 4.1.

@@ -53,21 +53,29 @@ class RemoteVLMJudge:
     of them, is a RewardError with rank, url, prompt and the last error. A failure is never a value.
 
     Args:
-        url: of the endpoint, http://host:port/v1. model: its id there.
+        url: of the endpoint, http://host:port/v1.
+        model: its id there.
         question: file whose text is asked, with {prompt} where the video's prompt belongs, or several of them.
         weights: of the questions; unset: all 1.
-        scores: the answers, digits, ascending. frames: per video, evenly spread; all that it has if fewer.
-        send: frames as "png" or "jpeg" images, or as one "mp4" video. quality: of JPEG, 1 to 100. fps: of the mp4.
-        logprobs: "required", or False to read the digit from text. top_logprobs: so many are asked for.
-        max_concurrency: requests at once. requests_per_minute: begun, tries included. Both of each process.
-        time_limit: seconds of one try. retries: tries after the first one. name: under which it is logged.
+        scores: the answers, digits, ascending.
+        frames: per video, evenly spread; all that it has if fewer.
+        send: frames as "png" or "jpeg" images, or as one "mp4" video.
+        quality: of JPEG, 1 to 100.
+        fps: of the mp4.
+        logprobs: "required", or False to read the digit from text.
+        top_logprobs: so many are asked for.
+        max_concurrency: requests at once.
+        requests_per_minute: begun, tries included. Both of each process.
+        time_limit: seconds of one try.
+        retries: tries after the first one.
+        name: under which it is logged.
         api_key: unset: the environment variable PISCES_VLM_API_KEY, if any. It is not written anywhere.
         extra_body: further fields of a request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
 
     Raises:
         ValueError: an argument is wrong; no endpoint answers at the url, or it refuses the key, has no such model,
             gives no log-probabilities, or takes no such images or video; on a call, what `VLMJudge` refuses, and a
-            prompt with what looks like a special token (<|im_end|>, <image>), since the model's are not known here.
+            prompt with what looks like a special token (`<|im_end|>`, `<image>`): the model's are not known here.
     """
 
     def __init__(

@@ -63,10 +63,14 @@ class RetryingClient:
     among the `retries`.
 
     Args:
-        name: of the thread. key: sent as "Authorization: Bearer KEY". Proxies of the environment are not used.
-        time_limit: seconds of one try, from connecting to the whole answer. retries: tries after the first one.
-        try_again: statuses. max_concurrency: tries at once; requests_per_minute: tries begun, evenly spread; both of
-            this process, and unset: as many as are asked for. media_type: of what is posted.
+        name: of the thread.
+        key: sent as "Authorization: Bearer KEY". Proxies of the environment are not used.
+        time_limit: seconds of one try, from connecting to the whole answer.
+        retries: tries after the first one.
+        try_again: statuses.
+        max_concurrency: tries at once.
+        requests_per_minute: tries begun, evenly spread; both of this process, and unset: as many as are asked for.
+        media_type: of what is posted.
 
     Attributes:
         unanswered: of the latest `ask` that was cancelled: url, what was asked and its last failure, a sentence.

@@ -26,10 +26,15 @@ class VLMJudge(OffloadedModel):
 
     Args:
         model: a chat model that `AutoModelForImageTextToText` loads and that takes several images (Qwen2.5-VL, say),
-            or its Hub id or folder. processor: the model's, with a chat template; unset for a name.
+            or its Hub id or folder.
+        processor: the model's, with a chat template; unset for a name.
         question: file whose text is asked, with {prompt} where the video's prompt belongs.
-        scores: the answers, digits of one token each, ascending. frames: per video, evenly spread.
-        batch_size: videos asked at once. dtype, device: of a model given by name. name: under which it is logged.
+        scores: the answers, digits of one token each, ascending.
+        frames: per video, evenly spread.
+        batch_size: videos asked at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        name: under which it is logged.
         offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
 
     Raises ValueError for pixels outside [0, 1] or NaN, naming the video, and for a prompt that holds one of the

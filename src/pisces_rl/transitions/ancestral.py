@@ -16,7 +16,8 @@ def ancestral(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise
     Args:
         x: current state, fp32.
         x0: the predicted clean latents (after preconditioning and guidance), shape of `x`.
-        sigma, sigma_next: scalars, 0 <= sigma_next <= sigma.
+        sigma: scalar.
+        sigma_next: scalar, 0 <= sigma_next <= sigma.
         noise_level: eta in [0, 1].
 
     Returns:

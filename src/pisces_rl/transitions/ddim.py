@@ -16,7 +16,8 @@ def ddim(x: Tensor, prediction: Tensor, alpha_bar: Tensor, alpha_bar_next: Tenso
     Args:
         x: current state, fp32.
         prediction: the model's output, shape of `x`.
-        alpha_bar, alpha_bar_next: scalars in [0, 1], alpha_bar < alpha_bar_next.
+        alpha_bar: scalar in [0, 1].
+        alpha_bar_next: scalar in [0, 1], alpha_bar < alpha_bar_next.
         noise_level: eta; 1 is ancestral sampling, 0 the deterministic step.
         prediction_type: "epsilon", "v_prediction" or "sample".
 

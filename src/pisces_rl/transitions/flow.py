@@ -25,7 +25,8 @@ def flow_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_l
     Args:
         x: (..., ) current state, fp32.
         v: predicted velocity, shape of `x`.
-        sigma, sigma_next: scalars, 0 <= sigma_next < sigma <= 1.
+        sigma: scalar, at most 1.
+        sigma_next: scalar, 0 <= sigma_next < sigma.
         noise_level: a; the paper's value is 0.7.
         sigma_max: the schedule's second sigma. It bounds g at the first step, where 1 - s is 0; the minimum also
             covers schedules that start a hair below 1 (UniPC: 0.99999899), where g would be about 700.

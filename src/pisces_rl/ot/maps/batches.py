@@ -12,8 +12,12 @@ class Batches:
     """Batches of normalised points on the device: drawn at random from a tensor, or read in turn from an iterable.
 
     Args:
-        name: of the side, for messages. data: points (n, D), or an iterable of (b, D). batch: points a draw, of this
-            rank. map_: the map, which normalises what an iterable gives. seed: of the draws. width: D.
+        name: of the side, for messages.
+        data: points (n, D), or an iterable of (b, D).
+        batch: points a draw, of this rank.
+        map_: the map, which normalises what an iterable gives.
+        seed: of the draws.
+        width: D.
     """
 
     def __init__(

@@ -22,8 +22,11 @@ class EntropicMap(TransportMap):
     infinity, T is L and a mean shift, where the plain barycentric projection would be a constant.
 
     Args:
-        reg: eps as a share of the mean cost. linear: put it on top of `LinearMap`. points: of each side that are kept,
-            drawn by seed; memory and time grow with their square. tolerance: L1 marginal error of the plans.
+        reg: eps as a share of the mean cost.
+        linear: put it on top of `LinearMap`.
+        points_kept: points of each side that are kept; memory and time grow with their square.
+        seed: of the draw of these points.
+        tolerance: L1 marginal error of the plans.
 
     Source: Pooladian and Niles-Weed 2021 (arXiv 2109.12004); the debiasing, Pooladian et al. 2022 (arXiv 2202.08919).
     """

@@ -60,12 +60,16 @@ def fit_best(
     so that its scores are its own. Warns (`MapWarning`) of every map that does not beat the linear one.
 
     Args:
-        source (n, D), target (m, D): points.
+        source: points (n, D).
+        target: points (m, D).
         maps: unfitted maps. Unset: the entropic one on top of the linear one.
         paired: row i of source and target belong together (n = m): they are held out together, and recall at 1, 5 and
             10 is reported. Unpaired transport cannot see a rotation of the whole; recall can.
-        held_out: share of the points. blur: of the divergence; unset: `metrics.default_blur` of the target.
-        seed: of the split. encoder, normalise: of the baselines, and of `maps` if unset.
+        held_out: share of the points.
+        blur: of the divergence; unset: `metrics.default_blur` of the target.
+        seed: of the split.
+        encoder: of the baselines, and of `maps` if unset.
+        normalise: of the baselines, and of `maps` if unset.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a share in (0, 1).")

@@ -32,11 +32,19 @@ class NeuralMap(TransportMap):
     batch stays `batch_size`; ranks stay equal. On one GPU a step is replayed from a CUDA graph.
 
     Args:
-        hidden: width. skip: "none", as published, or "linear". steps: of f, at most. inner_steps: of T per step of f.
-        batch_size: points a side and step, over all ranks. learning_rate, weight_decay: Adam's; the rate follows a
-            cosine down to a twentieth. max_grad_norm: of T and of f. ema_decay: of the moving average.
-            evaluate_every, patience: steps, and measures. seed: of weights and batches. device: unset, the
-            process's CUDA device if there is one.
+        hidden: width.
+        skip: "none", as published, or "linear".
+        steps: of f, at most.
+        inner_steps: of T per step of f.
+        batch_size: points a side and step, over all ranks.
+        learning_rate: Adam's; it follows a cosine down to a twentieth.
+        weight_decay: Adam's.
+        max_grad_norm: of T and of f.
+        ema_decay: of the moving average.
+        evaluate_every: steps.
+        patience: measures.
+        seed: of weights and batches.
+        device: unset, the process's CUDA device if there is one.
 
     Source: arXiv 2602.01624, section 4.1, and the settings that its authors published; Korotin et al. 2023
     (arXiv 2201.12220).
@@ -88,8 +96,9 @@ class NeuralMap(TransportMap):
         """Train; returns self.
 
         Args:
-            source, target: points (n, D), or for data larger than memory an iterable of (b, D) tensors that can be
-                iterated again and again in the same, shuffled, order (a DataLoader with a fixed seed, say).
+            source: points (n, D), or for data larger than memory an iterable of (b, D) tensors that can be iterated
+                again and again in the same, shuffled, order (a DataLoader with a fixed seed, say).
+            target: points (m, D), or an iterable, likewise.
             held_out: points of both sides to stop early by. Unset: up to a tenth, at most 1,024, are set apart.
             folder: where the state of training is kept, at each evaluation; a later call with the same arguments goes
                 on from there to the same map.

@@ -21,8 +21,9 @@ def set_decoder(pipeline: DiffusionPipeline, *, dtype: str | None = None, slicin
 
     Args:
         dtype: name in `VAE_DTYPES`; None leaves it as it was loaded.
-        slicing: one video at a time, for memory. tiling: parts of a frame at a time, blended where they overlap: for
-            frames above the VAE's tile size the videos change a little.
+        slicing: one video at a time, for memory.
+        tiling: parts of a frame at a time, blended where they overlap: for frames above the VAE's tile size the videos
+            change a little.
         chunk_frames: latent frames at a time of a causal VAE (Wan's), for speed and more memory, without gradients.
         compiled: with chunk_frames, compiled: the first videos of each batch size wait for it.
 

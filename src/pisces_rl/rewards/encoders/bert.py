@@ -14,7 +14,8 @@ class CrossAttendingBert(nn.Module):
     """Layers 0 .. fusion_layer - 1 read the text alone; the others also attend to the video's tokens.
 
     Args:
-        config: of the tower; its dropouts are as given. fusion_layer: the first layer that sees the video.
+        config: of the tower; its dropouts are as given.
+        fusion_layer: the first layer that sees the video.
         video_width: size of the video's tokens.
     """
 

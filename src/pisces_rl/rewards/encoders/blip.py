@@ -22,7 +22,8 @@ class BlipEncoder(VideoTextEncoder):
     """pooled: as `FrameEncoder`. Matching: the text tower attends to the tokens of all frames side by side, as BLIP
     does without training on videos (arXiv 2201.12086, section 5.6). Every text layer attends to the video.
 
-    Args: model, tokenizer, name, num_frames, mean, std: as `FrameEncoder`.
+    Args:
+        model, tokenizer, name, num_frames, mean, std: as `FrameEncoder`.
     """
 
     def __init__(

@@ -47,15 +47,19 @@ class VideoTextEncoder(nn.Module, ABC):
     """A frozen model of videos and texts.
 
     Attributes:
-        name: what maps and caches are bound to, "base@hash options"; two encoders of equal name have equal
-            weights and, if they were loaded from a folder of transformers, equal sizes, tokenizers and pixels, too.
-        resolution: (height, width) of the frames it sees; num_frames: how many of them; mean, std: of its pixels.
+        name: what maps and caches are bound to, "base@hash options"; two encoders of equal name have equal weights
+            and, if they were loaded from a folder of transformers, equal sizes, tokenizers and pixels, too.
+        resolution: (height, width) of the frames it sees.
+        num_frames: how many of them.
+        mean: of its pixels.
+        std: of its pixels.
         crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
-        dimension: of pooled features. max_text_tokens: special tokens included.
+        dimension: of pooled features.
+        max_text_tokens: special tokens included.
         cross_layers: numbers of the text layers that attend to the video, for models that match; else empty.
         cross_heads: how many heads these layers have.
-        offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is.
-            Set here it moves nothing before the next use; a reward's `offload` does.
+        offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is. Set
+            here it moves nothing before the next use; a reward's `offload` does.
     """
 
     name: str

@@ -16,9 +16,11 @@ class FrameEncoder(VideoTextEncoder):
     """pooled: the mean over frames of the image features, each of length 1, brought to length 1. It cannot see motion.
 
     Args:
-        model: a CLIPModel or SiglipModel. tokenizer: its own. name: what maps are bound to.
-        num_frames: how many frames it looks at. mean, std: of its pixels, from its image processor; None: CLIP's own,
-            SigLIP's 0.5.
+        model: a CLIPModel or SiglipModel.
+        tokenizer: its own.
+        name: what maps are bound to.
+        num_frames: how many frames it looks at.
+        mean, std: of its pixels, from its image processor; None: CLIP's own, SigLIP's 0.5.
     """
 
     def __init__(

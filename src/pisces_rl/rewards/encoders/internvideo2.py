@@ -62,7 +62,9 @@ class InternVideo2(VideoTextEncoder):
     """Texts and videos are compared by the cosine of their projections, and by the matching head on the text's [CLS].
 
     Args:
-        config: sizes. tokenizer: of BERT (uncased). name: what maps are bound to.
+        config: sizes.
+        tokenizer: of BERT (uncased).
+        name: what maps are bound to.
     """
 
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

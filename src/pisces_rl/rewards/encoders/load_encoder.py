@@ -33,8 +33,9 @@ def load_encoder(
 
     Args:
         name: or an encoder, which is only moved and cast.
-        device: None: CUDA if there is one. dtype: of its weights; None: fp32. options: of its class, such as
-            `num_frames`.
+        device: None: CUDA if there is one.
+        dtype: of its weights; None: fp32.
+        options: of its class, such as `num_frames`.
 
     Raises ValueError for a model of a kind that is none of the known, and for options that its class does not take.
     """

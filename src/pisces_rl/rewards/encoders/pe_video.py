@@ -12,8 +12,12 @@ from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, Vide
 class PEVideoEncoder(VideoTextEncoder):
     """Its video tokens are whole frames, so they have a time and no place within the frame (row and column 0).
 
-    Args: model, tokenizer, name: as `FrameEncoder`. num_frames: how many frames it looks at. resolution: of a frame.
-        max_text_tokens: longer prompts are cut. mean, std: of its pixels, from its processor.
+    Args:
+        model, tokenizer, name: as `FrameEncoder`.
+        num_frames: how many frames it looks at.
+        resolution: of a frame.
+        max_text_tokens: longer prompts are cut.
+        mean, std: of its pixels, from its processor.
     """
 
     def __init__(

@@ -13,7 +13,9 @@ class XCLIPEncoder(VideoTextEncoder):
     """pooled: the two towers' projections. X-CLIP's own score also lets the video rewrite the text's feature (its
     prompt generator); a map between the two spaces needs them apart, so that part is left out.
 
-    Args: model, tokenizer, name: as `FrameEncoder`. mean, std: of its pixels.
+    Args:
+        model, tokenizer, name: as `FrameEncoder`.
+        mean, std: of its pixels.
     """
 
     crop = True

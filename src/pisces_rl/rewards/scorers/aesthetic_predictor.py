@@ -57,8 +57,12 @@ class AestheticPredictor(FrameScorer):
     Args:
         clip: the Hub id or folder of CLIP-L/14, or a CLIPVisionModelWithProjection.
         head: the file that `pisces-rl convert` wrote, or an AestheticHead.
-        frames: scored per video; micro_batch: at once. dtype, device: of a model given by name.
-        offload, name: see `FrameScorer`.
+        frames: scored per video.
+        micro_batch: at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `FrameScorer`.
+        name: see `FrameScorer`.
 
     A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied, as by OpenAI's CLIP.
     Source: simple_inference.py of github.com/christophschuhmann/improved-aesthetic-predictor.

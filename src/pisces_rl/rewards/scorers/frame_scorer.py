@@ -59,10 +59,12 @@ class FrameScorer(OffloadedModel, ABC):
     A video of one frame has the authors' score of that image; they say nothing of videos.
 
     Args:
-        model: frozen by this class. frames: how many are scored, evenly spread, first and last included.
-        micro_batch: frames scored at once. name: under which it is logged.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
-            A call that leaves a graph leaves them on the device, for a panel until its backward pass.
+        model: frozen by this class.
+        frames: how many are scored, evenly spread, first and last included.
+        micro_batch: frames scored at once.
+        name: under which it is logged.
+        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls. A
+            call that leaves a graph leaves them on the device, for a panel until its backward pass.
     """
 
     differentiable = True

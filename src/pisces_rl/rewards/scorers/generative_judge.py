@@ -49,9 +49,12 @@ class GenerativeJudge(OffloadedModel, ABC):
     repetitions, so a video's score is always the same. Each s_k is recorded as `<name>_<dimension>`. No gradients.
 
     Args:
-        model: frozen by this class; how it generates is set by this class. tokenizer: Qwen2.5-VL's.
+        model: frozen by this class; how it generates is set by this class.
+        tokenizer: Qwen2.5-VL's.
         template: the authors' question, which holds `placeholder` for the prompt.
-        weights: of `dimensions`. batch_size: videos at once. max_new_tokens: the longest answer.
+        weights: of `dimensions`.
+        batch_size: videos at once.
+        max_new_tokens: the longest answer.
         offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
 
     Raises RewardError, naming the prompt and quoting the answer, for an answer without the scores.
@@ -168,7 +171,8 @@ def load_judge(
     """Model and tokenizer of a Hub id or folder. Names and shapes of all weights are checked before any is read.
 
     Args:
-        judge: for messages. sizes: those of `SIZES` that the authors published.
+        judge: for messages.
+        sizes: those of `SIZES` that the authors published.
 
     Raises ValueError for weights that are not here and for those of another model.
     """

@@ -49,8 +49,12 @@ class HPSv3(QwenScorer):
         base: the Hub id or folder of Qwen2-VL-7B-Instruct, of which only configuration and tokenizer are read; or a
             tokenizer.
         template: the authors' data_collator_qwen.py, which is read and never run; or the text itself.
-        frames: scored per video, evenly spread, first and last included. batch_size: frames at once.
-        dtype, device: of a model given by name. offload, name: see `QwenScorer`.
+        frames: scored per video, evenly spread, first and last included.
+        batch_size: frames at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `QwenScorer`.
+        name: see `QwenScorer`.
 
     Raises ValueError for weights or a template that are not here, for another model's, and for a prompt with one of
     the model's special tokens.

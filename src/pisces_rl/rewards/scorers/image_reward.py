@@ -70,8 +70,13 @@ class ImageReward(FrameScorer):
     Args:
         model: the Hub id, a folder or the file of the weights: ImageReward.pt, which is read with `weights_only`, or
             ImageReward.safetensors, which `pisces-rl convert` wrote and which is preferred; or a BlipReward.
-        tokenizer: BERT's (uncased), or its Hub id or folder. frames: scored per video; micro_batch: at once.
-        dtype, device: of a model given by name. offload, name: see `FrameScorer`.
+        tokenizer: BERT's (uncased), or its Hub id or folder.
+        frames: scored per video.
+        micro_batch: at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `FrameScorer`.
+        name: see `FrameScorer`.
 
     Raises ValueError for weights that are not here, and for those of another model.
     """

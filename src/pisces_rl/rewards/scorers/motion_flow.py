@@ -39,7 +39,9 @@ class MotionFlow:
     Install it with `pip install 'pisces_rl[motion]'`.
 
     Args:
-        video_fps: frames a second of the videos. threshold: of m at 8 frames a second. name: under which it is logged.
+        video_fps: frames a second of the videos.
+        threshold: of m at 8 frames a second.
+        name: under which it is logged.
 
     Raises ImportError with that command where the package is missing, ValueError for videos of one frame, and what
     `check_inputs` and `check_pixels` do.

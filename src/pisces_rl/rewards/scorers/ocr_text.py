@@ -36,7 +36,8 @@ class OCRText:
     `pip install 'pisces_rl[ocr]'`.
 
     Args:
-        frames: read per video, evenly spread, first and last included. name: under which it is logged.
+        frames: read per video, evenly spread, first and last included.
+        name: under which it is logged.
 
     Raises ImportError with that command where the package is missing, and what `check_inputs` and `check_pixels` do.
     """

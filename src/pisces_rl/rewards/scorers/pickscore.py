@@ -38,9 +38,14 @@ class PickScore(FrameScorer):
     trainers divide by 26.
 
     Args:
-        model: the Hub id or folder of PickScore_v1, or a CLIPModel. tokenizer: CLIP's, or its Hub id or folder; the
-            authors take that of the CLIP-H they started from. frames: scored per video; micro_batch: at once.
-        dtype, device: of a model given by name. offload, name: see `FrameScorer`.
+        model: the Hub id or folder of PickScore_v1, or a CLIPModel.
+        tokenizer: CLIP's, or its Hub id or folder; the authors take that of the CLIP-H they started from.
+        frames: scored per video.
+        micro_batch: at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `FrameScorer`.
+        name: see `FrameScorer`.
 
     A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied; texts are padded, and
     cut at 77 tokens with a warning. Source: arXiv 2305.01569, and the README of github.com/yuvalkirstain/PickScore.

@@ -24,7 +24,9 @@ PROMPT = "{text_prompt}"  # where the authors' templates take the prompt
 class Qwen2VLReward(nn.Module):
     """Qwen2-VL without its word head, and a head that reads the hidden states of special tokens.
 
-    Args: config: Qwen2-VL's. head: from (..., width) to (..., outputs), in fp32.
+    Args:
+        config: Qwen2-VL's.
+        head: from (..., width) to (..., outputs), in fp32.
     """
 
     def __init__(self, config: Qwen2VLConfig, head: nn.Module):
@@ -45,10 +47,12 @@ class QwenScorer(OffloadedModel, ABC):
     and the authors' template with the prompt in it. Padding is on the right.
 
     Args:
-        model: frozen by this class. tokenizer: Qwen2-VL's, to which `special` are added.
-        template: holds `{text_prompt}` and each special token once, in order. batch_size: clips at once.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
-            A call that leaves a graph leaves them on the device, for a panel until its backward pass.
+        model: frozen by this class.
+        tokenizer: Qwen2-VL's, to which `special` are added.
+        template: holds `{text_prompt}` and each special token once, in order.
+        batch_size: clips at once.
+        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls. A
+            call that leaves a graph leaves them on the device, for a panel until its backward pass.
     """
 
     differentiable = True
@@ -103,8 +107,11 @@ def qwen_inputs(
     """What Qwen2-VL and Qwen2.5-VL take: for each row the chat template with its clip and then its text.
 
     Args:
-        tokenizer: with a chat template. texts: B of them. clips: (B, F, 3, H, W) in [0, 1].
-        config: the model's. parameter: of its device and dtype.
+        tokenizer: with a chat template.
+        texts: B of them.
+        clips: (B, F, 3, H, W) in [0, 1].
+        config: the model's.
+        parameter: of its device and dtype.
         media: "video", or "image" for F images one after the other, each of which the model reads alone.
         tokens: least and most merged patches of a frame.
     """

@@ -34,11 +34,16 @@ class UnifiedReward(GenerativeJudge):
 
     Args:
         model: the Hub id or folder of UnifiedReward-2.0-qwen-7b or -3b, or a Qwen2_5_VLForConditionalGeneration.
-            tokenizer: of a model object; unset for a name.
+        tokenizer: of a model object; unset for a name.
         template: the authors' point_score_APS_video_generation.py, which is read and never run; or the text itself.
-        frames: n, shown of a video. weights: of alignment, physics and style. batch_size: videos at once.
+        frames: n, shown of a video.
+        weights: of alignment, physics and style.
+        batch_size: videos at once.
         max_new_tokens: the longest answer, of three lines.
-        dtype, device: of a model given by name. offload, name: see `GenerativeJudge`.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `GenerativeJudge`.
+        name: see `GenerativeJudge`.
 
     Raises ValueError for weights or a template that are not here, for another model's, and for a prompt with one of
     the model's special tokens; RewardError for an answer without the three scores.

@@ -66,8 +66,13 @@ class VideoAlign(QwenScorer):
         base: the Hub id or folder of Qwen2-VL-2B-Instruct, of which only configuration and tokenizer are read; or a
             tokenizer.
         template: the authors' prompt_template.py, which is read and never run; or the text itself.
-        video_fps: frames a second of the videos that are scored. weights: of VQ, MQ and TA.
-        batch_size: videos at once. dtype, device: of a model given by name. offload, name: see `QwenScorer`.
+        video_fps: frames a second of the videos that are scored.
+        weights: of VQ, MQ and TA.
+        batch_size: videos at once.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `QwenScorer`.
+        name: see `QwenScorer`.
 
     Raises ValueError for weights or a template that are not here, for another model's, for a video of one frame, and
     for a prompt with one of the model's special tokens.

@@ -36,12 +36,17 @@ class VideoScore2(GenerativeJudge):
     vs2_inference.py of github.com/TIGER-AI-Lab/VideoScore2; sizes of qwen-vl-utils, normalisation of CLIP.
 
     Args:
-        model: the Hub id or folder of VideoScore2, or a Qwen2_5_VLForConditionalGeneration. tokenizer: of a model
-            object; unset for a name.
+        model: the Hub id or folder of VideoScore2, or a Qwen2_5_VLForConditionalGeneration.
+        tokenizer: of a model object; unset for a name.
         template: the authors' vs2_inference.py, which is read and never run; or the text itself.
-        video_fps: frames a second of the videos that are scored. weights: of the three scores.
-        batch_size: videos at once. max_new_tokens: the longest answer, the authors' 1024.
-        dtype, device: of a model given by name. offload, name: see `GenerativeJudge`.
+        video_fps: frames a second of the videos that are scored.
+        weights: of the three scores.
+        batch_size: videos at once.
+        max_new_tokens: the longest answer, the authors' 1024.
+        dtype: of a model given by name.
+        device: of a model given by name.
+        offload: see `GenerativeJudge`.
+        name: see `GenerativeJudge`.
 
     Raises ValueError for weights or a template that are not here, for another model's, for a video of one frame, and
     for a prompt with one of the model's special tokens; RewardError for an answer without the three scores.

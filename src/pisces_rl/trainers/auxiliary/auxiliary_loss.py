@@ -19,8 +19,10 @@ class AuxiliaryLoss(TrainerCallback):
 
     Attributes:
         name: of the metric `{name}_loss`, of its time `seconds/{name}`, and of its state in a checkpoint.
-        uses_reference: whether it asks the reference policy. papers: that the model card cites.
-        weight: more than 0. batch_size: rows of a micro-batch on each process; None: per_device_train_batch_size.
+        uses_reference: whether it asks the reference policy.
+        papers: that the model card cites.
+        weight: more than 0.
+        batch_size: rows of a micro-batch on each process; None: per_device_train_batch_size.
     """
 
     name: str
@@ -42,7 +44,9 @@ class AuxiliaryLoss(TrainerCallback):
         """Called once by the trainer, before the first step.
 
         Args:
-            policy: that is trained. adapter: its trained parameters. seed: of the run.
+            policy: that is trained.
+            adapter: its trained parameters.
+            seed: of the run.
             image_columns: columns of data that condition the pipeline.
             reference: gives a context in which the policy is the reference, for instance without its adapter.
         """

@@ -37,9 +37,12 @@ class ConsistencyDistillation(AuxiliaryLoss):
     Args:
         video_dataset: captioned videos, rows with `prompt`, the image columns, and `video`: a path, the bytes of a
             file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8.
-        weight: of the term. steps: N. guidance: guidance_scale of the ODE's step, so that it is distilled, too; None:
-            as the pipeline is called. decay: of the average. batch_size: clips of a micro-batch on each process; None:
-            per_device_train_batch_size. huber_c: c.
+        weight: of the term.
+        steps: N.
+        guidance: guidance_scale of the ODE's step, so that it is distilled, too; None: as the pipeline is called.
+        decay: of the average.
+        batch_size: clips of a micro-batch on each process; None: per_device_train_batch_size.
+        huber_c: c.
 
     Raises ValueError for settings out of range, and for a data set that has no length or lacks a column.
     """

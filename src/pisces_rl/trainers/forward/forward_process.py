@@ -75,8 +75,11 @@ class Noised:
 
     Attributes:
         time: t, a scalar.
-        clean: (B * rows_per_video, ...) x0, fp32. predicted: x0^ of the trained policy, with gradients.
-        old, reference, average: x0^ of these policies without gradients; None where they are not asked.
+        clean: (B * rows_per_video, ...) x0, fp32.
+        predicted: x0^ of the trained policy, with gradients.
+        old: x0^ of the old policy without gradients; None where it is not asked.
+        reference: x0^ of the reference policy, likewise.
+        average: x0^ of the average policy, likewise.
         advantages: (B,).
     """
 

@@ -100,9 +100,11 @@ class VideoGRPOTrainer(RolloutTrainer):
         """The loss of one denoising step of B videos; a subclass may replace it.
 
         Args:
-            step: under the current weights. log_ratio: (B,) log p - log p_old, carries gradients.
-            advantage: (B,). samples: of which `step.rows` are scored; `samples.mean_rows(step.index, step.rows)` is
-                the transition's mean under the policy that drew them.
+            step: under the current weights.
+            log_ratio: (B,) log p - log p_old, carries gradients.
+            advantage: (B,).
+            samples: of which `step.rows` are scored; `samples.mean_rows(step.index, step.rows)` is the transition's
+                mean under the policy that drew them.
 
         Returns:
             (loss, low, high): (B,), and the shares of the B videos whose gradient a clip or a mask removed where the
@@ -116,7 +118,8 @@ class VideoGRPOTrainer(RolloutTrainer):
         """Back-propagate the loss of some videos with the same trained steps; returns its value.
 
         Args:
-            places: of the videos in `samples`. rows: of the same videos in `scored`.
+            places: of the videos in `samples`.
+            rows: of the same videos in `scored`.
             share: of the micro-batch that has a gradient.
         """
         args, device = self.args, self.accelerator.device

@@ -103,7 +103,8 @@ class PromptStatistics:
     batch's statistics.
 
     Args:
-        buffer_size: rewards kept a prompt. min_count: rewards needed before a prompt stands on its own.
+        buffer_size: rewards kept a prompt.
+        min_count: rewards needed before a prompt stands on its own.
     """
 
     def __init__(self, buffer_size: int = 16, min_count: int = 16):

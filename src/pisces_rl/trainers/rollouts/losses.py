@@ -70,7 +70,9 @@ def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Te
         log rho^ = std (log p - log p_old + mean |m - m_old|^2 / (2 std^2))
 
     Args:
-        log_ratio: (B,). mean, old_mean: (B * rows_per_video, ...). std: scalar, the transition's.
+        log_ratio: (B,).
+        mean, old_mean: (B * rows_per_video, ...).
+        std: scalar, the transition's.
     """
     return std * (log_ratio + kl_to_reference(mean, old_mean, std, rows_per_video))
 
@@ -82,10 +84,11 @@ def step_weight(kind: str, std: Tensor, gain: Tensor, dt: Tensor) -> Tensor:
     at shift 3, so that equal weights train one end of the schedule only.
 
     Args:
-        kind: "none", 1; "longcat", std / |d mean / d prediction|, which cancels that factor (LongCat-Video,
-            arXiv 2510.22200); "guard", std-normalised ratios are used and the weight is 1 / |dt| (GRPO-Guard).
-        std: scalar of the transition. gain: |d mean / d prediction|. dt: s - s' > 0 (alpha-bar schedules: the
-            step's share of the schedule, 1 / N).
+        kind: "none", 1; "longcat", std / |d mean / d prediction|, which cancels that factor (LongCat-Video, arXiv
+            2510.22200); "guard", std-normalised ratios are used and the weight is 1 / |dt| (GRPO-Guard).
+        std: scalar of the transition.
+        gain: |d mean / d prediction|.
+        dt: s - s' > 0 (alpha-bar schedules: the step's share of the schedule, 1 / N).
     """
     if kind == "longcat":
         return std / gain.clamp(min=1e-8)

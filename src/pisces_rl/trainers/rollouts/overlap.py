@@ -26,7 +26,8 @@ class OverlappedRewards:
     computed.
 
     Args:
-        panel: the rewards. device: of the videos.
+        panel: the rewards.
+        device: of the videos.
         attention: the denoiser's attention kernel. Torch keeps that choice for all threads at once, so the rewards
             have it, too, all the time: not now and then, as the threads happen to meet.
     """

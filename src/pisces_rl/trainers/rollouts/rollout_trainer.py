@@ -106,7 +106,8 @@ class RolloutTrainer(VideoPolicyTrainer):
         """Back-propagate the loss of a micro-batch.
 
         Args:
-            scored: the rollout. rows: the micro-batch, of `scored`.
+            scored: the rollout.
+            rows: the micro-batch, of `scored`.
             count: what the sum of the videos' losses is divided by: the optimizer step's videos on this process.
 
         Returns:

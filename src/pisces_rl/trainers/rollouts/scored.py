@@ -17,7 +17,8 @@ class ScoredRollout:
         advantages: (n,) of this share's videos, on the CPU.
         spread: (n,) whether the rewards of a video's group differ, or with running statistics its reward from them.
         ranked: (n,) whether its reward places a video in its group: it has one, and the group's differ.
-        number: of the rollout, from 0. drawn_at: the optimizer step before which it was drawn.
+        number: of the rollout, from 0.
+        drawn_at: the optimizer step before which it was drawn.
         first_row: the place of this share's first video in the whole rollout.
         micro_batches: the rows of each.
     """
