@@ -91,11 +91,12 @@ def load_datasets(
         train = load_prompts("train", n=2048, seed=seed)
         if not count:
             return train, None
-        halves = [shapemotion_prompts(s, count // 2, seed=1) for s in ("test_color_shape", "test_shape_motion")]
+        half = max(1, count // 2)
+        halves = [shapemotion_prompts(s, half, seed=1) for s in ("test_color_shape", "test_shape_motion")]
         return train, {
             "test_seen": shapemotion_prompts("test_seen", count, seed=1),  # fresh prompts of trained compositions
             "held_out": concatenate_datasets(halves),  # color-shape and shape-motion pairs that are never trained
-            "relation": shapemotion_prompts("test_seen", count // 8, seed=1, directed=True),
+            "relation": shapemotion_prompts("test_seen", max(1, count // 8), seed=1, directed=True),
         }
     images = images or ["image"]
     prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column, images)
