@@ -18,6 +18,8 @@ class SettingsHelp(griffe.Extension):
             metadata = given.get("metadata")
             if not (isinstance(metadata, ast.Dict) and [key.value for key in metadata.keys] == ["help"]):
                 continue
+            if not isinstance(metadata.values[0], ast.Constant):  # made when it is run
+                continue
             text = " ".join(ast.literal_eval(metadata.values[0]).split())
             default = f" Default: `{ast.unparse(given['default'])}`." if "default" in given else ""
             lines.append(f"    {statement.target.id}: {text}{default}")
