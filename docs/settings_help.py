@@ -18,13 +18,9 @@ class SettingsHelp(griffe.Extension):
             metadata = given.get("metadata")
             if not (isinstance(metadata, ast.Dict) and [key.value for key in metadata.keys] == ["help"]):
                 continue
-            help_text = metadata.values[0]
-            if isinstance(help_text, ast.JoinedStr):  # constants of the module: by name
-                parts = (p.value if isinstance(p, ast.Constant) else ast.unparse(p.value) for p in help_text.values)
-                text = "".join(parts)
-            else:
-                text = ast.literal_eval(help_text)
-            text = " ".join(text.split())
+            if not isinstance(metadata.values[0], ast.Constant):  # made when it is run
+                continue
+            text = " ".join(ast.literal_eval(metadata.values[0]).split())
             default = f" Default: `{ast.unparse(given['default'])}`." if "default" in given else ""
             lines.append(f"    {statement.target.id}: {text}{default}")
         if lines and cls.docstring:
