@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from .evaluation.vbench import vbench_command
 from .rewards.scorers import convert_weights
 from .rewards.server import serve
+from .run_page import report_command
 
 COMMANDS = {
     "convert": ("a reward's published pickle as safetensors", convert_weights),
+    "report": ("one page of a run's videos, scores and curves, or of several runs side by side", report_command),
     "serve": ("rewards of this machine for trainers elsewhere", serve),
     "vbench": ("videos for VBench's runner, and its results before and after training", vbench_command),
 }
