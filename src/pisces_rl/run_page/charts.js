@@ -84,7 +84,7 @@ function showScores(place, beforeOf, afterOf) {
         const paired = report && before && after && report.from_step === before.step && report.to_step === after.step
           ? (report.comparison?.[set]?.[score] ?? null) : null;
         const change = paired ? paired.difference : difference(first, last);
-        const sure = paired && paired.low !== null && (paired.low > 0 || paired.high < 0);
+        const sure = paired && paired.n > 1 && paired.low !== null && (paired.low > 0 || paired.high < 0);
         const interval = paired && paired.low !== null && paired.low !== undefined
           ? ` [${signed(paired.low)}, ${signed(paired.high)}]` : "";
         const row = [{text: set, tag: "th"}, score, {text: shown(paired ? paired.before : first), class: "n"},
@@ -121,7 +121,7 @@ function smoothed(points, weight) {
 
 function ticks(low, high) {
   const raw = (high - low) / 3, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((f) => f * power).find((size) => size >= raw);
+  const step = [1, 2, 5, 10].map((f) => f * power).filter((size) => size <= raw * 1.0001).at(-1);
   const found = [];
   for (let value = Math.ceil(low / step) * step; value <= high + step * 1e-6; value += step) found.push(Math.abs(value) < step * 1e-9 ? 0 : value);
   return found;
@@ -247,7 +247,7 @@ function showTime(place) {
       made.style.background = name === "idle" ? "transparent" : colour(i);
       bar.append(made);
     });
-    const rows = parts.flatMap((name, i) => [[name, name], ...Object.keys(seconds).filter((key) => key.startsWith(`${name}/`)).map((key) => [key, "   " + key.slice(name.length + 1)])]
+    const rows = parts.flatMap((name, i) => [[name, name], ...Object.keys(seconds).filter((key) => key.startsWith(`${name}/`)).map((key) => [key, "\u2003" + key.slice(name.length + 1)])]
       .filter(([key]) => seconds[key] !== undefined)
       .map(([key, label]) => [{text: label, tag: "th"}, {text: shown(seconds[key] / steps), class: "n"}, {text: `${(100 * seconds[key] / total).toFixed(1)} %`, class: "n"}]));
     rows.push([{text: "step", tag: "th"}, {text: shown(total / steps), class: "n"}, {text: "100 %", class: "n"}]);
@@ -273,9 +273,10 @@ function showCorrelations(place) {
   else place.append(element("p", {class: "hint", text: "“–”: fewer than three prompts have both, or one is constant."}));
 }
 
-function showSettings(place, text, onlyDifferent) {
+function showSettings(place, text, onlyDifferent, all) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.settings)))].sort();
-  const rows = names.filter((name) => name.toLowerCase().includes(text.toLowerCase())).map((name) => {
+  const given = new Set(runs.flatMap((run) => run.given || Object.keys(run.settings)));
+  const rows = names.filter((name) => (all || given.has(name)) && name.toLowerCase().includes(text.toLowerCase())).map((name) => {
     const values = runs.map((run) => run.settings[name] ?? null), differs = values.some((value) => value !== values[0]);
     const row = [{text: name, tag: "th"}, ...values.map((value) => ({text: value, class: "text"}))];
     row.class = differs ? "differs" : "";

@@ -1,4 +1,4 @@
-"""Runs as one HTML file: data as JSON that no text of a user can leave, one style, one script, nothing from elsewhere."""
+"""Runs as one HTML file: data as JSON that no text of a user can leave, a style, a script, nothing from elsewhere."""
 
 import base64
 import hashlib

@@ -259,7 +259,7 @@ function begin() {
   showTime(byId("time-lines"));
   showCorrelations(byId("correlation-tables"));
   showFiles(byId("file-lists"));
-  const settings = () => showSettings(byId("setting-table"), byId("setting").value, byId("differences").checked);
+  const settings = () => showSettings(byId("setting-table"), byId("setting").value, byId("differences").checked, byId("defaults").checked);
   settings();
 
   const again = () => { limit = PAGE_SIZE; showCards(); };
@@ -276,7 +276,7 @@ function begin() {
   byId("scrub").addEventListener("input", () => { const time = Number(byId("scrub").value); player.set(false); player.seek(time); });
   byId("speed").addEventListener("change", () => player.near.forEach((video) => player.follow(video)));
   byId("setting").addEventListener("input", settings);
-  byId("differences").addEventListener("change", settings);
+  for (const id of ["differences", "defaults"]) byId(id).addEventListener("change", settings);
   let timer = 0;
   byId("smoothing").addEventListener("input", () => { clearTimeout(timer); timer = setTimeout(() => showCurves(byId("charts"), Number(byId("smoothing").value)), 60); });
   player.show();

@@ -1,4 +1,4 @@
-"""A run's folder as plain JSON: what its page shows. No trainer is needed, and a run that still goes on is read, too."""
+"""A run's folder as plain JSON: what its page shows. It needs no trainer, and reads a run that still goes on, too."""
 
 import json
 import math
@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ..run_files import LIST, listed, own_checkpoints
 
-RUN_FILE = "run.json"  # what the trainer writes beside its page: {"trainer", "model", "fps", "settings", "state"}
+#: The trainer writes it beside its page: {"trainer", "model", "fps", "settings", "given": settings that differ from
+#: their defaults, "state": {"global_step", "max_steps", "log_history"}}.
+RUN_FILE = "run.json"
 PAGE_FILE = "report.html"
 MOST_POINTS = 1_500  # of a curve
 MOST_EVALUATIONS = 40  # whose scores of each prompt the page holds; of the others it holds the means
@@ -21,7 +23,8 @@ def read_run(folder: str | os.PathLike) -> dict:
 
     Returns:
         {"name", "trainer", "model", "step", "max_steps", "fps", "settings": {name: text},
-        "curves": {name: [[step, value], ...]}, "time": {"steps", "parts": {name: seconds}} or None,
+        "given": names of settings or None, "curves": {name: [[step, value], ...]},
+        "time": {"steps", "parts": {name: seconds}} or None,
         "prompts": [lists of prompts], "evaluations": [{"step", "sets": {set: {"prompts": index of a list,
         "scores": {score: values or None}, "means": {score: mean}, "videos": [path or None, ...]}}}],
         "comparison": report.json or None, "correlations": {"step", "sets": {set: {"scores", "values", "n"}}} or None,
@@ -38,18 +41,20 @@ def read_run(folder: str | os.PathLike) -> dict:
     evaluations, prompts = _evaluations(folder, notes)
     comparison = _json(folder, "report.json", notes, "comparison")
     if not (about or evaluations or comparison or (folder / LIST).is_file()):
-        raise ValueError(f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, samples/step_* "
-                         "or checkpoint-* of a run. Pass the output_dir of a run.")  # fmt: skip
+        raise ValueError(f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
+                         "samples/step_* or checkpoint-* of a run. Pass the output_dir of a run.")  # fmt: skip
     state = _dict(about.get("state"))
     history = [row for row in _list(state.get("log_history")) if isinstance(row, dict)]
     curves = _curves(history)
-    steps = [step for step in (state.get("global_step"), *(e["step"] for e in evaluations)) if _number(step) is not None]
+    steps = [_number(step) for step in (state.get("global_step"), *(e["step"] for e in evaluations))]
     correlations = _correlations(evaluations[-1]) if evaluations else None
     _thin(evaluations)
     return {
         "name": folder.resolve().name, "trainer": _text(about.get("trainer")), "model": _text(about.get("model")),
-        "step": max(steps, default=None), "max_steps": _number(state.get("max_steps")), "fps": _number(about.get("fps")),
+        "step": max((step for step in steps if step is not None), default=None),
+        "max_steps": _number(state.get("max_steps")), "fps": _number(about.get("fps")),
         "settings": {str(key): _text(value) for key, value in _dict(about.get("settings")).items()},
+        "given": [_text(name) for name in about["given"]] if isinstance(about.get("given"), list) else None,
         "curves": {name: _fewer(points) for name, points in curves.items()}, "time": _time(history),
         "prompts": prompts, "evaluations": evaluations, "comparison": _plain(comparison), "correlations": correlations,
         "files": _files(folder), "notes": notes,
@@ -78,7 +83,7 @@ def _about(folder: Path, notes: list[str]) -> dict:
         if state is not None and policy is not None:
             notes.append(f"Curves and settings are those of {checkpoint.name}: the folder has no {RUN_FILE}.")
             settings = _dict(policy.get("settings")) | _dict(policy.get("objective"))
-            return {"trainer": policy.get("trainer"), "model": policy.get("model"), "settings": settings, "state": state}
+            return {name: policy.get(name) for name in ("trainer", "model")} | {"settings": settings, "state": state}
     return {}
 
 
@@ -114,8 +119,8 @@ def _scored(folder: Path, step: int, name: str, part: dict, lists: list[list[str
     prompts = [_text(prompt) for prompt in part["prompts"]]
     if prompts not in lists:
         lists.append(prompts)
-    scores = {str(score): [_number(value) for value in values[:len(prompts)]] for score, values in part["scores"].items()
-              if isinstance(values, list)}
+    scores = {str(score): [_number(value) for value in values[:len(prompts)]]
+              for score, values in part["scores"].items() if isinstance(values, list)}
     place, videos = f"samples/step_{step:06d}/{name}", []
     shown = _json(folder, f"{place}/rewards.json", [], "prompts") if _within(folder, place) else None
     for row, prompt in enumerate(_list((shown or {}).get("prompts"))[:len(prompts)]):
@@ -194,7 +199,7 @@ def _files(folder: Path) -> list[list]:
 
 
 def _json(folder: Path, path: str, notes: list[str], *keys: str) -> dict | None:
-    """A file's object, if it has these keys; None where there is none, and a note where it is not what it should be."""
+    """A file's object, if it has these keys; None where there is no file, or, with a note, no such object in it."""
     try:
         content = json.loads((folder / path).read_text(encoding="utf-8"))
     except FileNotFoundError:
