@@ -221,6 +221,8 @@ def _within(folder: Path, path: str) -> bool:
 def _number(value) -> float | int | None:
     if isinstance(value, bool):
         return int(value)
+    if isinstance(value, int) and abs(value) > 2**53:  # no number of a browser
+        return None
     return _short(value) if isinstance(value, (int, float)) else None
 
 
