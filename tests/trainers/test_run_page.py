@@ -9,7 +9,7 @@ from folders_of_runs import HOSTILE, PLAIN, folder_of_run
 from tiny_runs import prompts, redness, trainer
 
 from pisces_rl.command import main
-from pisces_rl.run_files import described
+from pisces_rl.run_files import RunFiles, described
 from pisces_rl.run_page import page, read_run, write_page
 from pisces_rl.run_page.read_run import MOST_EVALUATIONS, MOST_POINTS, correlation
 
@@ -105,6 +105,14 @@ def test_a_run_that_lacks_a_part(tmp_path, removed, evaluations):
     videos = run["evaluations"][0]["sets"]["held_out"]["videos"]
     assert videos == ([] if removed == "samples" else [f"samples/step_000000/held_out/00{i}.mp4" for i in (0, 1)])
     assert all(path.split("/")[0] != removed for path, _ in run["files"]) and write_page([folder]).exists()
+
+
+def test_what_a_resumed_run_has_left_behind_is_not_shown(tmp_path):
+    """Resumed from step 2 of 4: evaluation, samples and report of step 4 are of an earlier state."""
+    folder = folder_of_run(tmp_path / "run", steps=(0, 2, 4))
+    RunFiles(folder).resume(2)
+    run = read_run(folder)
+    assert [one["step"] for one in run["evaluations"]] == [0, 2] and run["comparison"] is None
 
 
 def test_a_folder_that_is_no_run(tmp_path):

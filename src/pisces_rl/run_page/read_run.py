@@ -37,9 +37,9 @@ def read_run(folder: str | os.PathLike) -> dict:
     if not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no folder: pass the output_dir of a run.")
     notes: list[str] = []
-    about = _about(folder, notes)
-    evaluations, prompts = _evaluations(folder, notes)
-    comparison = _json(folder, "report.json", notes, "comparison")
+    about, present = _about(folder, notes), listed(folder) or {}
+    evaluations, prompts = _evaluations(folder, present, notes)
+    comparison = _json(folder, "report.json", notes, "comparison") if present.get("report.json", True) else None
     if not (about or evaluations or comparison or (folder / LIST).is_file()):
         raise ValueError(f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
                          "samples/step_* or checkpoint-* of a run. Pass the output_dir of a run.")  # fmt: skip
@@ -87,16 +87,21 @@ def _about(folder: Path, notes: list[str]) -> dict:
     return {}
 
 
-def _evaluations(folder: Path, notes: list[str]) -> tuple[list[dict], list[list[str]]]:
+def _evaluations(folder: Path, present: dict[str, bool], notes: list[str]) -> tuple[list[dict], list[list[str]]]:
     """Evaluations in order of their steps, and the lists of prompts that they share. A step with samples only is one
-    of these samples."""
+    of these samples. What the list of the run's files says is of an earlier state of it is left out."""
     found: dict[int, dict] = {}
-    for path in folder.glob("evaluations/step_*.json"):
+
+    def paths(pattern: str) -> list[Path]:
+        found = {path.relative_to(folder).as_posix(): path for path in sorted(folder.glob(pattern))}
+        return [path for name, path in found.items() if present.get(name, True)]
+
+    for path in paths("evaluations/step_*.json"):
         content = _json(folder, path.relative_to(folder).as_posix(), notes, "sets")
         if content is not None and isinstance(content.get("step"), int):
             found[content["step"]] = _dict(content["sets"])
     sampled: dict[int, dict] = {}
-    for path in folder.glob("samples/step_*/**/rewards.json"):
+    for path in paths("samples/step_*/**/rewards.json"):
         place = path.relative_to(folder / "samples").parts
         step = re.fullmatch(r"step_([0-9]+)", place[0])
         if step and int(step[1]) not in found:
