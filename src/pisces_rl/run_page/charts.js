@@ -73,37 +73,33 @@ function later(title, fill) {  // a part that is drawn once it is opened
 // --- scores ---------------------------------------------------------------------------------------------------------
 
 function showScores(place, beforeOf, afterOf) {
-  const main = [], rest = [];
-  runs.forEach((run, index) => {
-    const before = beforeOf(index), after = afterOf(index);
-    for (const [set, part] of Object.entries((after || before || {sets: {}}).sets)) {
-      for (const score of Object.keys(part.means)) {
-        const first = before && before !== after && before.sets[set] ? before.sets[set].means[score] ?? null : null;
-        const last = after && after.sets[set] ? after.sets[set].means[score] ?? null : null;
-        const report = run.comparison;
-        const paired = report && before && after && report.from_step === before.step && report.to_step === after.step
-          ? (report.comparison?.[set]?.[score] ?? null) : null;
-        const change = paired ? paired.difference : difference(first, last);
-        const sure = paired && paired.n > 1 && paired.low !== null && (paired.low > 0 || paired.high < 0);
-        const interval = paired && paired.low !== null && paired.low !== undefined
-          ? ` [${signed(paired.low)}, ${signed(paired.high)}]` : "";
-        const row = [{text: set, tag: "th"}, score, {text: shown(paired ? paired.before : first), class: "n"},
-          {text: shown(paired ? paired.after : last), class: "n"},
-          {text: change === null ? "–" : signed(change) + interval, class: `n ${sure ? direction(change) : ""}`}];
-        if (several) row.unshift({text: run.label, tag: "th"});
-        (isMain(score) ? main : rest).push(row);
-      }
-    }
-  });
-  const head = [...(several ? ["run"] : []), "set", "score", {text: "before", class: "n"}, {text: "after", class: "n"},
-    {text: "change [95 %]", class: "n"}];
+  const sets = [...new Set(runs.flatMap((run, index) => [beforeOf(index), afterOf(index)].flatMap((one) => Object.keys(one ? one.sets : {}))))];
+  const line = (run, before, after, set, score) => {
+    const first = before && before !== after ? before.sets[set]?.means[score] ?? null : null, last = after?.sets[set]?.means[score] ?? null;
+    if (first === null && last === null) return null;
+    const report = run.comparison, same = report && before && after && report.from_step === before.step && report.to_step === after.step;
+    const paired = same ? report.comparison?.[set]?.[score] ?? null : null;
+    const change = paired ? paired.difference : difference(first, last), known = paired && Number.isFinite(paired.low) && Number.isFinite(paired.high);
+    const sure = known && paired.n > 1 && (paired.low > 0 || paired.high < 0);
+    return [{text: score, tag: "th", class: "text"}, ...(several ? [{text: run.label, class: "text"}] : []),
+      {text: shown(paired ? paired.before : first), class: "n"}, {text: shown(paired ? paired.after : last), class: "n"},
+      {text: change === null ? "–" : signed(change) + (known ? ` [${signed(paired.low)}, ${signed(paired.high)}]` : ""), class: `change ${sure ? direction(change) : ""}`}];
+  };
+  const head = ["score", ...(several ? ["run"] : []), {text: "before", class: "n"}, {text: "after", class: "n"}, {text: "change [95 %]", class: "change"}];
+  const tables = (main) => sets.map((set) => {
+    const names = [...new Set(runs.flatMap((run, index) => [beforeOf(index), afterOf(index)].flatMap((one) => Object.keys(one?.sets[set]?.means || {}))))].filter((name) => isMain(name) === main);
+    const lines = names.flatMap((score) => runs.map((run, index) => line(run, beforeOf(index), afterOf(index), set, score)).filter((row) => row));
+    return lines.length ? element("div", {}, table(head, lines, set)) : null;
+  }).filter((one) => one);
+  const main = tables(true), rest = tables(false);
   place.replaceChildren();
   if (!main.length && !rest.length) {
     place.append(element("p", {class: "empty", text: "No evaluation yet."}));
     return;
   }
-  if (main.length) place.append(table(head, main, "Rewards and judges, means over prompts. Intervals are those of report.json, where they are of these two steps; coloured where clear of 0."));
-  if (rest.length) place.append(later(`Other scores (${rest.length})`, () => [table(head, rest, "Other scores")]));
+  place.append(element("p", {class: "hint", text: "Means over the prompts of each set. Intervals are those of report.json, where it is of these two steps; coloured where clear of 0."}),
+    element("div", {class: "tables"}, ...main));
+  if (rest.length) place.append(later("Other scores", () => [element("div", {class: "tables"}, ...tables(false))]));
 }
 
 // --- curves ---------------------------------------------------------------------------------------------------------
@@ -179,7 +175,13 @@ function chart(title, lines, weight) {  // lines: {label, points, colour, dash}
 }
 
 function legend(lines) {
-  return element("div", {class: "legend"}, ...lines.map((line) => element("span", {}, (() => { const box = swatch(0); box.style.background = line.colour; return box; })(), line.label + (line.note || ""))));
+  return element("div", {class: "legend"}, ...lines.map((line) => {
+    const mark = drawn("svg", {viewBox: "0 0 28 10", width: 28, height: 10, "aria-hidden": "true"});
+    const stroke = drawn("line", {x1: 1, x2: 27, y1: 5, y2: 5, "stroke-width": line.dash === undefined ? 10 : 2.5, "stroke-dasharray": line.dash || ""});
+    stroke.style.stroke = line.colour;
+    mark.append(stroke);
+    return element("span", {}, mark, ` ${line.label}`);
+  }));
 }
 
 function logged(name) {
@@ -210,7 +212,7 @@ function showCurves(place, weight) {
   group("Reward correlations in training", plain(take(/^reward_correlation\//)));
   group("KL divergence", plain(take(/^(kl|.*_kl)(\/|$)/)));
   group("Gradient norm", plain(take(/^grad_norm(\/|$)/)));
-  group("Loss", plain(take(/^loss$|_loss$/)));
+  group("Loss", plain(take(/^loss$|(?<!train)_loss$/)));
   const timed = take(/^seconds\/|^step_time$/);
   const folded = (title, charts, count) => {
     if (!count) return;
@@ -247,9 +249,9 @@ function showTime(place) {
       made.style.background = name === "idle" ? "transparent" : colour(i);
       bar.append(made);
     });
-    const rows = parts.flatMap((name, i) => [[name, name], ...Object.keys(seconds).filter((key) => key.startsWith(`${name}/`)).map((key) => [key, "\u2003" + key.slice(name.length + 1)])]
+    const rows = parts.flatMap((name, i) => [[name, name], ...Object.keys(seconds).filter((key) => key.startsWith(`${name}/`)).map((key) => [key, key.slice(name.length + 1)])]
       .filter(([key]) => seconds[key] !== undefined)
-      .map(([key, label]) => [{text: label, tag: "th"}, {text: shown(seconds[key] / steps), class: "n"}, {text: `${(100 * seconds[key] / total).toFixed(1)} %`, class: "n"}]));
+      .map(([key, label]) => [{text: label, tag: "th", class: key === label ? "text" : "text inner"}, {text: shown(seconds[key] / steps), class: "n"}, {text: `${(100 * seconds[key] / total).toFixed(1)} %`, class: "n"}]));
     rows.push([{text: "step", tag: "th"}, {text: shown(total / steps), class: "n"}, {text: "100 %", class: "n"}]);
     for (const name of apart.filter((name) => seconds[name] !== undefined)) rows.push([{text: `apart: ${name}`, tag: "th"}, {text: `${shown(seconds[name], 1)} in all`, class: "n"}, ""]);
     place.append(bar, legend(parts.map((name, i) => ({label: name, colour: name === "idle" ? "var(--track)" : colour(i)}))),
@@ -261,7 +263,7 @@ function showCorrelations(place) {
   let any = false;
   for (const run of runs) for (const [set, found] of Object.entries(run.correlations ? run.correlations.sets : {})) {
     any = true;
-    const made = table(["", ...found.scores], found.scores.map((score, i) => [{text: score, tag: "th"}, ...found.values[i].map((r) => ({text: r === null ? "–" : r.toFixed(2), class: "n"}))]),
+    const made = table(["", ...found.scores.map((score, i) => ({text: String(i + 1), class: "n", title: score}))], found.scores.map((score, i) => [{text: `${i + 1}. ${score}`, tag: "th", class: "text"}, ...found.values[i].map((r) => ({text: r === null ? "–" : r.toFixed(2), class: "n"}))]),
       `${several ? run.label + ", " : ""}${set}: Pearson's r over ${found.n} prompts at step ${run.correlations.step}`);
     [...made.querySelectorAll("tbody tr")].forEach((row, i) => [...row.querySelectorAll("td")].forEach((cell, j) => {
       const r = found.values[i][j];
