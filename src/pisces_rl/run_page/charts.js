@@ -180,7 +180,7 @@ function legend(lines) {
     const stroke = drawn("line", {x1: 1, x2: 27, y1: 5, y2: 5, "stroke-width": line.dash === undefined ? 10 : 2.5, "stroke-dasharray": line.dash || ""});
     stroke.style.stroke = line.colour;
     mark.append(stroke);
-    return element("span", {}, mark, ` ${line.label}`);
+    return element("span", {}, mark, line.label);
   }));
 }
 
