@@ -49,6 +49,7 @@ COMMANDS: dict[str, tuple[str, str, Callable]] = {
     "vbench": ("videos for VBench's runner, and its results",
                "evaluation.vbench.vbench_command", by_options),
     "convert": ("a reward's published pickle as safetensors", "rewards.scorers.convert_weights", by_options),
+    "report": ("one page of a run, or of several side by side", "run_page.report_command", by_options),
     "env": ("versions of this machine, for a bug report", "cli.env_command", by_options),
     "completion": ("a shell's completion of this program", "cli.completion_command", by_options),
 }  # fmt: skip

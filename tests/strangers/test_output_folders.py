@@ -81,7 +81,7 @@ def test_a_second_run_moves_all_of_the_first_and_only_that(earlier, version):
     made.train()
     assert files_in(folder / "earlier-1") | {"run_files.json"} == files
     made.save_model()
-    now = {"run_files.json", "README.md", "pytorch_lora_weights.safetensors"}
+    now = {"run_files.json", "README.md", "pytorch_lora_weights.safetensors", "run.json", "report.html"}
     assert {file for file in files_in(folder) if not file.startswith("earlier-")} == now | set(own)
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert links_of(folder) == [] and "Before and after" not in card and "widget" not in card
@@ -140,7 +140,8 @@ def test_a_longer_run_that_is_stopped_does_not_show_the_shorter_one_s_results(ea
     assert all("step_000003" in link or "before_after" in link for link in links_of(folder))
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["from_step"] == 0
     trainer(folder, max_steps=1).train()  # and what had been of no use any more is set aside, too
-    assert {path.name for path in folder.iterdir()} == {"earlier-1", "run_files.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "earlier-1", "run_files.json", "run.json", "report.html"}
 
 
 class Interrupt(TrainerCallback):
@@ -238,7 +239,7 @@ def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path):
     trainer(tmp_path, max_steps=4, save_total_limit=2, **SAVES).train()
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"checkpoint-best", "checkpoint-2-backup", "checkpoint-99", ".incomplete-thoughts", "checkpoint-3",
-                    "checkpoint-4", "earlier-1", "run_files.json"}  # fmt: skip
+                    "checkpoint-4", "earlier-1", "run_files.json", "run.json", "report.html"}  # fmt: skip
     assert (tmp_path / "earlier-1" / "checkpoint-1" / "notes.txt").exists()  # ours took its place
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
     made = trainer(tmp_path, max_steps=5)

@@ -157,7 +157,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
                                    self.ranks, self.progress.stage, args)
         self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
-                                self.is_world_process_zero(), args)
+                                self.is_world_process_zero(), args, self._identity)
         spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
         self.adapter = lora_parameters(denoisers)  # sharding has replaced weights that are trained whole
         if full:
@@ -325,9 +325,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             if self.args.trace_steps:
                 self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
         if self.is_world_process_zero():
-            for line in (step_plan(self.policy, self.args), self._memory_plan):
-                if line is not None:
-                    self.console.print(line, highlight=False)
+            for line in filter(None, (step_plan(self.policy, self.args), self._memory_plan)):
+                self.console.print(line, highlight=False)
             for change in self._identity["changes"]:
                 self.console.print(f"changed on resume: {change}", highlight=False)
         try:
@@ -441,6 +440,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             self.create_model_card(output_dir=folder)
             saved = " and ".join(self.trained.components) or "adapter"
             self.console.print(f"{saved} in {folder}; {checked}")
+            self.report.page.write(self.args, self.state)
         self._wait()
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(output_dir=folder)

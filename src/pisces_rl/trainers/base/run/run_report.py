@@ -20,6 +20,7 @@ from ..watch.trackers import log_samples, media_trackers
 from .evaluation import Evaluator, means_of_sets
 from .report import print_comparison, read_evaluation
 from .run_folder import evaluation_file, first_evaluation, write_report, write_samples
+from .run_page_files import RunPage
 
 
 class RunReport:
@@ -27,7 +28,8 @@ class RunReport:
 
     Args:
         evaluator: samples and scores. files: of the run's folder. timeline: counts the seconds of evaluations.
-        callbacks: among which those of trackers are. main: whether this process writes. args: a config.
+        callbacks: among which those of trackers are; one that writes the run's page joins them. main: whether this
+            process writes. args: a config. identity: of the run, see `run_identity`.
 
     Attributes:
         first, last: evaluations, {data set: {"prompts", "scores"}}. comparison: of the run that has ended.
@@ -35,9 +37,12 @@ class RunReport:
     """
 
     def __init__(self, evaluator: Evaluator, files: RunFiles, timeline: Timeline, callbacks: CallbackHandler,
-                 main: bool, args):
+                 main: bool, args, identity: dict):
         self.evaluator, self.files, self.timeline, self.callbacks = evaluator, files, timeline, callbacks
         self.main, self.args = main, args
+        scores = {"rewards": evaluator.rewards.names, "judges": evaluator.judges.names}
+        self.page = RunPage(files, identity, scores)
+        callbacks.add_callback(self.page)
         self.first: dict | None = None
         self.last: dict | None = None
         self.begin()
@@ -114,6 +119,7 @@ class RunReport:
         if before:
             self.comparison = write_report(self.files, (first_step, step), before, self.last, videos)
             print_comparison(self.comparison, f"step {first_step} -> {step}", console)
+            self.page.write(self.args, state)
 
     def write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str,
                       step: int) -> None:
