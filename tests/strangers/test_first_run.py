@@ -1,6 +1,8 @@
 """A newcomer's first hour: the shortest script, and every snippet of the README and the docs as it is written."""
 
 import argparse
+import importlib
+import pkgutil
 import re
 import runpy
 import shlex
@@ -17,6 +19,7 @@ from pisces_rl.assets import call_defaults
 from pisces_rl.trainers.base.watch import plan
 from pisces_rl.trainers.base.watch.plan import step_plan
 
+MODULES = [importlib.import_module(f"pisces_rl.cli.{name}") for _, name, _ in pkgutil.iter_modules(cli.__path__)]
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB = re.compile(r'"[A-Z][\w-]*/[\w.-]+"')  # a model that cannot be downloaded here
@@ -42,16 +45,21 @@ def trains(code: str) -> bool:
 def commands() -> list:
     """Indented lines, and code in the text, that start a script of this repository.
 
-    benchmarks/study/run.py is left out: it hands its arguments to the runs that it starts.
+    Those that hand arguments to the runs that they start are left out.
     """
     found = []
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S).replace("\\\n", " ")
         lines = re.findall(r"^    (.+)$", text, re.M) + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", text)]
         starts = [line for line in lines if re.match(r"(\w+=\S+ )*(python|accelerate launch) .*\w+/\w+\.py", line)
-                  and "benchmarks/study/run.py" not in line]
+                  and not hands_arguments_on(line)]
         found += [(page.stem, line) for line in dict.fromkeys(starts)]
     return [pytest.param(line, id=f"{page}-{i}") for i, (page, line) in enumerate(found)]
+
+
+def hands_arguments_on(line: str) -> bool:
+    script = ROOT / re.search(r"[\w/]+\.py", line)[0]
+    return script.is_file() and "parse_known_args" in script.read_text(encoding="utf-8")
 
 
 class Parsed(Exception):
@@ -64,10 +72,10 @@ def test_a_command_of_the_docs_is_one(line, monkeypatch):
     words = shlex.split(line, comments=True)
     start = next(i for i, word in enumerate(words) if re.fullmatch(r"\w+(/\w+)*\.py", word))
     assert all((ROOT / word).is_file() for word in words[:start + 1] if word.endswith((".yaml", ".py")))
-    if not re.search(r"parse_arg(s|uments)\(", (ROOT / words[start]).read_text()):
+    if not re.search(r"parse_arg(s|uments)\(|sys\.argv", (ROOT / words[start]).read_text()):
         assert words[start + 1:] == [], "the script reads no arguments"
         return
-    parse_arguments, parse_args = cli.parse_arguments, argparse.ArgumentParser.parse_args
+    parse_arguments, parse_args = cli.arguments.parse_arguments, argparse.ArgumentParser.parse_args
 
     def parsed(parse):
         def then_leave(*args, **kwargs):
@@ -77,7 +85,9 @@ def test_a_command_of_the_docs_is_one(line, monkeypatch):
 
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str((ROOT / words[start]).parent))
-    monkeypatch.setattr(cli, "parse_arguments", parsed(parse_arguments))
+    for module in MODULES:
+        if hasattr(module, "parse_arguments"):
+            monkeypatch.setattr(module, "parse_arguments", parsed(parse_arguments))
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed(parse_args))
     monkeypatch.setattr(sys, "argv", [w.replace("RECIPE", "recipes/shapemotion_grpo.yaml") for w in words[start:]])
     with pytest.raises((Parsed, SystemExit)) as end:
