@@ -17,7 +17,7 @@ from triton_scripts import check
 
 from pisces_rl.assets import asset_path
 from pisces_rl.policy import PolicyError, VideoPolicy, adapters_off
-from pisces_rl.policy.fast import fp8
+from pisces_rl.policy.fast import fp8, fp8_kernels
 from pisces_rl.policy.fast.fp8 import FP8FeedForward, FP8Linear, FP8NormProduct, FP8Product, dequantised, quantise
 from pisces_rl.policy.fast.products import fuse_products, unfuse_products
 from pisces_rl.policy.lora.adapters import PRODUCTS
@@ -29,7 +29,7 @@ def draw(*shape: int) -> torch.Tensor:
 
 def rounded(x: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
     """x with each row rounded to e4m3, over a factor."""
-    q, scale = fp8.quantised(x, factor)
+    q, scale = fp8_kernels.quantised(x, factor)
     return q.double() * scale / (1 if factor is None else factor.double())
 
 
@@ -92,7 +92,7 @@ def assert_same(ours, theirs, inputs) -> None:
 def test_rows_are_rounded_by_the_least_power_of_two_that_holds_them():
     torch.manual_seed(0)
     x = draw(50, 32) * 10 ** torch.linspace(-6, 6, 50)[:, None]
-    q, scale = fp8.quantised(x, None)
+    q, scale = fp8_kernels.quantised(x, None)
     assert torch.equal(scale, torch.exp2(torch.ceil(torch.log2(x.abs().amax(1, keepdim=True) / 448))))
     error = (q.float() * scale - x).abs()
     assert bool((error <= x.abs() / 16 + scale * 2**-10).all())  # half a step: of four bits, or of the least numbers
@@ -101,7 +101,7 @@ def test_rows_are_rounded_by_the_least_power_of_two_that_holds_them():
 
 def test_a_row_of_zeros_stays_and_what_is_no_number_shows():
     x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
-    q, scale = fp8.quantised(x, None)
+    q, scale = fp8_kernels.quantised(x, None)
     values = (q.float() * scale).sum(1)
     assert values[0] == 0 and not values[1:].isfinite().any()
 
@@ -170,16 +170,17 @@ def test_the_operators_are_whole():
     z, factor = draw(5, 48), torch.exp2(torch.randint(-5, 2, (48,)).float())
     x, y, gate, scale, shift = draw(2, 3, 48), draw(2, 3, 48), draw(2, 48), draw(2, 48), draw(2, 48)
     (bits, scales, bias, a, b), _ = layer(32, 48, True)
-    q, s = fp8.quantised(z, None)
-    weight = bits.view(fp8.E4M3).T
+    q, s = fp8_kernels.quantised(z, None)
+    weight = bits.view(fp8_kernels.E4M3).T
+    k = fp8_kernels
     for operator, arguments in (
-        (fp8.quantised, (z, None)), (fp8.quantised, (z, factor)), (fp8.quantised_gelu, (z, True)),
-        (fp8.quantised_gelu, (z, False)), (fp8.quantised_gelu_backward, (z, z, factor, True)),
-        (fp8.quantised_norm, (x, y, gate, scale, shift, 1e-6, True, torch.float32)),
-        (fp8.quantised_norm, (x, None, None, scale, shift, 1e-6, False, torch.bfloat16)),
-        (fp8.product_with_lora, (q, weight, s, scales[None], bias, z @ a.detach().T, b.detach().T, torch.float32)),
-        (fp8.product_with_lora, (q, weight, s, scales[None], None, None, None, torch.bfloat16)),
-        (fp8.transposed, (bits,)),
+        (k.quantised, (z, None)), (k.quantised, (z, factor)), (k.quantised_gelu, (z, True)),
+        (k.quantised_gelu, (z, False)), (k.quantised_gelu_backward, (z, z, factor, True)),
+        (k.quantised_norm, (x, y, gate, scale, shift, 1e-6, True, torch.float32)),
+        (k.quantised_norm, (x, None, None, scale, shift, 1e-6, False, torch.bfloat16)),
+        (k.product_with_lora, (q, weight, s, scales[None], bias, z @ a.detach().T, b.detach().T, torch.float32)),
+        (k.product_with_lora, (q, weight, s, scales[None], None, None, None, torch.bfloat16)),
+        (k.transposed, (bits,)),
     ):  # fmt: skip
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
@@ -189,7 +190,7 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
     check("""
         import sys
         import torch
-        from pisces_rl.policy.fast import fp8, kernels
+        from pisces_rl.policy.fast import fp8_kernels, kernels
 
         device = sys.argv[1]
         torch.manual_seed(0)
@@ -198,10 +199,10 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
         def compare(operator, *arguments):
             found = []
             for served in (True, False):
-                kernels.serves = fp8.serves = lambda x, served=served: served
+                kernels.serves = fp8_kernels.serves = lambda x, served=served: served
                 found.append(operator(*arguments))
             for ours, plain in zip(*(f if isinstance(f, tuple) else (f,) for f in found)):
-                if ours.dtype == fp8.E4M3:
+                if ours.dtype == fp8_kernels.E4M3:
                     difference = (ours.float() - plain.float()).abs()
                     if device == "cuda":
                         assert bool((difference <= (plain.float().abs() / 8).clamp_min(2**-9)).all()), operator
@@ -211,23 +212,23 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
                 else:
                     torch.testing.assert_close(ours, plain, rtol=1e-2, atol=1e-2)
 
-        compare(fp8.quantised, torch.randn(48, 5, device=device).to(dtype).T, None)
-        compare(fp8.quantised, torch.ones(1, 1, device=device, dtype=dtype).expand(5, 48), None)
+        compare(fp8_kernels.quantised, torch.randn(48, 5, device=device).to(dtype).T, None)
+        compare(fp8_kernels.quantised, torch.ones(1, 1, device=device, dtype=dtype).expand(5, 48), None)
         for width in (16, 48, 64, 140):
             x, grad = (torch.randn(5, width, device=device).to(dtype) for _ in range(2))
             factor = torch.exp2(torch.randint(-9, 2, (width,), device=device).float())
-            compare(fp8.quantised, x, None)
-            compare(fp8.quantised, x, factor)
+            compare(fp8_kernels.quantised, x, None)
+            compare(fp8_kernels.quantised, x, factor)
             for kept in (True, False):
-                compare(fp8.quantised_gelu, x, kept)
-                compare(fp8.quantised_gelu_backward, grad, x, factor, kept)
+                compare(fp8_kernels.quantised_gelu, x, kept)
+                compare(fp8_kernels.quantised_gelu_backward, grad, x, factor, kept)
         x, y = (torch.randn(2, 5, 48, device=device).to(dtype) for _ in range(2))
         gate, scale, shift = (torch.randn(2, 48, device=device) for _ in range(3))
-        compare(fp8.quantised_norm, x, y, gate, scale, shift, 1e-6, True, dtype)
-        compare(fp8.quantised_norm, x, y, None, scale, shift, 1e-6, True, dtype)
-        compare(fp8.quantised_norm, x, None, None, scale, shift, 1e-6, False, dtype)
+        compare(fp8_kernels.quantised_norm, x, y, gate, scale, shift, 1e-6, True, dtype)
+        compare(fp8_kernels.quantised_norm, x, y, None, scale, shift, 1e-6, True, dtype)
+        compare(fp8_kernels.quantised_norm, x, None, None, scale, shift, 1e-6, False, dtype)
         bits = torch.randint(0, 255, (70, 130), dtype=torch.uint8, device=device)
-        compare(fp8.transposed, bits)
+        compare(fp8_kernels.transposed, bits)
         print("agree")
     """, tmp_path)
 

@@ -25,10 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import always, kernel, launch, modulated_norm, modulated_norm_backward, operator, serves, triton
+from .fp8_kernels import (
+    E4M3,
+    quantised,
+    quantised_gelu,
+    quantised_gelu_backward,
+    quantised_norm,
+    rounded_rows,
+    scaled_product,
+    transposed,
+)
+from .kernels import modulated_norm_backward
 
-E4M3 = torch.float8_e4m3fn
-LARGEST = 448.0  # of e4m3
 MULTIPLE = 16  # of the widths that FP8 products take
 CAPABILITY = (8, 9)  # the first of NVIDIA's with them
 
@@ -97,7 +105,7 @@ def save_numbers(denoiser: nn.Module) -> None:
 @torch.no_grad()
 def quantise(layer: nn.Linear) -> None:
     """Make a frozen linear layer an `FP8Linear`."""
-    bits, scale = _rounded(layer.weight.data)
+    bits, scale = rounded_rows(layer.weight.data)
     layer.__class__ = FP8Linear
     layer.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
     layer.register_buffer("weight_scale", scale.flatten())
@@ -112,160 +120,6 @@ def serves_fp8(layer: nn.Module) -> bool:
 def dequantised(layer: FP8Linear) -> Tensor:
     """The weight that a layer multiplies with, in fp32; bf16 holds it exactly."""
     return layer.weight.view(E4M3).float() * layer.weight_scale.float()[:, None]
-
-
-# --- operators ---
-
-
-def _rounded(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, K) in e4m3, and their scales (M, 1): the least power of two by which a row fits."""
-    x = x.float()
-    bits = (x.abs().amax(1, keepdim=True).clamp_min(1e-30) * (1 / LARGEST)).view(torch.int32)
-    exponent = (bits + 0x7FFFFF) >> 23
-    inverse = ((254 - exponent) << 23).view(torch.float32)
-    return (x * inverse).to(E4M3), (exponent << 23).view(torch.float32)
-
-
-def _outputs(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty(rows, width, dtype=E4M3), like.new_empty(rows, 1, dtype=torch.float32)
-
-
-def _parts(width: int) -> dict[str, int]:
-    """The two blocks of a row, each of a power of two."""
-    full = 1 << (width.bit_length() - 1)
-    return dict(FULL=full, REST=1 << max(width - full - 1, 0).bit_length(), num_warps=min(max(full // 512, 1), 16))
-
-
-@operator(inline=always)
-def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
-    if not serves(x):
-        return _rounded(x if factor is None else x.float() * factor)
-    x = x if x.stride(1) == 1 else x.contiguous()
-    q, scale = _outputs(*x.shape, x)
-    kernel(_quantised)[(len(x),)](x, factor, q, scale, x.shape[1], x.stride(0), **launch(x.shape[1]))
-    return q, scale
-
-
-@torch.library.register_fake("pisces_rl::quantised")
-def _(x, factor):
-    return _outputs(*x.shape, x)
-
-
-@operator(inline=always)
-def quantised_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, kept: bool,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """x' and n (B L, D) of `modulated_norm` in `dtype`, n empty unless `kept`; n in e4m3, and its scales."""
-    batch, length, width = x.shape
-    if not serves(x):
-        total, n = modulated_norm(x, y, gate, scale, shift, eps, None, dtype)
-        q, scales = _rounded(n)
-        return total, n.contiguous() if kept else x.new_empty(0, dtype=dtype), q, scales
-    rows = batch * length
-    total = torch.empty_like(x) if y is not None else x.new_empty(0)
-    n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
-    q, scales = _outputs(rows, width, x)
-    kernel(_quantised_norm)[(rows,)](
-        x, y, gate, scale, shift, total, n if kept else None, q, scales, length, width, scale.stride(0),
-        shift.stride(0), 0 if gate is None else gate.stride(0), eps, ROUNDED=dtype == torch.bfloat16, **launch(width),
-    )  # fmt: skip
-    return total, n, q, scales
-
-
-@torch.library.register_fake("pisces_rl::quantised_norm")
-def _(x, y, gate, scale, shift, eps, kept, dtype):
-    rows, width = x.shape[0] * x.shape[1], x.shape[2]
-    total = torch.empty_like(x) if y is not None else x.new_empty(0)
-    n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
-    return total, n, *_outputs(rows, width, x)
-
-
-@operator(inline=always)
-def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h = GELU(z), by its tanh approximation, (M, K), empty unless `kept`; h in e4m3, and its scales."""
-    if not serves(z):
-        h = F.gelu(z, approximate="tanh")
-        return h if kept else z.new_empty(0), *_rounded(h)
-    z = z.contiguous()
-    h = torch.empty_like(z) if kept else z.new_empty(0)
-    q, scale = _outputs(*z.shape, z)
-    kernel(_quantised_gelu)[(len(z),)](z, h if kept else None, q, scale, z.shape[1], **_parts(z.shape[1]))
-    return h, q, scale
-
-
-@torch.library.register_fake("pisces_rl::quantised_gelu")
-def _(z, kept):
-    return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
-
-
-@operator(inline=always)
-def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """g = grad GELU'(z), empty unless `kept`; g times a factor (K,) in e4m3, and its scales."""
-    if not serves(z):
-        g = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
-        return g if kept else z.new_empty(0), *_rounded(g.float() * factor)
-    grad, z = grad.contiguous(), z.contiguous()
-    g = torch.empty_like(z) if kept else z.new_empty(0)
-    q, scale = _outputs(*z.shape, z)
-    kernel(_quantised_gelu_backward)[(len(z),)](
-        grad, z, factor, g if kept else None, q, scale, z.shape[1], **_parts(z.shape[1])
-    )
-    return g, q, scale
-
-
-@torch.library.register_fake("pisces_rl::quantised_gelu_backward")
-def _(grad, z, factor, kept):
-    return torch.empty_like(z) if kept else z.new_empty(0), *_outputs(*z.shape, z)
-
-
-def scaled_product(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
-    b: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """(M, N) = the product above of q (M, K) and the bits of a weight (N, K), with u b^T where there is one."""
-    factors = q, weight.view(E4M3).T, scale, weight_scale.float()[None]
-    if q.is_cuda and u is None and dtype == torch.bfloat16:  # no operator of ours: a compiler calls cuBLAS itself
-        return torch._scaled_mm(*factors, bias, out_dtype=dtype, use_fast_accum=True)
-    return product_with_lora(*factors, bias, u, None if b is None else b.T, dtype)
-
-
-@operator
-def product_with_lora(
-    q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
-    b: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """(M, N) = scale weight_scale q weight + bias + u b of q (M, K) and weight (K, N) in e4m3."""
-    if not q.is_cuda:
-        y = (q.float() @ weight.float() * scale * weight_scale + (0 if bias is None else bias)).to(dtype)
-    elif dtype == torch.bfloat16:
-        y = torch._scaled_mm(q, weight, scale, weight_scale, bias, out_dtype=dtype, use_fast_accum=True)
-    else:  # products that are scaled by rows come in bf16
-        y = torch._scaled_mm(q, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
-        y = y if bias is None else y + bias
-    return y if u is None else y.addmm_(u, b)
-
-
-@torch.library.register_fake("pisces_rl::product_with_lora")
-def _(q, weight, scale, weight_scale, bias, u, b, dtype):
-    return q.new_empty(len(q), weight.shape[1], dtype=dtype)
-
-
-@operator(inline=always)
-def transposed(weight: Tensor) -> Tensor:
-    """A weight's bits (N, K) as (K, N), contiguous: FP8 products take both factors along the sum."""
-    if not serves(weight):
-        return weight.T.contiguous()
-    out = weight.new_empty(weight.shape[1], weight.shape[0])
-    grid = -(-len(weight) // 64), -(-weight.shape[1] // 64)
-    kernel(_transpose)[grid](weight, out, *weight.shape, BLOCK=64)
-    return out
-
-
-@torch.library.register_fake("pisces_rl::transposed")
-def _(weight):
-    return weight.new_empty(weight.shape[1], weight.shape[0])
 
 
 # --- what a block computes ---
@@ -368,105 +222,3 @@ def _norm_backward(ctx, total: Tensor, grad_total: Tensor, grad_n: Tensor, gate:
     if ctx.y_dtype is None:
         return grad_x, None
     return grad_x, (grad_x if gate is None else grad_y).to(ctx.y_dtype)
-
-
-if triton is not None:
-    from .kernels import normed_row, tl
-
-    @triton.jit
-    def _power(largest):
-        """The least power of two by which e4m3 holds a number, and its inverse."""
-        bits = (tl.maximum(largest, 1e-30) * (1 / 448.0)).to(tl.int32, bitcast=True)
-        exponent = (bits + 0x7FFFFF) >> 23
-        return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
-
-    @triton.jit
-    def _round_row(x, at, inside, q, scales, row):
-        """Store a row in e4m3, and its scale."""
-        scale, inverse = _power(tl.max(tl.abs(tl.where(inside, x, 0.0)), 0))
-        tl.store(q + at, (x * inverse).to(q.dtype.element_ty), mask=inside)
-        tl.store(scales + row, scale)
-
-    @triton.jit
-    def _round_parts(first, second, at, rest, inside, q, scales, row):
-        """`_round_row` of a row in two parts; the second is 0 where it is not `inside`."""
-        scale, inverse = _power(tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0)))
-        tl.store(q + at, (first * inverse).to(q.dtype.element_ty))
-        tl.store(q + rest, (second * inverse).to(q.dtype.element_ty), mask=inside)
-        tl.store(scales + row, scale)
-
-    @triton.jit
-    def _quantised(x, factor, q, scales, width, x_stride, BLOCK: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        d = tl.arange(0, BLOCK)
-        inside = d < width
-        value = tl.load(x + row * x_stride + d, mask=inside, other=0.0).to(tl.float32)
-        if factor is not None:
-            value *= tl.load(factor + d, mask=inside, other=0.0).to(tl.float32)
-        _round_row(value, row * width + d, inside, q, scales, row)
-
-    @triton.jit
-    def _gelu(z):
-        # 1 + tanh(w) = 2 sigmoid(2 w)
-        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
-
-    @triton.jit
-    def _gelu_slope(z):
-        inner = 1.5957691216057308 * (z + 0.044715 * z * z * z)
-        s = tl.sigmoid(inner)
-        return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)
-
-    # A row as two blocks, of which the first is full: 8,960 numbers are 8,192 and 768, where one block would be 16,384
-    # wide, and exponentials, not memory, would take the time.
-
-    @triton.jit
-    def _quantised_gelu(z, h, q, scales, width, FULL: tl.constexpr, REST: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        at, rest = row * width + tl.arange(0, FULL), row * width + FULL + tl.arange(0, REST)
-        inside = FULL + tl.arange(0, REST) < width
-        first = _gelu(tl.load(z + at).to(tl.float32)).to(z.dtype.element_ty)
-        second = _gelu(tl.load(z + rest, mask=inside, other=0.0).to(tl.float32)).to(z.dtype.element_ty)
-        if h is not None:
-            tl.store(h + at, first)
-            tl.store(h + rest, second, mask=inside)
-        _round_parts(first.to(tl.float32), second.to(tl.float32), at, rest, inside, q, scales, row)
-
-    @triton.jit
-    def _quantised_gelu_backward(grad, z, factor, g, q, scales, width, FULL: tl.constexpr, REST: tl.constexpr):
-        row = tl.program_id(0).to(tl.int64)
-        d, e = tl.arange(0, FULL), FULL + tl.arange(0, REST)
-        at, rest, inside = row * width + d, row * width + e, e < width
-        first = tl.load(grad + at).to(tl.float32) * _gelu_slope(tl.load(z + at).to(tl.float32))
-        second = tl.load(grad + rest, mask=inside, other=0.0).to(tl.float32) * _gelu_slope(
-            tl.load(z + rest, mask=inside, other=0.0).to(tl.float32)
-        )
-        first, second = first.to(z.dtype.element_ty), second.to(z.dtype.element_ty)
-        if g is not None:
-            tl.store(g + at, first)
-            tl.store(g + rest, second, mask=inside)
-        first = first.to(tl.float32) * tl.load(factor + d).to(tl.float32)
-        second = second.to(tl.float32) * tl.load(factor + e, mask=inside, other=0.0).to(tl.float32)
-        _round_parts(first, second, at, rest, inside, q, scales, row)
-
-    @triton.jit
-    def _quantised_norm(
-        x, y, gate, scale, shift, total, n, q, scales, length, width, scale_stride, shift_stride, gate_stride,
-        eps: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
-        row = tl.program_id(0).to(tl.int64)
-        d = tl.arange(0, BLOCK)
-        inside = d < width
-        normed = normed_row(x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride,
-                            gate_stride, eps, d, inside)  # fmt: skip
-        if ROUNDED:
-            normed = normed.to(tl.bfloat16).to(tl.float32)
-        if n is not None:
-            tl.store(n + row * width + d, normed.to(n.dtype.element_ty), mask=inside)
-        _round_row(normed, row * width + d, inside, q, scales, row)
-
-    @triton.jit
-    def _transpose(x, out, rows, columns, BLOCK: tl.constexpr):
-        i, j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-        inside = (i[:, None] < rows) & (j[None, :] < columns)
-        tile = tl.load(x + i[:, None] * columns + j[None, :], mask=inside, other=0)
-        tl.store(out + j[:, None] * rows + i[None, :], tl.trans(tile), mask=tl.trans(inside))
