@@ -163,9 +163,11 @@ const player = {
   follow(video) {  // a video takes the clock's time, and runs while the clock does
     if (video.readyState < 1) return;
     const end = Math.max(0, video.duration - 0.001), time = Math.min(this.time, end);
-    if (Math.abs(video.currentTime - time) > (this.playing ? 0.12 : 0.001)) video.currentTime = time;
+    const runs = this.playing && this.time < end;
+    if (!runs) video.pause();  // before its time is set: one that still plays leaves it again
+    if (Math.abs(video.currentTime - time) > (runs ? 0.12 : 1e-5)) video.currentTime = time;
     video.playbackRate = this.speed();
-    if (this.playing && this.time < end) { if (video.paused) video.play().catch(() => {}); } else video.pause();
+    if (runs && video.paused) video.play().catch(() => {});
   },
   tick(now) {
     if (!this.playing) return;
