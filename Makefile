@@ -45,8 +45,9 @@ test: $(STAMP)  ## run the tests
 test-slow: $(STAMP)  ## run the tests that take longer, too
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
-lint: $(STAMP)  ## check style
+lint: $(STAMP)  ## check style and format
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # The site needs the extra `docs` only: it reads the sources and imports nothing, so torch is not installed for it.
 DOCS = $$($(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \

@@ -37,9 +37,19 @@ def swap(
     told = two & (specs.color >= 0).all(1)
     differ = (specs.shape[:, 0] != specs.shape[:, 1]) | (specs.relation > 0)
     possible = torch.stack(
-        [torch.ones_like(two), own["color"] >= 0, own["size"] >= 0, own["motion"] >= 0, own["speed"] >= 0, ~two,
-         specs.relation > 0, specs.background >= 0, told & differ], 1,
-    )  # fmt: skip
+        [
+            torch.ones_like(two),
+            own["color"] >= 0,
+            own["size"] >= 0,
+            own["motion"] >= 0,
+            own["speed"] >= 0,
+            ~two,
+            specs.relation > 0,
+            specs.background >= 0,
+            told & differ,
+        ],
+        1,
+    )
     wanted = [w if attribute in (None, name) else 0.0 for name, w in zip(ATTRIBUTES, WEIGHTS, strict=True)]
     weights = possible * torch.tensor(wanted, device=device)
     valid = weights.sum(1) > 0

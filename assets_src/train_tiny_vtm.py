@@ -37,8 +37,17 @@ from pisces_rl.shapemotion import VOCABULARY, Layout, SceneSpecs, render_layout,
 
 MAX_FILE = 10 * 2**20
 SWAPS = 4  # wrong captions for each clip of the bank
-SMOKE = {"bank_clips": 64, "steps": 3, "batch": 16, "warmup": 1, "score_clips": 32, "validation_clips": 32,
-         "log_every": 1, "width": 48, "heads": 2}  # fmt: skip
+SMOKE = {
+    "bank_clips": 64,
+    "steps": 3,
+    "batch": 16,
+    "warmup": 1,
+    "score_clips": 32,
+    "validation_clips": 32,
+    "log_every": 1,
+    "width": 48,
+    "heads": 2,
+}
 SCORED_SPLITS = ("test_seen", "test_color_shape", "test_shape_motion")
 
 
@@ -80,9 +89,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         single="<cls> $A </s>", special_tokens=[(word, vocabulary[word]) for word in ("<cls>", "</s>")]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", cls_token="<cls>",
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        cls_token="<cls>",
         model_max_length=TinyVTMConfig.max_text_tokens,
-    )  # fmt: skip
+    )
 
 
 class Bank:
@@ -232,8 +245,11 @@ def train(args: argparse.Namespace, bank: Bank, tokenizer, device: torch.device)
             c, m, ranked, found = (total / args.log_every).tolist()
             if not math.isfinite(c + m):
                 raise RuntimeError(f"a loss is {c}, {m} at step {step + 1}: lower --muon_lr or --lr.")
-            print(f"{step + 1}/{args.steps}  contrastive {c:.4f}  matching {m:.4f}  ranked {ranked:.3f}  "
-                  f"found {found:.3f}  {time.time() - start:.0f} s", flush=True)  # fmt: skip
+            print(
+                f"{step + 1}/{args.steps}  contrastive {c:.4f}  matching {m:.4f}  ranked {ranked:.3f}  "
+                f"found {found:.3f}  {time.time() - start:.0f} s",
+                flush=True,
+            )
             total = 0.0
         if step + 1 in args.keep:
             kept[step + 1] = copy.deepcopy(average.modules[0])

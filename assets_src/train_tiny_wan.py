@@ -49,9 +49,17 @@ from pisces_rl.shapemotion.renderer import BACKGROUND_RGB
 MAX_FILE = 16 * 2**20
 LOG_VARIANCE = -6.0
 SMOKE = {
-    "vae_steps": 2, "vae_batch": 2, "stat_clips": 4, "bank_clips": 8, "steps": 3, "batch": 4, "warmup": 1,
-    "layouts": 8, "score_clips": 2, "log_every": 1,
-}  # fmt: skip
+    "vae_steps": 2,
+    "vae_batch": 2,
+    "stat_clips": 4,
+    "bank_clips": 8,
+    "steps": 3,
+    "batch": 4,
+    "warmup": 1,
+    "layouts": 8,
+    "score_clips": 2,
+    "log_every": 1,
+}
 
 
 def parse_arguments(arguments=None) -> argparse.Namespace:

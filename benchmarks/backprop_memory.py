@@ -25,8 +25,13 @@ from pisces_rl.rewards import OTAttention, OTQualityReward, OTSemanticReward
 
 STEPS = 2
 #: frames, height, width, K, latent frames that are decoded with a graph (None: all)
-ROWS = [(33, 240, 416, 1, 2), (33, 240, 416, 1, None), (33, 240, 416, 4, 2), (81, 480, 832, 1, 1),
-        (81, 480, 832, 1, 2)]  # fmt: skip
+ROWS = [
+    (33, 240, 416, 1, 2),
+    (33, 240, 416, 1, None),
+    (33, 240, 416, 4, 2),
+    (81, 480, 832, 1, 1),
+    (81, 480, 832, 1, 2),
+]
 TINY_ROWS = [(9, 16, 16, 1, 2), (9, 16, 16, 4, None)]
 
 
@@ -35,16 +40,32 @@ def measure(row: tuple, tiny: bool, rewards: list) -> tuple[float, float]:
     frames, height, width, last_steps, decoded = row
     with tempfile.TemporaryDirectory() as folder:
         config = RewardBackpropConfig(
-            output_dir=folder, num_frames=frames, height=height, width=width, num_inference_steps=4,
-            guidance_scale=1.0, backprop_steps=last_steps, decode_frames=decoded, per_device_train_batch_size=1,
-            gradient_accumulation_steps=1, max_steps=STEPS, gradient_checkpointing=True, bf16=not tiny, use_cpu=tiny,
-            save_strategy="no", report_to="none", num_sample_videos=0,
-        )  # fmt: skip
+            output_dir=folder,
+            num_frames=frames,
+            height=height,
+            width=width,
+            num_inference_steps=4,
+            guidance_scale=1.0,
+            backprop_steps=last_steps,
+            decode_frames=decoded,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=1,
+            max_steps=STEPS,
+            gradient_checkpointing=True,
+            bf16=not tiny,
+            use_cpu=tiny,
+            save_strategy="no",
+            report_to="none",
+            num_sample_videos=0,
+        )
         dtype, device = (torch.float32, "cpu") if tiny else (torch.bfloat16, "cuda")
         trainer = RewardBackpropTrainer(
-            model=random_wan(tiny, dtype, device), reward_funcs=rewards, args=config,
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=default_lora_config(32),
-        )  # fmt: skip
+            model=random_wan(tiny, dtype, device),
+            reward_funcs=rewards,
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            peft_config=default_lora_config(32),
+        )
         if not tiny:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

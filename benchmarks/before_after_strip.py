@@ -1,7 +1,7 @@
 """The README's picture: a run's first samples above its last, of the same prompts and noise, as one animation.
 
-    make demo
-    python benchmarks/before_after_strip.py outputs/shapemotion_rvm --output docs/images/before_after.webp
+make demo
+python benchmarks/before_after_strip.py outputs/shapemotion_rvm --output docs/images/before_after.webp
 """
 
 import argparse

@@ -40,8 +40,23 @@ PARTS = ("text", "rollout", "decode", "rewards", "update", "idle")
 
 def start(recipe: str, seed: int, folder: Path, extra: list[str]) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "examples" / "grpo_t2v.py"), "--config", str(ROOT / RECIPES[recipe])]
-    command += ["--seed", str(seed), "--output_dir", str(folder), "--eval_prompts", "0", "--num_sample_videos", "0",
-                "--save_strategy", "steps", "--save_total_limit", "1", "--report_to", "none", *extra]  # fmt: skip
+    command += [
+        "--seed",
+        str(seed),
+        "--output_dir",
+        str(folder),
+        "--eval_prompts",
+        "0",
+        "--num_sample_videos",
+        "0",
+        "--save_strategy",
+        "steps",
+        "--save_total_limit",
+        "1",
+        "--report_to",
+        "none",
+        *extra,
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w", encoding="utf-8") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
@@ -56,8 +71,14 @@ def seconds_a_step(folder: Path) -> float:
 
 
 @torch.no_grad()
-def scores(adapter: Path | None, prompts: dict[str, list[str]], device: str, batch: int,
-           dtype: torch.dtype = torch.float32, base_precision: str | None = None) -> dict[str, np.ndarray]:
+def scores(
+    adapter: Path | None,
+    prompts: dict[str, list[str]],
+    device: str,
+    batch: int,
+    dtype: torch.dtype = torch.float32,
+    base_precision: str | None = None,
+) -> dict[str, np.ndarray]:
     """`correct` by sampler and set."""
     pipe = WanPipeline.from_pretrained(asset_path("tiny-wan"), dtype=dtype).to(device)
     pipe.transformer.requires_grad_(False)
@@ -81,8 +102,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=64, help="videos sampled at once")
     args, extra = parser.parse_known_args()  # what is left goes to every run
-    folders = {(recipe, seed): args.output_dir / f"{Path(path).stem}-{seed}"
-               for recipe, path in RECIPES.items() for seed in args.seeds}  # fmt: skip
+    folders = {
+        (recipe, seed): args.output_dir / f"{Path(path).stem}-{seed}"
+        for recipe, path in RECIPES.items()
+        for seed in args.seeds
+    }
     first = {(recipe, args.seeds[0]): folders[recipe, args.seeds[0]] for recipe in RECIPES}
     for groups in ([[key] for key in first], [[key for key in folders if key not in first]]):
         for keys in groups:
@@ -94,8 +118,10 @@ def main() -> None:
     for recipe, seconds in times.items():
         print(f"{recipe} recipe: {seconds:.2f} s a step")
     print(f"ratio {times[next(iter(RECIPES))] / times[list(RECIPES)[1]]:.1f}\n")
-    prompts = {name: [p for split in splits for p in load_prompts(split, args.prompts, seed=3)["prompt"]]
-               for name, splits in SPLITS.items()}  # fmt: skip
+    prompts = {
+        name: [p for split in splits for p in load_prompts(split, args.prompts, seed=3)["prompt"]]
+        for name, splits in SPLITS.items()
+    }
     base = scores(None, prompts, args.device, args.batch)
     found = {key: scores(folder, prompts, args.device, args.batch) for key, folder in folders.items()}
     print("| sampled with / set | base | " + " | ".join(f"{recipe} recipe" for recipe in RECIPES) + " | difference |")

@@ -52,8 +52,16 @@ def spread(found: list) -> list:
 
 
 def points_of(args) -> list[dict]:
-    curve = spread(sorted((dict(size=size, frames=frames, batch=args.batch[0], **USUAL)
-                           for size in args.sizes for frames in args.frames), key=tokens_of))  # fmt: skip
+    curve = spread(
+        sorted(
+            (
+                dict(size=size, frames=frames, batch=args.batch[0], **USUAL)
+                for size in args.sizes
+                for frames in args.frames
+            ),
+            key=tokens_of,
+        )
+    )
     others = []
     for size in args.sizes:
         point = dict(size=size, frames=args.frames[min(1, len(args.frames) - 1)], batch=args.batch[0], **USUAL)
@@ -65,8 +73,15 @@ def points_of(args) -> list[dict]:
 def measured(point: dict, args, device: str) -> dict:
     """The point with {ms, gib} of each phase; without those of a phase for which memory did not suffice."""
     height, width = map(int, point["size"].split("x"))
-    work = argparse.Namespace(tiny=args.tiny, height=height, width=width, frames=point["frames"], batch=point["batch"],
-                              micro_batch=point["batch"], steps=STEPS["rollout"])  # fmt: skip
+    work = argparse.Namespace(
+        tiny=args.tiny,
+        height=height,
+        width=width,
+        frames=point["frames"],
+        batch=point["batch"],
+        micro_batch=point["batch"],
+        steps=STEPS["rollout"],
+    )
     row = point | dict(tokens=tokens_of(point))
     try:
         offload = ("text_encoder", "vae", "denoiser") if point["offload"] else ()
@@ -84,20 +99,30 @@ def measured(point: dict, args, device: str) -> dict:
 
 
 def line(row: dict) -> str:
-    cells = [row["size"], row["frames"], row["batch"], f"{row['tokens']:,}", row["recompute"],
-             "yes" if row["offload"] else "no"]  # fmt: skip
+    cells = [
+        row["size"],
+        row["frames"],
+        row["batch"],
+        f"{row['tokens']:,}",
+        row["recompute"],
+        "yes" if row["offload"] else "no",
+    ]
     for phase in STEPS:
         found = row.get(phase)
-        cells += ["out of memory", "", ""] if found is None else [
-            f"{found['ms']:.1f}", f"{1000 * found['ms'] / row['tokens']:.2f}", f"{found['gib'] or math.nan:.2f}"]
+        cells += (
+            ["out of memory", "", ""]
+            if found is None
+            else [f"{found['ms']:.1f}", f"{1000 * found['ms'] / row['tokens']:.2f}", f"{found['gib'] or math.nan:.2f}"]
+        )
     return f"| {' | '.join(map(str, cells))} | {'' if row['error'] is None else format(row['error'], '.1e')} |"
 
 
 def curve(rows: list[dict], phase: str) -> tuple[np.ndarray, np.ndarray]:
     """1,000 tokens and ms of the points over frames that fit."""
     usual = [row for row in rows if phase in row and all(row[key] == value for key, value in USUAL.items())]
-    own = sorted((row["tokens"] / 1000, row[phase]["ms"]) for row in usual
-                 if row["batch"] == min(row["batch"] for row in usual))  # fmt: skip
+    own = sorted(
+        (row["tokens"] / 1000, row[phase]["ms"]) for row in usual if row["batch"] == min(row["batch"] for row in usual)
+    )
     return np.array([n for n, _ in own]), np.array([ms for _, ms in own])
 
 
@@ -128,8 +153,11 @@ def figure(rows: list[dict], path: Path) -> None:
             left.plot(1000 * x, a / x + b + c * x, color=colour, label=f"{a:.1f} + {b:.2f} n + {c:.3f} n$^2$")
         kinds = sorted({(row["recompute"], row["offload"]) for row in rows})
         for (recompute, offload), marker in zip(kinds, "o^sDvP"):
-            own = [(row["tokens"] * row["batch"], row[phase]["gib"] or math.nan) for row in rows
-                   if phase in row and (row["recompute"], row["offload"]) == (recompute, offload)]  # fmt: skip
+            own = [
+                (row["tokens"] * row["batch"], row[phase]["gib"] or math.nan)
+                for row in rows
+                if phase in row and (row["recompute"], row["offload"]) == (recompute, offload)
+            ]
             label = f"{phase}, recompute {recompute}{', offload' if offload else ''}"
             right.plot([x for x, _ in own], [y for _, y in own], marker, color=colour, label=label, markersize=4)
     left.set(xlabel="tokens of a video", ylabel="ms per 1,000 tokens, sample and step", ylim=(0, None))
@@ -145,8 +173,13 @@ def figure(rows: list[dict], path: Path) -> None:
 def report(rows: list[dict]) -> None:
     for phase in STEPS:
         fit = fitted(*curve(rows, phase))
-        terms = "fewer than 4 points over frames, no fit" if fit is None else (
-            "t = {:.2f} + {:.3f} n + {:.4f} n^2 ms, n in 1,000 tokens; ".format(*fit[0]) + f"residual {fit[1]:.1%}")
+        terms = (
+            "fewer than 4 points over frames, no fit"
+            if fit is None
+            else (
+                "t = {:.2f} + {:.3f} n + {:.4f} n^2 ms, n in 1,000 tokens; ".format(*fit[0]) + f"residual {fit[1]:.1%}"
+            )
+        )
         print(f"{phase}: {terms}")
 
 

@@ -69,13 +69,19 @@ def main() -> None:
         with torch.no_grad():
             exact = torch.cat([whole.decode(own.float()).sample for own in latents.split(1)])
         plain = None
-        for frames, compiled in [(None, False), *((n, False) for n in args.plain),
-                                 *((n, True) for n in args.chunks if not args.tiny)]:
+        for frames, compiled in [
+            (None, False),
+            *((n, False) for n in args.plain),
+            *((n, True) for n in args.chunks if not args.tiny),
+        ]:
             decode_in_chunks(vae, frames, compiled)
             milliseconds, videos, memory = measure(vae, latents, args.repeats)
             plain = videos if plain is None else plain
-            print(f"| {count} | {frames or 'one (diffusers)'} | {'yes' if compiled else 'no'} | {milliseconds:.1f} | "
-                  f"{memory:.1f} | {decibels(videos, exact):.1f} | {decibels(videos, plain):.1f} |", flush=True)
+            print(
+                f"| {count} | {frames or 'one (diffusers)'} | {'yes' if compiled else 'no'} | {milliseconds:.1f} | "
+                f"{memory:.1f} | {decibels(videos, exact):.1f} | {decibels(videos, plain):.1f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -49,12 +49,25 @@ def main() -> None:
     print("| peak, GiB | measured | estimated | |")
     print("|---|---|---|---|")
     for frames, height, width, batch, micro, rollout, update in MEASURED:
-        estimate = estimated(dict(
-            per_device_train_batch_size=micro, generation_batch_size=batch, num_generations=8 if batch == 8 else 2,
-            gradient_accumulation_steps=1, height=height, width=width, num_frames=frames, num_inference_steps=4,
-            guidance_scale=5.0, torch_compile=True, gradient_checkpointing=True, report_to="none", max_steps=1,
-        ) | ({} if batch > 1 else dict(generation_batch_size=2, rollout_batch_size=1)),
-            default_lora_config(32, target_modules=ATTENTION))  # fmt: skip
+        estimate = estimated(
+            dict(
+                per_device_train_batch_size=micro,
+                generation_batch_size=batch,
+                num_generations=8 if batch == 8 else 2,
+                gradient_accumulation_steps=1,
+                height=height,
+                width=width,
+                num_frames=frames,
+                num_inference_steps=4,
+                guidance_scale=5.0,
+                torch_compile=True,
+                gradient_checkpointing=True,
+                report_to="none",
+                max_steps=1,
+            )
+            | ({} if batch > 1 else dict(generation_batch_size=2, rollout_batch_size=1)),
+            default_lora_config(32, target_modules=ATTENTION),
+        )
         resident, size = dict(estimate.resident), f"{frames} x {height} x {width}"
         resident.pop("optimizer states")
         phases = {name: dict(parts) for name, parts in estimate.phases.items()}
@@ -65,16 +78,26 @@ def main() -> None:
     recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
     settings = {key: value for key, value in recipe.items() if key not in (*SCRIPT_KEYS, "output_dir")}
     settings |= dict(max_steps=2, save_strategy="no", report_to="none")
-    whole = estimated(settings | dict(gradient_accumulation_steps=2), default_lora_config(recipe["lora_r"]),
-                      random_wan(False, torch.bfloat16, "meta", vae_dtype=torch.bfloat16))  # fmt: skip
-    line(f"an iteration of 8 videos of {RECIPE.name} ({max(whole.peaks, key=whole.peaks.get)})", WHOLE_ITERATION,
-         whole.peak / GIB)  # fmt: skip
+    whole = estimated(
+        settings | dict(gradient_accumulation_steps=2),
+        default_lora_config(recipe["lora_r"]),
+        random_wan(False, torch.bfloat16, "meta", vae_dtype=torch.bfloat16),
+    )
+    line(
+        f"an iteration of 8 videos of {RECIPE.name} ({max(whole.peaks, key=whole.peaks.get)})",
+        WHOLE_ITERATION,
+        whole.peak / GIB,
+    )
     for model, (size, *measured) in OFFLOADED.items():
         pipeline = random_wan(
             False, torch.bfloat16, "meta", model=model, text_encoder="full", vae_dtype=torch.bfloat16
         )
-        own = settings | SHORT | size | dict(offload=["text_encoder", "vae", "rewards"], recompute="everything",
-                                             sde_window_range=[0, 3])  # fmt: skip
+        own = (
+            settings
+            | SHORT
+            | size
+            | dict(offload=["text_encoder", "vae", "rewards"], recompute="everything", sde_window_range=[0, 3])
+        )
         peaks = estimated(own, default_lora_config(recipe["lora_r"]), pipeline).peaks
         for phase, value in zip(("text", "decoding", "update"), measured):
             line(f"{phase}, {model} offloaded, {' x '.join(str(v) for v in size.values())}", value, peaks[phase] / GIB)
@@ -86,13 +109,29 @@ def main() -> None:
         estimate = estimated(settings, default_lora_config(rank), make_config=METHODS[method][1])
         line(f"a step of `{method}` ({max(estimate.peaks, key=estimate.peaks.get)})", measured, estimate.peak / GIB)
     for last_steps, decoded, measured in BACKPROP:
-        estimate = estimated(dict(
-            num_frames=33, height=240, width=416, num_inference_steps=4, guidance_scale=1.0, max_steps=2,
-            backprop_steps=last_steps, decode_frames=decoded, per_device_train_batch_size=1, report_to="none",
-            gradient_accumulation_steps=1, gradient_checkpointing=True,
-        ), default_lora_config(32), make_config=RewardBackpropConfig)  # fmt: skip
-        line(f"backpropagation, K = {last_steps}, {decoded or 'all'} latent frames decoded",
-             measured - BACKPROP_REWARDS, estimate.peak / GIB)  # fmt: skip
+        estimate = estimated(
+            dict(
+                num_frames=33,
+                height=240,
+                width=416,
+                num_inference_steps=4,
+                guidance_scale=1.0,
+                max_steps=2,
+                backprop_steps=last_steps,
+                decode_frames=decoded,
+                per_device_train_batch_size=1,
+                report_to="none",
+                gradient_accumulation_steps=1,
+                gradient_checkpointing=True,
+            ),
+            default_lora_config(32),
+            make_config=RewardBackpropConfig,
+        )
+        line(
+            f"backpropagation, K = {last_steps}, {decoded or 'all'} latent frames decoded",
+            measured - BACKPROP_REWARDS,
+            estimate.peak / GIB,
+        )
 
 
 if __name__ == "__main__":

@@ -37,40 +37,109 @@ from pisces_rl.policy.lora.adapters import ATTENTION, BLOCKS
 # it is.
 BLOCKS_OF_EACH = dict(num_layers=4)
 FAMILIES = {
-    "wan": ("WanTransformer3DModel", SIZES["wan21_1.3b"] | BLOCKS_OF_EACH, {},
-            dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096))),
-    "wan_14b": ("WanTransformer3DModel", SIZES["wan21_14b"] | BLOCKS_OF_EACH, {},
-                dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096))),
-    "skyreels": ("SkyReelsV2Transformer3DModel", SIZES["wan21_14b"] | BLOCKS_OF_EACH, {},
-                 dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096))),
-    "hunyuan": ("HunyuanVideoTransformer3DModel", dict(num_layers=2, num_single_layers=2), {},
-                dict(hidden_states=(16, "video"), encoder_hidden_states=(256, 4096), encoder_attention_mask=[256],
-                     pooled_projections=(768,), guidance=[])),
-    "hunyuan15": ("HunyuanVideo15Transformer3DModel", BLOCKS_OF_EACH, {},
-                  dict(hidden_states=(65, "tokens"), encoder_hidden_states=(1000, 3584), encoder_attention_mask=[1000],
-                       encoder_hidden_states_2=(256, 1472), encoder_attention_mask_2=[256], image_embeds=(729, 1152))),
-    "ltx": ("LTXVideoTransformer3DModel", BLOCKS_OF_EACH, dict(cross_attention_dim=128),
-            dict(hidden_states=("count", 128), encoder_hidden_states=(128, 4096), encoder_attention_mask=[128],
-                 num_frames=lambda f, r, c: f, height=lambda f, r, c: r, width=lambda f, r, c: c)),
-    "cogvideox": ("CogVideoXTransformer3DModel",  # the 5B
-                  dict(num_attention_heads=48, use_rotary_positional_embeddings=True) | BLOCKS_OF_EACH, {},
-                  dict(hidden_states=("frames first", 16), encoder_hidden_states=(226, 4096),
-                       image_rotary_emb=lambda f, r, c: torch.randn(2, f * r * c, 64).unbind())),
-    "mochi": ("MochiTransformer3DModel", BLOCKS_OF_EACH, {},
-              dict(hidden_states=(12, "video"), encoder_hidden_states=(256, 4096), encoder_attention_mask=[256])),
-    "kandinsky5": ("Kandinsky5Transformer3DModel", dict(in_visual_dim=16, out_visual_dim=16, num_visual_blocks=4),
-                   dict(model_dim=128, ff_dim=256),
-                   dict(hidden_states=("channels last", 16), encoder_hidden_states=(256, 3584),
-                        pooled_projections=(768,), text_rope_pos=lambda f, r, c: torch.arange(256),
-                        visual_rope_pos=lambda f, r, c: [torch.arange(n) for n in (f, r, c)])),
-    "easyanimate": ("EasyAnimateTransformer3DModel", dict(in_channels=16, out_channels=16, patch_size=2)
-                    | BLOCKS_OF_EACH, {}, dict(hidden_states=(16, "video"), encoder_hidden_states=(256, 3584))),
-    "sana_video": ("SanaVideoTransformer3DModel", BLOCKS_OF_EACH,
-                   dict(num_cross_attention_heads=2, cross_attention_dim=224),
-                   dict(hidden_states=(16, "video"), encoder_hidden_states=(300, 2304), encoder_attention_mask=[300])),
-    "cosmos": ("CosmosTransformer3DModel", dict(concat_padding_mask=False) | BLOCKS_OF_EACH, {},
-               dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 1024), fps=30)),
-}  # fmt: skip
+    "wan": (
+        "WanTransformer3DModel",
+        SIZES["wan21_1.3b"] | BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096)),
+    ),
+    "wan_14b": (
+        "WanTransformer3DModel",
+        SIZES["wan21_14b"] | BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096)),
+    ),
+    "skyreels": (
+        "SkyReelsV2Transformer3DModel",
+        SIZES["wan21_14b"] | BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 4096)),
+    ),
+    "hunyuan": (
+        "HunyuanVideoTransformer3DModel",
+        dict(num_layers=2, num_single_layers=2),
+        {},
+        dict(
+            hidden_states=(16, "video"),
+            encoder_hidden_states=(256, 4096),
+            encoder_attention_mask=[256],
+            pooled_projections=(768,),
+            guidance=[],
+        ),
+    ),
+    "hunyuan15": (
+        "HunyuanVideo15Transformer3DModel",
+        BLOCKS_OF_EACH,
+        {},
+        dict(
+            hidden_states=(65, "tokens"),
+            encoder_hidden_states=(1000, 3584),
+            encoder_attention_mask=[1000],
+            encoder_hidden_states_2=(256, 1472),
+            encoder_attention_mask_2=[256],
+            image_embeds=(729, 1152),
+        ),
+    ),
+    "ltx": (
+        "LTXVideoTransformer3DModel",
+        BLOCKS_OF_EACH,
+        dict(cross_attention_dim=128),
+        dict(
+            hidden_states=("count", 128),
+            encoder_hidden_states=(128, 4096),
+            encoder_attention_mask=[128],
+            num_frames=lambda f, r, c: f,
+            height=lambda f, r, c: r,
+            width=lambda f, r, c: c,
+        ),
+    ),
+    "cogvideox": (
+        "CogVideoXTransformer3DModel",  # the 5B
+        dict(num_attention_heads=48, use_rotary_positional_embeddings=True) | BLOCKS_OF_EACH,
+        {},
+        dict(
+            hidden_states=("frames first", 16),
+            encoder_hidden_states=(226, 4096),
+            image_rotary_emb=lambda f, r, c: torch.randn(2, f * r * c, 64).unbind(),
+        ),
+    ),
+    "mochi": (
+        "MochiTransformer3DModel",
+        BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(12, "video"), encoder_hidden_states=(256, 4096), encoder_attention_mask=[256]),
+    ),
+    "kandinsky5": (
+        "Kandinsky5Transformer3DModel",
+        dict(in_visual_dim=16, out_visual_dim=16, num_visual_blocks=4),
+        dict(model_dim=128, ff_dim=256),
+        dict(
+            hidden_states=("channels last", 16),
+            encoder_hidden_states=(256, 3584),
+            pooled_projections=(768,),
+            text_rope_pos=lambda f, r, c: torch.arange(256),
+            visual_rope_pos=lambda f, r, c: [torch.arange(n) for n in (f, r, c)],
+        ),
+    ),
+    "easyanimate": (
+        "EasyAnimateTransformer3DModel",
+        dict(in_channels=16, out_channels=16, patch_size=2) | BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(256, 3584)),
+    ),
+    "sana_video": (
+        "SanaVideoTransformer3DModel",
+        BLOCKS_OF_EACH,
+        dict(num_cross_attention_heads=2, cross_attention_dim=224),
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(300, 2304), encoder_attention_mask=[300]),
+    ),
+    "cosmos": (
+        "CosmosTransformer3DModel",
+        dict(concat_padding_mask=False) | BLOCKS_OF_EACH,
+        {},
+        dict(hidden_states=(16, "video"), encoder_hidden_states=(512, 1024), fps=30),
+    ),
+}
 VARIANTS = ("eager", "compiled", "fused")
 
 
@@ -93,8 +162,11 @@ def transformer_of(family: str, tiny: bool, dtype: torch.dtype, device: str) -> 
 
 def inputs_of(family: str, tiny: bool, batch: int, dtype: torch.dtype, device: str) -> dict:
     frames, rows, columns = (2, 2, 2) if tiny else (9, 15, 26)
-    shapes = {"video": (frames, 2 * rows, 2 * columns), "tokens": (frames, rows, columns),
-              "count": (frames * rows * columns,)}  # fmt: skip
+    shapes = {
+        "video": (frames, 2 * rows, 2 * columns),
+        "tokens": (frames, rows, columns),
+        "count": (frames * rows * columns,),
+    }
 
     def made(value):
         if callable(value):

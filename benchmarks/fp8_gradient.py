@@ -22,10 +22,13 @@ def gradient(args, device: str, precision: str | None) -> dict[str, Tensor]:
     pipe = adapted_wan(args, torch.float32 if args.tiny else torch.bfloat16, device)
     size = dict(height=16, width=16, num_frames=9) if args.tiny else dict(height=240, width=416, num_frames=33)
     policy = VideoPolicy(
-        pipe, transition="flow_sde", num_inference_steps=4, attention_kernel=None if args.tiny else "cudnn",
+        pipe,
+        transition="flow_sde",
+        num_inference_steps=4,
+        attention_kernel=None if args.tiny else "cudnn",
         pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size),
         autocast_dtype=None if args.tiny else torch.bfloat16,
-    )  # fmt: skip
+    )
     policy.set_base_precision(precision)
     fuse_products(pipe.transformer)
     rollout = policy.sample(["a", "b"], noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1, 2], output_type="latent")
@@ -72,8 +75,10 @@ def main() -> None:
     for ours, theirs in (("FP8", "bf16"), ("FP8, bf16 backward", "bf16"), ("FP8", "FP8, bf16 backward")):
         a, b = (torch.cat(list(found[name].values())) for name in (ours, theirs))
         each = torch.stack([torch.cosine_similarity(found[ours][k], found[theirs][k], 0) for k in found[ours]])
-        print(f"| {ours}, against {theirs} | {torch.cosine_similarity(a, b, 0):.4f} | {a.norm() / b.norm():.4f} | "
-              f"{each.min():.3f} | {each.median():.3f} |")
+        print(
+            f"| {ours}, against {theirs} | {torch.cosine_similarity(a, b, 0):.4f} | {a.norm() / b.norm():.4f} | "
+            f"{each.min():.3f} | {each.median():.3f} |"
+        )
 
 
 if __name__ == "__main__":

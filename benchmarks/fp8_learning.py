@@ -43,24 +43,33 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128, help="videos sampled at once")
     args, extra = parser.parse_known_args()  # what is left goes to every run
     folders = {(name, seed): args.output_dir / f"{name}-{seed}" for name in PRECISIONS for seed in args.seeds}
-    runs = {key: start("quick-start's", key[1], folder, ["--bf16", "true", *PRECISIONS[key[0]], *extra])
-            for key, folder in folders.items()}  # fmt: skip
+    runs = {
+        key: start("quick-start's", key[1], folder, ["--bf16", "true", *PRECISIONS[key[0]], *extra])
+        for key, folder in folders.items()
+    }
     for key, run in runs.items():
         if run.wait():
             raise SystemExit(f"{key} failed: see {folders[key] / 'log.txt'}")
-    prompts = {name: [p for split in splits for p in load_prompts(split, args.prompts, seed=3)["prompt"]]
-               for name, splits in SPLITS.items()}  # fmt: skip
+    prompts = {
+        name: [p for split in splits for p in load_prompts(split, args.prompts, seed=3)["prompt"]]
+        for name, splits in SPLITS.items()
+    }
     common = prompts, args.device, args.batch, torch.bfloat16
     untrained = {name: scores(None, *common, None if name == "bf16" else name) for name in PRECISIONS}
     found = {key: scores(folder, *common) for key, folder in folders.items()}
-    print("| sampled with / set | untrained, bf16 | untrained, FP8 minus bf16 | trained on bf16 | trained on FP8 | "
-          "FP8 minus bf16 |\n" + "|---" * 6 + "|")  # fmt: skip
+    print(
+        "| sampled with / set | untrained, bf16 | untrained, FP8 minus bf16 | trained on bf16 | trained on FP8 | "
+        "FP8 minus bf16 |\n" + "|---" * 6 + "|"
+    )
     for label, before in untrained["bf16"].items():
         own = paired_bootstrap(before, untrained["fp8"][label])
         means = {name: np.array([found[name, seed][label].mean() for seed in args.seeds]) for name in PRECISIONS}
         by_seed = [f"{values.mean():.3f} ({', '.join(f'{v:.3f}' for v in values)})" for values in means.values()]
-        print(f"| {label} | {before.mean():.3f} | {own['difference']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}] | "
-              + " | ".join(by_seed) + f" | {interval(means['fp8'] - means['bf16'])} |")
+        print(
+            f"| {label} | {before.mean():.3f} | {own['difference']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}] | "
+            + " | ".join(by_seed)
+            + f" | {interval(means['fp8'] - means['bf16'])} |"
+        )
 
 
 if __name__ == "__main__":

@@ -54,19 +54,35 @@ def measure(method: str, steps: int, tiny: bool) -> dict[str, float]:
         make_trainer, make_config = METHODS[method]
     with tempfile.TemporaryDirectory() as folder:
         settings |= {
-            "output_dir": folder, "max_steps": steps, "save_strategy": "no", "report_to": "none", "bf16": not tiny,
-            "use_cpu": tiny, "num_sample_videos": 0, "num_inference_steps": 16, "logging_steps": 1,
+            "output_dir": folder,
+            "max_steps": steps,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": not tiny,
+            "use_cpu": tiny,
+            "num_sample_videos": 0,
+            "num_inference_steps": 16,
+            "logging_steps": 1,
             "gradient_accumulation_steps": VIDEOS // settings["per_device_train_batch_size"],
-        }  # fmt: skip
+        }
         if tiny:
-            settings |= {"height": 16, "width": 16, "num_frames": 9, "torch_compile": False,
-                         "gradient_checkpointing": False, "attention_kernel": "math"}  # fmt: skip
+            settings |= {
+                "height": 16,
+                "width": 16,
+                "num_frames": 9,
+                "torch_compile": False,
+                "gradient_checkpointing": False,
+                "attention_kernel": "math",
+            }
         prompts = [f"{prompt}, take {take}" for take in range(VIDEOS) for prompt in PROMPTS]
         dtype, device = (torch.float32, "cpu") if tiny else (torch.bfloat16, "cuda")
         trainer = make_trainer(
-            random_wan(tiny, dtype, device), [load_reward(name) for name in ["temporal_smoothness"]],
-            make_config(**settings), Dataset.from_dict({"prompt": prompts}), peft_config=default_lora_config(rank),
-        )  # fmt: skip
+            random_wan(tiny, dtype, device),
+            [load_reward(name) for name in ["temporal_smoothness"]],
+            make_config(**settings),
+            Dataset.from_dict({"prompt": prompts}),
+            peft_config=default_lora_config(rank),
+        )
         if not tiny:
             torch.cuda.reset_peak_memory_stats()
         trainer.train()

@@ -1,6 +1,6 @@
 """A reward that knows nothing, as a control: what an optimizer gains from it is drift.
 
-    make demo ARGS="--rewards benchmarks/noise_reward.py:noise_reward --output_dir outputs/control"
+make demo ARGS="--rewards benchmarks/noise_reward.py:noise_reward --output_dir outputs/control"
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """How closely plans and divergences agree with other solvers and closed forms: a table of docs/ot.md.
 
-    python benchmarks/ot_agreement.py                 # CPU
-    python benchmarks/ot_agreement.py --device cuda   # the fused kernel where it serves
+python benchmarks/ot_agreement.py                 # CPU
+python benchmarks/ot_agreement.py --device cuda   # the fused kernel where it serves
 """
 
 import argparse
@@ -51,8 +51,12 @@ def balanced(dtype, device, reg, seeds):
     options = TIGHT if dtype == torch.float64 else {}
     for seed in range(seeds):
         for cost, a, b in problems(dtype, device, seed):
-            theirs = per_problem(cost, a, b, lambda w, v, c: ot.sinkhorn(
-                w, v, c, reg, method="sinkhorn_log", stopThr=1e-12, numItermax=200_000))  # fmt: skip
+            theirs = per_problem(
+                cost,
+                a,
+                b,
+                lambda w, v, c: ot.sinkhorn(w, v, c, reg, method="sinkhorn_log", stopThr=1e-12, numItermax=200_000),
+            )
             yield transport_plan(cost, a, b, reg=reg, **options).plan.double().cpu(), theirs
 
 
@@ -69,8 +73,14 @@ def unbalanced(dtype, device, reg, reach, seeds):
     options = TIGHT if dtype == torch.float64 else {}
     for seed in range(seeds):
         for cost, a, b in problems(dtype, device, seed):
-            theirs = per_problem(cost, a, b, lambda w, v, c: ot.unbalanced.sinkhorn_unbalanced(
-                w, v, c, reg, reach, reg_type="kl", numItermax=100_000, stopThr=1e-14))  # fmt: skip
+            theirs = per_problem(
+                cost,
+                a,
+                b,
+                lambda w, v, c: ot.unbalanced.sinkhorn_unbalanced(
+                    w, v, c, reg, reach, reg_type="kl", numItermax=100_000, stopThr=1e-14
+                ),
+            )
             yield transport_plan(cost, a, b, reg=reg, reach=reach, **options).plan.double().cpu(), theirs
 
 
@@ -78,8 +88,14 @@ def partial_uniform(dtype, device, reg, mass, seeds):
     options = TIGHT if dtype == torch.float64 else {}
     for seed in range(seeds):
         for cost, a, b in problems(dtype, device, seed):
-            theirs = per_problem(cost, a, b, lambda w, v, c: ot.partial.entropic_partial_wasserstein(
-                w, v, c, reg, m=mass, numItermax=100_000, stopThr=1e-15))  # fmt: skip
+            theirs = per_problem(
+                cost,
+                a,
+                b,
+                lambda w, v, c: ot.partial.entropic_partial_wasserstein(
+                    w, v, c, reg, m=mass, numItermax=100_000, stopThr=1e-15
+                ),
+            )
             plan = partial_transport_plan(cost, a, b, mass=mass, reg=reg, reference="uniform", **options).plan
             yield plan.double().cpu(), theirs
 
@@ -90,8 +106,15 @@ def dummy(dtype, device, reg, mass, seeds):
     def extended(w, v, c):
         cost = np.pad(c, ((0, 1), (0, 1)))
         cost[-1, -1] = 1e3
-        return ot.sinkhorn(np.append(w, 1 - mass), np.append(v, 1 - mass), cost, reg, method="sinkhorn_log",
-                           stopThr=1e-13, numItermax=200_000)[:-1, :-1]  # fmt: skip
+        return ot.sinkhorn(
+            np.append(w, 1 - mass),
+            np.append(v, 1 - mass),
+            cost,
+            reg,
+            method="sinkhorn_log",
+            stopThr=1e-13,
+            numItermax=200_000,
+        )[:-1, :-1]
 
     for seed in range(seeds):
         for cost, a, b in problems(dtype, device, seed):
@@ -116,8 +139,9 @@ def programme(device, partial):
             c = cost[k].cpu().numpy().ravel()
             if partial:
                 exact = linprog(c, A_ub=both, b_ub=limits, A_eq=np.ones((1, n * m)), b_eq=[0.6]).fun
-                plan = partial_transport_plan(cost[k], a[k], b[k], mass=0.6, reg=1e-4, tolerance=1e-6,
-                                              max_iterations=200_000).plan  # fmt: skip
+                plan = partial_transport_plan(
+                    cost[k], a[k], b[k], mass=0.6, reg=1e-4, tolerance=1e-6, max_iterations=200_000
+                ).plan
             else:
                 exact = linprog(c, A_eq=both, b_eq=limits).fun
                 plan = transport_plan(cost[k], a[k], b[k], reg=1e-4, tolerance=1e-6, max_iterations=200_000).plan

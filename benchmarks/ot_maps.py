@@ -122,9 +122,7 @@ def measure(task: tuple[str, str, int]) -> tuple[float, ...]:
     warnings.simplefilter("ignore")
     data = Data(name, seed)
     start = time.perf_counter()
-    map_ = (
-        barycentric(data.source, data.target) if label == PLAIN else CLOSED[label]().fit(data.source, data.target)
-    )
+    map_ = barycentric(data.source, data.target) if label == PLAIN else CLOSED[label]().fit(data.source, data.target)
     seconds = time.perf_counter() - start
     return *data.scores(map_), seconds
 

@@ -89,15 +89,20 @@ def measure(name: str, args) -> dict[str, tuple[float, ...]]:
     prompts, drawn, truth = found["drawn_text"], found["drawn_video"], found["alignment"].numpy()
     kinds = dict(MAPS)
     if args.neural:
-        kinds |= {"neural": lambda: NeuralMap(steps=args.steps, patience=10**6),
-                  "neural on linear": lambda: NeuralMap(skip="linear", steps=args.steps, patience=10**6)}  # fmt: skip
+        kinds |= {
+            "neural": lambda: NeuralMap(steps=args.steps, patience=10**6),
+            "neural on linear": lambda: NeuralMap(skip="linear", steps=args.steps, patience=10**6),
+        }
     rows = {}
 
     def add(name: str, map_) -> None:
         image = map_(test_text)
-        rows[name] = (mutual_knn(image, test_video).value, distance_spearman(image, test_video).value,
-                      paired_recall(image, test_video)[1].value,
-                      *rankings(cosine_similarity(map_(prompts), drawn).numpy(), truth))  # fmt: skip
+        rows[name] = (
+            mutual_knn(image, test_video).value,
+            distance_spearman(image, test_video).value,
+            paired_recall(image, test_video)[1].value,
+            *rankings(cosine_similarity(map_(prompts), drawn).numpy(), truth),
+        )
 
     for name, kind in kinds.items():
         with torch.enable_grad():

@@ -103,8 +103,11 @@ def sampled(splits: tuple[str, ...], prompts: int, group: int = 8, most: int = 4
         some, clips = draw(split, prompts, group, 4, seed)
         truth = np.asarray(verify(clips, some).alignment)
         for first in range(0, len(some), group):
-            rows = [(i, j) if truth[i] > truth[j] else (j, i) for i, j in combinations(range(first, first + group), 2)
-                    if abs(truth[i] - truth[j]) >= 0.2]  # fmt: skip
+            rows = [
+                (i, j) if truth[i] > truth[j] else (j, i)
+                for i, j in combinations(range(first, first + group), 2)
+                if abs(truth[i] - truth[j]) >= 0.2
+            ]
             chosen = np.random.default_rng(first).permutation(len(rows))[:most]
             pairs += [[k + len(texts) for k in rows[i]] for i in chosen]
         texts, videos = texts + some, [*videos, clips]

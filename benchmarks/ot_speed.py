@@ -128,9 +128,12 @@ def compare_plans(args: argparse.Namespace, device: torch.device) -> None:
             plan = solve()
             error = float((plan.plan.double() - exact).abs().sum((1, 2)).max())
             name = "balanced" if reach is None else "unbalanced"
-            print(f"| {shape} | {reg:g} | {name} | {tolerance:g} | {solver} | {int(plan.iterations.max())} | "
-                  f"{clock(solve, device, args.repeats):.2f} | {float(plan.marginal_error.max()):.1e} | {error:.1e} | "
-                  f"{peak(solve, device)} |", flush=True)  # fmt: skip
+            print(
+                f"| {shape} | {reg:g} | {name} | {tolerance:g} | {solver} | {int(plan.iterations.max())} | "
+                f"{clock(solve, device, args.repeats):.2f} | {float(plan.marginal_error.max()):.1e} | {error:.1e} | "
+                f"{peak(solve, device)} |",
+                flush=True,
+            )
 
 
 def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
@@ -150,8 +153,13 @@ def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
             print(f"{row} left out: some {expected:.0f} s, above --seconds | | | | |", flush=True)
             continue
         made = []
-        solve = partial(lambda into, *args, **options: into.append(BankDivergence(*args, **options)), made, bank,
-                        blur=blur, solver=solver)  # fmt: skip
+        solve = partial(
+            lambda into, *args, **options: into.append(BankDivergence(*args, **options)),
+            made,
+            bank,
+            blur=blur,
+            solver=solver,
+        )
         try:
             took = clock(solve, device, 1, warmup=int(device.type == "cuda"))
         except (ValueError, torch.OutOfMemoryError) as error:
@@ -159,8 +167,11 @@ def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
             continue
         last[solver], divergence = (count, took), made[-1]
         both = partial(value_and_gradient, divergence, groups)
-        print(f"{row} {took:.0f} | {divergence.self_error:.1e} | {clock(both, device, 5):.1f} | "
-              f"{float(divergence(groups).mean()):.6f} | {peak(solve, device)} |", flush=True)  # fmt: skip
+        print(
+            f"{row} {took:.0f} | {divergence.self_error:.1e} | {clock(both, device, 5):.1f} | "
+            f"{float(divergence(groups).mean()):.6f} | {peak(solve, device)} |",
+            flush=True,
+        )
 
 
 def value_and_gradient(divergence: BankDivergence, groups: Tensor) -> None:

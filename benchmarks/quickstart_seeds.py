@@ -1,7 +1,7 @@
 """The table of docs/quickstart.md from finished runs of the quick-start.
 
-    for s in 0 1 2; do make demo ARGS="--seed $s --output_dir outputs/seed_$s"; done
-    python benchmarks/quickstart_seeds.py outputs/seed_0 outputs/seed_1 outputs/seed_2
+for s in 0 1 2; do make demo ARGS="--seed $s --output_dir outputs/seed_$s"; done
+python benchmarks/quickstart_seeds.py outputs/seed_0 outputs/seed_1 outputs/seed_2
 """
 
 import argparse
@@ -29,12 +29,16 @@ def main() -> None:
     print("|---" * (5 + len(arguments.runs)) + "|")
     for name, first in evaluations[0][0].items():
         for score in SCORES:
-            rows = [paired_bootstrap(before[name]["scores"][score], after[name]["scores"][score])
-                    for before, after in evaluations]
+            rows = [
+                paired_bootstrap(before[name]["scores"][score], after[name]["scores"][score])
+                for before, after in evaluations
+            ]
             cells = [f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in rows]
             mean = np.mean([r["difference"] for r in rows])
-            print(f"| {name} | {score.removeprefix('judges/shapemotion_')} | {len(first['prompts'])} | "
-                  f"{rows[0]['before']:.3f} | " + " | ".join(cells) + f" | {mean:+.3f} |")
+            print(
+                f"| {name} | {score.removeprefix('judges/shapemotion_')} | {len(first['prompts'])} | "
+                f"{rows[0]['before']:.3f} | " + " | ".join(cells) + f" | {mean:+.3f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Wan 2.1 at its real sizes with random weights, made where they are used: nothing is downloaded or converted.
 
-    python benchmarks/random_wan.py                             # how large its parts are, in bf16; computes nothing
-    python benchmarks/random_wan.py --save /tmp/wan             # Wan 2.1 1.3B as a folder, with a small text encoder
+python benchmarks/random_wan.py                             # how large its parts are, in bf16; computes nothing
+python benchmarks/random_wan.py --save /tmp/wan             # Wan 2.1 1.3B as a folder, with a small text encoder
 """
 
 import argparse
@@ -25,8 +25,15 @@ TEXT_ENCODERS = {  # without the vocabulary: small is one layer of Wan's width, 
 }
 
 
-def random_wan(tiny: bool, dtype: torch.dtype, device: str, *, model: str = "wan21_1.3b", text_encoder: str = "small",
-               vae_dtype: torch.dtype = torch.float32) -> WanPipeline:
+def random_wan(
+    tiny: bool,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    model: str = "wan21_1.3b",
+    text_encoder: str = "small",
+    vae_dtype: torch.dtype = torch.float32,
+) -> WanPipeline:
     """A Wan 2.1 with matrices N(0, 0.02), norms 1 and biases 0; `tiny` shrinks every part.
 
     The denoiser and the autoencoder are made on `device`. The text encoder is filled there, matrix by matrix, and lies
@@ -39,12 +46,23 @@ def random_wan(tiny: bool, dtype: torch.dtype, device: str, *, model: str = "wan
     width = 64 if tiny else 4096
     torch.manual_seed(0)
     with torch.device("meta"):
-        encoder = UMT5EncoderModel(UMT5Config(**dict(vocab_size=len(vocabulary), d_model=width, dropout_rate=0.0)
-                                              | TEXT_ENCODERS["small" if tiny else text_encoder]))
+        encoder = UMT5EncoderModel(
+            UMT5Config(
+                **dict(vocab_size=len(vocabulary), d_model=width, dropout_rate=0.0)
+                | TEXT_ENCODERS["small" if tiny else text_encoder]
+            )
+        )
     with torch.device(device), init_empty_weights():  # buffers, such as rotary angles, are real
-        transformer = WanTransformer3DModel(patch_size=(1, 2, 2), in_channels=16, out_channels=16, text_dim=width,
-                                            freq_dim=256, cross_attn_norm=True, qk_norm="rms_norm_across_heads",
-                                            **SIZES["tiny" if tiny else model])
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2),
+            in_channels=16,
+            out_channels=16,
+            text_dim=width,
+            freq_dim=256,
+            cross_attn_norm=True,
+            qk_norm="rms_norm_across_heads",
+            **SIZES["tiny" if tiny else model],
+        )
     with torch.device(device):
         vae = AutoencoderKLWan(base_dim=3, dim_mult=[1, 1, 1, 1], num_res_blocks=1) if tiny else AutoencoderKLWan()
     for parameter in vae.parameters():
@@ -52,9 +70,12 @@ def random_wan(tiny: bool, dtype: torch.dtype, device: str, *, model: str = "wan
     fill(encoder, dtype, device, "meta" if device == "meta" else "cpu")
     fill(transformer, dtype, device, device, keep=transformer._keep_in_fp32_modules or ())
     return WanPipeline(
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                          unk_token="<unk>", model_max_length=512),
-        text_encoder=encoder.eval(), vae=vae.eval(), transformer=transformer.eval(),
+        tokenizer=PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        ),
+        text_encoder=encoder.eval(),
+        vae=vae.eval(),
+        transformer=transformer.eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
     )
 

@@ -36,15 +36,32 @@ from pisces_rl.trainers.base.config import OFFLOAD
 RECIPE = Path(__file__).parents[1] / "recipes" / "wan21_1.3b_grpo.yaml"
 SCRIPT_KEYS = ("model", "dataset", "rewards", "eval_prompts", "lora_r")
 HUB = {"wan21_1.3b": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan21_14b": "Wan-AI/Wan2.1-T2V-14B-Diffusers"}
-PROMPTS = ["a cat walks over wet grass", "waves break on a rocky beach", "a paper plane crosses a classroom",
-           "steam rises from a cup of tea"]
+PROMPTS = [
+    "a cat walks over wet grass",
+    "waves break on a rocky beach",
+    "a paper plane crosses a classroom",
+    "steam rises from a cup of tea",
+]
 REPLACES = {  # settings of the recipe
-    "height": int, "width": int, "num_frames": int, "num_inference_steps": int, "guidance_scale": float,
-    "num_generations": int, "per_device_train_batch_size": int, "gradient_accumulation_steps": int,
-    "rollout_batch_size": int, "recompute": str,
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "num_inference_steps": int,
+    "guidance_scale": float,
+    "num_generations": int,
+    "per_device_train_batch_size": int,
+    "gradient_accumulation_steps": int,
+    "rollout_batch_size": int,
+    "recompute": str,
 }
-SHORT = dict(num_inference_steps=4, guidance_scale=5.0, num_generations=2, per_device_train_batch_size=1,
-             gradient_accumulation_steps=2, rollout_batch_size=1)
+SHORT = dict(
+    num_inference_steps=4,
+    guidance_scale=5.0,
+    num_generations=2,
+    per_device_train_batch_size=1,
+    gradient_accumulation_steps=2,
+    rollout_batch_size=1,
+)
 
 
 class Stages:
@@ -76,10 +93,12 @@ class Stages:
 
     def around(self, name: str | None, manager):
         """A function that gives a context, inside a stage; None: of its argument's name."""
+
         @contextlib.contextmanager
         def both(*args):
             with self(name or args[0]), manager(*args):
                 yield
+
         return both
 
     def watch(self, trainer: VideoGRPOTrainer) -> None:
@@ -137,8 +156,15 @@ def settings_of(arguments: argparse.Namespace) -> dict:
     settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none", offload=arguments.offload)
     settings["replay_tolerance"] = 1.0  # the difference is printed, not judged
     if arguments.tiny:
-        settings |= dict(height=16, width=16, num_frames=9, num_inference_steps=10, use_cpu=True, learning_rate=1e-3,
-                         torch_compile_backend="aot_eager")
+        settings |= dict(
+            height=16,
+            width=16,
+            num_frames=9,
+            num_inference_steps=10,
+            use_cpu=True,
+            learning_rate=1e-3,
+            torch_compile_backend="aot_eager",
+        )
     settings |= SHORT if arguments.short else {}
     settings["vae_tiling"] = arguments.tiling
     settings |= {name: getattr(arguments, name) for name in REPLACES if getattr(arguments, name) is not None}
@@ -161,11 +187,20 @@ def main() -> None:
         model = HUB[arguments.model]
         if arguments.random_weights or arguments.tiny:
             dtype = torch.bfloat16 if config.bf16 else torch.float32
-            model = random_wan(arguments.tiny, dtype, "cuda" if cuda else "cpu", model=arguments.model,
-                               text_encoder=arguments.text_encoder, vae_dtype=dtype)
+            model = random_wan(
+                arguments.tiny,
+                dtype,
+                "cuda" if cuda else "cpu",
+                model=arguments.model,
+                text_encoder=arguments.text_encoder,
+                vae_dtype=dtype,
+            )
         trainer = VideoGRPOTrainer(
-            model=model, reward_funcs=[temporal_smoothness, motion_amount], args=config,
-            train_dataset=Dataset.from_dict({"prompt": PROMPTS}), peft_config=default_lora_config(rank),
+            model=model,
+            reward_funcs=[temporal_smoothness, motion_amount],
+            args=config,
+            train_dataset=Dataset.from_dict({"prompt": PROMPTS}),
+            peft_config=default_lora_config(rank),
         )
         stages.watch(trainer)
         start = time.perf_counter()
@@ -178,14 +213,23 @@ def main() -> None:
         frozen = sum(p.numel() for p in trainer.policy.denoiser.parameters() if not p.requires_grad)
         print(f"denoiser             {frozen / 1e9:.2f} B parameters; offload {config.offload or 'nothing'}")
         size = f"{config.num_frames} x {config.height} x {config.width}"
-        print(f"videos per step      {config.generation_batch_size} of {size}, {config.num_inference_steps} denoising "
-              f"steps, {config.sde_window_size} trained, guidance {config.guidance_scale}")
-        print(f"replay parity        max |log p(update) - log p(sampling)| = "
-              f"{max(row['replay/max_log_prob_error'] for row in logs):.2e}")
+        print(
+            f"videos per step      {config.generation_batch_size} of {size}, {config.num_inference_steps} denoising "
+            f"steps, {config.sde_window_size} trained, guidance {config.guidance_scale}"
+        )
+        print(
+            f"replay parity        max |log p(update) - log p(sampling)| = "
+            f"{max(row['replay/max_log_prob_error'] for row in logs):.2e}"
+        )
         print(f"seconds per step     {seconds / len(logs):.1f}")
-        print("seconds of the last  " + ", ".join(
-            f"{key} {logs[-1][f'seconds/{key}']:.2f}"
-            for key in ("text", "rollout", "decode", "rewards", "update", "idle") if f"seconds/{key}" in logs[-1]))
+        print(
+            "seconds of the last  "
+            + ", ".join(
+                f"{key} {logs[-1][f'seconds/{key}']:.2f}"
+                for key in ("text", "rollout", "decode", "rewards", "update", "idle")
+                if f"seconds/{key}" in logs[-1]
+            )
+        )
         print(stages.table(len(logs)))
         if cuda:
             print(f"peak memory          {max(stages.peaks.values()) / 2**30:.1f} GiB")

@@ -30,14 +30,20 @@ def main() -> None:
         for name, scheduler in SCHEDULERS.items():
             pipe.scheduler = scheduler
             policy = VideoPolicy(pipe, num_inference_steps=steps, pipeline_kwargs=call)
-            videos = torch.cat([
-                policy.sample(prompts[i : i + 16], noise_seeds=list(range(i, i + 16))).videos for i in range(0, 96, 16)
-            ])  # fmt: skip
+            videos = torch.cat(
+                [
+                    policy.sample(prompts[i : i + 16], noise_seeds=list(range(i, i + 16))).videos
+                    for i in range(0, 96, 16)
+                ]
+            )
             policy.scheduler.set_timesteps(steps)
             sigmas = " ".join(f"{s:.3f}" for s in policy.scheduler.sigmas.tolist())
             row = row_of(verify(videos.clamp(0, 1), prompts))
-            print(f"{steps} steps, {name}: correct {row['correct']:.3f} ± {row['correct_interval']:.3f}, "
-                  f"alignment {row['alignment']:.3f}, quality {row['quality']:.3f}  ({sigmas})", flush=True)
+            print(
+                f"{steps} steps, {name}: correct {row['correct']:.3f} ± {row['correct_interval']:.3f}, "
+                f"alignment {row['alignment']:.3f}, quality {row['quality']:.3f}  ({sigmas})",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

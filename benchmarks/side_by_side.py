@@ -54,8 +54,10 @@ def flow_grpo(checkout: Path) -> tuple[FunctionType, FunctionType]:
     """
     for file in (SAMPLING, TRAINING):
         if not (checkout / file).is_file():
-            raise ValueError(f"CHECKOUT={str(checkout)!r} has no file {file}: give the folder into which "
-                             "github.com/yifan123/flow_grpo was cloned.")  # fmt: skip
+            raise ValueError(
+                f"CHECKOUT={str(checkout)!r} has no file {file}: give the folder into which "
+                "github.com/yifan123/flow_grpo was cloned."
+            )
     sys.path.insert(0, str(checkout.resolve()))
     try:
         module = importlib.import_module(".".join(SAMPLING.with_suffix("").parts))
@@ -91,12 +93,22 @@ def theirs(functions: tuple[FunctionType, FunctionType], dtype: torch.dtype, arg
     def roll() -> None:
         transformer.eval()
         _, latents, log_probs, *_ = sample(
-            pipe, prompt_embeds=embeds, negative_prompt_embeds=negative, num_inference_steps=args.steps,
-            guidance_scale=GUIDANCE, output_type="latent", return_dict=False, **speed.size_of(args),
-        )  # fmt: skip
+            pipe,
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            num_inference_steps=args.steps,
+            guidance_scale=GUIDANCE,
+            output_type="latent",
+            return_dict=False,
+            **speed.size_of(args),
+        )
         latents = torch.stack(latents, dim=1)
-        found.update(latents=latents[:, :-1], next_latents=latents[:, 1:], log_probs=torch.stack(log_probs, dim=1),
-                     timesteps=pipe.scheduler.timesteps.repeat(args.batch, 1))  # fmt: skip
+        found.update(
+            latents=latents[:, :-1],
+            next_latents=latents[:, 1:],
+            log_probs=torch.stack(log_probs, dim=1),
+            timesteps=pipe.scheduler.timesteps.repeat(args.batch, 1),
+        )
 
     def update() -> None:
         transformer.train()
@@ -137,8 +149,12 @@ def main() -> None:
         functions = flow_grpo(args.checkout)
     except ValueError as error:
         parser.error(str(error))
-    sides = {name: (lambda dtype=dtype: theirs(functions, dtype, args, device)) if dtype else
-             (lambda: speed.phases(speed.build("fused", args, device), args)) for name, dtype in SIDES.items()}
+    sides = {
+        name: (lambda dtype=dtype: theirs(functions, dtype, args, device))
+        if dtype
+        else (lambda: speed.phases(speed.build("fused", args, device), args))
+        for name, dtype in SIDES.items()
+    }
     built, found = warmed_up(sides, device)
     seconds = {name: ([], []) for name in built}
     for _ in range(args.rounds):
@@ -147,8 +163,10 @@ def main() -> None:
                 runs.append(speed.once(call, device)[0])
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     size = "{num_frames} x {height} x {width}".format(**speed.size_of(args))
-    print(f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; {size}, batch {args.batch}, "
-          f"updates of {args.micro_batch}; ms a sample and denoising step, medians of {args.rounds} rounds\n")
+    print(
+        f"{where}, torch {torch.__version__}, diffusers {diffusers.__version__}; {size}, batch {args.batch}, "
+        f"updates of {args.micro_batch}; ms a sample and denoising step, medians of {args.rounds} rounds\n"
+    )
     print("| | rollout ms | update ms | error | rollout GiB | update GiB | times as fast, rollout / update |")
     print("|---|---|---|---|---|---|---|")
     first = None
@@ -156,8 +174,10 @@ def main() -> None:
         per = [1000 / args.batch * median(own) / steps for own, steps in zip(runs, (args.steps, args.steps - 1))]
         first = first or per
         error, *peaks = found[name]
-        print(f"| {name} | {per[0]:.1f} | {per[1]:.1f} | {error:.1e} | {peaks[0]:.2f} | {peaks[1]:.2f} | "
-              f"{first[0] / per[0]:.2f} / {first[1] / per[1]:.2f} |")
+        print(
+            f"| {name} | {per[0]:.1f} | {per[1]:.1f} | {error:.1e} | {peaks[0]:.2f} | {peaks[1]:.2f} | "
+            f"{first[0] / per[0]:.2f} / {first[1] / per[1]:.2f} |"
+        )
 
 
 if __name__ == "__main__":

@@ -73,18 +73,24 @@ def build(name: str, args, device: str, recompute: str | None = None, offload: S
     compiled, variants_recompute, kernel, fused, precision = VARIANTS[name]
     pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device)
     policy = VideoPolicy(
-        pipe, transition="flow_sde", num_inference_steps=args.steps,
+        pipe,
+        transition="flow_sde",
+        num_inference_steps=args.steps,
         pipeline_kwargs=dict(guidance_scale=5.0, max_sequence_length=512, **size_of(args)),
-        autocast_dtype=torch.bfloat16 if device == "cuda" else None, attention_kernel=kernel,
-    )  # fmt: skip
+        autocast_dtype=torch.bfloat16 if device == "cuda" else None,
+        attention_kernel=kernel,
+    )
     policy.set_base_precision(precision)
     if offload:
         policy.place(device, offload)
     if fused:
         fuse_products(pipe.transformer)
     if compiled:
-        compile_blocks(pipe.transformer, recompute=recompute or variants_recompute,
-                       backend="aot_eager" if args.tiny else "inductor")  # fmt: skip
+        compile_blocks(
+            pipe.transformer,
+            recompute=recompute or variants_recompute,
+            backend="aot_eager" if args.tiny else "inductor",
+        )
     else:
         policy.activation_checkpointing_enable()
     return policy
@@ -116,8 +122,9 @@ def phases(policy: VideoPolicy, args) -> tuple[Callable[[], None], Callable[[], 
     found, errors = {}, []
 
     def roll() -> None:
-        found["rollout"] = policy.sample(prompts, noise_seeds=seeds, step_seeds=seeds, steps=trained,
-                                         output_type="latent")  # fmt: skip
+        found["rollout"] = policy.sample(
+            prompts, noise_seeds=seeds, step_seeds=seeds, steps=trained, output_type="latent"
+        )
 
     def update() -> None:
         rollout = found["rollout"]
@@ -149,8 +156,14 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
         for label, call in (("rollout", roll), ("update", update)):
             profiled(label, call, device, args.profile)
     per = 1000 / args.batch
-    return (per * rollout_seconds / args.steps, per * update_seconds / (args.steps - 1), error, rollout_peak,
-            update_peak, first)  # fmt: skip
+    return (
+        per * rollout_seconds / args.steps,
+        per * update_seconds / (args.steps - 1),
+        error,
+        rollout_peak,
+        update_peak,
+        first,
+    )
 
 
 def profiled(label: str, call, device: str, shown: int) -> None:
@@ -181,8 +194,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     work_options(parser)
-    parser.add_argument("--profile", type=int, nargs="?", const=18, default=0, metavar="ROWS",
-                        help="print the kernels of one rollout and one update")  # fmt: skip
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=18,
+        default=0,
+        metavar="ROWS",
+        help="print the kernels of one rollout and one update",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"

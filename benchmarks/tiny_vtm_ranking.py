@@ -48,8 +48,10 @@ def correlations(scores: np.ndarray, truth: np.ndarray, generator: np.random.Gen
     within = np.array([spearmanr(s, t).statistic if np.ptp(t) > 0 and np.ptp(s) > 0 else np.nan for s, t in pairs])
     draws = generator.integers(len(scores), size=(RESAMPLES, len(scores)))
     overall = [spearmanr(scores[rows].ravel(), truth[rows].ravel()).statistic for rows in draws]
-    values = (spearmanr(scores.ravel(), truth.ravel()).statistic, overall), (
-        np.nanmean(within), np.nanmean(within[draws], 1))  # fmt: skip
+    values = (
+        (spearmanr(scores.ravel(), truth.ravel()).statistic, overall),
+        (np.nanmean(within), np.nanmean(within[draws], 1)),
+    )
     return ["{:.3f} [{:.3f}, {:.3f}]".format(value, *np.percentile(spread, [2.5, 97.5])) for value, spread in values]
 
 

@@ -24,9 +24,18 @@ def brightness(prompts, videos, **columns):
 
 
 if __name__ == "__main__":
-    config = VideoGRPOConfig(output_dir="outputs/penalty", max_steps=12, learning_rate=2e-3, num_inference_steps=8,
-                             per_device_train_batch_size=16, num_iterations=2, height=64, width=64, num_frames=17,
-                             pipeline_kwargs={"max_sequence_length": 24})
+    config = VideoGRPOConfig(
+        output_dir="outputs/penalty",
+        max_steps=12,
+        learning_rate=2e-3,
+        num_inference_steps=8,
+        per_device_train_batch_size=16,
+        num_iterations=2,
+        height=64,
+        width=64,
+        num_frames=17,
+        pipeline_kwargs={"max_sequence_length": 24},
+    )
     prompts = Dataset.from_dict({"prompt": [f"a {shape} moving left" for shape in ("circle", "square", "cross")]})
     trainer = PenaltyTrainer("tiny-wan", brightness, config, prompts)
     trainer.train()

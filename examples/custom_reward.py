@@ -1,6 +1,6 @@
 """Train on a reward of your own: any function of prompts and videos.
 
-    accelerate launch examples/custom_reward.py
+accelerate launch examples/custom_reward.py
 """
 
 from datasets import Dataset
@@ -22,10 +22,21 @@ if __name__ == "__main__":
         model="tiny-wan",  # or any Hub id of a text-to-video pipeline
         reward_funcs=redness,
         args=VideoGRPOConfig(
-            output_dir="outputs/redness", max_steps=12, learning_rate=2e-3, gradient_checkpointing=False,
-            per_device_train_batch_size=32, num_generations=8, num_inference_steps=8, sde_window_size=2,
-            sde_window_range=[0, 5], guidance_scale=1.0, height=64, width=64, num_frames=17,
-            pipeline_kwargs={"max_sequence_length": 24}, per_device_eval_batch_size=16,
+            output_dir="outputs/redness",
+            max_steps=12,
+            learning_rate=2e-3,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=32,
+            num_generations=8,
+            num_inference_steps=8,
+            sde_window_size=2,
+            sde_window_range=[0, 5],
+            guidance_scale=1.0,
+            height=64,
+            width=64,
+            num_frames=17,
+            pipeline_kwargs={"max_sequence_length": 24},
+            per_device_eval_batch_size=16,
         ),
         train_dataset=prompts,
         eval_dataset=prompts,

@@ -87,8 +87,12 @@ class FakeHub:
                     return 400, {"error": f"{value['path']} was never uploaded"}
                 files[value["path"]] = self.blobs[value["oid"]]
         self.commits.append({"repo": repo, "revision": revision, "message": header["summary"], "files": files})
-        return 200, {"commitUrl": f"{self.url}/{repo}/commit/{len(self.commits):040x}", "commitOid": "0" * 40,
-                     "hookOutput": "", "success": True}
+        return 200, {
+            "commitUrl": f"{self.url}/{repo}/commit/{len(self.commits):040x}",
+            "commitOid": "0" * 40,
+            "hookOutput": "",
+            "success": True,
+        }
 
 
 @contextmanager
@@ -135,5 +139,14 @@ def running_hub():
 
 def client_environment(hub: FakeHub, environment: dict, home) -> dict:
     """Environment of a process whose Hub client talks to the fake one, with an empty home for its caches."""
-    return {**environment, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-            "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return {
+        **environment,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_TOKEN": TOKEN,
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "NO_PROXY": "127.0.0.1",
+        "no_proxy": "127.0.0.1",
+    }

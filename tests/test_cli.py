@@ -87,8 +87,10 @@ def test_several_dataclasses_and_required_fields(recipe, capsys):
     assert "--folder" in refused(capsys, [], Settings, Needed)
 
 
-@pytest.mark.parametrize("text, types", [("1e-3", float), ("5E-4", float), ("1.5e-5", float), ("2e3", float),
-                                         ("0.001", float), ("7", float)])
+@pytest.mark.parametrize(
+    "text, types",
+    [("1e-3", float), ("5E-4", float), ("1.5e-5", float), ("2e3", float), ("0.001", float), ("7", float)],
+)
 def test_floats_of_yaml(recipe, text, types):
     """YAML 1.1 reads 1e-3 as a string."""
     (settings,) = parsed(["--config", recipe(f"scale: {text}\n")])
@@ -100,10 +102,16 @@ def test_text_that_looks_like_a_number_stays_text(recipe):
     assert settings.label == "1e-3" and settings.model == "some-e-name"
 
 
-@pytest.mark.parametrize("line, name", [
-    ("rank: eight", "rank"), ("rank: 2.5", "rank"), ("shuffle: perhaps", "shuffle"), ("scale: [1, 2]", "scale"),
-    ("rank: true", "rank"),
-])
+@pytest.mark.parametrize(
+    "line, name",
+    [
+        ("rank: eight", "rank"),
+        ("rank: 2.5", "rank"),
+        ("shuffle: perhaps", "shuffle"),
+        ("scale: [1, 2]", "scale"),
+        ("rank: true", "rank"),
+    ],
+)
 def test_values_of_the_wrong_type_in_yaml(recipe, capsys, line, name):
     assert name in refused(capsys, ["--config", recipe(line + "\n")])
 
@@ -115,10 +123,15 @@ def test_empty_lists_and_a_bare_no(recipe, tmp_path):
     assert settings.rewards == [] and config.save_strategy == "no" and config.eval_strategy == "no" and config.use_cpu
 
 
-@pytest.mark.parametrize("arguments, wrong, near", [
-    (["--rewrds", "a"], "--rewrds", "rewards"), (["--rank=3", "--scal=2"], "--scal=2", "scale"),
-    (["--qiet"], "--qiet", "quiet"), (["--no-such-thing", "1"], "--no-such-thing", None),
-])
+@pytest.mark.parametrize(
+    "arguments, wrong, near",
+    [
+        (["--rewrds", "a"], "--rewrds", "rewards"),
+        (["--rank=3", "--scal=2"], "--scal=2", "scale"),
+        (["--qiet"], "--qiet", "quiet"),
+        (["--no-such-thing", "1"], "--no-such-thing", None),
+    ],
+)
 def test_an_unknown_argument_names_the_nearest(capsys, arguments, wrong, near):
     message = refused(capsys, arguments)
     assert f"unknown argument {wrong!r}" in message and "did you mean" in message
@@ -149,13 +162,25 @@ def test_the_trainers_config(recipe, tmp_path):
         "reward_weights: [1, 0.5]\npipeline_kwargs: {max_sequence_length: 24}\nuse_cpu: true\nshuffle_dataset: false\n"
         "scale_rewards: batch\nreport_to: none\nguidance_scale: 1\n"
     )
-    settings, config = parsed(["--config", path, "--learning_rate", "2e-3", "--num_inference_steps", "8"], Settings,
-                              VideoGRPOConfig)
+    settings, config = parsed(
+        ["--config", path, "--learning_rate", "2e-3", "--num_inference_steps", "8"], Settings, VideoGRPOConfig
+    )
     assert config.learning_rate == 2e-3 and config.num_inference_steps == 8 and config.sde_window_range == [0, 5]
     assert config.pipeline_kwargs == {"max_sequence_length": 24} and config.reward_weights == [1, 0.5]
     assert config.shuffle_dataset is False and config.scale_rewards == "batch"
-    config = parsed(["--output_dir", str(tmp_path), "--pipeline_kwargs", '{"max_sequence_length": 3}', "--use_cpu",
-                     "--sde_window_range", "1", "4"], VideoGRPOConfig)[0]
+    config = parsed(
+        [
+            "--output_dir",
+            str(tmp_path),
+            "--pipeline_kwargs",
+            '{"max_sequence_length": 3}',
+            "--use_cpu",
+            "--sde_window_range",
+            "1",
+            "4",
+        ],
+        VideoGRPOConfig,
+    )[0]
     assert config.pipeline_kwargs == {"max_sequence_length": 3} and config.sde_window_range == [1, 4]
 
 
@@ -178,9 +203,7 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
         return
     settings = run.settings_of(cell)
     _, config = run.TRAINERS[settings.pop("trainer")]
-    script, config = parsed(
-        ["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config
-    )
+    script, config = parsed(["--config", recipe(yaml.safe_dump(settings)), "--use_cpu"], run.ScriptArguments, config)
     assert (script.rewards or script.consistency_weight) and config.max_steps >= 1 and config.eval_steps
     assert not script.ot_attention or OTAttention(**json.loads(script.ot_attention))
 
@@ -210,12 +233,15 @@ def test_the_examples_have_a_default_recipe(monkeypatch, example):
         assert arguments(*given) == given
 
 
-@pytest.mark.parametrize("method, rewards, message", [
-    ("nft", True, "no-such-folder"),
-    ("grpo", True, "no-such-folder"),
-    ("flow_dpo", False, "no-such-folder"),
-    ("flow_dpo", True, "reward_funcs is given, but train_dataset holds pairs"),
-])
+@pytest.mark.parametrize(
+    "method, rewards, message",
+    [
+        ("nft", True, "no-such-folder"),
+        ("grpo", True, "no-such-folder"),
+        ("flow_dpo", False, "no-such-folder"),
+        ("flow_dpo", True, "reward_funcs is given, but train_dataset holds pairs"),
+    ],
+)
 def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, method, rewards, message):
     """What the trainer says last before it would load a model; without rewards it would have said so before."""
     for name in ("good.mp4", "bad.mp4"):
@@ -223,36 +249,58 @@ def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, method, rewards, messag
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
     (tmp_path / "my.py").write_text("def score(prompts, videos, **columns):\n    return [0.0] * len(prompts)\n")
     arguments = [
-        "--method", method, "--model", str(tmp_path / "no-such-folder"), "--use_cpu",
-        "--dataset", str(tmp_path / "pairs.jsonl"), "--output_dir", str(tmp_path / "out"), "--num_generations", "2",
+        "--method",
+        method,
+        "--model",
+        str(tmp_path / "no-such-folder"),
+        "--use_cpu",
+        "--dataset",
+        str(tmp_path / "pairs.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--num_generations",
+        "2",
         *(["--rewards", f"{tmp_path}/my.py:score"] if rewards else []),
-    ]  # fmt: skip
+    ]
     with pytest.raises(ValueError, match=message):
         train_command.main(arguments)
 
 
-@pytest.mark.parametrize("given, message", [
-    ([], "no-such-folder"),
-    (["--rollout_batch_size", "2"], "rollout_batch_size=2, but train_dataset holds pairs"),
-    (["--multi_objective_aggregation=normalize_then_sum"], "multi_objective_aggregation='normalize_then_sum', but"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "no-such-folder"),
+        (["--rollout_batch_size", "2"], "rollout_batch_size=2, but train_dataset holds pairs"),
+        (
+            ["--multi_objective_aggregation=normalize_then_sum"],
+            "multi_objective_aggregation='normalize_then_sum', but",
+        ),
+    ],
+)
 def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, given, message):
     for name in ("good.mp4", "bad.mp4"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
     arguments = [
-        "--config", str(ROOT / "recipes" / "wan21_1.3b_flow_dpo.yaml"), "--use_cpu",
-        "--model", str(tmp_path / "no-such-folder"), "--dataset", str(tmp_path / "pairs.jsonl"),
-        "--output_dir", str(tmp_path / "out"), "--num_generations", "2", *given,
-    ]  # fmt: skip
+        "--config",
+        str(ROOT / "recipes" / "wan21_1.3b_flow_dpo.yaml"),
+        "--use_cpu",
+        "--model",
+        str(tmp_path / "no-such-folder"),
+        "--dataset",
+        str(tmp_path / "pairs.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--num_generations",
+        "2",
+        *given,
+    ]
     with pytest.raises(ValueError, match=message):
         train_command.main(arguments)
 
 
 def test_the_settings_of_rewards_reach_them():
-    script = ScriptArguments(
-        divergence_weight=0.5, ot_attention='{"plan": "balanced"}', ot_solver="geomloss"
-    )
+    script = ScriptArguments(divergence_weight=0.5, ot_attention='{"plan": "balanced"}', ot_solver="geomloss")
     quality, semantic, plain = load_rewards(script, ["ot_quality", "ot_semantic", "cosine"])
     assert quality.divergence_weight == 0.5 and plain.divergence_weight == 0
     assert semantic.attention == OTAttention(plan="balanced", solver="geomloss")
@@ -315,15 +363,21 @@ def test_paths_of_images_are_found_beside_the_file(tmp_path):
     assert data["image"][:] == [3] and data["last_image"][:] == [str(tmp_path / "fox.png")]
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("none.txt", None, "no such file"), ("none.csv", None, "no such file"),
-    ("empty.txt", "", "holds no prompt"), ("blank.txt", "\n \n", "holds no prompt"),
-    ("empty.csv", "", "holds no prompt"), ("empty.jsonl", "", "holds no prompt"),
-    ("head.csv", "prompt\n", "holds no prompt"),
-    ("other.csv", "text\na circle\n", "none named 'prompt'"),
-    ("broken.jsonl", '{"prompt": "a"\n[oops', "could not be read"),
-    ("folder", None, "a data set that could be loaded"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("none.txt", None, "no such file"),
+        ("none.csv", None, "no such file"),
+        ("empty.txt", "", "holds no prompt"),
+        ("blank.txt", "\n \n", "holds no prompt"),
+        ("empty.csv", "", "holds no prompt"),
+        ("empty.jsonl", "", "holds no prompt"),
+        ("head.csv", "prompt\n", "holds no prompt"),
+        ("other.csv", "text\na circle\n", "none named 'prompt'"),
+        ("broken.jsonl", '{"prompt": "a"\n[oops', "could not be read"),
+        ("folder", None, "a data set that could be loaded"),
+    ],
+)
 def test_bad_prompt_files(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
@@ -343,11 +397,16 @@ def test_known_files_and_modules(tmp_path):
     assert load_reward("pisces_rl.rewards:exposure") is exposure
 
 
-@pytest.mark.parametrize("name, message", [
-    ("exposur", "did you mean 'exposure'"), ("nowhere.py:f", "no file 'nowhere.py'"),
-    ("pisces_rl.rewards:exposur", "has no function 'exposur'"), ("no_such_package:f", "no module 'no_such_package'"),
-    ("pisces_rl.rewards:__name__", "has no function"),
-])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("exposur", "did you mean 'exposure'"),
+        ("nowhere.py:f", "no file 'nowhere.py'"),
+        ("pisces_rl.rewards:exposur", "has no function 'exposur'"),
+        ("no_such_package:f", "no module 'no_such_package'"),
+        ("pisces_rl.rewards:__name__", "has no function"),
+    ],
+)
 def test_unknown_rewards(name, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_reward(name)

@@ -12,12 +12,39 @@ from pisces_rl.cli import env_command
 from pisces_rl.cli.completion_command import script, words_of_help
 
 ROOT = Path(__file__).parents[1]
-TINY = ["--use_cpu", "--max_steps", "1", "--height", "32", "--width", "32", "--num_frames", "5",
-        "--guidance_scale", "1", "--num_inference_steps", "2", "--per_device_train_batch_size", "2",
-        "--num_generations", "4",
-        "--gradient_accumulation_steps", "2", "--report_to", "none", "--save_strategy", "no", "--eval_prompts", "0",
-        "--pipeline_kwargs", '{"max_sequence_length": 24}', "--model", "tiny-wan",
-        "--rewards", "exposure"]  # fmt: skip
+TINY = [
+    "--use_cpu",
+    "--max_steps",
+    "1",
+    "--height",
+    "32",
+    "--width",
+    "32",
+    "--num_frames",
+    "5",
+    "--guidance_scale",
+    "1",
+    "--num_inference_steps",
+    "2",
+    "--per_device_train_batch_size",
+    "2",
+    "--num_generations",
+    "4",
+    "--gradient_accumulation_steps",
+    "2",
+    "--report_to",
+    "none",
+    "--save_strategy",
+    "no",
+    "--eval_prompts",
+    "0",
+    "--pipeline_kwargs",
+    '{"max_sequence_length": 24}',
+    "--model",
+    "tiny-wan",
+    "--rewards",
+    "exposure",
+]
 
 
 def stopped(capsys, *arguments: str) -> tuple[object, str]:
@@ -32,9 +59,11 @@ def stopped(capsys, *arguments: str) -> tuple[object, str]:
 
 
 def test_help_names_every_subcommand_and_imports_nothing_heavy():
-    code = ("import sys\nfrom pisces_rl.command import main\ntry:\n    main(['--help'])\nexcept SystemExit as ended:\n"
-            "    assert not ended.code\nheavy = {'torch', 'numpy', 'diffusers', 'transformers', 'datasets', 'yaml'}\n"
-            "print('heavy:', sorted(heavy & set(sys.modules)))\n")
+    code = (
+        "import sys\nfrom pisces_rl.command import main\ntry:\n    main(['--help'])\nexcept SystemExit as ended:\n"
+        "    assert not ended.code\nheavy = {'torch', 'numpy', 'diffusers', 'transformers', 'datasets', 'yaml'}\n"
+        "print('heavy:', sorted(heavy & set(sys.modules)))\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
     for name, (purpose, _, _) in command.COMMANDS.items():
@@ -53,15 +82,18 @@ def test_every_subcommand_has_a_help(capsys, name):
     assert not status and printed.startswith(f"usage: pisces-rl {name} ")
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["trian"], "invalid choice: 'trian'; did you mean train"),
-    (["--tracebak", "train"], "did you mean --traceback"),
-    (["vbench", "reed"], "invalid choice: 'reed'; did you mean read"),
-    (["serve", "--rewards", "exposure", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port"),
-    (["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"], "did you mean 'learning_rate'"),
-    (["evaluate", "--reward", "exposure"], "did you mean 'rewards'"),
-    (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["trian"], "invalid choice: 'trian'; did you mean train"),
+        (["--tracebak", "train"], "did you mean --traceback"),
+        (["vbench", "reed"], "invalid choice: 'reed'; did you mean read"),
+        (["serve", "--rewards", "exposure", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port"),
+        (["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"], "did you mean 'learning_rate'"),
+        (["evaluate", "--reward", "exposure"], "did you mean 'rewards'"),
+        (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
+    ],
+)
 def test_a_wrong_command_line_names_the_nearest_words(capsys, arguments, message):
     status, printed = stopped(capsys, *arguments)
     assert status == 2 and message in printed
@@ -76,8 +108,17 @@ def test_an_unknown_method_names_the_nearest(capsys):
 
 
 def test_a_mistake_is_a_sentence_and_its_traceback_is_there_for_who_asks(capsys, monkeypatch, tmp_path):
-    arguments = ["sample", "--model", "tiny-wan", "--prompt", "a circle", "--output", str(tmp_path),
-                 "--batch_size", "0"]  # fmt: skip
+    arguments = [
+        "sample",
+        "--model",
+        "tiny-wan",
+        "--prompt",
+        "a circle",
+        "--output",
+        str(tmp_path),
+        "--batch_size",
+        "0",
+    ]
     status, printed = stopped(capsys, *arguments)
     assert status == 1 and printed == "pisces-rl sample: --batch_size 0 must be at least 1."
     with pytest.raises(ValueError, match="--batch_size 0"):
@@ -87,10 +128,17 @@ def test_a_mistake_is_a_sentence_and_its_traceback_is_there_for_who_asks(capsys,
         command.main(arguments)
 
 
-@pytest.mark.parametrize("error, status, message", [
-    (KeyboardInterrupt(), 130, "pisces-rl env: interrupted\n"),
-    (OSError("no space left"), 1, "pisces-rl env: no space left\n(pisces-rl --traceback ... shows where this OSError"),
-])
+@pytest.mark.parametrize(
+    "error, status, message",
+    [
+        (KeyboardInterrupt(), 130, "pisces-rl env: interrupted\n"),
+        (
+            OSError("no space left"),
+            1,
+            "pisces-rl env: no space left\n(pisces-rl --traceback ... shows where this OSError",
+        ),
+    ],
+)
 def test_ctrl_c_and_errors_of_others(capsys, monkeypatch, error, status, message):
     def fails():
         raise error
@@ -122,15 +170,34 @@ def test_train_and_sample(tmp_path):
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "pisces_rl"]
     run = tmp_path / "run"
-    done = subprocess.run([*program, "train", "--method", "grpo", *TINY, "--output_dir", str(run)],
-                          capture_output=True, text=True, env=env)  # fmt: skip
+    done = subprocess.run(
+        [*program, "train", "--method", "grpo", *TINY, "--output_dir", str(run)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
     assert done.returncode == 0, done.stderr
     assert "step 1 of 1: reward" in done.stderr
     for noise in ("it/s", "step/s", "pin_memory", "accelerator"):
         assert noise not in done.stderr + done.stdout
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
-    command.main(["sample", "--model", "tiny-wan", "--adapter", str(run), "--prompts", str(tmp_path / "prompts.txt"),
-                  "--output", str(tmp_path / "out"), "--num_frames", "5", "--num_inference_steps", "2"])  # fmt: skip
+    command.main(
+        [
+            "sample",
+            "--model",
+            "tiny-wan",
+            "--adapter",
+            str(run),
+            "--prompts",
+            str(tmp_path / "prompts.txt"),
+            "--output",
+            str(tmp_path / "out"),
+            "--num_frames",
+            "5",
+            "--num_inference_steps",
+            "2",
+        ]
+    )
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert names == {"before_after.png", *(f"{part}/00{i}.mp4" for part in ("before", "after") for i in (0, 1))}
 
@@ -139,8 +206,21 @@ def test_train_and_sample_in_this_process(tmp_path, capsys):
     command.main(["train", "--method", "grpo", *TINY, "--output_dir", str(tmp_path / "run")])
     assert "step 1 of 1: reward" in capsys.readouterr().err
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()
-    command.main(["sample", "--model", "tiny-wan", "--prompt", "a red circle", "--output", str(tmp_path / "out"),
-                  "--num_frames", "5", "--num_inference_steps", "1"])  # fmt: skip
+    command.main(
+        [
+            "sample",
+            "--model",
+            "tiny-wan",
+            "--prompt",
+            "a red circle",
+            "--output",
+            str(tmp_path / "out"),
+            "--num_frames",
+            "5",
+            "--num_inference_steps",
+            "1",
+        ]
+    )
     assert capsys.readouterr().out.endswith(f"1 prompts: {tmp_path / 'out'}; {tmp_path / 'out' / 'before.png'}\n")
     assert (tmp_path / "out" / "before" / "000.mp4").is_file() and not (tmp_path / "out" / "after").exists()
 
@@ -166,18 +246,41 @@ def test_a_missing_launcher_file_is_a_sentence(capsys):
 def test_two_processes_train(tmp_path):
     config = ROOT / "recipes" / "accelerate" / "ddp.yaml"
     done = subprocess.run(
-        [sys.executable, "-m", "pisces_rl", "train", "--method", "grpo", "--accelerate_config", str(config),
-         "--num_processes", "2", "--main_process_port", "0", *TINY, "--output_dir", str(tmp_path)],
-        capture_output=True, text=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pisces_rl",
+            "train",
+            "--method",
+            "grpo",
+            "--accelerate_config",
+            str(config),
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            *TINY,
+            "--output_dir",
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
     assert "2 x cpu" in done.stdout and (tmp_path / "pytorch_lora_weights.safetensors").is_file()
 
 
-@pytest.mark.parametrize("example, own", [
-    ("train_t2v", "--num_generations"), ("estimate_memory", "--gpu_gib"), ("evaluate_rewards", "--ot_map"),
-    ("fit_ot_map", "--bank_size"), ("export_adapter", "--format"),
-])
+@pytest.mark.parametrize(
+    "example, own",
+    [
+        ("train_t2v", "--num_generations"),
+        ("estimate_memory", "--gpu_gib"),
+        ("evaluate_rewards", "--ot_map"),
+        ("fit_ot_map", "--bank_size"),
+        ("export_adapter", "--format"),
+    ],
+)
 @pytest.mark.slow
 def test_the_examples_are_thin_callers(example, own):
     path = ROOT / "examples" / f"{example}.py"
@@ -193,7 +296,9 @@ def test_completion_offers_subcommands_and_options(capsys, tmp_path):
     assert {"--port", "--rewards", "--help"} <= words_of_help(command.main, ["serve"])
     (tmp_path / "c.sh").write_text(script({"serve": ["--port", "--queue"], "env": ["--help"]}))
     for words, offered in ((["pisces-rl", "se"], ["serve"]), (["pisces-rl", "serve", "--q"], ["--queue"])):
-        code = (f"source {tmp_path / 'c.sh'}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
-                '_pisces_rl; echo "${COMPREPLY[@]}"')  # fmt: skip
+        code = (
+            f"source {tmp_path / 'c.sh'}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+            '_pisces_rl; echo "${COMPREPLY[@]}"'
+        )
         done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
         assert done.stdout.split() == offered

@@ -29,8 +29,9 @@ def test_the_version_is_one():
 
 
 def run(*command: str, folder: Path, **environment: str) -> str:
-    done = subprocess.run(command, cwd=folder, env=os.environ | environment, capture_output=True, text=True,
-                          timeout=500)  # fmt: skip
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=500
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return done.stdout
 

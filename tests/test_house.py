@@ -26,15 +26,53 @@ MAY_IMPORT = {
     "shapemotion": set(),
     "policy": {"transitions"},
     "rewards": {"ot", "assets", "media", "whole_files"},
-    "trainers": {"estimate", "policy", "rewards", "transitions", "assets", "media", "hub", "markdown", "run_files",
-                 "run_page", "whole_files"},
+    "trainers": {
+        "estimate",
+        "policy",
+        "rewards",
+        "transitions",
+        "assets",
+        "media",
+        "hub",
+        "markdown",
+        "run_files",
+        "run_page",
+        "whole_files",
+    },
     "estimate": {"policy", "assets"},
     "export": {"policy", "hub", "run_files", "whole_files"},
-    "evaluation": {"policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "shapemotion", "markdown",
-                   "run_files", "whole_files"},
+    "evaluation": {
+        "policy",
+        "rewards",
+        "transitions",
+        "trainers",
+        "ot",
+        "assets",
+        "media",
+        "shapemotion",
+        "markdown",
+        "run_files",
+        "whole_files",
+    },
     "prompt_files": set(),
-    "cli": {"command", "prompt_files", "policy", "rewards", "transitions", "trainers", "ot", "assets", "media", "hub",
-            "evaluation", "estimate", "export", "shapemotion", "markdown", "whole_files"},
+    "cli": {
+        "command",
+        "prompt_files",
+        "policy",
+        "rewards",
+        "transitions",
+        "trainers",
+        "ot",
+        "assets",
+        "media",
+        "hub",
+        "evaluation",
+        "estimate",
+        "export",
+        "shapemotion",
+        "markdown",
+        "whole_files",
+    },
     "command": {"cli", "rewards", "evaluation", "run_page"},
     "__main__": {"command"},
     # names of the top level are loaded on first use, so importing it costs nothing
@@ -116,8 +154,12 @@ def test_the_extra_server_is_imported_where_it_serves_only():
     """`application` is imported by `serve` within the function that looks for the extra."""
     users = {p.name for p in sources() if {"starlette", "uvicorn"} & {m.split(".")[0] for m in imported_modules(p)}}
     server = PACKAGE / "rewards" / "server"
-    at_import = [ast.unparse(node) for path in sources() for node in ast.parse(path.read_text()).body
-                 if isinstance(node, (ast.Import, ast.ImportFrom)) and path != server / "application.py"]
+    at_import = [
+        ast.unparse(node)
+        for path in sources()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and path != server / "application.py"
+    ]
     assert users == {"application.py", "serve.py"}
     assert not [line for line in at_import if re.search(r"starlette|uvicorn|[. ]application\b", line)]
 
@@ -135,8 +177,11 @@ def opened_without_encoding(path: Path) -> list[int]:
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
             continue
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        texts = [a.value for a in [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
-                 if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+        texts = [
+            a.value
+            for a in [*node.args, *(k.value for k in node.keywords if k.arg == "mode")]
+            if isinstance(a, ast.Constant) and isinstance(a.value, str)
+        ]
         mode = next((text for text in texts if re.fullmatch(r"[rwaxbt+]{1,3}", text)), None)
         opens = ast.unparse(node.func) == "open" or (name == "open" and mode is not None)
         temporary = name in ("NamedTemporaryFile", "TemporaryFile", "fdopen") and mode is not None
@@ -157,13 +202,26 @@ def test_text_files_are_utf8_whatever_the_locale_is():
     assert not found, f'pass encoding="utf-8": {found}'
 
 
-@pytest.mark.parametrize("line, wrong", [
-    ("path.read_text()", True), ("path.write_text('x')", True), ("open(path)", True), ("open(path, 'w')", True),
-    ("path.open()", False), ("path.open('a')", True), ("open(path, mode='r')", True), ("os.fdopen(1, 'w')", True),
-    ("open(path, 'rb')", False), ("path.open('wb')", False), ("open(path, encoding='utf-8')", False),
-    ("av.open(path, 'w')", False), ("path.read_text(encoding='utf-8', errors='replace')", False),
-    ("NamedTemporaryFile('w')", True), ("NamedTemporaryFile()", False),
-])
+@pytest.mark.parametrize(
+    "line, wrong",
+    [
+        ("path.read_text()", True),
+        ("path.write_text('x')", True),
+        ("open(path)", True),
+        ("open(path, 'w')", True),
+        ("path.open()", False),
+        ("path.open('a')", True),
+        ("open(path, mode='r')", True),
+        ("os.fdopen(1, 'w')", True),
+        ("open(path, 'rb')", False),
+        ("path.open('wb')", False),
+        ("open(path, encoding='utf-8')", False),
+        ("av.open(path, 'w')", False),
+        ("path.read_text(encoding='utf-8', errors='replace')", False),
+        ("NamedTemporaryFile('w')", True),
+        ("NamedTemporaryFile()", False),
+    ],
+)
 def test_the_rule_on_encodings_notices_a_breach(tmp_path, line, wrong):
     (tmp_path / "a.py").write_text(line)
     assert opened_without_encoding(tmp_path / "a.py") == ([1] if wrong else [])
@@ -268,16 +326,20 @@ def test_no_two_files_have_one_name():
 def test_what_all_methods_share_knows_none_of_them(room):
     methods = ("pisces_rl.trainers.grpo", "pisces_rl.trainers.forward", "pisces_rl.trainers.backprop")
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
-    assert paths and not [(path.name, name) for path in paths for name in imported_modules(path)
-                          if name.startswith(methods)]
+    assert paths and not [
+        (path.name, name) for path in paths for name in imported_modules(path) if name.startswith(methods)
+    ]
 
 
 def test_each_page_is_in_the_navigation_of_the_site():
     """docs/README.md is GitHub's index of the pages; what is generated lies outside docs/ (docs/site_links.py)."""
 
     def leaves(node):
-        return [node] if isinstance(node, str) else [p for part in (node.values() if isinstance(node, dict) else node)
-                                                     for p in leaves(part)]
+        return (
+            [node]
+            if isinstance(node, str)
+            else [p for part in (node.values() if isinstance(node, dict) else node) for p in leaves(part)]
+        )
 
     text = re.sub(r"!ENV .*", '""', (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     listed = leaves(yaml.safe_load(text)["nav"])
@@ -287,8 +349,12 @@ def test_each_page_is_in_the_navigation_of_the_site():
 
 def test_troubleshooting_quotes_messages_that_exist():
     """Code in a symptom is text of the sources, `...` standing for a value; entries have a cause and a fix each."""
-    literals = [" ".join(node.value.split()) for path in sources() for node in ast.walk(ast.parse(path.read_text()))
-                if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    literals = [
+        " ".join(node.value.split())
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
     page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
     entries = page.split("\n### ")[1:]
     assert len(entries) >= 20
@@ -303,8 +369,9 @@ def test_troubleshooting_quotes_messages_that_exist():
                 assert any(piece in literal for literal in literals), f"{title}: no message holds {piece!r}"
 
 
-@pytest.mark.parametrize("module", ["", ".rewards", ".ot", ".ot.maps", ".transitions", ".export", ".estimate",
-                                    ".evaluation", ".trainers"])
+@pytest.mark.parametrize(
+    "module", ["", ".rewards", ".ot", ".ot.maps", ".transitions", ".export", ".estimate", ".evaluation", ".trainers"]
+)
 def test_the_reference_has_every_public_class_and_function(module):
     """Not of `policy`, which also exports what only other parts of the package use."""
     pages = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs" / "reference").glob("*.md"))

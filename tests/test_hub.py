@@ -39,10 +39,17 @@ def run_folder(tmp_path):
     (folder / "samples" / "before_after_test_seen.png").write_bytes(b"sheet")
     (folder / "README.md").write_text("---\nlibrary_name: diffusers\n---\n# card\n")
     (folder / "report.md").write_text("| a |\n|---|\n")
-    for secret in ("checkpoint-10/optimizer.safetensors", "checkpoint-10/pytorch_lora_weights.safetensors",
-                   "checkpoint-10/transformer/adapter_model.safetensors", "checkpoint-10/samples/a.mp4",
-                   "events/events.out.tfevents.1", ".checkpoint-20/pytorch_lora_weights.safetensors",
-                   "checkpoint-10/README.md", "training_args.json", "samples/.a.mp4.tmp"):
+    for secret in (
+        "checkpoint-10/optimizer.safetensors",
+        "checkpoint-10/pytorch_lora_weights.safetensors",
+        "checkpoint-10/transformer/adapter_model.safetensors",
+        "checkpoint-10/samples/a.mp4",
+        "events/events.out.tfevents.1",
+        ".checkpoint-20/pytorch_lora_weights.safetensors",
+        "checkpoint-10/README.md",
+        "training_args.json",
+        "samples/.a.mp4.tmp",
+    ):
         (folder / secret).parent.mkdir(parents=True, exist_ok=True)
         (folder / secret).write_bytes(b"stays")
     return folder
@@ -94,7 +101,9 @@ def test_card_cites_what_was_used():
     text = card(papers=[*PAPERS[1:], ("2010.02502", "Denoising Diffusion Implicit Models"), *PAPERS[1:]])
     entries = re.findall(r"@(\w+)\{([\w.]+),\n((?:  \w+ = \{.*\},?\n)+)\}", text.split("## Citation")[1])
     assert [(kind, key) for kind, key, _ in entries] == [
-        ("inproceedings", "pisces2026"), ("misc", "arxiv2505.05470"), ("misc", "arxiv2010.02502")
+        ("inproceedings", "pisces2026"),
+        ("misc", "arxiv2505.05470"),
+        ("misc", "arxiv2010.02502"),
     ]
     assert "  title = {{Denoising Diffusion Implicit Models}},\n  year = {2020},\n  eprint = {2010.02502},\n" in text
     assert "2402.03300" not in text and "@misc" not in card()
@@ -117,10 +126,17 @@ def test_snippet_is_python(base_model):
     assert ('asset_path("tiny-wan")' in code) == (base_model == "tiny-wan")
 
 
-@pytest.mark.parametrize("settings, task, line", [
-    ({"images": ["image"]}, "image-to-video", '(prompt="your prompt", image=load_image("your_image.png"), height=64)'),
-    ({"still": True}, "text-to-image", 'pipe("your prompt", height=64).images[0].save("image.png")'),
-])
+@pytest.mark.parametrize(
+    "settings, task, line",
+    [
+        (
+            {"images": ["image"]},
+            "image-to-video",
+            '(prompt="your prompt", image=load_image("your_image.png"), height=64)',
+        ),
+        ({"still": True}, "text-to-image", 'pipe("your prompt", height=64).images[0].save("image.png")'),
+    ],
+)
 def test_other_tasks(settings, task, line):
     text = card(call={"height": 64}, **settings)
     assert front_matter(text)["pipeline_tag"] == task and task in front_matter(text)["tags"]
@@ -152,7 +168,7 @@ def test_snippet_for_two_experts(tmp_path, files):
 
 def test_snippet_with_a_guider():
     code = re.search(r"```python\n(.*?)```", card(call={"height": 64}, guider_scale=1.0), re.S)[1]
-    assert "pipe.guider = pipe.guider.new(guidance_scale=1.0)\nvideo = pipe(\"your prompt\", height=64)" in code
+    assert 'pipe.guider = pipe.guider.new(guidance_scale=1.0)\nvideo = pipe("your prompt", height=64)' in code
 
 
 PUSH = """
@@ -167,8 +183,13 @@ except Exception as error:
 
 def push(hub_server, home, **arguments) -> str:
     environment = client_environment(hub_server, os.environ, home)
-    done = subprocess.run([sys.executable, "-c", PUSH, json.dumps(arguments)], env=environment, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", PUSH, json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 
@@ -182,8 +203,13 @@ def test_push_sends_adapter_card_and_samples_in_one_commit(run_folder, tmp_path)
     first, second = server.commits
     assert (first["repo"], first["revision"], first["message"]) == ("me/mine", "main", "done")
     assert second["revision"] == "v2" and server.branches == [("me/mine", "v2")]
-    wanted = {"README.md", "report.md", "pytorch_lora_weights.safetensors", "samples/before_after_test_seen.png",
-              "samples/step_000030/test_seen/sheet.png"}
+    wanted = {
+        "README.md",
+        "report.md",
+        "pytorch_lora_weights.safetensors",
+        "samples/before_after_test_seen.png",
+        "samples/step_000030/test_seen/sheet.png",
+    }
     wanted |= {f"samples/step_000030/test_seen/{i:03d}.mp4" for i in range(6)}
     assert set(first["files"]) == wanted
     for path, content in first["files"].items():

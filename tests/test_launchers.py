@@ -16,10 +16,13 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 ROOT = Path(__file__).parents[1]
 FILES = {
-    "one_gpu": (DistributedType.NO, 1), "ddp": (DistributedType.MULTI_GPU, 8), "fsdp2": (DistributedType.FSDP, 8),
-    "two_nodes": (DistributedType.MULTI_GPU, 16), "deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
+    "one_gpu": (DistributedType.NO, 1),
+    "ddp": (DistributedType.MULTI_GPU, 8),
+    "fsdp2": (DistributedType.FSDP, 8),
+    "two_nodes": (DistributedType.MULTI_GPU, 16),
+    "deepspeed_zero2": (DistributedType.DEEPSPEED, 8),
     "deepspeed_zero3": (DistributedType.DEEPSPEED, 8),
-}  # fmt: skip
+}
 SCRIPT = """
 import torch
 from accelerate import Accelerator
@@ -50,8 +53,9 @@ def path_of(name: str) -> str:
 
 def read(name: str, *overrides: str):
     """The arguments of `accelerate launch` after the file was read."""
-    return _validate_launch_command(launch_command_parser().parse_args(
-        ["--config_file", path_of(name), *overrides, "train.py"]))[0]  # fmt: skip
+    return _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", path_of(name), *overrides, "train.py"])
+    )[0]
 
 
 def test_every_file_is_tested():
@@ -101,11 +105,19 @@ def test_two_nodes_is_started_once_on_each():
 def launched(folder: Path, name: str, *overrides: str, code: str = SCRIPT, fails: bool = False) -> str:
     script = folder / "script.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", path_of(name), *overrides,
-               str(script)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        path_of(name),
+        *overrides,
+        str(script),
+    ]
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:
@@ -139,8 +151,15 @@ def test_processes_that_do_not_see_each_other_do_not_train(tmp_path, name):
 @pytest.mark.slow
 def test_fsdp2_trains(tmp_path):
     """From the file itself, on two processes of a CPU."""
-    output = launched(tmp_path, "fsdp2", "--num_processes", "2", "--main_process_port", "0",
-                      code=TRAINING.format(folder=str(tmp_path)))  # fmt: skip
+    output = launched(
+        tmp_path,
+        "fsdp2",
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        code=TRAINING.format(folder=str(tmp_path)),
+    )
     assert "2 x cpu" in output and "read back, equal to the trained one" in output
 
 

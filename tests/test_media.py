@@ -147,8 +147,10 @@ def test_tensorboard_reads_the_gif(tmp_path):
         (lambda v, p: media.save_video(broken(v, 4, float("nan")), p / "a.mp4"), "video .*frame 4"),
         (lambda v, p: media.save_gif(broken(v, 2, float("inf")), p / "a.gif"), "frame 2"),
         (lambda v, p: media.contact_sheet(torch.stack([v, v]), "ab", p / "a.png"), "captions"),
-        (lambda v, p: media.contact_sheet(torch.stack([v, broken(v, 3, float("nan"))]), ["a", "b"], p / "a.png"),
-         "videos .*video 1, frame 3"),
+        (
+            lambda v, p: media.contact_sheet(torch.stack([v, broken(v, 3, float("nan"))]), ["a", "b"], p / "a.png"),
+            "videos .*video 1, frame 3",
+        ),
         (lambda v, p: media.save_video(v[:, :1], p / "a.mp4"), r"video has shape .*\(F, 3, H, W\)"),
         (lambda v, p: media.save_video((v * 255).byte(), p / "a.mp4"), "dtype torch.uint8"),
         (lambda v, p: media.save_video(v.numpy(), p / "a.mp4"), "ndarray"),

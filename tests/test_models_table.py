@@ -20,11 +20,23 @@ def models_table(monkeypatch):
 
 def rows(family: str, **changed) -> list[dict]:
     return [
-        dict(family=family, pipeline="WanPipeline", transition="flow_sde", guided=guided, checkpointed=checkpointed,
-             whole_batch=0.0, slice=1e-7, adapter_tensors=8, with_gradient=8, lora_layout="diffusers",
-             diffusers="0.42.1") | changed
-        for guided in (True, False) for checkpointed in (True, False)
-    ]  # fmt: skip
+        dict(
+            family=family,
+            pipeline="WanPipeline",
+            transition="flow_sde",
+            guided=guided,
+            checkpointed=checkpointed,
+            whole_batch=0.0,
+            slice=1e-7,
+            adapter_tensors=8,
+            with_gradient=8,
+            lora_layout="diffusers",
+            diffusers="0.42.1",
+        )
+        | changed
+        for guided in (True, False)
+        for checkpointed in (True, False)
+    ]
 
 
 def test_a_table_of_whole_results(models_table):
@@ -37,13 +49,16 @@ def test_a_table_of_whole_results(models_table):
     assert "| `OtherPipeline` | No scheduler. |" in text
 
 
-@pytest.mark.parametrize("given, message", [
-    ([], "a has no result"),
-    (rows("a")[:3], "a, flow_sde: 3 of 4 conditions"),
-    (rows("a", whole_batch=1e-9), "a breaks the rule"),
-    (rows("a", slice=float("nan")), "a breaks the rule"),
-    (rows("a", with_gradient=7), "a breaks the rule"),
-])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ([], "a has no result"),
+        (rows("a")[:3], "a, flow_sde: 3 of 4 conditions"),
+        (rows("a", whole_batch=1e-9), "a breaks the rule"),
+        (rows("a", slice=float("nan")), "a breaks the rule"),
+        (rows("a", with_gradient=7), "a breaks the rule"),
+    ],
+)
 def test_results_that_are_refused(models_table, given, message):
     assert message in "\n".join(models_table.complaints(given, ["a"], {}, {"families": {}, "refused": {}}))
 

@@ -20,8 +20,12 @@ def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=1200, kernel_name="python3", resources=where).execute()
-    shown = [output.data for cell in notebook.cells for output in cell.get("outputs", ())
-             if output.output_type in ("display_data", "execute_result")]
+    shown = [
+        output.data
+        for cell in notebook.cells
+        for output in cell.get("outputs", ())
+        if output.output_type in ("display_data", "execute_result")
+    ]
     assert any("image/png" in data for data in shown)
     report = [data["text/markdown"] for data in shown if "text/markdown" in data][-1]
     assert "reward" in report

@@ -62,15 +62,29 @@ def test_a_cell_without_its_map_says_which_command_fits_it(study, tmp_path, monk
 
 def write_record(folder, cell: str, seed: int, correct: list[float]) -> None:
     """A run of three evaluations; what it is measured by beside `correct` is 0.5."""
-    scores = ["judges/shapemotion_alignment", "judges/shapemotion_quality", "judges/judge_cosine",
-              "judges/judge_matching", "reward"]  # fmt: skip
-    sets = [{name: {"scores": {"judges/shapemotion_correct": [value, None, value], **{s: [0.5] for s in scores}}}
-             for name in ("test_seen", "held_out")} for value in correct]  # fmt: skip
+    scores = [
+        "judges/shapemotion_alignment",
+        "judges/shapemotion_quality",
+        "judges/judge_cosine",
+        "judges/judge_matching",
+        "reward",
+    ]
+    sets = [
+        {
+            name: {"scores": {"judges/shapemotion_correct": [value, None, value], **{s: [0.5] for s in scores}}}
+            for name in ("test_seen", "held_out")
+        }
+        for value in correct
+    ]
     made = {
-        "cell": cell, "seed": seed, "settings": {"rewards": ["cosine"]}, "steps": [{"step_time": 2.0}] * 3,
+        "cell": cell,
+        "seed": seed,
+        "settings": {"rewards": ["cosine"]},
+        "steps": [{"step_time": 2.0}] * 3,
         "evaluations": [{"step": 10 * i, "sets": part} for i, part in enumerate(sets)],
-        "kl": {"0": 0.0, "10": 1.0, "20": 4.0}, "diversity": {"distance": 0.7, "vendi": 2.5},
-    }  # fmt: skip
+        "kl": {"0": 0.0, "10": 1.0, "20": 4.0},
+        "diversity": {"distance": 0.7, "vendi": 2.5},
+    }
     (folder / f"{cell}_{seed}.json").write_text(json.dumps(made))
 
 

@@ -56,9 +56,16 @@ def test_shipped_model_follows_prompts(shipped):
     """A floor far below its scores: 16 one-object prompts, 8 steps."""
     prompts = list(load_prompts("train", 16, seed=5, families=["color", "scene"])["prompt"])
     videos = shipped(
-        prompts, height=64, width=64, num_frames=17, num_inference_steps=8, guidance_scale=1.0, max_sequence_length=24,
-        generator=torch.Generator().manual_seed(0), output_type="pt",
-    ).frames  # fmt: skip
+        prompts,
+        height=64,
+        width=64,
+        num_frames=17,
+        num_inference_steps=8,
+        guidance_scale=1.0,
+        max_sequence_length=24,
+        generator=torch.Generator().manual_seed(0),
+        output_type="pt",
+    ).frames
     result = verify(videos.float().clamp(0, 1), prompts)
     assert result.alignment.mean() > 0.6 and result.correct.mean() > 0.3
 

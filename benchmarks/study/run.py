@@ -71,11 +71,12 @@ def diversity(policy, encoder, prompts: list[str]) -> dict[str, float]:
 @torch.no_grad()
 def guided(policy, prompts: list[str], batch: int) -> dict[str, float]:
     """`correct` and quality of the pipeline as it is meant to be used: 20 steps under guidance 3."""
-    sampler = VideoPolicy(policy.pipeline, num_inference_steps=20,
-                          pipeline_kwargs=policy.pipeline_kwargs | {"guidance_scale": 3.0})
+    sampler = VideoPolicy(
+        policy.pipeline, num_inference_steps=20, pipeline_kwargs=policy.pipeline_kwargs | {"guidance_scale": 3.0}
+    )
     found = {"correct": [], "quality": []}
     for start in range(0, len(prompts), batch):
-        own = prompts[start:start + batch]
+        own = prompts[start : start + batch]
         verdict = verify(sampler.sample(own, noise_seeds=list(range(start, start + len(own)))).videos, own)
         for name, values in found.items():
             values += [float(value) for value in getattr(verdict, name)]
@@ -96,9 +97,12 @@ class Divergence(TrainerCallback):
     @torch.no_grad()
     def on_evaluate(self, args, state, control, **kwargs):
         policy = VideoPolicy(
-            self.pipeline, transition="cps", noise_level=0.5, num_inference_steps=args.num_inference_steps,
+            self.pipeline,
+            transition="cps",
+            noise_level=0.5,
+            num_inference_steps=args.num_inference_steps,
             pipeline_kwargs=args.policy_kwargs(),
-        )  # fmt: skip
+        )
         steps = list(range(args.num_inference_steps - 1))  # the last one has no noise
         rows = range(len(self.prompts))
         rollout = policy.sample(
@@ -108,8 +112,10 @@ class Divergence(TrainerCallback):
         policy.replay(rollout, rows, lambda step: scored[0].__setitem__(step.index, step), grad=False)
         with adapters_off(policy):
             policy.replay(rollout, rows, lambda step: scored[1].__setitem__(step.index, step), grad=False)
-        kl = [kl_to_reference(scored[0][i].mean, scored[1][i].mean, scored[0][i].std, rollout.rows_per_video)
-              for i in steps]  # fmt: skip
+        kl = [
+            kl_to_reference(scored[0][i].mean, scored[1][i].mean, scored[0][i].std, rollout.rows_per_video)
+            for i in steps
+        ]
         path = Path(args.output_dir) / "kl.json"
         known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(json.dumps(known | {str(state.global_step): float(sum(kl).mean())}), encoding="utf-8")
@@ -118,8 +124,10 @@ class Divergence(TrainerCallback):
 def check_same(path: Path, settings: dict, extra: list[str]) -> None:
     """That a JSON file of an earlier run is of these settings and options; where it lies may differ."""
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    found, wanted = ({**e["settings"], "output_dir": None, "options": e["extra"]}
-                     for e in (earlier, {"settings": settings, "extra": extra}))  # fmt: skip
+    found, wanted = (
+        {**e["settings"], "output_dir": None, "options": e["extra"]}
+        for e in (earlier, {"settings": settings, "extra": extra})
+    )
     different = sorted(key for key in found | wanted if found.get(key) != wanted.get(key))
     if different:
         raise ValueError(
@@ -162,18 +170,27 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
     encoder = load_encoder(JUDGE, device=config.device)
     divergence = Divergence(prompts)
     trainer = make_trainer(
-        model=script.model, reward_funcs=load_rewards(script, script.rewards),
-        judge_funcs=load_rewards(script, script.judges) + judges(encoder), args=config, train_dataset=train_dataset,
-        eval_dataset=eval_dataset, peft_config=default_lora_config(script.lora_r, script.lora_alpha),
-        callbacks=[divergence], auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
-    )  # fmt: skip
+        model=script.model,
+        reward_funcs=load_rewards(script, script.rewards),
+        judge_funcs=load_rewards(script, script.judges) + judges(encoder),
+        args=config,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=default_lora_config(script.lora_r, script.lora_alpha),
+        callbacks=[divergence],
+        auxiliary_losses=load_auxiliary_losses(script, config, train_dataset),
+    )
     divergence.pipeline = trainer.pipeline
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=last_checkpoint(config.output_dir))
     seconds = time.perf_counter() - start
     logs = trainer.state.log_history
     return {
-        "cell": cell, "seed": seed, "settings": settings, "extra": extra, "seconds": seconds,
+        "cell": cell,
+        "seed": seed,
+        "settings": settings,
+        "extra": extra,
+        "seconds": seconds,
         "steps": [{k: v for k, v in row.items() if not k.startswith("eval")} for row in logs if "loss" in row],
         "evaluations": [
             json.loads(path.read_text(encoding="utf-8"))
@@ -182,7 +199,7 @@ def run(cell: str, seed: int, output: Path, extra: list[str]) -> dict:
         "kl": json.loads((Path(config.output_dir) / "kl.json").read_text(encoding="utf-8")),
         "diversity": diversity(trainer.policy, encoder, prompts),
         "guided": guided(trainer.policy, held_out, config.per_device_eval_batch_size),
-    }  # fmt: skip
+    }
 
 
 def record(cell: str, seed: int, output: Path, extra: list[str], threads: int | None, end: float) -> str:
@@ -229,8 +246,9 @@ def main() -> None:
         # all cells of one seed before the next: a study that ends early compares like with like
         tasks = [
             pool.submit(record, cell, seed, args.output_dir, extra, threads, end)
-            for seed in args.seeds for cell in args.cells
-        ]  # fmt: skip
+            for seed in args.seeds
+            for cell in args.cells
+        ]
         try:
             for task in as_completed(tasks):
                 if error := task.exception():

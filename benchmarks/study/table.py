@@ -20,10 +20,12 @@ from recipes import STAGES, cells
 from scipy.stats import t as student
 
 SCORES = {
-    "correct": "judges/shapemotion_correct", "alignment": "judges/shapemotion_alignment",
-    "quality": "judges/shapemotion_quality", "judge cosine": "judges/judge_cosine",
+    "correct": "judges/shapemotion_correct",
+    "alignment": "judges/shapemotion_alignment",
+    "quality": "judges/shapemotion_quality",
+    "judge cosine": "judges/judge_cosine",
     "judge matching": "judges/judge_matching",
-}  # fmt: skip
+}
 SETS = ("test_seen", "held_out")
 
 

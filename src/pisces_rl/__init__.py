@@ -8,15 +8,40 @@ import importlib
 __version__ = "0.1.0.dev0"
 
 _HOME = {
-    "PolicyError": "policy", "Rollout": "policy", "VideoPolicy": "policy",
-    "export_adapter": "export", "merge_adapter": "export",
-    "RewardError": "rewards", "RewardPanel": "rewards",
-    **dict.fromkeys((
-        "AWMConfig", "AWMTrainer", "AuxiliaryLoss", "ConsistencyDistillation", "FlashGRPOConfig", "FlashGRPOTrainer",
-        "FlowDPOConfig", "FlowDPOTrainer", "FlowDPPOConfig", "FlowDPPOTrainer", "METHODS", "NFTConfig", "NFTTrainer",
-        "RVMConfig", "RVMTrainer", "RewardBackpropConfig", "RewardBackpropTrainer", "RolloutConfig", "RolloutTrainer",
-        "VideoGRPOConfig", "VideoGRPOTrainer", "load_pipeline",
-    ), "trainers"),
+    "PolicyError": "policy",
+    "Rollout": "policy",
+    "VideoPolicy": "policy",
+    "export_adapter": "export",
+    "merge_adapter": "export",
+    "RewardError": "rewards",
+    "RewardPanel": "rewards",
+    **dict.fromkeys(
+        (
+            "AWMConfig",
+            "AWMTrainer",
+            "AuxiliaryLoss",
+            "ConsistencyDistillation",
+            "FlashGRPOConfig",
+            "FlashGRPOTrainer",
+            "FlowDPOConfig",
+            "FlowDPOTrainer",
+            "FlowDPPOConfig",
+            "FlowDPPOTrainer",
+            "METHODS",
+            "NFTConfig",
+            "NFTTrainer",
+            "RVMConfig",
+            "RVMTrainer",
+            "RewardBackpropConfig",
+            "RewardBackpropTrainer",
+            "RolloutConfig",
+            "RolloutTrainer",
+            "VideoGRPOConfig",
+            "VideoGRPOTrainer",
+            "load_pipeline",
+        ),
+        "trainers",
+    ),
 }
 __all__ = sorted(_HOME)
 

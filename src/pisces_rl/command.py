@@ -26,8 +26,12 @@ Exit status: 0; 1 on an error, 2 on a wrong command line, 130 on Ctrl-C."""
 
 def by_options(module: ModuleType, prog: str, purpose: str, arguments: list[str]) -> None:
     """Of a module with `add_arguments(parser)` and `main(args)`."""
-    parser = CommandParser(prog=prog, description=f"{purpose[0].upper()}{purpose[1:]}.", allow_abbrev=False,
-                           formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser = CommandParser(
+        prog=prog,
+        description=f"{purpose[0].upper()}{purpose[1:]}.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     module.add_arguments(parser)
     module.main(parser.parse_args(arguments))
 
@@ -46,13 +50,12 @@ COMMANDS: dict[str, tuple[str, str, Callable]] = {
     "estimate": ("memory of a run, without weights or a GPU", "cli.estimate_command", by_settings),
     "export": ("an adapter for ComfyUI or PEFT, or merged", "cli.export_command", by_options),
     "serve": ("rewards of this machine for trainers elsewhere", "rewards.server.serve", by_options),
-    "vbench": ("videos for VBench's runner, and its results",
-               "evaluation.vbench.vbench_command", by_options),
+    "vbench": ("videos for VBench's runner, and its results", "evaluation.vbench.vbench_command", by_options),
     "convert": ("a reward's published pickle as safetensors", "rewards.scorers.convert_weights", by_options),
     "report": ("one page of a run, or of several side by side", "run_page.report_command", by_options),
     "env": ("versions of this machine, for a bug report", "cli.env_command", by_options),
     "completion": ("a shell's completion of this program", "cli.completion_command", by_options),
-}  # fmt: skip
+}
 LAUNCHED = ("train", "fit-map", "vbench")  # whose work processes share: --accelerate_config, --num_processes
 
 
@@ -86,14 +89,19 @@ def _words(parser: argparse.ArgumentParser, options: bool) -> list[str]:
 def command_parser() -> CommandParser:
     """Of what stands before the subcommand, and of its name."""
     parser = CommandParser(
-        prog="pisces-rl", description="Reinforcement-learning post-training of text-to-video diffusion models.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="pisces-rl [--version] [--traceback] COMMAND ...")  # fmt: skip
+        prog="pisces-rl",
+        description="Reinforcement-learning post-training of text-to-video diffusion models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="pisces-rl [--version] [--traceback] COMMAND ...",
+    )
     parser.add_argument("--version", action="version", version=f"pisces_rl {__version__}")
-    parser.add_argument("--traceback", action="store_true",
-                        help=f"Show where an error comes from, as {TRACEBACK}=1 does.")  # fmt: skip
-    commands = parser.add_subparsers(dest="command", required=True, title="commands", metavar="COMMAND",
-                                     parser_class=argparse.ArgumentParser)  # fmt: skip
+    parser.add_argument(
+        "--traceback", action="store_true", help=f"Show where an error comes from, as {TRACEBACK}=1 does."
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, title="commands", metavar="COMMAND", parser_class=argparse.ArgumentParser
+    )
     for name, (purpose, _, _) in COMMANDS.items():
         commands.add_parser(name, help=purpose, add_help=False)
     return parser

@@ -36,8 +36,11 @@ PATTERNS = (
 )
 _ADAPTERS = PATTERNS[1:4]
 #: And, where the folder's run has listed them: denoisers that were trained whole.
-COMPONENTS = ("*/diffusion_pytorch_model*.safetensors", "*/diffusion_pytorch_model.safetensors.index.json",
-              "*/config.json")
+COMPONENTS = (
+    "*/diffusion_pytorch_model*.safetensors",
+    "*/diffusion_pytorch_model.safetensors.index.json",
+    "*/config.json",
+)
 _EMBEDDED = Path(__file__).parent / "assets"
 _SHOWN_VIDEOS = 4
 _EXPORTS = "## Other formats"
@@ -109,8 +112,20 @@ def model_card(
     elif files is None:
         files = [path.relative_to(folder).as_posix() for path in _uploaded(folder)]
     videos, sheets = _videos(folder, files), sorted(fnmatch.filter(files, "samples/before_after*.png"))
-    use = _snippet(base_model, pipeline_class, repo_id, files, call or {}, images, still, guider_scale, dtype, fps,
-                   vae_tiling, components or {})
+    use = _snippet(
+        base_model,
+        pipeline_class,
+        repo_id,
+        files,
+        call or {},
+        images,
+        still,
+        guider_scale,
+        dtype,
+        fps,
+        vae_tiling,
+        components or {},
+    )
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
     front = {
         "library_name": "diffusers",
@@ -161,11 +176,16 @@ def describe_exports(folder: str | Path) -> None:
 def _exports(files: Sequence[str]) -> str:
     """The section of a card on what `export_adapter` has written beside the adapter."""
     programs = {"comfyui": "ComfyUI, in `models/loras/`", "original": "programs that read the original checkpoint"}
-    rows = [f"| {code(path)} | {program} |" for kind, program in programs.items()
-            for path in sorted(fnmatch.filter(files, f"{kind}_lora*.safetensors"))]
+    rows = [
+        f"| {code(path)} | {program} |"
+        for kind, program in programs.items()
+        for path in sorted(fnmatch.filter(files, f"{kind}_lora*.safetensors"))
+    ]
     if any(PurePosixPath(path).name == LORA for path in files):  # otherwise PEFT's files are the adapter itself
-        rows += [f"| {code(path)} and its `adapter_config.json` | `PeftModel.from_pretrained` |"
-                 for path in sorted(fnmatch.filter(files, "*/adapter_model.safetensors"))]
+        rows += [
+            f"| {code(path)} and its `adapter_config.json` | `PeftModel.from_pretrained` |"
+            for path in sorted(fnmatch.filter(files, "*/adapter_model.safetensors"))
+        ]
     return "\n".join([f"{_EXPORTS}\n", "| file | for |", "|---|---|", *rows]) if rows else ""
 
 
@@ -289,9 +309,20 @@ def _shown_name(base_model: str) -> str:
     return base_model if _is_hub_id(base_model) else Path(base_model).name or base_model
 
 
-def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: Sequence[str], call: dict,
-             images: Sequence[str], still: bool, guider_scale: float | None, dtype: str, fps: int,
-             vae_tiling: bool, components: Mapping[str, str]) -> str:
+def _snippet(
+    base_model: str,
+    pipeline_class: str,
+    repo_id: str | None,
+    files: Sequence[str],
+    call: dict,
+    images: Sequence[str],
+    still: bool,
+    guider_scale: float | None,
+    dtype: str,
+    fps: int,
+    vae_tiling: bool,
+    components: Mapping[str, str],
+) -> str:
     own = _string(repo_id or ("you/this-model" if components else "you/this-adapter"))
     helpers = ([] if still else ["encode_video"]) + (["load_image"] if images else [])
     lines = ["import torch", f"from diffusers import {', '.join(sorted({pipeline_class, *components.values()}))}"]
@@ -307,9 +338,10 @@ def _snippet(base_model: str, pipeline_class: str, repo_id: str | None, files: S
         lines.append(f'{component} = {its_class}.from_pretrained({own}, subfolder="{component}", dtype=torch.{dtype})')
     given = "".join(f", {component}={component}" for component in components)
     lines.append(f"pipe = {pipeline_class}.from_pretrained({model}{given}, dtype=torch.{dtype})")
-    together, second, alone = ([path for path in sorted(files) if PurePosixPath(path).parts[-1] == file
-                                and path.count("/") == depth]
-                               for depth, file in ((0, LORA), (1, LORA), (1, "adapter_model.safetensors")))
+    together, second, alone = (
+        [path for path in sorted(files) if PurePosixPath(path).parts[-1] == file and path.count("/") == depth]
+        for depth, file in ((0, LORA), (1, LORA), (1, "adapter_model.safetensors"))
+    )
     experts = [path.split("/")[0] for path in second]
     peft_files = [] if together or second else alone
     if peft_files:
@@ -380,5 +412,7 @@ def _citations(papers: Sequence[tuple[str, str]]) -> str:
 
 def _bibtex(arxiv: str, title: str) -> str:
     """An entry for a paper; arXiv numbers begin with the year and month."""
-    return (f"@misc{{arxiv{arxiv},\n  title = {{{{{title}}}}},\n  year = {{20{arxiv[:2]}}},\n"
-            f"  eprint = {{{arxiv}}},\n  archivePrefix = {{arXiv}}\n}}")
+    return (
+        f"@misc{{arxiv{arxiv},\n  title = {{{{{title}}}}},\n  year = {{20{arxiv[:2]}}},\n"
+        f"  eprint = {{{arxiv}}},\n  archivePrefix = {{arXiv}}\n}}"
+    )

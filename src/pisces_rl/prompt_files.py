@@ -56,8 +56,10 @@ def _line(before: str) -> int:
 def _csv(source: str, text: str, column: str) -> Dataset:
     text = text.lstrip("\r\n")
     first = _LINE_END.split(text, maxsplit=1)[:1]
-    headers = {separator: [name.strip() for name in next(csv.reader(first, delimiter=separator))]
-               for separator in (",", ";", "\t")}
+    headers = {
+        separator: [name.strip() for name in next(csv.reader(first, delimiter=separator))]
+        for separator in (",", ";", "\t")
+    }
     separator = next((s for s, header in headers.items() if column in header), ",")
     header = headers[separator]
     if header.count(column) > 1:
@@ -72,8 +74,9 @@ def _csv(source: str, text: str, column: str) -> Dataset:
     table.columns = [str(name).strip() for name in table.columns]
     columns = {name: [None if pandas.isna(value) else value for value in table[name].tolist()] for name in table}
     if column in header:  # as they are written: "null" or "7" may be prompts
-        texts = pandas.read_csv(io.StringIO(text), sep=separator, usecols=[header.index(column)], dtype=str,
-                                keep_default_na=False)
+        texts = pandas.read_csv(
+            io.StringIO(text), sep=separator, usecols=[header.index(column)], dtype=str, keep_default_na=False
+        )
         columns[column] = texts.iloc[:, 0].tolist()
     return _table(source, column, columns)
 
@@ -84,8 +87,10 @@ def _json(source: str, text: str, column: str) -> Dataset:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            raise ValueError(f"dataset={source!r} could not be read as json: line {_line(text[: error.pos])}: "
-                             f"{error.msg}. A .jsonl holds one object a line, strings in double quotes.") from error
+            raise ValueError(
+                f"dataset={source!r} could not be read as json: line {_line(text[: error.pos])}: "
+                f"{error.msg}. A .jsonl holds one object a line, strings in double quotes."
+            ) from error
         values += value if isinstance(value, list) else [value]
         at = _SPACE.match(text, at).end()
     if len(values) == 1 and isinstance(values[0], dict) and isinstance(values[0].get(column), list):
@@ -98,8 +103,10 @@ def _json(source: str, text: str, column: str) -> Dataset:
     else:
         for row, value in enumerate(values):
             if not isinstance(value, dict):
-                raise ValueError(f"dataset={source!r} row {row} is {value!r}; every row must be an object such as "
-                                 f'{{"{column}": "a red circle"}}, or all of them strings.')
+                raise ValueError(
+                    f"dataset={source!r} row {row} is {value!r}; every row must be an object such as "
+                    f'{{"{column}": "a red circle"}}, or all of them strings.'
+                )
         columns = {name: [row.get(name) for row in values] for name in {name: None for row in values for name in row}}
     return _table(source, column, columns or {column: []})
 
@@ -108,12 +115,16 @@ def _table(source: str, column: str, columns: dict[str, list]) -> Dataset:
     """The columns as a data set, with a text in each row of `column`."""
     for row, prompt in enumerate(columns.get(column, ())):
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"dataset={source!r} row {row}: {column} is {prompt!r}; every row needs a text. Write "
-                             "one, or remove the row.")
+            raise ValueError(
+                f"dataset={source!r} row {row}: {column} is {prompt!r}; every row needs a text. Write "
+                "one, or remove the row."
+            )
     for name, values in columns.items():
         try:
             Dataset.from_dict({name: values})
         except (ValueError, TypeError) as error:  # Arrow's errors are of these kinds
-            raise ValueError(f"dataset={source!r}: column {name!r} cannot be stored ({error}); give all its rows one "
-                             "type, or leave it out.") from error
+            raise ValueError(
+                f"dataset={source!r}: column {name!r} cannot be stored ({error}); give all its rows one "
+                "type, or leave it out."
+            ) from error
     return Dataset.from_dict(columns)

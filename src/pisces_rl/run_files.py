@@ -82,8 +82,9 @@ class RunFiles:
         if self.begun:
             self._clear()
         self._leave_to_others()
-        earlier = [path for path in self._on_disk()
-                   if path not in self.own and (path != README or self._is_our_card())]
+        earlier = [
+            path for path in self._on_disk() if path not in self.own and (path != README or self._is_our_card())
+        ]
         aside = self._set_aside(earlier)
         self.begun = True
         if self.own or (self.folder / LIST).exists():
@@ -205,8 +206,11 @@ def _read(folder: Path) -> dict | None:
     """The list, without entries that lead out of the folder; None where there is none, or another file of its name."""
     try:
         content = json.loads((folder / LIST).read_text(encoding="utf-8"))
-        files = {path: bool(current) for path, current in content["files"].items()
-                 if not {"..", "/"} & {*PurePosixPath(path).parts} and PurePosixPath(path).parts}
+        files = {
+            path: bool(current)
+            for path, current in content["files"].items()
+            if not {"..", "/"} & {*PurePosixPath(path).parts} and PurePosixPath(path).parts
+        }
         return {"run": content["run"], "files": files}
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -24,8 +24,16 @@ def together(script: str, *arguments: str, timeout: float) -> list[subprocess.Co
         port = free.getsockname()[1]
     command = [sys.executable, script, *arguments]
     common = environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [subprocess.Popen(command, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in (0, 1)]  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            command,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in (0, 1)
+    ]
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in processes]
     finally:
@@ -37,10 +45,15 @@ def together(script: str, *arguments: str, timeout: float) -> list[subprocess.Co
 def accelerate(script: str, folder: Path, *names: str, timeout: float, **fsdp) -> subprocess.CompletedProcess:
     """`accelerate launch script folder names` with FSDP2 on two processes; `fsdp` changes its settings."""
     settings = {
-        "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1,
-        "use_cpu": not tiny_runs.on_gpus(), "num_processes": 2, "mixed_precision": "no", "main_process_port": 0,
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "FSDP",
+        "num_machines": 1,
+        "use_cpu": not tiny_runs.on_gpus(),
+        "num_processes": 2,
+        "mixed_precision": "no",
+        "main_process_port": 0,
         "fsdp_config": {"fsdp_version": 2, "fsdp_reshard_after_forward": True} | fsdp,
-    }  # fmt: skip
+    }
     (folder / "accelerate.yaml").write_text(yaml.safe_dump(settings))
     return launch(folder / "accelerate.yaml", script, str(folder), *names, timeout=timeout)
 
@@ -52,8 +65,9 @@ def launch(file: Path, *command: str, timeout: float) -> subprocess.CompletedPro
 
 def torchrun(script: str, folder: Path, *names: str, timeout: float) -> subprocess.CompletedProcess:
     """`torchrun script folder names` on two processes."""
-    return run("torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(folder), *names,
-               timeout=timeout)
+    return run(
+        "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, str(folder), *names, timeout=timeout
+    )
 
 
 def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
@@ -62,8 +76,9 @@ def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedPro
     When time runs out, all of its descendants are killed: ranks have sessions of their own.
     """
     command = [sys.executable, "-m", module, *arguments]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

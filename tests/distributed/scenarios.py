@@ -34,9 +34,23 @@ from pisces_rl.policy import FullWeights, PolicyError, VideoPolicy, add_lora, he
 from pisces_rl.policy.sharded.partition import partition  # noqa: E402
 from pisces_rl.trainers.base.run.checkpoint import load_tree  # noqa: E402
 
-METRICS = ("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "kl", "clip_ratio/low_mean",
-           "clip_ratio/high_mean", "clip_ratio/region_mean", "seen/mean", "consistency_loss", "rewards/margins",
-           "velocity/old_distance", "velocity/reference_distance", "velocity/average_distance")
+METRICS = (
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "loss",
+    "grad_norm",
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "seen/mean",
+    "consistency_loss",
+    "rewards/margins",
+    "velocity/old_distance",
+    "velocity/reference_distance",
+    "velocity/average_distance",
+)
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 SHARED, PARTS = 1, WORLD  # processes that share each video, and parts that the videos are divided into; set by `run`
 DEVICES = torch.accelerator.device_count
@@ -50,8 +64,9 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
 def made(folder, rewards=tiny_runs.brightness, videos: int = 8, **settings):
     """A trainer whose rollouts have `videos` videos over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0, "alive": True} | settings
-    trainer = tiny_runs.trainer(folder, rewards, per_device_train_batch_size=videos // PARTS, context_parallel=SHARED,
-                                **settings)
+    trainer = tiny_runs.trainer(
+        folder, rewards, per_device_train_batch_size=videos // PARTS, context_parallel=SHARED, **settings
+    )
     assert trainer.accelerator.num_processes == WORLD and trainer.accelerator.process_index == RANK
     return trainer
 
@@ -63,6 +78,7 @@ def trained(trainer, **kwargs) -> dict:
 
 def whole_groups(folder) -> dict:
     """Two groups of 4: one a process; KL, a second iteration, and what the reward records."""
+
     def recorded(prompts, videos, log_extra, **columns):
         values = tiny_runs.brightness(prompts, videos)
         log_extra("seen", values)
@@ -90,17 +106,20 @@ def nft(folder) -> dict:
 
 def awm(folder) -> dict:
     """Half a group a process, a second iteration with another ratio, and an average that lags."""
-    return trained(made(folder, videos=4, method="awm", max_steps=4, num_iterations=2, beta=0.3,
-                        average_decay_rate=0.2))
+    return trained(
+        made(folder, videos=4, method="awm", max_steps=4, num_iterations=2, beta=0.3, average_decay_rate=0.2)
+    )
 
 
 def rvm(folder) -> dict:
     """Advantages by the spread of the whole batch; one group is equal, so one process has no step."""
+
     def only_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
-    return trained(made(folder, only_clip_0, data=tiny_runs.prompts(2), method="rvm", max_steps=3,
-                        learning_rate=100.0))
+    return trained(
+        made(folder, only_clip_0, data=tiny_runs.prompts(2), method="rvm", max_steps=3, learning_rate=100.0)
+    )
 
 
 def full(folder) -> dict:
@@ -112,8 +131,15 @@ def full(folder) -> dict:
 
 def full_resumed(folder) -> dict:
     """All weights by AdamW, stopped at step 2 of 4 and resumed, against uninterrupted; saved as a component."""
-    settings = ADAMW | {"peft_config": "full", "alive": False, "learning_rate": 1e-3, "ema_decay": 0.9,
-                        "method": "nft", "beta": 0.3, "old_decay_rate": 0.3}
+    settings = ADAMW | {
+        "peft_config": "full",
+        "alive": False,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.9,
+        "method": "nft",
+        "beta": 0.3,
+        "old_decay_rate": 0.3,
+    }
     whole = trained(made(folder / "whole", **settings))
     made(folder / "broken", callbacks=[tiny_runs.StopAt(2)], **settings).train()
     trainer = made(folder / "broken", **settings)
@@ -124,12 +150,26 @@ def full_resumed(folder) -> dict:
 
 def full_idle(folder) -> dict:
     """All weights: a process with nothing to learn from, micro-batches of several backwards, a clipped gradient."""
+
     def only_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
-    return trained(made(folder, only_clip_0, videos=4, data=tiny_runs.prompts(2), peft_config="full", alive=False,
-                        max_steps=3, steps_per_generation=2, gradient_accumulation_steps=2, max_grad_norm=1e-2,
-                        learning_rate=1.0, lr_scheduler_type="linear"))
+    return trained(
+        made(
+            folder,
+            only_clip_0,
+            videos=4,
+            data=tiny_runs.prompts(2),
+            peft_config="full",
+            alive=False,
+            max_steps=3,
+            steps_per_generation=2,
+            gradient_accumulation_steps=2,
+            max_grad_norm=1e-2,
+            learning_rate=1.0,
+            lr_scheduler_type="linear",
+        )
+    )
 
 
 def full_experts(folder, **settings) -> dict:
@@ -140,8 +180,10 @@ def full_experts(folder, **settings) -> dict:
     result = trained(trainer)
     trainer.save_model()
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return result | {"norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules],
-                     "files": files}
+    return result | {
+        "norms": [tiny_runs.logged(trainer, f"grad_norm/{name}") for name in trainer.adapted_modules],
+        "files": files,
+    }
 
 
 def full_expert(folder) -> dict:
@@ -151,32 +193,67 @@ def full_expert(folder) -> dict:
 
 def full_half(folder) -> dict:
     """All weights in fp32 of a bf16 pipeline under autocast, with activations computed again and an old policy."""
-    return trained(made(folder, model=tiny_runs.pipeline().to(torch.bfloat16), peft_config="full", alive=False,
-                        bf16=True, gradient_checkpointing=True, method="nft", beta=0.3, max_steps=2,
-                        learning_rate=0.01))
+    return trained(
+        made(
+            folder,
+            model=tiny_runs.pipeline().to(torch.bfloat16),
+            peft_config="full",
+            alive=False,
+            bf16=True,
+            gradient_checkpointing=True,
+            method="nft",
+            beta=0.3,
+            max_steps=2,
+            learning_rate=0.01,
+        )
+    )
 
 
 def full_compiled(folder) -> dict:
     """All weights with blocks as graphs."""
-    return trained(made(folder, peft_config="full", alive=False, max_steps=2, learning_rate=0.01, torch_compile=True,
-                        torch_compile_backend="aot_eager"))
+    return trained(
+        made(
+            folder,
+            peft_config="full",
+            alive=False,
+            max_steps=2,
+            learning_rate=0.01,
+            torch_compile=True,
+            torch_compile_backend="aot_eager",
+        )
+    )
 
 
 def full_backpropagated(folder) -> dict:
     """All weights through the sampler, beside the consistency term, whose teacher is the reference."""
     trainer = RewardBackpropTrainer(
-        tiny_runs.pipeline(), backprop.bright, backprop.config(
-            folder, per_device_train_batch_size=4 // PARTS, optim="sgd", learning_rate=0.01, max_steps=3),
-        tiny_runs.prompts(8), peft_config="full",
-        auxiliary_losses=[ConsistencyDistillation(consistency.Videos(), weight=0.1, steps=4)])
+        tiny_runs.pipeline(),
+        backprop.bright,
+        backprop.config(folder, per_device_train_batch_size=4 // PARTS, optim="sgd", learning_rate=0.01, max_steps=3),
+        tiny_runs.prompts(8),
+        peft_config="full",
+        auxiliary_losses=[ConsistencyDistillation(consistency.Videos(), weight=0.1, steps=4)],
+    )
     return trained(trainer)
 
 
 def full_evaluated(folder) -> dict:
     """All weights, evaluated after each step: the best checkpoint is loaded, and compared with the initial policy."""
-    trainer = made(folder, peft_config="full", alive=False, max_steps=2, learning_rate=0.1, ema_decay=0.5,
-                   eval_dataset=tiny_runs.prompts(3), eval_strategy="steps", eval_steps=1, save_strategy="steps",
-                   save_steps=1, load_best_model_at_end=True, per_device_eval_batch_size=2)
+    trainer = made(
+        folder,
+        peft_config="full",
+        alive=False,
+        max_steps=2,
+        learning_rate=0.1,
+        ema_decay=0.5,
+        eval_dataset=tiny_runs.prompts(3),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        per_device_eval_batch_size=2,
+    )
     result = trained(trainer)
     rewards = tiny_runs.logged(trainer, "eval_reward")
     return result | {"eval": rewards, "best": trainer.state.best_global_step}
@@ -184,6 +261,7 @@ def full_evaluated(folder) -> dict:
 
 def full_parts(folder) -> dict:
     """How many numbers of each copy of all weights this process holds."""
+
     class Count(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
             gradients.append(count(p.grad for p in trainer.adapter.values()))
@@ -192,18 +270,36 @@ def full_parts(folder) -> dict:
         return sum(held(t).numel() for t in tensors)
 
     gradients = []
-    trainer = made(folder, peft_config="full", alive=False, callbacks=[Count()], beta=0.01, ema_decay=0.9,
-                   **ADAMW | {"max_steps": 1})
+    trainer = made(
+        folder,
+        peft_config="full",
+        alive=False,
+        callbacks=[Count()],
+        beta=0.01,
+        ema_decay=0.9,
+        **ADAMW | {"max_steps": 1},
+    )
     trainer.train()
     states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
     copies = {"weights": trainer.adapter, "reference": trainer.initial.values, "average": trainer.ema.average}
-    return {"weights": tiny_runs.weights(trainer), "whole": sum(p.numel() for p in trainer.adapter.values()),
-            "held": {name: count(values.values()) for name, values in copies.items()}
-                    | {"gradients": gradients[-1], "states": count(states) // 2}}
+    return {
+        "weights": tiny_runs.weights(trainer),
+        "whole": sum(p.numel() for p in trainer.adapter.values()),
+        "held": {name: count(values.values()) for name, values in copies.items()}
+        | {"gradients": gradients[-1], "states": count(states) // 2},
+    }
 
 
-FULL_STOPPED = {"peft_config": "full", "alive": False, "max_steps": 4, "optim": "adamw_torch_fused",
-                "learning_rate": 1e-3, "num_iterations": 4, "beta": 0.01, "ema_decay": 0.9}
+FULL_STOPPED = {
+    "peft_config": "full",
+    "alive": False,
+    "max_steps": 4,
+    "optim": "adamw_torch_fused",
+    "learning_rate": 1e-3,
+    "num_iterations": 4,
+    "beta": 0.01,
+    "ema_decay": 0.9,
+}
 
 
 def full_stopped(folder) -> dict:
@@ -241,8 +337,18 @@ def flow_dpo_pairs(folder) -> dict:
     """Four pairs of videos of a data set: two a process."""
     files = folder / f"clips_{RANK}"
     files.mkdir(parents=True)
-    return trained(made(folder, None, data=flow_dpo_data.clips(files), method="flow_dpo", num_generations=2,
-                        max_steps=3, beta=100.0, learning_rate=0.01))
+    return trained(
+        made(
+            folder,
+            None,
+            data=flow_dpo_data.clips(files),
+            method="flow_dpo",
+            num_generations=2,
+            max_steps=3,
+            beta=100.0,
+            learning_rate=0.01,
+        )
+    )
 
 
 def flow_dppo(folder) -> dict:
@@ -252,8 +358,16 @@ def flow_dppo(folder) -> dict:
 
 def flash_grpo(folder, halves: bool = False) -> dict:
     """Four prompts, each with a window of its own."""
-    trainer = made(folder, data=tiny_runs.prompts(4), method="flash_grpo", num_generations=2, num_inference_steps=4,
-                   epsilon=0.5, max_steps=3, learning_rate=0.3)
+    trainer = made(
+        folder,
+        data=tiny_runs.prompts(4),
+        method="flash_grpo",
+        num_generations=2,
+        num_inference_steps=4,
+        epsilon=0.5,
+        max_steps=3,
+        learning_rate=0.3,
+    )
     own = trainer.trained_steps
     if halves and WORLD == 1:  # as where two processes share weights
         trainer.trained_steps = lambda number, group: own(number, group % 2)
@@ -271,8 +385,11 @@ def overlapped(folder) -> dict:
     result = trained(trainer)
     logs = [row for row in trainer.state.log_history if "seconds/rollout" in row]
     parts = ("text", "rollout", "decode", "rewards", "update", "idle")
-    return result | {"parts": sum(row.get(f"seconds/{part}", 0.0) for row in logs for part in parts),
-                     "own": trainer.timeline.parts(), "own_steps": trainer.timeline.steps}  # fmt: skip
+    return result | {
+        "parts": sum(row.get(f"seconds/{part}", 0.0) for row in logs for part in parts),
+        "own": trainer.timeline.parts(),
+        "own_steps": trainer.timeline.steps,
+    }
 
 
 def accumulated(folder) -> dict:
@@ -281,6 +398,7 @@ def accumulated(folder) -> dict:
 
 def idle_rank(folder) -> dict:
     """One prompt's rewards are all equal: one process has nothing to learn from, and must not hang."""
+
     def only_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, tiny_runs.brightness(prompts, videos).tolist())]
 
@@ -306,6 +424,7 @@ def compiled(folder) -> dict:
 
 def unlike_rewards(folder) -> dict:
     """A reward that says other things on each process; those that share a video must follow one of them."""
+
     def moody(prompts, videos, **columns):
         return tiny_runs.brightness(prompts, videos) * (-1) ** (RANK % SHARED)
 
@@ -314,15 +433,26 @@ def unlike_rewards(folder) -> dict:
 
 def resumed(folder) -> dict:
     """AdamW, cosine, the average and prompt statistics: stopped at step 2 of 5 and resumed, against uninterrupted."""
-    settings = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "max_steps": 5,
-                "ema_decay": 0.9, "per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2}
+    settings = {
+        "optim": "adamw_torch",
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "cosine",
+        "max_steps": 5,
+        "ema_decay": 0.9,
+        "per_prompt_stat_tracking": True,
+        "per_prompt_stat_tracking_min_count": 2,
+    }
     whole = trained(made(folder / "whole", **settings))
     made(folder / "broken", callbacks=[tiny_runs.StopAt(2)], **settings).train()
     torch.manual_seed(RANK)
     again = trained(made(folder / "broken", **settings), resume_from_checkpoint=True)
     difference = tiny_runs.largest_difference(whole["weights"], again["weights"])
-    return {"weights": again["weights"], "difference": difference, "rewards": [whole["reward"], again["reward"]],
-            "files": tiny_runs.checkpoints(folder / "broken")}
+    return {
+        "weights": again["weights"],
+        "difference": difference,
+        "rewards": [whole["reward"], again["reward"]],
+        "files": tiny_runs.checkpoints(folder / "broken"),
+    }
 
 
 def clipped(folder) -> dict:
@@ -340,6 +470,7 @@ def stopped(folder) -> dict:
 
 def resumed_elsewhere(folder) -> dict:
     """What `stopped` left, on one process and on two, goes on; whether the optimizer has what the checkpoint has."""
+
     class Compare(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
             own, saved = (tree_flatten(tree)[0] for tree in (trainer.optimizer.state_dict(), kept))
@@ -375,38 +506,70 @@ def two_experts(folder) -> dict:
 def backpropagated(folder) -> dict:
     """Reward backpropagation: rewards scaled by their spread over all processes."""
     settings = {"optim": "sgd", "learning_rate": 1.0, "scale_rewards": "std", "max_steps": 3}
-    return trained(backprop.trainer(
-        folder, [backprop.bright, backprop.red], prompts=8, per_device_train_batch_size=4 // PARTS,
-        context_parallel=SHARED,        backprop_through="low_variance", **settings,
-    ))  # fmt: skip
+    return trained(
+        backprop.trainer(
+            folder,
+            [backprop.bright, backprop.red],
+            prompts=8,
+            per_device_train_batch_size=4 // PARTS,
+            context_parallel=SHARED,
+            backprop_through="low_variance",
+            **settings,
+        )
+    )
 
 
 def backpropagated_k2(folder) -> dict:
     """Through two steps and a part of the frames, all activations computed again; accumulated micro-batches."""
-    return trained(backprop.trainer(
-        folder, prompts=8, per_device_train_batch_size=2 // PARTS, context_parallel=SHARED,
-        gradient_accumulation_steps=2, backprop_steps=2, decode_frames=1, gradient_checkpointing=True,
-        checkpoint_decoder=True, optim="sgd", learning_rate=20.0,
-    ))  # fmt: skip
+    return trained(
+        backprop.trainer(
+            folder,
+            prompts=8,
+            per_device_train_batch_size=2 // PARTS,
+            context_parallel=SHARED,
+            gradient_accumulation_steps=2,
+            backprop_steps=2,
+            decode_frames=1,
+            gradient_checkpointing=True,
+            checkpoint_decoder=True,
+            optim="sgd",
+            learning_rate=20.0,
+        )
+    )
 
 
 def distilled(folder) -> dict:
     """The consistency term beside a reward."""
-    return trained(consistency.distilled(
-        folder, backprop.bright, per_device_train_batch_size=4 // PARTS, context_parallel=SHARED, optim="sgd",
-        learning_rate=1.0, max_steps=3,
-    ))  # fmt: skip
+    return trained(
+        consistency.distilled(
+            folder,
+            backprop.bright,
+            per_device_train_batch_size=4 // PARTS,
+            context_parallel=SHARED,
+            optim="sgd",
+            learning_rate=1.0,
+            max_steps=3,
+        )
+    )
 
 
 def evaluated(folder) -> dict:
     """Five prompts (odd), and one (fewer than processes)."""
+
     def scored(prompts, videos, log_extra, number, **columns):
         log_extra("number", number)
         return tiny_runs.brightness(prompts, videos)
 
     sets = {"five": tiny_runs.prompts(5, number=[1, 2, 3, 4, 5]), "one": tiny_runs.prompts(1, number=[6])}
-    trainer = made(folder, scored, data=tiny_runs.prompts(3, number=[0] * 3), eval_dataset=sets,
-                   judges=tiny_runs.redness, per_device_eval_batch_size=2, max_steps=1)
+    trainer = made(
+        folder,
+        scored,
+        data=tiny_runs.prompts(3, number=[0] * 3),
+        eval_dataset=sets,
+        judges=tiny_runs.redness,
+        per_device_eval_batch_size=2,
+        max_steps=1,
+    )
     first = trainer.evaluate()
     trainer.train()
     trainer.save_model()
@@ -415,6 +578,7 @@ def evaluated(folder) -> dict:
 
 def failing_rank(folder) -> dict:
     """A reward that fails on the last process only."""
+
     def fails(prompts, videos, **columns):
         if RANK == WORLD - 1:
             raise RuntimeError("the server of this rank is gone")
@@ -425,12 +589,14 @@ def failing_rank(folder) -> dict:
 
 def _saving(folder, reward, callbacks=(), **timeouts) -> dict:
     """Three optimizer steps with a checkpoint each."""
-    return trained(made(folder, reward, max_steps=3, save_strategy="steps", save_steps=1, callbacks=list(callbacks),
-                        **timeouts))
+    return trained(
+        made(folder, reward, max_steps=3, save_strategy="steps", save_steps=1, callbacks=list(callbacks), **timeouts)
+    )
 
 
 def dead_rank(folder) -> dict:
     """The last process is killed after the first checkpoint."""
+
     def kills(prompts, videos, trainer_state, **columns):
         if RANK == WORLD - 1 and trainer_state.global_step == 1:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -441,6 +607,7 @@ def dead_rank(folder) -> dict:
 
 def hanging_reward(folder) -> dict:
     """A reward that waits for ever for a server, on the last process."""
+
     def waits(prompts, videos, trainer_state, **columns):
         if RANK == WORLD - 1 and trainer_state.global_step == 1:
             threading.Event().wait()
@@ -454,6 +621,7 @@ def dead_server(folder) -> dict:
     command = [sys.executable, "-m", "pisces_rl.command", "serve", "--rewards", f"{tiny_runs.__file__}:brightness"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+
         class Kill(TrainerCallback):
             def on_step_end(self, args, state, control, **kwargs):
                 if RANK == WORLD - 1 and state.global_step == 1:
@@ -468,6 +636,7 @@ def dead_server(folder) -> dict:
 
 def stuck_rank(folder) -> dict:
     """The last process is stuck outside of rewards, for as long as the first one runs."""
+
     class Stuck(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if RANK == 0 and state.global_step == 0:
@@ -491,19 +660,28 @@ def _runs(pid: int) -> bool:
 
 def dead_in_a_collective(folder) -> dict:
     """The last process is killed while the first one gathers weights from it."""
+
     class Kill(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if RANK == WORLD - 1 and state.global_step == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer = made(folder, max_steps=3, save_strategy="steps", save_steps=1, callbacks=[Kill()], ddp_timeout=400,
-                   reward_timeout=390)
+    trainer = made(
+        folder,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=1,
+        callbacks=[Kill()],
+        ddp_timeout=400,
+        reward_timeout=390,
+    )
     trainer.policy.shard(init_device_mesh("cpu", (WORLD,)))
     return trained(trainer)
 
 
 def disturbed_weights(folder) -> dict:
     """One bit of one weight of the last process changes in the second of eight steps; compared every third."""
+
     class Disturb(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if RANK == WORLD - 1 and state.global_step == 2:
@@ -544,11 +722,14 @@ def parts_of_weights(folder) -> dict:
         for p in frozen
     )
     states = [v for state in trainer.optimizer.optimizer.state.values() for v in state.values() if v.ndim]
-    return {"weights": tiny_runs.weights(trainer), "held": held,
-            "whole": sum(p.ds_numel if partitioned else p.numel() for p in frozen),
-            "states": sum(state.numel() for state in states),
-            "trained": sum(p.numel() for p in trainer.adapter.values()),
-            "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)]}
+    return {
+        "weights": tiny_runs.weights(trainer),
+        "held": held,
+        "whole": sum(p.ds_numel if partitioned else p.numel() for p in frozen),
+        "states": sum(state.numel() for state in states),
+        "trained": sum(p.numel() for p in trainer.adapter.values()),
+        "sharded_adapter": [n for n, p in trainer.adapter.items() if isinstance(p, DTensor)],
+    }
 
 
 def share(policy) -> None:
@@ -581,8 +762,11 @@ def unequal_texts(folder, full: bool = False) -> dict:
     gradients = {name: p.grad for name, p in lora_parameters(dict(policy.denoiser.items())).items()}
     if full:
         gradients = {name: g.full_tensor() for name, g in gradients.items()}
-    return {"weights": gradients, "videos": float((whole.videos - parts.videos).abs().max()),
-            "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max())}
+    return {
+        "weights": gradients,
+        "videos": float((whole.videos - parts.videos).abs().max()),
+        "log_probs": float((torch.stack(scores, 1) - whole.log_probs).abs().max()),
+    }
 
 
 def freed_behind_backward(folder) -> dict:

@@ -18,13 +18,23 @@ from tiny_runs import largest_difference
 # Not imported, which takes seconds: the processes do it.
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_spec("deepspeed") is None, reason="pip install deepspeed")]
 ROOT = Path(__file__).parents[2]
-EQUAL_ONE = ["whole_groups", "split_group", "accumulated", "idle_rank", "clipped", "backpropagated",
-             "backpropagated_k2", "distilled", "two_experts", "trained_twice", "half_precision",
-             "compiled"]  # fmt: skip
+EQUAL_ONE = [
+    "whole_groups",
+    "split_group",
+    "accumulated",
+    "idle_rank",
+    "clipped",
+    "backpropagated",
+    "backpropagated_k2",
+    "distilled",
+    "two_experts",
+    "trained_twice",
+    "half_precision",
+    "compiled",
+]
 STAGES = [2, 3]
 FULL = ["full", "full_resumed"]  # ZeRO-3 partitions frozen weights only
-BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights",
-            "no_spread"]  # fmt: skip
+BESIDES = ["resumed", "evaluated", "parts_of_weights", "stopped", "resumed_elsewhere", "unequal_weights", "no_spread"]
 
 
 def numbers(folder: Path, name: str, rank: int = 0) -> dict:
@@ -33,8 +43,17 @@ def numbers(folder: Path, name: str, rank: int = 0) -> dict:
 
 def two_processes(folder: Path, stage: int, *names: str, timeout: float):
     file = ROOT / "recipes" / "accelerate" / f"deepspeed_zero{stage}.yaml"
-    return launch(file, "--num_processes", "2", "--main_process_port", "0", scenarios.__file__, str(folder), *names,
-                  timeout=timeout)
+    return launch(
+        file,
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        scenarios.__file__,
+        str(folder),
+        *names,
+        timeout=timeout,
+    )
 
 
 class Runs:
@@ -47,8 +66,9 @@ class Runs:
         if stage not in self.made:
             folder = self.made[stage] = self.folder / str(stage)
             folder.mkdir()
-            one = scenarios.trained(scenarios.made(folder / "stopped_1", callbacks=[scenarios.tiny_runs.StopAt(2)],
-                                                   **scenarios.ADAMW))
+            one = scenarios.trained(
+                scenarios.made(folder / "stopped_1", callbacks=[scenarios.tiny_runs.StopAt(2)], **scenarios.ADAMW)
+            )
             assert one["weights"]
             names = EQUAL_ONE + BESIDES + (["unequal_texts", "freed_behind_backward"] if stage == 3 else FULL)
             result = two_processes(folder, stage, *names, timeout=580)
@@ -130,8 +150,11 @@ def test_evaluation_equals_that_of_one_process_and_the_adapter_reloads(runs, sta
     saved = folder / "evaluated_2"
     pipe = scenarios.tiny_runs.pipeline()
     pipe.load_lora_weights(saved)  # whole, by plain diffusers
-    loaded = {f"transformer.{n.replace('default_0', 'default')}": p.detach()
-              for n, p in pipe.transformer.named_parameters() if "lora_" in n}  # fmt: skip
+    loaded = {
+        f"transformer.{n.replace('default_0', 'default')}": p.detach()
+        for n, p in pipe.transformer.named_parameters()
+        if "lora_" in n
+    }
     assert largest_difference(loaded, load_file(folder / "evaluated_0.safetensors")) == 0
     assert (saved / "samples" / "before_after_five.png").exists()
 

@@ -27,21 +27,38 @@ def uninterrupted() -> dict:
     ("name", "said"),
     [
         ("dead_rank", (["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"], [])),
-        ("dead_in_a_collective", (
-            ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective failed"], [],
-        )),
-        ("hanging_reward", (
-            ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
-            ["reward 'waits' did not return within 4 s (reward_timeout) on rank 1", "threading.Event().wait()",
-             "RewardError"],
-        )),
-        ("dead_server", (
-            ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
-            ["failed on rank 1 for 4 videos, the first of prompt", "2 tries, the last: ConnectError", "RewardError"],
-        )),
+        (
+            "dead_in_a_collective",
+            (
+                ["rank 1 is gone or stuck: rank 0 waited for it after optimizer step 1, where a collective failed"],
+                [],
+            ),
+        ),
+        (
+            "hanging_reward",
+            (
+                ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
+                [
+                    "reward 'waits' did not return within 4 s (reward_timeout) on rank 1",
+                    "threading.Event().wait()",
+                    "RewardError",
+                ],
+            ),
+        ),
+        (
+            "dead_server",
+            (
+                ["rank 1 is gone or stuck: rank 0 waited for it with the rewards of rollout 1"],
+                [
+                    "failed on rank 1 for 4 videos, the first of prompt",
+                    "2 tries, the last: ConnectError",
+                    "RewardError",
+                ],
+            ),
+        ),
         ("stuck_rank", (["rank 1 is gone or stuck", "for at most 15 s (ddp_timeout)"], [])),
     ],
-)  # fmt: skip
+)
 def test_the_others_end_and_name_it(tmp_path, name, said):
     start = time.monotonic()
     results = together(scenarios.__file__, str(tmp_path), name, timeout=200)

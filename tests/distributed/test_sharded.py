@@ -21,8 +21,16 @@ from safetensors.torch import load_file
 from scenarios import tiny_runs
 
 EQUAL_ONE = ["split_group", "backpropagated", "full"]
-FULL = {"full_idle": 1e-6, "full_expert": 1e-6, "full_experts": 1e-6, "full_evaluated": 1e-6, "full_compiled": 1e-6,
-        "full_backpropagated": 1e-6, "full_half": 5e-5, "full_twice": 1e-4}  # AdamW makes much of little gradients
+FULL = {
+    "full_idle": 1e-6,
+    "full_expert": 1e-6,
+    "full_experts": 1e-6,
+    "full_evaluated": 1e-6,
+    "full_compiled": 1e-6,
+    "full_backpropagated": 1e-6,
+    "full_half": 5e-5,
+    "full_twice": 1e-4,
+}  # AdamW makes much of little gradients
 FULL_BESIDES = ["full_resumed", "full_stopped", "full_uninterrupted", "full_resumed_elsewhere", "full_unequal_texts"]
 SLOW = ["whole_groups", "idle_rank", "distilled", "accumulated", "backpropagated_k2", "compiled"]
 
@@ -30,8 +38,9 @@ SLOW = ["whole_groups", "idle_rank", "distilled", "accumulated", "backpropagated
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
-    result = accelerate(scenarios.__file__, folder, *EQUAL_ONE, "parts_of_weights", "full_parts", "unequal_texts",
-                        timeout=500)  # fmt: skip
+    result = accelerate(
+        scenarios.__file__, folder, *EQUAL_ONE, "parts_of_weights", "full_parts", "unequal_texts", timeout=500
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 
@@ -39,8 +48,18 @@ def sharded(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def more(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("more")
-    result = accelerate(scenarios.__file__, folder, *SLOW, "resumed", "evaluated", "half_precision", "fp8",
-                        "no_spread", "full_no_spread", timeout=500)  # fmt: skip
+    result = accelerate(
+        scenarios.__file__,
+        folder,
+        *SLOW,
+        "resumed",
+        "evaluated",
+        "half_precision",
+        "fp8",
+        "no_spread",
+        "full_no_spread",
+        timeout=500,
+    )
     assert result.returncode == 0, result.stdout[-5000:]
     return folder
 

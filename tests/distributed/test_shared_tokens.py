@@ -8,8 +8,15 @@ from comparisons import assert_equal_ranks, assert_equals_one, assert_evaluated_
 from processes import accelerate, torchrun
 
 pytestmark = pytest.mark.slow
-EQUAL_ONE = ["whole_groups", "accumulated", "backpropagated", "backpropagated_k2", "distilled", "unlike_rewards",
-             "overlapped"]
+EQUAL_ONE = [
+    "whole_groups",
+    "accumulated",
+    "backpropagated",
+    "backpropagated_k2",
+    "distilled",
+    "unlike_rewards",
+    "overlapped",
+]
 TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", "refused_splits"]
 
 

@@ -17,11 +17,27 @@ from comparisons import (
 from processes import torchrun
 
 EQUAL_ONE = ["whole_groups", "overlapped", "idle_rank", "distilled", "nft", "flash_grpo"]
-SLOW = ["split_group", "backpropagated", "accumulated", "backpropagated_k2", "full",  # the first two: test_sharded.py
-        "flow_dppo", "awm", "rvm", "flow_dpo", "flow_dpo_pairs"]  # fmt: skip
+SLOW = [
+    "split_group",
+    "backpropagated",
+    "accumulated",
+    "backpropagated_k2",
+    "full",  # the first two: test_sharded.py
+    "flow_dppo",
+    "awm",
+    "rvm",
+    "flow_dpo",
+    "flow_dpo_pairs",
+]
 SHARED = ["whole_groups"]
-TOGETHER = [*EQUAL_ONE, "resumed", "evaluated", *(f"shared/{name}" for name in SHARED), "disturbed_weights",
-            "unequal_weights"]
+TOGETHER = [
+    *EQUAL_ONE,
+    "resumed",
+    "evaluated",
+    *(f"shared/{name}" for name in SHARED),
+    "disturbed_weights",
+    "unequal_weights",
+]
 
 
 @pytest.fixture(scope="module")

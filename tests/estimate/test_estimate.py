@@ -29,8 +29,19 @@ ARCHITECTURES = json.loads((ROOT / "recipes" / "architectures.json").read_text()
 
 
 def config(**settings) -> VideoGRPOConfig:
-    settings = dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, num_generations=8, max_steps=1,
-                    num_inference_steps=2, report_to="none", use_cpu=True, bf16=False) | settings  # fmt: skip
+    settings = (
+        dict(
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            num_generations=8,
+            max_steps=1,
+            num_inference_steps=2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        )
+        | settings
+    )
     return VideoGRPOConfig(output_dir="outputs/unused", **settings)
 
 
@@ -190,14 +201,17 @@ def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
     assert parts.resident["text_encoder"] == estimate.resident["text_encoder"]
 
 
-@pytest.mark.parametrize("settings, prompts", [
-    (dict(max_steps=3), 3),
-    (dict(max_steps=1000), 256),
-    (dict(num_train_epochs=1, max_steps=-1), 256),
-    (dict(max_steps=3, gradient_accumulation_steps=8, steps_per_generation=2), 12),
-    (dict(max_steps=3, num_iterations=2), 2),
-    (dict(max_steps=3, num_generations=4), 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, prompts",
+    [
+        (dict(max_steps=3), 3),
+        (dict(max_steps=1000), 256),
+        (dict(num_train_epochs=1, max_steps=-1), 256),
+        (dict(max_steps=3, gradient_accumulation_steps=8, steps_per_generation=2), 12),
+        (dict(max_steps=3, num_iterations=2), 2),
+        (dict(max_steps=3, num_generations=4), 6),
+    ],
+)
 def test_prompts_that_are_remembered(settings, prompts):
     assert remembered_prompts(config(**settings)) == prompts
 
@@ -210,7 +224,8 @@ def estimated(family, **settings):
     call = WAN if family == "wan" else tiny_pipelines.CALLS[family]
     own = {name: call[name] for name in ("height", "width", "num_frames", "guidance_scale") if name in call}
     own["pipeline_kwargs"] = call.get("pipeline_kwargs") or {
-        name: value for name, value in call.items() if name not in own and name != "num_inference_steps"}
+        name: value for name, value in call.items() if name not in own and name != "num_inference_steps"
+    }
     pipeline = wan() if family == "wan" else tiny_pipelines.BUILD[family]()
     return estimate_memory(pipeline, config(**own | settings))
 
@@ -236,8 +251,7 @@ def test_guidance_recomputation_and_averages():
     checkpointed = peaks()
     assert checkpointed["update"] < base["update"] and checkpointed["decoding"] == base["decoding"]
     assert peaks(gradient_checkpointing=False, ema_decay=0.9)["update"] > base["update"]
-    compiled = [peaks(torch_compile=True, recompute=kind)["update"]
-                for kind in ("everything", "all_but_attention")]  # fmt: skip
+    compiled = [peaks(torch_compile=True, recompute=kind)["update"] for kind in ("everything", "all_but_attention")]
     assert compiled[0] < compiled[1] < base["update"]
 
 
@@ -246,19 +260,23 @@ def test_how_the_vae_decodes():
     large = dict(height=320, width=320, num_frames=5, guidance_scale=1.0)
     base, half = estimated("wan", **large), estimated("wan", vae_dtype="bfloat16", **large)
     assert half.resident["vae"] < 0.6 * base.resident["vae"]
-    decoder = [e.phases["decoding"]["decoder"] for e in (
-        base, half, *(estimated("wan", **large, **{name: True}) for name in ("vae_slicing", "vae_tiling"))
-    )]  # fmt: skip
+    decoder = [
+        e.phases["decoding"]["decoder"]
+        for e in (base, half, *(estimated("wan", **large, **{name: True}) for name in ("vae_slicing", "vae_tiling")))
+    ]
     assert all(smaller < decoder[0] for smaller in decoder[1:])
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(vae_dtype="float64"), "vae_dtype='float64' must be one of"),
-    (dict(transition="ddim"), "transition='ddim' does not fit"),
-    (dict(sde_window_range=[0, 9]), r"sde_window_range=\[0, 9\] must satisfy"),
-    (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
-    (dict(pipeline_kwargs={"fps": 8}), "WanPipeline takes no argument 'fps'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(vae_dtype="float64"), "vae_dtype='float64' must be one of"),
+        (dict(transition="ddim"), "transition='ddim' does not fit"),
+        (dict(sde_window_range=[0, 9]), r"sde_window_range=\[0, 9\] must satisfy"),
+        (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
+        (dict(pipeline_kwargs={"fps": 8}), "WanPipeline takes no argument 'fps'"),
+    ],
+)
 def test_settings_are_refused_as_in_training(settings, message):
     with pytest.raises(PolicyError, match=message):
         estimate_memory(wan(), config(**WAN | settings))
@@ -266,11 +284,10 @@ def test_settings_are_refused_as_in_training(settings, message):
 
 @pytest.mark.slow
 def test_one_adapter_of_two_experts():
-    both, one = (peaks("wan22_a14b", num_inference_steps=3, **own)
-                 for own in ({}, {"lora_denoisers": ("transformer_2",)}))  # fmt: skip
+    both, one = (
+        peaks("wan22_a14b", num_inference_steps=3, **own) for own in ({}, {"lora_denoisers": ("transformer_2",)})
+    )
     assert one["update"] < both["update"]
-
-
 
 
 @pytest.mark.slow
@@ -317,33 +334,45 @@ def test_a_folder_without_weights_is_the_loaded_one(dtype):
     loaded = DiffusionPipeline.from_pretrained(assets.asset_path("tiny-wan"), dtype=dtype)
     assert type(bare) is type(loaded)
     for name in ("transformer", "text_encoder", "vae"):
-        found, expected = ({k: (v.shape, v.dtype) for k, v in getattr(p, name).named_parameters()}
-                           for p in (bare, loaded))  # fmt: skip
+        found, expected = (
+            {k: (v.shape, v.dtype) for k, v in getattr(p, name).named_parameters()} for p in (bare, loaded)
+        )
         assert found == expected
         assert all(p.is_meta for p in getattr(bare, name).parameters())
 
 
 PUBLISHED = {  # billions of parameters of the denoisers and of the text encoders
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.42, 5.68), "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.3, 5.68),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.6, 5.68), "hunyuanvideo-community/HunyuanVideo": (12.8, 7.63),
-    "zai-org/CogVideoX-5b": (5.57, 4.76), "Lightricks/LTX-Video": (1.92, 4.76),
-    "genmo/mochi-1-preview": (10.0, 4.76), "ali-vilab/text-to-video-ms-1.7b": (1.41, 0.34),
-}  # fmt: skip
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (1.42, 5.68),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": (14.3, 5.68),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": (28.6, 5.68),
+    "hunyuanvideo-community/HunyuanVideo": (12.8, 7.63),
+    "zai-org/CogVideoX-5b": (5.57, 4.76),
+    "Lightricks/LTX-Video": (1.92, 4.76),
+    "genmo/mochi-1-preview": (10.0, 4.76),
+    "ali-vilab/text-to-video-ms-1.7b": (1.41, 0.34),
+}
 
 
 @pytest.mark.parametrize("model", ARCHITECTURES)
 def test_architectures_have_the_published_sizes(model):
     pipeline = weightless_pipeline(model, torch.bfloat16, ARCHITECTURES)
     for kinds, expected in zip((("transformer", "unet"), ("text",)), PUBLISHED[model]):
-        found = sum(p.numel() for name, component in pipeline.components.items()
-                    if component is not None and name.split("_")[0] in kinds
-                    for p in component.parameters())  # fmt: skip
+        found = sum(
+            p.numel()
+            for name, component in pipeline.components.items()
+            if component is not None and name.split("_")[0] in kinds
+            for p in component.parameters()
+        )
         assert found / 1e9 == pytest.approx(expected, rel=5e-3)
 
 
 def test_every_recipe_with_a_hub_model_has_an_architecture():
-    models = {line.split()[1] for path in (ROOT / "recipes").glob("*.yaml") for line in path.read_text().splitlines()
-              if line.startswith("model: ") and "/" in line}  # fmt: skip
+    models = {
+        line.split()[1]
+        for path in (ROOT / "recipes").glob("*.yaml")
+        for line in path.read_text().splitlines()
+        if line.startswith("model: ") and "/" in line
+    }
     assert models == set(ARCHITECTURES)
 
 

@@ -9,9 +9,28 @@ from pisces_rl import AWMConfig, NFTConfig, RewardBackpropConfig, VideoGRPOConfi
 from pisces_rl.cli import estimate_command
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--model", "tiny-wan", "--height", "64", "--width", "64", "--num_frames", "17", "--report_to", "none",
-        "--pipeline_kwargs", '{"max_sequence_length": 24}', "--guidance_scale", "1", "--num_inference_steps", "4",
-        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4"]  # fmt: skip
+TINY = [
+    "--model",
+    "tiny-wan",
+    "--height",
+    "64",
+    "--width",
+    "64",
+    "--num_frames",
+    "17",
+    "--report_to",
+    "none",
+    "--pipeline_kwargs",
+    '{"max_sequence_length": 24}',
+    "--guidance_scale",
+    "1",
+    "--num_inference_steps",
+    "4",
+    "--per_device_train_batch_size",
+    "2",
+    "--gradient_accumulation_steps",
+    "4",
+]
 
 
 @pytest.fixture
@@ -41,11 +60,16 @@ def test_bf16_is_on_unless_said_otherwise(script):
         assert config.bf16 == (dtype == torch.bfloat16)
 
 
-@pytest.mark.parametrize("arguments, config", [
-    ([], VideoGRPOConfig), (["--method", "nft"], NFTConfig), (["--method", "backprop"], RewardBackpropConfig),
-    (["--config", str(ROOT / "recipes" / "wan21_1.3b_awm.yaml")], AWMConfig),
-    (["--config", str(ROOT / "recipes" / "wan21_1.3b_grpo.yaml")], VideoGRPOConfig),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, config",
+    [
+        ([], VideoGRPOConfig),
+        (["--method", "nft"], NFTConfig),
+        (["--method", "backprop"], RewardBackpropConfig),
+        (["--config", str(ROOT / "recipes" / "wan21_1.3b_awm.yaml")], AWMConfig),
+        (["--config", str(ROOT / "recipes" / "wan21_1.3b_grpo.yaml")], VideoGRPOConfig),
+    ],
+)
 def test_the_method_decides_which_settings_there_are(script, arguments, config):
     assert type(script.module.parsed([*arguments, "--report_to", "none"])[2]) is config
 
@@ -57,15 +81,18 @@ def test_tells_what_nft_takes(script, capsys):
     assert all(name in printed for name in ("followers", "trained weights", "predictions of other policies"))
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--method", "sft"], "--method 'sft' must be one of grpo, .*, backprop"),
-    (["--sharding", "zero3"], "sharding='zero3' must be 'none' or 'fsdp2'"),
-    (["--num_processes", "2"], "num_processes=2: without sharding every GPU takes what one takes"),
-    (["--sharding", "fsdp2"], "num_processes=1: fsdp2 needs at least 2"),
-    (["--table"], "Write --table alone"),
-    (["--table=true"], "Write --table alone"),
-    (["--model", "no-such-folder"], "model='no-such-folder' must be a model folder or Hub id"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--method", "sft"], "--method 'sft' must be one of grpo, .*, backprop"),
+        (["--sharding", "zero3"], "sharding='zero3' must be 'none' or 'fsdp2'"),
+        (["--num_processes", "2"], "num_processes=2: without sharding every GPU takes what one takes"),
+        (["--sharding", "fsdp2"], "num_processes=1: fsdp2 needs at least 2"),
+        (["--table"], "Write --table alone"),
+        (["--table=true"], "Write --table alone"),
+        (["--model", "no-such-folder"], "model='no-such-folder' must be a model folder or Hub id"),
+    ],
+)
 def test_refuses(script, arguments, message):
     with pytest.raises(SystemExit, match=message):
         script(*TINY, *arguments)

@@ -11,8 +11,19 @@ from pisces_rl import METHODS, RewardBackpropConfig
 from pisces_rl.estimate import MemoryEstimate, estimate_memory
 from pisces_rl.policy import VideoPolicy, add_lora, default_lora_config
 
-SETTINGS = dict(output_dir="outputs/unused", num_inference_steps=3, report_to="none", use_cpu=True, bf16=False,
-                max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2) | WAN  # fmt: skip
+SETTINGS = (
+    dict(
+        output_dir="outputs/unused",
+        num_inference_steps=3,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        max_steps=1,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
+    | WAN
+)
 
 
 def config(method: str, **settings):
@@ -61,11 +72,22 @@ def test_followers_of_all_weights_count_as_much_as_these():
     assert awm.fsdp2(4).resident["followers"] == -(-2 * trained // 4)
 
 
-@pytest.mark.parametrize("method, settings", [
-    ("grpo", {}), ("flash_grpo", {}), ("flow_dppo", {}), ("nft", {}), ("nft", dict(beta=0.0)), ("awm", {}),
-    ("awm", dict(average_weight=0.0)), ("awm", dict(num_iterations=2)), ("rvm", {}), ("rvm", dict(beta=0.0)),
-    ("flow_dpo", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("grpo", {}),
+        ("flash_grpo", {}),
+        ("flow_dppo", {}),
+        ("nft", {}),
+        ("nft", dict(beta=0.0)),
+        ("awm", {}),
+        ("awm", dict(average_weight=0.0)),
+        ("awm", dict(num_iterations=2)),
+        ("rvm", {}),
+        ("rvm", dict(beta=0.0)),
+        ("flow_dpo", {}),
+    ],
+)
 def test_a_config_says_what_its_trainer_holds(tmp_path, method, settings):
     made = trainer(tmp_path, method=method, **settings)
     held = made.args.held()

@@ -149,8 +149,16 @@ def script(monkeypatch, tmp_path):
 
 
 def test_the_script_on_files(script, tmp_path):
-    table = script.run("--dataset", write_clips(tmp_path, [(32, 32)] * 3), "--n", "9", "--rewards", "ot_semantic",
-                       "--ot_attention", '{"plan": "balanced"}')  # fmt: skip
+    table = script.run(
+        "--dataset",
+        write_clips(tmp_path, [(32, 32)] * 3),
+        "--n",
+        "9",
+        "--rewards",
+        "ot_semantic",
+        "--ot_attention",
+        '{"plan": "balanced"}',
+    )
     assert "| another clip |" in table
     assert (tmp_path / "out" / "plans.png").stat().st_size > 1000
     assert (tmp_path / "out" / "strength.png").stat().st_size > 1000
@@ -165,8 +173,10 @@ def test_the_script_asks_the_rewards_that_an_encoder_has(script, tmp_path, capsy
     told = capsys.readouterr().out
     assert "ot_semantic is left out: matcher: clip@" in told and "ot_quality is left out: ot_map: none is" in told
     monkeypatch.setattr(script, "read_clips", lambda *args: pytest.fail("clips were read"))
-    for wrong, message in ((["--rewards", "cosine", "matching"], "no matching head"),
-                           (["--ot_attention", '{"plan": "exact"}'], "plan='exact'")):  # fmt: skip
+    for wrong, message in (
+        (["--rewards", "cosine", "matching"], "no matching head"),
+        (["--ot_attention", '{"plan": "exact"}'], "plan='exact'"),
+    ):
         with pytest.raises(ValueError, match=message):
             script.run(*options, *wrong)
 

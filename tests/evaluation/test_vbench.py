@@ -70,8 +70,11 @@ def test_a_seed_is_of_prompt_and_index_alone(tmp_path):
 
 def test_vbench2_has_folders_and_short_names(tmp_path):
     story = "x" * 179 + "yz"
-    suite = [{"prompt_en": story, "dimension": ["Complex_Plot"]}, {"prompt_en": "a cat", "dimension": ["Diversity"]},
-             {"prompt_en": "a man", "dimension": ["Human_Anatomy", "Human_Identity"]}]
+    suite = [
+        {"prompt_en": story, "dimension": ["Complex_Plot"]},
+        {"prompt_en": "a cat", "dimension": ["Diversity"]},
+        {"prompt_en": "a man", "dimension": ["Human_Anatomy", "Human_Identity"]},
+    ]
     benchmark, videos = read_suite(suite_file(tmp_path, suite))
     assert benchmark is VBENCH2 and len(videos) == 3 + 20 + 3
     assert videos[0].prompt == story and videos[0].paths == (f"videos/Complex_Plot/{'x' * 179}y-0.mp4",)
@@ -81,14 +84,19 @@ def test_vbench2_has_folders_and_short_names(tmp_path):
         read_suite(suite_file(tmp_path, clash))
 
 
-@pytest.mark.parametrize("entries, message", [
-    ([{"prompt_en": "a/b", "dimension": ["color"]}], "no file system can hold"),
-    ([{"prompt_en": "é" * 130, "dimension": ["color"]}], "no file system can hold"),
-    ([{"prompt_en": "a", "dimension": ["colour"]}], r"dimensions \['colour'\] are not VBench's"),
-    ([{"prompt_en": "a", "dimension": ["color", "Diversity"]}], "not of both"),
-    ([{"prompt_en": " ", "dimension": ["color"]}], "entry 0 must be an object"),
-    ([{"prompt": "a"}], "entry 0 must be an object"), (["a"], "entry 0"), ({}, "must hold a list"),
-])
+@pytest.mark.parametrize(
+    "entries, message",
+    [
+        ([{"prompt_en": "a/b", "dimension": ["color"]}], "no file system can hold"),
+        ([{"prompt_en": "é" * 130, "dimension": ["color"]}], "no file system can hold"),
+        ([{"prompt_en": "a", "dimension": ["colour"]}], r"dimensions \['colour'\] are not VBench's"),
+        ([{"prompt_en": "a", "dimension": ["color", "Diversity"]}], "not of both"),
+        ([{"prompt_en": " ", "dimension": ["color"]}], "entry 0 must be an object"),
+        ([{"prompt": "a"}], "entry 0 must be an object"),
+        (["a"], "entry 0"),
+        ({}, "must hold a list"),
+    ],
+)
 def test_suites_that_the_runner_could_not_read_are_refused(tmp_path, entries, message):
     with pytest.raises(ValueError, match=message):
         read_suite(suite_file(tmp_path, entries))
@@ -224,11 +232,32 @@ def test_a_pipeline_with_an_adapter_is_no_base(tmp_path):
 @pytest.mark.slow
 def test_processes_share_the_work(tmp_path):
     suite = suite_file(tmp_path)
-    arguments = ["vbench", "export", "--model", "tiny-wan", "--suite", str(suite), "--dimensions", "color",
-                 "--num_frames", "5"]
+    arguments = [
+        "vbench",
+        "export",
+        "--model",
+        "tiny-wan",
+        "--suite",
+        str(suite),
+        "--dimensions",
+        "color",
+        "--num_frames",
+        "5",
+    ]
     config = str(Path(__file__).parents[2] / "recipes" / "accelerate" / "ddp.yaml")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", "2",
-              "--main_process_port", "0", "-m", "pisces_rl.command"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        config,
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+        "-m",
+        "pisces_rl.command",
+    ]
     done = subprocess.run([*launch, *arguments, "--output_dir", str(tmp_path / "two")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "sampled 3 videos" in done.stdout and "sampled 2 videos" in done.stdout
@@ -240,18 +269,32 @@ def test_processes_share_the_work(tmp_path):
 
 #: VideoCrafter-2.0 on VBench's leaderboard, in percent, and its three totals.
 ROW = {
-    "subject_consistency": 96.85, "background_consistency": 98.22, "temporal_flickering": 98.41,
-    "motion_smoothness": 97.73, "dynamic_degree": 42.50, "aesthetic_quality": 63.13, "imaging_quality": 67.22,
-    "object_class": 92.55, "multiple_objects": 40.66, "human_action": 95.00, "color": 92.92,
-    "spatial_relationship": 35.86, "scene": 55.29, "appearance_style": 25.13, "temporal_style": 25.84,
+    "subject_consistency": 96.85,
+    "background_consistency": 98.22,
+    "temporal_flickering": 98.41,
+    "motion_smoothness": 97.73,
+    "dynamic_degree": 42.50,
+    "aesthetic_quality": 63.13,
+    "imaging_quality": 67.22,
+    "object_class": 92.55,
+    "multiple_objects": 40.66,
+    "human_action": 95.00,
+    "color": 92.92,
+    "spatial_relationship": 35.86,
+    "scene": 55.29,
+    "appearance_style": 25.13,
+    "temporal_style": 25.84,
     "overall_consistency": 28.23,
 }
 TOTALS = {"Quality": 82.20, "Semantic": 73.42, "Total": 80.44}
 
 
 def videos_of(results: dict[str, list], folder: str = "out/videos") -> list[dict]:
-    return [{"video_path": f"{folder}/{prompt}-{i}.mp4", "video_results": value}
-            for prompt, values in results.items() for i, value in enumerate(values)]
+    return [
+        {"video_path": f"{folder}/{prompt}-{i}.mp4", "video_results": value}
+        for prompt, values in results.items()
+        for i, value in enumerate(values)
+    ]
 
 
 def result_files(folder: Path, scores: dict, results: dict | None = None) -> Path:
@@ -278,8 +321,9 @@ def test_results_are_paired_by_prompt(tmp_path):
     """More videos on one side, in another order, of another folder; a prompt of one side is in no pair."""
     before = {"color": {"x-1": [0.0, 1.0], "y": [1.0, 1.0], "only": [1.0]}}
     after = {"color": {"y": [1.0], "x-1": [1.0, 1.0, 0.25]}}
-    row = compare_results(result_files(tmp_path / "b", {"color": 0.8}, before),
-                          result_files(tmp_path / "a", {"color": 0.8125}, after))["dimensions"]["color"]
+    row = compare_results(
+        result_files(tmp_path / "b", {"color": 0.8}, before), result_files(tmp_path / "a", {"color": 0.8125}, after)
+    )["dimensions"]["color"]
     assert (row["before"], row["after"], row["n"]) == (0.8, 0.8125, 2)
     assert row["difference"] == pytest.approx(0.125) and (row["low"], row["high"]) == (0.0, 0.25)
 
@@ -307,8 +351,9 @@ def test_an_interval_of_a_total_counts_a_prompt_once(tmp_path):
     after["Composition"] = {f"p{i}": [0.5 + v] for i, v in enumerate(values)}
     after["Diversity"] = {f"p{i}": [0.5 - v] for i, v in enumerate(values)}
     scores = dict.fromkeys(VBENCH2.dimensions, 0.5)
-    comparison = compare_results(result_files(tmp_path / "b", scores, before),
-                                 result_files(tmp_path / "a", scores, after))
+    comparison = compare_results(
+        result_files(tmp_path / "b", scores, before), result_files(tmp_path / "a", scores, after)
+    )
     row, dimension = comparison["totals"]["Creativity"], comparison["dimensions"]["Composition"]
     assert dimension["low"] < -0.02 and dimension["high"] > 0.02
     assert row["n"] == 8 and abs(row["low"]) < 1e-12 and abs(row["high"]) < 1e-12
@@ -334,16 +379,24 @@ def test_a_total_without_a_dimension_is_left_out(tmp_path):
     folder = result_files(tmp_path, {d: ROW[d] / 100 for d in ROW if d != "scene"}, {"color": {}})
     comparison = compare_results(folder, folder)
     assert list(comparison["totals"]) == ["Quality"] and comparison["left_out"] == {
-        "Semantic": ["scene"], "Total": ["scene"]}
+        "Semantic": ["scene"],
+        "Total": ["scene"],
+    }
     color = comparison["dimensions"]["color"]
     assert color["n"] == 0 and color["difference"] is None and color["before"] == 0.9292
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "cannot be read as JSON"), ("[]", "no result file"), ('{"color": 1}', "must be"),
-    ('{"color": [NaN, []]}', "the mean of 'color' is nan"), ('{"colour": [1, []]}', "are not VBench's"),
-    ('{"color": [1, [{"video_path": "a-0.mp4", "video_results": [1, 2]}]]}', "must be"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no result file"),
+        ('{"color": 1}', "must be"),
+        ('{"color": [NaN, []]}', "the mean of 'color' is nan"),
+        ('{"colour": [1, []]}', "are not VBench's"),
+        ('{"color": [1, [{"video_path": "a-0.mp4", "video_results": [1, 2]}]]}', "must be"),
+    ],
+)
 def test_broken_result_files_are_refused(tmp_path, content, message):
     (tmp_path / "x_eval_results.json").write_text(content)
     with pytest.raises(ValueError, match=message):
@@ -390,7 +443,7 @@ def test_a_run_shows_the_comparison_once(tmp_path):
         text = (run / name).read_text(encoding="utf-8")
         assert text.count("## VBench\n") == 1 and text.count("| color |") == 1 and section in text
         begin, end = text.index("<!-- VBench -->"), text.index("<!-- end of VBench -->\n")
-        assert "".join((text[:begin] + text[end + len("<!-- end of VBench -->\n"):]).split()) == "".join(old.split())
+        assert "".join((text[:begin] + text[end + len("<!-- end of VBench -->\n") :]).split()) == "".join(old.split())
     assert (run / "README.md").read_text(encoding="utf-8").index("## VBench") < card.index("## Training") + 60
     assert {"vbench/report.json", "vbench/report.md"} <= set(described(run))
     assert json.loads((run / "vbench" / "report.json").read_text())["dimensions"]["color"]["after"] == 0.75
@@ -415,13 +468,37 @@ def test_the_command_reads(tmp_path, capsys):
     command.main(["vbench", "read", "--before", str(before), "--after", str(after), "--output_dir", str(tmp_path)])
     assert "| color | 0.5000 | 0.7500 | 2 | +0.2500" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="pisces-rl vbench: results="):
-        command.main(["vbench", "read", "--before", str(tmp_path / "vbench"), "--after", str(after), "--output_dir",
-                      str(tmp_path)])
+        command.main(
+            [
+                "vbench",
+                "read",
+                "--before",
+                str(tmp_path / "vbench"),
+                "--after",
+                str(after),
+                "--output_dir",
+                str(tmp_path),
+            ]
+        )
 
 
 def test_the_command_exports(tmp_path, capsys):
-    arguments = ["vbench", "export", "--model", "tiny-wan", "--suite", str(suite_file(tmp_path)), "--dimensions",
-                 "color", "--num_frames", "5", "--num_inference_steps", "1", "--output_dir", str(tmp_path / "out")]
+    arguments = [
+        "vbench",
+        "export",
+        "--model",
+        "tiny-wan",
+        "--suite",
+        str(suite_file(tmp_path)),
+        "--dimensions",
+        "color",
+        "--num_frames",
+        "5",
+        "--num_inference_steps",
+        "1",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     command.main(arguments)
     assert "sampled 5 videos" in capsys.readouterr().out
     settings = json.loads((tmp_path / "out" / "export.json").read_text())
@@ -456,7 +533,8 @@ echo '{json.dumps(result)}' | sed "s/DIMENSION/$dimension/" > "$out/x_eval_resul
     for _ in range(2):
         subprocess.run(script, env=only, check=True)
     assert (tmp_path / "log").read_text().splitlines() == [
-        f"color {base}/videos", f"temporal_flickering {base}/static/filtered_videos",
+        f"color {base}/videos",
+        f"temporal_flickering {base}/static/filtered_videos",
     ]
     assert set(read_results(base / "results")[1]) == {"color", "temporal_flickering"}
     wrong = subprocess.run([*script[:3], str(tmp_path)], capture_output=True, text=True)

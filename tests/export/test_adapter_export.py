@@ -127,7 +127,9 @@ def test_two_experts_are_two_files_and_one_folder_of_diffusers(tmp_path):
     files = export_adapter(tmp_path / "run", tmp_path / "diffusers", dtype="fp32")
     weights = "pytorch_lora_weights.safetensors"
     assert [f.relative_to(tmp_path).as_posix() for f in files] == [
-        f"diffusers/{weights}", f"diffusers/transformer_2/{weights}"]  # fmt: skip
+        f"diffusers/{weights}",
+        f"diffusers/transformer_2/{weights}",
+    ]
     again = quiet(BUILD["wan22_a14b"]())
     load_lora(again, tmp_path / "diffusers")
     torch.testing.assert_close(latents(again, "wan22_a14b"), expected)
@@ -141,10 +143,13 @@ def test_one_expert_is_named_by_its_noise(tmp_path):
     assert names == ["comfyui_lora_high_noise.safetensors", "comfyui_lora.safetensors"]
 
 
-@pytest.mark.parametrize("family, config", [
-    ("wan", {"use_rslora": True, "lora_alpha": 3}),
-    ("hunyuan15", {}),  # without a LoRA loader
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, config",
+    [
+        ("wan", {"use_rslora": True, "lora_alpha": 3}),
+        ("hunyuan15", {}),  # without a LoRA loader
+    ],
+)
 def test_layouts_of_diffusers_and_peft_hold_the_adapter(family, config, tmp_path):
     pipe = trained(family, tmp_path / "run", **config)
     expected = latents(pipe, family)
@@ -318,14 +323,17 @@ def test_readers_with_and_without_alpha_add_the_trained_delta(family, dtype, tmp
         torch.testing.assert_close(chunks[list(part.chunks)].flatten(0, 1).float(), expected, **tolerance)
 
 
-@pytest.mark.parametrize("family, module, message", [
-    ("wan", "time_projection.1", "should be empty .*time_projection.1.alpha"),
-    ("wan_i2v", "img_emb.proj.1", "should be empty .*img_emb.proj.1.alpha"),
-    ("ltx", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
-    ("ltx2", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
-    ("hunyuan", "double_blocks.0.img_attn_qkv", "chunk expects at least a 1-dim"),
-    ("hunyuan", "double_blocks.0.img_attn_proj", "Invalid LoRA checkpoint"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, module, message",
+    [
+        ("wan", "time_projection.1", "should be empty .*time_projection.1.alpha"),
+        ("wan_i2v", "img_emb.proj.1", "should be empty .*img_emb.proj.1.alpha"),
+        ("ltx", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
+        ("ltx2", "transformer_blocks.0.attn1.to_q", "Invalid LoRA checkpoint"),
+        ("hunyuan", "double_blocks.0.img_attn_qkv", "chunk expects at least a 1-dim"),
+        ("hunyuan", "double_blocks.0.img_attn_proj", "Invalid LoRA checkpoint"),
+    ],
+)
 def test_diffusers_refuses_the_alphas_that_are_left_out(family, module, message, tmp_path):
     """When it takes one, the file may hold it."""
     targets = {"wan": "all-linear", "wan_i2v": "all-linear", "hunyuan": HUNYUAN_DOUBLE}.get(family)
@@ -357,15 +365,26 @@ PUBLISHED = [
     # comfy/ldm/cogvideo/model.py of Comfy-Org/ComfyUI
     ("cogvideox", "comfyui", "diffusion_model.blocks.0.", ["q", "k", "v", "attn_out", "ff_proj", "ff_out"]),
     # CogVideoX's SAT checkpoint: scripts/convert_cogvideox_to_diffusers.py of huggingface/diffusers
-    ("cogvideox", "original", "transformer.layers.0.",
-     ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
+    (
+        "cogvideox",
+        "original",
+        "transformer.layers.0.",
+        ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"],
+    ),
     # src/genmo/mochi_preview/dit/joint_model/asymm_models_joint.py and lora.py of genmoai/mochi
-    ("mochi", "comfyui", "diffusion_model.blocks.0.",
-     [f"{m}_{s}{end}" for s in "xy" for m, end in
-      (("attn.qkv", ""), ("attn.proj", ""), ("mlp", ".w1"), ("mlp", ".w2"))]),
+    (
+        "mochi",
+        "comfyui",
+        "diffusion_model.blocks.0.",
+        [
+            f"{m}_{s}{end}"
+            for s in "xy"
+            for m, end in (("attn.qkv", ""), ("attn.proj", ""), ("mlp", ".w1"), ("mlp", ".w2"))
+        ],
+    ),
     # comfy/ldm/lightricks/model.py of Comfy-Org/ComfyUI
     ("ltx", "comfyui", "diffusion_model.transformer_blocks.0.", LTX),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("family, format, block, names", PUBLISHED)
@@ -505,8 +524,18 @@ def test_the_script_exports_and_refuses(tmp_path, monkeypatch, capsys):
         script.main([str(tmp_path), str(tmp_path / "out")])
     assert "holds no adapter" in capsys.readouterr().err
     quiet(BUILD["wan"]()).save_pretrained(tmp_path / "base")
-    script.main([str(tmp_path / "run"), str(tmp_path / "merged"), "--format", "merged", "--dtype", "fp32",
-                 "--model", str(tmp_path / "base")])  # fmt: skip
+    script.main(
+        [
+            str(tmp_path / "run"),
+            str(tmp_path / "merged"),
+            "--format",
+            "merged",
+            "--dtype",
+            "fp32",
+            "--model",
+            str(tmp_path / "base"),
+        ]
+    )
     assert "weights of 20 modules changed" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged" / "transformer" / "config.json").read_text())["num_layers"] == 2
     assert pipe.transformer.peft_config

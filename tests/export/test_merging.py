@@ -91,10 +91,12 @@ def test_the_adapters_own_folder_is_no_place_for_the_merged_model(tmp_path, monk
     base, kept = BUILD["wan"](), sorted(tmp_path.rglob("*"))
     before = {name: weight.clone() for name, weight in base.transformer.state_dict().items()}
     for folder, output in (
-        (tmp_path / "run", tmp_path / "run"), (tmp_path / "run", "~/run"), ("~/run", tmp_path / "peft" / ".." / "run"),
+        (tmp_path / "run", tmp_path / "run"),
+        (tmp_path / "run", "~/run"),
+        ("~/run", tmp_path / "peft" / ".." / "run"),
         (tmp_path / "run" / "pytorch_lora_weights.safetensors", tmp_path / "run"),
         (tmp_path / "peft" / "transformer", tmp_path / "peft"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match="is the adapter's own folder"):
             merge_adapter(base, folder, output)
     assert sorted(tmp_path.rglob("*")) == kept

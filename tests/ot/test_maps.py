@@ -35,8 +35,15 @@ def clouds():
 
 
 def every_map():
-    return [IdentityMap(), MeanShiftMap(), LinearMap(), EntropicMap(), EntropicMap(linear=False), NeuralMap(**TINY),
-            NeuralMap(skip="linear", **TINY)]  # fmt: skip
+    return [
+        IdentityMap(),
+        MeanShiftMap(),
+        LinearMap(),
+        EntropicMap(),
+        EntropicMap(linear=False),
+        NeuralMap(**TINY),
+        NeuralMap(skip="linear", **TINY),
+    ]
 
 
 def test_linear_is_the_map_between_gaussians():
@@ -150,10 +157,13 @@ def test_bad_input_names_the_argument(clouds):
     with pytest.raises(ValueError, match="skip='bilinear'"):
         NeuralMap(skip="bilinear")
     for wrong, message in (
-        (dict(steps=0), "steps=0"), (dict(ema_decay=1.5), "ema_decay=1.5"), (dict(seed=-1), "seed=-1"),
-        (dict(learning_rate=-1.0), "learning_rate"), (dict(max_grad_norm=0.0), "max_grad_norm"),
+        (dict(steps=0), "steps=0"),
+        (dict(ema_decay=1.5), "ema_decay=1.5"),
+        (dict(seed=-1), "seed=-1"),
+        (dict(learning_rate=-1.0), "learning_rate"),
+        (dict(max_grad_norm=0.0), "max_grad_norm"),
         (dict(weight_decay=float("nan")), "weight_decay"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             NeuralMap(**wrong)
     with pytest.raises(ValueError, match="target: all points"):
@@ -272,10 +282,13 @@ def test_neural_from_a_stream(clouds, tmp_path, monkeypatch):
     monkeypatch.setattr(maps.neural, "HELD_OUT", 64)
     without = NeuralMap(**settings).fit(Chunks(x), Chunks(y), progress=False)  # held out: the first points
     assert without(x).isfinite().all()
-    for wrong, message in ((iter([x]), "source: an iterator ends"), ([], "source: the iterable has no"),
-                           ([x * float("nan")], "source: expected batches of finite"),
-                           ([(x,)], "source: expected batches.*TensorDataset"),
-                           ([x[:, :2]], r"source: expected batches of finite points \(b, ")):  # fmt: skip
+    for wrong, message in (
+        (iter([x]), "source: an iterator ends"),
+        ([], "source: the iterable has no"),
+        ([x * float("nan")], "source: expected batches of finite"),
+        ([(x,)], "source: expected batches.*TensorDataset"),
+        ([x[:, :2]], r"source: expected batches of finite points \(b, "),
+    ):
         with pytest.raises(ValueError, match=message):
             NeuralMap(**TINY).fit(wrong, Chunks(y), held_out=held_out, progress=False)
 

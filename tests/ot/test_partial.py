@@ -92,12 +92,15 @@ def test_all_of_the_mass_is_solved_as_the_balanced_problem(inputs, reference):
     torch.testing.assert_close(gradient, both.plan, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("solve", [
-    lambda c: dummy_point_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
-    lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
-    lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1, reference="uniform"),
-    lambda c: transport_plan(c, reg=1e-3, max_iterations=1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "solve",
+    [
+        lambda c: dummy_point_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
+        lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1),
+        lambda c: partial_transport_plan(c, mass=0.9, reg=1e-3, max_iterations=1, reference="uniform"),
+        lambda c: transport_plan(c, reg=1e-3, max_iterations=1),
+    ],
+)
 def test_warnings_point_at_the_caller(inputs, solve):
     with pytest.warns(ConvergenceWarning) as caught:
         solve(inputs[0])
@@ -120,9 +123,12 @@ def test_small_reg_is_the_linear_programme(inputs, solve):
     for k in range(2):
         rows, columns = np.kron(np.eye(6), np.ones(9)), np.kron(np.ones(6), np.eye(9))
         exact = linprog(
-            cost[k].numpy().ravel(), A_ub=np.vstack([rows, columns]),
-            b_ub=np.concatenate([a[k].numpy(), b[k].numpy()]), A_eq=np.ones((1, 54)), b_eq=[0.6],
-        ).fun  # fmt: skip
+            cost[k].numpy().ravel(),
+            A_ub=np.vstack([rows, columns]),
+            b_ub=np.concatenate([a[k].numpy(), b[k].numpy()]),
+            A_eq=np.ones((1, 54)),
+            b_eq=[0.6],
+        ).fun
         assert float(transport_cost(cost[k], plan[k])) == pytest.approx(exact, abs=6e-3)
         assert exact == pytest.approx(
             (
@@ -133,10 +139,15 @@ def test_small_reg_is_the_linear_programme(inputs, solve):
 
 
 @pytest.mark.parametrize("solve", [partial_transport_plan, dummy_point_transport_plan])
-@pytest.mark.parametrize("reg, size", [
-    (1.0, (6, 9)), (0.05, (6, 9)), (0.001, (4, 6)),
-    pytest.param(0.001, (6, 9), marks=pytest.mark.slow),  # 30,000 iterations
-])
+@pytest.mark.parametrize(
+    "reg, size",
+    [
+        (1.0, (6, 9)),
+        (0.05, (6, 9)),
+        (0.001, (4, 6)),
+        pytest.param(0.001, (6, 9), marks=pytest.mark.slow),  # 30,000 iterations
+    ],
+)
 def test_mass_and_bounds_hold_in_fp32(inputs, solve, reg, size):
     cost, a, b = (x.float() for x in inputs)
     rows, columns = size

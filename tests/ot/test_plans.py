@@ -53,9 +53,12 @@ def test_balanced_is_pots(n, m, reg, seed):
 
 @settings(max_examples=15, deadline=None)
 @given(
-    n=st.integers(1, 9), m=st.integers(1, 20), reg=st.sampled_from([0.5, 0.1, 0.03]),
-    reach=st.sampled_from([0.05, 0.3, 2.0]), seed=st.integers(0, 2**20),
-)  # fmt: skip
+    n=st.integers(1, 9),
+    m=st.integers(1, 20),
+    reg=st.sampled_from([0.5, 0.1, 0.03]),
+    reach=st.sampled_from([0.05, 0.3, 2.0]),
+    seed=st.integers(0, 2**20),
+)
 def test_unbalanced_is_pots(n, m, reg, reach, seed):
     cost, a, b = problem(1, n, m, seed)
     plan = transport_plan(cost, a, b * 1.5, reg=reg, reach=reach, tolerance=1e-10, max_iterations=50_000)

@@ -61,8 +61,9 @@ def test_results_are_the_native_ones(kind):
 @pytest.mark.parametrize("reg", [1.0, 0.05, 0.01])
 def test_plans_are_pots(reg):
     cost, a, b = (x[0] for x in problem())
-    theirs = ot.sinkhorn(a.numpy(), b.numpy(), cost.numpy(), reg, method="sinkhorn_log", stopThr=1e-12,
-                         numItermax=100_000)  # fmt: skip
+    theirs = ot.sinkhorn(
+        a.numpy(), b.numpy(), cost.numpy(), reg, method="sinkhorn_log", stopThr=1e-12, numItermax=100_000
+    )
     plan = transport_plan(cost, a, b, reg=reg, tolerance=1e-7, max_iterations=50_000, solver="geomloss")
     assert (plan.plan - torch.from_numpy(theirs)).abs().sum() < 1e-5 and plan.marginal_error < 1e-7
 

@@ -84,10 +84,22 @@ def test_families_that_decode_no_part_say_so(family, message):
         policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], part=DecodedPart(1, seed=3))
 
 
-@pytest.mark.parametrize("family, last_steps", [
-    ("tiny-wan", STEPS), ("tiny-wan", 1), ("cogvideox", STEPS), ("cogvideox", 1), ("ltx", STEPS), ("ltx", 1),
-    ("mochi", STEPS), ("mochi", 1), ("hunyuan", STEPS), ("hunyuan", 1), ("animatediff", STEPS),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, last_steps",
+    [
+        ("tiny-wan", STEPS),
+        ("tiny-wan", 1),
+        ("cogvideox", STEPS),
+        ("cogvideox", 1),
+        ("ltx", STEPS),
+        ("ltx", 1),
+        ("mochi", STEPS),
+        ("mochi", 1),
+        ("hunyuan", STEPS),
+        ("hunyuan", 1),
+        ("animatediff", STEPS),
+    ],
+)
 def test_the_gradient_in_a_random_direction_is_the_finite_difference(family, last_steps):
     """The reward is how far a video goes where the direction takes it, so that the difference stands out of the noise.
 
@@ -108,7 +120,7 @@ def test_the_gradient_in_a_random_direction_is_the_finite_difference(family, las
             parameter.data = value + at * d / norm
         return policy.sample_with_gradients(
             PROMPTS, noise_seeds=[1, 2], checkpoint_decoder=checkpointed, **how
-        ).double()  # fmt: skip
+        ).double()
 
     moved = (videos(size) - videos(-size)).detach()
     for checkpointed in (False, True):
@@ -172,9 +184,10 @@ def test_a_part_of_the_frames(family):
 def test_bad_arguments():
     policy, _ = build("wan")
     for wrong, text in (
-        (dict(last_steps=0), "last_steps=0"), (dict(last_steps=STEPS + 1), f"last_steps={STEPS + 1}"),
+        (dict(last_steps=0), "last_steps=0"),
+        (dict(last_steps=STEPS + 1), f"last_steps={STEPS + 1}"),
         (dict(jump_at=STEPS), f"jump_at={STEPS}"),
         (dict(last_steps=2, renoise=(torch.zeros(2, 1), (1, 2))), "renoise"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=text):
             policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], **wrong)

@@ -16,8 +16,12 @@ def policy_of(family: str) -> VideoPolicy:
 
 def scores(policy: VideoPolicy, rollout: Rollout, rows: list[int]) -> dict[tuple, float]:
     found = {}
-    policy.replay(rollout, rows, lambda s: found.update(
-        {(row, s.index): value for row, value in zip(s.rows, s.log_prob.tolist())}), grad=False)
+    policy.replay(
+        rollout,
+        rows,
+        lambda s: found.update({(row, s.index): value for row, value in zip(s.rows, s.log_prob.tolist())}),
+        grad=False,
+    )
     return found
 
 
@@ -25,7 +29,10 @@ def scores(policy: VideoPolicy, rollout: Rollout, rows: list[int]) -> dict[tuple
 def test_two_videos_of_one_prompt_and_noise_differ_by_their_images(family):
     policy, (first, second) = policy_of(family), CONDITIONS[family]["image"]
     rollout = policy.sample(
-        ["a fish"] * 3, noise_seeds=[1] * 3, step_seeds=[2] * 3, steps=[0, 1],
+        ["a fish"] * 3,
+        noise_seeds=[1] * 3,
+        step_seeds=[2] * 3,
+        steps=[0, 1],
         conditions={"image": [first, second, first]},
     )
     assert rollout.conditions == {"image": [first, second, first]}
@@ -34,8 +41,10 @@ def test_two_videos_of_one_prompt_and_noise_differ_by_their_images(family):
 
     expected = {(row, step): float(rollout.log_probs[row, step]) for row in range(3) for step in (0, 1)}
     assert scores(policy, rollout, [2, 1]) == {k: v for k, v in expected.items() if k[0]}
-    parts = [policy.sample([p], noise_seeds=[i], step_seeds=[i], steps=[0, 1], conditions={"image": [image]})
-             for i, (p, image) in enumerate(zip(PROMPTS, (first, second)))]
+    parts = [
+        policy.sample([p], noise_seeds=[i], step_seeds=[i], steps=[0, 1], conditions={"image": [image]})
+        for i, (p, image) in enumerate(zip(PROMPTS, (first, second)))
+    ]
     joined = Rollout.cat(parts[::-1])
     assert joined.conditions == {"image": [second, first]}
     assert scores(policy, joined, [1])[1, 1] == pytest.approx(float(parts[0].log_probs[0, 1]), abs=1e-6)
@@ -60,13 +69,16 @@ def test_the_first_latent_frame_of_ltx_is_the_image_s():
     torch.testing.assert_close(other.videos, same.videos, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("conditions, message", [
-    ({"picture": [1, 2]}, "takes no argument 'picture'"),
-    ({"num_frames": [5, 9]}, "takes no argument 'num_frames' that may differ"),
-    ({"generator": [1, 2]}, "takes no argument 'generator' that may differ"),
-    ({"guidance_scale": [1.0, 2.0]}, "'guidance_scale' is among pipeline_kwargs"),
-    ({"image": CONDITIONS["wan_i2v"]["image"][:1]}, "'image' has 1 values for 2 prompts"),
-])
+@pytest.mark.parametrize(
+    "conditions, message",
+    [
+        ({"picture": [1, 2]}, "takes no argument 'picture'"),
+        ({"num_frames": [5, 9]}, "takes no argument 'num_frames' that may differ"),
+        ({"generator": [1, 2]}, "takes no argument 'generator' that may differ"),
+        ({"guidance_scale": [1.0, 2.0]}, "'guidance_scale' is among pipeline_kwargs"),
+        ({"image": CONDITIONS["wan_i2v"]["image"][:1]}, "'image' has 1 values for 2 prompts"),
+    ],
+)
 def test_conditions_that_do_not_fit(conditions, message):
     policy = policy_of("wan_i2v")
     for method in (policy.sample, policy.sample_with_gradients, policy.final_latents):

@@ -14,8 +14,9 @@ from pisces_rl.policy import PolicyError, VideoPolicy
 
 def sampled(family: str, **settings):
     policy = VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)
-    return policy, policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0],
-                                 conditions=CONDITIONS[family])  # fmt: skip
+    return policy, policy.sample(
+        PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0], conditions=CONDITIONS[family]
+    )
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "ltx", "hunyuan", "animatediff", "sana_video", "qwen_image"])
@@ -41,16 +42,22 @@ def test_slices_are_decoded_one_video_at_a_time():
 def test_chunks_change_nothing(family, frames):
     """The clip is longer than two chunks; TI2V's VAE has patches and shortcuts that begin differently."""
     longer = CALLS[family] | {"num_frames": 17}
-    policies = [VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=longer, vae_chunk_frames=f)
-                for f in (None, frames)]  # fmt: skip
+    policies = [
+        VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=longer, vae_chunk_frames=f)
+        for f in (None, frames)
+    ]
     whole, chunked = (p.sample(PROMPTS, noise_seeds=[1, 2], conditions=CONDITIONS[family]).videos for p in policies)
     assert whole.shape[1] == 17
     torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
 
 
 def test_chunks_are_as_long_as_asked_and_only_without_gradients():
-    policy = VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, vae_chunk_frames=4,
-                         pipeline_kwargs=CALLS["wan"] | {"num_frames": 25})  # fmt: skip
+    policy = VideoPolicy(
+        quiet(BUILD["wan"]()),
+        num_inference_steps=2,
+        vae_chunk_frames=4,
+        pipeline_kwargs=CALLS["wan"] | {"num_frames": 25},
+    )
     give_adapter(dict(policy.denoiser.items()))
     lengths = []
     hook = policy.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[2]))
@@ -69,18 +76,26 @@ def test_a_compiled_decoder_decodes_the_same(monkeypatch):
     """Two batch sizes, each of a first, a second, a further and a last, shorter chunk; without the compiler of C++,
     which takes minutes."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    policies = [VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"]
-                            | {"num_frames": 33}, **how) for how in ({}, {"vae_chunk_frames": 3, "vae_compile": True})]
+    policies = [
+        VideoPolicy(
+            quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"] | {"num_frames": 33}, **how
+        )
+        for how in ({}, {"vae_chunk_frames": 3, "vae_compile": True})
+    ]
     for count in (1, 2):
         whole, chunked = (p.sample(PROMPTS[:count], noise_seeds=[1, 2][:count]).videos for p in policies)
         torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("family, how, message", [
-    ("hunyuan", {"vae_chunk_frames": 2}, "AutoencoderKLHunyuanVideo .* cannot do so, only AutoencoderKLWan"),
-    ("wan", {"vae_chunk_frames": 0}, "vae_chunk_frames=0"), ("wan", {"vae_compile": True}, "needs vae_chunk_frames"),
-    ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither goes with vae_tiling"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, how, message",
+    [
+        ("hunyuan", {"vae_chunk_frames": 2}, "AutoencoderKLHunyuanVideo .* cannot do so, only AutoencoderKLWan"),
+        ("wan", {"vae_chunk_frames": 0}, "vae_chunk_frames=0"),
+        ("wan", {"vae_compile": True}, "needs vae_chunk_frames"),
+        ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither goes with vae_tiling"),
+    ],
+)
 def test_chunks_that_cannot_be(family, how, message):
     with pytest.raises(PolicyError, match=message):
         VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, **how)
@@ -97,7 +112,8 @@ def test_the_vae_has_a_dtype_of_its_own(family):
     """Also where the pipeline hands it latents or images of the denoiser's dtype."""
     policy, half = sampled(family, vae_dtype="bfloat16")
     assert policy.pipeline.vae.dtype == torch.bfloat16 and policy.denoiser[next(iter(policy.denoiser))].dtype == (
-        torch.float32)
+        torch.float32
+    )
     whole = sampled(family)[1]
     assert half.videos.dtype == torch.float32
     assert 0 < float((half.videos - whole.videos).abs().max()) < 0.2
@@ -106,8 +122,9 @@ def test_the_vae_has_a_dtype_of_its_own(family):
 
 
 def test_gradients_pass_through_a_vae_of_another_dtype():
-    policy = VideoPolicy(quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"],
-                         vae_dtype="bfloat16")
+    policy = VideoPolicy(
+        quiet(BUILD["wan"]()), num_inference_steps=2, pipeline_kwargs=CALLS["wan"], vae_dtype="bfloat16"
+    )
     weight = policy.denoiser["transformer"].proj_out.weight
     policy.requires_grad_(False)
     weight.requires_grad_()
@@ -120,10 +137,17 @@ def test_the_pipeline_is_as_it_was_after_a_sample():
     assert not {"decode", "encode"} & vars(policy.pipeline.vae).keys()
 
 
-@pytest.mark.parametrize("family, settings, message", [
-    ("wan", {"vae_dtype": "half"}, r"vae_dtype='half' must be one of \['float32', 'bfloat16'\]"),
-    ("easyanimate", {"vae_slicing": True}, "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline cannot"),
-])
+@pytest.mark.parametrize(
+    "family, settings, message",
+    [
+        ("wan", {"vae_dtype": "half"}, r"vae_dtype='half' must be one of \['float32', 'bfloat16'\]"),
+        (
+            "easyanimate",
+            {"vae_slicing": True},
+            "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline cannot",
+        ),
+    ],
+)
 def test_what_cannot_be_is_said(family, settings, message):
     with pytest.raises(PolicyError, match=message):
         VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)

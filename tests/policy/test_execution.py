@@ -43,10 +43,14 @@ def run(policy: VideoPolicy, parameters: dict, rows=(0, 1)) -> tuple[torch.Tenso
     return rollout.log_probs, max(errors), torch.cat([p.grad.flatten() for p in parameters.values()])
 
 
-@pytest.mark.parametrize("recompute", [
-    pytest.param("nothing", marks=pytest.mark.slow), "all_but_attention",
-    pytest.param("everything", marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "recompute",
+    [
+        pytest.param("nothing", marks=pytest.mark.slow),
+        "all_but_attention",
+        pytest.param("everything", marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_blocks_are_one_graph_for_sampling_and_update(recompute):
     policy, parameters = build("wan")
     log_probs, _, gradient = run(policy, parameters)

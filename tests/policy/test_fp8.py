@@ -1,6 +1,5 @@
 """FP8 products: the values and gradients of the formulas, and the same in sampling and update."""
 
-
 import json
 import re
 
@@ -174,20 +173,24 @@ def test_the_operators_are_whole():
     weight = bits.view(fp8_kernels.E4M3).T
     k = fp8_kernels
     for operator, arguments in (
-        (k.quantised, (z, None)), (k.quantised, (z, factor)), (k.quantised_gelu, (z, True)),
-        (k.quantised_gelu, (z, False)), (k.quantised_gelu_backward, (z, z, factor, True)),
+        (k.quantised, (z, None)),
+        (k.quantised, (z, factor)),
+        (k.quantised_gelu, (z, True)),
+        (k.quantised_gelu, (z, False)),
+        (k.quantised_gelu_backward, (z, z, factor, True)),
         (k.quantised_norm, (x, y, gate, scale, shift, 1e-6, True, torch.float32)),
         (k.quantised_norm, (x, None, None, scale, shift, 1e-6, False, torch.bfloat16)),
         (k.product_with_lora, (q, weight, s, scales[None], bias, z @ a.detach().T, b.detach().T, torch.float32)),
         (k.product_with_lora, (q, weight, s, scales[None], None, None, None, torch.bfloat16)),
         (k.transposed, (bits,)),
-    ):  # fmt: skip
+    ):
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
 def test_the_kernels_are_the_plain_forms(tmp_path):
     """But for the last step of e4m3."""
-    check("""
+    check(
+        """
         import sys
         import torch
         from pisces_rl.policy.fast import fp8_kernels, kernels
@@ -230,7 +233,9 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
         compare(fp8_kernels.quantised, torch.randn(48, 5, device=device).to(dtype).T, None)
         compare(fp8_kernels.quantised, torch.ones(1, 1, device=device, dtype=dtype).expand(5, 48), None)
         print("agree")
-    """, tmp_path)
+    """,
+        tmp_path,
+    )
 
 
 # --- policies ---
@@ -249,8 +254,17 @@ def quantised_policy(family: str = "wan") -> tuple[VideoPolicy, dict]:
     return policy, parameters
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", *(pytest.param(name, marks=pytest.mark.slow) for name in (
-    "cogvideox", "mochi", "hunyuan15", "kandinsky5", "flux"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "family",
+    [
+        "wan",
+        "ltx",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("cogvideox", "mochi", "hunyuan15", "kandinsky5", "flux")
+        ),
+    ],
+)
 def test_sampling_and_update_are_one_computation(family):
     """Plain, fused and compiled; fused computes what peft and diffusers do with the same layers."""
     policy, parameters = quantised_policy(family)
@@ -329,6 +343,7 @@ def test_what_a_policy_refuses():
 
 
 # --- runs ---
+
 
 def test_a_run_with_an_fp8_base(tmp_path):
     """It learns, replays exactly, saves an adapter that reloads, resumes to the bit, and is refused another base."""

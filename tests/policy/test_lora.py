@@ -161,20 +161,28 @@ def test_fresh_pipeline_shares_the_base_weights():
 
 
 def test_default_targets_leave_token_refiners_and_poolers_alone():
-    for family, forbidden in (("hunyuan", "refiner"), ("mochi", "pooler"), ("hunyuan15", "refiner"),
-                              ("kandinsky5", "text_transformer"), ("kandinsky5", "modulation")):  # fmt: skip
+    for family, forbidden in (
+        ("hunyuan", "refiner"),
+        ("mochi", "pooler"),
+        ("hunyuan15", "refiner"),
+        ("kandinsky5", "text_transformer"),
+        ("kandinsky5", "modulation"),
+    ):
         _, _, parameters, _ = adapted(family)
         assert not [name for name in parameters if forbidden in name]
         assert [n for n in parameters if "ff" in n or "feed_forward" in n], f"{family}: no feed-forward adapted"
 
 
-@pytest.mark.parametrize("config, message", [
-    (LoraConfig(r=4, target_modules=["to_qq"]), r"\['to_qq'\] matches no module of transformer"),
-    (LoraConfig(r=4, target_modules=["to_q", "nothing"]), r"\['nothing'\] matches no module"),
-    (LoraConfig(r=4, target_modules="no.*match"), "matches no module"),
-    (LoraConfig(r=4, target_modules=["to_q"], lora_dropout=0.1), "lora_dropout=0.1"),
-    (LoraConfig(r=4, target_modules=["to_q"], task_type="CAUSAL_LM"), "task_type"),
-])
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (LoraConfig(r=4, target_modules=["to_qq"]), r"\['to_qq'\] matches no module of transformer"),
+        (LoraConfig(r=4, target_modules=["to_q", "nothing"]), r"\['nothing'\] matches no module"),
+        (LoraConfig(r=4, target_modules="no.*match"), "matches no module"),
+        (LoraConfig(r=4, target_modules=["to_q"], lora_dropout=0.1), "lora_dropout=0.1"),
+        (LoraConfig(r=4, target_modules=["to_q"], task_type="CAUSAL_LM"), "task_type"),
+    ],
+)
 def test_configs_that_do_not_fit(config, message):
     pipe = quiet(BUILD["wan"]())
     with pytest.raises(ValueError, match=message):

@@ -253,8 +253,11 @@ def test_weights_are_packed_as_they_were(monkeypatch):
     """Buckets smaller than all of it and than one tensor, another memory format, two dtypes, tied weights."""
     monkeypatch.setattr(offloading, "BUCKET", 4096)
     module = torch.nn.Sequential(
-        torch.nn.Conv3d(4, 8, 3).to(memory_format=torch.channels_last_3d), torch.nn.Linear(16, 16).bfloat16(),
-        torch.nn.Linear(40, 40), torch.nn.Embedding(3, 5), torch.nn.Linear(5, 3),
+        torch.nn.Conv3d(4, 8, 3).to(memory_format=torch.channels_last_3d),
+        torch.nn.Linear(16, 16).bfloat16(),
+        torch.nn.Linear(40, 40),
+        torch.nn.Embedding(3, 5),
+        torch.nn.Linear(5, 3),
     ).requires_grad_(False)
     module[4].weight = module[3].weight
     before = copy.deepcopy(module.state_dict())
@@ -295,6 +298,7 @@ def test_weights_that_are_not_frozen_are_refused():
 def test_group_offloading_of_diffusers_is_not_for_training(checkpointing, tmp_path, monkeypatch):
     """Why `denoiser` offloads whole denoisers: what diffusers takes away after a block's forward is missing in its
     backward; with checkpointing it is brought back for it, and then stays, so that an update holds all of it."""
+
     def fresh(like, **kwargs):
         return torch.full_like(like, torch.nan, **kwargs)
 
@@ -305,7 +309,10 @@ def test_group_offloading_of_diffusers_is_not_for_training(checkpointing, tmp_pa
     denoiser = policy.denoiser["transformer"]
     monkeypatch.setattr(torch, "empty_like", fresh)  # what is away on a disk
     denoiser.enable_group_offload(
-        onload_device=CPU, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1,
+        onload_device=CPU,
+        offload_device=CPU,
+        offload_type="block_level",
+        num_blocks_per_group=1,
         offload_to_disk_path=str(tmp_path),
     )
     found = grpo(policy, parameters, "wan")

@@ -48,8 +48,7 @@ def test_noised_states_gradients_and_another_grid(family):
     parameters = lora_parameters(dict(policy.denoiser.items()))
     clean = policy.final_latents(PROMPTS, **seeded(family))
     a, b, c = (
-        predict(policy, noise_seeds=seeds, conditions=CONDITIONS[family], step=4, clean=clean,
-                       num_inference_steps=8)
+        predict(policy, noise_seeds=seeds, conditions=CONDITIONS[family], step=4, clean=clean, num_inference_steps=8)
         for seeds in ([1, 2], [1, 2], [3, 2])
     )
     rows = len(clean) // 2

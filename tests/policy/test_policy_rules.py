@@ -31,16 +31,19 @@ def policy(pipe, **settings):
     return VideoPolicy(pipe, **dict(num_inference_steps=4, pipeline_kwargs=CALLS["wan"]) | settings)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"transition": "ddim"}, "'ddim' does not fit .*use one of .*flow_sde"),
-    ({"transition": "euler"}, "'euler' does not fit"),
-    ({"num_inference_steps": 1, "sde_window_size": 1}, r"sde_window_range=\[0, 0\] must satisfy"),
-    ({"sde_window_range": (0, 4)}, r"sde_window_range=\[0, 4\].*<= 3"),
-    ({"sde_window_size": 9}, "sde_window_size=9 must be between 1 and 3"),
-    ({"pipeline_kwargs": {"hieght": 16}}, "takes no argument 'hieght'"),
-    ({"pipeline_kwargs": {"latents": torch.zeros(1)}}, "'latents' would change"),
-    ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"transition": "ddim"}, "'ddim' does not fit .*use one of .*flow_sde"),
+        ({"transition": "euler"}, "'euler' does not fit"),
+        ({"num_inference_steps": 1, "sde_window_size": 1}, r"sde_window_range=\[0, 0\] must satisfy"),
+        ({"sde_window_range": (0, 4)}, r"sde_window_range=\[0, 4\].*<= 3"),
+        ({"sde_window_size": 9}, "sde_window_size=9 must be between 1 and 3"),
+        ({"pipeline_kwargs": {"hieght": 16}}, "takes no argument 'hieght'"),
+        ({"pipeline_kwargs": {"latents": torch.zeros(1)}}, "'latents' would change"),
+        ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2"),
+    ],
+)
 def test_settings_that_do_not_fit(wan, settings, message):
     with pytest.raises(PolicyError, match=message):
         policy(wan, **settings)
@@ -118,10 +121,14 @@ def test_pipelines_that_break_a_rule(wan):
             for t in self.scheduler.timesteps:
                 x = self.scheduler.step(x, t, x, return_dict=False)[0]
 
-    for step, message in ((again, "sets its timesteps again after 4"),
-                          (never, "never called"), (copied, "steps with copies of its scheduler"),
-                          (twice, "more than once per timestep"),
-                          (edits, "changes the latents"), (few, "took 2 scheduler steps for 4")):
+    for step, message in (
+        (again, "sets its timesteps again after 4"),
+        (never, "never called"),
+        (copied, "steps with copies of its scheduler"),
+        (twice, "more than once per timestep"),
+        (edits, "changes the latents"),
+        (few, "took 2 scheduler steps for 4"),
+    ):
         with pytest.raises(PolicyError, match=message):
             run(broken(step), wan)
 

@@ -16,22 +16,38 @@ from pisces_rl.policy.lora.lora_files import has_lora_loader
 FLOW_TRANSITIONS = ("flow_sde", "flow_sde_linear", "dance_sde", "cps")
 FITTING = {family: ("ddim",) for family in BUILD}
 FITTING |= dict.fromkeys(FLOW, FLOW_TRANSITIONS) | dict.fromkeys(EDM, ("ancestral",))
-HOW = {"guided-plain": (True, False), "guided-checkpointed": (True, True),
-       "unguided-plain": (False, False), "unguided-checkpointed": (False, True)}  # fmt: skip
+HOW = {
+    "guided-plain": (True, False),
+    "guided-checkpointed": (True, True),
+    "unguided-plain": (False, False),
+    "unguided-checkpointed": (False, True),
+}
 QUICK = "guided-plain", "unguided-checkpointed"  # each half of both ways
 
 
 def is_quick(family: str, name: str, how: str) -> bool:
     """Every family one way. The other transitions only draw another x', so a few families are enough for them."""
-    return how == QUICK[0] and name == FITTING[family][0] or family in OFTEN and (
-        how == QUICK[0] or how == QUICK[1] and name == FITTING[family][0])
+    return (
+        how == QUICK[0]
+        and name == FITTING[family][0]
+        or family in OFTEN
+        and (how == QUICK[0] or how == QUICK[1] and name == FITTING[family][0])
+    )
 
 
 CASES = [
-    pytest.param(family, name, guided, checkpointing, id=f"{family}-{name}-{how}",
-                 marks=() if is_quick(family, name, how) else pytest.mark.slow)
-    for family in BUILD for name in FITTING[family] for how, (guided, checkpointing) in HOW.items()
-]  # fmt: skip
+    pytest.param(
+        family,
+        name,
+        guided,
+        checkpointing,
+        id=f"{family}-{name}-{how}",
+        marks=() if is_quick(family, name, how) else pytest.mark.slow,
+    )
+    for family in BUILD
+    for name in FITTING[family]
+    for how, (guided, checkpointing) in HOW.items()
+]
 SLICE_TOLERANCE = {"allegro": 3e-5}  # x0^ = (x - ...) / sqrt(alpha-bar), which is 0.0064 at its first step
 PROMPTS = ["a fish", "a bird in the snow"]
 
@@ -79,17 +95,28 @@ def test_replay_equals_sampling(family, transition, guided, checkpointing, parit
             old = rollout.log_probs[step.rows, rollout.steps.index(step.index)]
             errors[kind] = max(errors[kind], float((step.log_prob.detach() - old).abs().max()))
             step.log_prob.sum().backward()  # one step's graph at a time
+
         return visit
 
     policy.replay(rollout, [0, 1], visitor("whole"))
     reached = sum(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in parameters.values())
     policy.replay(rollout, [1], visitor("slice"))
 
-    parity_results.append({"family": family, "pipeline": type(pipe).__name__, "transition": transition,
-                           "guided": guided, "checkpointed": checkpointing, "whole_batch": errors["whole"],
-                           "slice": errors["slice"], "adapter_tensors": len(parameters), "with_gradient": reached,
-                           "lora_layout": "diffusers" if has_lora_loader(pipe) else "peft",
-                           "diffusers": diffusers.__version__})
+    parity_results.append(
+        {
+            "family": family,
+            "pipeline": type(pipe).__name__,
+            "transition": transition,
+            "guided": guided,
+            "checkpointed": checkpointing,
+            "whole_batch": errors["whole"],
+            "slice": errors["slice"],
+            "adapter_tensors": len(parameters),
+            "with_gradient": reached,
+            "lora_layout": "diffusers" if has_lora_loader(pipe) else "peft",
+            "diffusers": diffusers.__version__,
+        }
+    )
     assert errors["whole"] == 0.0
     assert errors["slice"] <= SLICE_TOLERANCE.get(family, 1e-5)
     assert reached == len(parameters)
@@ -125,8 +152,15 @@ def test_deterministic_sampling_is_the_unmodified_pipeline(family):
     own = [{name: values[i] for name, values in CONDITIONS[family].items()} for i in range(2)]
     try:
         pipe.scheduler = type(policy.scheduler).from_config(policy.scheduler.config)
-        theirs = [pipe(prompt=prompt if condition else [prompt], generator=torch.Generator().manual_seed(seed),
-                       **condition, **call)[0] for prompt, seed, condition in zip(PROMPTS, (1, 2), own, strict=True)]
+        theirs = [
+            pipe(
+                prompt=prompt if condition else [prompt],
+                generator=torch.Generator().manual_seed(seed),
+                **condition,
+                **call,
+            )[0]
+            for prompt, seed, condition in zip(PROMPTS, (1, 2), own, strict=True)
+        ]
     finally:
         pipe.scheduler = scheduler
     atol = 1.01 / 255 if family == "cosmos" else 2e-4  # its guardrail hands back videos of 8 bits

@@ -32,12 +32,18 @@ def v_prediction(schedule, i):
 KINDS = {
     "flow": (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda schedule, i: NOISE - X0),
     "flow, inverted": (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), lambda schedule, i: X0 - NOISE),
-    "flow, UniPC": (UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
-                    lambda schedule, i: NOISE - X0),
+    "flow, UniPC": (
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0),
+        lambda schedule, i: NOISE - X0,
+    ),
     "epsilon": (DDIMScheduler(clip_sample=False), epsilon),
     "epsilon, DPM": (DPMSolverMultistepScheduler(), epsilon),
-    "v": (CogVideoXDDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True,
-                                 timestep_spacing="trailing"), v_prediction),
+    "v": (
+        CogVideoXDDIMScheduler(
+            prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        ),
+        v_prediction,
+    ),
     "sample": (DDIMScheduler(clip_sample=False, prediction_type="sample"), lambda schedule, i: X0),
     "edm": (EDMEulerScheduler(), lambda schedule, i: X0),
 }

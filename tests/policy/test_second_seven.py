@@ -57,8 +57,9 @@ def test_the_audio_of_ltx2_is_reproduced_with_the_video(guided):
 
     lost = Rollout(**vars(rollout) | {"followed": {k: v + 0.5 for k, v in rollout.followed.items()}})
     errors = []
-    policy.replay(lost, [0, 1], lambda s: errors.append((s.log_prob - rollout.log_probs[:, s.index - 2]).abs().max()),
-                  grad=False)
+    policy.replay(
+        lost, [0, 1], lambda s: errors.append((s.log_prob - rollout.log_probs[:, s.index - 2]).abs().max()), grad=False
+    )
     assert min(errors) > 1e-4, "the audio plays no part in the video's log-probs, so this test shows nothing"
 
 
@@ -72,8 +73,10 @@ def test_an_audio_that_is_not_reproduced_is_refused():
 
 def test_the_audio_is_cut_and_joined_with_its_videos():
     policy = policy_of("ltx2")
-    parts = [policy.sample([p], noise_seeds=[i], step_seeds=[i + 5], steps=[1, 2], output_type="latent")
-             for i, p in enumerate(PROMPTS)]
+    parts = [
+        policy.sample([p], noise_seeds=[i], step_seeds=[i + 5], steps=[1, 2], output_type="latent")
+        for i, p in enumerate(PROMPTS)
+    ]
     joined = Rollout.cat(parts)
     values = {}
     policy.replay(joined, [1, 0], lambda s: values.__setitem__(s.index, s.log_prob), grad=False)
@@ -127,8 +130,11 @@ def test_cosmos2_is_refused():
     components = dict(BUILD["cosmos"]().components)
     components["vae"] = BUILD["wan"]().vae
     components["scheduler"] = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    policy = VideoPolicy(quiet(Cosmos2TextToImagePipeline(**components)), num_inference_steps=4,
-                         pipeline_kwargs={"height": 32, "width": 32, "max_sequence_length": 16})
+    policy = VideoPolicy(
+        quiet(Cosmos2TextToImagePipeline(**components)),
+        num_inference_steps=4,
+        pipeline_kwargs={"height": 32, "width": 32, "max_sequence_length": 16},
+    )
     with pytest.raises(PolicyError, match=r"sigmas up to 80.*lies in \[0, 1\]"):
         policy.sample(["a"], noise_seeds=[0])
 

@@ -16,8 +16,9 @@ class ServedApp:
     def __init__(self, *routes: Route):
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(Starlette(routes=routes), lifespan="off", log_level="critical", ws="none",
-                                timeout_graceful_shutdown=0)  # fmt: skip
+        config = uvicorn.Config(
+            Starlette(routes=routes), lifespan="off", log_level="critical", ws="none", timeout_graceful_shutdown=0
+        )
         self.uvicorn = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]}, daemon=True)
 
@@ -40,8 +41,10 @@ def free_port() -> int:
 
 def status(code: int, **headers):
     async def deed(served, answer):
-        return JSONResponse({"error": f"this is {code}."}, code, headers={k.replace("_", "-"): v
-                                                                          for k, v in headers.items()})  # fmt: skip
+        return JSONResponse(
+            {"error": f"this is {code}."}, code, headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+
     return deed
 
 

@@ -21,10 +21,17 @@ from pisces_rl.rewards.scorers.frame_scorer import clip_pixels
 
 # of sac+logos+ava1-l14-linearMSE.pth, github.com/christophschuhmann/improved-aesthetic-predictor
 PUBLISHED_HEAD = {
-    "layers.0.weight": (1024, 768), "layers.0.bias": (1024,), "layers.2.weight": (128, 1024), "layers.2.bias": (128,),
-    "layers.4.weight": (64, 128), "layers.4.bias": (64,), "layers.6.weight": (16, 64), "layers.6.bias": (16,),
-    "layers.7.weight": (1, 16), "layers.7.bias": (1,),
-}  # fmt: skip
+    "layers.0.weight": (1024, 768),
+    "layers.0.bias": (1024,),
+    "layers.2.weight": (128, 1024),
+    "layers.2.bias": (128,),
+    "layers.4.weight": (64, 128),
+    "layers.4.bias": (64,),
+    "layers.6.weight": (16, 64),
+    "layers.6.bias": (16,),
+    "layers.7.weight": (1, 16),
+    "layers.7.bias": (1,),
+}
 # of openai/clip-vit-large-patch14; open_clip lists 303.97 M weights for ViT-L-14's image tower
 PUBLISHED_TOWER = {
     "vision_model.embeddings.class_embedding": (1024,),
@@ -67,9 +74,15 @@ def torchvision_pixels(image: Image.Image, size: int) -> torch.Tensor:
 def test_names_and_shapes_are_the_published_ones():
     with torch.device("meta"):
         tower = CLIPVisionModelWithProjection(
-            CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                             patch_size=14, projection_dim=768)
-        ).state_dict()  # fmt: skip
+            CLIPVisionConfig(
+                hidden_size=1024,
+                intermediate_size=4096,
+                num_hidden_layers=24,
+                num_attention_heads=16,
+                patch_size=14,
+                projection_dim=768,
+            )
+        ).state_dict()
     assert {name: tuple(tower[name].shape) for name in PUBLISHED_TOWER} == PUBLISHED_TOWER
     assert len(tower) == 24 * 16 + 8 and round(sum(t.numel() for t in tower.values()) / 1e6, 2) == 303.97
     assert {name: tuple(t.shape) for name, t in AestheticHead().state_dict().items()} == PUBLISHED_HEAD

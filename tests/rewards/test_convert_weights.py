@@ -64,8 +64,9 @@ def test_the_converted_file_holds_the_same_tensors_and_gives_the_same_scores(rew
     assert f'wrote {written}: load_reward("{reward}", {PICKLED[reward]}="{written}")' in capsys.readouterr().out
     found = load_file(written)
     assert found.keys() == published.keys()
-    assert all(found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-               for name, tensor in published.items())  # fmt: skip
+    assert all(
+        found[name].dtype == tensor.dtype and torch.equal(found[name], tensor) for name, tensor in published.items()
+    )
     if reward == "aesthetic":
         head = aesthetic_predictor.head_of(published, pickle)
         expected, folders = scores(reward, head, tmp_path), [None]

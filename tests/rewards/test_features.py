@@ -165,8 +165,15 @@ def test_two_processes_encode_what_one_does(tmp_path):
 def arguments(tmp_path, rows, *options) -> list[str]:
     """Of `pisces-rl fit-map` on rows of a file of videos and captions, with the shipped encoder."""
     (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return ["--dataset", str(tmp_path / "clips.jsonl"),
-            "--output_dir", str(tmp_path / "map"), "--bank_size", "10", *options]  # fmt: skip
+    return [
+        "--dataset",
+        str(tmp_path / "clips.jsonl"),
+        "--output_dir",
+        str(tmp_path / "map"),
+        "--bank_size",
+        "10",
+        *options,
+    ]
 
 
 @pytest.fixture

@@ -104,10 +104,11 @@ def by_hand(scorer, name: str, prompt: str, clip: torch.Tensor, answer: str) -> 
     kind = (ids == words.convert_tokens_to_ids(pad)).int() * (2 if video else 1)
     with torch.no_grad():
         logits = network(
-            input_ids=ids, mm_token_type_ids=kind,
+            input_ids=ids,
+            mm_token_type_ids=kind,
             **{"pixel_values_videos" if video else "pixel_values": patches.flatten(0, 1)},
             **{"video_grid_thw" if video else "image_grid_thw": torch.tensor(grids)},
-        ).logits[0, len(before) - 1 : -1]  # fmt: skip
+        ).logits[0, len(before) - 1 : -1]
     network.float()
     digits = [words(str(d))["input_ids"][0] for d in range(10)]
     scores, place, power = [], 0, None
@@ -172,10 +173,17 @@ def test_an_answer_without_scores_is_an_error_that_quotes_it(name):
 @pytest.mark.parametrize(
     ("name", "answer", "scores"),
     [
-        ("video_score2", "VISUAL QUALITY: 3;\ntext-to-video alignment:  4,\nphysical/common-sense consistency: 1",
-         [3, 4, 1]),
-        ("video_score2", "I judge visual quality: crisp → good. visual quality: 5, text-to-video alignment: 2 é "
-                         "physical/common-sense consistency: 4.5", [5, 2, 4]),
+        (
+            "video_score2",
+            "VISUAL QUALITY: 3;\ntext-to-video alignment:  4,\nphysical/common-sense consistency: 1",
+            [3, 4, 1],
+        ),
+        (
+            "video_score2",
+            "I judge visual quality: crisp → good. visual quality: 5, text-to-video alignment: 2 é "
+            "physical/common-sense consistency: 4.5",
+            [5, 2, 4],
+        ),
         ("video_score2", "visual quality: 6\ntext-to-video alignment: 4\nphysical/common-sense consistency: 1", None),
         ("video_score2", "visual quality: 15\ntext-to-video alignment: 4\nphysical/common-sense consistency: 1", None),
         ("video_score2", "visual quality: 1\ntext-to-video alignment: 4", None),
@@ -184,7 +192,7 @@ def test_an_answer_without_scores_is_an_error_that_quotes_it(name):
         ("unified_reward", "Alignment Score (1-5): X\nPhysics Score (1-5): Y\nStyle Score (1-5): Z", None),
         ("unified_reward", "", None),
     ],
-)  # fmt: skip
+)
 def test_scores_are_found_in_answers(name, answer, scores):
     """With logits that are sure of each digit, the scores are those written."""
     scorer = judge(name)
@@ -204,8 +212,10 @@ def test_expected_number_is_that_of_independent_digits():
     chances = [row.double().softmax(0) for row in (logits[0, 1:6], logits[1], logits[2])]
     expected = sum(
         (a + 1 + b / 10 + c / 100) * float(chances[0][a] * chances[1][b] * chances[2][c])
-        for a in range(5) for b in range(10) for c in range(10)
-    )  # fmt: skip
+        for a in range(5)
+        for b in range(10)
+        for c in range(10)
+    )
     assert expected_number(logits).item() == pytest.approx(expected, abs=1e-5)
     single = float(chances[0] @ torch.arange(1.0, 6).double())
     assert expected_number(logits[:1]).item() == pytest.approx(single, abs=1e-5)
@@ -289,7 +299,7 @@ def test_what_is_not_here_is_said(tmp_path, name, size):
         ("video_score2", 'def main():\n    VS2_QUERY_TEMPLATE = Template("""Rate $t2v_prompt.""")\nraise SystemExit'),
         ("unified_reward", 'problem = (\n    "Ra"\n    f"te [{prompt}]."\n)\nraise SystemExit\n'),
     ],
-)  # fmt: skip
+)
 def test_the_authors_question_is_read_from_their_file(tmp_path, name, theirs):
     (tmp_path / "theirs.py").write_text(theirs)
     assert JUDGES[name](model(), tokenizer(), tmp_path / "theirs.py").template == TEMPLATES[name]

@@ -23,9 +23,13 @@ PUBLISHED = {
     "model.layers.0.self_attn.k_proj.bias": (512,),
     "model.layers.0.mlp.gate_proj.weight": (18944, 3584),
     "model.norm.weight": (3584,),
-    "rm_head.0.weight": (1024, 3584), "rm_head.0.bias": (1024,), "rm_head.3.weight": (16, 1024),
-    "rm_head.3.bias": (16,), "rm_head.5.weight": (2, 16), "rm_head.5.bias": (2,),
-}  # fmt: skip
+    "rm_head.0.weight": (1024, 3584),
+    "rm_head.0.bias": (1024,),
+    "rm_head.3.weight": (16, 1024),
+    "rm_head.3.bias": (16,),
+    "rm_head.5.weight": (2, 16),
+    "rm_head.5.bias": (2,),
+}
 
 
 def videos(count=2, frames=3, height=60, width=100):
@@ -57,9 +61,11 @@ def test_the_score_is_the_mean_of_mu_at_the_special_token():
             text += f"{TEMPLATE.replace('{text_prompt}', prompt)}<|im_end|>\n<|im_start|>assistant\n"
             ids = torch.tensor(scorer.tokenizer(text)["input_ids"])
             hidden = scorer.model.model(
-                input_ids=ids[None], pixel_values=patches[0], image_grid_thw=torch.tensor([grid]),
+                input_ids=ids[None],
+                pixel_values=patches[0],
+                image_grid_thw=torch.tensor([grid]),
                 mm_token_type_ids=(ids == scorer.tokenizer.convert_tokens_to_ids(IMAGE)).int()[None],
-            ).last_hidden_state[0]  # fmt: skip
+            ).last_hidden_state[0]
             mark = ids.tolist().index(scorer.tokenizer.convert_tokens_to_ids("<|Reward|>"))
             by_hand.append(scorer.model.rm_head(hidden[mark]))
     by_hand = torch.stack(by_hand).view(2, 2, 2).mean(1)

@@ -75,7 +75,7 @@ def test_the_score_is_the_normalised_head_of_the_first_token():
         text = tokenizer()([prompt] * 3, return_tensors="pt")  # without padding
         read = model.text_encoder(
             input_ids=text["input_ids"], attention_mask=text["attention_mask"], encoder_hidden_states=seen
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         torch.testing.assert_close(score, ((model.mlp(read[:, 0]) - MEAN) / STD).mean(), rtol=1e-4, atol=1e-5)
     changed = reward(PROMPTS[::-1], clips)
     assert (changed - reward(PROMPTS, clips)).abs().min() > 1e-7

@@ -16,9 +16,15 @@ def both(*names):
 
 
 BLOCK = [
-    "norm1.weight", "norm2.weight", "attn.qkv.weight", "attn.q_norm.weight", "attn.k_norm.weight", "ls1.gamma",
-    "ls2.gamma", *both("attn.proj", "mlp.fc1", "mlp.fc2"),
-]  # fmt: skip
+    "norm1.weight",
+    "norm2.weight",
+    "attn.qkv.weight",
+    "attn.q_norm.weight",
+    "attn.k_norm.weight",
+    "ls1.gamma",
+    "ls2.gamma",
+    *both("attn.proj", "mlp.fc1", "mlp.fc2"),
+]
 POOLING = [
     *both("norm1_q", "norm1_k", "norm1_v", "cross_attn.proj"),
     *(f"cross_attn.{x}" for x in ("q_bias", "k_bias", "v_bias", "q.weight", "k.weight", "v.weight")),
@@ -27,14 +33,17 @@ ATTENTION = both("self.query", "self.key", "self.value", "output.dense", "output
 LAYER = [*(f"attention.{x}" for x in ATTENTION), *both("intermediate.dense", "output.dense", "output.LayerNorm")]
 EMBEDDINGS = [f"{x}_embeddings.weight" for x in ("word", "position", "token_type")] + both("LayerNorm")
 OFFICIAL = [  # of two blocks, and three layers of which the last two attend to the video
-    "vision_encoder.cls_token", "vision_encoder.pos_embed", *both("vision_encoder.patch_embed.proj"),
+    "vision_encoder.cls_token",
+    "vision_encoder.pos_embed",
+    *both("vision_encoder.patch_embed.proj"),
     *(f"vision_encoder.blocks.{i}.{x}" for i in range(2) for x in BLOCK),
     *(f"vision_encoder.clip_projector.{x}" for x in POOLING),
     *(f"text_encoder.bert.embeddings.{x}" for x in EMBEDDINGS),
     *(f"text_encoder.bert.encoder.layer.{i}.{x}" for i in range(3) for x in LAYER),
     *(f"text_encoder.bert.encoder.layer.{i}.crossattention.{x}" for i in (1, 2) for x in ATTENTION),
-    *both("vision_proj", "text_proj", "itm_head"), "temp",
-]  # fmt: skip
+    *both("vision_proj", "text_proj", "itm_head"),
+    "temp",
+]
 
 
 def test_the_weights_have_their_official_names():

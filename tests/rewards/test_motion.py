@@ -13,13 +13,17 @@ def clip(levels) -> torch.Tensor:
     return torch.tensor(levels).view(1, -1, 1, 1, 1).expand(1, len(levels), 3, 4, 4).clone()
 
 
-@pytest.mark.parametrize("levels, smoothness, motion, exposed", [
-    ([0.5, 0.5, 0.5, 0.5], 1.0, 0.0, 1.0),
-    ([0.0, 0.1, 0.2, 0.3], 1.0, 0.1, 0.3),
-    ([0.0, 1.0, 0.0, 1.0], -1.0, 1.0, 1.0),
-    ([1.0, 1.0, 1.0, 1.0], 1.0, 0.0, 0.0),
-    ([0.0, 0.0, 1.0, 1.0], 0.0, 1 / 3, 1.0),
-], ids=["still", "fade", "flicker", "white", "cut"])
+@pytest.mark.parametrize(
+    "levels, smoothness, motion, exposed",
+    [
+        ([0.5, 0.5, 0.5, 0.5], 1.0, 0.0, 1.0),
+        ([0.0, 0.1, 0.2, 0.3], 1.0, 0.1, 0.3),
+        ([0.0, 1.0, 0.0, 1.0], -1.0, 1.0, 1.0),
+        ([1.0, 1.0, 1.0, 1.0], 1.0, 0.0, 0.0),
+        ([0.0, 0.0, 1.0, 1.0], 0.0, 1 / 3, 1.0),
+    ],
+    ids=["still", "fade", "flicker", "white", "cut"],
+)
 def test_known_clips(levels, smoothness, motion, exposed):
     videos = clip(levels)
     for reward, expected in zip(ALL, (smoothness, motion, exposed)):

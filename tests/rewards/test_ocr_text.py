@@ -79,10 +79,17 @@ def test_quoted_texts(prompt, texts):
 @pytest.mark.parametrize(
     ("wanted", "read", "share"),
     [
-        ("open", "open", 1), ("open", "xxopenxx", 1), ("open", "", 0), ("open", "zzzzzzzz", 0), ("open", "opn", 3 / 4),
-        ("open", "openn", 1), ("open", "o-p-e-n", 1 / 4), ("kitten", "sitting", 4 / 6), ("ab", "ba", 1 / 2),
+        ("open", "open", 1),
+        ("open", "xxopenxx", 1),
+        ("open", "", 0),
+        ("open", "zzzzzzzz", 0),
+        ("open", "opn", 3 / 4),
+        ("open", "openn", 1),
+        ("open", "o-p-e-n", 1 / 4),
+        ("kitten", "sitting", 4 / 6),
+        ("ab", "ba", 1 / 2),
     ],
-)  # fmt: skip
+)
 def test_the_share_that_is_read(wanted, read, share):
     assert readable_share(wanted, read) == pytest.approx(share)
 

@@ -221,14 +221,24 @@ def test_drawings(videos):
 
 def test_bad_settings():
     for settings, text in (
-        (dict(plan="exact"), "plan='exact'"), (dict(fusion="sum"), "fusion='sum'"), (dict(mass=0), "mass=0"),
-        (dict(mass=1.2), "mass=1.2"), (dict(plan="unbalanced", mass=1.0), "mass=1.0"), (dict(reg=0), "reg=0"),
-        (dict(temporal=-1), "temporal=-1"), (dict(temporal=math.inf), "temporal=inf"), (dict(reg=math.inf), "reg=inf"),
-        (dict(heads=[True]), r"heads=\[True\]"), (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
-        (dict(heads=3), "heads=3"), (dict(heads=[]), r"heads=\[\]"), (dict(heads=[-1]), r"heads=\[-1\]"),
-        (dict(layers=2), "layers=2"), (dict(normalise="yes"), "normalise='yes'"),
+        (dict(plan="exact"), "plan='exact'"),
+        (dict(fusion="sum"), "fusion='sum'"),
+        (dict(mass=0), "mass=0"),
+        (dict(mass=1.2), "mass=1.2"),
+        (dict(plan="unbalanced", mass=1.0), "mass=1.0"),
+        (dict(reg=0), "reg=0"),
+        (dict(temporal=-1), "temporal=-1"),
+        (dict(temporal=math.inf), "temporal=inf"),
+        (dict(reg=math.inf), "reg=inf"),
+        (dict(heads=[True]), r"heads=\[True\]"),
+        (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(heads=3), "heads=3"),
+        (dict(heads=[]), r"heads=\[\]"),
+        (dict(heads=[-1]), r"heads=\[-1\]"),
+        (dict(layers=2), "layers=2"),
+        (dict(normalise="yes"), "normalise='yes'"),
         (dict(layers=["1"]), r"layers=\['1'\]"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=text):
             OTAttention(**settings)
     with pytest.raises(ValueError, match="matcher: clip has no matching head"):

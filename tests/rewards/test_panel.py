@@ -16,7 +16,7 @@ VIDEOS = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def ask(funcs, columns=None, prompts=PROMPTS, **kwargs):
-    return RewardPanel(funcs)(list(prompts), VIDEOS[:len(prompts)], columns or {}, **kwargs)
+    return RewardPanel(funcs)(list(prompts), VIDEOS[: len(prompts)], columns or {}, **kwargs)
 
 
 def returning(values):
@@ -54,13 +54,35 @@ class Network(torch.nn.Module):
 # --- what a reward may be and return ---
 
 
-@pytest.mark.parametrize("values", [
-    [1, 2.5, None], (1, 2.5, None), np.array([1, 2.5, None]), np.array([1, 2.5, np.pi]), np.array([[1], [2.5], [3]]),
-    torch.tensor([1, 2.5, 3]), torch.tensor([[1], [2.5], [3]]), torch.tensor([1, 2.5, 3], dtype=torch.bfloat16),
-    [np.float32(1), 2.5, True], [torch.tensor(1.0), torch.tensor([2.5]), 3],
-    torch.tensor([1, 2.5, 3], requires_grad=True),
-], ids=["list", "tuple", "objects", "array", "column", "tensor", "tensor-column", "bfloat16", "mixed", "tensors",
-        "grad"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        [1, 2.5, None],
+        (1, 2.5, None),
+        np.array([1, 2.5, None]),
+        np.array([1, 2.5, np.pi]),
+        np.array([[1], [2.5], [3]]),
+        torch.tensor([1, 2.5, 3]),
+        torch.tensor([[1], [2.5], [3]]),
+        torch.tensor([1, 2.5, 3], dtype=torch.bfloat16),
+        [np.float32(1), 2.5, True],
+        [torch.tensor(1.0), torch.tensor([2.5]), 3],
+        torch.tensor([1, 2.5, 3], requires_grad=True),
+    ],
+    ids=[
+        "list",
+        "tuple",
+        "objects",
+        "array",
+        "column",
+        "tensor",
+        "tensor-column",
+        "bfloat16",
+        "mixed",
+        "tensors",
+        "grad",
+    ],
+)
 def test_returned_numbers(values):
     table = ask(returning(values))
     assert table.values.shape == (3, 1) and table.values.dtype == torch.float32 and not table.values.requires_grad
@@ -149,19 +171,23 @@ def test_not_callable(funcs):
         RewardPanel(funcs)
 
 
-@pytest.mark.parametrize("values, message", [
-    ([1.0, float("nan"), 1.0], "returned nan for sample 1, prompt 'second'"),
-    (torch.tensor([1.0, 1.0, math.inf]), "returned inf for sample 2, prompt 'third'"),
-    ([-math.inf, 1.0, 1.0], "returned -inf for sample 0, prompt 'first'"),
-    ([1.0, 1e39, 1.0], "sample 1, prompt 'second'"),  # finite in Python, infinite in fp32
-    ([1.0, 2.0], "returned 2 values for 3 videos"),
-    (torch.zeros(3, 2), "returned 6 values for 3 videos"),
-    (1.0, "returned float, which is not a list of numbers"),
-    (None, "returned NoneType, which is not a list of numbers"),
-    (["good", "bad", "ugly"], "returned list, which is not a list of numbers"),
-    ("123", "returned str, which is not a list of numbers"),
-    ({0: 1.0, 1: 2.0, 2: 3.0}, "returned dict, which is not a list of numbers"),
-], ids=str)
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ([1.0, float("nan"), 1.0], "returned nan for sample 1, prompt 'second'"),
+        (torch.tensor([1.0, 1.0, math.inf]), "returned inf for sample 2, prompt 'third'"),
+        ([-math.inf, 1.0, 1.0], "returned -inf for sample 0, prompt 'first'"),
+        ([1.0, 1e39, 1.0], "sample 1, prompt 'second'"),  # finite in Python, infinite in fp32
+        ([1.0, 2.0], "returned 2 values for 3 videos"),
+        (torch.zeros(3, 2), "returned 6 values for 3 videos"),
+        (1.0, "returned float, which is not a list of numbers"),
+        (None, "returned NoneType, which is not a list of numbers"),
+        (["good", "bad", "ugly"], "returned list, which is not a list of numbers"),
+        ("123", "returned str, which is not a list of numbers"),
+        ({0: 1.0, 1: 2.0, 2: 3.0}, "returned dict, which is not a list of numbers"),
+    ],
+    ids=str,
+)
 def test_bad_values(values, message):
     with pytest.raises(RewardError, match="reward 'reward'") as caught:
         ask(returning(values))

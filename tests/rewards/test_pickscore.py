@@ -21,11 +21,19 @@ PROMPTS = ["a red circle moving left", "a blue square"]
 # the layout of transformers; 986.11 M weights as open_clip lists for ViT-H-14 (docs/model_profile.csv).
 CLIP_H = dict(
     projection_dim=1024,
-    vision_config=dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=16,
-                       image_size=224, patch_size=14, hidden_act="gelu"),
-    text_config=dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                     hidden_act="gelu"),
-)  # fmt: skip
+    vision_config=dict(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=14,
+        hidden_act="gelu",
+    ),
+    text_config=dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, hidden_act="gelu"
+    ),
+)
 PUBLISHED = {
     "logit_scale": (),
     "text_model.embeddings.token_embedding.weight": (49408, 1024),

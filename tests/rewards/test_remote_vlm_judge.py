@@ -156,8 +156,11 @@ def test_what_is_sent(local):
         parts = [[part["type"] for part in one["messages"][0]["content"]] for one in endpoint.requests]
         assert parts == [["video_url", "text"]] * 3
         lossy = ask(endpoint.reward(send="jpeg", quality=10)).values[:, 0]
-        assert all(part["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
-                   for one in endpoint.requests for part in one["messages"][0]["content"][:-1])
+        assert all(
+            part["image_url"]["url"].startswith("data:image/jpeg;base64,/9j/")
+            for one in endpoint.requests
+            for part in one["messages"][0]["content"][:-1]
+        )
         assert 0 < (lossy - torch.tensor(local(PROMPTS, VIDEOS))).abs().max() < 0.2
         close(ask(endpoint.reward(frames=99), videos=VIDEOS[:, :3]).values[:, 0], local(PROMPTS, VIDEOS[:, :3]))
 
@@ -166,8 +169,10 @@ def test_several_questions(local, tmp_path):
     files = [tmp_path / f"{name}.txt" for name in ("blue", "round")]
     for file, word in zip(files, ("blue", "circle circle circle")):
         file.write_text(f"{word} {{prompt}}", encoding="utf-8")
-    blue, round_ = (torch.tensor(VLMJudge(local.model, local.processor, question=file, frames=4)(PROMPTS, VIDEOS))
-                    for file in files)
+    blue, round_ = (
+        torch.tensor(VLMJudge(local.model, local.processor, question=file, frames=4)(PROMPTS, VIDEOS))
+        for file in files
+    )
     assert (blue - round_).abs().min() > 1e-4
     with Endpoint(local) as endpoint:
         table = ask(endpoint.reward(question=files, name="mllm"))
@@ -196,6 +201,7 @@ def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
 
 def test_it_runs_beside_synchronous_rewards(local):
     with Endpoint(local) as endpoint:
+
         def waits(prompts):
             limit = time.monotonic() + 20
             while len(endpoint.requests) < 3:
@@ -210,8 +216,10 @@ def test_it_runs_beside_synchronous_rewards(local):
 def test_a_run_is_that_of_the_local_judge(local, tmp_path, overlap):
     settings = {"overlap_rewards": overlap, "rollout_batch_size": 2} if overlap else {}
     with Endpoint(local) as endpoint:
-        runs = [tiny_runs.trainer(tmp_path / name, reward, alive=True, **settings)
-                for name, reward in (("remote", endpoint.reward()), ("inside", local))]
+        runs = [
+            tiny_runs.trainer(tmp_path / name, reward, alive=True, **settings)
+            for name, reward in (("remote", endpoint.reward()), ("inside", local))
+        ]
         for made in runs:
             made.train()
     remote, inside = (tiny_runs.logged(made, "reward") for made in runs)
@@ -256,8 +264,11 @@ def test_tokens_with_space_count_and_others_do_not(local):
 no_digit = logprobs(("yes", -0.1), ("no", -3.0))
 
 
-@pytest.mark.parametrize("deed", [status(429), status(500), half, reset, stall, no_digit],
-                         ids=["429", "500", "half", "reset", "stall", "no_digit"])  # fmt: skip
+@pytest.mark.parametrize(
+    "deed",
+    [status(429), status(500), half, reset, stall, no_digit],
+    ids=["429", "500", "half", "reset", "stall", "no_digit"],
+)
 def test_tried_again(local, deed):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(retries=2, time_limit=1.0 if deed is stall else 60.0)
@@ -277,17 +288,23 @@ def test_retry_after_is_honoured(local, retry_after):
         assert time.time() - start > 0.99
 
 
-@pytest.mark.parametrize("deed, why", [
-    (status(429), "2 tries, the last: status 429: this is 429."), (status(400), "status 400: this is 400."),
-    (half, "2 tries, the last: RemoteProtocolError"), (stall, "2 tries, the last: no answer within 0.5 s .time_limit"),
-    (garbage, "the answer is no chat completion .*<html>"), ({"message": None}, "the answer is no chat completion"),
-    ({"logprobs": None}, "the answer holds no log-probabilities"),
-    (logprobs(("1", None)), "the answer holds no log-probabilities"),
-    (logprobs(("4", float("nan"))), "the answer holds nan as the log-probability of '4'"),
-    (logprobs(("4", 1.0)), "the answer holds 1.0 as the log-probability"),
-    (logprobs(("1", -float("inf"))), "2 tries, the last: none of .* is among the 1 likeliest first tokens"),
-    (no_digit, r"2 tries, the last: none of \[1, 2, 3, 4, 5\] is among the 2 likeliest .* answer: 'yes', 'no'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "deed, why",
+    [
+        (status(429), "2 tries, the last: status 429: this is 429."),
+        (status(400), "status 400: this is 400."),
+        (half, "2 tries, the last: RemoteProtocolError"),
+        (stall, "2 tries, the last: no answer within 0.5 s .time_limit"),
+        (garbage, "the answer is no chat completion .*<html>"),
+        ({"message": None}, "the answer is no chat completion"),
+        ({"logprobs": None}, "the answer holds no log-probabilities"),
+        (logprobs(("1", None)), "the answer holds no log-probabilities"),
+        (logprobs(("4", float("nan"))), "the answer holds nan as the log-probability of '4'"),
+        (logprobs(("4", 1.0)), "the answer holds 1.0 as the log-probability"),
+        (logprobs(("1", -float("inf"))), "2 tries, the last: none of .* is among the 1 likeliest first tokens"),
+        (no_digit, r"2 tries, the last: none of \[1, 2, 3, 4, 5\] is among the 2 likeliest .* answer: 'yes', 'no'"),
+    ],
+)
 def test_an_error_names_rank_url_prompt_and_the_last_failure(local, deed, why):
     with Endpoint(local) as endpoint:
         reward = endpoint.reward(retries=1, time_limit=0.5 if deed is stall else 60.0)
@@ -301,8 +318,11 @@ def test_a_reward_timeout_names_url_prompt_and_the_last_failure(local):
     with Endpoint(local) as endpoint:
         panel = RewardPanel(endpoint.reward(time_limit=0.4, max_concurrency=1), timeout=1.5)
         endpoint.deeds = [stall] * 9
-        with pytest.raises(RewardError, match=rf"\(reward_timeout\).* It asked for model .*, prompt '{PROMPTS[0]}', "
-                                              f".* failure was that of {endpoint.url}: no answer within 0.4 s"):
+        with pytest.raises(
+            RewardError,
+            match=rf"\(reward_timeout\).* It asked for model .*, prompt '{PROMPTS[0]}', "
+            f".* failure was that of {endpoint.url}: no answer within 0.4 s",
+        ):
             panel(PROMPTS, VIDEOS, {})
 
 
@@ -340,6 +360,7 @@ async def without_logprobs(served, answer):
 
 def test_what_is_wrong_is_found_before_a_run(local):
     with Endpoint(local, key=KEY) as closed, Endpoint(local) as plain, Endpoint(local, sees=False) as blind:
+
         def judge(url=plain.url, model=MODEL, **settings):
             return RemoteVLMJudge(url, model, **{"retries": 0} | settings)
 
@@ -356,7 +377,7 @@ def test_what_is_wrong_is_found_before_a_run(local):
             (lambda: judge(), [garbage] * 2, "it does not answer: the answer is no chat completion"),
             (lambda: judge(blind.url), [], "it leaves images out: as many prompt tokens with them as without"),
             (lambda: judge(blind.url, send="mp4"), [], "it leaves video out: .* or send images"),
-        ):  # fmt: skip
+        ):
             plain.deeds = deeds
             with pytest.raises(ValueError, match=why) as error:
                 make()
@@ -368,26 +389,38 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
         tiny_runs.trainer(tmp_path, f"vlm+http://127.0.0.1:{free_port()}/v1?model=a", model="no/such-pipeline")
 
 
-@pytest.mark.parametrize("name, why", [
-    ("vlm+http://127.0.0.1:9/v1", "expected vlm.http://host:port/v1.model=ID"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; there are model, question"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&api_key=sk-wrong", "'api_key'; .* environment variable PISCES_VLM_API_KEY"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&frames=many", "frames='many' cannot be read"),
-    ("vlm+http:///v1?model=a", "expected http://host:port/v1"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&frames=0", "frames=0 must be"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&send=gif", "send='gif' must be one of 'png', 'jpeg', 'mp4'"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&quality=101", "quality=101 must be"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&logprobs=maybe", "logprobs='maybe' must be 'required', or False"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&scores=1,10", "scores=.1, 10.: expected two or more ascending digits"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&weights=1,2", "weights=.*: expected a positive number for each of 1"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&max_concurrency=0", "max_concurrency=0"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&requests_per_minute=0", "requests_per_minute=0"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&retries=-1", "retries=-1"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&time_limit=5m", "reward 'http://127.0.0.1:9/v1': time_limit='5m' cannot be"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&time_limit=nan", "time_limit=nan"),
-    ("vlm+http://127.0.0.1:9/v1?model=a&extra_body=[1]", "extra_body=.1. must be"),
-    (f"vlm+http://127.0.0.1:9/v1?model=a&question={PROMPT}&question={PROMPT}", "expected files of different names"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("vlm+http://127.0.0.1:9/v1", "expected vlm.http://host:port/v1.model=ID"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; there are model, question"),
+        (
+            "vlm+http://127.0.0.1:9/v1?model=a&api_key=sk-wrong",
+            "'api_key'; .* environment variable PISCES_VLM_API_KEY",
+        ),
+        ("vlm+http://127.0.0.1:9/v1?model=a&frames=many", "frames='many' cannot be read"),
+        ("vlm+http:///v1?model=a", "expected http://host:port/v1"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&frames=0", "frames=0 must be"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&send=gif", "send='gif' must be one of 'png', 'jpeg', 'mp4'"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&quality=101", "quality=101 must be"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&logprobs=maybe", "logprobs='maybe' must be 'required', or False"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&scores=1,10", "scores=.1, 10.: expected two or more ascending digits"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&weights=1,2", "weights=.*: expected a positive number for each of 1"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&max_concurrency=0", "max_concurrency=0"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&requests_per_minute=0", "requests_per_minute=0"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&retries=-1", "retries=-1"),
+        (
+            "vlm+http://127.0.0.1:9/v1?model=a&time_limit=5m",
+            "reward 'http://127.0.0.1:9/v1': time_limit='5m' cannot be",
+        ),
+        ("vlm+http://127.0.0.1:9/v1?model=a&time_limit=nan", "time_limit=nan"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&extra_body=[1]", "extra_body=.1. must be"),
+        (
+            f"vlm+http://127.0.0.1:9/v1?model=a&question={PROMPT}&question={PROMPT}",
+            "expected files of different names",
+        ),
+    ],
+)
 def test_wrong_settings(name, why):
     with pytest.raises(ValueError, match=why) as error:
         load_reward(name)
@@ -420,11 +453,20 @@ def test_bad_inputs_are_named(local, prompts, change, error, message):
 def serve(local, tmp_path_factory):
     """The url of `transformers serve`, which finds a tiny LLaVA and a tiny Llama in a cache of the Hub."""
     cache = tmp_path_factory.mktemp("hub")
-    llama = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=24, pad_token_id=0,
-                                         num_hidden_layers=1, num_attention_heads=2))  # fmt: skip
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=16,
+            intermediate_size=24,
+            pad_token_id=0,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
     words = local.processor.tokenizer.backend_tokenizer
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>",
-                                        chat_template="{{ messages[0].content }}")  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", chat_template="{{ messages[0].content }}"
+    )
     for name, model, processor in ((MODEL, local.model, local.processor), (LANGUAGE_MODEL, llama, tokenizer)):
         folder, commit = cache / f"models--{name.replace('/', '--')}", "0" * 40
         (folder / "refs").mkdir(parents=True)
@@ -435,8 +477,9 @@ def serve(local, tmp_path_factory):
     process = subprocess.Popen(
         [sys.executable, "-m", "transformers.cli.transformers", "serve", "--device", "cpu", "--port", str(port)],
         env=os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     limit = time.monotonic() + 120
     while True:
         try:
@@ -463,7 +506,13 @@ def test_transformers_serve(serve, local, monkeypatch):
     for settings, why in (
         ({}, "holds no log-probabilities. Start a server that gives them .* or set logprobs=False"),
         ({"model": "tests/tiny-lava"}, "no such model; did you mean 'tests/tiny-llava'"),
-        ({"model": LANGUAGE_MODEL, "logprobs": False,}, "it leaves images out"),
+        (
+            {
+                "model": LANGUAGE_MODEL,
+                "logprobs": False,
+            },
+            "it leaves images out",
+        ),
         ({"send": "mp4", "logprobs": False, "retries": 1}, "it answers text, but not with 1 video: .*status 500"),
     ):
         with pytest.raises(ValueError, match=why):

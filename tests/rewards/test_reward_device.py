@@ -37,8 +37,10 @@ class Brightness(nn.Module):
 def test_values_and_gradients_are_those_of_the_videos_device(device):
     home = videos("cuda")
     for names in (["temporal_smoothness", Brightness()], ["cosine"], ["ot_semantic"]):
-        here, there = (RewardPanel([n if isinstance(n, str) else Brightness() for n in names], device=d)
-                       for d in ("cuda:0", device))
+        here, there = (
+            RewardPanel([n if isinstance(n, str) else Brightness() for n in names], device=d)
+            for d in ("cuda:0", device)
+        )
         plain, moved = here(PROMPTS, home, {}).values, there(PROMPTS, home, {}).values
         torch.testing.assert_close(moved, plain, rtol=2e-3, atol=1e-4)
         (_, first), (_, second) = (panel.with_gradients(PROMPTS, home, {}) for panel in (here, there))
@@ -56,15 +58,24 @@ def test_a_run_is_that_of_the_videos_device(tmp_path, device, kind):
     found = []
     for where in ("cuda:0", device):
         reward = Brightness()
-        settings = dict(reward_device=where, use_cpu=False, optim="sgd", learning_rate=1.0, num_sample_videos=0,
-                        max_grad_norm=0.0)
+        settings = dict(
+            reward_device=where, use_cpu=False, optim="sgd", learning_rate=1.0, num_sample_videos=0, max_grad_norm=0.0
+        )
         if kind == "grpo":
             made = trainer(tmp_path / where, reward, alive=True, **settings)
         else:
             config = RewardBackpropConfig(
-                output_dir=str(tmp_path / where), max_steps=2, report_to="none", bf16=False,
-                per_device_train_batch_size=2, num_inference_steps=2, height=16, width=16, num_frames=5, **settings,
-            )  # fmt: skip
+                output_dir=str(tmp_path / where),
+                max_steps=2,
+                report_to="none",
+                bf16=False,
+                per_device_train_batch_size=2,
+                num_inference_steps=2,
+                height=16,
+                width=16,
+                num_frames=5,
+                **settings,
+            )
             made = RewardBackpropTrainer(tiny_runs.pipeline(), reward, config, tiny_runs.prompts())
         before = weights(made)
         made.train()
@@ -87,9 +98,14 @@ def test_all_kinds_of_rewards_go_there():
     assert [RewardPanel(name, device="cpu").names for name in ("cosine", "motion_amount")]
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ("nowhere", "'nowhere' is no device"), ("cpu,", "'' is no device"), ("cuda:77", "there is no cuda:77 among"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ("nowhere", "'nowhere' is no device"),
+        ("cpu,", "'' is no device"),
+        ("cuda:77", "there is no cuda:77 among"),
+    ],
+)
 def test_wrong_devices(tmp_path, wrong, message):
     with pytest.raises(ValueError, match=message):
         RewardBackpropConfig(output_dir=str(tmp_path), report_to="none", bf16=False, reward_device=wrong)

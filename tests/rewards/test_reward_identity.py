@@ -33,8 +33,10 @@ def test_settings_and_parts_without_weights_have_a_part_in_the_identity(tmp_path
     largest = max(names, key=lambda name: other_map.tensors[name].numel())
     other_map.tensors[largest] = other_map.tensors[largest] + 1
     other_map.save(tmp_path)
-    made = [load_reward("ot_quality", encoder=encoder, **options) for options in (
-        {}, {"micro_batch": 2}, {"ot_map": tmp_path}, {"divergence_weight": 0.1})]  # fmt: skip
+    made = [
+        load_reward("ot_quality", encoder=encoder, **options)
+        for options in ({}, {"micro_batch": 2}, {"ot_map": tmp_path}, {"divergence_weight": 0.1})
+    ]
     first, again, mapped, weighted = map(identity, made)
     assert first == again and len({first, mapped, weighted}) == 3
     banked = load_reward("ot_quality", encoder=encoder, divergence_weight=0.1, blur=0.5)

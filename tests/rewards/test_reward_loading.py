@@ -114,26 +114,31 @@ def test_options_follow_the_name(monkeypatch):
 
 
 class Kept:
-    def __init__(self, *, name, weights=(1.0, 1.0, 1.0), video_fps=16.0, template="a", base="b", dtype=None,
-                 offload=None):  # fmt: skip
-        self.given = dict(weights=weights, video_fps=video_fps, template=template, base=base, dtype=dtype,
-                          offload=offload)  # fmt: skip
+    def __init__(
+        self, *, name, weights=(1.0, 1.0, 1.0), video_fps=16.0, template="a", base="b", dtype=None, offload=None
+    ):
+        self.given = dict(
+            weights=weights, video_fps=video_fps, template=template, base=base, dtype=dtype, offload=offload
+        )
 
     def check(self, given):
         given |= self.given
 
 
-@pytest.mark.parametrize(("name", "message"), [
-    ("motion_flow?fps=8", "'motion_flow' does not use fps; it takes video_fps, threshold"),
-    ("motion_flow?video_fps=fast", "'motion_flow': video_fps='fast' must be like 16.0"),
-    ("motion_flow?video_fps", r"'motion_flow': expected motion_flow\?option=value&option=value, got 'video_fps'"),
-    ("motion_flow?video_fps=0", "video_fps=0, threshold=6.0: both must be above 0"),
-    ("video_align?weights=1,x,1", "'video_align': weights='1,x,1' must be like "),
-    ("hpsv3?frames=2.5", "'hpsv3': frames='2.5' must be like 4"),
-    ("motion_flow?threshold=inf", "'motion_flow': threshold='inf' must be like 6.0"),
-    ("cosine?plan=full", "'cosine' does not use plan; it takes"),
-    ("motion_flo?video_fps=8", "'motion_flo.video_fps=8' is unknown; did you mean 'motion_flow'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("motion_flow?fps=8", "'motion_flow' does not use fps; it takes video_fps, threshold"),
+        ("motion_flow?video_fps=fast", "'motion_flow': video_fps='fast' must be like 16.0"),
+        ("motion_flow?video_fps", r"'motion_flow': expected motion_flow\?option=value&option=value, got 'video_fps'"),
+        ("motion_flow?video_fps=0", "video_fps=0, threshold=6.0: both must be above 0"),
+        ("video_align?weights=1,x,1", "'video_align': weights='1,x,1' must be like "),
+        ("hpsv3?frames=2.5", "'hpsv3': frames='2.5' must be like 4"),
+        ("motion_flow?threshold=inf", "'motion_flow': threshold='inf' must be like 6.0"),
+        ("cosine?plan=full", "'cosine' does not use plan; it takes"),
+        ("motion_flo?video_fps=8", "'motion_flo.video_fps=8' is unknown; did you mean 'motion_flow'"),
+    ],
+)
 def test_options_behind_a_name_are_looked_at(name, message):
     with pytest.raises(ValueError, match=message):
         load_reward(name)

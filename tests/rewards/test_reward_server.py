@@ -38,7 +38,7 @@ VIDEOS = torch.rand(3, 4, 3, 10, 7, generator=torch.Generator().manual_seed(0))
 COLUMNS = {"number": [0, 1, 2], "note": [{"a": [1.5, None]}, "ö", True]}
 TOKEN = "a-word"
 PLACED = "placed, good?"
-REWARDS = '''
+REWARDS = """
 import time
 from pathlib import Path
 
@@ -79,7 +79,7 @@ class Placed:
 
 
 placed = Placed()
-'''
+"""
 
 
 class Serving:
@@ -94,8 +94,10 @@ class Serving:
             options = (*options, "--token-file", str(folder / "token"))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pisces_rl.command", "serve", "--port", str(port), "--rewards", *names, *options],
-            stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
         word, first, *_, self.last = self.process.stdout.readline().split()
         self.url = first.rsplit("/", 1)[0]
         assert word == "serving" and first.endswith("/brightness")
@@ -104,8 +106,13 @@ class Serving:
         return RemoteReward(self.url, name, **{"token": TOKEN} | settings)
 
     def post(self, name: str, body: bytes, token: str = TOKEN) -> httpx2.Response:
-        return httpx2.post(f"{self.url}/score/{name}", content=body, trust_env=False, timeout=60,
-                           headers={"Authorization": f"Bearer {token}"})  # fmt: skip
+        return httpx2.post(
+            f"{self.url}/score/{name}",
+            content=body,
+            trust_env=False,
+            timeout=60,
+            headers={"Authorization": f"Bearer {token}"},
+        )
 
     def end(self) -> None:
         self.process.kill()
@@ -126,8 +133,14 @@ class Faulty(ServedApp):
     def __init__(self, *deeds, identity="1234", health=None, compares_videos=False, columns=None):
         self.deeds, self.requests, self.identity = list(deeds), [], identity
         about = {"identity": identity, "compares_videos": compares_videos, "columns": columns}
-        self.about = {"protocol": wire.PROTOCOL, "version": "0", "state": "ready", "queue": 0, "max_bytes": 2**30,
-                      "rewards": {"bright": about}} | (health or {})
+        self.about = {
+            "protocol": wire.PROTOCOL,
+            "version": "0",
+            "state": "ready",
+            "queue": 0,
+            "max_bytes": 2**30,
+            "rewards": {"bright": about},
+        } | (health or {})
         super().__init__(Route("/health", self.health), Route("/score/bright", self.score, methods=["POST"]))
 
     async def health(self, request):
@@ -138,8 +151,14 @@ class Faulty(ServedApp):
         self.authorization = request.headers.get("authorization")
         asked = wire.unpack_request(await request.body())
         self.requests.append(asked)
-        answer = {"protocol": wire.PROTOCOL, "reward": "bright", "identity": self.identity, "extras": {},
-                  "values": tiny_runs.brightness(asked.prompts, asked.videos).tolist(), "metrics": {}}
+        answer = {
+            "protocol": wire.PROTOCOL,
+            "reward": "bright",
+            "identity": self.identity,
+            "extras": {},
+            "values": tiny_runs.brightness(asked.prompts, asked.videos).tolist(),
+            "metrics": {},
+        }
         deed = self.deeds.pop(0) if self.deeds else {}
         if isinstance(deed, dict):
             return Response(json.dumps(answer | deed), media_type="application/json")
@@ -179,8 +198,10 @@ def test_what_a_reward_records_and_does_not_apply_to(server):
         global_step, max_steps, epoch = 7, 9, 0.5
 
     local = load_reward(f"{server.file}:recorded")
-    there, here = (ask(reward, columns=COLUMNS | {"image": [object()] * 3}, state=State)
-                   for reward in (server.reward("recorded"), local))
+    there, here = (
+        ask(reward, columns=COLUMNS | {"image": [object()] * 3}, state=State)
+        for reward in (server.reward("recorded"), local)
+    )
     assert torch.equal(there.values.nan_to_num(-1), here.values.nan_to_num(-1))
     assert there.values[:, 0].isnan().tolist() == [False, True, False] and repr(there.extras) == repr(here.extras)
     assert there.metrics == here.metrics == {"largest": [2.0], "step": [7.0]}
@@ -195,8 +216,9 @@ def test_rewards_work_on_the_servers_device_under_any_name(server, monkeypatch):
 
 def test_uint8_frames_and_mp4(server, monkeypatch):
     body = wire.pack_request(wire.ScoreRequest(PROMPTS, (VIDEOS * 255).round().byte(), {}, None))
-    values = wire.unpack_answer(server.post("brightness", body).content, "brightness",
-                                server.reward("brightness").identity, PROMPTS).values
+    values = wire.unpack_answer(
+        server.post("brightness", body).content, "brightness", server.reward("brightness").identity, PROMPTS
+    ).values
     assert values == tiny_runs.brightness(PROMPTS, (VIDEOS * 255).round().byte().float() / 255).float().tolist()
     with_mp4 = torch.stack([load_video(mp4_bytes(video, min_size=0))[..., :10, :7] for video in VIDEOS])
     monkeypatch.setenv(remote.TOKEN, TOKEN)
@@ -247,8 +269,11 @@ def test_mp4_files_are_not_decoded_beyond_what_a_request_says():
     assert len(packed) < 10_000 and torch.equal(wire.unpack_request(packed).videos, black.videos)
     with pytest.raises(wire.TooLarge, match="has 1497600 bytes, and this server takes 1000000"):
         wire.unpack_request(packed, 1_000_000)
-    for size, why in ((b"[2, 64, 65]", "frame 3 of 64 x 66; expected 2 frames"),
-                      (b"[30, 2, 65]", "frame 1 of 64 x 66"), (b"[99, 64, 65]", "30 frames of 64 x 66; expected 99")):
+    for size, why in (
+        (b"[2, 64, 65]", "frame 3 of 64 x 66; expected 2 frames"),
+        (b"[30, 2, 65]", "frame 1 of 64 x 66"),
+        (b"[99, 64, 65]", "30 frames of 64 x 66; expected 99"),
+    ):
         with pytest.raises(ValueError, match=why):
             wire.unpack_request(packed.replace(b"[30, 64, 65]", size.ljust(12)), 1e9)
 
@@ -264,8 +289,11 @@ def test_who_compares_videos_gets_all():
 # --- what may be tried again -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("deed", [status(502), status(503), status(504), half, reset, stall],
-                         ids=["502", "503", "504", "half", "reset", "stall"])
+@pytest.mark.parametrize(
+    "deed",
+    [status(502), status(503), status(504), half, reset, stall],
+    ids=["502", "503", "504", "half", "reset", "stall"],
+)
 def test_tried_again(deed):
     with Faulty(deed, *[] if deed is stall else [deed]) as faulty:
         table = ask(RemoteReward(faulty.url, "bright", retries=2, time_limit=2.0 if deed is stall else 60.0))
@@ -280,10 +308,15 @@ def test_retry_after_is_honoured():
         assert time.perf_counter() - start >= 1
 
 
-@pytest.mark.parametrize("deed, why", [(status(503), "2 tries, the last: status 503: this is 503."),
-                                       (half, "2 tries, the last: RemoteProtocolError"),
-                                       (stall, "2 tries, the last: no answer within 0.5 s")],
-                         ids=["503", "half", "stall"])
+@pytest.mark.parametrize(
+    "deed, why",
+    [
+        (status(503), "2 tries, the last: status 503: this is 503."),
+        (half, "2 tries, the last: RemoteProtocolError"),
+        (stall, "2 tries, the last: no answer within 0.5 s"),
+    ],
+    ids=["503", "half", "stall"],
+)
 def test_the_last_try_is_an_error(deed, why):
     with Faulty(deed, deed, deed) as faulty:
         reward = RemoteReward(faulty.url, "bright", retries=1, time_limit=0.5 if deed is stall else 60.0)
@@ -296,8 +329,11 @@ def test_the_last_try_is_an_error(deed, why):
 def test_a_reward_timeout_names_url_prompt_and_the_last_failure(time_limit, why):
     with Faulty(*[stall] * 9) as faulty:
         panel = RewardPanel(RemoteReward(faulty.url, "bright", time_limit=time_limit), timeout=1.5)
-        with pytest.raises(RewardError, match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
-                                              f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}"):
+        with pytest.raises(
+            RewardError,
+            match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
+            f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}",
+        ):
             panel(PROMPTS, VIDEOS, {})
 
 
@@ -313,9 +349,14 @@ def test_a_login_in_a_url_is_sent_and_not_shown():
         with pytest.raises(RewardError, match=f"of {faulty.url} failed .* status 401") as error:
             ask(reward)
         assert "hunter" not in str(error.value) and sent[6:] not in str(error.value)
-    for name in (f"http://me:hunter2@127.0.0.1:{free_port()}/bright", "http://me:hunter2@a/b?colour=1",
-                 "http://me:hunter2@a/b,http://a/c", "vlm+http://me:hunter2@127.0.0.1:9/v1?model=a",
-                 "vlm+http://me:hunter2@127.0.0.1:9/v1", "vlm+http://me:hunter2@127.0.0.1:9/v1?fps=x"):
+    for name in (
+        f"http://me:hunter2@127.0.0.1:{free_port()}/bright",
+        "http://me:hunter2@a/b?colour=1",
+        "http://me:hunter2@a/b,http://a/c",
+        "vlm+http://me:hunter2@127.0.0.1:9/v1?model=a",
+        "vlm+http://me:hunter2@127.0.0.1:9/v1",
+        "vlm+http://me:hunter2@127.0.0.1:9/v1?fps=x",
+    ):
         with pytest.raises(ValueError) as error:
             load_reward(name)
         assert "hunter2" not in str(error.value)
@@ -332,16 +373,28 @@ def test_a_dead_server_is_an_error():
 # --- what may not ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("deed, why", [
-    (status(500), "status 500: this is 500."), (status(400), "status 400"), (status(401), "status 401"),
-    (status(404), "status 404"), (status(413), "status 413"), (garbage, "not JSON of a reward server"),
-    ({"values": [1.0]}, "1 values for 3 videos"), ({"values": None}, "None values"),
-    ({"values": [1.0, float("nan"), 1.0]}, "nan for video 1, prompt 'second'"),
-    ({"values": [1.0, 1.0, float("inf")]}, "inf for video 2"), ({"values": [1.0, "2", 1.0]}, "'2' for video 1"),
-    ({"values": [True, 1.0, 1.0]}, "True for video 0"), ({"protocol": 2}, "version 2 of the protocol, this client 1"),
-    ({"reward": "dark"}, "is of reward 'dark'"), ({"identity": "5678"}, "other weights"),
-    ({"extras": {"x": [1]}}, "extras are not lists of 3"), ({"metrics": {"x": "1"}}, "metrics are not lists"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "deed, why",
+    [
+        (status(500), "status 500: this is 500."),
+        (status(400), "status 400"),
+        (status(401), "status 401"),
+        (status(404), "status 404"),
+        (status(413), "status 413"),
+        (garbage, "not JSON of a reward server"),
+        ({"values": [1.0]}, "1 values for 3 videos"),
+        ({"values": None}, "None values"),
+        ({"values": [1.0, float("nan"), 1.0]}, "nan for video 1, prompt 'second'"),
+        ({"values": [1.0, 1.0, float("inf")]}, "inf for video 2"),
+        ({"values": [1.0, "2", 1.0]}, "'2' for video 1"),
+        ({"values": [True, 1.0, 1.0]}, "True for video 0"),
+        ({"protocol": 2}, "version 2 of the protocol, this client 1"),
+        ({"reward": "dark"}, "is of reward 'dark'"),
+        ({"identity": "5678"}, "other weights"),
+        ({"extras": {"x": [1]}}, "extras are not lists of 3"),
+        ({"metrics": {"x": "1"}}, "metrics are not lists"),
+    ],
+)
 def test_an_error_at_once(deed, why):
     with Faulty(deed) as faulty, pytest.raises(RewardError, match="'bright' of .* prompt 'first': .*" + why):
         ask(RemoteReward(faulty.url, "bright"))
@@ -415,14 +468,22 @@ def test_a_wrong_url_name_or_token(server):
         (lambda: server.reward("brightness", frames="gif"), "frames='gif' must be one of"),
         (lambda: server.reward("brightness", retries=-1), "retries=-1"),
         (lambda: server.reward("brightness", time_limit=0), "time_limit=0"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=why):
             make()
 
 
 def test_other_servers():
-    with Faulty(health={"protocol": 9, "version": "7.0"}) as other, pytest.raises(ValueError, match=(
-        rf"pisces_rl 7.0, speaks version 9 of the protocol, this pisces_rl {pisces_rl.__version__} {wire.PROTOCOL}")):
+    with (
+        Faulty(health={"protocol": 9, "version": "7.0"}) as other,
+        pytest.raises(
+            ValueError,
+            match=(
+                "pisces_rl 7.0, speaks version 9 of the protocol, "
+                rf"this pisces_rl {pisces_rl.__version__} {wire.PROTOCOL}"
+            ),
+        ),
+    ):
         RemoteReward(other.url, "bright")
     with Faulty() as a, Faulty(identity="5678") as b, pytest.raises(ValueError, match="serve different rewards"):
         RemoteReward([a.url, b.url], "bright")
@@ -445,10 +506,10 @@ def test_what_a_server_refuses(server):
         ("brightness", b"x", TOKEN, 400, "no safetensors"),
         ("brightness", wire.save({"request": torch.zeros(3)}), TOKEN, 400, "no safetensors file with a JSON"),
         ("brightness", body().replace(b'"protocol": 1', b'"protocol": 9'), TOKEN, 400, "client speaks version 9"),
-        ("brightness", body().replace(b'"x"', b'123'), TOKEN, 400, "expected a list of strings"),
+        ("brightness", body().replace(b'"x"', b"123"), TOKEN, 400, "expected a list of strings"),
         ("nan", body(), TOKEN, 500, "returned nan for sample 0"),
         ("recorded", body(), TOKEN, 500, "missing 2 required"),
-    ):  # fmt: skip
+    ):
         response = server.post(name, data, token)
         assert response.status_code == code and why in response.json()["error"], (name, code, response.text)
     with pytest.raises(RewardError, match="raise its --max_mb"):
@@ -487,14 +548,17 @@ def test_requests_that_wait_together_are_scored_together():
         return [float(n) for n in number]
 
     def request(*names, size=4):
-        return wire.ScoreRequest(list(names), torch.zeros(len(names), 1, 3, size, size),
-                                 {"number": list(range(len(names)))}, None)
+        return wire.ScoreRequest(
+            list(names), torch.zeros(len(names), 1, 3, size, size), {"number": list(range(len(names)))}, None
+        )
 
     queue, panel = ScoringQueue(4), RewardPanel(reward)
     first = queue.put(panel, request("a"))
     assert begun.wait(20)
-    b, c, other, d, bad, gone = (queue.put(panel, request(*names, size=size)) for names, size in (
-        (("b",), 4), (("c", "c"), 4), (("big",), 8), (("d",), 4), (("bad",), 4), (("gone",), 4)))
+    b, c, other, d, bad, gone = (
+        queue.put(panel, request(*names, size=size))
+        for names, size in ((("b",), 4), (("c", "c"), 4), (("big",), 8), (("d",), 4), (("bad",), 4), (("gone",), 4))
+    )
     gone.cancel()
     go.set()
     assert [f.result(20).values for f in (first, b, c, other, d)] == [[0.0], [0.0], [0.0, 1.0], [0.0], [0.0]]
@@ -542,8 +606,9 @@ def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
 def test_progress_is_told(monkeypatch, capsys):
     queue, now = ScoringQueue(4), [1000.0]
     monkeypatch.setattr(application, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    served = application.RewardApplication(RewardPanel(tiny_runs.brightness), queue, limit=1, max_bytes=10**6,
-                                           token=None)
+    served = application.RewardApplication(
+        RewardPanel(tiny_runs.brightness), queue, limit=1, max_bytes=10**6, token=None
+    )
     scope = {"type": "http", "method": "POST", "path": "/score/brightness", "headers": [], "query_string": b""}
 
     def post(count):
@@ -560,16 +625,23 @@ def test_progress_is_told(monkeypatch, capsys):
     for pause, count in ((0, 2), (20, 4), (20, 2), (20, 1), (100, 1), (20, 1), (20, 4)):
         now[0] += pause
         post(count)
-    assert capsys.readouterr().err.splitlines() == ["8 videos scored, 0.2 a second; requests inside: 1",
-                                                    "15 videos scored, 0.15 a second; requests inside: 1"]
+    assert capsys.readouterr().err.splitlines() == [
+        "8 videos scored, 0.2 a second; requests inside: 1",
+        "15 videos scored, 0.15 a second; requests inside: 1",
+    ]
     assert served.scored == 15
     queue.stop()
 
 
-@pytest.mark.parametrize("options, why", [
-    (["--host", "0.0.0.0"], "give a --token_file"), (["--max_batch", "0"], "--max_batch 0 must be at least 1"),
-    (["--token_file", "nowhere"], "cannot be read"), (["--port", "99999"], "must be 0 to 65535"),
-])
+@pytest.mark.parametrize(
+    "options, why",
+    [
+        (["--host", "0.0.0.0"], "give a --token_file"),
+        (["--max_batch", "0"], "--max_batch 0 must be at least 1"),
+        (["--token_file", "nowhere"], "cannot be read"),
+        (["--port", "99999"], "must be 0 to 65535"),
+    ],
+)
 def test_arguments_are_checked_before_anything_is_loaded(options, why):
     with pytest.raises(SystemExit, match=why):
         command.main(["serve", "--rewards", "no_such_module:reward", *options])
@@ -597,8 +669,14 @@ def test_a_full_queue_and_a_signal(server):
     threads[0].start()
     until(lambda: (server.folder / "begun").exists())
     threads[1].start()
-    until(lambda: httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"},
-                             trust_env=False).json()["queue"] == 2)
+    until(
+        lambda: (
+            httpx2.get(f"{server.url}/health", headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False).json()[
+                "queue"
+            ]
+            == 2
+        )
+    )
     full = server.post("brightness", body())
     assert full.status_code == 503 and full.headers["retry-after"] == "1" and "queue of 2" in full.json()["error"]
     server.process.send_signal(signal.SIGTERM)
@@ -630,8 +708,9 @@ def test_a_server_that_is_killed_and_started_again(tmp_path):
                 first.end()
                 threading.Thread(target=lambda: started.append(Serving(tmp_path, port=port, token=None))).start()
 
-    made = trainer(tmp_path / "a", f"{first.url}/brightness?retries=100000", alive=True, max_steps=3,
-                   callbacks=[Kill()])
+    made = trainer(
+        tmp_path / "a", f"{first.url}/brightness?retries=100000", alive=True, max_steps=3, callbacks=[Kill()]
+    )
     made.train()
     inside = trainer(tmp_path / "b", tiny_runs.brightness, alive=True, max_steps=3)
     inside.train()

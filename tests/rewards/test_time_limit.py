@@ -56,6 +56,7 @@ def test_a_slow_reward_is_named(reward, capfd):
 
 def test_a_reward_that_ends_while_it_is_being_interrupted(monkeypatch):
     """The message is still being written when the block ends; the interrupt comes afterwards."""
+
     class SlowTerminal(io.StringIO):
         def write(self, text):
             time.sleep(0.3)

@@ -109,9 +109,11 @@ def test_the_score_is_the_sum_of_normalised_heads_at_the_special_tokens():
     text += f"{TEMPLATE.replace('{text_prompt}', PROMPTS[0])}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor(scorer.tokenizer(text)["input_ids"])
     hidden = scorer.model.model(
-        input_ids=ids[None], pixel_values_videos=patches[0], video_grid_thw=torch.tensor([grid]),
+        input_ids=ids[None],
+        pixel_values_videos=patches[0],
+        video_grid_thw=torch.tensor([grid]),
         mm_token_type_ids=(ids == scorer.tokenizer.convert_tokens_to_ids(VIDEO)).int()[None] * 2,
-    ).last_hidden_state[0]  # fmt: skip
+    ).last_hidden_state[0]
     marks = [ids.tolist().index(scorer.tokenizer.convert_tokens_to_ids(token)) for token in scorer.special]
     by_hand = (hidden[marks] @ scorer.model.rm_head.weight[0] - torch.tensor(MEAN)) / torch.tensor(STD)
     assert qwen_size(72, 104, 128 * 64, 256 * 64, factor=8) == (80, 112)

@@ -34,9 +34,17 @@ VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
 )
 TEXT = dict(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(WORDS),
-    max_position_embeddings=LENGTH, projection_dim=10, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-)  # fmt: skip
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=len(WORDS),
+    max_position_embeddings=LENGTH,
+    projection_dim=10,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -46,33 +54,61 @@ def tokenizer() -> PreTrainedTokenizerFast:
         single="<cls> $A </s>", special_tokens=[("<cls>", 1), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", cls_token="<cls>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=words,
+        pad_token="<pad>",
+        cls_token="<cls>",
+        eos_token="</s>",
+        unk_token="<unk>",
         model_max_length=LENGTH,
-    )  # fmt: skip
+    )
 
 
 def tiny_vtm():
     config = TinyVTMConfig(
-        width=16, heads=2, video_layers=1, text_layers=3, fusion_layer=1, projection=10, vocabulary=len(WORDS),
-        max_text_tokens=LENGTH, num_frames=5, resolution=16, video_patch=(2, 8, 8),
-    )  # fmt: skip
+        width=16,
+        heads=2,
+        video_layers=1,
+        text_layers=3,
+        fusion_layer=1,
+        projection=10,
+        vocabulary=len(WORDS),
+        max_text_tokens=LENGTH,
+        num_frames=5,
+        resolution=16,
+        video_patch=(2, 8, 8),
+    )
     return TinyVTM(config, tokenizer())
 
 
 def internvideo2():
     config = InternVideo2Config(
-        width=16, depth=2, heads=2, hidden=24, pooled_width=12, projection=10, num_frames=3, resolution=16, patch=8,
-        text_width=16, text_layers=3, text_heads=2, text_hidden=24, fusion_layer=1, vocabulary=len(WORDS),
+        width=16,
+        depth=2,
+        heads=2,
+        hidden=24,
+        pooled_width=12,
+        projection=10,
+        num_frames=3,
+        resolution=16,
+        patch=8,
+        text_width=16,
+        text_layers=3,
+        text_heads=2,
+        text_hidden=24,
+        fusion_layer=1,
+        vocabulary=len(WORDS),
         max_text_tokens=LENGTH,
-    )  # fmt: skip
+    )
     return InternVideo2(config, tokenizer())
 
 
 def clip():
     return FrameEncoder(
-        CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=10)), tokenizer(), "clip",
+        CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=10)),
+        tokenizer(),
+        "clip",
         num_frames=3,
-    )  # fmt: skip
+    )
 
 
 def siglip():
@@ -93,9 +129,16 @@ def xclip():
 
 def videoprism():
     vision = dict(
-        image_size=16, num_frames=3, tubelet_size=(1, 8, 8), hidden_size=16, num_attention_heads=2,
-        intermediate_size=24, num_spatial_layers=1, num_temporal_layers=1, num_auxiliary_layers=1,
-    )  # fmt: skip
+        image_size=16,
+        num_frames=3,
+        tubelet_size=(1, 8, 8),
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        num_spatial_layers=1,
+        num_temporal_layers=1,
+        num_auxiliary_layers=1,
+    )
     text = {k: v for k, v in TEXT.items() if k != "projection_dim"}
     config = VideoPrismConfig(text_config=text, vision_config=vision)
     return VideoPrismEncoder(VideoPrismClipModel(config), tokenizer(), "videoprism")
@@ -103,17 +146,35 @@ def videoprism():
 
 def pe_video():
     frame = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16,
-        patch_size=8, num_labels=10,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=8,
+        num_labels=10,
+    )
     video = dict(
-        vision_config=frame, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        vision_config=frame,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
         head_dim=8,
-    )  # fmt: skip
+    )
     text = ModernBertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=len(WORDS),
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, max_position_embeddings=32,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=len(WORDS),
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+        max_position_embeddings=32,
+    )
     from transformers import PeVideoEncoderConfig
 
     model = PeVideoModel(PeVideoConfig(text_config=text, video_config=PeVideoEncoderConfig(**video)))

@@ -9,9 +9,13 @@ from pisces_rl.rewards.scorers.qwen2_vl_reward import qwen_inputs
 
 #: One token each, so that answers are short; digits are bytes, one token each as in the published tokenizer.
 PHRASES = [
-    "visual quality: ", "text-to-video alignment: ", "physical/common-sense consistency: ",
-    "Alignment Score (1-5): ", "Physics Score (1-5): ", "Style Score (1-5): ",
-]  # fmt: skip
+    "visual quality: ",
+    "text-to-video alignment: ",
+    "physical/common-sense consistency: ",
+    "Alignment Score (1-5): ",
+    "Physics Score (1-5): ",
+    "Style Score (1-5): ",
+]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -32,17 +36,33 @@ def config(**changes) -> Qwen2_5_VLConfig:
     places = dict(zip(CONTROL, words.convert_tokens_to_ids(CONTROL)))
     return Qwen2_5_VLConfig(
         text_config=dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            vocab_size=288, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
-            bos_token_id=None, eos_token_id=places["<|im_end|>"], pad_token_id=places["<|endoftext|>"],
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=288,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+            bos_token_id=None,
+            eos_token_id=places["<|im_end|>"],
+            pad_token_id=places["<|endoftext|>"],
         ),
         vision_config=dict(
-            depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4, window_size=16,
-            fullatt_block_indexes=[1], out_hidden_size=32,
+            depth=2,
+            hidden_size=16,
+            intermediate_size=24,
+            num_heads=2,
+            patch_size=4,
+            window_size=16,
+            fullatt_block_indexes=[1],
+            out_hidden_size=32,
         ),
-        image_token_id=places["<|image_pad|>"], video_token_id=places["<|video_pad|>"],
-        vision_start_token_id=places["<|vision_start|>"], vision_end_token_id=places["<|vision_end|>"], **changes,
-    )  # fmt: skip
+        image_token_id=places["<|image_pad|>"],
+        video_token_id=places["<|video_pad|>"],
+        vision_start_token_id=places["<|vision_start|>"],
+        vision_end_token_id=places["<|vision_end|>"],
+        **changes,
+    )
 
 
 def model(**changes) -> Qwen2_5_VLForConditionalGeneration:
@@ -55,11 +75,23 @@ def model(**changes) -> Qwen2_5_VLForConditionalGeneration:
 def full_config(size: str) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL-3B or 7B, from the published config.json."""
     text = {
-        "3B": dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                   num_key_value_heads=2, vocab_size=151936),
-        "7B": dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                   num_key_value_heads=4, vocab_size=152064),
-    }[size]  # fmt: skip
+        "3B": dict(
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            vocab_size=151936,
+        ),
+        "7B": dict(
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            vocab_size=152064,
+        ),
+    }[size]
     vision = dict(
         depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=text["hidden_size"]
     )
@@ -71,9 +103,15 @@ def teach(model: Qwen2_5_VLForConditionalGeneration, judge, prompts, videos, ans
     words, rate = judge.tokenizer, 1e-2
     texts = [judge.template.replace(judge.placeholder, prompt) for prompt in prompts]
     inputs = qwen_inputs(
-        words, texts, judge.frames_of(videos), model.config, next(model.parameters()), media=judge.media,
-        tokens=judge.tokens, padding_side="left",
-    )  # fmt: skip
+        words,
+        texts,
+        judge.frames_of(videos),
+        model.config,
+        next(model.parameters()),
+        media=judge.media,
+        tokens=judge.tokens,
+        padding_side="left",
+    )
     target = words(
         [f"{answer}<|im_end|>" for answer in answers], padding=True, padding_side="right", return_tensors="pt"
     )

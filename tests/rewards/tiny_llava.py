@@ -27,18 +27,25 @@ def tiny_llava(words: Sequence[str] = ()) -> tuple[LlavaForConditionalGeneration
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        unk_token="<unk>",
         additional_special_tokens=["<image>", "<user>", "<assistant>"],
-    )  # fmt: skip
+    )
     processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), tokenizer,
-        patch_size=8, vision_feature_select_strategy="default", chat_template=TEMPLATE, image_token="<image>",
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
         num_additional_image_tokens=1,
-    )  # fmt: skip
+    )
     sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **sizes),
-        text_config=LlamaConfig(vocab_size=len(known), pad_token_id=0, **sizes), image_token_index=2,
-    )  # fmt: skip
+        text_config=LlamaConfig(vocab_size=len(known), pad_token_id=0, **sizes),
+        image_token_index=2,
+    )
     torch.manual_seed(0)
     return LlavaForConditionalGeneration(config), processor

@@ -28,14 +28,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def config(**text) -> Qwen2VLConfig:
     return Qwen2VLConfig(
         text_config=dict(
-            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-            vocab_size=ROWS, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
-            bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        ) | text,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            vocab_size=ROWS,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+        | text,
         vision_config=dict(depth=1, embed_dim=16, hidden_size=16, num_heads=2, mlp_ratio=2, patch_size=4),
-        image_token_id=CONTROL.index(IMAGE), video_token_id=CONTROL.index(VIDEO),
-        vision_start_token_id=3, vision_end_token_id=4,
-    )  # fmt: skip
+        image_token_id=CONTROL.index(IMAGE),
+        video_token_id=CONTROL.index(VIDEO),
+        vision_start_token_id=3,
+        vision_end_token_id=4,
+    )
 
 
 def model(head: torch.nn.Module, **text) -> Qwen2VLReward:

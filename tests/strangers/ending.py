@@ -1,6 +1,6 @@
 """Two forked ranks that end right after a collective, in three ways; prints exit codes as JSON.
 
-    python tests/strangers/ending.py FOLDER
+python tests/strangers/ending.py FOLDER
 """
 
 import datetime
@@ -20,8 +20,9 @@ WAYS = ("ends", "raises", "is interrupted")
 
 def collect_and_end(way: str, store: Path, rank: int) -> None:
     """gloo's worker has 2,000 tensors to let go of, and gets the interpreter only where this thread waits."""
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2,
-                                   timeout=datetime.timedelta(seconds=60))  # fmt: skip
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
+    )
     kept.append(distributed.group.WORLD)  # as a DeviceMesh does, which DTensor never forgets
     sys.setswitchinterval(1000)
     distributed.all_reduce_coalesced([torch.ones(1) for _ in range(2000)])

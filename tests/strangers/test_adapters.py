@@ -42,13 +42,18 @@ def with_adapter(name="mine", targets=("to_q",), family="wan"):
 
 def snapshot(pipe) -> dict:
     """Weights, their flags and the modes of a pipeline, to see that nothing was changed."""
-    return {f"{name}.{key}": (p.detach().clone(), p.requires_grad) for name, module in pipe.components.items()
-            if isinstance(module, torch.nn.Module) for key, p in module.named_parameters()}
+    return {
+        f"{name}.{key}": (p.detach().clone(), p.requires_grad)
+        for name, module in pipe.components.items()
+        if isinstance(module, torch.nn.Module)
+        for key, p in module.named_parameters()
+    }
 
 
 def equal(before: dict, after: dict) -> bool:
     return before.keys() == after.keys() and all(
-        torch.equal(before[k][0], after[k][0]) and before[k][1] == after[k][1] for k in before)
+        torch.equal(before[k][0], after[k][0]) and before[k][1] == after[k][1] for k in before
+    )
 
 
 # --- a pipeline that carries a LoRA ---
@@ -139,8 +144,10 @@ def test_the_advice_keeps_every_adapter(family):
         module.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "style")
         layer = next(m for m in module.modules() if isinstance(m, BaseTunerLayer))
         merged[name] = layer.weight + layer.get_delta_weight("style")
-    where = {name: next(k for k, m in pipe.components[name].named_modules() if isinstance(m, BaseTunerLayer))
-             for name in names}
+    where = {
+        name: next(k for k, m in pipe.components[name].named_modules() if isinstance(m, BaseTunerLayer))
+        for name in names
+    }
     assert follow_advice(pipe) == len(names) == (2 if family == "wan22_a14b" else 1)
     for name in names:
         torch.testing.assert_close(pipe.components[name].get_submodule(where[name]).weight, merged[name])
@@ -179,8 +186,12 @@ def test_the_advice_to_merge_a_peft_model_works(tmp_path):
 def one_step(folder, pipe) -> tuple[dict, dict]:
     """Weights after one optimizer step, and the classes of a pipeline's modules."""
     made = trainer(folder, model=pipe, max_steps=1)
-    modules = {f"{name}.{key}": m for name, c in pipe.components.items() if isinstance(c, torch.nn.Module)
-               for key, m in c.named_modules()}
+    modules = {
+        f"{name}.{key}": m
+        for name, c in pipe.components.items()
+        if isinstance(c, torch.nn.Module)
+        for key, m in c.named_modules()
+    }
     assert not any(vars(m).keys() & {"_hf_hook", "decode", "encode"} for m in modules.values())
     assert not any(isinstance(vars(m).get("forward"), CompiledBlock) for m in modules.values())
     assert not pipe.transformer.is_gradient_checkpointing
@@ -193,10 +204,16 @@ def fresh_run(tmp_path_factory):
     return one_step(tmp_path_factory.mktemp("fresh"), tiny_runs.pipeline())
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"torch_compile": True, "torch_compile_backend": "eager"}, {"gradient_checkpointing": True},
-    {"offload": ["text_encoder", "vae"]},
-], ids=["plain", "compiled", "checkpointed", "offloaded"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"gradient_checkpointing": True},
+        {"offload": ["text_encoder", "vae"]},
+    ],
+    ids=["plain", "compiled", "checkpointed", "offloaded"],
+)
 def test_two_trainers_on_one_pipeline(settings, tmp_path, fresh_run):
     """A notebook: a second trainer on the pipeline of the first. It is refused; after unloading it is like new."""
     pipe = tiny_runs.pipeline()
@@ -223,14 +240,34 @@ def test_every_option_of_peft_was_decided_about():
 
 #: A value of each refused option, as a stranger may set it after the config was made or in it.
 VALUES = {
-    "task_type": "CAUSAL_LM", "lora_dropout": 0.1, "fan_in_fan_out": True, "bias": "lora_only",
-    "modules_to_save": ["proj_out"], "layers_to_transform": [0], "layers_pattern": "blocks",
-    "megatron_config": {"a": 1}, "megatron_core": "other", "trainable_token_indices": [1], "loftq_config": {"bits": 4},
-    "eva_config": {"rho": 2.0}, "corda_config": {"a": 1}, "lora_ga_config": {"a": 1}, "use_dora": True,
-    "velora_config": {"a": 1}, "alora_invocation_tokens": [1], "use_qalora": True, "qalora_group_size": 8,
-    "monteclora_config": {"a": 1}, "layer_replication": [(0, 1)], "lora_bias": True,
-    "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True), "target_parameters": ["a.weight"],
-    "use_bdlora": {"a": 1}, "arrow_config": {"a": 1}, "kasa_config": {"a": 1}, "ensure_weight_tying": True,
+    "task_type": "CAUSAL_LM",
+    "lora_dropout": 0.1,
+    "fan_in_fan_out": True,
+    "bias": "lora_only",
+    "modules_to_save": ["proj_out"],
+    "layers_to_transform": [0],
+    "layers_pattern": "blocks",
+    "megatron_config": {"a": 1},
+    "megatron_core": "other",
+    "trainable_token_indices": [1],
+    "loftq_config": {"bits": 4},
+    "eva_config": {"rho": 2.0},
+    "corda_config": {"a": 1},
+    "lora_ga_config": {"a": 1},
+    "use_dora": True,
+    "velora_config": {"a": 1},
+    "alora_invocation_tokens": [1],
+    "use_qalora": True,
+    "qalora_group_size": 8,
+    "monteclora_config": {"a": 1},
+    "layer_replication": [(0, 1)],
+    "lora_bias": True,
+    "runtime_config": LoraRuntimeConfig(ephemeral_gpu_offload=True),
+    "target_parameters": ["a.weight"],
+    "use_bdlora": {"a": 1},
+    "arrow_config": {"a": 1},
+    "kasa_config": {"a": 1},
+    "ensure_weight_tying": True,
 }
 
 
@@ -243,8 +280,9 @@ def test_options_that_a_run_cannot_keep(option):
         check_lora_config(asked)
 
 
-@pytest.mark.parametrize("start", [False, "pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal",
-                                   "mica", "lora_ga"])
+@pytest.mark.parametrize(
+    "start", [False, "pissa", "pissa_niter_4", "olora", "eva", "corda", "loftq", "orthogonal", "mica", "lora_ga"]
+)
 def test_initial_values_that_change_the_base(start):
     """PiSSA, OLoRA and LoftQ take their start out of the base weights, which the saved file does not hold."""
     asked = LoraConfig(r=4, target_modules=["to_q"])
@@ -253,45 +291,62 @@ def test_initial_values_that_change_the_base(start):
         check_lora_config(asked)
 
 
-@pytest.mark.parametrize("asked, message", [
-    ({"r": 8}, r"peft_config is \{'r': 8\}, but must be a peft.LoraConfig.*LoraConfig\(\*\*that\)"),
-    ("you/adapter", "peft_config is 'you/adapter'.*continue_from"),
-    (LoHaConfig(target_modules=["to_q"]), "peft_config is a LoHaConfig"),
-    (IA3Config(target_modules=["to_q"], feedforward_modules=[]), "peft_config is a IA3Config"),
-    (AdaLoraConfig(target_modules=["to_q"], total_step=10), "peft_config is a AdaLoraConfig"),
-    (LoraConfig(r=0), "r=0 must be a whole number of at least 1"),
-    (LoraConfig(r=-4), "r=-4 must be"),
-    (LoraConfig(r=4, lora_alpha=0), "lora_alpha=0 must be positive"),
-    (LoraConfig(r=4, lora_alpha=-8), "lora_alpha=-8 must be positive"),
-    (default_lora_config(4, 0), "lora_alpha=0 must be positive"),  # was taken for unset
-    (LoraConfig(r=4, target_modules=[]), "names no module"),
-    (default_lora_config(4, None, []), "names no module"),
-    (LoraConfig(r=4, rank_pattern={"to_q": 0}), r"rank_pattern\['to_q'\]=0"),
-    (LoraConfig(r=4, alpha_pattern={"to_q": -1}), r"alpha_pattern\['to_q'\]=-1"),
-])
+@pytest.mark.parametrize(
+    "asked, message",
+    [
+        ({"r": 8}, r"peft_config is \{'r': 8\}, but must be a peft.LoraConfig.*LoraConfig\(\*\*that\)"),
+        ("you/adapter", "peft_config is 'you/adapter'.*continue_from"),
+        (LoHaConfig(target_modules=["to_q"]), "peft_config is a LoHaConfig"),
+        (IA3Config(target_modules=["to_q"], feedforward_modules=[]), "peft_config is a IA3Config"),
+        (AdaLoraConfig(target_modules=["to_q"], total_step=10), "peft_config is a AdaLoraConfig"),
+        (LoraConfig(r=0), "r=0 must be a whole number of at least 1"),
+        (LoraConfig(r=-4), "r=-4 must be"),
+        (LoraConfig(r=4, lora_alpha=0), "lora_alpha=0 must be positive"),
+        (LoraConfig(r=4, lora_alpha=-8), "lora_alpha=-8 must be positive"),
+        (default_lora_config(4, 0), "lora_alpha=0 must be positive"),  # was taken for unset
+        (LoraConfig(r=4, target_modules=[]), "names no module"),
+        (default_lora_config(4, None, []), "names no module"),
+        (LoraConfig(r=4, rank_pattern={"to_q": 0}), r"rank_pattern\['to_q'\]=0"),
+        (LoraConfig(r=4, alpha_pattern={"to_q": -1}), r"alpha_pattern\['to_q'\]=-1"),
+    ],
+)
 def test_configs_are_refused_before_a_model_is_loaded(asked, message, tmp_path):
     """A model that cannot be loaded shows that the config was looked at first."""
     with pytest.raises(ValueError, match=message):
         VideoGRPOTrainer("no/such-model", tiny_runs.brightness, config(tmp_path), prompts(), peft_config=asked)
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"rank_pattern": {"to_x": 8}}, "rank_pattern has 'to_x', which matches none"),
-    ({"exclude_modules": ["to_q"]}, r"LoRA target \['to_q'\] matches no module"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank_pattern": {"to_x": 8}}, "rank_pattern has 'to_x', which matches none"),
+        ({"exclude_modules": ["to_q"]}, r"LoRA target \['to_q'\] matches no module"),
+    ],
+)
 def test_options_that_match_nothing(options, message):
     """A typing error in a pattern was ignored."""
     with pytest.raises(ValueError, match=message):
-        add_lora({"transformer": quiet(BUILD["wan"]()).transformer},
-                 LoraConfig(r=4, target_modules=["to_q", "to_k"], **options))
+        add_lora(
+            {"transformer": quiet(BUILD["wan"]()).transformer},
+            LoraConfig(r=4, target_modules=["to_q", "to_k"], **options),
+        )
 
 
 @pytest.mark.parametrize("family", ["wan", pytest.param("latte", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("options", [
-    {"use_rslora": True, "lora_alpha": 6}, {"lora_alpha": 2.5}, {"init_lora_weights": "gaussian"},
-    {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 9}}, {"exclude_modules": ["to_k"]},
-    {"exclude_modules": r".*ff.*"}, {"target_modules": "all-linear"}, {"inference_mode": True},
-], ids=lambda options: "+".join(options))
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_rslora": True, "lora_alpha": 6},
+        {"lora_alpha": 2.5},
+        {"init_lora_weights": "gaussian"},
+        {"rank_pattern": {"to_k": 2}, "alpha_pattern": {"to_v": 9}},
+        {"exclude_modules": ["to_k"]},
+        {"exclude_modules": r".*ff.*"},
+        {"target_modules": "all-linear"},
+        {"inference_mode": True},
+    ],
+    ids=lambda options: "+".join(options),
+)
 def test_options_that_are_kept_are_saved_and_reloaded(family, options, tmp_path):
     """What is trained is what plain diffusers or peft loads, whatever the scale and the ranks."""
     pipe, again = quiet(BUILD[family]()), quiet(BUILD[family]())
@@ -313,8 +368,10 @@ def test_options_that_are_kept_are_saved_and_reloaded(family, options, tmp_path)
 
 def test_without_target_modules_the_default_ones_are_adapted():
     """LoraConfig(r=8), as peft's own examples write it."""
-    counts = [add_lora({"transformer": quiet(BUILD["wan"]()).transformer}, asked)
-              for asked in (LoraConfig(r=8), default_lora_config(8))]
+    counts = [
+        add_lora({"transformer": quiet(BUILD["wan"]()).transformer}, asked)
+        for asked in (LoraConfig(r=8), default_lora_config(8))
+    ]
     assert counts[0] == counts[1]
 
 
@@ -335,13 +392,21 @@ def test_the_printed_count_is_what_was_adapted():
     assert (counts, found) == ({"transformer": 1}, ["proj_out"])
 
 
-@pytest.mark.parametrize("settings", [
-    {"use_rslora": True}, {"alpha_pattern": {"to_q": 8}}, {"lora_alpha": 8}], ids=lambda settings: "+".join(settings))
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_rslora": True}, {"alpha_pattern": {"to_q": 8}}, {"lora_alpha": 8}],
+    ids=lambda settings: "+".join(settings),
+)
 def test_another_scale_is_not_resumed(settings, tmp_path):
     """The same shapes with another factor would be another model."""
     first = trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
     first.train()
-    other = VideoGRPOTrainer(tiny_runs.pipeline(), tiny_runs.brightness, config(tmp_path, max_steps=2), prompts(),
-                             peft_config=LoraConfig(r=4, **{"lora_alpha": 4} | settings))
+    other = VideoGRPOTrainer(
+        tiny_runs.pipeline(),
+        tiny_runs.brightness,
+        config(tmp_path, max_steps=2),
+        prompts(),
+        peft_config=LoraConfig(r=4, **{"lora_alpha": 4} | settings),
+    )
     with pytest.raises(ValueError, match="another lora_alpha"):
         other.train(resume_from_checkpoint=True)

@@ -42,8 +42,12 @@ def latents(pipe, family="wan"):
 
 def continued(folder, start, *, model=None, peft_config=None, callbacks=None, **settings):
     return VideoGRPOTrainer(
-        model or tiny_runs.pipeline(), tiny_runs.brightness,
-        config(folder, continue_from=str(start), **settings), prompts(), peft_config=peft_config, callbacks=callbacks,
+        model or tiny_runs.pipeline(),
+        tiny_runs.brightness,
+        config(folder, continue_from=str(start), **settings),
+        prompts(),
+        peft_config=peft_config,
+        callbacks=callbacks,
     )
 
 
@@ -215,8 +219,11 @@ def test_clips_before_are_those_whose_scores_stand_beside_them(saved, tmp_path):
     assert torch.equal(before, first) and torch.equal(after, first)
 
 
-@pytest.mark.parametrize("settings", [
-    {"beta": 0.05, "continue_reference": "adapter"}, {"beta": 0.05, "ema_decay": 0.8}], ids=["adapter", "base"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"beta": 0.05, "continue_reference": "adapter"}, {"beta": 0.05, "ema_decay": 0.8}],
+    ids=["adapter", "base"],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(settings, saved, tmp_path):
     settings = settings | {"max_steps": 3}
     whole = continued(tmp_path / "whole", saved, **settings)
@@ -294,18 +301,22 @@ def of_a_newer_peft(tensors, options):
     options["transformer.use_wonder"] = True
 
 
-@pytest.mark.parametrize("change, message", [
-    (kohya, "layout of kohya or ComfyUI. Let diffusers convert it"),
-    (comfyui, "tensors of 'diffusion_model'.*Let diffusers convert it"),
-    (dora, "is a DoRA .*fuse_lora"),
-    (bias, "lora_B.bias' is no weight of lora_A or lora_B.*fuse_lora"),
-    (text_encoder, "tensors of 'text_encoder'"),
-    (broken, "holds NaN"),
-    (half, "do not belong together"),
-    (pissa, "init_lora_weights='pissa'"),
-    (of_another_rank, "says rank 8 .*tensors have 4"),
-    (of_a_newer_peft, "use_wonder=True, which this peft does not know"),
-], ids=lambda value: getattr(value, "__name__", ""))
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (kohya, "layout of kohya or ComfyUI. Let diffusers convert it"),
+        (comfyui, "tensors of 'diffusion_model'.*Let diffusers convert it"),
+        (dora, "is a DoRA .*fuse_lora"),
+        (bias, "lora_B.bias' is no weight of lora_A or lora_B.*fuse_lora"),
+        (text_encoder, "tensors of 'text_encoder'"),
+        (broken, "holds NaN"),
+        (half, "do not belong together"),
+        (pissa, "init_lora_weights='pissa'"),
+        (of_another_rank, "says rank 8 .*tensors have 4"),
+        (of_a_newer_peft, "use_wonder=True, which this peft does not know"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_files_of_other_kinds(change, message, tmp_path):
     """Refused before a model is loaded: there is none by that name."""
     start = rewritten(tmp_path / "start", change)
@@ -316,8 +327,11 @@ def test_files_of_other_kinds(change, message, tmp_path):
 def test_the_advice_to_convert_works(tmp_path):
     """Someone has a LoRA of ComfyUI's layout, and lets diffusers convert it as the error says."""
     start = rewritten(tmp_path / "start", comfyui)
-    tensors = {re.sub("attn1", "self_attn", re.sub(r"to_([qkv])", r"\1", k)): v
-               for k, v in load_file(start / LORA_FILE).items() if "attn1.to_q" in k}
+    tensors = {
+        re.sub("attn1", "self_attn", re.sub(r"to_([qkv])", r"\1", k)): v
+        for k, v in load_file(start / LORA_FILE).items()
+        if "attn1.to_q" in k
+    }
     save_file(tensors, start / "style.safetensors")
     pipe = tiny_runs.pipeline()
     pipe.load_lora_weights(start, weight_name="style.safetensors", adapter_name="default")
@@ -332,11 +346,15 @@ def test_a_loha_of_peft(tmp_path):
         read_adapter(tmp_path)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"r": 8, "lora_alpha": ALPHA}, "r=8, but continue_from=.*r=4"),
-    ({"r": 4, "lora_alpha": 4}, f"lora_alpha=4, but .*lora_alpha={ALPHA}"),
-    ({"r": 4, "lora_alpha": ALPHA, "target_modules": ["to_k"]}, "target_modules select 4 .* adapts 8.*Leave"),
-], ids=["rank", "alpha", "modules"])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 8, "lora_alpha": ALPHA}, "r=8, but continue_from=.*r=4"),
+        ({"r": 4, "lora_alpha": 4}, f"lora_alpha=4, but .*lora_alpha={ALPHA}"),
+        ({"r": 4, "lora_alpha": ALPHA, "target_modules": ["to_k"]}, "target_modules select 4 .* adapts 8.*Leave"),
+    ],
+    ids=["rank", "alpha", "modules"],
+)
 def test_a_config_that_contradicts_the_file(settings, message, saved, tmp_path):
     with pytest.raises(ValueError, match=message):
         continued(tmp_path, saved, peft_config=LoraConfig(**settings))
@@ -369,8 +387,9 @@ def test_nothing_to_continue_from(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "run" / "checkpoint-3")
     for inside in (".", LORA_FILE, "checkpoint-3"):
         with pytest.raises(ValueError, match="lies in output_dir"):
-            VideoGRPOConfig(output_dir=str(tmp_path / "run"), continue_from=str(tmp_path / "run" / inside),
-                            use_cpu=True)
+            VideoGRPOConfig(
+                output_dir=str(tmp_path / "run"), continue_from=str(tmp_path / "run" / inside), use_cpu=True
+            )
     config(tmp_path, continue_from=str(tmp_path / "run"))  # another run's folder under a common one
     with pytest.raises(ValueError, match="continue_reference='adapter' needs continue_from"):
         config(tmp_path, continue_reference="adapter")

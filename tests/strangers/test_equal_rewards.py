@@ -22,8 +22,12 @@ from trainers.tiny_runs import (
 
 from pisces_rl.trainers.rollouts.advantages import PromptStatistics, group_advantages, nanstd
 
-MODES = [("group", "sum_then_normalize"), ("batch", "sum_then_normalize"), ("none", "sum_then_normalize"),
-         ("group", "normalize_then_sum")]  # fmt: skip
+MODES = [
+    ("group", "sum_then_normalize"),
+    ("batch", "sum_then_normalize"),
+    ("none", "sum_then_normalize"),
+    ("group", "normalize_then_sum"),
+]
 EQUAL = [123.456, 0.1, -0.3, 1e6 + 0.1, 1e-8, 3e38]
 
 
@@ -111,8 +115,10 @@ def test_weights_do_not_move(tmp_path):
 # --- running statistics of prompts ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("setting", [{"scale_rewards": "batch"}, {"scale_rewards": "none"},
-                                     {"multi_objective_aggregation": "normalize_then_sum"}])
+@pytest.mark.parametrize(
+    "setting",
+    [{"scale_rewards": "batch"}, {"scale_rewards": "none"}, {"multi_objective_aggregation": "normalize_then_sum"}],
+)
 def test_settings_that_running_statistics_would_ignore(tmp_path, setting):
     """per_prompt_stat_tracking took the prompt's own deviation whatever scale_rewards said."""
     (name,) = setting
@@ -122,8 +128,14 @@ def test_settings_that_running_statistics_would_ignore(tmp_path, setting):
 
 def test_a_resume_inside_a_rollout(tmp_path):
     """The rollout was drawn again under newer weights, and its rewards entered the statistics twice."""
-    settings = {"max_steps": 4, "num_iterations": 2, "per_prompt_stat_tracking": True, "rollout_batch_size": 3,
-                "per_prompt_stat_tracking_min_count": 2, "per_prompt_stat_tracking_buffer_size": 6}  # fmt: skip
+    settings = {
+        "max_steps": 4,
+        "num_iterations": 2,
+        "per_prompt_stat_tracking": True,
+        "rollout_batch_size": 3,
+        "per_prompt_stat_tracking_min_count": 2,
+        "per_prompt_stat_tracking_buffer_size": 6,
+    }
     calls = []
 
     def counted(prompts, videos, **columns):

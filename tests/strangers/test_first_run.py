@@ -31,10 +31,15 @@ def brightness(prompts, videos, **columns):
 
 
 def python_snippets() -> list:
-    found = [(page, code) for page in PAGES
-             for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)]
-    return [pytest.param(code, id=f"{page.stem}-{i}", marks=pytest.mark.slow if trains(code) else ())
-            for i, (page, code) in enumerate(found)]
+    found = [
+        (page, code)
+        for page in PAGES
+        for code in re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    ]
+    return [
+        pytest.param(code, id=f"{page.stem}-{i}", marks=pytest.mark.slow if trains(code) else ())
+        for i, (page, code) in enumerate(found)
+    ]
 
 
 def trains(code: str) -> bool:
@@ -51,8 +56,11 @@ def commands() -> list:
     for page in PAGES:
         text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S).replace("\\\n", " ")
         lines = re.findall(r"^    (.+)$", text, re.M) + [" ".join(m.split()) for m in re.findall(r"`([^`]+)`", text)]
-        starts = [line for line in lines if re.match(r"(\w+=\S+ )*(python|accelerate launch) .*\w+/\w+\.py", line)
-                  and not hands_arguments_on(line)]
+        starts = [
+            line
+            for line in lines
+            if re.match(r"(\w+=\S+ )*(python|accelerate launch) .*\w+/\w+\.py", line) and not hands_arguments_on(line)
+        ]
         found += [(page.stem, line) for line in dict.fromkeys(starts)]
     return [pytest.param(line, id=f"{page}-{i}") for i, (page, line) in enumerate(found)]
 
@@ -71,9 +79,9 @@ def test_a_command_of_the_docs_is_one(line, monkeypatch):
     """Each script reads its arguments with its own parser; nothing more is run."""
     words = shlex.split(line, comments=True)
     start = next(i for i, word in enumerate(words) if re.fullmatch(r"\w+(/\w+)*\.py", word))
-    assert all((ROOT / word).is_file() for word in words[:start + 1] if word.endswith((".yaml", ".py")))
+    assert all((ROOT / word).is_file() for word in words[: start + 1] if word.endswith((".yaml", ".py")))
     if not re.search(r"parse_arg(s|uments)\(|sys\.argv", (ROOT / words[start]).read_text()):
-        assert words[start + 1:] == [], "the script reads no arguments"
+        assert words[start + 1 :] == [], "the script reads no arguments"
         return
     parse_arguments, parse_args = cli.arguments.parse_arguments, argparse.ArgumentParser.parse_args
 
@@ -81,6 +89,7 @@ def test_a_command_of_the_docs_is_one(line, monkeypatch):
         def then_leave(*args, **kwargs):
             parse(*args, **kwargs)
             raise Parsed
+
         return then_leave
 
     monkeypatch.chdir(ROOT)
@@ -116,11 +125,21 @@ def test_an_embedded_model_brings_its_call(tmp_path):
 
 def test_what_is_set_wins(tmp_path):
     """A user's size, steps and pipeline_kwargs go before the model's own."""
-    args = VideoGRPOConfig(output_dir=str(tmp_path), height=32, num_inference_steps=3,
-                           pipeline_kwargs={"width": 48, "negative_prompt": "grey"})  # fmt: skip
+    args = VideoGRPOConfig(
+        output_dir=str(tmp_path),
+        height=32,
+        num_inference_steps=3,
+        pipeline_kwargs={"width": 48, "negative_prompt": "grey"},
+    )
     args.settle_call(call_defaults("tiny-wan"))
-    assert args.policy_kwargs() == {"height": 32, "width": 48, "num_frames": 17, "guidance_scale": 1.0,
-                                    "max_sequence_length": 24, "negative_prompt": "grey"}
+    assert args.policy_kwargs() == {
+        "height": 32,
+        "width": 48,
+        "num_frames": 17,
+        "guidance_scale": 1.0,
+        "max_sequence_length": 24,
+        "negative_prompt": "grey",
+    }
     assert args.num_inference_steps == 3
 
 

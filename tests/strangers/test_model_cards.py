@@ -40,8 +40,14 @@ def saved_run(kind, tmp_path, **given):
     pictures = CONDITIONS[family].get("image", [])
     columns = {"image": pictures} if pictures else {}
     data = Dataset.from_dict({"prompt": ["clip 0", "clip 1"], **columns})
-    made = trainer(tmp_path / "run", data=data, model=str(tmp_path / "model"), pipeline_kwargs=call,
-                   eval_dataset=data.select([0]), **settings | more | given)
+    made = trainer(
+        tmp_path / "run",
+        data=data,
+        model=str(tmp_path / "model"),
+        pipeline_kwargs=call,
+        eval_dataset=data.select([0]),
+        **settings | more | given,
+    )
     enliven(made, 5.0)
     made.evaluate()
     made.save_model()

@@ -43,8 +43,15 @@ def links_of(folder) -> list[str]:
 def finished_run(tmp_path_factory):
     """A run with all that a run can leave, and its files."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    made = trainer(folder, eval_dataset=prompts(2), max_steps=2, log_completions=True, trace_steps=1,
-                   report_to="tensorboard", **SAVES)
+    made = trainer(
+        folder,
+        eval_dataset=prompts(2),
+        max_steps=2,
+        log_completions=True,
+        trace_steps=1,
+        report_to="tensorboard",
+        **SAVES,
+    )
     made.train()
     made.save_model()
     return folder, files_in(folder)
@@ -70,8 +77,15 @@ def test_all_that_a_run_writes_is_listed(finished_run):
 def test_a_second_run_moves_all_of_the_first_and_only_that(earlier, version):
     """Trained again in the same folder, without an evaluation; an older version has left no list."""
     folder, files = earlier
-    own = ["notes.txt", "samples/mine.mp4", "checkpoint-best/policy.json", "checkpoint-2-backup/notes.txt",
-           "evaluations/notes.md", "samples/step_000002/eval/mine.mp4", "transformer/config.json"]  # fmt: skip
+    own = [
+        "notes.txt",
+        "samples/mine.mp4",
+        "checkpoint-best/policy.json",
+        "checkpoint-2-backup/notes.txt",
+        "evaluations/notes.md",
+        "samples/step_000002/eval/mine.mp4",
+        "transformer/config.json",
+    ]
     for name in own:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine", encoding="utf-8")
@@ -101,8 +115,15 @@ def test_another_layout_of_the_adapter_is_set_aside(tmp_path):
 def test_a_user_s_files_are_neither_overwritten_nor_pushed(tmp_path):
     """A project's folder as output_dir: its README, report, clips and LoRA of another program stay its own."""
     folder = tmp_path / "project"
-    own = ["README.md", "report.md", "samples/before.png", "samples/step_one/a.mp4", "style/adapter_config.json",
-           "style/adapter_model.safetensors", "runs/theirs/events.out.tfevents.1"]  # fmt: skip
+    own = [
+        "README.md",
+        "report.md",
+        "samples/before.png",
+        "samples/step_one/a.mp4",
+        "style/adapter_config.json",
+        "style/adapter_model.safetensors",
+        "runs/theirs/events.out.tfevents.1",
+    ]
     for name in own:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("mine", encoding="utf-8")
@@ -119,7 +140,10 @@ def test_a_user_s_files_are_neither_overwritten_nor_pushed(tmp_path):
     sent = server.commits[0]["files"]
     assert sent["README.md"].decode() == card and b"mine" not in sent.values()
     assert set(sent) == {
-        "README.md", "report.md", "pytorch_lora_weights.safetensors", "samples/before_after_eval.png",
+        "README.md",
+        "report.md",
+        "pytorch_lora_weights.safetensors",
+        "samples/before_after_eval.png",
         *(f"samples/step_00000{step}/eval/{file}" for step in (0, 1) for file in ("000.mp4", "sheet.png")),
     }
 
@@ -140,8 +164,7 @@ def test_a_longer_run_that_is_stopped_does_not_show_the_shorter_one_s_results(ea
     assert all("step_000003" in link or "before_after" in link for link in links_of(folder))
     assert json.loads((folder / "report.json").read_text(encoding="utf-8"))["from_step"] == 0
     trainer(folder, max_steps=1).train()  # and what had been of no use any more is set aside, too
-    assert {path.name for path in folder.iterdir()} == {
-        "earlier-1", "run_files.json", "run.json", "report.html"}
+    assert {path.name for path in folder.iterdir()} == {"earlier-1", "run_files.json", "run.json", "report.html"}
 
 
 class Interrupt(TrainerCallback):
@@ -216,9 +239,18 @@ def test_the_best_model_s_card_shows_the_best_step(tmp_path):
     def falling(prompts, videos, trainer_state, **columns):
         return [-float(trainer_state.global_step)] * len(prompts)
 
-    made = trainer(tmp_path, [brightness, falling], reward_weights=[1e-9, 1.0], eval_dataset=prompts(2), max_steps=5,
-                   eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-                   load_best_model_at_end=True)
+    made = trainer(
+        tmp_path,
+        [brightness, falling],
+        reward_weights=[1e-9, 1.0],
+        eval_dataset=prompts(2),
+        max_steps=5,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+    )
     made.train()
     made.save_model()
     assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["to_step"] == 2
@@ -238,8 +270,18 @@ def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path):
         (tmp_path / name / "notes.txt").write_text("mine", encoding="utf-8")
     trainer(tmp_path, max_steps=4, save_total_limit=2, **SAVES).train()
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"checkpoint-best", "checkpoint-2-backup", "checkpoint-99", ".incomplete-thoughts", "checkpoint-3",
-                    "checkpoint-4", "earlier-1", "run_files.json", "run.json", "report.html"}  # fmt: skip
+    assert left == {
+        "checkpoint-best",
+        "checkpoint-2-backup",
+        "checkpoint-99",
+        ".incomplete-thoughts",
+        "checkpoint-3",
+        "checkpoint-4",
+        "earlier-1",
+        "run_files.json",
+        "run.json",
+        "report.html",
+    }
     assert (tmp_path / "earlier-1" / "checkpoint-1" / "notes.txt").exists()  # ours took its place
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-4")
     made = trainer(tmp_path, max_steps=5)
@@ -293,8 +335,11 @@ def test_a_run_that_goes_on_from_where_it_was_moved_knows_its_best(best_is_first
     assert made._saved_step == 1
 
 
-@pytest.mark.parametrize("settings", [{"save_total_limit": 2}, {"save_total_limit": 1, "eval_dataset": 1} | BEST],
-                         ids=["two", "one and the best"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"save_total_limit": 2}, {"save_total_limit": 1, "eval_dataset": 1} | BEST],
+    ids=["two", "one and the best"],
+)
 def test_a_checkpoint_that_a_user_put_there_is_not_rotated_away(settings, tmp_path):
     """Copied back from another run, or a folder of notes that is named like one."""
     if "eval_dataset" in settings:
@@ -307,8 +352,9 @@ def test_a_checkpoint_that_a_user_put_there_is_not_rotated_away(settings, tmp_pa
                 shutil.copytree(tmp_path / "other" / "checkpoint-1", tmp_path / "run" / "checkpoint-77")
                 (tmp_path / "run" / "checkpoint-best").mkdir(parents=True)
 
-    made = trainer(tmp_path / "run", callbacks=[CopiesBack()], **{"max_steps": 3, "learning_rate": 0.0} | SAVES |
-                   settings)
+    made = trainer(
+        tmp_path / "run", callbacks=[CopiesBack()], **{"max_steps": 3, "learning_rate": 0.0} | SAVES | settings
+    )
     made.train()
     ours = {"checkpoint-1", "checkpoint-3"} if "eval_dataset" in settings else {"checkpoint-2", "checkpoint-3"}
     left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
@@ -387,18 +433,34 @@ def test_the_card_shows_no_clips_of_another_evaluation(tmp_path):
     assert kept["prompts"] == ["clip 0", "clip 1"]
 
 
-@pytest.mark.parametrize("inside, moves", [
-    (".", True), ("transformer", True), ("transformer_2/pytorch_lora_weights.safetensors", True),
-    ("checkpoint-2", True), ("checkpoint-2/pytorch_lora_weights.safetensors", True),
-    ("pytorch_lora_weights.safetensors", True), ("start", False), ("start.safetensors", False),
-    ("checkpoint-77", False),
-])
+@pytest.mark.parametrize(
+    "inside, moves",
+    [
+        (".", True),
+        ("transformer", True),
+        ("transformer_2/pytorch_lora_weights.safetensors", True),
+        ("checkpoint-2", True),
+        ("checkpoint-2/pytorch_lora_weights.safetensors", True),
+        ("pytorch_lora_weights.safetensors", True),
+        ("start", False),
+        ("start.safetensors", False),
+        ("checkpoint-77", False),
+    ],
+)
 def test_to_continue_from_what_the_run_will_move(inside, moves, tmp_path):
     """Refused where the folder's list says that a run wrote it; a user's own start may lie there."""
-    files_of_a_run(tmp_path, "checkpoint-2/pytorch_lora_weights.safetensors", "transformer/adapter_model.safetensors",
-                   "transformer_2/pytorch_lora_weights.safetensors")
-    for own in ("start/adapter_model.safetensors", "start.safetensors", "checkpoint-77/adapter_model.safetensors",
-                "pytorch_lora_weights.safetensors"):
+    files_of_a_run(
+        tmp_path,
+        "checkpoint-2/pytorch_lora_weights.safetensors",
+        "transformer/adapter_model.safetensors",
+        "transformer_2/pytorch_lora_weights.safetensors",
+    )
+    for own in (
+        "start/adapter_model.safetensors",
+        "start.safetensors",
+        "checkpoint-77/adapter_model.safetensors",
+        "pytorch_lora_weights.safetensors",
+    ):
         (tmp_path / own).parent.mkdir(exist_ok=True)
         (tmp_path / own).write_text("mine", encoding="utf-8")
     refused = pytest.raises(ValueError, match="lies in output_dir") if moves else contextlib.nullcontext()
@@ -457,8 +519,9 @@ def test_a_list_that_was_written_by_others_moves_nothing_outside(tmp_path):
     assert RunFiles(folder).begin() is None and (tmp_path / "precious.txt").exists() and folder.exists()
 
 
-@pytest.mark.parametrize("name", ["../../x", "a/b", "a\\b", "", "CON", "nul.txt", "x" * 300, " a", "a.", "a\nb", 3,
-                                  "wh?t", "."])
+@pytest.mark.parametrize(
+    "name", ["../../x", "a/b", "a\\b", "", "CON", "nul.txt", "x" * 300, " a", "a.", "a\nb", 3, "wh?t", "."]
+)
 def test_a_name_of_an_evaluation_set_that_cannot_name_a_file(tmp_path, name):
     """Refused before a model is loaded; nothing is written anywhere."""
     with pytest.raises(ValueError, match=r"eval_dataset\[.*samples and sheets are filed under it"):

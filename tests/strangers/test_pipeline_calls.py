@@ -72,4 +72,4 @@ def test_a_negative_prompt_for_each_video(wan):
     own = policy(wan).sample(["a", "b"], noise_seeds=[0, 1], conditions={"negative_prompt": ["blurry", "dark"]}).videos
     for row, negative in enumerate(("blurry", "dark")):
         alone = policy(wan, negative_prompt=negative).sample([["a", "b"][row]], noise_seeds=[row]).videos
-        torch.testing.assert_close(own[row:row + 1], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(own[row : row + 1], alone, rtol=1e-4, atol=1e-4)

@@ -36,10 +36,13 @@ def test_encodings_that_say_what_they_are(tmp_path, encoding):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl"])
-@pytest.mark.parametrize(("encoding", "message"), [
-    ("cp1252", r"line 3: byte 0xe9 is not UTF-8\. Save the file as UTF-8.*iconv"),
-    ("utf-16-le", r"line \d: .*UTF-16LE"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("encoding", "message"),
+    [
+        ("cp1252", r"line 3: byte 0xe9 is not UTF-8\. Save the file as UTF-8.*iconv"),
+        ("utf-16-le", r"line \d: .*UTF-16LE"),
+    ],
+)
 def test_encodings_that_must_be_guessed(tmp_path, name, encoding, message):
     """Excel's CSV of a German PC: a UnicodeDecodeError without the file's name."""
     refused(tmp_path, name, "prompt\nabc\n\u00e9\n".encode(encoding), message)
@@ -83,17 +86,20 @@ def test_prompts_of_a_csv_are_texts(tmp_path):
     assert table["n"][:] == [1, None, 3] and table["s"][:] == ["x", None, "y"]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ("prompt\na cat, running\n", "more fields than the header. Put a text with commas.*in double quotes"),
-    ("prompt,n\na cat, running,1\n", "more fields than the header"),
-    ("prompt,n\na,1\na cat, running,2\n", "line 3.*double quotes"),
-    ('prompt,n\n"a,1\nb,2\n', "EOF inside string.*double quotes"),
-    ("prompt,n\na,1\n,2\n", "row 1: prompt is ''; every row needs a text"),
-    ("prompt,prompt\na,b\n", "more than one column 'prompt'"),
-    ("Prompt,n\na,1\n", r"has columns \['Prompt', 'n'\] but none named 'prompt'.*--dataset_column"),
-    ("text;n\na;1\n", "none named 'prompt'.*--dataset_column"),
-    (" \n\n", "holds no prompt"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("prompt\na cat, running\n", "more fields than the header. Put a text with commas.*in double quotes"),
+        ("prompt,n\na cat, running,1\n", "more fields than the header"),
+        ("prompt,n\na,1\na cat, running,2\n", "line 3.*double quotes"),
+        ('prompt,n\n"a,1\nb,2\n', "EOF inside string.*double quotes"),
+        ("prompt,n\na,1\n,2\n", "row 1: prompt is ''; every row needs a text"),
+        ("prompt,prompt\na,b\n", "more than one column 'prompt'"),
+        ("Prompt,n\na,1\n", r"has columns \['Prompt', 'n'\] but none named 'prompt'.*--dataset_column"),
+        ("text;n\na;1\n", "none named 'prompt'.*--dataset_column"),
+        (" \n\n", "holds no prompt"),
+    ],
+)
 def test_broken_csv(tmp_path, content, message):
     """A comma without quotes made " running" the prompt, without a word."""
     refused(tmp_path, "a.csv", content, message)
@@ -104,10 +110,15 @@ def test_a_renamed_column_meets_another(tmp_path):
     refused(tmp_path, "a.csv", "prompt,caption\na,b\n", "a column 'prompt' beside 'caption'", column="caption")
 
 
-@pytest.mark.parametrize("content", [
-    '{"prompt": ["a", "b"], "n": [1, 2]}', '[{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]',
-    '{"prompt": "a", "n": 1}\n\n{"prompt": "b", "n": 2}', '{\n "prompt": "a", "n": 1\n}\n{"prompt": "b", "n": 2}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"prompt": ["a", "b"], "n": [1, 2]}',
+        '[{"prompt": "a", "n": 1}, {"prompt": "b", "n": 2}]',
+        '{"prompt": "a", "n": 1}\n\n{"prompt": "b", "n": 2}',
+        '{\n "prompt": "a", "n": 1\n}\n{"prompt": "b", "n": 2}',
+    ],
+)
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_forms_of_json(tmp_path, name, content):
     """Objects in lines, in a list, printed over lines, and an object of lists."""
@@ -122,17 +133,23 @@ def test_json_of_strings_and_rows_that_lack_a_column(tmp_path):
     assert read(tmp_path, "a.jsonl", '{"prompt": "a"}\n{"prompt": "b", "n": 1}')["n"][:] == [None, 1]
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}', "line 3: Expecting"),
-    ("{'prompt': 'a'}", "line 1: .*double quotes"),
-    ('{"prompt": "a"}\n{"n": 1}', "row 1: prompt is None; every row needs a text"),
-    ('{"prompt": "a"}\n{"prompt": 3}', "row 1: prompt is 3"), ('{"prompt": " "}', "row 0: prompt is ' '"),
-    ('{"prompt": "a"}\n"b"', "row 1 is 'b'; every row must be an object"),
-    ('{"prompt": ["a", "b"], "n": [1]}', "differ in length"), ('{"prompt": ["a"], "n": 1}', "differ in length"),
-    ('{"data": [{"prompt": "a"}]}', r"has columns \['data'\] but none named"), ("[]", "holds no prompt"),
-    ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}', "column 'n' cannot be stored"),
-    ('{"prompt": "\\ud83d"}', "column 'prompt' cannot be stored"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}', "line 3: Expecting"),
+        ("{'prompt': 'a'}", "line 1: .*double quotes"),
+        ('{"prompt": "a"}\n{"n": 1}', "row 1: prompt is None; every row needs a text"),
+        ('{"prompt": "a"}\n{"prompt": 3}', "row 1: prompt is 3"),
+        ('{"prompt": " "}', "row 0: prompt is ' '"),
+        ('{"prompt": "a"}\n"b"', "row 1 is 'b'; every row must be an object"),
+        ('{"prompt": ["a", "b"], "n": [1]}', "differ in length"),
+        ('{"prompt": ["a"], "n": 1}', "differ in length"),
+        ('{"data": [{"prompt": "a"}]}', r"has columns \['data'\] but none named"),
+        ("[]", "holds no prompt"),
+        ('{"prompt": "a", "n": 1}\n{"prompt": "b", "n": "x"}', "column 'n' cannot be stored"),
+        ('{"prompt": "\\ud83d"}', "column 'prompt' cannot be stored"),
+    ],
+)
 def test_broken_json(tmp_path, content, message):
     """Each says where."""
     refused(tmp_path, "a.json", content, message)

@@ -82,6 +82,7 @@ def test_what_the_pipeline_changes_in_place_is_not_what_is_remembered():
 
 def test_what_is_common_to_a_batch_is_a_copy():
     """Ids of text positions, the same tensor for every prompt, and a pipeline that adds to them in place."""
+
     def encode_prompt(prompt):
         return torch.zeros(len(prompt), 2, 3), torch.arange(2.0)
 
@@ -105,6 +106,7 @@ def test_pictures_of_a_batch_stay_with_their_prompts():
 
 def test_each_prompt_keeps_its_own_second_prompt():
     """Flux and SD3 take further prompts, one for each."""
+
     def encode_prompt(prompt, prompt_2=None):
         return torch.tensor([[[float(len(a)), float(len(b))]] for a, b in zip(prompt, prompt_2, strict=True)])
 
@@ -119,8 +121,25 @@ def test_keys_differ_where_contents_do():
     wide, palette = Image.new("L", (2, 3)), Image.new("P", (2, 3))
     other = palette.copy()
     other.putpalette([9] * 768)
-    values = [1, True, 1.0, "1", None, [1], (1,), {"a": 1}, wide, Image.new("L", (3, 2)), palette, other,
-              np.zeros(2), np.zeros(2, np.int64), torch.zeros(2), torch.zeros(1, 2), torch.zeros(2, dtype=torch.half)]
+    values = [
+        1,
+        True,
+        1.0,
+        "1",
+        None,
+        [1],
+        (1,),
+        {"a": 1},
+        wide,
+        Image.new("L", (3, 2)),
+        palette,
+        other,
+        np.zeros(2),
+        np.zeros(2, np.int64),
+        torch.zeros(2),
+        torch.zeros(1, 2),
+        torch.zeros(2, dtype=torch.half),
+    ]
     keys = [content_key(value) for value in values]
     assert None not in keys and len(set(keys)) == len(keys)
     assert content_key({"a": 1, "b": 2}) == content_key({"b": 2, "a": 1})
@@ -137,15 +156,17 @@ class PicturedWan(WanPipeline):
     def __call__(self, image, prompt, generator=None, output_type="pt", num_inference_steps=4, **size):
         embeds, _ = self.encode_prompt(prompt, image=image, do_classifier_free_guidance=False, max_sequence_length=16)
         call = dict(prompt_embeds=embeds, guidance_scale=1.0, height=16, width=16, num_frames=9)
-        return inspect.unwrap(WanPipeline.__call__)(self, generator=generator, output_type=output_type,
-                                                    num_inference_steps=num_inference_steps, **call)
+        return inspect.unwrap(WanPipeline.__call__)(
+            self, generator=generator, output_type=output_type, num_inference_steps=num_inference_steps, **call
+        )
 
 
 def test_each_video_is_made_from_its_own_picture():
     """One prompt, a dark and a light picture: two videos, in sampling and in replay."""
     wan = quiet(BUILD["wan"]())
-    policy = VideoPolicy(quiet(PicturedWan(**{k: v for k, v in wan.components.items() if not k.endswith("_2")})),
-                         num_inference_steps=3)
+    policy = VideoPolicy(
+        quiet(PicturedWan(**{k: v for k, v in wan.components.items() if not k.endswith("_2")})), num_inference_steps=3
+    )
     pictures = [Image.new("RGB", (8, 8), (shade,) * 3) for shade in (0, 200)]
     seeds = dict(noise_seeds=[0, 0], step_seeds=[1, 1], steps=[0])
     rollout = policy.sample(["a", "a"], conditions={"image": pictures}, **seeds)

@@ -44,7 +44,8 @@ def test_a_formatted_data_set(tmp_path, format):
 def test_a_transform_is_called_row_by_row_and_its_columns_arrive(tmp_path):
     """transformers #22119, Trainer removes columns before the transform is called."""
     data = prompts(3, n=[1, 2, 3]).with_transform(
-        lambda rows: {"prompt": [text.upper() for text in rows["prompt"]], "twice": [2 * n for n in rows["n"]]})
+        lambda rows: {"prompt": [text.upper() for text in rows["prompt"]], "twice": [2 * n for n in rows["n"]]}
+    )
     assert columns_of(tmp_path, data) == {"twice": [2] * 4}
 
 

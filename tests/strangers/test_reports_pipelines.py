@@ -43,9 +43,11 @@ def test_fused_projections(tmp_path):
 CACHES = {
     "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.9),
     "pyramid": lambda pipe: PyramidAttentionBroadcastConfig(
-        cross_attention_block_skip_range=2, cross_attention_timestep_skip_range=(0, 1000),
-        current_timestep_callback=lambda: pipe._current_timestep),
-}  # fmt: skip
+        cross_attention_block_skip_range=2,
+        cross_attention_timestep_skip_range=(0, 1000),
+        current_timestep_callback=lambda: pipe._current_timestep,
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", CACHES)

@@ -22,8 +22,13 @@ from trainers.tiny_runs import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
-             "load_best_model_at_end": True}  # fmt: skip
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
 
 
 def test_a_run_whose_folder_was_moved_keeps_its_best_model(tmp_path):
@@ -47,8 +52,13 @@ def test_a_misspelt_best_metric_is_said_at_the_first_evaluation(tmp_path):
 
 def test_early_stopping_counts_on_after_a_resume(tmp_path):
     """transformers #28544, early stopping patience does not work when resuming from checkpoint."""
-    settings = EVALUATED | {"eval_dataset": prompts(1), "max_steps": 6, "learning_rate": 0.0, "num_sample_videos": 0,
-                            "restore_callback_states_from_checkpoint": True}  # fmt: skip
+    settings = EVALUATED | {
+        "eval_dataset": prompts(1),
+        "max_steps": 6,
+        "learning_rate": 0.0,
+        "num_sample_videos": 0,
+        "restore_callback_states_from_checkpoint": True,
+    }
     trainer(tmp_path, callbacks=[EarlyStoppingCallback(2), StopAt(2)], **settings).train()
     resumed = trainer(tmp_path, callbacks=[EarlyStoppingCallback(2)], **settings)
     resumed.train(resume_from_checkpoint=True)
@@ -57,6 +67,7 @@ def test_early_stopping_counts_on_after_a_resume(tmp_path):
 
 def test_an_interrupted_trainer_trains_again(tmp_path):
     """transformers #35033, training and KeyboardInterrupt: a notebook's pipeline and trainer are as they were."""
+
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
@@ -108,6 +119,7 @@ def test_one_scored_video_of_a_group_teaches_nothing(tmp_path):
 
 def test_rewards_in_half_precision(tmp_path):
     """OpenRLHF #1334, bf16 rewards lose the group's baseline; trl #1391, they could not be logged."""
+
     def reward(prompts, videos, **columns):
         return torch.tensor([1.0, 1.0, 1.0, 1.0078125], dtype=torch.bfloat16)
 
@@ -118,6 +130,7 @@ def test_rewards_in_half_precision(tmp_path):
 
 def test_an_async_reward_where_a_loop_runs(tmp_path):
     """open-r1 #495, async rewards and asyncio.run: a notebook's event loop runs already."""
+
     async def reward(prompts, videos, **columns):
         await asyncio.sleep(0)
         return brightness(prompts, videos)
@@ -179,8 +192,9 @@ def test_files_are_as_readable_as_their_folder(tmp_path):
     made = trainer(tmp_path / "run", max_steps=1, save_strategy="steps", save_steps=1)
     made.train()
     made.save_model()
-    files = {str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode)
-             for path in tmp_path.rglob("*.safetensors")}
+    files = {
+        str(path.relative_to(tmp_path)): stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*.safetensors")
+    }
     folders = {stat.S_IMODE(path.stat().st_mode) & 0o666 for path in tmp_path.rglob("checkpoint-*")}
     assert len(files) == 6 and set(files.values()) == folders | {0o644}, files
 
@@ -206,7 +220,7 @@ def test_the_remainder_of_an_epoch(tmp_path):
     made = trainer(tmp_path, reward, data, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8)
     made.train()
     assert made.state.global_step == 2 and len(seen) == 16 and len(set(seen)) == 4
-    assert all(len(set(seen[i:i + 4])) == 1 for i in range(0, 16, 4))
+    assert all(len(set(seen[i : i + 4])) == 1 for i in range(0, 16, 4))
 
 
 def test_two_trainers_in_one_process_do_not_meet(tmp_path):

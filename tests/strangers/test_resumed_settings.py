@@ -86,9 +86,14 @@ def test_a_schedule_that_follows_scores_is_not_exchanged(tmp_path):
     """reduce_lr_on_plateau keeps its rate in a state of its own."""
     stopped(tmp_path)
     with pytest.raises(ValueError, match="lr_scheduler_type=.*reduce_lr_on_plateau.*was saved with 'linear'"):
-        trainer(tmp_path, **LINEAR | {"lr_scheduler_type": "reduce_lr_on_plateau"}, eval_strategy="steps",
-                eval_steps=1, metric_for_best_model="reward", eval_dataset=prompts(2),
-                ).train(resume_from_checkpoint=True)
+        trainer(
+            tmp_path,
+            **LINEAR | {"lr_scheduler_type": "reduce_lr_on_plateau"},
+            eval_strategy="steps",
+            eval_steps=1,
+            metric_for_best_model="reward",
+            eval_dataset=prompts(2),
+        ).train(resume_from_checkpoint=True)
 
 
 def test_nothing_changed_says_nothing(tmp_path):
@@ -101,7 +106,16 @@ def test_nothing_changed_says_nothing(tmp_path):
 
 def test_the_best_model_restarts_every_average(tmp_path):
     """What load_best_model_at_end loads is what a second train() averages from."""
-    made = trainer(tmp_path, max_steps=2, ema_decay=0.8, eval_dataset=prompts(2), eval_strategy="steps", eval_steps=1,
-                   save_strategy="steps", save_steps=1, load_best_model_at_end=True)
+    made = trainer(
+        tmp_path,
+        max_steps=2,
+        ema_decay=0.8,
+        eval_dataset=prompts(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
     made.train()
     assert largest_difference(made.ema.average, weights(made)) == 0

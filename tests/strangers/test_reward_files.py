@@ -35,7 +35,9 @@ def write(path, text):
 
 def test_a_dataclass_under_postponed_annotations(tmp_path):
     """dataclasses looks its module up in sys.modules, where it was not: AttributeError, 'NoneType' has no __dict__."""
-    path = write(tmp_path / "my-rewards.v2.py", """
+    path = write(
+        tmp_path / "my-rewards.v2.py",
+        """
 from __future__ import annotations
 import dataclasses
 from typing import ClassVar
@@ -50,7 +52,8 @@ def score(prompts, videos):
 
 def weights(prompts):
     return Weights()
-""")
+""",
+    )
     assert load_reward(f"{path}:score")(["a"], None) == [1.5]
     made = load_reward(f"{path}:weights")([])
     assert pickle.loads(pickle.dumps(made)) == made
@@ -78,8 +81,11 @@ def test_a_file_that_imports_its_neighbour(tmp_path):
     """As it can when it is run as a script; also later, inside the function."""
     write(tmp_path / "neighbour_one.py", "VALUE = 3\n")
     write(tmp_path / "neighbour_two.py", "VALUE = 4\n")
-    path = write(tmp_path / "rewards.py", "import neighbour_one\ndef score(prompts):\n    import neighbour_two\n"
-                 "    return [neighbour_one.VALUE + neighbour_two.VALUE]\n")  # fmt: skip
+    path = write(
+        tmp_path / "rewards.py",
+        "import neighbour_one\ndef score(prompts):\n    import neighbour_two\n"
+        "    return [neighbour_one.VALUE + neighbour_two.VALUE]\n",
+    )
     assert load_reward(f"{path}:score")([0]) == [7]
 
 
@@ -111,8 +117,10 @@ def test_a_link_to_a_file_with_neighbours(tmp_path):
     """home/rewards.py links to a project's file, which imports what lies beside it there, a link among it."""
     write(tmp_path / "project/beside_in_project.py", "VALUE = 3\n")
     linked(tmp_path / "project/linked_in_project.py", write(tmp_path / "elsewhere/other.py", "VALUE = 4\n"))
-    text = ("import beside_in_project, linked_in_project\n"
-            "def score(prompts): return [beside_in_project.VALUE + linked_in_project.VALUE]\n")  # fmt: skip
+    text = (
+        "import beside_in_project, linked_in_project\n"
+        "def score(prompts): return [beside_in_project.VALUE + linked_in_project.VALUE]\n"
+    )
     file = write(tmp_path / "project/rewards.py", text)
     assert load_reward(f"{file}:score")([0]) == [7]
     assert load_reward(f"{linked(tmp_path / 'home/rewards.py', file)}:score")([0]) == [7]
@@ -131,17 +139,23 @@ def test_a_file_that_raises_shows_where(tmp_path):
     assert load_reward(f"{write(path, SCORE.format(1))}:score")([0], None) == [1]
 
 
-@pytest.mark.parametrize("ending, message", [
-    (":scores", "has no function 'scores'; did you mean 'score'[?] There are: made, score."),
-    ("", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
-    (":", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
-    (":_hidden_", "has no function '_hidden_'. There are: made, score."),
-    (":VALUE", "has no function 'VALUE'. There are: made, score."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "ending, message",
+    [
+        (":scores", "has no function 'scores'; did you mean 'score'[?] There are: made, score."),
+        ("", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
+        (":", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
+        (":_hidden_", "has no function '_hidden_'. There are: made, score."),
+        (":VALUE", "has no function 'VALUE'. There are: made, score."),
+    ],
+)
 def test_a_missing_function_lists_those_there_are(tmp_path, ending, message):
     """Of the file itself: neither what it imports, nor classes, nor what begins with an underscore."""
-    path = write(tmp_path / "rewards.py", "import functools\nfrom math import sqrt\nVALUE = 3\nclass Kind: pass\n"
-                 "def _hidden(): pass\n" + SCORE.format(1) + "made = functools.partial(score, videos=None)\n")
+    path = write(
+        tmp_path / "rewards.py",
+        "import functools\nfrom math import sqrt\nVALUE = 3\nclass Kind: pass\n"
+        "def _hidden(): pass\n" + SCORE.format(1) + "made = functools.partial(score, videos=None)\n",
+    )
     with pytest.raises(ValueError, match=message):
         load_reward(f"{path}{ending}")
 

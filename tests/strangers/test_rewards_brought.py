@@ -161,16 +161,27 @@ def scaled(prompts, videos, scale):
 
 
 BROUGHT = {
-    "async forward": Later(), "wrapped module": Wrapper(Scripted()), "wrapped async module": Wrapper(Later()),
-    "decorated": timed(two), "decorated twice": timed(timed(two)), "decorated by a class": Timed(two),
-    "decorated, async": awaited(two), "positional only": by_position, "positional only, decorated": timed(by_position),
+    "async forward": Later(),
+    "wrapped module": Wrapper(Scripted()),
+    "wrapped async module": Wrapper(Later()),
+    "decorated": timed(two),
+    "decorated twice": timed(timed(two)),
+    "decorated by a class": Timed(two),
+    "decorated, async": awaited(two),
+    "positional only": by_position,
+    "positional only, decorated": timed(by_position),
     "partial": functools.partial(scaled, scale=1.0),
     "partial of decorated": functools.partial(timed(scaled), scale=1.0),
-    "partial of a module": functools.partial(Scripted()), "bound method": Timed(two).__call__,
-    "decorated method": Methods().score, "decorated call": Methods(), "decorated forward": Decorated(),
-    "lambda": lambda prompts, videos: two(prompts, videos), "script": torch.jit.script(Scripted()),
-    "compiled": torch.compile(Scripted(), backend="eager"), "compiled function": torch.compile(two, backend="eager"),
-}  # fmt: skip
+    "partial of a module": functools.partial(Scripted()),
+    "bound method": Timed(two).__call__,
+    "decorated method": Methods().score,
+    "decorated call": Methods(),
+    "decorated forward": Decorated(),
+    "lambda": lambda prompts, videos: two(prompts, videos),
+    "script": torch.jit.script(Scripted()),
+    "compiled": torch.compile(Scripted(), backend="eager"),
+    "compiled function": torch.compile(two, backend="eager"),
+}
 
 
 @pytest.mark.parametrize("reward", BROUGHT.values(), ids=BROUGHT)
@@ -179,10 +190,16 @@ def test_a_reward_gets_what_it_takes(reward):
     torch.testing.assert_close(ask(reward, color=["r", "b"]).values[:, 0], MEAN)
 
 
-@pytest.mark.parametrize("reward, name", [
-    (OverEncoder(), "OverEncoder"), (OverModel(clip), "OverModel"), (over_clip(clip), "reward"),
-    (over_clip(lambda videos, texts: clip(videos, texts)), "reward"),
-], ids=["module", "object", "closure", "closure over a lambda"])
+@pytest.mark.parametrize(
+    "reward, name",
+    [
+        (OverEncoder(), "OverEncoder"),
+        (OverModel(clip), "OverModel"),
+        (over_clip(clip), "reward"),
+        (over_clip(lambda videos, texts: clip(videos, texts)), "reward"),
+    ],
+    ids=["module", "object", "closure", "closure over a lambda"],
+)
 def test_a_reward_that_reads_from_kwargs(reward, name):
     """`def reward(**kw)` around a scorer was taken for the scorer: KeyError, or its default in a column's place."""
     assert reward_name(reward) == name
@@ -237,7 +254,12 @@ def test_a_module_is_put_into_evaluation_mode():
     torch.testing.assert_close(table.values[:, 0], MEAN / (1 + scorer.norm.eps) ** 0.5)
     assert not scorer.training and scorer.norm.num_batches_tracked == 0
     assert [reward_name(r) for r in (scorer, torch.compile(scorer), Wrapper(scorer), timed(two), Timed(two))] == [
-        "Scorer", "Scorer", "Scorer", "two", "two"]  # fmt: skip
+        "Scorer",
+        "Scorer",
+        "Scorer",
+        "two",
+        "two",
+    ]
     assert reward_name(torch.jit.script(Scripted())) == "Scripted"
     assert reward_name(wrapped_properly(lambda prompts: [0.0])) == "lambda"
 
@@ -262,6 +284,7 @@ def test_a_type_error_inside_a_reward_is_its_own():
 
 def test_a_wrapper_that_hides_what_it_takes_is_told_what_to_do():
     """It says that it takes anything by name, and passes it on to a function that does not."""
+
     def passes_on(prompts, videos, **kwargs):
         return two(prompts, videos, **kwargs)
 
@@ -269,11 +292,18 @@ def test_a_wrapper_that_hides_what_it_takes_is_told_what_to_do():
         ask(passes_on)
 
 
-@pytest.mark.parametrize("reward, message", [
-    (Scorer, "reward Scorer is a class; pass an instance of it"), (nn.Module(), "has no forward"),
-    (nn.ModuleDict({"a": Scorer()}), "is a ModuleDict; pass a list"), ({"a": two}, "is a dict; pass a list"),
-    ([two, 3], "reward 3 is not callable"), (max, "does not say which arguments it takes"),
-], ids=["class", "no-forward", "module-dict", "dict", "number", "builtin"])
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (Scorer, "reward Scorer is a class; pass an instance of it"),
+        (nn.Module(), "has no forward"),
+        (nn.ModuleDict({"a": Scorer()}), "is a ModuleDict; pass a list"),
+        ({"a": two}, "is a dict; pass a list"),
+        ([two, 3], "reward 3 is not callable"),
+        (max, "does not say which arguments it takes"),
+    ],
+    ids=["class", "no-forward", "module-dict", "dict", "number", "builtin"],
+)
 def test_what_cannot_be_a_reward(reward, message):
     """Refused before anything is loaded."""
     with pytest.raises(ValueError, match=message):
@@ -282,6 +312,7 @@ def test_what_cannot_be_a_reward(reward, message):
 
 def test_names_that_meet_by_numbering():
     """Two lambdas become lambda_0 and lambda_1, and a third reward has that name already."""
+
     def third(prompts):
         return [0.0] * len(prompts)
 
@@ -333,8 +364,21 @@ def recording(name, value=1.0, scalar=True):
 
 
 @pytest.mark.parametrize("scalar", [True, False])
-@pytest.mark.parametrize("name", ["reward", "rewards/x/mean", "loss", "kl", "seconds/rollout", "eval_reward", "epoch",
-                                  "learning_rate", "grad_norm", "judges/x"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "reward",
+        "rewards/x/mean",
+        "loss",
+        "kl",
+        "seconds/rollout",
+        "eval_reward",
+        "epoch",
+        "learning_rate",
+        "grad_norm",
+        "judges/x",
+    ],
+)
 def test_a_reward_may_not_record_the_trainers_metrics(name, scalar):
     """log_metric("reward", ...) replaced the trainer's and drove load_best_model_at_end."""
     with pytest.raises(RewardError, match=f"reward 'reward' records '{name}', which is a name of the trainer's own"):
@@ -361,6 +405,7 @@ def test_every_metric_of_a_run_is_a_reserved_name(tmp_path):
 
 def test_two_rewards_of_one_recorded_name():
     """The second's values replaced the first's; the same values under one name are no collision."""
+
     def other(prompts, log_extra, log_metric):
         return recording("x", 2.0)(prompts, None, log_extra, log_metric)
 
@@ -374,6 +419,7 @@ def test_two_rewards_of_one_recorded_name():
 
 def test_the_advice_for_a_collision_is_allowed():
     """For a function called `reward` it was 'reward/loss', whose first part is reserved, too."""
+
     def other(prompts, log_extra, log_metric):
         return recording("x", 2.0)(prompts, None, log_extra, log_metric)
 
@@ -388,6 +434,7 @@ def test_the_advice_for_a_collision_is_allowed():
 @pytest.mark.parametrize("scalar", [True, False])
 def test_two_rewards_that_record_nan(scalar):
     """NaN under one name is the same value."""
+
     def other(prompts, log_extra, log_metric):
         return recording("x", float("nan"), scalar)(prompts, None, log_extra, log_metric)
 
@@ -398,6 +445,7 @@ def test_two_rewards_that_record_nan(scalar):
 
 def test_a_judge_of_the_same_recorded_name():
     """In an evaluation a judge's metrics replaced those of a reward."""
+
     def judge(prompts, log_metric):
         log_metric("x", 2.0)
         return [0.0] * len(prompts)
@@ -454,6 +502,7 @@ def test_a_reward_that_writes_into_the_videos_is_named(reward):
 
 def test_writing_into_the_videos_under_a_gradient():
     """The same for rewards that are followed by their gradient."""
+
     def reward(prompts, videos):
         videos.data.mul_(255)
         return videos.mean((1, 2, 3, 4))
@@ -474,6 +523,7 @@ def test_no_copy_of_the_videos():
 
 def test_lists_are_a_rewards_own():
     """One that sorts the prompts or pops from a column changes nothing for the next."""
+
     def rude(prompts, videos, words, log_extra):
         prompts.sort()
         words[0].pop()
@@ -497,6 +547,7 @@ def test_a_column_of_nested_lists_costs_nothing():
 
 def test_a_reward_that_fails_beside_an_async_one():
     """The other was left with the warning "coroutine was never awaited"."""
+
     def broken(prompts):
         raise KeyError("x")
 
@@ -521,9 +572,14 @@ def settings_of_a_call() -> tuple[list[dict], list]:
     seen = [{}, {}]
 
     def look(found: dict, prompts):
-        found.update(autocast=torch.is_autocast_enabled("cpu"), device=torch.get_default_device().type,
-                     grad=torch.is_grad_enabled(), threads=torch.get_num_threads(), dtype=torch.get_default_dtype(),
-                     flash=torch.backends.cuda.flash_sdp_enabled())  # fmt: skip
+        found.update(
+            autocast=torch.is_autocast_enabled("cpu"),
+            device=torch.get_default_device().type,
+            grad=torch.is_grad_enabled(),
+            threads=torch.get_num_threads(),
+            dtype=torch.get_default_dtype(),
+            flash=torch.backends.cuda.flash_sdp_enabled(),
+        )
         return [0.0] * len(prompts)
 
     def reward(prompts, videos):
@@ -567,12 +623,19 @@ def test_exact_costs_change_no_setting_of_the_denoiser():
 
 def test_the_attention_kernel_of_a_reward_is_the_same_with_and_without_overlap(tmp_path):
     """Beside the rollout it was the denoiser's, after it torch's choice."""
+
     def flash(prompts, videos, log_metric):
         log_metric("flash", float(torch.backends.cuda.flash_sdp_enabled()))
         return [0.0] * len(prompts)
 
     for overlap in (False, True):
-        made = trainer(tmp_path / str(overlap), flash, max_steps=1, attention_kernel="math", rollout_batch_size=2,
-                       overlap_rewards=overlap)
+        made = trainer(
+            tmp_path / str(overlap),
+            flash,
+            max_steps=1,
+            attention_kernel="math",
+            rollout_batch_size=2,
+            overlap_rewards=overlap,
+        )
         made.train()
         assert logged(made, "flash") == [0.0]

@@ -58,8 +58,13 @@ def on_grid(scheduler, steps, **arguments):
 @pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
 def test_flow_solvers_keep_their_sigmas(shift, steps):
     """A stranger's Wan carries UniPC or DPM++ with a flow shift, and 4 steps are 1, .9, .75, .5 in the pipeline."""
-    multistep = (UniPCMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
-                 DEISMultistepScheduler, SASolverScheduler)  # fmt: skip
+    multistep = (
+        UniPCMultistepScheduler,
+        DPMSolverMultistepScheduler,
+        DPMSolverSinglestepScheduler,
+        DEISMultistepScheduler,
+        SASolverScheduler,
+    )
     solvers = [cls(flow_shift=shift, **FLOW) for cls in multistep]
     solvers += [cls(shift=shift) for cls in (FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler)]
     for solver in solvers:
@@ -107,11 +112,17 @@ def test_two_evaluations_a_step_become_one():
 def test_alpha_bar_solvers_keep_their_times(spacing):
     """A stranger's AnimateDiff carries Euler, DPM++ or LCM: other times than DDIM's, which were used before."""
     settings = DIFFUSION | {"timestep_spacing": spacing, "steps_offset": 1}
-    for solver in (EulerDiscreteScheduler(**settings), EulerAncestralDiscreteScheduler(**settings),
-                   DPMSolverMultistepScheduler(**settings), UniPCMultistepScheduler(**settings),
-                   DPMSolverMultistepScheduler(use_karras_sigmas=True, **settings),
-                   DEISMultistepScheduler(**settings), LCMScheduler(**DIFFUSION), TCDScheduler(**DIFFUSION),
-                   DDPMScheduler(clip_sample=False, **settings)):  # fmt: skip
+    for solver in (
+        EulerDiscreteScheduler(**settings),
+        EulerAncestralDiscreteScheduler(**settings),
+        DPMSolverMultistepScheduler(**settings),
+        UniPCMultistepScheduler(**settings),
+        DPMSolverMultistepScheduler(use_karras_sigmas=True, **settings),
+        DEISMultistepScheduler(**settings),
+        LCMScheduler(**DIFFUSION),
+        TCDScheduler(**DIFFUSION),
+        DDPMScheduler(clip_sample=False, **settings),
+    ):
         for steps in (1, 2, 4, 20):
             own, ours = on_grid(solver, steps)
             assert torch.equal(ours.timesteps, own.timesteps)
@@ -132,8 +143,12 @@ def test_native_schedulers_keep_their_grid_to_the_bit():
     """A shift that a stranger set on the scheduler, not in its config, stays."""
     shifted = FlowMatchEulerDiscreteScheduler(shift=3.0)
     shifted.set_shift(7.0)
-    for scheduler in (FlowMatchEulerDiscreteScheduler(shift=3.0), shifted, EDMDPMSolverMultistepScheduler(),
-                      DDIMScheduler(clip_sample=False, timestep_spacing="trailing")):
+    for scheduler in (
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        shifted,
+        EDMDPMSolverMultistepScheduler(),
+        DDIMScheduler(clip_sample=False, timestep_spacing="trailing"),
+    ):
         own, ours = on_grid(scheduler, 4)
         torch.testing.assert_close(ours.timesteps, own.timesteps)
         if "sigmas" in vars(own):
@@ -185,15 +200,23 @@ def test_the_policy_says_how_it_samples(wan):
     assert ours == "first-order Euler, 4 steps on FlowMatchEulerDiscreteScheduler's grid"
 
 
-@pytest.mark.parametrize("scheduler, message", [
-    (UniPCMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
-     "WanPipeline is a flow-matching pipeline, and its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True"),
-    (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True and prediction_type='epsilon'"),
-    (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "use_flow_sigmas=False and .*flow_prediction"),
-    (UniPCMultistepScheduler(flow_shift=None, **FLOW), "flow_shift=None, from which"),
-    (DDIMScheduler(clip_sample=False), "its DDIMScheduler is not set .*FlowMatchEulerDiscreteScheduler"),
-    (EulerDiscreteScheduler(), "its EulerDiscreteScheduler is not set"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (
+            UniPCMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
+            "WanPipeline is a flow-matching pipeline, and its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True",
+        ),
+        (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True and prediction_type='epsilon'"),
+        (
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+            "use_flow_sigmas=False and .*flow_prediction",
+        ),
+        (UniPCMultistepScheduler(flow_shift=None, **FLOW), "flow_shift=None, from which"),
+        (DDIMScheduler(clip_sample=False), "its DDIMScheduler is not set .*FlowMatchEulerDiscreteScheduler"),
+        (EulerDiscreteScheduler(), "its EulerDiscreteScheduler is not set"),
+    ],
+)
 def test_a_scheduler_that_does_not_fit_a_flow(wan, scheduler, message):
     """A stranger wrote UniPCMultistepScheduler.from_config(pipe.scheduler.config), and lost the flow."""
     with pytest.raises(PolicyError, match=message):

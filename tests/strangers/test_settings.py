@@ -43,20 +43,34 @@ READ_BY = {
 }
 # Settings that say nothing to a trainer, or say what is so anyway.
 SAYS_NOTHING = {
-    "do_train": "for a user's own script", "do_eval": "for a user's own script",
-    "do_predict": "for a user's own script", "local_rank": "a launcher's; the environment says it",
+    "do_train": "for a user's own script",
+    "do_eval": "for a user's own script",
+    "do_predict": "for a user's own script",
+    "local_rank": "a launcher's; the environment says it",
     "dataloader_drop_last": "an incomplete batch is always left out",
 }
 # A value other than the default for each refused field; True where it is a switch that is off.
 OTHER = {
-    "label_smoothing_factor": 0.1, "label_names": ["labels"], "neftune_noise_alpha": 5.0,
-    "average_tokens_across_devices": False, "include_num_input_tokens_seen": "all",
-    "liger_kernel_config": {"rope": True}, "train_sampling_strategy": "group_by_length", "length_column_name": "size",
-    "data_seed": 1, "dataloader_in_order": False, "accelerator_config": {"split_batches": True},
-    "eval_accumulation_steps": 4, "eval_do_concat_batches": False, "include_for_metrics": ["inputs"],
-    "torch_empty_cache_steps": 10, "activation_checkpointing_kwargs": {"use_reentrant": True},
-    "gradient_checkpointing_kwargs": {"use_reentrant": True}, "optim_target_modules": "all-linear",
-    "ddp_bucket_cap_mb": 50, "parallelism_config": {"cp_size": 2},
+    "label_smoothing_factor": 0.1,
+    "label_names": ["labels"],
+    "neftune_noise_alpha": 5.0,
+    "average_tokens_across_devices": False,
+    "include_num_input_tokens_seen": "all",
+    "liger_kernel_config": {"rope": True},
+    "train_sampling_strategy": "group_by_length",
+    "length_column_name": "size",
+    "data_seed": 1,
+    "dataloader_in_order": False,
+    "accelerator_config": {"split_batches": True},
+    "eval_accumulation_steps": 4,
+    "eval_do_concat_batches": False,
+    "include_for_metrics": ["inputs"],
+    "torch_empty_cache_steps": 10,
+    "activation_checkpointing_kwargs": {"use_reentrant": True},
+    "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    "optim_target_modules": "all-linear",
+    "ddp_bucket_cap_mb": 50,
+    "parallelism_config": {"cp_size": 2},
 }
 
 
@@ -129,16 +143,25 @@ def test_what_is_so_anyway_may_be_said(name, tmp_path):
 
 
 def test_checkpointing_without_reentry_is_what_is_done(tmp_path):
-    trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},
-            max_steps=1).train()
+    trainer(
+        tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_steps=1
+    ).train()
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({}, "each optimizer step samples 8 videos (2 x 4)"),
-    ({"gradient_accumulation_steps": 4, "steps_per_generation": 1}, "each optimizer step samples 32 videos (8 x 4)"),
-    ({"num_iterations": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
-     "every 1.5 optimizer steps sample 16 videos (4 x 4)"),
-])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "each optimizer step samples 8 videos (2 x 4)"),
+        (
+            {"gradient_accumulation_steps": 4, "steps_per_generation": 1},
+            "each optimizer step samples 32 videos (8 x 4)",
+        ),
+        (
+            {"num_iterations": 3, "steps_per_generation": 2, "gradient_accumulation_steps": 4},
+            "every 1.5 optimizer steps sample 16 videos (4 x 4)",
+        ),
+    ],
+)
 def test_videos_a_step(settings, said, tmp_path):
     """A step that takes several rollouts was said to sample one."""
     made = config(VideoGRPOConfig, tmp_path, per_device_train_batch_size=8, num_generations=4, **settings)

@@ -90,12 +90,17 @@ def test_marks_stay_with_their_letter():
 # --- letters that the font lacks ---
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    (CHINESE, "[10 CJK characters]"), (f"{CHINESE} in 4K", "[10 CJK characters] in 4K"),
-    ("a cat \U0001f638 runs", "a cat [grinning cat face with smiling eyes] runs"),
-    ("\u3072\u3089\u304c\u306a\u3068\u6f22\u5b57", "[7 Hiragana, CJK characters]"),
-    ("\uace0\uc591\uc774", "[3 Hangul characters]"), ("\u4e00", "[1 CJK character]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (CHINESE, "[10 CJK characters]"),
+        (f"{CHINESE} in 4K", "[10 CJK characters] in 4K"),
+        ("a cat \U0001f638 runs", "a cat [grinning cat face with smiling eyes] runs"),
+        ("\u3072\u3089\u304c\u306a\u3068\u6f22\u5b57", "[7 Hiragana, CJK characters]"),
+        ("\uace0\uc591\uc774", "[3 Hangul characters]"),
+        ("\u4e00", "[1 CJK character]"),
+    ],
+)
 def test_without_a_font_the_caption_says_what_is_missing(tmp_path, videos, latin_only, text, wanted):
     """A row of equal boxes told nobody which video was which."""
     assert lines(text) == ([wanted], False)
@@ -103,9 +108,14 @@ def test_without_a_font_the_caption_says_what_is_missing(tmp_path, videos, latin
     assert (tmp_path / "sheet.captions.txt").read_text(encoding="utf-8") == f"1: {text}\n"
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("a caf\u00e9 \u2013 na\u00efve", "a cafe - naive"), ("e\u0301te\u0301", "ete"), ("\uff21\uff0c b", "A, b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a caf\u00e9 \u2013 na\u00efve", "a cafe - naive"),
+        ("e\u0301te\u0301", "ete"),
+        ("\uff21\uff0c b", "A, b"),
+    ],
+)
 def test_without_a_font_accents_go(latin_only, text, wanted):
     """Pillow's own font has no e with an accent and no dash."""
     assert lines(text) == ([wanted], True)
@@ -134,17 +144,24 @@ def test_a_font_of_the_machine_is_taken(tmp_path, monkeypatch):
 
 def test_latin_captions_keep_their_font():
     """A sheet of English looks as it did, whichever fonts are there."""
-    _, font, whole = captions.wrapped("a cafe: 50 % \"red\", it's 1 + 1 = 2", 500)
+    _, font, whole = captions.wrapped('a cafe: 50 % "red", it\'s 1 + 1 = 2', 500)
     assert whole and font.getname() == ImageFont.load_default(15).getname()
 
 
 # --- what must not be drawn ---
 
 
-@pytest.mark.parametrize(("text", "wanted"), [
-    ("a\nb\r\nc\td", "a b c d"), ("a\x00\x07b\x1b[31m", "a b [31m"), ("a\u202egnp.exe", "agnp.exe"),
-    ("\ufeffa\u200bb", "ab"), ("a \ufe0f b", "a b"), ("a\u2028b", "a b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a\nb\r\nc\td", "a b c d"),
+        ("a\x00\x07b\x1b[31m", "a b [31m"),
+        ("a\u202egnp.exe", "agnp.exe"),
+        ("\ufeffa\u200bb", "ab"),
+        ("a \ufe0f b", "a b"),
+        ("a\u2028b", "a b"),
+    ],
+)
 def test_characters_without_a_picture(text, wanted):
     """Line ends, escapes, marks of direction: they drew boxes or turned the caption round."""
     assert lines(text) == ([wanted], True)
@@ -156,9 +173,14 @@ def test_half_of_a_surrogate_pair(tmp_path, videos):
     assert (tmp_path / "sheet.captions.txt").read_text(encoding="utf-8").startswith("1: a ? b long")
 
 
-@pytest.mark.parametrize("text", [
-    "\u0643\u0644\u0628 \u05e9\u05dc\u05d5\u05dd", "\u0915\u094d\u0937", "e" + "\u0301" * 500,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\u0643\u0644\u0628 \u05e9\u05dc\u05d5\u05dd",
+        "\u0915\u094d\u0937",
+        "e" + "\u0301" * 500,
+    ],
+)
 def test_other_scripts_draw_something(tmp_path, videos, text):
     """Arabic, Hebrew, Devanagari, and an e with 500 accents."""
     with Image.open(media.contact_sheet(videos, [text], tmp_path / "sheet.png")) as picture:
@@ -168,11 +190,25 @@ def test_other_scripts_draw_something(tmp_path, videos, text):
 # --- scores ---
 
 
-@pytest.mark.parametrize(("score", "shown"), [
-    (0.5, "0.50"), (-3, "-3.00"), (0, "0.00"), (1e9, "1e+09"), (-1e9, "-1e+09"), (1e-5, "1e-05"),
-    (123456.7, "123456.70"), (float("nan"), "nan"), (float("inf"), "inf"), (float("-inf"), "-inf"),
-    (torch.tensor(0.25), "0.25"), ("best", "best"), (None, ""), ("x" * 10_000, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("score", "shown"),
+    [
+        (0.5, "0.50"),
+        (-3, "-3.00"),
+        (0, "0.00"),
+        (1e9, "1e+09"),
+        (-1e9, "-1e+09"),
+        (1e-5, "1e-05"),
+        (123456.7, "123456.70"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        (float("-inf"), "-inf"),
+        (torch.tensor(0.25), "0.25"),
+        ("best", "best"),
+        (None, ""),
+        ("x" * 10_000, None),
+    ],
+)
 def test_scores(tmp_path, videos, score, shown):
     """1e9 took half of the sheet, 1e-5 was 0.00, a long text made it as wide as the text."""
     from pisces_rl.media.sheets import _show

@@ -26,12 +26,30 @@ from pisces_rl.trainers.base.run.report import markdown_comparison, print_compar
 from pisces_rl.trainers.base.watch.timeline import timeline_table
 
 NASTY = [
-    r"a cat \](https://evil.example)", "a cat](https://evil.example)", "dog\r# heading", "one\x85# two", "a|b||c",
-    "`code` ``more``", "<script>alert(1)</script>", "<b>bold</b> &lt;tag&gt;", "# top ##", "*stars* __lines__ _it_",
-    "back\\slash\\", "![x](y.png)", "[ref]: /url", "~~gone~~", "$x$", "https://evil.example www.evil.example",
-    "---\nlicense: mit\n---", "一只猫在弹钢琴", "snake_case_name", "null\x00 bell\x07 escape\x1b[31m", ":cat: @cat",
-    "\u2028line", "half \ud83d of one",
-]  # fmt: skip
+    r"a cat \](https://evil.example)",
+    "a cat](https://evil.example)",
+    "dog\r# heading",
+    "one\x85# two",
+    "a|b||c",
+    "`code` ``more``",
+    "<script>alert(1)</script>",
+    "<b>bold</b> &lt;tag&gt;",
+    "# top ##",
+    "*stars* __lines__ _it_",
+    "back\\slash\\",
+    "![x](y.png)",
+    "[ref]: /url",
+    "~~gone~~",
+    "$x$",
+    "https://evil.example www.evil.example",
+    "---\nlicense: mit\n---",
+    "一只猫在弹钢琴",
+    "snake_case_name",
+    "null\x00 bell\x07 escape\x1b[31m",
+    ":cat: @cat",
+    "\u2028line",
+    "half \ud83d of one",
+]
 ROW = {"n": 2, "before": 1.0, "after": 2.0, "difference": 1.0, "low": 0.5, "high": 1.5}
 PARSER = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 
@@ -91,15 +109,24 @@ def test_a_card_of_such_text(sample_folder):
     assert [w["text"] for w in widget] == [one_line(prompt) for prompt in NASTY[:4]]
     tokens = PARSER.parse(body)
     headings = [shown(tokens[i + 1]) for i, token in enumerate(tokens) if token.type == "heading_open"]
-    assert headings == [f"{model}, LoRA trained with Video <GRPO>", "Use", "Before and after", "Samples", "Training",
-                        "Citation"]  # fmt: skip
+    assert headings == [
+        f"{model}, LoRA trained with Video <GRPO>",
+        "Use",
+        "Before and after",
+        "Samples",
+        "Training",
+        "Citation",
+    ]
     children = [child for token in tokens for child in token.children or ()]
     links = [child.attrs["href"] for child in children if child.type == "link_open"]
     assert [w["output"]["url"] for w in widget] == links
     pictures = [child.attrs["src"] for child in children if child.type == "image"]
     assert all((sample_folder / unquote(path)).is_file() for path in links + pictures) and len(pictures) == 1
-    rows = [[shown(t) for t in tokens[i:] if t.type == "inline"] for i, token in enumerate(tokens)
-            if token.type == "table_open"]  # fmt: skip
+    rows = [
+        [shown(t) for t in tokens[i:] if t.type == "inline"]
+        for i, token in enumerate(tokens)
+        if token.type == "table_open"
+    ]
     assert [rows[0][6 + 6 * i + 1] for i in range(3 * len(NASTY))] == [one_line(text) for text in NASTY] * 3
     assert rows[1][2 : 2 + 2 * len(NASTY)] == [one_line(text) for text in NASTY for _ in "ab"]
     assert not [token for token in tokens if token.type.startswith("html")]

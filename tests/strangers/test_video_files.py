@@ -65,12 +65,22 @@ def close(video, image, atol=6) -> bool:
 # --- how a frame is shown ---
 
 
-@pytest.mark.parametrize(("degrees", "hflip", "vflip"), [
-    (0, False, False), (90, False, False), (180, False, False), (-90, False, False),
-    (0, True, False), (0, False, True), (90, True, False), (90, False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("degrees", "hflip", "vflip"),
+    [
+        (0, False, False),
+        (90, False, False),
+        (180, False, False),
+        (-90, False, False),
+        (0, True, False),
+        (0, False, True),
+        (90, True, False),
+        (90, False, True),
+    ],
+)
 def test_a_phone_writes_how_it_was_held_into_the_header(tmp_path, degrees, hflip, vflip):
     """Portrait videos decoded lying on their side."""
+
     def held(stream):
         stream.set_display_rotation(degrees, hflip=hflip, vflip=vflip)
 
@@ -84,8 +94,11 @@ def test_a_phone_writes_how_it_was_held_into_the_header(tmp_path, degrees, hflip
 @pytest.mark.parametrize(("aspect", "width"), [(Fraction(4, 3), 128), (Fraction(8, 9), 85), (Fraction(1, 2), 48)])
 def test_pixels_that_are_not_square(tmp_path, aspect, width):
     """A DVD's 720 x 576 is shown as 1024 x 576; here a ball must stay round."""
-    path = write(tmp_path / "dvd.mp4", [bars()] * 2,
-                 prepare=lambda stream: setattr(stream.codec_context, "sample_aspect_ratio", aspect))
+    path = write(
+        tmp_path / "dvd.mp4",
+        [bars()] * 2,
+        prepare=lambda stream: setattr(stream.codec_context, "sample_aspect_ratio", aspect),
+    )
     video = media.load_video(path)
     assert video.shape == (2, 3, 64, width)
     thirds = [(video[0, :, 40, width * x // 6] * 255).tolist() for x in (1, 3, 5)]
@@ -94,6 +107,7 @@ def test_pixels_that_are_not_square(tmp_path, aspect, width):
 
 def test_wide_pixels_of_a_phone_that_was_turned(tmp_path):
     """The pixel's aspect is that of the stored frame, before it is turned."""
+
     def prepare(stream):
         stream.codec_context.sample_aspect_ratio = Fraction(2)
         stream.set_display_rotation(90)
@@ -112,7 +126,8 @@ def test_colors_keep_the_files_matrix_and_range(tmp_path, pix_fmt, matrix, full)
         stream.height, stream.width, stream.pix_fmt = 64, 96, pix_fmt
         stream.codec_context.colorspace, stream.codec_context.color_range = matrix, color_range
         frame = av.VideoFrame.from_ndarray(bars(), format="rgb24").reformat(
-            format=pix_fmt, dst_colorspace=matrix, dst_color_range=color_range)
+            format=pix_fmt, dst_colorspace=matrix, dst_color_range=color_range
+        )
         frame.colorspace, frame.color_range = matrix, color_range
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
@@ -121,10 +136,15 @@ def test_colors_keep_the_files_matrix_and_range(tmp_path, pix_fmt, matrix, full)
     assert np.abs(np.array(found) - [RED, GREEN, BLUE]).max() <= 5
 
 
-@pytest.mark.parametrize(("name", "codec", "pix_fmt"), [
-    ("a.mov", "prores_ks", "yuva444p10le"), ("a.mov", "qtrle", "argb"), ("a.apng", "apng", "rgba"),
-    ("a.mkv", "ffv1", "bgra"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt"),
+    [
+        ("a.mov", "prores_ks", "yuva444p10le"),
+        ("a.mov", "qtrle", "argb"),
+        ("a.apng", "apng", "rgba"),
+        ("a.mkv", "ffv1", "bgra"),
+    ],
+)
 def test_what_is_transparent_becomes_black(tmp_path, name, codec, pix_fmt):
     """A sticker's invisible pixels came out in whatever colour lay under them."""
     image = np.concatenate([bars(), np.full((64, 96, 1), 255, np.uint8)], 2)
@@ -183,7 +203,8 @@ def test_frames_are_spread_in_time_where_the_rate_varies(tmp_path):
 def test_frames_of_a_constant_rate_are_spread_by_number(tmp_path, name):
     """Containers round times (GIF to 1/100 s, WebM to 1/1000 s): the same frames come out of each."""
     codec, pix_fmt = {"a.webm": ("libvpx", "yuv420p"), "a.avi": ("ffv1", "yuv420p"), "a.gif": ("gif", "gray")}.get(
-        name, ("libx264", "yuv420p"))
+        name, ("libx264", "yuv420p")
+    )
     path = write(tmp_path / name, levels(40, 32, 32), codec, pix_fmt)
     for frames in (1, 2, 5, 39):
         wanted = np.linspace(0, 39, frames).round().astype(int)
@@ -202,8 +223,10 @@ def test_memory_is_that_of_the_frames_that_are_kept(tmp_path):
 
 def test_a_stream_that_changes_its_size(tmp_path):
     """A call over a bad line was recorded in two sizes: frames come in the first one's."""
-    parts = [write(tmp_path / f"{i}.ts", levels(2, size, size), pix_fmt="yuv420p", times=[2 * i, 2 * i + 1])
-             for i, size in enumerate((64, 32))]
+    parts = [
+        write(tmp_path / f"{i}.ts", levels(2, size, size), pix_fmt="yuv420p", times=[2 * i, 2 * i + 1])
+        for i, size in enumerate((64, 32))
+    ]
     (tmp_path / "call.ts").write_bytes(b"".join(part.read_bytes() for part in parts))
     assert media.load_video(tmp_path / "call.ts").shape == (4, 3, 64, 64)
 
@@ -258,6 +281,7 @@ def test_sound_without_pictures(tmp_path):
 
 def test_files_that_broke_off(tmp_path):
     """Half a download, an empty file, a text, a folder, nothing at all: each names the file."""
+
     def first(stream):
         stream.container.options["movflags"] = "faststart"
 
@@ -268,9 +292,13 @@ def test_files_that_broke_off(tmp_path):
     (tmp_path / "empty.mp4").write_bytes(b"")
     (tmp_path / "text.mp4").write_text("not a video\n" * 50)
     (tmp_path / "folder.mp4").mkdir()
-    for name, message in [("half", "cannot be read as a video.*Replace the file, or re-encode"),
-                          ("empty", "it is empty"), ("text", "cannot be read"), ("folder", "cannot be read"),
-                          ("missing", "No such file.*Check the path")]:
+    for name, message in [
+        ("half", "cannot be read as a video.*Replace the file, or re-encode"),
+        ("empty", "it is empty"),
+        ("text", "cannot be read"),
+        ("folder", "cannot be read"),
+        ("missing", "No such file.*Check the path"),
+    ]:
         for frames in (None, 4):
             with pytest.raises(ValueError, match=rf"{name}\.mp4: .*{message}|{name}\.mp4.*{message}"):
                 media.load_video(tmp_path / f"{name}.mp4", frames)
@@ -322,17 +350,33 @@ def picture(mode):
     return rgb.convert(mode)
 
 
-@pytest.mark.parametrize(("mode", "name"), [
-    ("RGB", "a.png"), ("L", "a.png"), ("I;16", "a.png"), ("I;16", "a.tiff"), ("P", "a.png"), ("1", "a.png"),
-    ("CMYK", "a.jpg"), ("CMYK", "a.tiff"), ("LA", "a.png"), ("RGBA", "a.png"), ("RGBA", "a.webp"), ("I", "a.tiff"),
-    ("F", "a.tiff"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("RGB", "a.png"),
+        ("L", "a.png"),
+        ("I;16", "a.png"),
+        ("I;16", "a.tiff"),
+        ("P", "a.png"),
+        ("1", "a.png"),
+        ("CMYK", "a.jpg"),
+        ("CMYK", "a.tiff"),
+        ("LA", "a.png"),
+        ("RGBA", "a.png"),
+        ("RGBA", "a.webp"),
+        ("I", "a.tiff"),
+        ("F", "a.tiff"),
+    ],
+)
 def test_pictures_of_every_mode(tmp_path, mode, name):
     """16-bit pictures came out white."""
     given = picture(mode)
     given.save(tmp_path / name)
-    wanted = np.asarray(picture({"L": "L", "I;16": "L", "LA": "L", "I": "L", "F": "L", "P": "P", "1": "1"}.get(
-        mode, "RGB")).convert("RGB")).astype(int)
+    wanted = np.asarray(
+        picture({"L": "L", "I;16": "L", "LA": "L", "I": "L", "F": "L", "P": "P", "1": "1"}.get(mode, "RGB")).convert(
+            "RGB"
+        )
+    ).astype(int)
     tolerance = 12 if name in ("a.jpg", "a.webp") else 1
     for source in (tmp_path / name, given):
         found = np.asarray(media.load_image(source)).astype(int)
@@ -372,8 +416,12 @@ def test_pictures_that_are_too_large_or_broken(tmp_path, monkeypatch):
     Image.fromarray(np.full((8, 8), 4000.0, np.float32)).save(tmp_path / "depth.tiff")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     Image.new("L", (600, 600)).save(tmp_path / "map.png")
-    for name, message in [("map.png", "too large.*scale it down"), ("half.png", "cannot be read"),
-                          ("none.png", "cannot be read"), ("depth.tiff", "8 bits")]:
+    for name, message in [
+        ("map.png", "too large.*scale it down"),
+        ("half.png", "cannot be read"),
+        ("none.png", "cannot be read"),
+        ("depth.tiff", "8 bits"),
+    ]:
         rows = Dataset.from_dict({"prompt": ["a"], "image": [str(tmp_path / name)]})
         with pytest.raises(ValueError, match=f"train_dataset row 0: image: .*{name}: .*{message}"):
             check_images("train_dataset", rows, ["image"])

@@ -184,9 +184,7 @@ def tiny_sana_video(seed=0):
         text_encoder=text_encoder,
         vae=vae,
         transformer=transformer,
-        scheduler=DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0
-        ),
+        scheduler=DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0),
     )
 
 
@@ -200,9 +198,7 @@ def tiny_cogvideox_dpm(seed=0):
 
 
 CALLS = dict(
-    allegro=dict(
-        height=32, width=16, num_frames=8, max_sequence_length=16, guidance_scale=6.0, clean_caption=False
-    ),
+    allegro=dict(height=32, width=16, num_frames=8, max_sequence_length=16, guidance_scale=6.0, clean_caption=False),
     latte=dict(height=16, width=16, video_length=4, guidance_scale=5.0, clean_caption=False, mask_feature=False),
     easyanimate=dict(height=16, width=16, num_frames=5, guidance_scale=5.0, negative_prompt="blurry"),
     sana_video=dict(

@@ -69,8 +69,9 @@ def test_advantages_are_trls(case, scale_rewards, aggregation):
 
 
 def test_a_group_by_hand():
-    advantages, rewards, std = group_advantages(torch.tensor([[1.0], [2.0], [3.0], [7.0], [7.0], [7.0]]),
-                                                torch.ones(1), 3)
+    advantages, rewards, std = group_advantages(
+        torch.tensor([[1.0], [2.0], [3.0], [7.0], [7.0], [7.0]]), torch.ones(1), 3
+    )
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 0, 1.0, 0, 0, 0]) / 1.0001)
     assert rewards.tolist() == [1, 2, 3, 7, 7, 7]
     assert std.tolist() == [1, 1, 1, 0, 0, 0]
@@ -115,8 +116,12 @@ class TestPromptStatistics:
         second = torch.tensor([4.0, 6.0, 30.0, 40.0])
         b = statistics.advantages(["x", "x", "y", "y"], second)
         x, y = torch.tensor([0.0, 2, 4, 6]), torch.tensor([10.0, 20, 30, 40])
-        expected = torch.cat([(second[:2] - x.mean()) / (x.std(unbiased=False) + 1e-4),
-                              (second[2:] - y.mean()) / (y.std(unbiased=False) + 1e-4)])
+        expected = torch.cat(
+            [
+                (second[:2] - x.mean()) / (x.std(unbiased=False) + 1e-4),
+                (second[2:] - y.mean()) / (y.std(unbiased=False) + 1e-4),
+            ]
+        )
         torch.testing.assert_close(b, expected)
 
     def test_the_buffer_forgets_the_oldest(self):

@@ -44,8 +44,13 @@ class Shrink(AuxiliaryLoss):
 
 def made(folder, losses=None, method="grpo", rewards=tiny_runs.brightness, callbacks=None, **settings):
     trainer = METHODS[method][0](
-        tiny_runs.pipeline(), rewards, tiny_runs.config(folder, method, **settings), tiny_runs.prompts(),
-        peft_config=default_lora_config(4), callbacks=callbacks, auxiliary_losses=losses,
+        tiny_runs.pipeline(),
+        rewards,
+        tiny_runs.config(folder, method, **settings),
+        tiny_runs.prompts(),
+        peft_config=default_lora_config(4),
+        callbacks=callbacks,
+        auxiliary_losses=losses,
     )
     tiny_runs.enliven(trainer)
     return trainer
@@ -114,23 +119,31 @@ def test_it_needs_rewards_or_a_term(tmp_path):
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         backprop.trainer(tmp_path, rewards=None)
     with pytest.raises(ValueError, match="reward_funcs is empty"):
-        VideoGRPOTrainer("nowhere", None, tiny_runs.config(tmp_path), tiny_runs.prompts(),
-                         auxiliary_losses=[Shrink(1.0)])
-    alone = RewardBackpropTrainer(tiny_runs.pipeline(), None, backprop.config(tmp_path), tiny_runs.prompts(),
-                                  auxiliary_losses=[Shrink(1.0)])
+        VideoGRPOTrainer(
+            "nowhere", None, tiny_runs.config(tmp_path), tiny_runs.prompts(), auxiliary_losses=[Shrink(1.0)]
+        )
+    alone = RewardBackpropTrainer(
+        tiny_runs.pipeline(), None, backprop.config(tmp_path), tiny_runs.prompts(), auxiliary_losses=[Shrink(1.0)]
+    )
     alone.train()
     assert alone.state.global_step == 2 and min(logged(alone, "shrink_loss")) > 0
 
 
-@pytest.mark.parametrize("losses, message", [
-    (Shrink(1.0), "auxiliary_losses is a Shrink; pass a list"), ([tiny_runs.brightness], "holds a func"),
-    ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set another `name`"), ("shrink", "is a str"),
-])
+@pytest.mark.parametrize(
+    "losses, message",
+    [
+        (Shrink(1.0), "auxiliary_losses is a Shrink; pass a list"),
+        ([tiny_runs.brightness], "holds a func"),
+        ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set another `name`"),
+        ("shrink", "is a str"),
+    ],
+)
 def test_what_is_no_list_of_terms(tmp_path, losses, message):
     """Before anything is loaded."""
     with pytest.raises(ValueError, match=message):
-        VideoGRPOTrainer("nowhere", tiny_runs.brightness, tiny_runs.config(tmp_path), tiny_runs.prompts(),
-                         auxiliary_losses=losses)
+        VideoGRPOTrainer(
+            "nowhere", tiny_runs.brightness, tiny_runs.config(tmp_path), tiny_runs.prompts(), auxiliary_losses=losses
+        )
 
 
 def test_the_teacher_may_be_the_saved_adapter(tmp_path):
@@ -140,8 +153,9 @@ def test_the_teacher_may_be_the_saved_adapter(tmp_path):
 
     def continued(losses):
         args = tiny_runs.config(tmp_path / "on", **settings)
-        return VideoGRPOTrainer(tiny_runs.pipeline(), tiny_runs.brightness, args, tiny_runs.prompts(),
-                                auxiliary_losses=losses)
+        return VideoGRPOTrainer(
+            tiny_runs.pipeline(), tiny_runs.brightness, args, tiny_runs.prompts(), auxiliary_losses=losses
+        )
 
     with pytest.raises(ValueError, match="nothing refers to it"):
         continued([Shrink(1.0)])
@@ -156,7 +170,12 @@ def test_the_command_makes_the_term_of_its_options():
     script, args = parse_arguments(ScriptArguments, config, arguments=recipe)
     (term,) = load_auxiliary_losses(script, args, tiny_runs.prompts())
     assert (term.weight, term.steps, term.guidance, term.decay, term.batch_size) == (
-        1.0, 16, {"guidance_scale": 3.0}, 0.95, None)
+        1.0,
+        16,
+        {"guidance_scale": 3.0},
+        0.95,
+        None,
+    )
     assert len(term.dataset) == 4096 and [paper.arxiv for paper in term.papers] == ["2310.04378"]
     script, args = parse_arguments(ScriptArguments, config, arguments=[*recipe, "--consistency_weight", "0"])
     assert load_auxiliary_losses(script, args, tiny_runs.prompts()) == []

@@ -24,10 +24,20 @@ bright.differentiable = red.differentiable = True
 
 def config(folder, **settings) -> RewardBackpropConfig:
     defaults = {
-        **tiny_runs.CALL, "output_dir": str(folder), "use_cpu": True, "report_to": "none", "num_inference_steps": 3,
-        "gradient_checkpointing": False, "pipeline_kwargs": {"max_sequence_length": 16}, "max_steps": 2,
-        "per_device_train_batch_size": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "num_sample_videos": 1, "save_strategy": "no", "max_grad_norm": 0.0,
+        **tiny_runs.CALL,
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": "none",
+        "num_inference_steps": 3,
+        "gradient_checkpointing": False,
+        "pipeline_kwargs": {"max_sequence_length": 16},
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "num_sample_videos": 1,
+        "save_strategy": "no",
+        "max_grad_norm": 0.0,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -36,8 +46,13 @@ def config(folder, **settings) -> RewardBackpropConfig:
 
 def trainer(folder, rewards=bright, prompts: int = 4, callbacks=None, eval_dataset=None, **settings):
     made = RewardBackpropTrainer(
-        tiny_runs.pipeline(), rewards, config(folder, **settings), tiny_runs.prompts(prompts),
-        eval_dataset=eval_dataset, callbacks=callbacks, peft_config=default_lora_config(4),
+        tiny_runs.pipeline(),
+        rewards,
+        config(folder, **settings),
+        tiny_runs.prompts(prompts),
+        eval_dataset=eval_dataset,
+        callbacks=callbacks,
+        peft_config=default_lora_config(4),
     )
     tiny_runs.enliven(made)
     return made
@@ -82,8 +97,12 @@ def test_accumulated_batches_are_one_batch(tmp_path):
     results = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         made = trainer(
-            tmp_path / str(batch), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation,
-            optim="sgd", learning_rate=1.0, checkpoint_decoder=False,
+            tmp_path / str(batch),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            optim="sgd",
+            learning_rate=1.0,
+            checkpoint_decoder=False,
         )
         made.train()
         results.append(tiny_runs.weights(made))
@@ -94,8 +113,14 @@ def test_accumulated_batches_are_one_batch(tmp_path):
 def test_checkpointed_activations_change_nothing(tmp_path):
     results = []
     for on in (False, True):
-        made = trainer(tmp_path / str(on), gradient_checkpointing=on, checkpoint_decoder=on, backprop_steps=2,
-                       optim="sgd", learning_rate=1.0)
+        made = trainer(
+            tmp_path / str(on),
+            gradient_checkpointing=on,
+            checkpoint_decoder=on,
+            backprop_steps=2,
+            optim="sgd",
+            learning_rate=1.0,
+        )
         made.train()
         results.append(tiny_runs.weights(made))
     assert tiny_runs.largest_difference(*results) < 1e-6
@@ -209,9 +234,11 @@ def test_rewards_without_gradients(tmp_path):
         raise KeyError("weights")
 
     for func, message in (
-        (cut, "without a graph"), (listed, "returned a list without a graph"), (steep, "gradient that is NaN"),
+        (cut, "without a graph"),
+        (listed, "returned a list without a graph"),
+        (steep, "gradient that is NaN"),
         (raises, "'raises' raised KeyError"),
-    ):  # fmt: skip
+    ):
         func.differentiable = True
         with pytest.raises(RewardError, match=message):
             trainer(tmp_path, func, max_steps=1).train()
@@ -220,14 +247,19 @@ def test_rewards_without_gradients(tmp_path):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (dict(backprop_through="all"), "backprop_through='all'"), (dict(backprop_steps=0), "backprop_steps=0"),
-        (dict(backprop_steps=4), "backprop_steps=4"), (dict(low_variance_samples=0), "low_variance_samples=0"),
-        (dict(decode_frames=0), "decode_frames=0"), (dict(one_step_range=[2, 2]), r"one_step_range=\[2, 2\]"),
-        (dict(one_step_range=[1]), r"one_step_range=\[1\]"), (dict(scale_rewards="group"), "scale_rewards='group'"),
-        (dict(reward_std_decay=1.0), "reward_std_decay=1.0"), (dict(fp16=True), "fp16=True"),
+        (dict(backprop_through="all"), "backprop_through='all'"),
+        (dict(backprop_steps=0), "backprop_steps=0"),
+        (dict(backprop_steps=4), "backprop_steps=4"),
+        (dict(low_variance_samples=0), "low_variance_samples=0"),
+        (dict(decode_frames=0), "decode_frames=0"),
+        (dict(one_step_range=[2, 2]), r"one_step_range=\[2, 2\]"),
+        (dict(one_step_range=[1]), r"one_step_range=\[1\]"),
+        (dict(scale_rewards="group"), "scale_rewards='group'"),
+        (dict(reward_std_decay=1.0), "reward_std_decay=1.0"),
+        (dict(fp16=True), "fp16=True"),
         (dict(num_inference_steps=0), "num_inference_steps=0"),
     ],
-)  # fmt: skip
+)
 def test_bad_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)

@@ -22,15 +22,19 @@ def shared():
 # --- data ---
 
 
-@pytest.mark.parametrize("data, message", [
-    (Dataset.from_dict({"prompt": []}), "train_dataset is empty; it needs at least one prompt"),
-    (Dataset.from_dict({"text": ["a"] * 3}), r"train_dataset has columns \['text'\] but none named `prompt`"),
-    (Dataset.from_dict({"prompt": [1, 2, 3]}), "train_dataset row 0: prompt is 1; every prompt must be a string"),
-    (Dataset.from_dict({"prompt": ["a", None, "b"]}), "train_dataset row 1: prompt is None"),
-    (["a", "b", "c"], "train_dataset is a list; pass a datasets.Dataset with a `prompt` column"),
-    (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "train_dataset is a IterableDataset; pass"),
-    ({"train": prompts(3)}, "train_dataset is a dict"),
-], ids=["empty", "column", "number", "none", "list", "iterable", "dict"])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (Dataset.from_dict({"prompt": []}), "train_dataset is empty; it needs at least one prompt"),
+        (Dataset.from_dict({"text": ["a"] * 3}), r"train_dataset has columns \['text'\] but none named `prompt`"),
+        (Dataset.from_dict({"prompt": [1, 2, 3]}), "train_dataset row 0: prompt is 1; every prompt must be a string"),
+        (Dataset.from_dict({"prompt": ["a", None, "b"]}), "train_dataset row 1: prompt is None"),
+        (["a", "b", "c"], "train_dataset is a list; pass a datasets.Dataset with a `prompt` column"),
+        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), "train_dataset is a IterableDataset; pass"),
+        ({"train": prompts(3)}, "train_dataset is a dict"),
+    ],
+    ids=["empty", "column", "number", "none", "list", "iterable", "dict"],
+)
 def test_train_dataset(tmp_path, shared, data, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, data=data, model=shared)
@@ -46,10 +50,13 @@ def test_fewer_prompts_than_a_rollout_needs(tmp_path, shared):
         trainer(tmp_path, model=shared, per_device_train_batch_size=16)
 
 
-@pytest.mark.parametrize("data, message", [
-    (Dataset.from_dict({"prompt": []}), "eval_dataset is empty"),
-    ({"easy": prompts(2), "hard": Dataset.from_dict({"text": ["a"]})}, r"eval_dataset\['hard'\] has columns"),
-])
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (Dataset.from_dict({"prompt": []}), "eval_dataset is empty"),
+        ({"easy": prompts(2), "hard": Dataset.from_dict({"text": ["a"]})}, r"eval_dataset\['hard'\] has columns"),
+    ],
+)
 def test_eval_dataset(tmp_path, shared, data, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, model=shared, eval_dataset=data)
@@ -69,32 +76,40 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
 # --- batches and settings ---
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"per_device_train_batch_size": 6}, r"rollout of 6 videos .*num_generations=4; choose num_generations among "
-                                         r"\[2, 3, 6\]"),
-    ({"num_generations": 1}, "num_generations=1: advantages need at least 2"),
-    ({"generation_batch_size": 6}, "generation_batch_size=6 must be a multiple of .*= 4"),
-    ({"generation_batch_size": 8, "steps_per_generation": 2}, "say the same thing; give one"),
-    ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "steps_per_generation=3 and gradient_accumulation_"
-                                                                    "steps=2: one must divide the other"),
-    ({"rollout_batch_size": 0}, "rollout_batch_size=0 must be at least 1, or unset"),
-    ({"rollout_batch_size": -1}, "rollout_batch_size=-1 must be at least 1"),
-    ({"fp16": True}, "fp16=True is not supported"),
-    ({"scale_rewards": "std"}, "scale_rewards='std' must be one of"),
-    ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be one of"),
-    ({"kl_space": "y"}, "kl_space='y' must be one of"),
-    ({"step_weighting": "dt"}, "step_weighting='dt' must be one of"),
-    ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
-    ({"offload": "vae"}, "offload='vae' must be a list of some of"),
-    ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list of some of \['text_enc"),
-    ({"epsilon": 0.0}, "epsilon=0.0 .*must be positive"),
-    ({"beta": -0.1}, "beta=-0.1 must not be negative"),
-    ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
-    ({"sde_window_range": [1]}, r"sde_window_range=\[1\] must be two integers"),
-    ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported: it would change the batch"),
-    ({"pipeline_kwargs": "max_sequence_length=24"}, "pipeline_kwargs='max_sequence_length=24' is not JSON"),
-    ({"pipeline_kwargs": "[1]"}, r"pipeline_kwargs=\[1\] must be a dict"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"per_device_train_batch_size": 6},
+            r"rollout of 6 videos .*num_generations=4; choose num_generations among "
+            r"\[2, 3, 6\]",
+        ),
+        ({"num_generations": 1}, "num_generations=1: advantages need at least 2"),
+        ({"generation_batch_size": 6}, "generation_batch_size=6 must be a multiple of .*= 4"),
+        ({"generation_batch_size": 8, "steps_per_generation": 2}, "say the same thing; give one"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "steps_per_generation=3 and gradient_accumulation_steps=2: one must divide the other",
+        ),
+        ({"rollout_batch_size": 0}, "rollout_batch_size=0 must be at least 1, or unset"),
+        ({"rollout_batch_size": -1}, "rollout_batch_size=-1 must be at least 1"),
+        ({"fp16": True}, "fp16=True is not supported"),
+        ({"scale_rewards": "std"}, "scale_rewards='std' must be one of"),
+        ({"multi_objective_aggregation": "sum"}, "multi_objective_aggregation='sum' must be one of"),
+        ({"kl_space": "y"}, "kl_space='y' must be one of"),
+        ({"step_weighting": "dt"}, "step_weighting='dt' must be one of"),
+        ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
+        ({"offload": "vae"}, "offload='vae' must be a list of some of"),
+        ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list of some of \['text_enc"),
+        ({"epsilon": 0.0}, "epsilon=0.0 .*must be positive"),
+        ({"beta": -0.1}, "beta=-0.1 must not be negative"),
+        ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
+        ({"sde_window_range": [1]}, r"sde_window_range=\[1\] must be two integers"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True is not supported: it would change the batch"),
+        ({"pipeline_kwargs": "max_sequence_length=24"}, "pipeline_kwargs='max_sequence_length=24' is not JSON"),
+        ({"pipeline_kwargs": "[1]"}, r"pipeline_kwargs=\[1\] must be a dict"),
+    ],
+)
 def test_config(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
@@ -109,39 +124,51 @@ def test_a_group_of_four_only_warns(tmp_path):
         VideoGRPOConfig(**settings, num_generations=8)
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"transition": "flow"}, r"transition='flow' does not fit .*use one of \['flow_sde', "),
-    ({"transition": "ddim"}, "transition='ddim' does not fit a pipeline with FlowMatchEulerDiscreteScheduler; use"),
-    ({"sde_window_range": [0, 3]}, r"sde_window_range=\[0, 3\] must satisfy 0 <= low < high <= 2"),
-    ({"sde_window_range": [1, 1]}, r"sde_window_range=\[1, 1\] must satisfy"),
-    ({"sde_window_size": 3}, "sde_window_size=3 must be between 1 and 2"),
-    ({"num_inference_steps": 1}, "num_inference_steps=1: GRPO needs at least 2 steps"),
-    ({"pipeline_kwargs": {"max_length": 3}}, "WanPipeline takes no argument 'max_length'; it takes"),
-    ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2: repeat the prompt instead"),
-    ({"pipeline_kwargs": {"latents": 1}}, "'latents' would change the policy's latents"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"transition": "flow"}, r"transition='flow' does not fit .*use one of \['flow_sde', "),
+        (
+            {"transition": "ddim"},
+            "transition='ddim' does not fit a pipeline with FlowMatchEulerDiscreteScheduler; use",
+        ),
+        ({"sde_window_range": [0, 3]}, r"sde_window_range=\[0, 3\] must satisfy 0 <= low < high <= 2"),
+        ({"sde_window_range": [1, 1]}, r"sde_window_range=\[1, 1\] must satisfy"),
+        ({"sde_window_size": 3}, "sde_window_size=3 must be between 1 and 2"),
+        ({"num_inference_steps": 1}, "num_inference_steps=1: GRPO needs at least 2 steps"),
+        ({"pipeline_kwargs": {"max_length": 3}}, "WanPipeline takes no argument 'max_length'; it takes"),
+        ({"pipeline_kwargs": {"num_videos_per_prompt": 2}}, "num_videos_per_prompt=2: repeat the prompt instead"),
+        ({"pipeline_kwargs": {"latents": 1}}, "'latents' would change the policy's latents"),
+    ],
+)
 def test_policy_settings(tmp_path, shared, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, model=shared, **settings)
 
 
-@pytest.mark.parametrize("lora, message", [
-    ({"target_modules": ["to_qq"]}, r"LoRA target \['to_qq'\] matches no module of transformer .*choose target"),
-    ({"target_modules": ["to_q", "nothing"]}, r"LoRA target \['nothing'\] matches no module"),
-    ({"target_modules": ["to_q"], "lora_dropout": 0.1}, "lora_dropout=0.1: .*set it to 0"),
-    ({"target_modules": ["to_q"], "task_type": "CAUSAL_LM"}, "task_type=.* is for language models"),
-])
+@pytest.mark.parametrize(
+    "lora, message",
+    [
+        ({"target_modules": ["to_qq"]}, r"LoRA target \['to_qq'\] matches no module of transformer .*choose target"),
+        ({"target_modules": ["to_q", "nothing"]}, r"LoRA target \['nothing'\] matches no module"),
+        ({"target_modules": ["to_q"], "lora_dropout": 0.1}, "lora_dropout=0.1: .*set it to 0"),
+        ({"target_modules": ["to_q"], "task_type": "CAUSAL_LM"}, "task_type=.* is for language models"),
+    ],
+)
 def test_lora(tmp_path, lora, message):
     with pytest.raises(ValueError, match=message):
         VideoGRPOTrainer(pipeline(), tiny_runs.brightness, config(tmp_path), prompts(), peft_config=LoraConfig(**lora))
 
 
-@pytest.mark.parametrize("model, message", [
-    ("tiny-wam", r"model='tiny-wam' is neither .*embedded models \['tiny-"),
-    ("not a name!!", "model='not a name!!' is neither"),
-    (3, "model=3 must be a diffusers pipeline"),
-    (None, "model=None must be a diffusers pipeline"),
-])
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ("tiny-wam", r"model='tiny-wam' is neither .*embedded models \['tiny-"),
+        ("not a name!!", "model='not a name!!' is neither"),
+        (3, "model=3 must be a diffusers pipeline"),
+        (None, "model=None must be a diffusers pipeline"),
+    ],
+)
 def test_model(tmp_path, model, message):
     with pytest.raises(ValueError, match=message):
         VideoGRPOTrainer(model, tiny_runs.brightness, config(tmp_path), prompts())
@@ -150,12 +177,19 @@ def test_model(tmp_path, model, message):
 # --- rewards ---
 
 
-@pytest.mark.parametrize("rewards, settings, message", [
-    (None, {}, "reward_funcs is empty; pass at least one callable"),
-    ([], {}, "reward_funcs is empty"),
-    (["brightness"], {}, "reward 'brightness' is unknown"),
-    (tiny_runs.brightness, {"reward_weights": [1.0, 2.0]}, "reward_weights has 2 values for 1 rewards; give one each"),
-])
+@pytest.mark.parametrize(
+    "rewards, settings, message",
+    [
+        (None, {}, "reward_funcs is empty; pass at least one callable"),
+        ([], {}, "reward_funcs is empty"),
+        (["brightness"], {}, "reward 'brightness' is unknown"),
+        (
+            tiny_runs.brightness,
+            {"reward_weights": [1.0, 2.0]},
+            "reward_weights has 2 values for 1 rewards; give one each",
+        ),
+    ],
+)
 def test_reward_funcs(tmp_path, shared, rewards, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, rewards, model=shared, **settings)
@@ -188,13 +222,17 @@ class FailsLater:
         return self.bad
 
 
-@pytest.mark.parametrize("bad, message", [
-    (RuntimeError("no server"), "reward 'FailsLater' raised RuntimeError: no server"),
-    ([1.0, math.nan, 0.0, 0.0], "reward 'FailsLater' returned nan for sample 1, prompt 'clip [012]'"),
-    ([0.0, 0.0, 0.0, math.inf], "reward 'FailsLater' returned inf for sample 3, prompt 'clip [012]'"),
-    ([1.0, 2.0, 3.0], "reward 'FailsLater' returned 3 values for 4 videos"),
-    (["a"] * 4, "reward 'FailsLater' returned list, which is not a list of numbers"),
-], ids=["raises", "nan", "inf", "count", "text"])
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (RuntimeError("no server"), "reward 'FailsLater' raised RuntimeError: no server"),
+        ([1.0, math.nan, 0.0, 0.0], "reward 'FailsLater' returned nan for sample 1, prompt 'clip [012]'"),
+        ([0.0, 0.0, 0.0, math.inf], "reward 'FailsLater' returned inf for sample 3, prompt 'clip [012]'"),
+        ([1.0, 2.0, 3.0], "reward 'FailsLater' returned 3 values for 4 videos"),
+        (["a"] * 4, "reward 'FailsLater' returned list, which is not a list of numbers"),
+    ],
+    ids=["raises", "nan", "inf", "count", "text"],
+)
 def test_a_failing_reward_stops_before_it_is_learned_from(tmp_path, after_one_step, bad, message):
     made = trainer(tmp_path, FailsLater(bad), max_steps=3, save_strategy="steps", save_steps=1)
     with pytest.raises(RewardError, match=message):

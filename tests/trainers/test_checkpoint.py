@@ -17,8 +17,15 @@ def round_trip(tree, folder):
 
 
 def test_plain_values_keep_their_types(tmp_path):
-    tree = {"a": [1, 2.5, None, True, "x", (1, (2,)), []], 3: {"b": -0.0, "c": 1e-300, "d": float("inf")},
-            "empty": {}, "tensor": "a name that looks like a key", "dict": 1, "list": 2, "tuple": ()}
+    tree = {
+        "a": [1, 2.5, None, True, "x", (1, (2,)), []],
+        3: {"b": -0.0, "c": 1e-300, "d": float("inf")},
+        "empty": {},
+        "tensor": "a name that looks like a key",
+        "dict": 1,
+        "list": 2,
+        "tuple": (),
+    }
     loaded = round_trip(tree, tmp_path)
     assert loaded == tree and repr(loaded) == repr(tree)
     assert {path.name for path in tmp_path.iterdir()} == {"tree.json", "tree.safetensors"}
@@ -26,8 +33,16 @@ def test_plain_values_keep_their_types(tmp_path):
 
 def test_tensors_keep_dtype_shape_and_bits(tmp_path):
     base = torch.randn(4, 6)
-    tree = {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 2), "bf16": base.bfloat16(), "bool": base > 0,
-            "long": torch.tensor([2**62]), "view": base.T[1:], "shared": base[0], "nan": torch.tensor([float("nan")])}
+    tree = {
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 2),
+        "bf16": base.bfloat16(),
+        "bool": base > 0,
+        "long": torch.tensor([2**62]),
+        "view": base.T[1:],
+        "shared": base[0],
+        "nan": torch.tensor([float("nan")]),
+    }
     loaded = round_trip(tree, tmp_path)
     for name, value in tree.items():
         assert loaded[name].dtype == value.dtype and loaded[name].shape == value.shape
@@ -47,8 +62,11 @@ def test_subclasses_of_tuple_and_dict_load(tmp_path):
     assert loaded == [(2, 3), (1, 2), {"a": 1}]
 
 
-@pytest.mark.parametrize("leaf", [object(), {1, 2}, b"bytes", torch.float32, 1j, lambda: 0],
-                         ids=["object", "set", "bytes", "dtype", "complex", "function"])
+@pytest.mark.parametrize(
+    "leaf",
+    [object(), {1, 2}, b"bytes", torch.float32, 1j, lambda: 0],
+    ids=["object", "set", "bytes", "dtype", "complex", "function"],
+)
 def test_other_leaves_are_refused(leaf, tmp_path):
     with pytest.raises(TypeError, match=f"a {type(leaf).__name__} cannot be saved without pickle"):
         save_tree({"a": [leaf]}, tmp_path / "tree")
@@ -81,13 +99,20 @@ def test_adamw_and_its_schedule_continue_to_the_bit(kind, tmp_path):
     assert torch.equal(run(*whole, 4), run(*other, 4))
     assert whole[2].get_last_lr() == other[2].get_last_lr()
     assert (whole[1].param_groups[0]["betas"], whole[1].param_groups[0]["lr"]) == (
-        other[1].param_groups[0]["betas"], other[1].param_groups[0]["lr"])
+        other[1].param_groups[0]["betas"],
+        other[1].param_groups[0]["lr"],
+    )
 
 
 def test_random_states_reproduce_their_draws(tmp_path):
     def draws():
-        return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(3).tolist(),
-                torch.rand(2).tolist()]
+        return [
+            random.random(),
+            random.gauss(0, 1),
+            np.random.rand(),
+            np.random.randn(3).tolist(),
+            torch.rand(2).tolist(),
+        ]
 
     random.gauss(0, 1), np.random.randn()  # leaves a second normal in both generators' pockets
     save_tree(random_state(), tmp_path / "random")

@@ -12,9 +12,12 @@ from pisces_rl.transitions import TRANSITIONS, Paper
 
 #: transition: a family that it fits, and the papers that its docstring names.
 SOURCES = {
-    "flow_sde": ("wan", ["2505.05470"]), "flow_sde_linear": ("wan", ["2505.05470"]),
-    "dance_sde": ("wan", ["2505.07818"]), "cps": ("wan", ["2509.05952"]),
-    "ddim": ("cogvideox", ["2010.02502", "2305.13301"]), "ancestral": ("cosmos", ["2206.00364"]),
+    "flow_sde": ("wan", ["2505.05470"]),
+    "flow_sde_linear": ("wan", ["2505.05470"]),
+    "dance_sde": ("wan", ["2505.07818"]),
+    "cps": ("wan", ["2509.05952"]),
+    "ddim": ("cogvideox", ["2010.02502", "2305.13301"]),
+    "ancestral": ("cosmos", ["2206.00364"]),
 }
 
 

@@ -31,10 +31,13 @@ def test_torch_compile_means_the_blocks(tmp_path, monkeypatch):
     assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ  # accelerate would compile the policy as a whole
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(recompute="some"), "recompute='some' must be"),
-    (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(recompute="some"), "recompute='some' must be"),
+        (dict(attention_kernel="fast"), "attention_kernel='fast' must be one of"),
+    ],
+)
 def test_wrong_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **settings)

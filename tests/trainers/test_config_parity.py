@@ -22,13 +22,40 @@ DIFFERENT = {
 }
 # Fields of GRPOConfig that VideoGRPOConfig must offer, as rl.md lists them (loss_type: all videos have as many steps).
 EXPECTED = {
-    "num_generations", "num_iterations", "steps_per_generation", "generation_batch_size", "beta", "epsilon",
-    "epsilon_high", "scale_rewards", "reward_weights", "multi_objective_aggregation", "log_completions",
-    "shuffle_dataset", "remove_unused_columns", "learning_rate", "bf16", "gradient_checkpointing", "logging_steps",
+    "num_generations",
+    "num_iterations",
+    "steps_per_generation",
+    "generation_batch_size",
+    "beta",
+    "epsilon",
+    "epsilon_high",
+    "scale_rewards",
+    "reward_weights",
+    "multi_objective_aggregation",
+    "log_completions",
+    "shuffle_dataset",
+    "remove_unused_columns",
+    "learning_rate",
+    "bf16",
+    "gradient_checkpointing",
+    "logging_steps",
 }
-METRICS = ["reward", "reward_std", "rewards/brightness/mean", "rewards/brightness/std", "frac_reward_zero_std", "kl",
-           "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "step_time", "loss", "grad_norm",
-           "learning_rate", "replay/max_log_prob_error"]
+METRICS = [
+    "reward",
+    "reward_std",
+    "rewards/brightness/mean",
+    "rewards/brightness/std",
+    "frac_reward_zero_std",
+    "kl",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+    "step_time",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "replay/max_log_prob_error",
+]
 
 
 def default(field):

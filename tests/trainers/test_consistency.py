@@ -30,10 +30,17 @@ class Videos:
 
 
 def distilled(folder, rewards=None, videos=None, callbacks=None, **settings):
-    own = {name: settings.pop(f"consistency_{name}") for name in ("weight", "guidance", "decay", "batch_size")
-           if f"consistency_{name}" in settings}
+    own = {
+        name: settings.pop(f"consistency_{name}")
+        for name in ("weight", "guidance", "decay", "batch_size")
+        if f"consistency_{name}" in settings
+    }
     made = RewardBackpropTrainer(
-        tiny_runs.pipeline(), rewards, backprop.config(folder, **settings), tiny_runs.prompts(4), callbacks=callbacks,
+        tiny_runs.pipeline(),
+        rewards,
+        backprop.config(folder, **settings),
+        tiny_runs.prompts(4),
+        callbacks=callbacks,
         peft_config=default_lora_config(4),
         auxiliary_losses=[ConsistencyDistillation(Videos() if videos is None else videos, steps=4, **own)],
     )
@@ -58,8 +65,14 @@ def live(family: str, **settings) -> tuple[VideoPolicy, dict, ConsistencyDistill
     return policy, adapter, consistency
 
 
-@pytest.mark.parametrize("family", [  # flow, v, epsilon
-    "wan", "cogvideox", pytest.param("animatediff", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    [  # flow, v, epsilon
+        "wan",
+        "cogvideox",
+        pytest.param("animatediff", marks=pytest.mark.slow),
+    ],
+)
 def test_the_loss_by_hand(family):
     """Teacher without the adapter and guided, target under the average, student under the adapter."""
     policy, adapter, consistency = live(family, guidance=3.0, huber_c=0.01)
@@ -142,13 +155,23 @@ def test_it_adds_its_gradient(tmp_path, kind):
         folder = tmp_path / str(weight)
         if kind == "backprop":
             made = RewardBackpropTrainer(
-                tiny_runs.pipeline(), backprop.bright, backprop.config(folder, **settings), tiny_runs.prompts(4),
-                callbacks=[seen], peft_config=default_lora_config(4), auxiliary_losses=terms,
+                tiny_runs.pipeline(),
+                backprop.bright,
+                backprop.config(folder, **settings),
+                tiny_runs.prompts(4),
+                callbacks=[seen],
+                peft_config=default_lora_config(4),
+                auxiliary_losses=terms,
             )
         else:
             made = VideoGRPOTrainer(
-                tiny_runs.pipeline(), tiny_runs.brightness, tiny_runs.config(folder, max_grad_norm=0.0, **settings),
-                tiny_runs.prompts(4), callbacks=[seen], peft_config=default_lora_config(4), auxiliary_losses=terms,
+                tiny_runs.pipeline(),
+                tiny_runs.brightness,
+                tiny_runs.config(folder, max_grad_norm=0.0, **settings),
+                tiny_runs.prompts(4),
+                callbacks=[seen],
+                peft_config=default_lora_config(4),
+                auxiliary_losses=terms,
             )
         tiny_runs.enliven(made)
         if weight:
@@ -194,16 +217,29 @@ def test_every_form_of_a_video_is_the_same_video(tmp_path):
     expected = load_video(path)
     data = path.read_bytes()
     exact = (expected * 255).round().byte()
-    for given in (path, str(path), data, {"path": str(path), "bytes": None}, {"path": "gone.mp4", "bytes": data},
-                  exact, exact.numpy(), expected, expected.tolist()):  # fmt: skip
+    for given in (
+        path,
+        str(path),
+        data,
+        {"path": str(path), "bytes": None},
+        {"path": "gone.mp4", "bytes": data},
+        exact,
+        exact.numpy(),
+        expected,
+        expected.tolist(),
+    ):
         torch.testing.assert_close(as_video(given), expected)
     assert len(as_video(data, 3)) == 3
     for wrong, message in (
         (np.zeros((4, 16, 16)), r"expected a path, .* or a tensor \(F, 3, H, W\), got a tensor \(4, 16, 16\)"),
-        (None, "got a NoneType"), (expected * 255, "must lie in .0, 1.; divide by 255"), (expected - 1, "from -"),
-        (torch.full((2, 3, 4, 4), torch.nan), "values from nan"), (b"no video", "cannot be read as a video"),
-        ({"path": None, "bytes": None}, "got a NoneType"), (exact.tolist(), "divide by 255"),
-    ):  # fmt: skip
+        (None, "got a NoneType"),
+        (expected * 255, "must lie in .0, 1.; divide by 255"),
+        (expected - 1, "from -"),
+        (torch.full((2, 3, 4, 4), torch.nan), "values from nan"),
+        (b"no video", "cannot be read as a video"),
+        ({"path": None, "bytes": None}, "got a NoneType"),
+        (exact.tolist(), "divide by 255"),
+    ):
         with pytest.raises(ValueError, match=message):
             as_video(wrong)
 
@@ -214,27 +250,39 @@ def test_a_data_set_of_videos(tmp_path):
     rows = {"prompt": [f"clip {i}" for i in range(4)], "video": paths}
     from_paths = Dataset.from_dict(rows).cast_column("video", Video())
     from_bytes = Dataset.from_dict(rows | {"video": [{"bytes": Path(p).read_bytes(), "path": None} for p in paths]})
-    losses = [distilled(tmp_path, videos=data).auxiliary_losses[0].loss(0, 4)
-              for data in (Dataset.from_dict(rows), from_paths, from_bytes.cast_column("video", Video()))]  # fmt: skip
+    losses = [
+        distilled(tmp_path, videos=data).auxiliary_losses[0].loss(0, 4)
+        for data in (Dataset.from_dict(rows), from_paths, from_bytes.cast_column("video", Video()))
+    ]
     assert losses[0].isfinite().all()
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
     made = RewardBackpropTrainer(
-        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, max_steps=1),
-        from_paths, peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(from_paths)],
-    )  # fmt: skip
+        tiny_runs.pipeline(),
+        backprop.bright,
+        backprop.config(tmp_path, max_steps=1),
+        from_paths,
+        peft_config=default_lora_config(4),
+        auxiliary_losses=[ConsistencyDistillation(from_paths)],
+    )
     made.train()
     assert made.state.global_step == 1
 
 
-@pytest.mark.parametrize("data, message", [
-    ([], "video_dataset is empty"), (iter([]), "video_dataset is a list_iterator, which has no length"),
-    (Dataset.from_dict({"prompt": ["a"], "video": ["b"]}).to_iterable_dataset(), "which has no length"),
-    (Dataset.from_dict({"prompt": ["a"]}), r"columns \['prompt'\] but none named `video`"),
-    (Dataset.from_dict({"video": ["a"]}), r"columns \['video'\] but none named `prompt`"),
-    (Dataset.from_dict({"prompt": ["a", None], "video": ["b", "c"]}), "video_dataset row 1: prompt is None"),
-    ([{"prompt": "a"}], "none named `video`"), ([{"prompt": 3, "video": "a"}], "row 0: prompt is 3"),
-    ({"train": 1}, "video_dataset is a dict whose row 0 cannot be read"), (["a"], "row 0 cannot be read"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        ([], "video_dataset is empty"),
+        (iter([]), "video_dataset is a list_iterator, which has no length"),
+        (Dataset.from_dict({"prompt": ["a"], "video": ["b"]}).to_iterable_dataset(), "which has no length"),
+        (Dataset.from_dict({"prompt": ["a"]}), r"columns \['prompt'\] but none named `video`"),
+        (Dataset.from_dict({"video": ["a"]}), r"columns \['video'\] but none named `prompt`"),
+        (Dataset.from_dict({"prompt": ["a", None], "video": ["b", "c"]}), "video_dataset row 1: prompt is None"),
+        ([{"prompt": "a"}], "none named `video`"),
+        ([{"prompt": 3, "video": "a"}], "row 0: prompt is 3"),
+        ({"train": 1}, "video_dataset is a dict whose row 0 cannot be read"),
+        (["a"], "row 0 cannot be read"),
+    ],
+)
 def test_bad_data_sets_of_videos(tmp_path, data, message):
     with pytest.raises(ValueError, match=message):
         distilled(tmp_path, videos=data)
@@ -249,12 +297,24 @@ def test_a_prompt_that_is_missing_further_on(tmp_path):
 def test_the_best_model_without_rewards_is_a_judge_s(tmp_path):
     def made(**settings):
         return RewardBackpropTrainer(
-            tiny_runs.pipeline(), None, backprop.config(
-                tmp_path, load_best_model_at_end=True, max_steps=2,
-                eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **settings,
-            ), tiny_runs.prompts(4), eval_dataset=tiny_runs.prompts(2), judge_funcs=tiny_runs.brightness,
-            peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(Videos(), steps=4)],
-        )  # fmt: skip
+            tiny_runs.pipeline(),
+            None,
+            backprop.config(
+                tmp_path,
+                load_best_model_at_end=True,
+                max_steps=2,
+                eval_strategy="steps",
+                eval_steps=1,
+                save_strategy="steps",
+                save_steps=1,
+                **settings,
+            ),
+            tiny_runs.prompts(4),
+            eval_dataset=tiny_runs.prompts(2),
+            judge_funcs=tiny_runs.brightness,
+            peft_config=default_lora_config(4),
+            auxiliary_losses=[ConsistencyDistillation(Videos(), steps=4)],
+        )
 
     with pytest.raises(ValueError, match="set metric_for_best_model to a judge, for instance 'judges/NAME/mean'"):
         made()
@@ -264,14 +324,23 @@ def test_the_best_model_without_rewards_is_a_judge_s(tmp_path):
 
 
 def test_bad_settings(tmp_path):
-    for settings in ({"weight": -1.0}, {"weight": 0.0}, {"steps": 1}, {"decay": 1.0}, {"batch_size": 0},
-                     {"batch_size": -1}):
+    for settings in (
+        {"weight": -1.0},
+        {"weight": 0.0},
+        {"steps": 1},
+        {"decay": 1.0},
+        {"batch_size": 0},
+        {"batch_size": -1},
+    ):
         with pytest.raises(ValueError, match=f"ConsistencyDistillation: .*{next(iter(settings))}="):
             ConsistencyDistillation(Videos(), **settings)
     with pytest.raises(ValueError, match="video_dataset is a NoneType"):
         ConsistencyDistillation(None)
     with pytest.raises(ValueError, match="reward_funcs is empty"):
         VideoGRPOTrainer(
-            tiny_runs.pipeline(), None, tiny_runs.config(tmp_path), tiny_runs.prompts(),
+            tiny_runs.pipeline(),
+            None,
+            tiny_runs.config(tmp_path),
+            tiny_runs.prompts(),
             auxiliary_losses=[ConsistencyDistillation(Videos())],
         )

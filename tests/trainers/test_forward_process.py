@@ -41,8 +41,13 @@ class Velocities:
     def noised(self, v: torch.Tensor | None = None, *names: str) -> Noised:
         state = (1 - TIME) * self.clean + TIME * self.noise
         v = self.v if v is None else v
-        return Noised(TIME, self.clean, state - TIME * v, self.advantages,
-                      **{name: state - TIME * self.others[name] for name in names})
+        return Noised(
+            TIME,
+            self.clean,
+            state - TIME * v,
+            self.advantages,
+            **{name: state - TIME * self.others[name] for name in names},
+        )
 
     def flat(self, v: torch.Tensor) -> torch.Tensor:
         return v.reshape(VIDEOS, -1)
@@ -88,8 +93,9 @@ def test_nft_from_velocities(mixture, contrast):
     loss, plus, minus = nft_loss(given.noised(None, "old"), **settings)
 
     def expected(v, widths=None):
-        return by_velocity.nft(given.flat(v), given.flat(given.target), given["old"], given.advantages, TIME,
-                               widths=widths, **settings)
+        return by_velocity.nft(
+            given.flat(v), given.flat(given.target), given["old"], given.advantages, TIME, widths=widths, **settings
+        )
 
     value, widths = expected(given.v)
     close(loss, value)
@@ -118,7 +124,7 @@ def test_while_the_old_policy_is_the_trained_one_nft_is_a_signed_regression():
     """Whatever b: A / w of the regression's gradient, in x0^."""
     given = Velocities()
     given = Velocities(old=given.v.detach())
-    error = (TIME * (given.flat(given.v) - given.flat(given.target)))
+    error = TIME * (given.flat(given.v) - given.flat(given.target))
     expected = gradient(given.advantages.clamp(-5, 5) / error.detach().abs().mean(1) * error.square().mean(1), given.v)
     for mixture in (1.0, 0.1):
         close(gradient(nft_loss(given.noised(None, "old"), mixture, 5.0)[0], given.v), expected)
@@ -147,8 +153,9 @@ def test_awm_from_velocities(tmp_path, settings):
         return ours(given.noised(v, "old", "reference", "average"))
 
     own = {name: value for name, value in settings.items() if name != "beta"}
-    expected = by_velocity.awm(given.flat(given.v), given.flat(given.target), given["old"], given["average"],
-                               given.advantages, TIME, **own)
+    expected = by_velocity.awm(
+        given.flat(given.v), given.flat(given.target), given["old"], given["average"], given.advantages, TIME, **own
+    )
     expected = expected + settings["beta"] * (given.flat(given.v) - given["reference"]).square().mean(1)
     close(loss(given.v), expected)
     close(gradient(loss(given.v), given.v), gradient(expected, given.v))
@@ -167,8 +174,9 @@ def test_rvm_is_a_signed_regression_whose_value_is_bounded(tmp_path):
     loss = method("rvm", tmp_path, **settings)(given.noised(None, "reference"))
 
     def expected(v):
-        return by_velocity.rvm(given.flat(v), given.flat(given.target), given["reference"], given.advantages,
-                               **settings)
+        return by_velocity.rvm(
+            given.flat(v), given.flat(given.target), given["reference"], given.advantages, **settings
+        )
 
     close(gradient(loss, given.v), gradient(expected(given.v), given.v))
     close(gradient(loss, given.v), slopes(expected, given.v), rtol=1e-6, atol=1e-8)
@@ -235,14 +243,16 @@ class ByHand(TrainerCallback):
         rows = list(range(len(scored.advantages)))
         share, advantages = torch.ones(len(rows)) / len(rows), scored.advantages
         if self.name == "flow_dpo":
-            groups = [rows[i:i + 4] for i in range(0, len(rows), 4)]
+            groups = [rows[i : i + 4] for i in range(0, len(rows), 4)]
             rows = [best(group, key=lambda row: float(advantages[row])) for group in groups for best in (max, min)]
             share = torch.ones(len(groups)) / len(groups)
         places = [row // 4 if self.name == "flow_dpo" else row for row in rows]
         clean = scored.samples.clean_rows(rows).flatten(1)
         steps = range(args.num_inference_steps)
-        asked = [{"noise_seeds": [sample_seed(args.seed, NOISE, 0, place, step) for place in places], "step": step}
-                 for step in steps]
+        asked = [
+            {"noise_seeds": [sample_seed(args.seed, NOISE, 0, place, step) for place in places], "step": step}
+            for step in steps
+        ]
         compared = {}
         for name, policy in made.compared(scored).items():
             with policy:
@@ -250,8 +260,14 @@ class ByHand(TrainerCallback):
         total = 0.0
         for step in steps:
             v, state, time = self.velocity(rows, grad=True, **asked[step])
-            losses = self.losses(args, v, (state - clean) / time, time, advantages[rows],
-                                 **{name: velocities[step] for name, velocities in compared.items()})
+            losses = self.losses(
+                args,
+                v,
+                (state - clean) / time,
+                time,
+                advantages[rows],
+                **{name: velocities[step] for name, velocities in compared.items()},
+            )
             total = total + (losses * share).sum() / len(steps)
         gradient = torch.autograd.grad(total, list(made.adapter.values()))
         self.loss, self.gradient = float(total.detach()), dict(zip(made.adapter, gradient))
@@ -263,8 +279,9 @@ class ByHand(TrainerCallback):
     def losses(self, args, v, target, time, advantages, reference=None, **followed):
         anchor = args.beta * (v - reference).square().mean(1)
         if self.name == "nft":
-            loss, _ = by_velocity.nft(v, target, followed["old"], advantages, time, mixture=args.mixture,
-                                      contrast=args.contrast)
+            loss, _ = by_velocity.nft(
+                v, target, followed["old"], advantages, time, mixture=args.mixture, contrast=args.contrast
+            )
             return loss + anchor
         if self.name == "awm":
             own = {name: getattr(args, name) for name in ("power", "epsilon", "average_weight")}
@@ -286,19 +303,39 @@ DIVISIONS = {
     "4x2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "rollout-in-parts": {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
 }
-STRONG = {"nft": {"beta": 0.3, "mixture": 0.5}, "awm": {"beta": 0.3}, "rvm": {"beta": 0.3},
-          "flow_dpo": {"beta": 50.0, "sft_weight": 0.1}}
+STRONG = {
+    "nft": {"beta": 0.3, "mixture": 0.5},
+    "awm": {"beta": 0.3},
+    "rvm": {"beta": 0.3},
+    "flow_dpo": {"beta": 50.0, "sft_weight": 0.1},
+}
 
 
-@pytest.mark.parametrize("name, division", [
-    ("nft", "4x2"), ("nft", "rollout-in-parts"), ("awm", "2x4"), ("rvm", "2x4"),
-    ("flow_dpo", "whole"), ("flow_dpo", "2x4"),
-])
+@pytest.mark.parametrize(
+    "name, division",
+    [
+        ("nft", "4x2"),
+        ("nft", "rollout-in-parts"),
+        ("awm", "2x4"),
+        ("rvm", "2x4"),
+        ("flow_dpo", "whole"),
+        ("flow_dpo", "2x4"),
+    ],
+)
 def test_a_run_s_gradient_is_that_of_the_whole_batch(tmp_path, name, division):
     """However it is divided: a video's noise depends on its place only."""
     by_hand, gradients = ByHand(name), Gradients()
-    made = trainer(tmp_path, not_all, method=name, alive=True, callbacks=[gradients, by_hand], max_steps=1,
-                   max_grad_norm=0.0, num_sample_videos=0, **STRONG[name] | DIVISIONS[division])
+    made = trainer(
+        tmp_path,
+        not_all,
+        method=name,
+        alive=True,
+        callbacks=[gradients, by_hand],
+        max_steps=1,
+        max_grad_norm=0.0,
+        num_sample_videos=0,
+        **STRONG[name] | DIVISIONS[division],
+    )
     part_from(made)
     by_hand.trainer = made
     made.train()
@@ -311,7 +348,7 @@ def test_a_run_s_gradient_is_that_of_the_whole_batch(tmp_path, name, division):
     assert all(logged(made, f"grad_norm/step_{step}")[0] > 0 for step in range(3))
     if by_hand.name != "rvm":  # whose value is that of the step, not of the regressions
         assert logged(made, "loss")[0] == pytest.approx(by_hand.loss, rel=1e-4)
-    (_, samples), = made.scored.parts
+    ((_, samples),) = made.scored.parts
     assert samples.steps == [] and samples.states == {} and samples.videos is None  # only clean latents are kept
 
 
@@ -319,8 +356,10 @@ def test_some_levels_of_another_schedule(tmp_path):
     """Two of the eight levels that sampling never visits, drawn anew for each micro-batch."""
     made = trainer(tmp_path, method="nft", alive=True, train_levels=2, train_schedule_steps=8, max_steps=3)
     made.train()
-    trained = [sorted(int(k.rpartition("_")[2]) for k in row if k.startswith("grad_norm/step_"))
-               for row in made.state.log_history[:3]]
+    trained = [
+        sorted(int(k.rpartition("_")[2]) for k in row if k.startswith("grad_norm/step_"))
+        for row in made.state.log_history[:3]
+    ]
     assert all(len(levels) == 2 and levels[-1] < 8 for levels in trained) and len({*map(tuple, trained)}) > 1
 
 
@@ -384,16 +423,19 @@ def test_awm_compares_with_the_policy_that_drew_the_rollout(tmp_path):
 @pytest.mark.parametrize("name", ["nft", "flow_dpo"])
 def test_a_group_of_equal_rewards_gets_no_step(tmp_path, name):
     """Beside one that differs: its gradient is half of what that group alone gives, its videos count."""
+
     def of_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, brightness(prompts, videos).tolist())]
 
     alone, beside = Gradients(), Gradients()
-    settings = dict(method=name, alive=True, max_steps=1, max_grad_norm=0.0, shuffle_dataset=False,
-                    scale_rewards="group")
+    settings = dict(
+        method=name, alive=True, max_steps=1, max_grad_norm=0.0, shuffle_dataset=False, scale_rewards="group"
+    )
     trainer(tmp_path / "alone", of_clip_0, prompts(2), callbacks=[alone], **settings).train()
     with pytest.warns(UserWarning, match="rewards of 'clip 1' tell none of its videos"):
-        trainer(tmp_path / "beside", of_clip_0, prompts(2), callbacks=[beside], per_device_train_batch_size=8,
-                **settings).train()
+        trainer(
+            tmp_path / "beside", of_clip_0, prompts(2), callbacks=[beside], per_device_train_batch_size=8, **settings
+        ).train()
     for key, expected in alone.steps[0].items():
         scale = float(expected.abs().max())
         assert scale > 0 and float((2 * beside.steps[0][key] - expected).abs().max()) <= 2e-4 * scale, key

@@ -34,8 +34,12 @@ def full(folder, family="wan", **settings):
         call = dict(CALLS[family])
         own = {name: call.pop(name, None) for name in ("height", "width", "num_frames", "guidance_scale")}
         own["pipeline_kwargs"] = call
-    return trainer(folder, model=settings.pop("model", None) or quiet(BUILD[family]()), peft_config="full",
-                   **own | {"max_steps": 2} | SGD | settings)
+    return trainer(
+        folder,
+        model=settings.pop("model", None) or quiet(BUILD[family]()),
+        peft_config="full",
+        **own | {"max_steps": 2} | SGD | settings,
+    )
 
 
 def latents(pipeline, made) -> Tensor:
@@ -127,7 +131,11 @@ def test_rewards_are_backpropagated_beside_consistency_distillation(tmp_path):
     """The other trainer, whose auxiliary loss takes the copy of the initial weights as its teacher."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3}
     made = RewardBackpropTrainer(
-        tiny_runs.pipeline(), backprop.bright, backprop.config(tmp_path, **settings), prompts(2), peft_config="full",
+        tiny_runs.pipeline(),
+        backprop.bright,
+        backprop.config(tmp_path, **settings),
+        prompts(2),
+        peft_config="full",
         auxiliary_losses=[ConsistencyDistillation(Videos(), weight=1e-6, steps=4)],
     )
 
@@ -216,11 +224,14 @@ def test_no_copy_is_kept_that_nobody_asks_for(tmp_path):
 # --- checkpoints and files ---
 
 
-@pytest.mark.parametrize("method, settings", [
-    ("grpo", {"beta": 0.01, "ema_decay": 0.9}),
-    pytest.param("nft", {"beta": 0.3, "old_decay_rate": 0.3}, marks=pytest.mark.slow),
-    pytest.param("awm", {"beta": 0.3, "average_decay_rate": 0.2}, marks=pytest.mark.slow),
-])
+@pytest.mark.parametrize(
+    "method, settings",
+    [
+        ("grpo", {"beta": 0.01, "ema_decay": 0.9}),
+        pytest.param("nft", {"beta": 0.3, "old_decay_rate": 0.3}, marks=pytest.mark.slow),
+        pytest.param("awm", {"beta": 0.3, "average_decay_rate": 0.2}, marks=pytest.mark.slow),
+    ],
+)
 def test_resumed_equals_uninterrupted(method, settings, tmp_path):
     """AdamW, stopped at step 2 of 4: weights, averages and rewards, to the bit."""
     settings = {"method": method, "optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 4} | settings
@@ -267,8 +278,9 @@ def test_a_damaged_file_is_noticed(tmp_path):
     with torch.no_grad():
         next(iter(made.adapter.values())).view(-1)[0] += 1e-3
     with pytest.raises(RuntimeError, match="are not those of transformer: 1 tensors"):
-        made.trained.check_saved(made.pipeline, tmp_path, {"prompt": ["a"], "num_inference_steps": 2}
-                                 | made.policy.pipeline_kwargs, 1e-4)
+        made.trained.check_saved(
+            made.pipeline, tmp_path, {"prompt": ["a"], "num_inference_steps": 2} | made.policy.pipeline_kwargs, 1e-4
+        )
     assert made.pipeline.transformer is made.policy.denoiser["transformer"]
     with pytest.raises(RuntimeError, match="are not those of transformer: 1 tensors"):  # where ranks share weights
         made.trained.check_read_back(made.pipeline, tmp_path)
@@ -276,11 +288,21 @@ def test_a_damaged_file_is_noticed(tmp_path):
 
 def test_the_best_model_is_loaded_and_compared(tmp_path):
     """Evaluations before and after, the best checkpoint loaded at the end, clips of the initial policy."""
-    made = full(tmp_path, eval_dataset=prompts(2), eval_strategy="steps", eval_steps=1, save_strategy="steps",
-                save_steps=1, load_best_model_at_end=True, max_steps=2, learning_rate=0.1)
+    made = full(
+        tmp_path,
+        eval_dataset=prompts(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        max_steps=2,
+        learning_rate=0.1,
+    )
     made.train()
-    best = load_file(tmp_path / f"checkpoint-{made.state.best_global_step}" / "transformer"
-                     / "diffusion_pytorch_model.safetensors")
+    best = load_file(
+        tmp_path / f"checkpoint-{made.state.best_global_step}" / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
     assert all(torch.equal(best[name.removeprefix("transformer.")], value) for name, value in weights(made).items())
     assert (tmp_path / "samples" / "before_after_eval.png").exists() and made.initial.values is not None
 
@@ -306,26 +328,33 @@ def test_gradients_travel_in_messages_of_limited_size(monkeypatch):
 # --- what is refused ---
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"peft_config": "half"}, "peft_config is 'half', but must be a peft.LoraConfig.*'full'"),
-    ({"peft_config": "lora"}, "peft_config is 'lora', but must be"),
-    ({"continue_from": "outputs/lora"}, "continue_from='outputs/lora' is a saved LoRA: merge it into the base"),
-    ({"offload": ["denoiser"]}, "leave 'denoiser' out of offload"),
-    ({"context_parallel": 2}, "context_parallel"),
-    ({"lora_denoisers": ["unet"]}, r"lora_denoisers=\['unet'\]: name one or more"),
-])
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"peft_config": "half"}, "peft_config is 'half', but must be a peft.LoraConfig.*'full'"),
+        ({"peft_config": "lora"}, "peft_config is 'lora', but must be"),
+        ({"continue_from": "outputs/lora"}, "continue_from='outputs/lora' is a saved LoRA: merge it into the base"),
+        ({"offload": ["denoiser"]}, "leave 'denoiser' out of offload"),
+        ({"context_parallel": 2}, "context_parallel"),
+        ({"lora_denoisers": ["unet"]}, r"lora_denoisers=\['unet'\]: name one or more"),
+    ],
+)
 def test_settings_that_do_not_fit_are_refused(settings, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer(tmp_path, **{"peft_config": "full"} | settings)
 
 
-@pytest.mark.parametrize("environment, settings, message", [
-    ({}, {"optim": "adafactor"}, r"optim='adafactor' may need whole weights.*set one of \['adamw_torch'"),
-    ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward=false.*set it to true"),
-    ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params=true.*set it to false"),
-])
-def test_what_fsdp2_cannot_do_is_refused_before_a_model_is_loaded(environment, settings, message, tmp_path,
-                                                                  monkeypatch):
+@pytest.mark.parametrize(
+    "environment, settings, message",
+    [
+        ({}, {"optim": "adafactor"}, r"optim='adafactor' may need whole weights.*set one of \['adamw_torch'"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "false"}, {}, "fsdp_reshard_after_forward=false.*set it to true"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "fsdp_offload_params=true.*set it to false"),
+    ],
+)
+def test_what_fsdp2_cannot_do_is_refused_before_a_model_is_loaded(
+    environment, settings, message, tmp_path, monkeypatch
+):
     """By what `accelerate launch` tells its processes."""
     for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | environment).items():
         monkeypatch.setenv(name, value)

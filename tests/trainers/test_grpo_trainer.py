@@ -47,20 +47,25 @@ class ByHand(TrainerCallback):
         self.gradient = dict(zip(made.adapter, gradient))
 
 
-@pytest.mark.parametrize("settings", [
-    {"per_device_train_batch_size": 8},
-    {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
-    {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
-], ids=["whole", "2x4", "4x2", "rollout-in-parts"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 8},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
+    ],
+    ids=["whole", "2x4", "4x2", "rollout-in-parts"],
+)
 def test_gradient_is_that_of_the_whole_batch_in_one_graph(tmp_path, settings):
     def not_all(prompts, videos, **columns):
         """Rows without a reward have advantage 0: they are skipped, and still count in the mean."""
         return [None if i in (1, 2, 6) else v for i, v in enumerate(brightness(prompts, videos).tolist())]
 
     by_hand, gradients = ByHand(), Gradients()
-    made = trainer(tmp_path, not_all, alive=True, callbacks=[gradients, by_hand], max_steps=1,
-                   max_grad_norm=0.0, **settings)
+    made = trainer(
+        tmp_path, not_all, alive=True, callbacks=[gradients, by_hand], max_steps=1, max_grad_norm=0.0, **settings
+    )
     by_hand.trainer = made
     made.train()
     ours = {name.removeprefix("denoiser."): g for name, g in gradients.steps[0].items()}
@@ -76,8 +81,16 @@ def test_accumulation_does_not_change_the_weights(tmp_path):
     """Two optimizer steps, plain SGD: 1 x 8 videos, 2 x 4 and 4 x 2 are the same run."""
     results = []
     for size in (8, 4, 2):
-        made = trainer(tmp_path / str(size), alive=True, per_device_train_batch_size=size, optim="sgd",
-                       max_grad_norm=0.0, gradient_accumulation_steps=8 // size, learning_rate=50.0, max_steps=2)
+        made = trainer(
+            tmp_path / str(size),
+            alive=True,
+            per_device_train_batch_size=size,
+            optim="sgd",
+            max_grad_norm=0.0,
+            gradient_accumulation_steps=8 // size,
+            learning_rate=50.0,
+            max_steps=2,
+        )
         before = weights(made)
         made.train()
         results.append(weights(made))
@@ -125,9 +138,22 @@ def test_the_window_is_what_trains(tmp_path):
 @pytest.mark.slow
 def test_it_learns(tmp_path):
     """The embedded model's deterministic samples of fixed noise get brighter (measured: .50 to .84 in 10 steps)."""
-    made = VideoGRPOTrainer("tiny-wan", brightness, config(
-        tmp_path, height=32, width=32, pipeline_kwargs={"max_sequence_length": 24}, per_device_train_batch_size=16,
-        num_generations=8, max_steps=8, num_sample_videos=0), prompts(4), eval_dataset=prompts(4))
+    made = VideoGRPOTrainer(
+        "tiny-wan",
+        brightness,
+        config(
+            tmp_path,
+            height=32,
+            width=32,
+            pipeline_kwargs={"max_sequence_length": 24},
+            per_device_train_batch_size=16,
+            num_generations=8,
+            max_steps=8,
+            num_sample_videos=0,
+        ),
+        prompts(4),
+        eval_dataset=prompts(4),
+    )
     made.train()
     before, after = logged(made, "eval_reward")
     assert after > before + 50
@@ -151,19 +177,30 @@ def test_a_second_iteration_has_another_ratio_and_clips(tmp_path):
 def test_more_micro_batches_than_accumulation_steps(tmp_path):
     """A rollout of 8 videos, 4 micro-batches of 2, an optimizer step every 2: two steps a rollout."""
     gradients = Gradients()
-    made = trainer(tmp_path, alive=True, per_device_train_batch_size=2, steps_per_generation=4,
-                   gradient_accumulation_steps=2, max_steps=4, callbacks=[gradients])
+    made = trainer(
+        tmp_path,
+        alive=True,
+        per_device_train_batch_size=2,
+        steps_per_generation=4,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        callbacks=[gradients],
+    )
     made.train()
     assert len(logged(made, "reward")) == 2 and len(gradients.steps) == 4
     deviation = logged(made, "ratio/max_deviation")
     assert deviation[0] < 1e-5 and deviation[1] > 1e-5
 
 
-@pytest.mark.parametrize("settings", [
-    {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
-    {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "num_iterations": 3},
-    {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "num_iterations": 3},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps_per_generation": 1, "gradient_accumulation_steps": 2},
+        {"steps_per_generation": 1, "gradient_accumulation_steps": 2, "num_iterations": 3},
+        {"steps_per_generation": 2, "gradient_accumulation_steps": 4, "num_iterations": 3},
+    ],
+    ids=str,
+)
 def test_optimizer_steps_inside_a_rollouts_use(tmp_path, settings):
     """The ratio must be 1 only while the weights are those of the rollout."""
     made = trainer(tmp_path, alive=True, max_steps=4, replay_tolerance=1e-6, **settings)
@@ -299,8 +336,14 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
 
 
 def test_prompt_statistics_replace_the_groups(tmp_path):
-    made = trainer(tmp_path, data=prompts(1), per_prompt_stat_tracking=True, per_prompt_stat_tracking_buffer_size=6,
-                   per_prompt_stat_tracking_min_count=2, max_steps=2)
+    made = trainer(
+        tmp_path,
+        data=prompts(1),
+        per_prompt_stat_tracking=True,
+        per_prompt_stat_tracking_buffer_size=6,
+        per_prompt_stat_tracking_min_count=2,
+        max_steps=2,
+    )
     made.train()
     assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6}
     assert abs(float(made.scored.advantages.mean())) > 1e-4  # not centred on the group
@@ -311,8 +354,9 @@ def test_two_rewards_normalised_each(tmp_path):
         return 1e-2 * brightness(prompts, videos)
 
     for kind in ("sum_then_normalize", "normalize_then_sum"):
-        made = trainer(tmp_path / kind, [tiny, redness], reward_weights=[1.0, 0.5], max_steps=1,
-                       multi_objective_aggregation=kind)
+        made = trainer(
+            tmp_path / kind, [tiny, redness], reward_weights=[1.0, 0.5], max_steps=1, multi_objective_aggregation=kind
+        )
         made.train()
         row = made.state.log_history[0]
         assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/redness/mean"], rel=1e-5)
@@ -414,8 +458,15 @@ def test_judges_never_influence_training(tmp_path):
 
     results = []
     for name, judges in (("with", [judge]), ("without", None)):
-        made = trainer(tmp_path / name, alive=True, max_steps=2, eval_dataset=prompts(2), judges=judges,
-                       eval_strategy="steps", eval_steps=1)
+        made = trainer(
+            tmp_path / name,
+            alive=True,
+            max_steps=2,
+            eval_dataset=prompts(2),
+            judges=judges,
+            eval_strategy="steps",
+            eval_steps=1,
+        )
         made.train()
         results.append(weights(made))
     assert largest_difference(*results) == 0 and len(torch_draws) == 3
@@ -443,8 +494,15 @@ def test_the_average_is_saved_and_evaluated(tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             trail.append(weights(made))
 
-    made = trainer(tmp_path, ema_decay=0.9, max_steps=3, callbacks=[Trail()], eval_dataset=prompts(2),
-                   save_strategy="steps", save_steps=3)
+    made = trainer(
+        tmp_path,
+        ema_decay=0.9,
+        max_steps=3,
+        callbacks=[Trail()],
+        eval_dataset=prompts(2),
+        save_strategy="steps",
+        save_steps=3,
+    )
     average = weights(made)
     made.train()
     for n, current in enumerate(trail, start=1):
@@ -498,10 +556,19 @@ def test_the_best_model_has_the_highest_reward(tmp_path):
     def falling(prompts, videos, trainer_state, **columns):
         return [-float(trainer_state.global_step)] * len(prompts)
 
-    made = trainer(tmp_path, [brightness, falling], reward_weights=[1e-9, 1.0], eval_dataset=prompts(2), max_steps=3,
-                   eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                   load_best_model_at_end=True,
-                   num_sample_videos=0)
+    made = trainer(
+        tmp_path,
+        [brightness, falling],
+        reward_weights=[1e-9, 1.0],
+        eval_dataset=prompts(2),
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        num_sample_videos=0,
+    )
     made.train()
     assert made.state.best_model_checkpoint.endswith("checkpoint-1")
     first = trainer(tmp_path / "one", [brightness, falling], reward_weights=[1e-9, 1.0], max_steps=1)
@@ -517,10 +584,20 @@ def test_the_best_model_is_what_an_average_saves(tmp_path):
     def falling(prompts, videos, trainer_state, **columns):
         return [-float(trainer_state.global_step)] * len(prompts)
 
-    made = trainer(tmp_path, [brightness, falling], reward_weights=[1e-9, 1.0], eval_dataset=prompts(2), max_steps=3,
-                   eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                   load_best_model_at_end=True,
-                   num_sample_videos=0, ema_decay=0.5)
+    made = trainer(
+        tmp_path,
+        [brightness, falling],
+        reward_weights=[1e-9, 1.0],
+        eval_dataset=prompts(2),
+        max_steps=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        num_sample_videos=0,
+        ema_decay=0.5,
+    )
     made.train()
     made.save_model()
     name = "pytorch_lora_weights.safetensors"
@@ -534,9 +611,18 @@ def test_the_best_model_is_what_an_average_saves(tmp_path):
 def finished(tmp_path_factory):
     """A whole run: evaluation before, between and after, checkpoints, the adapter at the root."""
     folder = tmp_path_factory.mktemp("run")
-    made = trainer(folder, max_steps=4, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
-                   judges=redness, log_completions=True, learning_rate=3e-2,
-                   eval_dataset={"seen": prompts(3), "new": Dataset.from_dict({"prompt": ["other 0", "other 1"]})})
+    made = trainer(
+        folder,
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        judges=redness,
+        log_completions=True,
+        learning_rate=3e-2,
+        eval_dataset={"seen": prompts(3), "new": Dataset.from_dict({"prompt": ["other 0", "other 1"]})},
+    )
     made.train()
     made.save_model()
     return made, folder
@@ -545,12 +631,18 @@ def finished(tmp_path_factory):
 def test_files_of_a_run(finished):
     made, folder = finished
     assert sorted(p.name for p in (folder / "evaluations").iterdir()) == [
-        "step_000000.json", "step_000002.json", "step_000004.json"]
+        "step_000000.json",
+        "step_000002.json",
+        "step_000004.json",
+    ]
     for step in (0, 2, 4):
         for name, count in (("seen", 2), ("new", 2)):
             place = folder / "samples" / f"step_{step:06d}" / name
             assert sorted(p.name for p in place.iterdir()) == [
-                *(f"{i:03d}.mp4" for i in range(count)), "rewards.json", "sheet.png"]
+                *(f"{i:03d}.mp4" for i in range(count)),
+                "rewards.json",
+                "sheet.png",
+            ]
             rewards = json.loads((place / "rewards.json").read_text())
             assert len(rewards["prompts"]) == count == len(rewards["scores"]["reward"])
     assert {p.name for p in (folder / "samples").glob("*.png")} == {"before_after_seen.png", "before_after_new.png"}
@@ -589,10 +681,16 @@ def test_the_adapter_loads_into_plain_diffusers(finished):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*[Nn]o LoRA keys.*")
         fresh.load_lora_weights(folder)
-    call = {**tiny_runs.CALL, "prompt": "clip 0", "num_inference_steps": 3, "max_sequence_length": 16,
-            "output_type": "latent"}
-    latents = [pipe(**call, generator=torch.Generator().manual_seed(1)).frames
-               for pipe in (fresh, made.pipeline, base)]
+    call = {
+        **tiny_runs.CALL,
+        "prompt": "clip 0",
+        "num_inference_steps": 3,
+        "max_sequence_length": 16,
+        "output_type": "latent",
+    }
+    latents = [
+        pipe(**call, generator=torch.Generator().manual_seed(1)).frames for pipe in (fresh, made.pipeline, base)
+    ]
     assert isinstance(fresh, WanPipeline)
     torch.testing.assert_close(latents[0], latents[1], rtol=1e-5, atol=1e-5)
     assert float((latents[0] - latents[2]).abs().max()) > 1e-3

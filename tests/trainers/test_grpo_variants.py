@@ -33,9 +33,22 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def flash(folder, rewards=brightness, **settings):
     """Four prompts a rollout, each with a window of one of five steps."""
-    return trainer(folder, rewards, data=prompts(4), method="flash_grpo",
-                   **{"num_generations": 2, "per_device_train_batch_size": 8, "num_inference_steps": 6,
-                      "epsilon": 0.5, "max_steps": 1, "alive": True, "num_sample_videos": 0} | settings)
+    return trainer(
+        folder,
+        rewards,
+        data=prompts(4),
+        method="flash_grpo",
+        **{
+            "num_generations": 2,
+            "per_device_train_batch_size": 8,
+            "num_inference_steps": 6,
+            "epsilon": 0.5,
+            "max_steps": 1,
+            "alive": True,
+            "num_sample_videos": 0,
+        }
+        | settings,
+    )
 
 
 def windows(made) -> list[tuple[int, ...]]:
@@ -81,9 +94,15 @@ class FlashByHand(TrainerCallback):
         self.gradient = dict(zip(made.adapter, torch.autograd.grad(total, list(made.adapter.values()))))
 
 
-@pytest.mark.parametrize("division", [
-    {}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}, {"rollout_batch_size": 3},
-], ids=["whole", "4x2", "rollout-in-parts"])
+@pytest.mark.parametrize(
+    "division",
+    [
+        {},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+        {"rollout_batch_size": 3},
+    ],
+    ids=["whole", "4x2", "rollout-in-parts"],
+)
 def test_windows_of_several_prompts_have_one_gradient(tmp_path, division):
     by_hand, gradients = FlashByHand(), Gradients()
     made = flash(tmp_path, callbacks=[gradients, by_hand], max_grad_norm=0.0, **division)
@@ -104,8 +123,15 @@ def test_prompts_with_one_window_share_a_call(tmp_path, overlap):
         scored.append((prompts, videos))
         return brightness(prompts, videos)
 
-    made = flash(tmp_path, rewards=kept, overlap_rewards=overlap, learning_rate=0.0, sde_window_range=(0, 2),
-                 rollout_batch_size=4, seed=0)
+    made = flash(
+        tmp_path,
+        rewards=kept,
+        overlap_rewards=overlap,
+        learning_rate=0.0,
+        sde_window_range=(0, 2),
+        rollout_batch_size=4,
+        seed=0,
+    )
     calls, sample = [], made.policy.sample
 
     def counted(prompts, **keywords):
@@ -118,10 +144,15 @@ def test_prompts_with_one_window_share_a_call(tmp_path, overlap):
     assert len(calls) == len(set(calls)) == 2 and len(scored) == (2 if overlap else 1)
     table = {}
     for rows, samples in made.scored.parts:
-        videos = next(videos for prompts, videos in scored if prompts == samples.prompts) if overlap \
-            else scored[0][1][rows]
-        again = sample(samples.prompts, noise_seeds=samples.noise_seeds,
-                       step_seeds=[step_seed(made, row) for row in rows], steps=samples.steps)
+        videos = (
+            next(videos for prompts, videos in scored if prompts == samples.prompts) if overlap else scored[0][1][rows]
+        )
+        again = sample(
+            samples.prompts,
+            noise_seeds=samples.noise_seeds,
+            step_seeds=[step_seed(made, row) for row in rows],
+            steps=samples.steps,
+        )
         assert torch.equal(again.videos, videos)
         table |= dict(zip(rows, brightness(samples.prompts, videos).tolist()))
     rewards = torch.tensor([table[row] for row in range(8)], dtype=torch.float64)
@@ -137,7 +168,7 @@ def test_the_weight_is_the_papers(tmp_path):
     """1 / c, c = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma), with flow_sde_linear's s and D = sigma - sigma'."""
     made = flash(tmp_path, transition="flow_sde_linear", noise_level=0.8, sde_window_size=5)
     made.train()
-    (_, samples), = made.scored.parts
+    ((_, samples),) = made.scored.parts
     steps = []
     made.policy.replay(samples, [0], steps.append, grad=False)
     sigmas = [made.policy.predict(samples, [0], noise_seeds=[0], step=index).time.double() for index in range(6)]
@@ -195,8 +226,9 @@ def test_dppo_is_policy_gradient_until_it_is_far(tmp_path):
         trainer(tmp_path / method, method=method, alive=True, callbacks=[keep], max_steps=1, **settings).train()
         gradients[method] = keep.steps[0]
     assert largest_difference(gradients["grpo"], gradients["flow_dppo"]) < 1e-6
-    made = trainer(tmp_path / "tight", method="flow_dppo", alive=True, num_iterations=2, max_steps=2,
-                   divergence_limit=1e-12)
+    made = trainer(
+        tmp_path / "tight", method="flow_dppo", alive=True, num_iterations=2, max_steps=2, divergence_limit=1e-12
+    )
     made.train()
     region, low, high = (logged(made, f"clip_ratio/{name}_mean") for name in ("region", "low", "high"))
     assert region[0] == 0 < region[1] < 1 and region[1] == pytest.approx(low[1] + high[1])
@@ -204,8 +236,14 @@ def test_dppo_is_policy_gradient_until_it_is_far(tmp_path):
 
 @pytest.mark.parametrize("method", ["flash_grpo", "flow_dppo"])
 def test_equal_rewards_train_nothing(tmp_path, method):
-    made = trainer(tmp_path, lambda prompts, videos, **columns: [0.5] * len(prompts), method=method, alive=True,
-                   max_steps=1, weight_decay=0.0)
+    made = trainer(
+        tmp_path,
+        lambda prompts, videos, **columns: [0.5] * len(prompts),
+        method=method,
+        alive=True,
+        max_steps=1,
+        weight_decay=0.0,
+    )
     before = weights(made)
     made.train()
     assert largest_difference(before, weights(made)) == 0 and logged(made, "frac_reward_zero_std") == [1.0]
@@ -238,9 +276,19 @@ class AnchorByHand(TrainerCallback):
 def test_without_an_advantage_only_the_anchor_pulls(tmp_path, method, space):
     by_hand, gradients = AnchorByHand(), Gradients()
     by_hand.trainer = made = trainer(
-        tmp_path, lambda prompts, videos, **columns: [0.5] * len(prompts), method=method, alive=True, max_steps=1,
-        beta=0.3, kl_space=space, max_grad_norm=0.0, callbacks=[gradients, by_hand], num_sample_videos=0,
-        per_device_train_batch_size=4, gradient_accumulation_steps=2)
+        tmp_path,
+        lambda prompts, videos, **columns: [0.5] * len(prompts),
+        method=method,
+        alive=True,
+        max_steps=1,
+        beta=0.3,
+        kl_space=space,
+        max_grad_norm=0.0,
+        callbacks=[gradients, by_hand],
+        num_sample_videos=0,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
     made.train()
     assert logged(made, "kl")[0] > 0 and not made.scored.advantages.any()
     for name, expected in by_hand.gradient.items():

@@ -36,7 +36,9 @@ def numbers(images) -> list[int]:
 def trainer(folder, family="wan_i2v", data=None, model=None, **settings):
     length = {"pipeline_kwargs": {"max_sequence_length": CALLS[family]["max_sequence_length"]}}
     return tiny_runs.trainer(
-        folder, model=model or quiet(BUILD[family]()), data=pictures() if data is None else data,
+        folder,
+        model=model or quiet(BUILD[family]()),
+        data=pictures() if data is None else data,
         **SIZES[family] | length | settings,
     )
 
@@ -59,19 +61,33 @@ def ti2v():
     from diffusers import WanImageToVideoPipeline
 
     parts = BUILD["wan22_ti2v"]().components
-    return quiet(WanImageToVideoPipeline(**parts | {"image_encoder": None, "image_processor": None},
-                                         expand_timesteps=True))
+    return quiet(
+        WanImageToVideoPipeline(**parts | {"image_encoder": None, "image_processor": None}, expand_timesteps=True)
+    )
 
 
 def test_the_frame_that_is_given_teaches_nothing(tmp_path):
     """Neither its prediction nor its target is in the loss: what they are changes no gradient."""
-    settings = {"per_device_train_batch_size": 2, "num_generations": 2, "num_inference_steps": 2, "max_steps": 1,
-                "method": "rvm", "alive": True, **{k: CALLS["wan22_ti2v"][k] for k in ("height", "width")}}
+    settings = {
+        "per_device_train_batch_size": 2,
+        "num_generations": 2,
+        "num_inference_steps": 2,
+        "max_steps": 1,
+        "method": "rvm",
+        "alive": True,
+        **{k: CALLS["wan22_ti2v"][k] for k in ("height", "width")},
+    }
     taken = []
     for change in (0.0, 3.0):
         gradients = tiny_runs.Gradients()
-        made = tiny_runs.trainer(tmp_path / str(change), model=ti2v(), data=pictures(), callbacks=[gradients],
-                                 num_frames=CALLS["wan22_ti2v"]["num_frames"], **settings)
+        made = tiny_runs.trainer(
+            tmp_path / str(change),
+            model=ti2v(),
+            data=pictures(),
+            callbacks=[gradients],
+            num_frames=CALLS["wan22_ti2v"]["num_frames"],
+            **settings,
+        )
         predict = made.policy.predict
 
         def moved(*arguments, predict=predict, change=change, **keywords):
@@ -95,8 +111,17 @@ def test_one_prompt_with_two_images(tmp_path):
         return [1, 2, 3, 5]
 
     made = trainer(
-        tmp_path, rewards=graded, data=data, per_device_train_batch_size=4, num_generations=2, max_steps=1,
-        rollout_batch_size=3, beta=0.1, step_weighting="guard", per_prompt_stat_tracking=True, shuffle_dataset=False,
+        tmp_path,
+        rewards=graded,
+        data=data,
+        per_device_train_batch_size=4,
+        num_generations=2,
+        max_steps=1,
+        rollout_batch_size=3,
+        beta=0.1,
+        step_weighting="guard",
+        per_prompt_stat_tracking=True,
+        shuffle_dataset=False,
     )
     made.train()
     (images,) = seen
@@ -125,21 +150,34 @@ def test_evaluation_adapter_and_card(tmp_path):
 def test_the_columns_may_hold_pictures_paths_or_tensors(tmp_path):
     PICTURES[0].save(tmp_path / "0.png")
     pixels = np.array(PICTURES[0]).transpose(2, 0, 1)
-    for given in (PICTURES[0], str(tmp_path / "0.png"), tmp_path / "0.png", pixels, pixels.tolist(),
-                  torch.tensor(pixels) / 255, PICTURES[0].convert("RGBA")):
+    for given in (
+        PICTURES[0],
+        str(tmp_path / "0.png"),
+        tmp_path / "0.png",
+        pixels,
+        pixels.tolist(),
+        torch.tensor(pixels) / 255,
+        PICTURES[0].convert("RGBA"),
+    ):
         assert np.array_equal(np.array(load_image(given)), np.array(PICTURES[0]))
     for column in ([str(tmp_path / "0.png")], [pixels.tolist()], [PICTURES[0]]):
         check_images("train_dataset", Dataset.from_dict({"prompt": ["a"], "image": column}), ["image"])
 
 
-@pytest.mark.parametrize("columns, message", [
-    ({}, "columns .*none named 'image', which the pipeline takes its images from"),
-    ({"image": [PICTURES[0], None]}, "train_dataset row 1: image is None"),
-    ({"image": ["here.png", "nowhere.png"]}, "train_dataset row 0: image is 'here.png', and there is no such file"),
-    ({"image": [1.5, 2.5]}, "train_dataset row 0: image: expected an image .*got a float"),
-    ({"image": [[[1.0]], [[1.0]]]}, r"row 0: image: expected an image tensor \(3, H, W\), got \(1, 1\)"),
-    ({"image": [[[[7.5]], [[0.0]], [[0.0]]]] * 2}, r"row 0: image: expected an image tensor in \[0, 1\]"),
-])
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({}, "columns .*none named 'image', which the pipeline takes its images from"),
+        ({"image": [PICTURES[0], None]}, "train_dataset row 1: image is None"),
+        (
+            {"image": ["here.png", "nowhere.png"]},
+            "train_dataset row 0: image is 'here.png', and there is no such file",
+        ),
+        ({"image": [1.5, 2.5]}, "train_dataset row 0: image: expected an image .*got a float"),
+        ({"image": [[[1.0]], [[1.0]]]}, r"row 0: image: expected an image tensor \(3, H, W\), got \(1, 1\)"),
+        ({"image": [[[[7.5]], [[0.0]], [[0.0]]]] * 2}, r"row 0: image: expected an image tensor in \[0, 1\]"),
+    ],
+)
 def test_bad_columns(tmp_path, columns, message):
     data = Dataset.from_dict({"prompt": ["a", "b"], **columns})
     with pytest.raises(ValueError, match=message):
@@ -171,8 +209,13 @@ def test_image_columns(tmp_path):
         trainer(tmp_path, image_columns=["picture"])
     data = pictures(last_image=PICTURES[::-1])
     made = trainer(
-        tmp_path, data=data, model=quiet(tiny_wan_i2v(pos_embed_seq_len=34)), image_columns=["image", "last_image"],
-        max_steps=1, num_generations=2, per_device_train_batch_size=2,
+        tmp_path,
+        data=data,
+        model=quiet(tiny_wan_i2v(pos_embed_seq_len=34)),
+        image_columns=["image", "last_image"],
+        max_steps=1,
+        num_generations=2,
+        per_device_train_batch_size=2,
     )
     made.train()
     first, last = (made.scored.samples.conditions[name] for name in ("image", "last_image"))
@@ -186,8 +229,12 @@ def test_image_columns(tmp_path):
 def test_rewards_are_followed_through_an_image_to_video_pipeline(tmp_path, through):
     call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}}
     made = RewardBackpropTrainer(
-        quiet(BUILD["ltx_i2v"]()), backprop.bright, backprop.config(tmp_path, backprop_through=through, **call),
-        pictures(2), eval_dataset=pictures(2), peft_config=default_lora_config(4),
+        quiet(BUILD["ltx_i2v"]()),
+        backprop.bright,
+        backprop.config(tmp_path, backprop_through=through, **call),
+        pictures(2),
+        eval_dataset=pictures(2),
+        peft_config=default_lora_config(4),
     )
     tiny_runs.enliven(made)
     start, used, sample = weights(made), [], made.policy.sample_with_gradients
@@ -202,8 +249,12 @@ def test_the_consistency_term_of_image_to_video(tmp_path):
     clips = [{"prompt": f"clip {i}", "video": torch.rand(9, 3, 32, 32), "image": PICTURES[i]} for i in range(2)]
     call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}}
     made = RewardBackpropTrainer(
-        quiet(BUILD["ltx_i2v"]()), None, backprop.config(tmp_path, max_steps=2, **call),
-        pictures(4), peft_config=default_lora_config(4), auxiliary_losses=[ConsistencyDistillation(clips, steps=3)],
+        quiet(BUILD["ltx_i2v"]()),
+        None,
+        backprop.config(tmp_path, max_steps=2, **call),
+        pictures(4),
+        peft_config=default_lora_config(4),
+        auxiliary_losses=[ConsistencyDistillation(clips, steps=3)],
     )
     made.train()
     assert all(np.isfinite(value) and value > 0 for value in logged(made, "consistency_loss"))
@@ -215,8 +266,9 @@ def test_the_consistency_term_of_image_to_video(tmp_path):
 
 def test_a_run_on_images(tmp_path):
     """A text-to-image pipeline makes videos of one frame; its card says what it makes."""
-    made = trainer(tmp_path, "sd3", tiny_runs.prompts(), num_frames=None, max_steps=2,
-                   eval_dataset=tiny_runs.prompts(2))
+    made = trainer(
+        tmp_path, "sd3", tiny_runs.prompts(), num_frames=None, max_steps=2, eval_dataset=tiny_runs.prompts(2)
+    )
     made.train()
     made.save_model()
     assert len(logged(made, "reward")) == 2 and max(logged(made, "replay/max_log_prob_error")) <= 1e-6

@@ -30,30 +30,49 @@ def batch():
 
 def trl_loss(new, old, advantages, loss_type: str, level: str, epsilon_low: float, epsilon_high: float):
     """The real GRPOTrainer._compute_loss on given log-probs; no language model is needed."""
-    accelerator = SimpleNamespace(num_processes=1, gather=lambda x: x.reshape(-1), sync_gradients=True,
-                                  reduce=lambda x, reduction=None: x)
+    accelerator = SimpleNamespace(
+        num_processes=1, gather=lambda x: x.reshape(-1), sync_gradients=True, reduce=lambda x, reduction=None: x
+    )
     metrics = {"train": defaultdict(list)}
     stub = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (new, torch.zeros(B, T), None),
-        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level=level, beta=0.0, loss_type=loss_type, epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high, use_vllm=False, model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=level,
+        beta=0.0,
+        loss_type=loss_type,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        use_vllm=False,
+        model=SimpleNamespace(training=True),
         args=SimpleNamespace(delta=None, steps_per_generation=1, use_bias_correction_kl=True),
-        current_gradient_accumulation_steps=1, accelerator=accelerator, max_completion_length=T,
-        _entropy_bonus_enabled=False, _metrics=metrics, vllm_importance_sampling_correction=False,
+        current_gradient_accumulation_steps=1,
+        accelerator=accelerator,
+        max_completion_length=T,
+        _entropy_bonus_enabled=False,
+        _metrics=metrics,
+        vllm_importance_sampling_correction=False,
     )
     ids, ones = torch.zeros(B, T, dtype=torch.long), torch.ones(B, T)
     inputs = {
-        "prompt_ids": ids[:, :1], "prompt_mask": ones[:, :1], "completion_ids": ids, "completion_mask": ones,
-        "advantages": advantages, "old_per_token_logps": old, "num_items_in_batch": torch.tensor(float(B * T)),
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": ones[:, :1],
+        "completion_ids": ids,
+        "completion_mask": ones,
+        "advantages": advantages,
+        "old_per_token_logps": old,
+        "num_items_in_batch": torch.tensor(float(B * T)),
     }
     return GRPOTrainer._compute_loss(stub, None, inputs), metrics["train"]
 
 
 def our_loss(new, old, advantages, epsilon_low: float, epsilon_high: float):
     """As the trainer sums it: one step at a time, divided by samples and steps."""
-    return sum(clipped_policy_loss(new[:, k] - old[:, k], advantages, epsilon_low, epsilon_high).sum() / (B * T)
-               for k in range(T))
+    return sum(
+        clipped_policy_loss(new[:, k] - old[:, k], advantages, epsilon_low, epsilon_high).sum() / (B * T)
+        for k in range(T)
+    )
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
@@ -63,8 +82,9 @@ def test_every_step_counts_as_a_token_of_trl(batch, loss_type):
     theirs, metrics = trl_loss(new, old, advantages, loss_type, "token", 0.2, 0.28)
     ours = our_loss(new, old, advantages, 0.2, 0.28)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(torch.autograd.grad(ours, new)[0], torch.autograd.grad(theirs, new)[0], rtol=1e-5,
-                               atol=1e-8)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, new)[0], torch.autograd.grad(theirs, new)[0], rtol=1e-5, atol=1e-8
+    )
     fractions = [clip_fractions(new[:, k] - old[:, k], advantages, 0.2, 0.28) for k in range(T)]
     assert metrics["clip_ratio/low_mean"][0] == pytest.approx(sum(float(low) for low, _ in fractions) / T)
     assert metrics["clip_ratio/high_mean"][0] == pytest.approx(sum(float(high) for _, high in fractions) / T)
@@ -125,9 +145,13 @@ def test_kl_is_the_gaussians_per_dimension(rows):
     generator = torch.Generator().manual_seed(2)
     mean, reference = torch.randn(2, 3 * rows, 5, generator=generator)
     std = torch.tensor(0.3)
-    exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, std), torch.distributions.Normal(reference, std)
-    ).view(3, -1).mean(1)
+    exact = (
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal(mean, std), torch.distributions.Normal(reference, std)
+        )
+        .view(3, -1)
+        .mean(1)
+    )
     torch.testing.assert_close(kl_to_reference(mean, reference, std, rows), exact)
     assert kl_to_reference(mean, mean, std, rows).tolist() == [0.0] * 3
     expected = (mean - reference).square().view(3, -1).mean(1)

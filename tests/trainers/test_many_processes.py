@@ -9,11 +9,14 @@ from pisces_rl import VideoGRPOTrainer
 from pisces_rl.trainers.base.distributed.ranks import digest
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"ZERO_STAGE": "1"}, "zero_stage=1: set zero_stage: 2 or 3"),
-    ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device='cpu': set it to none"),
-    ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device='nvme': set it to none"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ZERO_STAGE": "1"}, "zero_stage=1: set zero_stage: 2 or 3"),
+        ({"OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "offload_optimizer_device='cpu': set it to none"),
+        ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device='nvme': set it to none"),
+    ],
+)
 def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, settings, message):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
@@ -39,12 +42,15 @@ def test_fsdp1_is_refused(tmp_path, monkeypatch):
         VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"context_parallel": 2}, "context_parallel=2 must be at least 1 and divide the number of processes, 1"),
-    ({"context_parallel": 0}, "context_parallel=0 must be at least 1"),
-    ({"equal_weights_steps": 0}, "equal_weights_steps=0 must be at least 1 optimizer step"),
-    ({"reward_timeout": -1}, "reward_timeout=-1 must be 0"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context_parallel": 2}, "context_parallel=2 must be at least 1 and divide the number of processes, 1"),
+        ({"context_parallel": 0}, "context_parallel=0 must be at least 1"),
+        ({"equal_weights_steps": 0}, "equal_weights_steps=0 must be at least 1 optimizer step"),
+        ({"reward_timeout": -1}, "reward_timeout=-1 must be 0"),
+    ],
+)
 def test_settings(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)

@@ -12,23 +12,39 @@ from tiny_runs import StopAt, largest_difference, logged, prompts, trainer, weig
 from pisces_rl.trainers.base.run.checkpoint import load_tree
 
 #: A rollout for two optimizer steps, by half or as a whole.
-HALVES = {"per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 1,
-          "data": prompts(4)}
+HALVES = {
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 2,
+    "gradient_accumulation_steps": 1,
+    "data": prompts(4),
+}
 TWICE = {"num_iterations": 2}
 
 
-@pytest.mark.parametrize("method, stop, settings", [
-    pytest.param("nft", 2, {"old_decay_rate": 0.2, "ema_decay": 0.8}, marks=pytest.mark.slow),
-    ("nft", 3, TWICE | {"old_decay_rate": 0.2, "ema_decay": 0.8}),
-    pytest.param("awm", 3, HALVES | {"average_decay_rate": 0.2, "average_decay_max": 0.5, "rollout_batch_size": 3},
-                 marks=pytest.mark.slow),
-    pytest.param("rvm", 3, HALVES, marks=pytest.mark.slow),
-    pytest.param("flow_dpo", 3, HALVES | {"num_generations": 2}, marks=pytest.mark.slow),
-    pytest.param("flow_dpo", 3, PAIRS | {"per_device_train_batch_size": 2, "steps_per_generation": 2,
-                                         "gradient_accumulation_steps": 1}, marks=pytest.mark.slow),
-    ("flash_grpo", 3, HALVES | {"num_inference_steps": 4, "num_generations": 2}),
-    pytest.param("flow_dppo", 3, TWICE, marks=pytest.mark.slow),
-], ids=["nft-between", "nft-inside", "awm", "rvm", "flow_dpo", "flow_dpo-pairs", "flash_grpo", "flow_dppo"])
+@pytest.mark.parametrize(
+    "method, stop, settings",
+    [
+        pytest.param("nft", 2, {"old_decay_rate": 0.2, "ema_decay": 0.8}, marks=pytest.mark.slow),
+        ("nft", 3, TWICE | {"old_decay_rate": 0.2, "ema_decay": 0.8}),
+        pytest.param(
+            "awm",
+            3,
+            HALVES | {"average_decay_rate": 0.2, "average_decay_max": 0.5, "rollout_batch_size": 3},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("rvm", 3, HALVES, marks=pytest.mark.slow),
+        pytest.param("flow_dpo", 3, HALVES | {"num_generations": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            "flow_dpo",
+            3,
+            PAIRS | {"per_device_train_batch_size": 2, "steps_per_generation": 2, "gradient_accumulation_steps": 1},
+            marks=pytest.mark.slow,
+        ),
+        ("flash_grpo", 3, HALVES | {"num_inference_steps": 4, "num_generations": 2}),
+        pytest.param("flow_dppo", 3, TWICE, marks=pytest.mark.slow),
+    ],
+    ids=["nft-between", "nft-inside", "awm", "rvm", "flow_dpo", "flow_dpo-pairs", "flash_grpo", "flow_dppo"],
+)
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, method, stop, settings):
     """Between two rollouts, or inside the use of one (stop=3: it is drawn again under the weights that drew it)."""
     pairs = "method" in settings
@@ -63,8 +79,11 @@ def test_averages_are_saved_apart(tmp_path):
     made.train()
     again = trainer(tmp_path, **settings)
     again._load_from_checkpoint(str(tmp_path / "checkpoint-3"))
-    for before, after in ((weights(made), weights(again)), (made.ema.average, again.ema.average),
-                          (made.followers["old"].average, again.followers["old"].average)):
+    for before, after in (
+        (weights(made), weights(again)),
+        (made.ema.average, again.ema.average),
+        (made.followers["old"].average, again.followers["old"].average),
+    ):
         assert largest_difference(before, after) == 0
     kinds = weights(made), made.ema.average, made.followers["old"].average
     assert all(largest_difference(kinds[i], kinds[j]) > 0 for i, j in ((0, 1), (0, 2), (1, 2)))
@@ -91,17 +110,29 @@ def test_the_trained_weights_are_saved_once(tmp_path):
 
 def test_nft_s_adapter_reloads_in_plain_diffusers(tmp_path):
     """The best model at the end, which is the first here, and the average is what is evaluated and saved."""
+
     def falls(prompts, videos, trainer_state, **columns):
         return tiny_runs.brightness(prompts, videos) / 1e3 - trainer_state.global_step
 
-    made = trainer(tmp_path, falls, method="nft", max_steps=2, ema_decay=0.5, eval_dataset=prompts(2),
-                   eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-                   load_best_model_at_end=True)
+    made = trainer(
+        tmp_path,
+        falls,
+        method="nft",
+        max_steps=2,
+        ema_decay=0.5,
+        eval_dataset=prompts(2),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
     made.train()
     assert made.state.best_global_step == 1
     average = made.ema.average
-    assert largest_difference(average, weights(made)) == 0 == largest_difference(average,
-                                                                               made.followers["old"].average)
+    assert (
+        largest_difference(average, weights(made)) == 0 == largest_difference(average, made.followers["old"].average)
+    )
     made.save_model()
     fresh = tiny_runs.pipeline()
     assert isinstance(fresh, WanPipeline)

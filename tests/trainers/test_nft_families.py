@@ -22,17 +22,39 @@ def trainer(folder, family: str, **settings):
     call = CALLS[family] | GUIDANCE[family][1]
     size = {name: call.pop(name, None) for name in SIZE}
     data = {"prompt": ["a fish", "a bird in the snow"]} | CONDITIONS[family]
-    return tiny_runs.trainer(folder, data=Dataset.from_dict(data), model=quiet(BUILD[family]()), alive=True,
-                             **{"method": "nft", "pipeline_kwargs": call, "max_steps": 1, "num_generations": 2,
-                                "num_sample_videos": 0, "beta": 0.1} | size | settings)
+    return tiny_runs.trainer(
+        folder,
+        data=Dataset.from_dict(data),
+        model=quiet(BUILD[family]()),
+        alive=True,
+        **{
+            "method": "nft",
+            "pipeline_kwargs": call,
+            "max_steps": 1,
+            "num_generations": 2,
+            "num_sample_videos": 0,
+            "beta": 0.1,
+        }
+        | size
+        | settings,
+    )
 
 
-@pytest.mark.parametrize("method, family", [
-    *(("nft", family) if family in FAST else pytest.param("nft", family, marks=pytest.mark.slow)
-      for family in STARTING),
-    *((method, "wan22_a14b") for method in OTHERS),
-    *(pytest.param(method, family, marks=pytest.mark.slow) for method in OTHERS for family in ("cogvideox", "latte")),
-])
+@pytest.mark.parametrize(
+    "method, family",
+    [
+        *(
+            ("nft", family) if family in FAST else pytest.param("nft", family, marks=pytest.mark.slow)
+            for family in STARTING
+        ),
+        *((method, "wan22_a14b") for method in OTHERS),
+        *(
+            pytest.param(method, family, marks=pytest.mark.slow)
+            for method in OTHERS
+            for family in ("cogvideox", "latte")
+        ),
+    ],
+)
 def test_a_step(tmp_path, method, family):
     """Its gradients are finite and reach every adapter; of Wan 2.2's experts both, each from its own levels."""
     keep = Gradients()

@@ -26,8 +26,10 @@ def moved(folder, **settings) -> list[float]:
 
 
 # One that replays, one that noises, one that takes pairs; the others follow one of them.
-OFTEN = [method if method in ("grpo", "nft", "flow_dpo") else pytest.param(method, marks=pytest.mark.slow)
-         for method in METHODS]
+OFTEN = [
+    method if method in ("grpo", "nft", "flow_dpo") else pytest.param(method, marks=pytest.mark.slow)
+    for method in METHODS
+]
 
 
 @pytest.mark.parametrize("method", OFTEN)
@@ -39,6 +41,7 @@ def test_without_spread_adamw_moves_nothing(tmp_path, method):
 
 def test_an_anchor_or_another_term_still_steps(tmp_path):
     """GRPO's KL, and an auxiliary loss, have a gradient without rewards."""
+
     class Pull(AuxiliaryLoss):
         name = "pull"
 
@@ -69,11 +72,13 @@ def told_once(made, phrase: str) -> str:
 @pytest.mark.parametrize("method", OFTEN)
 def test_it_is_said_once_of_which_prompts(tmp_path, method):
     """Two of three groups; the next rollout says nothing more of it."""
+
     def of_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.5 for p, v in zip(prompts, brightness(prompts, videos).tolist())]
 
-    made = trainer(tmp_path, of_clip_0, method=method, per_device_train_batch_size=12, shuffle_dataset=False,
-                   num_sample_videos=0)
+    made = trainer(
+        tmp_path, of_clip_0, method=method, per_device_train_batch_size=12, shuffle_dataset=False, num_sample_videos=0
+    )
     assert told_once(made, "tell none").startswith(
         "the rewards of 'clip 1' tell none of its videos from another (all are equal, or none applies), nor do those "
         "of 1 further of this rollout's 3 prompts"

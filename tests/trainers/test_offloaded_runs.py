@@ -25,16 +25,32 @@ def resident(made) -> set[str]:
 
 
 @pytest.mark.usefixtures("absent_weights_are_nan")
-@pytest.mark.parametrize("settings", [
-    {"offload": ["text_encoder", "vae", "rewards"]},
-    pytest.param({"offload": ALL}, marks=pytest.mark.slow),
-    {"offload": ALL, "gradient_checkpointing": True, "beta": 0.1, "ema_decay": 0.5, "rollout_batch_size": 2},
-    pytest.param({"offload": ALL, "gradient_checkpointing": True, "torch_compile": True,
-                  "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
-], ids=["idle parts", "all", "reference and average", "compiled"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"offload": ["text_encoder", "vae", "rewards"]},
+        pytest.param({"offload": ALL}, marks=pytest.mark.slow),
+        {"offload": ALL, "gradient_checkpointing": True, "beta": 0.1, "ema_decay": 0.5, "rollout_batch_size": 2},
+        pytest.param(
+            {
+                "offload": ALL,
+                "gradient_checkpointing": True,
+                "torch_compile": True,
+                "torch_compile_backend": "aot_eager",
+            },
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["idle parts", "all", "reference and average", "compiled"],
+)
 def test_grpo_leaves_the_same_adapter(tmp_path, settings):
-    common = {"eval_dataset": tiny_runs.prompts(2), "judges": tiny_runs.redness, "alive": True,
-              "save_strategy": "steps", "save_steps": 1}
+    common = {
+        "eval_dataset": tiny_runs.prompts(2),
+        "judges": tiny_runs.redness,
+        "alive": True,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
     offloaded = tiny_runs.trainer(tmp_path / "a", **common, **settings)
     assert resident(offloaded) == set()
     plain = tiny_runs.trainer(tmp_path / "b", **common, **settings | {"offload": None})
@@ -49,20 +65,24 @@ def test_grpo_leaves_the_same_adapter(tmp_path, settings):
 @pytest.mark.usefixtures("absent_weights_are_nan")
 def test_grpo_of_two_experts(tmp_path):
     settings = {"num_inference_steps": 5, "alive": True, "guidance_scale": 3.0}
-    made = [tiny_runs.trainer(tmp_path / str(i), model=quiet(BUILD["wan22_a14b"]()), offload=offload, **settings)
-            for i, offload in enumerate((ALL, None))]
+    made = [
+        tiny_runs.trainer(tmp_path / str(i), model=quiet(BUILD["wan22_a14b"]()), offload=offload, **settings)
+        for i, offload in enumerate((ALL, None))
+    ]
     found, expected = map(left, made)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert {name.split(".")[0] for name in expected} == {"transformer", "transformer_2"}
 
 
 @pytest.mark.usefixtures("absent_weights_are_nan")
-@pytest.mark.parametrize("through", [
-    "last_steps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_variance", "one_step"))])
+@pytest.mark.parametrize(
+    "through", ["last_steps", *(pytest.param(name, marks=pytest.mark.slow) for name in ("low_variance", "one_step"))]
+)
 def test_backpropagation_and_the_consistency_term_leave_the_same_adapter(tmp_path, through):
     made = [
-        consistency.distilled(tmp_path / str(i), backprop.bright, offload=offload, backprop_through=through,
-                              gradient_checkpointing=True)
+        consistency.distilled(
+            tmp_path / str(i), backprop.bright, offload=offload, backprop_through=through, gradient_checkpointing=True
+        )
         for i, offload in enumerate((ALL, None))
     ]
     found, expected = map(left, made)

@@ -61,17 +61,30 @@ def test_a_step_of_the_frozen_expert_teaches_nothing(tmp_path, method):
         made.train()
     row = made.state.log_history[0]
     assert {key for key in row if key.startswith("grad_norm/step_")} == {
-        f"grad_norm/step_{step}" for step in ((2,) if method == "grpo" else (2, 3))}
+        f"grad_norm/step_{step}" for step in ((2,) if method == "grpo" else (2, 3))
+    }
     assert row["grad_norm"] > 0
 
 
 def test_backpropagation_through_the_frozen_expert_is_refused(tmp_path):
     made = RewardBackpropTrainer(
-        quiet(BUILD["wan22_a14b"]()), brightness_with_gradients, peft_config=default_lora_config(4),
-        train_dataset=prompts(), args=RewardBackpropConfig(
-            str(tmp_path), **A14B, lora_denoisers=["transformer"], per_device_train_batch_size=1, max_steps=1,
-            pipeline_kwargs={"max_sequence_length": 16}, use_cpu=True, report_to="none", num_sample_videos=0,
-            gradient_checkpointing=False))
+        quiet(BUILD["wan22_a14b"]()),
+        brightness_with_gradients,
+        peft_config=default_lora_config(4),
+        train_dataset=prompts(),
+        args=RewardBackpropConfig(
+            str(tmp_path),
+            **A14B,
+            lora_denoisers=["transformer"],
+            per_device_train_batch_size=1,
+            max_steps=1,
+            pipeline_kwargs={"max_sequence_length": 16},
+            use_cpu=True,
+            report_to="none",
+            num_sample_videos=0,
+            gradient_checkpointing=False,
+        ),
+    )
     with pytest.raises(PolicyError, match=r"not trained. Train the one that they call \(lora_denoisers\)"):
         made.train()
 
@@ -93,9 +106,7 @@ def test_a_guider_and_peft_s_layout(tmp_path):
     fresh = quiet(BUILD["hunyuan15"]())
     fresh.transformer = PeftModel.from_pretrained(fresh.transformer, tmp_path, subfolder="transformer")
     call = dict(CALLS["hunyuan15"], prompt=["a"], num_inference_steps=2, output_type="latent")
-    videos = [
-        pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (made.pipeline, fresh)
-    ]
+    videos = [pipe(**call, generator=torch.Generator().manual_seed(0)).frames for pipe in (made.pipeline, fresh)]
     torch.testing.assert_close(videos[0], videos[1])
 
 
@@ -104,8 +115,16 @@ def test_prompts_of_several_lengths_without_a_mask(tmp_path):
     from datasets import Dataset
 
     data = Dataset.from_dict({"prompt": ["a", "a bird in the snow", "a fish", "cat"]})
-    made = trainer(tmp_path, data=data, model=quiet(BUILD["kandinsky5"]()), guidance_scale=1.0, num_frames=5,
-                   num_generations=2, gradient_accumulation_steps=2, max_steps=1)  # fmt: skip
+    made = trainer(
+        tmp_path,
+        data=data,
+        model=quiet(BUILD["kandinsky5"]()),
+        guidance_scale=1.0,
+        num_frames=5,
+        num_generations=2,
+        gradient_accumulation_steps=2,
+        max_steps=1,
+    )
     made.train()
     assert max(logged(made, "replay/max_log_prob_error")) <= 1e-5
     made.save_model()

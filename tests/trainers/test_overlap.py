@@ -105,7 +105,7 @@ def test_the_shipped_rewards_differ_by_rounding_at_most():
     for size in (16, 5):
         with OverlappedRewards(panel, CPU) as rewards:
             for start in range(0, 32, size):
-                rewards.submit(names[start:start + size], videos[start:start + size], {})
+                rewards.submit(names[start : start + size], videos[start : start + size], {})
             values = rewards.table(names, videos, {}).values
         torch.testing.assert_close(values, whole, rtol=1e-4, atol=1e-4)
 
@@ -196,8 +196,17 @@ def test_a_run_is_the_same(tmp_path):
     data = prompts(3, number=[1.0, 2.0, 3.0])
     results = []
     for overlap in (False, True):
-        made = trainer(tmp_path / str(overlap), [numbered, redness], data, alive=True, rollout_batch_size=3,
-                       per_device_train_batch_size=8, max_steps=3, overlap_rewards=overlap, trace_steps=3)
+        made = trainer(
+            tmp_path / str(overlap),
+            [numbered, redness],
+            data,
+            alive=True,
+            rollout_batch_size=3,
+            per_device_train_batch_size=8,
+            max_steps=3,
+            overlap_rewards=overlap,
+            trace_steps=3,
+        )
         before = weights(made)
         made.train()
         results.append((weights(made), [logged(made, name) for name in ("reward", "reward_std", "loss", "seen/mean")]))
@@ -232,6 +241,7 @@ def test_scoring_and_sampling_meet(tmp_path):
 
 def test_the_attention_kernel_does_not_come_and_go():
     """Torch keeps it for all threads: a reward must not have it only while the denoiser happens to run."""
+
     def flags(prompts, videos, log_extra, **columns):
         time.sleep(0.01)
         log_extra("flash", [float(torch.backends.cuda.flash_sdp_enabled())] * len(prompts))

@@ -23,8 +23,9 @@ def test_a_run_uploads_adapter_card_and_samples(tmp_path):
     code = RUN.format(tests=str(here.parent), trainers=str(here), folder=str(tmp_path / "run"), token=TOKEN)
     with running_hub() as server:
         environment = client_environment(server, os.environ, tmp_path)
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True,
-                              timeout=200)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=200
+        )
     assert done.returncode == 0, done.stderr[-3000:]
     files = server.commits[-1]["files"]
     assert server.commits[-1]["repo"] == "me/mine"

@@ -38,16 +38,34 @@ def state_of(made) -> dict:
     return tensors | {"lr": torch.tensor(made.lr_scheduler.get_last_lr(), dtype=torch.double)}
 
 
-@pytest.mark.parametrize("stop, settings", [
-    pytest.param(2, {}, marks=pytest.mark.slow),
-    pytest.param(3, {"lr_scheduler_type": "cosine"}, marks=pytest.mark.slow),  # a new epoch begins at step 3
-    (4, {"lr_scheduler_type": "cosine", "ema_decay": 0.8}),
-    (2, {"per_prompt_stat_tracking": True, "per_prompt_stat_tracking_min_count": 2,
-         "per_prompt_stat_tracking_buffer_size": 6, "beta": 0.05}),
-    (4, {"num_iterations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
-         "share_initial_noise": True}),
-    (2, {"sde_window_size": 1, "per_device_train_batch_size": 2, "steps_per_generation": 2}),
-], ids=["constant", "epoch", "ema", "statistics", "iterations", "window"])
+@pytest.mark.parametrize(
+    "stop, settings",
+    [
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        pytest.param(3, {"lr_scheduler_type": "cosine"}, marks=pytest.mark.slow),  # a new epoch begins at step 3
+        (4, {"lr_scheduler_type": "cosine", "ema_decay": 0.8}),
+        (
+            2,
+            {
+                "per_prompt_stat_tracking": True,
+                "per_prompt_stat_tracking_min_count": 2,
+                "per_prompt_stat_tracking_buffer_size": 6,
+                "beta": 0.05,
+            },
+        ),
+        (
+            4,
+            {
+                "num_iterations": 2,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "share_initial_noise": True,
+            },
+        ),
+        (2, {"sde_window_size": 1, "per_device_train_batch_size": 2, "steps_per_generation": 2}),
+    ],
+    ids=["constant", "epoch", "ema", "statistics", "iterations", "window"],
+)
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
     """Shuffled data over several epochs; the checkpoint lies between two rollouts."""
     steps = stop + 2
@@ -71,6 +89,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
 @pytest.mark.slow
 def test_the_order_of_the_data_is_the_uninterrupted_one(tmp_path):
     """TRL's sampler would draw epoch 0's order again after a resume in epoch 2."""
+
     def run(folder, callbacks, resume=False):
         seen = []
 
@@ -85,7 +104,7 @@ def test_the_order_of_the_data_is_the_uninterrupted_one(tmp_path):
     whole = run(tmp_path / "whole", [])
     first = run(tmp_path / "broken", [StopAt(9)])
     assert first + run(tmp_path / "broken", [], resume=True) == whole
-    epochs = [tuple(whole[i:i + 4]) for i in (0, 4)]
+    epochs = [tuple(whole[i : i + 4]) for i in (0, 4)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]  # each a permutation, not the same
 
 
@@ -182,17 +201,39 @@ def test_other_base_weights_and_another_alpha(tmp_path, saved):
 
 
 def test_another_model(tmp_path, saved):
-    refused(tmp_path, saved / "checkpoint-2", "is of another model: WanPipeline .*while this run trains LTXPipeline",
-            model=quiet(BUILD["ltx"]()), height=32, width=32)
-    refused(tmp_path, saved / "checkpoint-2", "is of another model: WanPipeline from", model=load_pipeline("tiny-wan"),
-            height=32, width=32)
+    refused(
+        tmp_path,
+        saved / "checkpoint-2",
+        "is of another model: WanPipeline .*while this run trains LTXPipeline",
+        model=quiet(BUILD["ltx"]()),
+        height=32,
+        width=32,
+    )
+    refused(
+        tmp_path,
+        saved / "checkpoint-2",
+        "is of another model: WanPipeline from",
+        model=load_pipeline("tiny-wan"),
+        height=32,
+        width=32,
+    )
 
 
 def test_another_rank_or_target(tmp_path, saved):
-    refused(tmp_path, saved / "checkpoint-2", "does not fit transformer of this model: .*Resume with .* LoRA settings",
-            rank=8)
-    made = VideoGRPOTrainer(tiny_runs.pipeline(), brightness, config(tmp_path), prompts(), callbacks=[NoTraining()],
-                            peft_config=LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]))
+    refused(
+        tmp_path,
+        saved / "checkpoint-2",
+        "does not fit transformer of this model: .*Resume with .* LoRA settings",
+        rank=8,
+    )
+    made = VideoGRPOTrainer(
+        tiny_runs.pipeline(),
+        brightness,
+        config(tmp_path),
+        prompts(),
+        callbacks=[NoTraining()],
+        peft_config=LoraConfig(r=4, lora_alpha=4, target_modules=["to_q"]),
+    )
     with pytest.raises(ValueError, match="does not fit transformer of this model"):
         made.train(resume_from_checkpoint=str(saved / "checkpoint-2"))
 
@@ -250,8 +291,11 @@ def run_and_be_killed(folder, file_name):
     made.train()
 
 
-@pytest.mark.parametrize("file_name", [
-    None, pytest.param("optimizer.safetensors", marks=pytest.mark.slow)], ids=["before-the-rename", "half-written"])
+@pytest.mark.parametrize(
+    "file_name",
+    [None, pytest.param("optimizer.safetensors", marks=pytest.mark.slow)],
+    ids=["before-the-rename", "half-written"],
+)
 def test_kill_9_during_a_save(tmp_path, file_name):
     assert in_child(run_and_be_killed, tmp_path / "run", file_name) == -signal.SIGKILL
     assert checkpoints(tmp_path / "run") == ["checkpoint-1"]
@@ -287,8 +331,12 @@ def test_full_disk(tmp_path):
     assert in_child(run_on_a_full_disk, folder, tmp_path / "error.json") == 1
     is_os_error, message = json.loads((tmp_path / "error.json").read_text())
     assert is_os_error, message
-    for part in ("checkpoint-2 could not be written (rank 0: ", "Earlier checkpoints are whole", "checkpoint-1",
-                 "free some space"):
+    for part in (
+        "checkpoint-2 could not be written (rank 0: ",
+        "Earlier checkpoints are whole",
+        "checkpoint-1",
+        "free some space",
+    ):
         assert part in message
     assert checkpoints(folder) == ["checkpoint-1"] and not list(folder.glob(".incomplete-*"))
     resumed = trainer(folder, max_steps=2)
@@ -320,6 +368,7 @@ def test_a_full_disk_does_not_take_the_adapter_that_was_there(tmp_path):
 
 def run_and_be_interrupted(folder, output):
     """Ctrl-C in the middle of the third step."""
+
     def reward(prompts, videos, trainer_state, **columns):
         if trainer_state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)

@@ -58,10 +58,15 @@ def test_a_lone_surrogate_is_written_as_it_is(tmp_path):
 
 def test_scores_that_are_no_numbers_are_none(tmp_path):
     folder = folder_of_run(tmp_path / "run", shown=0)
-    scores = {"reward": [float("nan"), float("inf"), 1], "rewards/a": [None, "0.5", True], "rewards/b": 3,
-              "rewards/c": [10**400, 0.1]}
+    scores = {
+        "reward": [float("nan"), float("inf"), 1],
+        "rewards/a": [None, "0.5", True],
+        "rewards/b": 3,
+        "rewards/c": [10**400, 0.1],
+    }
     (folder / "evaluations" / "step_000004.json").write_text(
-        json.dumps({"step": 4, "sets": {"held_out": {"prompts": PLAIN, "scores": scores}, "odd": [1]}}))
+        json.dumps({"step": 4, "sets": {"held_out": {"prompts": PLAIN, "scores": scores}, "odd": [1]}})
+    )
     part = read_run(folder)["evaluations"][1]["sets"]["held_out"]
     assert part["scores"] == {"reward": [None, None, 1], "rewards/a": [None, None, 1], "rewards/c": [None, 0.1]}
     assert part["means"] == {"reward": 1.0, "rewards/a": 1.0, "rewards/c": 0.1}
@@ -72,7 +77,7 @@ def test_scores_that_are_no_numbers_are_none(tmp_path):
 def test_what_is_half_written_is_left_out_and_named(tmp_path, path):
     folder = folder_of_run(tmp_path / "run")
     whole = (folder / path).read_bytes()
-    for content in (whole[:len(whole) // 2], b"", b"[1]", b"\xff\xfe", b"[" * 100_000):
+    for content in (whole[: len(whole) // 2], b"", b"[1]", b"\xff\xfe", b"[" * 100_000):
         (folder / path).write_bytes(content)
         run = read_run(folder)
         assert [note.split()[0] for note in run["notes"]] == [path]
@@ -130,8 +135,10 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_a_set_does_not_lead_out_of_the_folder(tmp_path):
     folder = folder_of_run(tmp_path / "run")
     secret = folder_of_run(tmp_path / "secret")
-    sets = {f"../../../secret/samples/step_{step:06d}/held_out": {"prompts": PLAIN, "scores": {"reward": [1, 2, 3]}}
-            for step in (0, 4)}
+    sets = {
+        f"../../../secret/samples/step_{step:06d}/held_out": {"prompts": PLAIN, "scores": {"reward": [1, 2, 3]}}
+        for step in (0, 4)
+    }
     (folder / "evaluations" / "step_000004.json").write_text(json.dumps({"step": 4, "sets": sets}))
     assert secret.exists() and "secret" in str(sets)
     assert all(part["videos"] == [] for part in read_run(folder)["evaluations"][1]["sets"].values())
@@ -179,8 +186,16 @@ def test_long_runs_stay_small(tmp_path):
 
 def test_a_trainer_writes_its_page(tmp_path):
     """At evaluations, at the end and after the adapter; a page that cannot be written is a warning."""
-    made = trainer(tmp_path, eval_dataset=prompts(3), judges=redness, max_steps=2, eval_strategy="steps", eval_steps=1,
-                   logging_steps=1, eval_on_start=True)
+    made = trainer(
+        tmp_path,
+        eval_dataset=prompts(3),
+        judges=redness,
+        max_steps=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        logging_steps=1,
+        eval_on_start=True,
+    )
     made.train()
     made.save_model()
     run = data_of((tmp_path / "report.html").read_text(encoding="utf-8"))["runs"][0]

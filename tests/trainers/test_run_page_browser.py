@@ -165,7 +165,7 @@ def test_filters_and_sorts(opened, run):
 
 def test_hostile_texts_are_text(opened, run):
     tab = opened(run / "report.html")
-    assert titles(tab)[len(PLAIN):] == HOSTILE and tab.locator("img").count() == 0
+    assert titles(tab)[len(PLAIN) :] == HOSTILE and tab.locator("img").count() == 0
     long = tab.locator(".card").last
     height = long.bounding_box()["height"]
     long.get_by_role("button", name="whole prompt").click()

@@ -150,12 +150,22 @@ def test_the_trace_nests_as_the_spans_did(tmp_path):
 
 
 def test_the_table_has_shares_of_the_step():
-    parts = {"idle": 1.0, "update": 4.0, "rewards": 0.5, "rewards/bright": 0.5, "rollout": 4.0, "saving": 3.0,
-             "beside/rewards/red": 2.0}  # fmt: skip
+    parts = {
+        "idle": 1.0,
+        "update": 4.0,
+        "rewards": 0.5,
+        "rewards/bright": 0.5,
+        "rollout": 4.0,
+        "saving": 3.0,
+        "beside/rewards/red": 2.0,
+    }
     console = Console(width=100, record=True, quiet=False, file=open("/dev/null", "w"))
     console.print(timeline_table(parts, 2, "time line"))
-    rows = {cells[0].strip(): [cell.strip() for cell in cells[1:]] for line in console.export_text().splitlines()
-            if line.startswith("│") and (cells := line.strip("│").split("│"))}
+    rows = {
+        cells[0].strip(): [cell.strip() for cell in cells[1:]]
+        for line in console.export_text().splitlines()
+        if line.startswith("│") and (cells := line.strip("│").split("│"))
+    }
     assert rows["rollout"] == ["2.000", "40.0 %"] and rows["rewards"] == ["0.500", "10.0 %"]
     assert rows["bright"] == ["0.250", "5.0 %"] and rows["step"] == ["5.000", "100.0 %"]
     assert rows["beside it: rewards/red"] == ["1.000", ""] and rows["apart: saving"] == ["3.000 in all", ""]
@@ -182,8 +192,10 @@ def test_on_a_gpu_the_device_is_timed_and_nobody_waits():
 
 
 def logged_parts(made) -> list[dict[str, float]]:
-    rows = [{key.removeprefix("seconds/"): value for key, value in row.items() if key.startswith("seconds/")}
-            for row in made.state.log_history]
+    rows = [
+        {key.removeprefix("seconds/"): value for key, value in row.items() if key.startswith("seconds/")}
+        for row in made.state.log_history
+    ]
     return [{key: value for key, value in row.items() if "/" not in key} for row in rows if row]
 
 
@@ -193,8 +205,17 @@ def test_a_run_logs_parts_that_sum_to_its_steps(tmp_path, capsys):
         return tiny_runs.brightness(prompts, videos)
 
     others = Dataset.from_dict({"prompt": ["a prompt", "of the evaluation"]})
-    made = trainer(tmp_path, [slow, tiny_runs.redness], data=prompts(1), max_steps=3, save_strategy="steps",
-                   save_steps=2, eval_dataset=others, eval_strategy="steps", eval_steps=2)
+    made = trainer(
+        tmp_path,
+        [slow, tiny_runs.redness],
+        data=prompts(1),
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        eval_dataset=others,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
     begin = time.perf_counter()
     made.train()
     passed = time.perf_counter() - begin

@@ -31,11 +31,21 @@ def pipeline(seed: int = 0):
 def config(folder, method: str = "grpo", **settings):
     """One prompt group of 4 a step unless `settings` say otherwise; for GRPO a clip range that never clips."""
     defaults = {
-        **CALL, "output_dir": str(folder), "report_to": "none", "gradient_checkpointing": False, "bf16": False,
+        **CALL,
+        "output_dir": str(folder),
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "bf16": False,
         "use_cpu": not on_gpus(),
-        "num_inference_steps": 3, "pipeline_kwargs": {"max_sequence_length": 16}, "per_device_train_batch_size": 4,
-        "num_generations": 4, "max_steps": 2, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
-        "num_sample_videos": 0 if on_gpus() else 2, "save_strategy": "no",
+        "num_inference_steps": 3,
+        "pipeline_kwargs": {"max_sequence_length": 16},
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "num_sample_videos": 0 if on_gpus() else 2,
+        "save_strategy": "no",
     } | ({"epsilon": 0.5} if method == "grpo" else {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -55,12 +65,30 @@ def redness(prompts, videos, **columns):
     return (1000 * (videos[:, :, 0] - videos[:, :, 1]).mean(dim=(1, 2, 3))).tolist()
 
 
-def trainer(folder, rewards=brightness, data=None, *, model=None, rank=4, callbacks=None, eval_dataset=None,
-            judges=None, alive=False, method="grpo", peft_config=None, **settings):
+def trainer(
+    folder,
+    rewards=brightness,
+    data=None,
+    *,
+    model=None,
+    rank=4,
+    callbacks=None,
+    eval_dataset=None,
+    judges=None,
+    alive=False,
+    method="grpo",
+    peft_config=None,
+    **settings,
+):
     """A trainer on the tiny pipeline; `alive` starts from an adapter that is not zero."""
     made = METHODS[method][0](
-        model or pipeline(), rewards, config(folder, method, **settings), prompts() if data is None else data,
-        eval_dataset=eval_dataset, judge_funcs=judges, callbacks=callbacks,
+        model or pipeline(),
+        rewards,
+        config(folder, method, **settings),
+        prompts() if data is None else data,
+        eval_dataset=eval_dataset,
+        judge_funcs=judges,
+        callbacks=callbacks,
         peft_config=peft_config or default_lora_config(rank),
     )
     if alive:
@@ -81,8 +109,10 @@ def enliven(made: VideoGRPOTrainer, scale: float = 0.05) -> None:
 
 def weights(made: VideoGRPOTrainer) -> dict[str, torch.Tensor]:
     """Whole, also where processes hold parts: then all must call."""
-    return {name: (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).to("cpu", copy=True)
-            for name, p in made.adapter.items()}
+    return {
+        name: (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).to("cpu", copy=True)
+        for name, p in made.adapter.items()
+    }
 
 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -118,6 +148,7 @@ class Weights(TrainerCallback):
 
 def equal_from(step: int):
     """Rewards that are equal from an optimizer step on."""
+
     def rewards(prompts, videos, trainer_state, **columns):
         values = brightness(prompts, videos)
         return (values if trainer_state.global_step < step else torch.ones_like(values)).tolist()

@@ -18,6 +18,7 @@ def nft(v, target, old, advantages, time, *, mixture, contrast, widths=None):
 
 def awm(v, target, old, average, advantages, time, *, power, epsilon, average_weight):
     """PPO's clip of rho = p / p_old with log p = - t (l^p - 1e-10^p) / p, and the tie to the average."""
+
     def log_p(velocity: Tensor) -> Tensor:
         error = (velocity - target).square().mean(1) + 1e-10
         return -time * (error**power - 1e-10**power) / power

@@ -77,8 +77,9 @@ def test_noise_level_0_is_the_euler_step(name):
 def test_first_sigma_just_below_one():
     """UniPC's first sigma, 0.99999899: without the bound g would be about 700."""
     s, s_next = torch.tensor(0.99999899), torch.tensor(0.98)
-    _, std = flow_sde(torch.zeros(1), torch.zeros(1), s, s_next, noise_level=0.7, sigma_max=s_next,
-                      sigma_min=torch.tensor(0.0))
+    _, std = flow_sde(
+        torch.zeros(1), torch.zeros(1), s, s_next, noise_level=0.7, sigma_max=s_next, sigma_min=torch.tensor(0.0)
+    )
     assert float(std) < 1
 
 

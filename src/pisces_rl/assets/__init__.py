@@ -20,8 +20,10 @@ def asset_path(name: str, card: str = "model_index.json") -> Path:
     """
     if name not in available(card):
         nearest = difflib.get_close_matches(name, available(card), n=1, cutoff=0)
-        raise ValueError(f"{name!r} is not an embedded model; did you mean {nearest[0] if nearest else None!r}? "
-                         f"Available: {available(card)}.")
+        raise ValueError(
+            f"{name!r} is not an embedded model; did you mean {nearest[0] if nearest else None!r}? "
+            f"Available: {available(card)}."
+        )
     return Path(str(resources.files(__name__).joinpath(name)))
 
 

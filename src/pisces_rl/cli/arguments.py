@@ -44,7 +44,7 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
         parser.error(f"unknown argument {argument!r}{nearest(name, known)}")
-    return tuple(instances[:len(dataclasses)])
+    return tuple(instances[: len(dataclasses)])
 
 
 def _config_path(arguments: list[str]) -> str | None:
@@ -95,8 +95,9 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {match[0]!r}?" if match else "."
 
 
-def load_prompt_dataset(source: str, split: str = "train", column: str = "prompt",
-                        images: Sequence[str] = ("image",)) -> Dataset:
+def load_prompt_dataset(
+    source: str, split: str = "train", column: str = "prompt", images: Sequence[str] = ("image",)
+) -> Dataset:
     """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
 
     Files are UTF-8, or UTF-16 with a byte order mark. Of a .txt, blank lines and spaces around a line are dropped. A

@@ -30,8 +30,10 @@ def main(args: argparse.Namespace) -> None:
     from pisces_rl.command import main as program
 
     inner = {"train": [["--method", name] for name in TRAINERS], "vbench": [[], ["export"], ["read"]]}
-    words = {name: sorted({word for more in inner.get(name, [[]]) for word in words_of_help(program, [name, *more])})
-             for name in COMMANDS}  # fmt: skip
+    words = {
+        name: sorted({word for more in inner.get(name, [[]]) for word in words_of_help(program, [name, *more])})
+        for name in COMMANDS
+    }
     words["vbench"] += ["export", "read"]
     print({"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}[args.shell] + script(words), end="")
 

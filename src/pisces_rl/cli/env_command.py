@@ -7,8 +7,22 @@ from importlib.metadata import PackageNotFoundError, version
 
 from pisces_rl import __version__
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "trl", "accelerate", "datasets", "huggingface_hub",
-            "safetensors", "geomloss", "deepspeed", "numpy", "av")  # fmt: skip
+PACKAGES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "peft",
+    "trl",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "geomloss",
+    "deepspeed",
+    "numpy",
+    "av",
+)
 
 
 def environment() -> dict[str, str]:

@@ -44,7 +44,8 @@ def estimated(script: MethodArguments, config) -> MemoryEstimate:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     config.settle_call(assets.call_defaults(script.model))
     return estimate_memory(
-        weightless_pipeline(script.model, dtype, architectures()), config,
+        weightless_pipeline(script.model, dtype, architectures()),
+        config,
         lora_config(script, config),
     )
 
@@ -53,8 +54,13 @@ def parsed(arguments: Sequence[str], prog: str | None = None) -> tuple:
     """(EstimateArguments, MethodArguments, config) of the command line for a run on a GPU, wherever it is parsed."""
     method = method_of(arguments, unnamed="grpo")
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
-    return parse_arguments(EstimateArguments, MethodArguments, TRAINERS[method][1], prog=prog,
-                           arguments=["--use_cpu", *([] if chosen else ["--bf16=true"]), *arguments])
+    return parse_arguments(
+        EstimateArguments,
+        MethodArguments,
+        TRAINERS[method][1],
+        prog=prog,
+        arguments=["--use_cpu", *([] if chosen else ["--bf16=true"]), *arguments],
+    )
 
 
 def write(estimate: MemoryEstimate, console: Console) -> None:
@@ -78,8 +84,10 @@ def markdown_line(path: Path) -> str:
     eight = one.fsdp2(8)
     size = f"{config.num_frames} x {config.height} x {config.width}"
     phases = " / ".join(f"{peak / GIB:.1f}" for peak in one.peaks.values())
-    return (f"| `recipes/{path.name}` | {size} | {config.per_device_train_batch_size} | {phases} | "
-            f"**{one.peak / GIB:.1f}** | {eight.peak / GIB:.1f} |")
+    return (
+        f"| `recipes/{path.name}` | {size} | {config.per_device_train_batch_size} | {phases} | "
+        f"**{one.peak / GIB:.1f}** | {eight.peak / GIB:.1f} |"
+    )
 
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
@@ -87,8 +95,10 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
     if own.table and len(arguments) > 1:
         raise SystemExit("Write --table alone: it prints every recipe as it is.")
     if own.table:
-        print("| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
-              "FSDP2 over 8 |")
+        print(
+            "| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
+            "FSDP2 over 8 |"
+        )
         print("|---|---|---|---|---|---|")
         for path in sorted(RECIPES.glob("*.yaml")):
             if any(f"model: {model}\n" in path.read_text(encoding="utf-8") for model in architectures()):
@@ -97,8 +107,10 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
     if own.sharding not in ("none", "fsdp2"):
         raise SystemExit(f"sharding={own.sharding!r} must be 'none' or 'fsdp2'.")
     if own.sharding == "none" and own.num_processes != 1:
-        raise SystemExit(f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
-                         "it out, or set --sharding fsdp2.")
+        raise SystemExit(
+            f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
+            "it out, or set --sharding fsdp2."
+        )
     if own.sharding == "fsdp2" and own.num_processes < 2:
         raise SystemExit(f"num_processes={own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
     try:

@@ -28,15 +28,22 @@ COLORS = ("#1b6ca8", "#b3261e", "#127a3a", "#8a5a00", "#6a3d9a", "#444444", "#c2
 
 @dataclass
 class EvaluationArguments:
-    rewards: list[str] | None = field(default=None, metadata={
-        "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: those of "
-                "ENCODER_REWARDS that the encoder has."})  # fmt: skip
+    rewards: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: those of "
+            "ENCODER_REWARDS that the encoder has."
+        },
+    )
     encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
     ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
-    ot_attention: str | None = field(default=None, metadata={
-        "help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."})  # fmt: skip
-    ot_solver: str | None = field(default=None, metadata={
-        "help": "What solves the plans of ot_semantic: native or geomloss. Unset: native."})  # fmt: skip
+    ot_attention: str | None = field(
+        default=None,
+        metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
+    )
+    ot_solver: str | None = field(
+        default=None, metadata={"help": "What solves the plans of ot_semantic: native or geomloss. Unset: native."}
+    )
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})
     n: int = field(default=128, metadata={"help": "Clips, at most; they and their corruptions are held in memory."})

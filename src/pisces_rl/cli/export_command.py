@@ -29,5 +29,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError("--format merged needs --model, the base model.")
     pipeline = load_pipeline(args.model, DTYPES[args.dtype])
     for name, merged in merge_adapter(pipeline, args.folder, args.output).items():
-        print(f"{args.output}/{name}: {merged.changed:,} of {merged.weights:,} weights of {merged.modules} "
-              "modules changed")  # fmt: skip
+        print(
+            f"{args.output}/{name}: {merged.changed:,} of {merged.weights:,} weights of {merged.modules} "
+            "modules changed"
+        )

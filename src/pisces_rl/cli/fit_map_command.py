@@ -44,14 +44,18 @@ FILES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 @dataclass
 class FitArguments:
     encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
-    dataset: str = field(default="shapemotion", metadata={
-        "help": "shapemotion, a Hub data set, a folder, or a .csv, .json or .jsonl file."})  # fmt: skip
+    dataset: str = field(
+        default="shapemotion",
+        metadata={"help": "shapemotion, a Hub data set, a folder, or a .csv, .json or .jsonl file."},
+    )
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set, or of shapemotion."})
     video_column: str = field(default="video", metadata={"help": "Column with the videos, or their paths."})
     caption_column: str = field(default="caption", metadata={"help": "Column with the captions."})
     max_samples: int = field(default=8192, metadata={"help": "Samples that are read, at most."})
-    maps: list[str] = field(default_factory=lambda: ["entropic"], metadata={
-        "help": f"Besides identity, mean_shift and linear: {', '.join(MAPS)}."})  # fmt: skip
+    maps: list[str] = field(
+        default_factory=lambda: ["entropic"],
+        metadata={"help": f"Besides identity, mean_shift and linear: {', '.join(MAPS)}."},
+    )
     save: str = field(default="best", metadata={"help": "Kind of the map to save: best, or one of those fitted."})
     bank_size: int = field(default=2048, metadata={"help": "Real videos whose features are kept for the divergence."})
     batch_size: int = field(default=32, metadata={"help": "Videos encoded at once."})
@@ -113,8 +117,13 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
     kinds = [*BASELINES, *(map_.kind for map_ in maps)]
     if args.save not in ("best", *kinds):
         raise ValueError(f"save={args.save!r}: expected best or one of those fitted: {', '.join(kinds)}.")
-    found = cache_features(encoder, samples(args, encoder.num_frames), output / "features", source=source(args),
-                           batch_size=args.batch_size)  # fmt: skip
+    found = cache_features(
+        encoder,
+        samples(args, encoder.num_frames),
+        output / "features",
+        source=source(args),
+        batch_size=args.batch_size,
+    )
     if not state.is_main_process:
         return
     if "regressed" in args.maps and not found.paired:

@@ -33,7 +33,8 @@ def main(args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     policy, _ = sampling_policy(
-        args.model, num_inference_steps=args.num_inference_steps, call=sampling_call(args), bf16=bf16)  # fmt: skip
+        args.model, num_inference_steps=args.num_inference_steps, call=sampling_call(args), bf16=bf16
+    )
 
     def sample(name: str) -> torch.Tensor:
         policy.place(device)

@@ -27,10 +27,12 @@ class ScriptArguments:
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
-        metadata={"help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
-                  "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
-                  "http://host:port/NAME or a vision-language judge's "
-                  "vlm+http://host:port/v1?model=ID."},
+        metadata={
+            "help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
+            "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
+            "http://host:port/NAME or a vision-language judge's "
+            "vlm+http://host:port/v1?model=ID."
+        },
     )
     judges: list[str] = field(
         default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}
@@ -46,7 +48,7 @@ class ScriptArguments:
     )
     ot_attention: str | None = field(
         default=None,
-        metadata={"help": "Settings of OTAttention for ot_semantic as JSON, for instance {\"plan\": \"partial\"}."},
+        metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
         default=None, metadata={"help": "What solves plans and the divergence: native or geomloss. Unset: native."}
@@ -56,8 +58,10 @@ class ScriptArguments:
     )
     train: str = field(
         default="lora",
-        metadata={"help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
-                  "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."},
+        metadata={
+            "help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
+            "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."
+        },
     )
     lora_r: int | None = field(
         default=None, metadata={"help": "Rank of the adapter. Unset: 16, or that of --continue_from."}
@@ -124,8 +128,9 @@ def load_rewards(script: ScriptArguments, names: list[str], device: torch.device
     options = {"ot_quality": quality, "ot_semantic": {"attention": attention, "solver": script.ot_solver}}
     if script.ot_solver is not None:
         check_solver(script.ot_solver)
-    load = functools.partial(load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload,
-                             device=device)  # fmt: skip
+    load = functools.partial(
+        load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload, device=device
+    )
     loaded = []
     for name in names:
         kind, _, given = name.partition("?")
@@ -155,7 +160,13 @@ def load_auxiliary_losses(script: ScriptArguments, config, train_dataset: Datase
         videos = Clips("train", n=4096, seed=config.seed)
     elif "video" not in train_dataset.column_names:
         raise ValueError(f"dataset={script.dataset!r} has no column `video`, which --consistency_weight needs.")
-    return [ConsistencyDistillation(
-        videos, script.consistency_weight, steps=script.consistency_steps, guidance=script.consistency_guidance,
-        decay=script.consistency_decay, batch_size=script.consistency_batch_size,
-    )]
+    return [
+        ConsistencyDistillation(
+            videos,
+            script.consistency_weight,
+            steps=script.consistency_steps,
+            guidance=script.consistency_guidance,
+            decay=script.consistency_decay,
+            batch_size=script.consistency_batch_size,
+        )
+    ]

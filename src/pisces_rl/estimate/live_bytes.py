@@ -11,8 +11,21 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 BLOCK = 512  # torch's CUDA allocator rounds up to it
 # What CUDA's autocast computes in fp32 and the CPU's does not (torch's list of autocast operators).
-FP32_UNDER_AUTOCAST = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow,
-                       torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.sum, Tensor.sum}  # fmt: skip
+FP32_UNDER_AUTOCAST = {
+    F.layer_norm,
+    F.group_norm,
+    F.softmax,
+    torch.softmax,
+    Tensor.softmax,
+    torch.pow,
+    Tensor.pow,
+    torch.rsqrt,
+    Tensor.rsqrt,
+    torch.exp,
+    Tensor.exp,
+    torch.sum,
+    Tensor.sum,
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -82,8 +95,16 @@ def _to_fp32(value):
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """What a fused kernel keeps: query, key, value, output and one number a query."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
@@ -91,6 +112,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
         groups = query.shape[-3] // key.shape[-3]
         key, value = (t.repeat_interleave(groups, dim=-3) for t in (key, value))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, attn_mask=None if attn_mask is None else attn_mask.to(query.dtype),
+        query,
+        key,
+        value,
+        dropout_p,
+        is_causal,
+        attn_mask=None if attn_mask is None else attn_mask.to(query.dtype),
         scale=scale,
     )[0]

@@ -180,8 +180,10 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
         compared = weights + max(sampling_peak(networks, step) for step in trained.steps)
         update["activations and gradients"] = max(update["activations and gradients"], compared)
 
-    away = {kind: {name: resident.pop(name) for name in networks.weights if kind_of(name) == kind}
-            for kind in args.offload or ()}  # fmt: skip
+    away = {
+        kind: {name: resident.pop(name) for name in networks.weights if kind_of(name) == kind}
+        for kind in args.offload or ()
+    }
     if "text_encoder" in away:
         phases["text"] = away["text_encoder"]
     phases["decoding" if held.rollout else "update"] |= away.get("vae", {})
@@ -189,10 +191,15 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
         name, size = max(away["denoiser"].items(), key=lambda item: item[1])
         sampling[name] = update[name] = size
     rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
-    details = {"videos of a rollout": held.rollout, "videos sampled at once": held.sampled,
-               "videos with a graph": held.trained, "rows of a denoiser's call in the update": max(rows),
-               "calls of a denoising step": len(trained.steps[0]), "latents kept of a video": held.latents,
-               "trainable parameters": weights // 4}  # fmt: skip
+    details = {
+        "videos of a rollout": held.rollout,
+        "videos sampled at once": held.sampled,
+        "videos with a graph": held.trained,
+        "rows of a denoiser's call in the update": max(rows),
+        "calls of a denoising step": len(trained.steps[0]),
+        "latents kept of a video": held.latents,
+        "trainable parameters": weights // 4,
+    }
     return MemoryEstimate(resident, phases, networks.blocks, details)
 
 
@@ -239,9 +246,14 @@ def update_peak(networks: Networks, trained: Recording, step: list[Call], held: 
         if losses:
             # loss.backward() is itself what AsOnCUDA sees, and would run without it while blocks are computed again
             Variable._execution_engine.run_backward(
-                tuple(losses), tuple(map(torch.ones_like, losses)), False, False, (), allow_unreachable=True,
+                tuple(losses),
+                tuple(map(torch.ones_like, losses)),
+                False,
+                False,
+                (),
+                allow_unreachable=True,
                 accumulate_grad=True,
-            )  # fmt: skip
+            )
         del losses
     for parameter in networks.adapter.values():
         parameter.grad = None

@@ -36,8 +36,11 @@ class Networks:
     def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None):
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         pipeline = copy.copy(pipeline)
-        modules = {name: replaced_tensors(module, "meta") for name, module in pipeline.components.items()
-                   if isinstance(module, nn.Module)}
+        modules = {
+            name: replaced_tensors(module, "meta")
+            for name, module in pipeline.components.items()
+            if isinstance(module, nn.Module)
+        }
         for name, module in modules.items():
             setattr(pipeline, name, module)
         self.policy = VideoPolicy(pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
@@ -49,8 +52,10 @@ class Networks:
             FullWeights(denoisers, args.lora_denoisers)
         self.policy.set_base_precision(args.base_precision)
         self.weights = {name: bytes_of([*module.parameters(), *module.buffers()]) for name, module in modules.items()}
-        self.blocks = {name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
-                       for name, denoiser in denoisers.items()}
+        self.blocks = {
+            name: [bytes_of(block.parameters()) for block in repeated_blocks(denoiser)]
+            for name, denoiser in denoisers.items()
+        }
         continued = read_adapter(args.continue_from) if args.continue_from else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # its values: none here
@@ -70,16 +75,19 @@ class Networks:
 
     def fake(self, value):
         """A structure with fake tensors in place of real ones."""
+
         def one(leaf):
             real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
             return self.mode.from_tensor(leaf) if real else leaf
+
         return tree_map(one, value)
 
     def run(self, name: str, args: tuple, kwargs: dict):
         """What a call returns, on fake tensors; that of a denoiser under autocast."""
         dtype, module = self.policy.autocast_dtype, self.modules[name]
-        autocast = torch.autocast("cpu", dtype or torch.bfloat16, cache_enabled=False,
-                                  enabled=dtype is not None and name in self.denoisers)  # as a run's
+        autocast = torch.autocast(
+            "cpu", dtype or torch.bfloat16, cache_enabled=False, enabled=dtype is not None and name in self.denoisers
+        )  # as a run's
         with self.mode, AsOnCUDA(), autocast:
             return (module.decode if name == "vae" else module)(*args, **kwargs)
 

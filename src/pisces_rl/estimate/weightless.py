@@ -34,8 +34,10 @@ def weightless_pipeline(model: str, dtype: torch.dtype, architectures: dict | No
     """
     if architectures and model in architectures:
         index = dict(architectures[model])
-        made = {name: _component(value.pop("class"), value, dtype)
-                for name, value in ((n, dict(v)) for n, v in index.items() if isinstance(v, dict))}
+        made = {
+            name: _component(value.pop("class"), value, dtype)
+            for name, value in ((n, dict(v)) for n, v in index.items() if isinstance(v, dict))
+        }
         extra = {name: value for name, value in index.items() if not isinstance(value, dict) and name != "pipeline"}
         return getattr(diffusers, index["pipeline"])(**made, **extra)
     path = str(assets.asset_path(model)) if model in assets.available() else model
@@ -66,8 +68,11 @@ def _from_index(path: str, index: dict, dtype: torch.dtype) -> DiffusionPipeline
         elif "ImageProcessor" in cls or "FeatureExtractor" in cls:
             made[name] = None
         else:
-            config = transformers.AutoConfig.from_pretrained(os.path.join(path, name)) if os.path.isdir(path) else (
-                transformers.AutoConfig.from_pretrained(path, subfolder=name))
+            config = (
+                transformers.AutoConfig.from_pretrained(os.path.join(path, name))
+                if os.path.isdir(path)
+                else (transformers.AutoConfig.from_pretrained(path, subfolder=name))
+            )
             made[name] = _component(cls, config, dtype)
     return getattr(diffusers, index["_class_name"])(**made)
 
@@ -100,8 +105,9 @@ def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
-                                   unk_token="<unk>", model_max_length=length)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length
+    )
 
 
 def replaced_tensors(module: nn.Module, device: str) -> nn.Module:

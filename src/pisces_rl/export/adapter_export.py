@@ -90,8 +90,10 @@ def export_adapter(
                 raise ValueError(
                     f"output={str(output)!r} holds the adapter itself in {path!r}; choose another folder."
                 )
-    files = {path: ({key: _cast(tensor, dtype, key) for key, tensor in state.items()}, config)
-             for path, (state, config) in files.items()}  # fmt: skip
+    files = {
+        path: ({key: _cast(tensor, dtype, key) for key, tensor in state.items()}, config)
+        for path, (state, config) in files.items()
+    }
     written = []
     for path, (state, config) in files.items():
         if format == "peft":
@@ -108,8 +110,11 @@ def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Mo
     """The adapter by names of denoisers, and those that `model`, a pipeline or a denoiser, has of them; a ValueError
     where they do not fit."""
     if isinstance(model, DiffusionPipeline):
-        names = [name for name, part in model.components.items()
-                 if isinstance(part, nn.Module) and kind_of(name) == "denoiser"]  # fmt: skip
+        names = [
+            name
+            for name, part in model.components.items()
+            if isinstance(part, nn.Module) and kind_of(name) == "denoiser"
+        ]
         adapter = adapter.on(names, None)
         denoisers = {name: getattr(model, name) for name in adapter.states}
     else:
@@ -205,8 +210,10 @@ def _fused(adapter: SavedAdapter, name: str, fused: list[tuple[str, Part]]) -> t
         ups.append(whole.flatten(0, 1))
     sizes = {(down.shape[1], up.shape[0]) for down, up in zip(downs, ups)}
     if len(sizes) > 1:
-        raise ValueError(f"folder={adapter.source!r}: {', '.join(m for m, _ in fused)} are of other sizes than one "
-                         "projection of the original; it is of another model.")  # fmt: skip
+        raise ValueError(
+            f"folder={adapter.source!r}: {', '.join(m for m, _ in fused)} are of other sizes than one "
+            "projection of the original; it is of another model."
+        )
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 

@@ -30,8 +30,9 @@ class Merged:
 
 
 @torch.no_grad()
-def merge_adapter(model: DiffusionPipeline | nn.Module, folder: str | os.PathLike,
-                  output: str | os.PathLike | None = None) -> dict[str, Merged]:  # fmt: skip
+def merge_adapter(
+    model: DiffusionPipeline | nn.Module, folder: str | os.PathLike, output: str | os.PathLike | None = None
+) -> dict[str, Merged]:
     r"""Add a saved LoRA adapter to the weights of its base model, in place: W becomes W + s B A.
 
     The sum is in fp32 and then rounded to W's dtype. All denoisers that the adapter has are merged, both experts of

@@ -10,6 +10,15 @@ from .reading import load_video
 from .sheets import before_after_sheet, contact_sheet
 
 __all__ = [
-    "add_gif", "before_after_sheet", "check_mp4", "contact_sheet", "gif_bytes", "gif_summary", "load_image",
-    "load_video", "mp4_bytes", "save_gif", "save_video",
+    "add_gif",
+    "before_after_sheet",
+    "check_mp4",
+    "contact_sheet",
+    "gif_bytes",
+    "gif_summary",
+    "load_image",
+    "load_video",
+    "mp4_bytes",
+    "save_gif",
+    "save_video",
 ]

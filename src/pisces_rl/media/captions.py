@@ -14,20 +14,41 @@ FONT_SIZE = 15
 MAX_LINES = 12
 # beside Pillow's own, which is Latin: fonts of many scripts, the smaller first
 _FONTS = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "FreeSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf",
-    "SourceHanSansSC-Regular.otf", "SourceHanSans-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc",
-    "DroidSansFallbackFull.ttf", "unifont.otf", "unifont.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc",
-    "Arial Unicode.ttf", "msyh.ttc", "malgun.ttf", "arialuni.ttf",
-)  # fmt: skip
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "FreeSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSansCJKsc-Regular.otf",
+    "SourceHanSansSC-Regular.otf",
+    "SourceHanSans-Regular.ttc",
+    "wqy-microhei.ttc",
+    "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf",
+    "unifont.otf",
+    "unifont.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+    "Arial Unicode.ttf",
+    "msyh.ttc",
+    "malgun.ttf",
+    "arialuni.ttf",
+)
 
 
 @functools.cache
 def fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
     """Pillow's own font, then those of _FONTS that lie in the folders where systems keep fonts."""
-    data = [os.environ.get("XDG_DATA_HOME") or "~/.local/share",
-            *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":")]
-    folders = [*(f"{folder}/fonts" for folder in data), "~/.fonts", "/System/Library/Fonts", "/Library/Fonts",
-               "C:/Windows/Fonts"]
+    data = [
+        os.environ.get("XDG_DATA_HOME") or "~/.local/share",
+        *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":"),
+    ]
+    folders = [
+        *(f"{folder}/fonts" for folder in data),
+        "~/.fonts",
+        "/System/Library/Fonts",
+        "/Library/Fonts",
+        "C:/Windows/Fonts",
+    ]
     found = {path.name: path for folder in folders for path in Path(folder).expanduser().rglob("*.[to]t[fc]")}
     opened = [ImageFont.load_default(FONT_SIZE)]
     for name in _FONTS:

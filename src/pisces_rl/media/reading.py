@@ -13,8 +13,9 @@ from av.stream import Disposition
 from torch import Tensor
 
 
-def load_video(path: str | Path | bytes, frames: int | None = None,
-               shape: tuple[int, int, int] | None = None) -> Tensor:
+def load_video(
+    path: str | Path | bytes, frames: int | None = None, shape: tuple[int, int, int] | None = None
+) -> Tensor:
     """A video file as (F, 3, H, W) float in [0, 1], as a player shows it.
 
     Rotations and mirrorings of the header are applied; pixels that are not square are resampled in width; transparent
@@ -58,8 +59,11 @@ def load_video(path: str | Path | bytes, frames: int | None = None,
                 break
     except (av.FFmpegError, OSError) as error:
         where = f" after {count} frames" if count else ""
-        fix = "Check the path." if isinstance(error, FileNotFoundError) else (
-            "Replace the file, or re-encode it, for instance as H.264 in mp4.")
+        fix = (
+            "Check the path."
+            if isinstance(error, FileNotFoundError)
+            else ("Replace the file, or re-encode it, for instance as H.264 in mp4.")
+        )
         raise ValueError(f"{name}: cannot be read as a video{where} ({error}). {fix}") from error
     except _NoVideo as error:
         raise ValueError(f"{name}: {error}") from error

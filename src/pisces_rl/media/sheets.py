@@ -208,8 +208,13 @@ def _sheet(cells: list[_Cell], columns: int, captions: str) -> tuple[Image.Image
                 middle = top + row.strip.height / 2
                 draw.text((x, middle), row.label, fill=_FAINT, font=font, anchor="lm")
                 image.paste(row.strip, (x + label, top))
-                draw.text((x + label + row.strip.width + 8, middle), row.score.lines[0], fill=row.color,
-                          font=row.score.font, anchor="lm")
+                draw.text(
+                    (x + label + row.strip.width + 8, middle),
+                    row.score.lines[0],
+                    fill=row.color,
+                    font=row.score.font,
+                    anchor="lm",
+                )
                 top += row.strip.height + _GAP
         y += text + strips + _MARGIN
     return image, all(text.whole for text in texts)

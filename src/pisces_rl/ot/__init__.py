@@ -4,6 +4,14 @@ from pisces_rl.ot.partial import dummy_point_transport_plan, partial_transport_p
 from pisces_rl.ot.plans import ConvergenceWarning, TransportPlan, transport_cost, transport_plan
 
 __all__ = [
-    "BankDivergence", "ConvergenceWarning", "TransportPlan", "cosine_cost", "dummy_point_transport_plan",
-    "partial_transport_plan", "pisces_plan", "squared_cost", "transport_cost", "transport_plan",
-]  # fmt: skip
+    "BankDivergence",
+    "ConvergenceWarning",
+    "TransportPlan",
+    "cosine_cost",
+    "dummy_point_transport_plan",
+    "partial_transport_plan",
+    "pisces_plan",
+    "squared_cost",
+    "transport_cost",
+    "transport_plan",
+]

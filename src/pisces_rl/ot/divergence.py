@@ -46,9 +46,16 @@ class BankDivergence:
     identifying = ("bank", "weights", "settings")  # and what is computed of them differs in last bits by device
 
     def __init__(
-        self, bank: Tensor, *, blur: float, reach: float | None = None, weights: Tensor | None = None,
-        tolerance: float = 1e-5, max_iterations: int = 5000, solver: str = "native",
-    ):  # fmt: skip
+        self,
+        bank: Tensor,
+        *,
+        blur: float,
+        reach: float | None = None,
+        weights: Tensor | None = None,
+        tolerance: float = 1e-5,
+        max_iterations: int = 5000,
+        solver: str = "native",
+    ):
         check_positive(blur=blur, tolerance=tolerance)
         check_solver(solver)
         if reach is not None:
@@ -66,9 +73,12 @@ class BankDivergence:
             )
         self.weights = self.weights / self.weights.sum()
         self.settings = dict(
-            reg=blur**2, reach=None if reach is None else reach**2, tolerance=tolerance,
-            max_iterations=max_iterations, solver=solver,
-        )  # fmt: skip
+            reg=blur**2,
+            reach=None if reach is None else reach**2,
+            tolerance=tolerance,
+            max_iterations=max_iterations,
+            solver=solver,
+        )
         self.self_potential, self.self_value, self.self_error = self._solve_bank()
         self.floor: dict[int, tuple[float, float]] = {}
 
@@ -152,8 +162,9 @@ class BankDivergence:
                 warnings.warn(
                     f"the bank's own term misses the marginal error of {self.settings['tolerance']:g}: {error:.1e} "
                     f"after {self.settings['max_iterations']} iterations; raise blur or max_iterations.",
-                    ConvergenceWarning, stacklevel=3,
-                )  # fmt: skip
+                    ConvergenceWarning,
+                    stacklevel=3,
+                )
             moved = (self.weights * ((h - new) / reg).exp()).sum()
             if rho is None:
                 value = 2 * (self.weights * h).sum()

@@ -57,14 +57,39 @@ def solve(
     kind = 0 if isinstance(constraint, Balanced) else 1 if isinstance(constraint, Penalised) else 2
     rho = constraint.rho if kind == 1 else 1.0
     _sinkhorn[(batch,)](
-        cost, first, second, constraint.mass if kind == 2 else value, plan, x, y, value, error, iterations,
-        x.shape[1], y.shape[1], cost.stride(0), cost.stride(n_axis), cost.stride(m_axis),
-        plan.stride(0), plan.stride(n_axis), plan.stride(m_axis),
-        first.stride(0), first.stride(1), second.stride(0), second.stride(1),
-        reg, 1.0 / reg, rho / (rho + reg) if kind == 1 else 1.0, reg / rho,
-        tolerance, min(max_iterations, MAX_ITERATIONS),
-        BLOCK_N=block_n, BLOCK_M=block_m, KIND=kind, num_warps=max(4, block_n * block_m // 512),
-    )  # fmt: skip
+        cost,
+        first,
+        second,
+        constraint.mass if kind == 2 else value,
+        plan,
+        x,
+        y,
+        value,
+        error,
+        iterations,
+        x.shape[1],
+        y.shape[1],
+        cost.stride(0),
+        cost.stride(n_axis),
+        cost.stride(m_axis),
+        plan.stride(0),
+        plan.stride(n_axis),
+        plan.stride(m_axis),
+        first.stride(0),
+        first.stride(1),
+        second.stride(0),
+        second.stride(1),
+        reg,
+        1.0 / reg,
+        rho / (rho + reg) if kind == 1 else 1.0,
+        reg / rho,
+        tolerance,
+        min(max_iterations, MAX_ITERATIONS),
+        BLOCK_N=block_n,
+        BLOCK_M=block_m,
+        KIND=kind,
+        num_warps=max(4, block_n * block_m // 512),
+    )
     return plan, value, error, iterations, f, g
 
 
@@ -79,11 +104,38 @@ if triton is not None:
 
     @triton.jit
     def _sinkhorn(
-        cost, a, b, masses, plan, f_out, g_out, value_out, error_out, iterations_out,
-        n, m, cost_b, cost_n, cost_m, plan_b, plan_n, plan_m, a_b, a_n, b_b, b_m,
-        reg, inverse_reg, damping, reg_over_rho, tolerance, max_iterations,
-        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, KIND: tl.constexpr,
-    ):  # fmt: skip
+        cost,
+        a,
+        b,
+        masses,
+        plan,
+        f_out,
+        g_out,
+        value_out,
+        error_out,
+        iterations_out,
+        n,
+        m,
+        cost_b,
+        cost_n,
+        cost_m,
+        plan_b,
+        plan_n,
+        plan_m,
+        a_b,
+        a_n,
+        b_b,
+        b_m,
+        reg,
+        inverse_reg,
+        damping,
+        reg_over_rho,
+        tolerance,
+        max_iterations,
+        BLOCK_N: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        KIND: tl.constexpr,
+    ):
         """KIND 0: balanced. 1: penalised. 2: bounded, with a mass. f, g, shift in units of reg; see constraints.py."""
         problem = tl.program_id(0).to(tl.int64)
         i = tl.arange(0, BLOCK_N)

@@ -30,9 +30,19 @@ COPIES = 5  # of a matrix of costs, that the tensorized loop holds at its peak
 
 
 def solve(
-    cost: Tensor, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, reg: float, constraint: Constraint, begin: Start,
-    stages: int, far: bool, tolerance: float, max_iterations: int,
-) -> Solution:  # fmt: skip
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    reg: float,
+    constraint: Constraint,
+    begin: Start,
+    stages: int,
+    far: bool,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
     """As `solver.solve`, of balanced and penalised plans that all need the same number of annealing stages."""
     if isinstance(constraint, Bounded):
         raise ValueError(
@@ -86,9 +96,14 @@ def _iterate(
     rows, columns = cost.new_zeros(*a.shape, 1), cost.new_zeros(*b.shape, 1)  # in place of points
     transposed = cost.mT.contiguous()
     loss = _loss(
-        p=1, blur=reg, reach=None if math.isinf(rho) else rho, diameter=start, scaling=scaling, backend="tensorized",
+        p=1,
+        blur=reg,
+        reach=None if math.isinf(rho) else rho,
+        diameter=start,
+        scaling=scaling,
+        backend="tensorized",
         cost=lambda first, _: cost if first.data_ptr() == rows.data_ptr() else transposed,
-    )  # fmt: skip
+    )
     with torch.no_grad():  # it leaves gradients enabled
         return loss(a, rows, b, columns)
 
@@ -100,9 +115,9 @@ def _loss(**settings):
 
 
 def _at_one_eps(reg: float, iterations: int) -> tuple[float, float]:
-    """A first eps and a scaling with which it takes so many iterations to `reg`, which it does not leave to speak of.
-    """
-    return reg * (1 + DRIFT), (1 + DRIFT) ** (-1 / max(1, iterations - 2))  # both ends count
+    """The first eps and the scaling that reach `reg` in the given iterations, from (1 + DRIFT) * `reg`."""
+    # both ends count
+    return reg * (1 + DRIFT), (1 + DRIFT) ** (-1 / max(1, iterations - 2))
 
 
 def self_potential(
@@ -112,9 +127,14 @@ def self_potential(
     start, scaling = _at_one_eps(reg, iterations)
     points = points - points.mean(0)
     loss = _loss(
-        p=2, blur=math.sqrt(reg), reach=None if rho is None else math.sqrt(rho), diameter=math.sqrt(start),
-        scaling=math.sqrt(scaling), backend=backend, cost=squared_cost if backend == "tensorized" else None,
-    )  # fmt: skip
+        p=2,
+        blur=math.sqrt(reg),
+        reach=None if rho is None else math.sqrt(rho),
+        diameter=math.sqrt(start),
+        scaling=math.sqrt(scaling),
+        backend=backend,
+        cost=squared_cost if backend == "tensorized" else None,
+    )
     with torch.no_grad():
         f, g = loss(weights, points, weights, points)
     return (f + g).flatten() / 2  # equal but for rounding

@@ -133,8 +133,10 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0
 def _points(x: Tensor) -> Tensor:
     """Finite points (n, D) in fp64 on the CPU."""
     if x.ndim != 2 or not x.isfinite().all():
-        raise ValueError(f"expected finite points (n, D), got {tuple(x.shape)}, of them NaN or infinite: "
-                         f"{int((~x.isfinite()).sum())}.")  # fmt: skip
+        raise ValueError(
+            f"expected finite points (n, D), got {tuple(x.shape)}, of them NaN or infinite: "
+            f"{int((~x.isfinite()).sum())}."
+        )
     return x.detach().double().cpu()
 
 

@@ -87,8 +87,11 @@ def partial_transport_plan(
         part.alpha, part.beta = (part.a > 0).to(part.a), (part.b > 0).to(part.b)
         return solve_checked(part, float(reg), constraint, tolerance, max_iterations, solver, stacklevel=4)
 
-    parts = [(rows.nonzero()[:, 0], bounded) for rows, bounded, any_ in ((whole, False, some), (~whole, True, others))
-             if any_]  # fmt: skip
+    parts = [
+        (rows.nonzero()[:, 0], bounded)
+        for rows, bounded, any_ in ((whole, False, some), (~whole, True, others))
+        if any_
+    ]
     solved = []
     for rows, bounded in parts:
         solved.append(fields(rows, bounded))

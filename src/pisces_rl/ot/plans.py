@@ -232,9 +232,14 @@ class Masked:
 
 
 def solve_checked(
-    problems: Masked, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str,
+    problems: Masked,
+    reg: float,
+    constraint: Constraint,
+    tolerance: float,
+    max_iterations: int,
+    solver: str,
     stacklevel: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `TransportPlan` by one of `SOLVERS`, for any reference and any pattern of cells.
 
     `stacklevel` is of the warning: how far above is the caller who asked.
@@ -302,9 +307,16 @@ def _solve_checked(
 
 
 def _scaled_alone(
-    cost: Tensor, a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor, low: Tensor, reg: float, tolerance: float,
+    cost: Tensor,
+    a: Tensor,
+    b: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    low: Tensor,
+    reg: float,
+    tolerance: float,
     max_iterations: int,
-) -> tuple[Tensor, ...] | None:  # fmt: skip
+) -> tuple[Tensor, ...] | None:
     """The fields of balanced problems without padding whose kernel holds as it is; None if that does not suffice."""
     kernel = torch.add((low / reg)[:, :, None], cost, alpha=-1 / reg).exp_()
     scaled = scale(kernel, a, b, alpha, beta, tolerance, max_iterations, full=True)

@@ -88,8 +88,11 @@ def scale(
             if adapt:
                 if bool((q.amax((1, 2)).log() + w.amax((1, 2)).log() > 2 * REBUILD)[active].any()):
                     break
-                relaxation = torch.ones_like(a[:, :, :1]) if relaxation is None else relax(
-                    relaxation[:, 0], (wrong / last)[:, None] ** (1 / RELAX_EVERY))[:, None]  # fmt: skip
+                relaxation = (
+                    torch.ones_like(a[:, :, :1])
+                    if relaxation is None
+                    else relax(relaxation[:, 0], (wrong / last)[:, None] ** (1 / RELAX_EVERY))[:, None]
+                )
                 last = wrong
         w = scaled(w, b, own)
     if kept is not None:

@@ -143,9 +143,14 @@ def _log_columns(problem: _Problem, kernel: Tensor, x: Tensor, log_domain: bool)
 
 
 def _iterate(
-    problem: _Problem, kernel: Tensor, state: _State, eps: float, active: Tensor, log_domain: bool,
+    problem: _Problem,
+    kernel: Tensor,
+    state: _State,
+    eps: float,
+    active: Tensor,
+    log_domain: bool,
     relaxation: Tensor | float = 1.0,
-) -> None:  # fmt: skip
+) -> None:
     """One update of each potential of the active problems, (B, 1) bool."""
     update = problem.constraint.update
     candidate = problem.ratio_a - _log_rows(problem, kernel, state.y, log_domain)
@@ -289,9 +294,14 @@ def _finish(problem: _Problem, state: _State, eps: float, tolerance: float, max_
     done, go_on, last = 0, True, error
     if isinstance(problem.constraint, Balanced):
         scaled = scale(
-            kernel, problem.a, problem.b, problem.alpha * state.x.exp(), problem.beta * state.y.exp(), tolerance,
+            kernel,
+            problem.a,
+            problem.b,
+            problem.alpha * state.x.exp(),
+            problem.beta * state.y.exp(),
+            tolerance,
             max_iterations,
-        )  # fmt: skip
+        )
         state.x = torch.where(problem.a > 0, (scaled.q / problem.alpha).log(), 0.0)
         state.y = torch.where(problem.b > 0, (scaled.w / problem.beta).log(), 0.0)
         active, error, iterations, done = scaled.active[:, None], scaled.error, scaled.iterations, scaled.done

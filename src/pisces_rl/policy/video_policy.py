@@ -68,12 +68,24 @@ class VideoPolicy(nn.Module):
         PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, *, transition: str | None = None, noise_level: float | None = None,
-                 num_inference_steps: int = 16, sde_window_size: int | None = None,
-                 sde_window_range: tuple[int, int] | None = None, pipeline_kwargs: dict | None = None,
-                 autocast_dtype: torch.dtype | None = None, attention_kernel: str | None = None,
-                 vae_dtype: str | None = None, vae_slicing: bool = False, vae_tiling: bool = False,
-                 vae_chunk_frames: int | None = None, vae_compile: bool = False):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        transition: str | None = None,
+        noise_level: float | None = None,
+        num_inference_steps: int = 16,
+        sde_window_size: int | None = None,
+        sde_window_range: tuple[int, int] | None = None,
+        pipeline_kwargs: dict | None = None,
+        autocast_dtype: torch.dtype | None = None,
+        attention_kernel: str | None = None,
+        vae_dtype: str | None = None,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        vae_chunk_frames: int | None = None,
+        vae_compile: bool = False,
+    ):
         super().__init__()
         self.pipeline = pipeline
         denoisers = denoisers_of(pipeline)
@@ -101,8 +113,14 @@ class VideoPolicy(nn.Module):
         self._codec: LatentCodec | None = None
         self.record = contextlib.nullcontext
         self.vae_dtype = vae_dtype
-        set_decoder(pipeline, dtype=vae_dtype, slicing=vae_slicing, tiling=vae_tiling, chunk_frames=vae_chunk_frames,
-                    compiled=vae_compile)
+        set_decoder(
+            pipeline,
+            dtype=vae_dtype,
+            slicing=vae_slicing,
+            tiling=vae_tiling,
+            chunk_frames=vae_chunk_frames,
+            compiled=vae_compile,
+        )
         self.makes_images = False  # videos of one frame; known from the first sample on
         if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:
             pipeline.vae.enable_slicing()
@@ -129,8 +147,9 @@ class VideoPolicy(nn.Module):
         """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None,
-                                        every_n_layers: int = 1, offload: bool = False) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
         """Checkpoint activations in every denoiser, as diffusers does it; transformers' Trainer calls this by name.
 
         A class that cannot (UNet3DConditionModel) warns and goes on.
@@ -147,8 +166,11 @@ class VideoPolicy(nn.Module):
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing(checkpointed(lambda: self.attention_kernel))
             else:
-                warnings.warn(f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
-                              "keeps all activations of one denoising step.", stacklevel=2)
+                warnings.warn(
+                    f"{name} ({type(module).__name__}) does not support gradient checkpointing; the update "
+                    "keeps all activations of one denoising step.",
+                    stacklevel=2,
+                )
 
     def set_base_precision(self, precision: str | None) -> None:
         """With "fp8", store the frozen projections of attention and feed-forward in FP8, see `fast/fp8.py`.
@@ -178,11 +200,14 @@ class VideoPolicy(nn.Module):
             save_numbers(module)
             count += sum(isinstance(layer, FP8Linear) for layer in layers)
         if not count:
-            raise PolicyError("base_precision='fp8': the denoisers have no frozen linear projections of attention or "
-                              "feed-forward whose widths are multiples of 16; unset it.")  # fmt: skip
+            raise PolicyError(
+                "base_precision='fp8': the denoisers have no frozen linear projections of attention or "
+                "feed-forward whose widths are multiples of 16; unset it."
+            )
 
-    def compile_blocks(self, recompute: str = "all_but_attention", backend: str | None = "inductor",
-                       mode: str | None = None) -> None:
+    def compile_blocks(
+        self, recompute: str = "all_but_attention", backend: str | None = "inductor", mode: str | None = None
+    ) -> None:
         """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
 
         Before anything else runs them, and after adapters were added. Sampling and update then run the same graphs.
@@ -238,8 +263,16 @@ class VideoPolicy(nn.Module):
 
     @torch.inference_mode(False)  # a caller's would leave tensors, in the memo too, that backward cannot use
     @torch.no_grad()
-    def sample(self, prompts: Sequence[str], *, noise_seeds: Sequence[int], step_seeds: Sequence[int] | None = None,
-               steps: Sequence[int] = (), output_type: str = "pt", conditions: Conditions | None = None) -> Rollout:
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        noise_seeds: Sequence[int],
+        step_seeds: Sequence[int] | None = None,
+        steps: Sequence[int] = (),
+        output_type: str = "pt",
+        conditions: Conditions | None = None,
+    ) -> Rollout:
         """Sample one video a prompt.
 
         All randomness of a video comes from its own two seeds, so that neither its batch-mates nor the number of
@@ -268,8 +301,14 @@ class VideoPolicy(nn.Module):
         leave_idle(self.pipeline)  # rewards come next
         return Rollout.cat(parts)
 
-    def replay(self, rollout: Rollout, rows: Sequence[int], visitor: Callable[[ReplayStep], None],
-               grad: bool = True, wait: bool = True) -> None:
+    def replay(
+        self,
+        rollout: Rollout,
+        rows: Sequence[int],
+        visitor: Callable[[ReplayStep], None],
+        grad: bool = True,
+        wait: bool = True,
+    ) -> None:
         """Score the recorded transitions of the videos `rows` under the current weights.
 
         Args:
@@ -303,9 +342,11 @@ class VideoPolicy(nn.Module):
 
     # --- gradients through the sampler -------------------------------------------------------------------------------
 
-    def final_latents(self, prompts: Sequence[str], *, noise_seeds: Sequence[int],
-                      conditions: Conditions | None = None) -> Tensor:
+    def final_latents(
+        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], conditions: Conditions | None = None
+    ) -> Tensor:
         """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
+
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
             run_until_left(session, seeds, "latent")
             return session.final
@@ -316,10 +357,17 @@ class VideoPolicy(nn.Module):
         return torch.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
     def sample_with_gradients(
-        self, prompts: Sequence[str], *, noise_seeds: Sequence[int], last_steps: int = 1, jump_at: int | None = None,
-        renoise: tuple[Tensor, Sequence[int]] | None = None, part: DecodedPart | None = None,
-        checkpoint_decoder: bool = True, conditions: Conditions | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        prompts: Sequence[str],
+        *,
+        noise_seeds: Sequence[int],
+        last_steps: int = 1,
+        jump_at: int | None = None,
+        renoise: tuple[Tensor, Sequence[int]] | None = None,
+        part: DecodedPart | None = None,
+        checkpoint_decoder: bool = True,
+        conditions: Conditions | None = None,
+    ) -> Tensor:
         """Deterministic samples whose gradient reaches the denoiser's weights through the last steps and the decoder.
 
         The state that enters the first of these steps is a constant. The videos are those of `sample` without steps.
@@ -363,8 +411,17 @@ class VideoPolicy(nn.Module):
             self._codec = LatentCodec.of(self, conditions=conditions)
         return self._codec
 
-    def predict(self, rollout: Rollout, rows: Sequence[int], *, noise_seeds: Sequence[int], step: int,
-                state: Tensor | None = None, grad: bool = False, **overrides) -> Prediction:
+    def predict(
+        self,
+        rollout: Rollout,
+        rows: Sequence[int],
+        *,
+        noise_seeds: Sequence[int],
+        step: int,
+        state: Tensor | None = None,
+        grad: bool = False,
+        **overrides,
+    ) -> Prediction:
         """What the model makes of noised videos at one step of the schedule.
 
         The videos' clean latents are brought to the step's noise level with fresh noise. At step 0 they give way to
@@ -407,8 +464,9 @@ class VideoPolicy(nn.Module):
         known = inspect.signature(inspect.unwrap(type(self.pipeline).__call__)).parameters
         return checked_conditions(self.pipeline, list(known), conditions, count, self.pipeline_kwargs)
 
-    def _each_call(self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int],
-                   conditions: Conditions | None) -> list:
+    def _each_call(
+        self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int], conditions: Conditions | None
+    ) -> list:
         """What `one_call(session, seeds)` returns for the videos of each call, with `session_of(rows)`."""
         conditions = self._checked_conditions(conditions, len(noise_seeds))
         results = []

@@ -8,12 +8,31 @@ from .panel import RewardPanel
 from .signature import OFFERED
 from .table import RewardTable
 
-_HOME = {"ENCODER_REWARDS": "loading", "OTAttention": "ot_attention", "OTQualityReward": "quality",
-         "OTSemanticReward": "semantic", "REWARDS": "loading", "RemoteReward": "server.remote",
-         "RemoteVLMJudge": "remote_vlm_judge", "VLMJudge": "vlm_judge", "cache_features": "features",
-         "load_features": "features", "load_reward": "loading"}  # fmt: skip
-__all__ = ["OFFERED", "RewardError", "RewardPanel", "RewardTable", "compares_videos", "exposure", "motion_amount",
-           "reward_name", "temporal_smoothness", *_HOME]
+_HOME = {
+    "ENCODER_REWARDS": "loading",
+    "OTAttention": "ot_attention",
+    "OTQualityReward": "quality",
+    "OTSemanticReward": "semantic",
+    "REWARDS": "loading",
+    "RemoteReward": "server.remote",
+    "RemoteVLMJudge": "remote_vlm_judge",
+    "VLMJudge": "vlm_judge",
+    "cache_features": "features",
+    "load_features": "features",
+    "load_reward": "loading",
+}
+__all__ = [
+    "OFFERED",
+    "RewardError",
+    "RewardPanel",
+    "RewardTable",
+    "compares_videos",
+    "exposure",
+    "motion_amount",
+    "reward_name",
+    "temporal_smoothness",
+    *_HOME,
+]
 
 
 def __getattr__(name: str):

@@ -22,17 +22,30 @@ class Fusion(Protocol):
         """Whether it changes this layer at all."""
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, logits: Tensor, scaling: float, mask: Tensor | None,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        logits: Tensor,
+        scaling: float,
+        mask: Tensor | None,
         dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The attention's weights (B, H, N, M), in `dtype`, of query (B, H, N, d), key (B, H, M, d), their logits =
         scaling query key^T, and what the layer would add to these."""
 
 
 def fused_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, fusion: Fusion | None = None, **kwargs,
-) -> tuple[Tensor, None]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    fusion: Fusion | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
     """The attention of query (B, H, N, d) to key and value (B, H, M, d), as (B, N, H, d)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if fusion is None or not fusion.changes(module.layer_idx):

@@ -99,8 +99,7 @@ def _said(func: RewardFunc, attribute: str, default: object) -> object:
 
 
 def check_reward(func: RewardFunc) -> None:
-    """A ValueError where an object cannot be a reward: it cannot be called, is a class, or does not say what it takes.
-    """
+    """Raise a ValueError for what cannot be a reward: not callable, a class, or without a readable signature."""
     if not callable(func):
         raise ValueError(
             f"reward {func!r} is not callable; pass functions f(prompts, videos, **columns) -> list of floats."

@@ -71,9 +71,7 @@ def text_features(encoder: VideoTextEncoder, prompts: Sequence[str]) -> TextFeat
     return _once(encoder, key, prompts, lambda: _distinct(encoder, list(prompts)))
 
 
-def video_features(
-    encoder: VideoTextEncoder, videos: Tensor, micro_batch: int = MICRO_BATCH
-) -> VideoFeatures:
+def video_features(encoder: VideoTextEncoder, videos: Tensor, micro_batch: int = MICRO_BATCH) -> VideoFeatures:
     """Of all videos, `micro_batch` at a time."""
 
     def encode() -> VideoFeatures:

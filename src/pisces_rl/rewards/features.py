@@ -40,9 +40,14 @@ class Features:
 
 @torch.no_grad()
 def cache_features(
-    encoder: VideoTextEncoder, samples: Iterable[tuple[Video | None, str | None]], folder: str | Path, *, source: str,
-    batch_size: int = 32, progress: bool = True,
-) -> Features:  # fmt: skip
+    encoder: VideoTextEncoder,
+    samples: Iterable[tuple[Video | None, str | None]],
+    folder: str | Path,
+    *,
+    source: str,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> Features:
     """The samples' features, from disk as far as they are there.
 
     The samples are read in order, and only those that are not yet on disk are decoded and encoded, so a call that was

@@ -36,9 +36,17 @@ def _grid(shape: torch.Size) -> tuple[tuple[int], dict[str, int]]:
 
 
 def costs(
-    query: Tensor, key: Tensor, logits: Tensor, scaling: float, words: Tensor, columns: Tensor, frame: Tensor,
-    place: Tensor, temporal: float, spatial: float,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    logits: Tensor,
+    scaling: float,
+    words: Tensor,
+    columns: Tensor,
+    frame: Tensor,
+    place: Tensor,
+    temporal: float,
+    spatial: float,
+) -> Tensor:
     """(B, H, N, M), or (B, 1, N, M) without temporal and spatial terms, from queries (B, H, N, d), keys (B, H, M, d)
     and logits (B, H, N, M), over words (B, N) and columns (M,), for tokens of frames (M,) and places (M, 2).
 
@@ -51,9 +59,22 @@ def costs(
     grid, options = _grid(logits.shape)
     out = torch.empty(logits.shape, device=logits.device)
     _costs[grid](
-        products, *lengths, logits.contiguous(), words, columns, frame, place, out, *logits.shape[1:], 1 / scaling,
-        temporal, spatial, TIME=temporal > 0, SPACE=spatial > 0, **options,
-    )  # fmt: skip
+        products,
+        *lengths,
+        logits.contiguous(),
+        words,
+        columns,
+        frame,
+        place,
+        out,
+        *logits.shape[1:],
+        1 / scaling,
+        temporal,
+        spatial,
+        TIME=temporal > 0,
+        SPACE=spatial > 0,
+        **options,
+    )
     return out
 
 
@@ -63,9 +84,17 @@ def fuse(kind: str, logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor
     plan = plan.expand_as(logits)
     out = torch.empty(logits.shape, device=logits.device, dtype=dtype)
     _fuse[grid](
-        logits.contiguous(), plan, *plan.stride(), words, columns, out, *logits.shape[1:],
-        ARITHMETIC=kind == "arithmetic", GATED=kind == "gated", **options,
-    )  # fmt: skip
+        logits.contiguous(),
+        plan,
+        *plan.stride(),
+        words,
+        columns,
+        out,
+        *logits.shape[1:],
+        ARITHMETIC=kind == "arithmetic",
+        GATED=kind == "gated",
+        **options,
+    )
     return out
 
 
@@ -93,9 +122,26 @@ if triton is not None:
 
     @triton.jit
     def _costs(
-        products, of_words, of_tokens, logits, words, columns, frames, places, out, heads, n, m, inverse_scaling,
-        temporal, spatial, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, TIME: tl.constexpr, SPACE: tl.constexpr,
-    ):  # fmt: skip
+        products,
+        of_words,
+        of_tokens,
+        logits,
+        words,
+        columns,
+        frames,
+        places,
+        out,
+        heads,
+        n,
+        m,
+        inverse_scaling,
+        temporal,
+        spatial,
+        BLOCK_N: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        TIME: tl.constexpr,
+        SPACE: tl.constexpr,
+    ):
         problem = tl.program_id(0).to(tl.int64)
         video = problem // heads
         i = tl.arange(0, BLOCK_N)
@@ -211,9 +257,23 @@ if triton is not None:
 
     @triton.jit
     def _fuse(
-        logits, plan, plan_b, plan_h, plan_n, plan_m, words, columns, out, heads, n, m,
-        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, ARITHMETIC: tl.constexpr, GATED: tl.constexpr,
-    ):  # fmt: skip
+        logits,
+        plan,
+        plan_b,
+        plan_h,
+        plan_n,
+        plan_m,
+        words,
+        columns,
+        out,
+        heads,
+        n,
+        m,
+        BLOCK_N: tl.constexpr,
+        BLOCK_M: tl.constexpr,
+        ARITHMETIC: tl.constexpr,
+        GATED: tl.constexpr,
+    ):
         tiny = 1.1754943508222875e-38
         problem = tl.program_id(0).to(tl.int64)
         video = problem // heads

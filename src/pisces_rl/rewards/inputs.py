@@ -47,4 +47,3 @@ class Untouched:
                 f"reward {' or '.join(map(repr, names))} wrote into `videos`, which the next reward and the saved "
                 "samples would see; give it a copy: videos.clone(), or 255 * videos instead of videos.mul_(255)."
             )
-

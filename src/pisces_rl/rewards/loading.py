@@ -66,9 +66,15 @@ FUNCTIONS = {
 
 
 def load_reward(
-    name: str, *, encoder: str | Path | VideoTextEncoder = DEFAULT_ENCODER, ot_map: str | Path | None = None,
-    attention: OTAttention | dict | None = None, offload: str | None = None, device: str | None = None, **options,
-) -> Callable:  # fmt: skip
+    name: str,
+    *,
+    encoder: str | Path | VideoTextEncoder = DEFAULT_ENCODER,
+    ot_map: str | Path | None = None,
+    attention: OTAttention | dict | None = None,
+    offload: str | None = None,
+    device: str | None = None,
+    **options,
+) -> Callable:
     """A reward by name; rewards of one encoder's name share one encoder.
 
     Args:
@@ -154,9 +160,10 @@ def _queried(name: str) -> tuple[str, dict]:
         default = defaults.get(option)
         value = text if isinstance(default, (str, Path)) else _read(text)
         fine = {
-            int: type(value) is int, float: type(value) in (int, float),
+            int: type(value) is int,
+            float: type(value) in (int, float),
             tuple: isinstance(value, list) and all(type(number) in (int, float) for number in value),
-        }  # fmt: skip
+        }
         if not fine.get(type(default), True):
             raise ValueError(f"reward {name!r}: {option}={text!r} must be like {default!r}, its default.")
         options[option] = value

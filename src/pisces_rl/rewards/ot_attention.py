@@ -131,9 +131,15 @@ class BoundOTAttention:
         return all(layers is None or layer in layers for layers in (self.settings.layers, self.layers))
 
     def __call__(
-        self, layer: int, query: Tensor, key: Tensor, logits: Tensor, scaling: float, mask: Tensor | None = None,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        logits: Tensor,
+        scaling: float,
+        mask: Tensor | None = None,
         dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The weights (B, H, N, M) of one layer: softmax(logits + bias + mask) times each word's gate."""
         settings, dtype = self.settings, dtype or logits.dtype
         plain = not settings.floor and settings.heads is None and settings.drawings is None and mask is None
@@ -178,10 +184,16 @@ class BoundOTAttention:
             return fused.fuse(s.fusion, logits, plan.unflatten(0, (-1, heads)), words, columns, dtype), error
 
         done = by_graph(
-            (s.plan, s.fusion, s.mass, s.reg, s.temporal, s.spatial, s.tolerance, scaling, dtype), weights,
-            query, key, logits, self.words, self.columns, *(z.to(logits) for z in self.places),
+            (s.plan, s.fusion, s.mass, s.reg, s.temporal, s.spatial, s.tolerance, scaling, dtype),
+            weights,
+            query,
+            key,
+            logits,
+            self.words,
+            self.columns,
+            *(z.to(logits) for z in self.places),
             *self.weights_of(heads),
-        )  # fmt: skip
+        )
         if done is None:
             return None
         result = done[0].clone()
@@ -223,9 +235,17 @@ class BoundOTAttention:
         frame, place = (z.to(logits) for z in self.places)
         if settings.normalise and fused.serves(logits):
             return fused.costs(
-                query, key, logits, scaling, self.words, self.columns, frame, place, settings.temporal,
+                query,
+                key,
+                logits,
+                scaling,
+                self.words,
+                self.columns,
+                frame,
+                place,
+                settings.temporal,
                 settings.spatial,
-            )  # fmt: skip
+            )
         y, x = (z.transpose(1, 2).flatten(2) for z in (query, key))
         cosine = cosine_cost(y, x)
         cells = self.words[:, None, :, None] & self.columns

@@ -49,8 +49,12 @@ class RewardPanel:
             that failed, took too long or wrote into the videos.
     """
 
-    def __init__(self, funcs: RewardFunc | Sequence[RewardFunc] | None, timeout: float = 0.0,
-                 device: torch.device | str | None = None):
+    def __init__(
+        self,
+        funcs: RewardFunc | Sequence[RewardFunc] | None,
+        timeout: float = 0.0,
+        device: torch.device | str | None = None,
+    ):
         self.timeout, self.device = timeout, device
         self.funcs = _loaded(_as_list(funcs), device)
         names = [reward_name(func) for func in self.funcs]
@@ -72,8 +76,9 @@ class RewardPanel:
         return panel
 
     @torch.no_grad()
-    def __call__(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
-                 trainer_state=None) -> RewardTable:
+    def __call__(
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
+    ) -> RewardTable:
         videos = videos.to(self.device)
         tables: list[RewardTable] = [None] * len(self)
         pending, guard = {}, Untouched(videos)
@@ -125,8 +130,9 @@ class RewardPanel:
             )
 
     @torch.enable_grad()
-    def with_gradients(self, prompts: list[str], videos: Tensor, columns: dict[str, list],
-                       trainer_state=None) -> tuple[RewardTable, list[Tensor]]:
+    def with_gradients(
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
+    ) -> tuple[RewardTable, list[Tensor]]:
         """The table, and for each reward the gradient of its sum over samples with respect to the videos, like them.
 
         Raises:
@@ -162,8 +168,9 @@ class RewardPanel:
                 table.seconds[name] = time.perf_counter() - start
         return table, gradients
 
-    def _offer(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state,
-               width: int) -> tuple[RewardTable, Callable[[str], dict]]:
+    def _offer(
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state, width: int
+    ) -> tuple[RewardTable, Callable[[str], dict]]:
         """An empty table of `width` rewards, and for a reward's name the arguments that it may take; what it records
         goes to the table."""
         if taken := sorted(set(OFFERED) & set(columns)):
@@ -195,8 +202,14 @@ class RewardPanel:
                 if table.recorded_by[name] == reward:
                     table.metrics[name] = own
 
-            return dict(own_lists(columns), prompts=list(prompts), videos=videos, trainer_state=trainer_state,
-                        log_extra=log_extra, log_metric=log_metric)
+            return dict(
+                own_lists(columns),
+                prompts=list(prompts),
+                videos=videos,
+                trainer_state=trainer_state,
+                log_extra=log_extra,
+                log_metric=log_metric,
+            )
 
         return table, offered
 
@@ -268,9 +281,13 @@ class _named:
 
     def __exit__(self, kind, error, traceback):
         if isinstance(error, Exception) and not isinstance(error, RewardError):
-            advice = "" if "unexpected keyword argument" not in str(error) else (
-                " What takes **kwargs is given all that a reward may take: use functools.wraps in a decorator, or let "
-                "the function that it calls take **columns."
+            advice = (
+                ""
+                if "unexpected keyword argument" not in str(error)
+                else (
+                    " A function with **kwargs receives every argument of a reward: use functools.wraps in a "
+                    "decorator, or add **columns to the function it calls."
+                )
             )
             raise RewardError(
                 f"reward {self.name!r} raised {kind.__name__}: {error}.{advice} Nothing is lost: mend the reward and "

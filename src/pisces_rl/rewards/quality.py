@@ -41,10 +41,18 @@ class OTQualityReward(EncoderReward):
     """
 
     def __init__(
-        self, encoder: VideoTextEncoder | str | Path, ot_map: TransportMap | None = None, *,
-        bank: Tensor | BankDivergence | None = None, cosine_weight: float = 1.0, divergence_weight: float = 0.0,
-        blur: float | None = None, solver: str | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_quality",
-    ):  # fmt: skip
+        self,
+        encoder: VideoTextEncoder | str | Path,
+        ot_map: TransportMap | None = None,
+        *,
+        bank: Tensor | BankDivergence | None = None,
+        cosine_weight: float = 1.0,
+        divergence_weight: float = 0.0,
+        blur: float | None = None,
+        solver: str | None = None,
+        micro_batch: int = MICRO_BATCH,
+        name: str = "ot_quality",
+    ):
         encoder = shared_encoder(encoder)
         if ot_map is not None and ot_map.encoder != encoder.name:
             raise ValueError(

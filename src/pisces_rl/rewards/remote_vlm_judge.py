@@ -32,8 +32,9 @@ CONTROL = re.compile(r"<\|[^\s|<>]+\|>|<(?:/?s|bos|eos|pad|unk|image|video|(?:st
 # One digit, alone or out of so many, perhaps after "Score:"; then the answer ends or a mark introduces more.
 DIGIT = re.compile(
     r"\W*(?:(?:score|rating|answer)(?:\s+is)?\W+)?(?P<digit>\d)(?:\s*(?:/|out of)\s*(?P<most>\d+))?(?![.,]?\d)"
-    r"\s*(?:$|[^\w\s/-]|\n)", re.IGNORECASE,
-)  # fmt: skip
+    r"\s*(?:$|[^\w\s/-]|\n)",
+    re.IGNORECASE,
+)
 
 
 class RemoteVLMJudge:
@@ -79,13 +80,27 @@ class RemoteVLMJudge:
     """
 
     def __init__(
-        self, url: str, model: str, *, question: str | Path | Sequence[str | Path] = PROMPT,
-        weights: Sequence[float] | None = None, scores: Sequence[int] = (1, 2, 3, 4, 5), frames: int = 8,
-        send: str = "png", quality: int = 90, fps: float = 8, logprobs: str | bool = "required",
-        top_logprobs: int = 20, max_concurrency: int = 16, requests_per_minute: float | None = None,
-        time_limit: float = 300.0, retries: int = 6, api_key: str | None = None, extra_body: Mapping | None = None,
+        self,
+        url: str,
+        model: str,
+        *,
+        question: str | Path | Sequence[str | Path] = PROMPT,
+        weights: Sequence[float] | None = None,
+        scores: Sequence[int] = (1, 2, 3, 4, 5),
+        frames: int = 8,
+        send: str = "png",
+        quality: int = 90,
+        fps: float = 8,
+        logprobs: str | bool = "required",
+        top_logprobs: int = 20,
+        max_concurrency: int = 16,
+        requests_per_minute: float | None = None,
+        time_limit: float = 300.0,
+        retries: int = 6,
+        api_key: str | None = None,
+        extra_body: Mapping | None = None,
         name: str = "vlm_judge",
-    ):  # fmt: skip
+    ):
         self.model, self.__name__ = model, name
         if not re.match(r"https?://[^/?]+[^?]*$", url):
             raise ValueError(f"url={masked(url)!r}: expected http://host:port/v1.")
@@ -111,18 +126,26 @@ class RemoteVLMJudge:
         self.frames, self.send, self.quality, self.fps = frames, send, quality, fps
         self.logprobs, self.top_logprobs, self.extra_body = bool(logprobs), top_logprobs, dict(extra_body or {})
         self._client = RetryingClient(
-            name, key=os.environ.get(KEY) if api_key is None else api_key, time_limit=time_limit, retries=retries,
-            try_again=TRY_AGAIN, max_concurrency=max_concurrency, requests_per_minute=requests_per_minute,
+            name,
+            key=os.environ.get(KEY) if api_key is None else api_key,
+            time_limit=time_limit,
+            retries=retries,
+            try_again=TRY_AGAIN,
+            max_concurrency=max_concurrency,
+            requests_per_minute=requests_per_minute,
             media_type="application/json",
-        )  # fmt: skip
+        )
         self.url = self._client.without_login(url.rstrip("/"))
         self._check_model()
         self._check_answers()
 
     async def __call__(
-        self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None,
+        self,
+        prompts: Sequence[str],
+        videos: Tensor,
+        log_extra: Callable | None = None,
         log_metric: Callable | None = None,
-    ) -> list[float]:  # fmt: skip
+    ) -> list[float]:
         check_inputs(prompts, videos)
         check_pixels(videos)
         for prompt in prompts:
@@ -168,8 +191,12 @@ class RemoteVLMJudge:
         return parts
 
     def _body(self, shown: list[dict], text: str) -> bytes:
-        asked = {"model": self.model, "temperature": 0.0, "max_tokens": 1 if self.logprobs else LONGEST_ANSWER,
-                 "messages": [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]}  # fmt: skip
+        asked = {
+            "model": self.model,
+            "temperature": 0.0,
+            "max_tokens": 1 if self.logprobs else LONGEST_ANSWER,
+            "messages": [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}],
+        }
         more = {"logprobs": True, "top_logprobs": self.top_logprobs} if self.logprobs else {}
         return json.dumps(asked | more | self.extra_body).encode()
 
@@ -182,8 +209,9 @@ class RemoteVLMJudge:
 
     def _expected(self, choice: dict) -> float:
         try:
-            first = [(str(one["token"]), float(one["logprob"])) for one in
-                     choice["logprobs"]["content"][0]["top_logprobs"]]  # fmt: skip
+            first = [
+                (str(one["token"]), float(one["logprob"])) for one in choice["logprobs"]["content"][0]["top_logprobs"]
+            ]
         except (KeyError, IndexError, TypeError, ValueError):
             first = []
         if not first:
@@ -195,8 +223,10 @@ class RemoteVLMJudge:
             logs.get(token.strip(SPACE), []).append(log)
         largest = max((log for own in logs.values() for log in own), default=-math.inf)
         if largest == -math.inf:
-            raise TryAgain(f"none of {self.scores} is among the {len(first)} likeliest first tokens of the answer: "
-                           f"{', '.join(repr(token) for token, _ in first[:5])}, ...")  # fmt: skip
+            raise TryAgain(
+                f"none of {self.scores} is among the {len(first)} likeliest first tokens of the answer: "
+                f"{', '.join(repr(token) for token, _ in first[:5])}, ..."
+            )
         shares = {score: sum(math.exp(log - largest) for log in own) for score, own in logs.items()}
         return sum(int(score) * share for score, share in shares.items()) / sum(shares.values())
 
@@ -214,13 +244,16 @@ class RemoteVLMJudge:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise self._wrong(f"no server answers ({type(error).__name__}: {error}); see that it runs.") from error
         if response.status_code in (401, 403):
-            raise self._wrong(f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment "
-                              f"variable {KEY}.")  # fmt: skip
+            raise self._wrong(
+                f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment "
+                f"variable {KEY}."
+            )
         try:
             listed = [one["id"] for one in response.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise self._wrong(f"no OpenAI-compatible endpoint (GET {self.url}/models: {error!r}); expected "
-                              "http://host:port/v1.") from error  # fmt: skip
+            raise self._wrong(
+                f"no OpenAI-compatible endpoint (GET {self.url}/models: {error!r}); expected http://host:port/v1."
+            ) from error
         if listed and self.model not in listed:  # `transformers serve` of a folder lists none
             near = difflib.get_close_matches(self.model, listed, n=3)
             advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
@@ -245,18 +278,24 @@ class RemoteVLMJudge:
             except TryAgain:
                 pass  # that gray frames get no digit says nothing of videos
             except ValueError as error:
-                raise self._wrong(f"{error} Start a server that gives them (vLLM, SGLang), or set logprobs=False, "
-                                  "which reads the digit from the text.") from error  # fmt: skip
+                raise self._wrong(
+                    f"{error} Start a server that gives them (vLLM, SGLang), or set logprobs=False, "
+                    "which reads the digit from the text."
+                ) from error
         if seen[1] is not None and seen[1] == self._try([], text)[1]:
-            raise self._wrong(f"it leaves {what} out: as many prompt tokens with them as without. Serve a "
-                              f"model that takes them{', or send images' * (self.send == 'mp4')}.")  # fmt: skip
+            raise self._wrong(
+                f"it leaves {what} out: as many prompt tokens with them as without. Serve a "
+                f"model that takes them{', or send images' * (self.send == 'mp4')}."
+            )
 
     def _try(self, shown: list[dict], text: str) -> tuple[dict, int | None]:
         """A choice, and the prompt's number of tokens if the server says it."""
         return self._client.ask_before_a_run(
-            self.url, CHAT, self._body(shown, text),
+            self.url,
+            CHAT,
+            self._body(shown, text),
             lambda body: (_choice(body), (json.loads(body).get("usage") or {}).get("prompt_tokens")),
-        )  # fmt: skip
+        )
 
     def _answers_text(self, text: str) -> bool | None:
         with contextlib.suppress(Failed):
@@ -272,10 +311,24 @@ def remote_vlm_judge(name: str) -> RemoteVLMJudge:
 
     Raises ValueError: see `RemoteVLMJudge`; no model, or an unknown setting. The key is never one: it would be logged.
     """
-    known = {"model": str, "question": str, "weights": _numbers, "scores": _numbers, "frames": int, "send": str,
-             "quality": int, "fps": float, "logprobs": lambda text: text.lower() != "false" and text,
-             "top_logprobs": int, "max_concurrency": int, "requests_per_minute": float, "time_limit": float,
-             "retries": int, "extra_body": json.loads, "name": str}  # fmt: skip
+    known = {
+        "model": str,
+        "question": str,
+        "weights": _numbers,
+        "scores": _numbers,
+        "frames": int,
+        "send": str,
+        "quality": int,
+        "fps": float,
+        "logprobs": lambda text: text.lower() != "false" and text,
+        "top_logprobs": int,
+        "max_concurrency": int,
+        "requests_per_minute": float,
+        "time_limit": float,
+        "retries": int,
+        "extra_body": json.loads,
+        "name": str,
+    }
     url, _, query = name.removeprefix("vlm+").partition("?")
     settings: dict = {}
     advice = f" Put the key into the environment variable {KEY}."

@@ -79,10 +79,17 @@ class RetryingClient:
     """
 
     def __init__(
-        self, name: str, *, key: str | None, time_limit: float, retries: int,
-        try_again: Sequence[int] = (502, 503, 504), max_concurrency: int | None = None,
-        requests_per_minute: float | None = None, media_type: str = "application/octet-stream",
-    ):  # fmt: skip
+        self,
+        name: str,
+        *,
+        key: str | None,
+        time_limit: float,
+        retries: int,
+        try_again: Sequence[int] = (502, 503, 504),
+        max_concurrency: int | None = None,
+        requests_per_minute: float | None = None,
+        media_type: str = "application/octet-stream",
+    ):
         if not 0 < time_limit < math.inf:
             raise ValueError(f"time_limit={time_limit!r} must be a positive number of seconds.")
         if not isinstance(retries, int) or retries < 0:
@@ -166,9 +173,13 @@ class RetryingClient:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     async def _ask(
-        self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T],
+        self,
+        urls: Sequence[str],
+        path: str,
+        body: Callable[[], bytes],
+        read: Callable[[bytes], T],
         failures: list[str],
-    ) -> T:  # fmt: skip
+    ) -> T:
         tries, patience = 0, self.time_limit
         for attempt in itertools.count():
             url = urls[attempt % len(urls)]

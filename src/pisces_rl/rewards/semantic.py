@@ -33,9 +33,14 @@ class OTSemanticReward(EncoderReward):
     """
 
     def __init__(
-        self, matcher: VideoTextEncoder | str | Path, attention: OTAttention | None = None, *,
-        solver: str | None = None, micro_batch: int = MICRO_BATCH, name: str = "ot_semantic",
-    ):  # fmt: skip
+        self,
+        matcher: VideoTextEncoder | str | Path,
+        attention: OTAttention | None = None,
+        *,
+        solver: str | None = None,
+        micro_batch: int = MICRO_BATCH,
+        name: str = "ot_semantic",
+    ):
         if solver is not None:
             if attention is None:
                 raise ValueError("solver: it has no effect without an attention.")

@@ -42,11 +42,19 @@ class VLMJudge(OffloadedModel):
     """
 
     def __init__(
-        self, model: str | nn.Module, processor=None, *, question: str | Path = PROMPT,
-        scores: Sequence[int] = (1, 2, 3, 4, 5), frames: int = 8, batch_size: int = 4,
-        dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None, name: str = "vlm_judge",
+        self,
+        model: str | nn.Module,
+        processor=None,
+        *,
+        question: str | Path = PROMPT,
+        scores: Sequence[int] = (1, 2, 3, 4, 5),
+        frames: int = 8,
+        batch_size: int = 4,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        name: str = "vlm_judge",
         offload: str | torch.device | None = None,
-    ):  # fmt: skip
+    ):
         if isinstance(model, str):
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
             model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
@@ -73,9 +81,14 @@ class VLMJudge(OffloadedModel):
 
     def _ask(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
         images = [[to_image(frame) for frame in clip] for clip in spread_frames(videos, self.frames)]
-        texts = [self.processor.apply_chat_template(
-            [{"role": "user", "content": [*[{"type": "image"}] * len(images[0]), {"type": "text", "text": text}]}],
-            add_generation_prompt=True, tokenize=False) for text in map(self._text, prompts)]  # fmt: skip
+        texts = [
+            self.processor.apply_chat_template(
+                [{"role": "user", "content": [*[{"type": "image"}] * len(images[0]), {"type": "text", "text": text}]}],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+            for text in map(self._text, prompts)
+        ]
         self.processor.tokenizer.padding_side = "left"  # the answer follows the last token of each row
         inputs = self.processor(text=texts, images=images, padding=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.model.device)).logits[:, -1, self.tokens].float().cpu()

@@ -24,22 +24,32 @@ def page(runs: Sequence[dict]) -> str:
     the page by textContent only, and the page's policy runs no other script.
     """
     parts = files(__package__)
-    template, style, script = (parts.joinpath(name).read_text(encoding="utf-8") for name in
-                               ("page.html", "page.css", "page.js"))
+    template, style, script = (
+        parts.joinpath(name).read_text(encoding="utf-8") for name in ("page.html", "page.css", "page.js")
+    )
     script = parts.joinpath("charts.js").read_text(encoding="utf-8") + script
     data = json.dumps({"runs": list(runs)}, allow_nan=False, separators=(",", ":"))
     for character in "<>&":
         data = data.replace(character, f"\\u{ord(character):04x}")
-    hashes = {name: "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-              for name, text in (("script", script), ("style", style))}
-    parts = {"MARK": MARK, "SCRIPT_HASH": hashes["script"], "STYLE_HASH": hashes["style"], "STYLE": style,
-             "DATA": data, "SCRIPT": script}
+    hashes = {
+        name: "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        for name, text in (("script", script), ("style", style))
+    }
+    parts = {
+        "MARK": MARK,
+        "SCRIPT_HASH": hashes["script"],
+        "STYLE_HASH": hashes["style"],
+        "STYLE": style,
+        "DATA": data,
+        "SCRIPT": script,
+    }
     pieces = template.split("%%")  # one pass: what is put in is not searched again
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
 
 
-def write_page(folders: Sequence[str | os.PathLike], output: str | os.PathLike | None = None,
-               one_file: bool = False) -> Path:
+def write_page(
+    folders: Sequence[str | os.PathLike], output: str | os.PathLike | None = None, one_file: bool = False
+) -> Path:
     """Write the page of one run or of several side by side; it appears whole or not at all.
 
     Args:

@@ -41,8 +41,10 @@ def read_run(folder: str | os.PathLike) -> dict:
     evaluations, prompts = _evaluations(folder, present, notes)
     comparison = _json(folder, "report.json", notes, "comparison") if present.get("report.json", True) else None
     if not (about or evaluations or comparison or (folder / LIST).is_file()):
-        raise ValueError(f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
-                         "samples/step_* or checkpoint-* of a run. Pass the output_dir of a run.")  # fmt: skip
+        raise ValueError(
+            f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
+            "samples/step_* or checkpoint-* of a run. Pass the output_dir of a run."
+        )
     state = _dict(about.get("state"))
     history = [row for row in _list(state.get("log_history")) if isinstance(row, dict)]
     curves = _curves(history)
@@ -50,14 +52,22 @@ def read_run(folder: str | os.PathLike) -> dict:
     correlations = _correlations(evaluations[-1]) if evaluations else None
     _thin(evaluations)
     return {
-        "name": folder.resolve().name, "trainer": _text(about.get("trainer")), "model": _text(about.get("model")),
+        "name": folder.resolve().name,
+        "trainer": _text(about.get("trainer")),
+        "model": _text(about.get("model")),
         "step": max((step for step in steps if step is not None), default=None),
-        "max_steps": _number(state.get("max_steps")), "fps": _number(about.get("fps")),
+        "max_steps": _number(state.get("max_steps")),
+        "fps": _number(about.get("fps")),
         "settings": {str(key): _text(value) for key, value in _dict(about.get("settings")).items()},
         "given": [_text(name) for name in about["given"]] if isinstance(about.get("given"), list) else None,
-        "curves": {name: _fewer(points) for name, points in curves.items()}, "time": _time(history),
-        "prompts": prompts, "evaluations": evaluations, "comparison": _plain(comparison), "correlations": correlations,
-        "files": _files(folder), "notes": notes,
+        "curves": {name: _fewer(points) for name, points in curves.items()},
+        "time": _time(history),
+        "prompts": prompts,
+        "evaluations": evaluations,
+        "comparison": _plain(comparison),
+        "correlations": correlations,
+        "files": _files(folder),
+        "notes": notes,
     }
 
 
@@ -124,11 +134,14 @@ def _scored(folder: Path, step: int, name: str, part: dict, lists: list[list[str
     prompts = [_text(prompt) for prompt in part["prompts"]]
     if prompts not in lists:
         lists.append(prompts)
-    scores = {str(score): [_number(value) for value in values[:len(prompts)]]
-              for score, values in part["scores"].items() if isinstance(values, list)}
+    scores = {
+        str(score): [_number(value) for value in values[: len(prompts)]]
+        for score, values in part["scores"].items()
+        if isinstance(values, list)
+    }
     place, videos = f"samples/step_{step:06d}/{name}", []
     shown = _json(folder, f"{place}/rewards.json", [], "prompts") if _within(folder, place) else None
-    for row, prompt in enumerate(_list((shown or {}).get("prompts"))[:len(prompts)]):
+    for row, prompt in enumerate(_list((shown or {}).get("prompts"))[: len(prompts)]):
         path = f"{place}/{row:03d}.mp4"
         videos.append(path if _text(prompt) == prompts[row] and (folder / path).is_file() else None)
     known = {score: [value for value in values if value is not None] for score, values in scores.items()}

@@ -8,10 +8,17 @@ from .html_page import write_page
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="Each a run's output_dir, finished or not.")
-    parser.add_argument("--output", type=Path, help="File to write; unset: report.html in the run's folder, of "
-                        "several runs comparison.html in the current one.")  # fmt: skip
-    parser.add_argument("--one_file", action="store_true",
-                        help="Put the videos of the first and last evaluation into the file, to send it alone.")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="File to write; unset: report.html in the run's folder, of "
+        "several runs comparison.html in the current one.",
+    )
+    parser.add_argument(
+        "--one_file",
+        action="store_true",
+        help="Put the videos of the first and last evaluation into the file, to send it alone.",
+    )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -50,6 +50,14 @@ TRANSITIONS: dict[str, Transition] = {
 }
 
 __all__ = [
-    "TRANSITIONS", "Paper", "Transition", "ancestral", "cps", "dance_sde", "ddim", "flow_sde", "flow_sde_linear",
+    "TRANSITIONS",
+    "Paper",
+    "Transition",
+    "ancestral",
+    "cps",
+    "dance_sde",
+    "ddim",
+    "flow_sde",
+    "flow_sde_linear",
     "log_prob",
 ]

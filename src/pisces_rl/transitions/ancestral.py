@@ -3,8 +3,9 @@
 from torch import Tensor
 
 
-def ancestral(x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float
-              ) -> tuple[Tensor, Tensor]:
+def ancestral(
+    x: Tensor, x0: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float
+) -> tuple[Tensor, Tensor]:
     """DDIM's step with eta = `noise_level`, in the coordinates x = x0 + sigma e.
 
         std  = eta s' sqrt(1 - s'^2 / s^2)

@@ -5,8 +5,16 @@ import math
 from torch import Tensor
 
 
-def cps(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float, sigma_max: Tensor,
-        sigma_min: Tensor) -> tuple[Tensor, Tensor]:
+def cps(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    noise_level: float,
+    sigma_max: Tensor,
+    sigma_min: Tensor,
+) -> tuple[Tensor, Tensor]:
     """The next state keeps the interpolation's coefficients (1 - s') and s'; part of the noise is fresh.
 
         x0^ = x - s v,   e^ = x + (1 - s) v,   std = s' sin(a pi / 2)

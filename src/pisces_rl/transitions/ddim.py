@@ -3,8 +3,15 @@
 from torch import Tensor
 
 
-def ddim(x: Tensor, prediction: Tensor, alpha_bar: Tensor, alpha_bar_next: Tensor, *, noise_level: float,
-         prediction_type: str) -> tuple[Tensor, Tensor]:
+def ddim(
+    x: Tensor,
+    prediction: Tensor,
+    alpha_bar: Tensor,
+    alpha_bar_next: Tensor,
+    *,
+    noise_level: float,
+    prediction_type: str,
+) -> tuple[Tensor, Tensor]:
     """DDIM's step (arXiv 2010.02502, eq. 12 and 16), eta = `noise_level`.
 
         std  = eta sqrt( (1 - a') / (1 - a) (1 - a / a') )

@@ -18,8 +18,16 @@ def _euler_maruyama(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, g: 
     return mean, g * (-dt).sqrt()
 
 
-def flow_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float, sigma_max: Tensor,
-             sigma_min: Tensor) -> tuple[Tensor, Tensor]:
+def flow_sde(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    noise_level: float,
+    sigma_max: Tensor,
+    sigma_min: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Flow-GRPO's kernel (arXiv 2505.05470, eq. 9): g = a sqrt(s / (1 - min(s, sigma_max))).
 
     Args:
@@ -39,14 +47,30 @@ def flow_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_l
     return _euler_maruyama(x, v, sigma, sigma_next, g)
 
 
-def flow_sde_linear(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float,
-                    sigma_max: Tensor, sigma_min: Tensor) -> tuple[Tensor, Tensor]:
+def flow_sde_linear(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    noise_level: float,
+    sigma_max: Tensor,
+    sigma_min: Tensor,
+) -> tuple[Tensor, Tensor]:
     """Flow-GRPO's variant for Wan: g = a (s_min + (s_max - s_min) s), a = 1. Arguments as in `flow_sde`."""
     g = noise_level * (sigma_min + (sigma_max - sigma_min) * sigma)
     return _euler_maruyama(x, v, sigma, sigma_next, g)
 
 
-def dance_sde(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, noise_level: float, sigma_max: Tensor,
-              sigma_min: Tensor) -> tuple[Tensor, Tensor]:
+def dance_sde(
+    x: Tensor,
+    v: Tensor,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    *,
+    noise_level: float,
+    sigma_max: Tensor,
+    sigma_min: Tensor,
+) -> tuple[Tensor, Tensor]:
     """DanceGRPO's kernel (arXiv 2505.07818): constant g = eta, 0.25 to 0.3. Arguments as in `flow_sde`."""
     return _euler_maruyama(x, v, sigma, sigma_next, sigma.new_tensor(noise_level))

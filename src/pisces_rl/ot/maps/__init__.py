@@ -5,6 +5,15 @@ from pisces_rl.ot.maps.neural import NeuralMap
 from pisces_rl.ot.maps.transport_map import TransportMap
 
 __all__ = [
-    "BestMap", "EntropicMap", "IdentityMap", "LinearMap", "MapWarning", "MeanShiftMap", "NeuralMap", "RegressedMap",
-    "ShuffledMap", "TransportMap", "fit_best",
-]  # fmt: skip
+    "BestMap",
+    "EntropicMap",
+    "IdentityMap",
+    "LinearMap",
+    "MapWarning",
+    "MeanShiftMap",
+    "NeuralMap",
+    "RegressedMap",
+    "ShuffledMap",
+    "TransportMap",
+    "fit_best",
+]

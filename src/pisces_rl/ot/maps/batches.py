@@ -20,9 +20,7 @@ class Batches:
         width: D.
     """
 
-    def __init__(
-        self, name: str, data, batch: int, map_, seed: int, rank: int, world: int, width: int
-    ):
+    def __init__(self, name: str, data, batch: int, map_, seed: int, rank: int, world: int, width: int):
         self.name, self.data, self.batch, self.map, self.drawn, self.width = name, data, batch, map_, 0, width
         self.rank, self.world = rank, world
         if isinstance(data, Tensor):

@@ -35,9 +35,14 @@ class EntropicMap(TransportMap):
     settings = ("reg", "linear", "points_kept", "seed", "tolerance")
 
     def __init__(
-        self, reg: float = 0.1, linear: bool = True, points_kept: int = 4096, seed: int = 0, tolerance: float = 1e-3,
+        self,
+        reg: float = 0.1,
+        linear: bool = True,
+        points_kept: int = 4096,
+        seed: int = 0,
+        tolerance: float = 1e-3,
         **kwargs,
-    ):  # fmt: skip
+    ):
         super().__init__(**kwargs)
         if not reg > 0:
             raise ValueError(f"reg={reg}: expected a number > 0.")

@@ -52,21 +52,49 @@ class NeuralMap(TransportMap):
 
     kind = "neural"
     settings = (
-        "hidden", "skip", "steps", "inner_steps", "batch_size", "learning_rate", "weight_decay", "max_grad_norm",
-        "ema_decay", "evaluate_every", "patience", "seed",
-    )  # fmt: skip
+        "hidden",
+        "skip",
+        "steps",
+        "inner_steps",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "ema_decay",
+        "evaluate_every",
+        "patience",
+        "seed",
+    )
 
     def __init__(
-        self, *, hidden: int = 1024, skip: str = "none", steps: int = 160_000, inner_steps: int = 10,
-        batch_size: int = 128, learning_rate: float = 1e-4, weight_decay: float = 1e-10, max_grad_norm: float = 1.0,
-        ema_decay: float = 0.999, evaluate_every: int = 1000, patience: int = 20, seed: int = 0,
-        device: str | torch.device | None = None, **kwargs,
-    ):  # fmt: skip
+        self,
+        *,
+        hidden: int = 1024,
+        skip: str = "none",
+        steps: int = 160_000,
+        inner_steps: int = 10,
+        batch_size: int = 128,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 1e-10,
+        max_grad_norm: float = 1.0,
+        ema_decay: float = 0.999,
+        evaluate_every: int = 1000,
+        patience: int = 20,
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         if skip not in SKIPS:
             raise ValueError(f"skip={skip!r}: expected one of {', '.join(SKIPS)}.")
-        counts = dict(hidden=hidden, steps=steps, inner_steps=inner_steps, batch_size=batch_size,
-                      evaluate_every=evaluate_every, patience=patience)  # fmt: skip
+        counts = dict(
+            hidden=hidden,
+            steps=steps,
+            inner_steps=inner_steps,
+            batch_size=batch_size,
+            evaluate_every=evaluate_every,
+            patience=patience,
+        )
         for name, value in counts.items():
             if not (isinstance(value, int) and value > 0):
                 raise ValueError(f"{name}={value!r}: expected an integer > 0.")

@@ -26,10 +26,14 @@ STATE, PROGRESS = "training.safetensors", "training.json"
 def body(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     """The network of map and critic."""
     return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.ReLU(), nn.LayerNorm(hidden),
-        nn.Linear(hidden, hidden), nn.ReLU(), nn.LayerNorm(hidden),
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.LayerNorm(hidden),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.LayerNorm(hidden),
         nn.Linear(hidden, outputs),
-    )  # fmt: skip
+    )
 
 
 class Training:
@@ -40,9 +44,7 @@ class Training:
             held_target: points that the moving average is measured on. rank, world: of the processes.
     """
 
-    def __init__(
-        self, map_, source, target, held_source: Tensor, held_target: Tensor, rank: int, world: int
-    ):
+    def __init__(self, map_, source, target, held_source: Tensor, held_target: Tensor, rank: int, world: int):
         self.map, self.rank, self.world, device = map_, rank, world, map_.device
         dimension = held_source.shape[1]
         share = map_.batch_size // world
@@ -67,11 +69,14 @@ class Training:
         cuda = device.type == "cuda"
         self.optimizers = [
             torch.optim.Adam(
-                m.parameters(), torch.tensor(map_.learning_rate, device=device) if cuda else map_.learning_rate,
-                weight_decay=map_.weight_decay, fused=cuda, capturable=cuda,
+                m.parameters(),
+                torch.tensor(map_.learning_rate, device=device) if cuda else map_.learning_rate,
+                weight_decay=map_.weight_decay,
+                fused=cuda,
+                capturable=cuda,
             )
             for m in (self.network, self.critic)
-        ]  # fmt: skip
+        ]
         self.records, self.warm_up, self.graph = cuda and world == 1, WARM_UP, None
         self.held_source = held_source.float().to(device)
         blur = default_blur(held_target)
@@ -165,8 +170,9 @@ class Training:
             self.stale = self.map.patience
             warnings.warn(
                 f"the neural map is no longer finite after {self.step} steps: training ends, and the best map so far "
-                "is kept. Lower learning_rate or max_grad_norm.", stacklevel=4,
-            )  # fmt: skip
+                "is kept. Lower learning_rate or max_grad_norm.",
+                stacklevel=4,
+            )
         return value
 
     def result(self) -> dict[str, Tensor]:
@@ -179,9 +185,12 @@ class Training:
             for i, o in enumerate(self.optimizers)
         }
         return {
-            "network": self.network.state_dict(), "critic": self.critic.state_dict(),
-            "average": self.average.state_dict(), "best": self.best_weights, **optimizers,
-        }  # fmt: skip
+            "network": self.network.state_dict(),
+            "critic": self.critic.state_dict(),
+            "average": self.average.state_dict(),
+            "best": self.best_weights,
+            **optimizers,
+        }
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -189,8 +198,14 @@ class Training:
         name = f"{self.step}.{STATE}"
         save_file(tensors, folder / name)
         (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
-        state = {"file": name, "step": self.step, "stale": self.stale, "best": self.best, "curve": self.curve,
-                 "arguments": self.arguments()}  # fmt: skip
+        state = {
+            "file": name,
+            "step": self.step,
+            "stale": self.stale,
+            "best": self.best,
+            "curve": self.curve,
+            "arguments": self.arguments(),
+        }
         (folder / f"{PROGRESS}.partial").write_text(json.dumps(state), encoding="utf-8")
         os.replace(folder / f"{PROGRESS}.partial", folder / PROGRESS)
         for old in folder.glob(f"*.{STATE}"):

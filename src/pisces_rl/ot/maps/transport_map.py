@@ -93,9 +93,13 @@ class TransportMap:
         save_file(tensors, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
         card = {
-            "format": FORMAT, "kind": self.kind, "encoder": self.encoder, "normalise": self.normalise,
-            "settings": {name: getattr(self, name) for name in self.settings}, "report": self.report,
-        }  # fmt: skip
+            "format": FORMAT,
+            "kind": self.kind,
+            "encoder": self.encoder,
+            "normalise": self.normalise,
+            "settings": {name: getattr(self, name) for name in self.settings},
+            "report": self.report,
+        }
         temporary = folder / f"{CARD}.partial"
         temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, folder / CARD)

@@ -43,8 +43,12 @@ def checkpointed(kernel: Callable[[], str | None]) -> Callable:
     kernel, which `kernel` names."""
 
     def call(block: nn.Module, *args):
-        return checkpoint(block.__call__, *args, use_reentrant=False,
-                          context_fn=lambda: (contextlib.nullcontext(), attention_kernel(kernel())))  # fmt: skip
+        return checkpoint(
+            block.__call__,
+            *args,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), attention_kernel(kernel())),
+        )
 
     return call
 
@@ -55,8 +59,13 @@ def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
     return [module for module in denoiser.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
 
-def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention", backend: str | None = "inductor",
-                   mode: str | None = None) -> int:
+def compile_blocks(
+    denoiser: nn.Module,
+    *,
+    recompute: str = "all_but_attention",
+    backend: str | None = "inductor",
+    mode: str | None = None,
+) -> int:
     """Compile each repeated block of a denoiser; blocks of one class share their kernels.
 
     Args:
@@ -89,8 +98,11 @@ def compile_blocks(denoiser: nn.Module, *, recompute: str = "all_but_attention",
 @contextlib.contextmanager
 def plain_blocks(module: nn.Module) -> Iterator[None]:
     """Inside, the blocks of `compile_blocks` are not compiled."""
-    held = {block: vars(block)["forward"] for block in module.modules()
-            if isinstance(vars(block).get("forward"), CompiledBlock)}  # fmt: skip
+    held = {
+        block: vars(block)["forward"]
+        for block in module.modules()
+        if isinstance(vars(block).get("forward"), CompiledBlock)
+    }
     uncompile_blocks(module)
     try:
         yield
@@ -116,8 +128,11 @@ class CompiledBlock:
         named = {**dict(enumerate(args)), **kwargs}
         if not self.carried:  # which inputs are the previous block's outputs: those of an output's shape
             with torch.no_grad():
-                shapes = [o.shape for o in tree_leaves(type(self.block).forward(self.block, *args, **kwargs))
-                          if isinstance(o, Tensor)]
+                shapes = [
+                    o.shape
+                    for o in tree_leaves(type(self.block).forward(self.block, *args, **kwargs))
+                    if isinstance(o, Tensor)
+                ]
             tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
             self.carried |= {key for key, value in tensors.items() if value.shape in shapes} or {next(iter(tensors))}
         grad = torch.is_grad_enabled()

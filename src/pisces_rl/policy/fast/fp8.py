@@ -113,8 +113,12 @@ def quantise(layer: nn.Linear) -> None:
 
 def serves_fp8(layer: nn.Module) -> bool:
     """Whether `quantise` takes a layer."""
-    return (type(layer) is nn.Linear and not layer.weight.requires_grad
-            and not layer.in_features % MULTIPLE and not layer.out_features % MULTIPLE)  # fmt: skip
+    return (
+        type(layer) is nn.Linear
+        and not layer.weight.requires_grad
+        and not layer.in_features % MULTIPLE
+        and not layer.out_features % MULTIPLE
+    )
 
 
 def dequantised(layer: FP8Linear) -> Tensor:
@@ -126,9 +130,15 @@ def dequantised(layer: FP8Linear) -> Tensor:
 
 
 def _backward(
-    grad: Tensor, rounded: tuple[Tensor, Tensor], x: Tensor | None, u: Tensor | None, weight: Tensor,
-    a: Tensor | None, b: Tensor | None, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    grad: Tensor,
+    rounded: tuple[Tensor, Tensor],
+    x: Tensor | None,
+    u: Tensor | None,
+    weight: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, A and B from that of y, and from it times the weight's scales in e4m3."""
     grad_u = None if a is None else grad @ b
     ones = torch.ones(weight.shape[1], device=weight.device)  # the scales are in the gradient
@@ -158,10 +168,20 @@ class FP8NormProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
-        dtype: torch.dtype, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None,
+        ctx,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
         b: Tensor | None,
-    ):  # fmt: skip
+    ):
         total, n, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a is not None, dtype)
         total, u = x if y is None else total, None if a is None else n @ a.T
         ctx.save_for_backward(total, gate, scale, n, u, weight, weight_scale, a, b)
@@ -185,31 +205,48 @@ class FP8FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+        ctx,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
         dtype: torch.dtype,
-        weight: Tensor, weight_scale: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None,
-        down: Tensor, down_scale: Tensor, down_bias: Tensor | None, down_a: Tensor | None, down_b: Tensor | None,
-    ):  # fmt: skip
+        weight: Tensor,
+        weight_scale: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        down: Tensor,
+        down_scale: Tensor,
+        down_bias: Tensor | None,
+        down_a: Tensor | None,
+        down_b: Tensor | None,
+    ):
         total, n, *rounded = quantised_norm(x, y, gate, scale, shift, eps, a is not None, dtype)
         total, u = x if y is None else total, None if a is None else n @ a.T
         z = scaled_product(*rounded, weight, weight_scale, bias, u, b, dtype)
         h, *rounded_h = quantised_gelu(z, down_a is not None)
         down_u = None if down_a is None else h @ down_a.T
-        ctx.save_for_backward(total, gate, scale, n, u, *rounded, weight, weight_scale, bias, a, b, down, down_scale,
-                              down_a, down_b)  # fmt: skip
+        ctx.save_for_backward(
+            total, gate, scale, n, u, *rounded, weight, weight_scale, bias, a, b, down, down_scale, down_a, down_b
+        )
         ctx.eps, ctx.y_dtype = eps, None if y is None else y.dtype
         return total, scaled_product(*rounded_h, down, down_scale, down_bias, down_u, down_b, dtype)
 
     @staticmethod
     def backward(ctx, grad_total: Tensor, grad: Tensor):
-        (total, gate, scale, n, u, q, s, weight, weight_scale, bias, a, b, down, down_scale, down_a,
-         down_b) = ctx.saved_tensors  # fmt: skip
+        (total, gate, scale, n, u, q, s, weight, weight_scale, bias, a, b, down, down_scale, down_a, down_b) = (
+            ctx.saved_tensors
+        )
         dtype = grad.dtype
         z = scaled_product(q, s, weight, weight_scale, bias, u, b, dtype)
         h = None if down_a is None else F.gelu(z, approximate="tanh")
         down_u = None if down_a is None else h @ down_a.T
-        grad_h, grad_down_a, grad_down_b = _backward(grad, quantised(grad, down_scale), h, down_u, down, down_a,
-                                                     down_b, dtype)  # fmt: skip
+        grad_h, grad_down_a, grad_down_b = _backward(
+            grad, quantised(grad, down_scale), h, down_u, down, down_a, down_b, dtype
+        )
         grad_z, *rounded = quantised_gelu_backward(grad_h, z, weight_scale, a is not None)
         grad_n, grad_a, grad_b = _backward(grad_z, rounded, n, u, weight, a, b, dtype)
         grads = _norm_backward(ctx, total, grad_total, grad_n, gate, scale)

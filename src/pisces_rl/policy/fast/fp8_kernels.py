@@ -51,9 +51,15 @@ def _(x, factor):
 
 @operator(inline=always)
 def quantised_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, kept: bool,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    kept: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x' and n (B L, D) of `modulated_norm` in `dtype`, n empty unless `kept`; n in e4m3, and its scales."""
     batch, length, width = x.shape
     if not serves(x):
@@ -65,9 +71,24 @@ def quantised_norm(
     n = x.new_empty(rows, width, dtype=dtype) if kept else x.new_empty(0, dtype=dtype)
     q, scales = _outputs(rows, width, x)
     kernel(_quantised_norm)[(rows,)](
-        x, y, gate, scale, shift, total, n if kept else None, q, scales, length, width, scale.stride(0),
-        shift.stride(0), 0 if gate is None else gate.stride(0), eps, ROUNDED=dtype == torch.bfloat16, **launch(width),
-    )  # fmt: skip
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        total,
+        n if kept else None,
+        q,
+        scales,
+        length,
+        width,
+        scale.stride(0),
+        shift.stride(0),
+        0 if gate is None else gate.stride(0),
+        eps,
+        ROUNDED=dtype == torch.bfloat16,
+        **launch(width),
+    )
     return total, n, q, scales
 
 
@@ -118,9 +139,15 @@ def _(grad, z, factor, kept):
 
 
 def scaled_product(
-    q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
-    b: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    scale: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    b: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """(M, N) = the product of `fp8.py` of q (M, K) and the bits of a weight (N, K), with u b^T where there is one."""
     factors = q, weight.view(E4M3).T, scale, weight_scale.float()[None]
     if q.is_cuda and u is None and dtype == torch.bfloat16:  # no operator of ours: a compiler calls cuBLAS itself
@@ -130,9 +157,15 @@ def scaled_product(
 
 @operator
 def product_with_lora(
-    q: Tensor, weight: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, u: Tensor | None,
-    b: Tensor | None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    b: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     """(M, N) = scale weight_scale q weight + bias + u b of q (M, K) and weight (K, N) in e4m3."""
     if not q.is_cuda:
         y = (q.float() @ weight.float() * scale * weight_scale + (0 if bias is None else bias)).to(dtype)
@@ -245,14 +278,44 @@ if triton is not None:
 
     @triton.jit
     def _quantised_norm(
-        x, y, gate, scale, shift, total, n, q, scales, length, width, scale_stride, shift_stride, gate_stride,
-        eps: tl.constexpr, ROUNDED: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        total,
+        n,
+        q,
+        scales,
+        length,
+        width,
+        scale_stride,
+        shift_stride,
+        gate_stride,
+        eps: tl.constexpr,
+        ROUNDED: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK)
         inside = d < width
-        normed = normed_row(x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride,
-                            gate_stride, eps, d, inside)  # fmt: skip
+        normed = normed_row(
+            x,
+            y,
+            gate,
+            scale,
+            shift,
+            total,
+            row,
+            length,
+            width,
+            scale_stride,
+            shift_stride,
+            gate_stride,
+            eps,
+            d,
+            inside,
+        )
         if ROUNDED:
             normed = normed.to(tl.bfloat16).to(tl.float32)
         if n is not None:

@@ -88,9 +88,15 @@ def _precise(x: Tensor) -> Tensor:
 
 @operator
 def modulated_norm(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, a: Tensor | None,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    a: Tensor | None,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """x' (B, L, D), empty without y, and [n, n a^T] (B L, D + R) in `dtype`.
 
     Args:
@@ -104,9 +110,22 @@ def modulated_norm(
     n = joined[:, :width]
     if serves(x):
         _modulated_norm[(batch * length,)](
-            x, y, gate, scale, shift, total, n, length, width, joined.stride(0), scale.stride(0), shift.stride(0),
-            0 if gate is None else gate.stride(0), eps, **launch(width),
-        )  # fmt: skip
+            x,
+            y,
+            gate,
+            scale,
+            shift,
+            total,
+            n,
+            length,
+            width,
+            joined.stride(0),
+            scale.stride(0),
+            shift.stride(0),
+            0 if gate is None else gate.stride(0),
+            eps,
+            **launch(width),
+        )
     else:
         if y is not None:
             x = total.copy_(_precise(x) + (y if gate is None else y * gate[:, None]))
@@ -134,9 +153,20 @@ def modulated_norm_backward(
     if serves(x):
         grad_x, grad_n = grad_x.contiguous(), grad_n.contiguous()
         kernel(_modulated_norm_backward)[(batch * length,)](
-            x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale.stride(0),
-            0 if gate is None else gate.stride(0), eps, **launch(width),
-        )  # fmt: skip
+            x,
+            grad_x,
+            grad_n,
+            gate,
+            scale,
+            out_x,
+            out_y,
+            length,
+            width,
+            scale.stride(0),
+            0 if gate is None else gate.stride(0),
+            eps,
+            **launch(width),
+        )
         return out_x, out_y
     centred = _precise(x) - _precise(x).mean(-1, keepdim=True)
     inverse = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -170,8 +200,9 @@ def rotated_heads(
     kept = torch.promote_types(qkv.dtype, weight_q.dtype)
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grid, options = _launch_heads(q)
-        kernel(_rotated_heads)[grid](qkv, weight_q, weight_k, cos, sin, q, k, length, q.shape[2], eps,
-                             ROUNDED=kept != torch.float32, **options)  # fmt: skip
+        kernel(_rotated_heads)[grid](
+            qkv, weight_q, weight_k, cos, sin, q, k, length, q.shape[2], eps, ROUNDED=kept != torch.float32, **options
+        )
         return q, k
     for out, x, weight in zip((q, k), qkv.split(width, -1), (weight_q, weight_k)):
         x = _precise(x)
@@ -189,9 +220,17 @@ def _(qkv, weight_q, weight_k, cos, sin, eps, dtype):
 
 @operator(inline=lambda *args: args[-1] is None)
 def rotated_heads_backward(
-    qkv: Tensor, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor,
-    sin: Tensor, eps: float, b: Tensor | None,
-) -> Tensor:  # fmt: skip
+    qkv: Tensor,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    b: Tensor | None,
+) -> Tensor:
     """[g, g b] (B L, 3 H d + R) of the gradient g of qkv, from those of queries, keys and values (B, L, H, d).
 
     Args:
@@ -203,8 +242,9 @@ def rotated_heads_backward(
     if serves(qkv) and _is_power_of_two(cos.shape[1]):
         grads = [g.contiguous() for g in (grad_q, grad_k, grad_v)]
         grid, options = _launch_heads(grads[0])
-        kernel(_rotated_heads_backward)[grid](qkv, *grads, weight_q, weight_k, cos, sin, out, length,
-                                      grad_q.shape[2], out.stride(0), eps, **options)  # fmt: skip
+        kernel(_rotated_heads_backward)[grid](
+            qkv, *grads, weight_q, weight_k, cos, sin, out, length, grad_q.shape[2], out.stride(0), eps, **options
+        )
     else:
         parts = out.split(width, -1)
         for part, x, grad, weight in zip(parts, qkv.split(width, -1), (grad_q, grad_k), (weight_q, weight_k)):
@@ -251,9 +291,22 @@ if triton is not None:
 
     @triton.jit
     def normed_row(
-        x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride, gate_stride,
-        eps: tl.constexpr, d, inside,
-    ):  # fmt: skip
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        total,
+        row,
+        length,
+        width,
+        scale_stride,
+        shift_stride,
+        gate_stride,
+        eps: tl.constexpr,
+        d,
+        inside,
+    ):
         """A row of n; that of x' is stored where there is a y."""
         video = row // length
         factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
@@ -274,21 +327,60 @@ if triton is not None:
 
     @triton.jit
     def _modulated_norm(
-        x, y, gate, scale, shift, total, n, length, width, n_stride, scale_stride, shift_stride, gate_stride,
-        eps: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        y,
+        gate,
+        scale,
+        shift,
+        total,
+        n,
+        length,
+        width,
+        n_stride,
+        scale_stride,
+        shift_stride,
+        gate_stride,
+        eps: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         d = tl.arange(0, BLOCK)
         inside = d < width
-        normed = normed_row(x, y, gate, scale, shift, total, row, length, width, scale_stride, shift_stride,
-                            gate_stride, eps, d, inside)  # fmt: skip
+        normed = normed_row(
+            x,
+            y,
+            gate,
+            scale,
+            shift,
+            total,
+            row,
+            length,
+            width,
+            scale_stride,
+            shift_stride,
+            gate_stride,
+            eps,
+            d,
+            inside,
+        )
         tl.store(n + row * n_stride + d, normed.to(n.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _modulated_norm_backward(
-        x, grad_x, grad_n, gate, scale, out_x, out_y, length, width, scale_stride, gate_stride,
-        eps: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        x,
+        grad_x,
+        grad_n,
+        gate,
+        scale,
+        out_x,
+        out_y,
+        length,
+        width,
+        scale_stride,
+        gate_stride,
+        eps: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         video = row // length
         d = tl.arange(0, BLOCK)
@@ -318,9 +410,20 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads(
-        qkv, weight_q, weight_k, cosines, sines, q, k, length, heads, eps: tl.constexpr, ROUNDED: tl.constexpr,
-        BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
-    ):  # fmt: skip
+        qkv,
+        weight_q,
+        weight_k,
+        cosines,
+        sines,
+        q,
+        k,
+        length,
+        heads,
+        eps: tl.constexpr,
+        ROUNDED: tl.constexpr,
+        BLOCK_H: tl.constexpr,
+        HEAD: tl.constexpr,
+    ):
         head = tl.arange(0, BLOCK_H)[:, None]
         at = head * HEAD + tl.arange(0, HEAD)[None, :]
         inside = (head < heads) & (at >= 0)
@@ -343,10 +446,22 @@ if triton is not None:
 
     @triton.jit
     def _rotated_heads_backward(
-        qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cosines, sines, out, length, heads, out_stride,
+        qkv,
+        grad_q,
+        grad_k,
+        grad_v,
+        weight_q,
+        weight_k,
+        cosines,
+        sines,
+        out,
+        length,
+        heads,
+        out_stride,
         eps: tl.constexpr,
-        BLOCK_H: tl.constexpr, HEAD: tl.constexpr,
-    ):  # fmt: skip
+        BLOCK_H: tl.constexpr,
+        HEAD: tl.constexpr,
+    ):
         head = tl.arange(0, BLOCK_H)[:, None]
         at = head * HEAD + tl.arange(0, HEAD)[None, :]
         inside = (head < heads) & (at >= 0)

@@ -92,9 +92,19 @@ class NormProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
-        weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool,
-    ):  # fmt: skip
+        ctx,
+        x: Tensor,
+        y: Tensor | None,
+        gate: Tensor | None,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        gelu: bool,
+    ):
         total, joined = modulated_norm(x, y, gate, scale, shift, eps, a, weight.dtype)
         total = x if y is None else total
         ctx.save_for_backward(total, gate, scale, joined, weight, bias, a, b)
@@ -125,6 +135,7 @@ def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None
         a = torch.cat([layer.lora_A[name].weight for layer, name in zip(layers, names)]).to(dtype)
         b = [layer.scaling[name] * layer.lora_B[name].weight for layer, name in zip(layers, names)]
         b = torch.block_diag(*b).to(dtype)
+
     def together(name: str) -> Tensor | None:
         values = [getattr(base, name) for base in bases]
         return torch.cat(values) if len(values) > 1 else values[0]
@@ -155,9 +166,15 @@ def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
 
 
 def norm_product(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
-    layers: list[nn.Module], gelu: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    layers: list[nn.Module],
+    gelu: bool = False,
+) -> tuple[Tensor, Tensor]:
     """x' = x + gate * y and the `product` of its layer norm * scale + shift; x and y (B, L, D), the others (B, D)."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
@@ -170,9 +187,15 @@ def norm_product(
 
 
 def norm_feed_forward(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, up: nn.Module,
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    up: nn.Module,
     rest: list[nn.Module],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """`norm_product` with a GELU by the layer `up`, then the layers `rest`: in FP8 one function where they are one."""
     down = rest[-1]
     fp8 = len(rest) == 2 and isinstance(rest[0], nn.Dropout) and rest[0].p == 0
@@ -183,8 +206,9 @@ def norm_feed_forward(
         return x, y
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        x, out = FP8FeedForward.apply(x, y, gate, scale, shift, eps, dtype, *gathered([up], dtype),
-                                      *gathered([down], dtype))  # fmt: skip
+        x, out = FP8FeedForward.apply(
+            x, y, gate, scale, shift, eps, dtype, *gathered([up], dtype), *gathered([down], dtype)
+        )
     return x, out.unflatten(0, x.shape[:2])
 
 
@@ -204,8 +228,13 @@ def is_one_product(layer: nn.Module) -> bool:
     if type(layer) is not OneProductLinear or layer.disable_adapters or layer.merged:
         return False
     name = layer.active_adapters[0]
-    return (len(layer.active_adapters) == 1 and name in layer.lora_A and name not in layer.lora_variant
-            and not layer.lora_bias[name] and isinstance(layer.lora_dropout[name], nn.Identity))  # fmt: skip
+    return (
+        len(layer.active_adapters) == 1
+        and name in layer.lora_A
+        and name not in layer.lora_variant
+        and not layer.lora_bias[name]
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+    )
 
 
 class OneProductLinear(Linear):

@@ -51,10 +51,22 @@ class _NormHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, scale: Tensor, shift: Tensor, eps: float, weight: Tensor, bias: Tensor | None,
-        a: Tensor | None, b: Tensor | None, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor,
-        heads_eps: float, dtype: torch.dtype,
-    ):  # fmt: skip
+        ctx,
+        x: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        weight_q: Tensor,
+        weight_k: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads_eps: float,
+        dtype: torch.dtype,
+    ):
         heads = weight_q, weight_k, cos, sin
         _, joined = modulated_norm(x, None, None, scale, shift, eps, a, weight.dtype)
         qkv = linear(joined, weight, bias, b, False).unflatten(0, x.shape[:2])
@@ -96,9 +108,15 @@ def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tens
     """Attention of heads (B, L, H, d), in the dtype of v and before its output projection, (B, L, H d)."""
     processor = attn.processor
     x = dispatch_attention_fn(
-        q, k, v.to(q.dtype), attn_mask=mask, dropout_p=0.0, is_causal=False, backend=processor._attention_backend,
+        q,
+        k,
+        v.to(q.dtype),
+        attn_mask=mask,
+        dropout_p=0.0,
+        is_causal=False,
+        backend=processor._attention_backend,
         parallel_config=processor._parallel_config,
-    )  # fmt: skip
+    )
     return x.flatten(2, 3).to(v.dtype)
 
 
@@ -107,8 +125,9 @@ def _cross_attention(attn: nn.Module, q: Tensor, context: Tensor) -> Tensor:
     layers = [attn.to_k, attn.to_v]
     k, v = product(context, layers).chunk(2, -1) if are_one_product(layers) else [f(context) for f in layers]
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-    x = dispatch_attention_fn(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False,
-                              backend=attn.processor._attention_backend)  # fmt: skip
+    x = dispatch_attention_fn(
+        q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, backend=attn.processor._attention_backend
+    )
     return x.flatten(2, 3).type_as(q)
 
 
@@ -119,8 +138,11 @@ def _output(attn: nn.Module, x: Tensor) -> Tensor:
 def _rotates(attn: nn.Module, rotary) -> bool:
     """Whether queries and keys are normed by frozen weights, and rotated by the same angles in all videos."""
     weights = (attn.norm_q.weight, attn.norm_k.weight)
-    return (isinstance(rotary, tuple) and rotary[0].shape[0] == rotary[0].shape[2] == 1
-            and not any(weight is None or weight.requires_grad for weight in weights))  # fmt: skip
+    return (
+        isinstance(rotary, tuple)
+        and rotary[0].shape[0] == rotary[0].shape[2] == 1
+        and not any(weight is None or weight.requires_grad for weight in weights)
+    )
 
 
 class _OneProductAttention:

@@ -73,8 +73,9 @@ def _saved(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def check_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path, call: dict,
-                     tolerance: float) -> float:
+def check_components(
+    pipeline: DiffusionPipeline, names: Sequence[str], folder: Path, call: dict, tolerance: float
+) -> float:
     """Load the saved components as plain diffusers does, compare them, sample with them, and compare the latents.
 
     The trained denoisers wait in the host's memory meanwhile. Args, result and errors as of `check_saved_lora`; also
@@ -107,7 +108,8 @@ def check_read_back(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
 
 def _check_equal(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
     wrong = sorted(set(own) ^ set(saved)) or [  # loaded in the weights' dtype, which a buffer may exceed
-        key for key in own if not torch.equal(own[key].to(saved[key].dtype), saved[key])]
+        key for key in own if not torch.equal(own[key].to(saved[key].dtype), saved[key])
+    ]
     if wrong:
         raise RuntimeError(
             f"the weights saved in {folder / name} are not those of {name}: {len(wrong)} tensors are missing, extra "

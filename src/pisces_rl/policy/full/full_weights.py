@@ -53,8 +53,9 @@ class FullWeights:
     def _train(self, name: str, denoiser: nn.Module) -> int:
         for key, tensor in [*denoiser.named_parameters(), *denoiser.named_buffers()]:
             trained = isinstance(tensor, nn.Parameter)
-            if trained and (not tensor.is_floating_point() or tensor.dtype.itemsize == 1
-                            or type(tensor) is not nn.Parameter):
+            if trained and (
+                not tensor.is_floating_point() or tensor.dtype.itemsize == 1 or type(tensor) is not nn.Parameter
+            ):
                 raise ValueError(
                     f"peft_config={FULL!r}: {key} of {name} is a {type(tensor).__name__} of {tensor.dtype}, quantised "
                     "or stored in 8 bits, which cannot be trained. Load the model in bfloat16 or float32, or train a "
@@ -94,8 +95,9 @@ class FullWeights:
     def load(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
         load_components(pipeline, list(self.modules), Path(folder))
 
-    def check_saved(self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict,
-                    tolerance: float) -> float:
+    def check_saved(
+        self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict, tolerance: float
+    ) -> float:
         return check_components(pipeline, list(self.modules), Path(folder), call, tolerance)
 
     def check_read_back(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:

@@ -43,17 +43,26 @@ def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modul
     """
     if target_modules == ["all-linear"]:  # as a command line gives it
         target_modules = "all-linear"
-    return LoraConfig(r=r, lora_alpha=r if lora_alpha is None else lora_alpha, lora_dropout=0.0, bias="none",
-                      target_modules=DEFAULT_TARGETS if target_modules is None else target_modules)
+    return LoraConfig(
+        r=r,
+        lora_alpha=r if lora_alpha is None else lora_alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=DEFAULT_TARGETS if target_modules is None else target_modules,
+    )
 
 
 def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
     """Names of the linear and convolutional modules that the config's `target_modules` selects, without those of its
     `exclude_modules`; without `target_modules` those of `default_lora_config`."""
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
-    candidates = [name for name, module in denoiser.named_modules()
-                  if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
-                  and not _discarded(denoiser, name) and not _excluded(config, name)]
+    candidates = [
+        name
+        for name, module in denoiser.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        and not _discarded(denoiser, name)
+        and not _excluded(config, name)
+    ]
     if targets == "all-linear":
         return [n for n in candidates if isinstance(denoiser.get_submodule(n), nn.Linear)]
     if isinstance(targets, str):
@@ -74,8 +83,12 @@ def _discarded(denoiser: nn.Module, name: str) -> bool:
     return not len(getattr(denoiser, "single_transformer_blocks", ()))
 
 
-def add_lora(denoisers: dict[str, nn.Module], config: LoraConfig | None = None, only: Sequence[str] | None = None,
-             start: SavedAdapter | None = None) -> dict[str, int]:
+def add_lora(
+    denoisers: dict[str, nn.Module],
+    config: LoraConfig | None = None,
+    only: Sequence[str] | None = None,
+    start: SavedAdapter | None = None,
+) -> dict[str, int]:
     """Freeze the denoisers and add one trainable fp32 adapter to each.
 
     Args:
@@ -137,21 +150,28 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
         layers = [m for m in component.modules() if isinstance(m, BaseTunerLayer)]
         if layers or isinstance(component, PeftModel):
             names = sorted({adapter for layer in layers for adapter in layer._all_available_adapter_names()})
-            carried = f"carries the adapter {', '.join(map(repr, names))} already" if names else (
-                "is a PeftModel" if isinstance(component, PeftModel) else "has LoRA layers, if empty ones")
+            carried = (
+                f"carries the adapter {', '.join(map(repr, names))} already"
+                if names
+                else ("is a PeftModel" if isinstance(component, PeftModel) else "has LoRA layers, if empty ones")
+            )
             fix = "load the pipeline again"
             if isinstance(component, PeftModel):
                 fix = f"merge it into the base first, by `pipe.{name} = pipe.{name}.merge_and_unload()`; or {fix}"
             elif isinstance(component, PeftAdapterMixin):  # pipe.fuse_lora() takes one expert, pipe.unload_... both
-                fix = (f"merge it into the base first, by `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
-                       f"drop it, only the second); or {fix}")
+                fix = (
+                    f"merge it into the base first, by `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
+                    f"drop it, only the second); or {fix}"
+                )
             raise ValueError(
                 f"{name} {carried}, which this run would neither train nor save: {fix}. To train a saved adapter "
                 "further, pass continue_from=FOLDER in the config."
             )
         if isinstance(component, FSDPModule):
-            raise ValueError(f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "
-                             "again for this one.")
+            raise ValueError(
+                f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "
+                "again for this one."
+            )
 
 
 def check_fits(start: SavedAdapter, name: str, denoiser: nn.Module) -> None:
@@ -223,8 +243,11 @@ def _on(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
 
 def _exactly(denoiser: nn.Module, modules: Sequence[str]) -> set[str] | str:
     """What peft takes for these modules and no others: it takes a name for the end of a longer one, too."""
-    ends = {name for name, _ in denoiser.named_modules()
-            if name not in modules and any(name.endswith(f".{m}") for m in modules)}
+    ends = {
+        name
+        for name, _ in denoiser.named_modules()
+        if name not in modules and any(name.endswith(f".{m}") for m in modules)
+    }
     return "|".join(re.escape(m) for m in sorted(modules)) if ends else set(modules)
 
 
@@ -246,8 +269,12 @@ def _examples(denoiser: nn.Module) -> list[str]:
 
 def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
     """The trainable adapter parameters, named `denoiser.module...`, in a fixed order."""
-    return {f"{name}.{key}": parameter for name, denoiser in denoisers.items()
-            for key, parameter in denoiser.named_parameters() if parameter.requires_grad}
+    return {
+        f"{name}.{key}": parameter
+        for name, denoiser in denoisers.items()
+        for key, parameter in denoiser.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 @contextlib.contextmanager
@@ -283,5 +310,8 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 def adapted_denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The components that hold adapters, by name."""
-    return {name: component for name, component in pipeline.components.items()
-            if isinstance(component, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in component.modules())}
+    return {
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, nn.Module) and any(isinstance(m, BaseTunerLayer) for m in component.modules())
+    }

@@ -19,7 +19,8 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
     """Whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
     return hasattr(pipeline, "save_lora_weights") and all(
         name in pipeline._lora_loadable_modules and hasattr(component, "load_lora_adapter")
-        for name, component in adapted_denoisers(pipeline).items())
+        for name, component in adapted_denoisers(pipeline).items()
+    )
 
 
 def _has_own_layers(pipeline: DiffusionPipeline, name: str) -> bool:
@@ -48,10 +49,13 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     adapted = adapted_denoisers(pipeline)
-    states = {name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
-              for name, d in adapted.items()}
-    configs = {name: config_dict(d.peft_config["default"]) | {"auto_mapping": _class_note(d)}
-               for name, d in adapted.items()}
+    states = {
+        name: {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(d).items()}
+        for name, d in adapted.items()
+    }
+    configs = {
+        name: config_dict(d.peft_config["default"]) | {"auto_mapping": _class_note(d)} for name, d in adapted.items()
+    }
     files = []
     if has_lora_loader(pipeline):
         together = [name for name in adapted if _has_own_layers(pipeline, name)]

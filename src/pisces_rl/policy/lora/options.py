@@ -5,11 +5,22 @@ import dataclasses
 from peft import LoraConfig, PeftType
 
 #: Trained, saved, reloaded equal and resumed.
-KEPT = frozenset({"r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
-                  "use_rslora", "init_lora_weights"})
+KEPT = frozenset(
+    {
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "init_lora_weights",
+    }
+)
 #: What peft notes about where a config comes from; nothing depends on it.
-NOTES = frozenset({"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                   "inference_mode"})
+NOTES = frozenset(
+    {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
+)
 _MODULES = "name those modules in target_modules"
 _LAYERS = r"name the layers in target_modules by a pattern, for instance r'blocks\.(0|1)\..*\.to_q'"
 _PLAIN = "leave it out for a plain LoRA"
@@ -57,8 +68,10 @@ def check_lora_config(config: LoraConfig) -> None:
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         shown = f"{config!r:.60}" if isinstance(config, (str, dict)) else f"a {type(config).__name__}"
-        fix = {dict: "write peft.LoraConfig(**that)",
-               str: "set continue_from to start from a saved adapter, or write 'full' to train all weights instead"}
+        fix = {
+            dict: "write peft.LoraConfig(**that)",
+            str: "set continue_from to start from a saved adapter, or write 'full' to train all weights instead",
+        }
         raise ValueError(
             f"peft_config is {shown}, but must be a peft.LoraConfig, for instance default_lora_config(r=16); "
             f"{fix.get(type(config), 'other kinds of adapters are not trained')}."

@@ -24,8 +24,10 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 PEFT_PREFIX = "base_model.model."  # without it PeftModel.from_pretrained loads nothing, with only a warning
 _PEFT_FILE, _PEFT_CONFIG, _METADATA = "adapter_model.safetensors", "adapter_config.json", "lora_adapter_metadata"
 _WEIGHT = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
-_CONVERT = ("Let diffusers convert it: pipe.load_lora_weights(FILE, adapter_name='default'), then "
-            "pisces_rl.policy.save_lora(pipe, FOLDER), and continue from FOLDER.")
+_CONVERT = (
+    "Let diffusers convert it: pipe.load_lora_weights(FILE, adapter_name='default'), then "
+    "pisces_rl.policy.save_lora(pipe, FOLDER), and continue from FOLDER."
+)
 
 
 @dataclass
@@ -99,8 +101,9 @@ class SavedAdapter:
                 f"lora_denoisers={only!r}, but {self.argument}={self.source!r} adapts {sorted(names)}: leave "
                 "lora_denoisers unset, since the file says which denoisers have an adapter."
             )
-        return SavedAdapter(self.source, dict(zip(names, self.configs.values())),
-                            dict(zip(names, self.states.values())), self.argument)
+        return SavedAdapter(
+            self.source, dict(zip(names, self.configs.values())), dict(zip(names, self.states.values())), self.argument
+        )
 
 
 def read_adapter(source: str | os.PathLike, argument: str = "continue_from") -> SavedAdapter:
@@ -122,14 +125,29 @@ def read_adapter(source: str | os.PathLike, argument: str = "continue_from") -> 
         parts = _parts(said, path)
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(f"{said} could not be read: {error}") from error
-    return SavedAdapter(source, {name: config for name, (config, _) in parts.items()},
-                        {name: state for name, (_, state) in parts.items()}, argument)
+    return SavedAdapter(
+        source,
+        {name: config for name, (config, _) in parts.items()},
+        {name: state for name, (_, state) in parts.items()},
+        argument,
+    )
 
 
 def _fetched(source: str, argument: str) -> Path:
     try:
-        return Path(snapshot_download(source, allow_patterns=[LORA_FILE, f"*/{LORA_FILE}", _PEFT_FILE, _PEFT_CONFIG,
-                                                              f"*/{_PEFT_FILE}", f"*/{_PEFT_CONFIG}"]))
+        return Path(
+            snapshot_download(
+                source,
+                allow_patterns=[
+                    LORA_FILE,
+                    f"*/{LORA_FILE}",
+                    _PEFT_FILE,
+                    _PEFT_CONFIG,
+                    f"*/{_PEFT_FILE}",
+                    f"*/{_PEFT_CONFIG}",
+                ],
+            )
+        )
     except HFValidationError:
         raise ValueError(f"{argument}={source!r} is neither a folder or file that exists, nor a Hub id.") from None
     except Exception as error:  # the Hub's client has no common base class
@@ -177,8 +195,17 @@ def _diffusers_file(label: str, file: Path) -> dict[str, tuple[LoraConfig, dict[
             f"denoiser's name (transformer, unet, ...), so it adapts something else or is another tool's layout. "
             f"{_CONVERT}"
         )
-    return {name: (_config(label, {key.removeprefix(f"{name}."): value for key, value in options.items()
-                                    if key.startswith(f"{name}.")}, state), state) for name, state in states.items()}
+    return {
+        name: (
+            _config(
+                label,
+                {key.removeprefix(f"{name}."): value for key, value in options.items() if key.startswith(f"{name}.")},
+                state,
+            ),
+            state,
+        )
+        for name, state in states.items()
+    }
 
 
 def _peft_folder(label: str, folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
@@ -205,12 +232,16 @@ def _reason(wrong: list[str]) -> str:
         return "the file holds no tensors."
     name = wrong[0]
     if any("lora_magnitude_vector" in n for n in wrong):
-        return "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is read. Merge it " \
-               "into the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
+        return (
+            "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is read. Merge it "
+            "into the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
+        )
     if any(mark in n for n in wrong for mark in ("lora_down", "lora_up", ".alpha", "lora.down", "lora.up")):
         return f"{name!r} is the layout of kohya or ComfyUI. {_CONVERT}"
-    return f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is read. Merge it into the base: " \
-           "pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
+    return (
+        f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is read. Merge it into the base: "
+        "pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
+    )
 
 
 def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
@@ -225,8 +256,9 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
     if not options:  # alpha is the rank: so diffusers loads such a file
         most = max(set(ranks.values()), key=list(ranks.values()).count)
         others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != most}
-        return LoraConfig(r=most, lora_alpha=most, target_modules=modules, rank_pattern=others,
-                          alpha_pattern=dict(others))
+        return LoraConfig(
+            r=most, lora_alpha=most, target_modules=modules, rank_pattern=others, alpha_pattern=dict(others)
+        )
     if options.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{label} is a {options['peft_type']} of peft; only LoRA is trained.")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
@@ -237,8 +269,15 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
             "know; install the peft that wrote it."
         )
     # how it was trained is no part of what it is; its modules are those of its tensors
-    plain = {"lora_dropout": 0.0, "task_type": None, "inference_mode": False, "exclude_modules": None,
-             "layers_to_transform": None, "layers_pattern": None, "target_modules": modules}
+    plain = {
+        "lora_dropout": 0.0,
+        "task_type": None,
+        "inference_mode": False,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "target_modules": modules,
+    }
     start = options.get("init_lora_weights", True)
     plain |= {"init_lora_weights": True} if isinstance(start, bool) or start == "orthogonal" else {}
     try:

@@ -78,8 +78,13 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
             if "lora_" in name:  # beside a weight that is offloaded they were made on the CPU
                 parameter.data = parameter.data.to(device_of(denoiser))
                 rounded[key] = parameter.dtype
-    trained = {p: p.data for key, denoiser in adapted_denoisers(pipeline).items() if key in rounded
-               for name, p in denoiser.named_parameters() if "lora_" in name}  # fmt: skip
+    trained = {
+        p: p.data
+        for key, denoiser in adapted_denoisers(pipeline).items()
+        if key in rounded
+        for name, p in denoiser.named_parameters()
+        if "lora_" in name
+    }
     for key in rounded:
         for parameter in adapted_denoisers(pipeline)[key].parameters():
             if parameter in trained:

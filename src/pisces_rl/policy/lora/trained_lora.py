@@ -24,8 +24,13 @@ class TrainedLoRA:
         components: {}, as no denoiser is saved whole.
     """
 
-    def __init__(self, denoisers: dict[str, nn.Module], config: LoraConfig | None = None,
-                 only: Sequence[str] | None = None, start: SavedAdapter | None = None):
+    def __init__(
+        self,
+        denoisers: dict[str, nn.Module],
+        config: LoraConfig | None = None,
+        only: Sequence[str] | None = None,
+        start: SavedAdapter | None = None,
+    ):
         self.modules = add_lora(denoisers, config, only, start)
         self.components: dict[str, str] = {}
 
@@ -48,8 +53,9 @@ class TrainedLoRA:
     def load(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
         load_lora_state(pipeline, folder)
 
-    def check_saved(self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict,
-                    tolerance: float) -> float:
+    def check_saved(
+        self, pipeline: DiffusionPipeline, folder: str | os.PathLike, call: dict, tolerance: float
+    ) -> float:
         return check_saved_lora(pipeline, folder, call, tolerance)
 
     def check_read_back(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:

@@ -12,14 +12,29 @@ from diffusers import DiffusionPipeline
 from ..schedule.scheduler import PolicyError
 
 # The policy's own arguments, and those that give all videos of a policy their common shape.
-RESERVED = ("self", "prompt", "generator", "latents", "output_type", "return_dict", "num_inference_steps", "timesteps",
-            "sigmas", "height", "width", "num_frames", "callback", "callback_on_step_end")  # fmt: skip
+RESERVED = (
+    "self",
+    "prompt",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "num_inference_steps",
+    "timesteps",
+    "sigmas",
+    "height",
+    "width",
+    "num_frames",
+    "callback",
+    "callback_on_step_end",
+)
 
 Conditions = Mapping[str, Sequence]
 
 
-def checked_conditions(pipeline: DiffusionPipeline, known: Sequence[str], conditions: Conditions | None, count: int,
-                       fixed: Mapping) -> dict[str, list]:
+def checked_conditions(
+    pipeline: DiffusionPipeline, known: Sequence[str], conditions: Conditions | None, count: int, fixed: Mapping
+) -> dict[str, list]:
     """{argument of the pipeline's call: its value for each of `count` videos}, or a PolicyError.
 
     Args:

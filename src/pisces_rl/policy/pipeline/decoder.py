@@ -15,8 +15,15 @@ from .quirks import CAUSAL_CHUNKS, WITHOUT_SLICES
 VAE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def set_decoder(pipeline: DiffusionPipeline, *, dtype: str | None = None, slicing: bool = False,
-                tiling: bool = False, chunk_frames: int | None = None, compiled: bool = False) -> None:
+def set_decoder(
+    pipeline: DiffusionPipeline,
+    *,
+    dtype: str | None = None,
+    slicing: bool = False,
+    tiling: bool = False,
+    chunk_frames: int | None = None,
+    compiled: bool = False,
+) -> None:
     """Set what a pipeline's VAE computes in, and in how many parts.
 
     Args:
@@ -32,8 +39,17 @@ def set_decoder(pipeline: DiffusionPipeline, *, dtype: str | None = None, slicin
     """
     if dtype not in (None, *VAE_DTYPES):
         raise PolicyError(f"vae_dtype={dtype!r} must be one of {list(VAE_DTYPES)}, or unset: as it was loaded.")
-    wanted = [name for name, value in (("dtype", dtype), ("slicing", slicing), ("tiling", tiling),
-                                       ("chunk_frames", chunk_frames), ("compile", compiled)) if value]  # fmt: skip
+    wanted = [
+        name
+        for name, value in (
+            ("dtype", dtype),
+            ("slicing", slicing),
+            ("tiling", tiling),
+            ("chunk_frames", chunk_frames),
+            ("compile", compiled),
+        )
+        if value
+    ]
     vae = getattr(pipeline, "vae", None)
     if wanted and vae is None:
         name = type(pipeline).__name__

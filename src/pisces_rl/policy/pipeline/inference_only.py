@@ -13,7 +13,7 @@ from .offload import Part
 
 OFFLOAD = (
     "load the pipeline without offloading (and without device_map), and name what is to wait in the host's memory in "
-    "the trainer's offload=[\"text_encoder\", \"vae\"]."
+    'the trainer\'s offload=["text_encoder", "vae"].'
 )
 
 
@@ -49,8 +49,9 @@ def check_trainable(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]
                 f"{name} reuses activations of earlier denoising steps (enable_cache), which the update does not see; "
                 f"call pipeline.{name}.disable_cache() first."
             )
-        if any(isinstance(part, Attention | AttentionModuleMixin) and part.fused_projections
-               for part in module.modules()):
+        if any(
+            isinstance(part, Attention | AttentionModuleMixin) and part.fused_projections for part in module.modules()
+        ):
             raise PolicyError(
                 f"{name} has fused projections, beside which an adapter on to_q, to_k or to_v is never called; call "
                 f"pipeline.{name}.unfuse_qkv_projections() first."

@@ -35,8 +35,13 @@ class PromptMemo:
         during: gives a context that is entered while prompts are encoded, once a call that meets new ones.
     """
 
-    def __init__(self, encode_prompt, size: int = 256, pad: bool = False,
-                 during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext):
+    def __init__(
+        self,
+        encode_prompt,
+        size: int = 256,
+        pad: bool = False,
+        during: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    ):
         self.encode_prompt, self.size, self.pad, self.padded = encode_prompt, size, pad, False
         self.during = during
         self.signature = inspect.signature(encode_prompt)
@@ -77,7 +82,7 @@ class PromptMemo:
                 raise PolicyError(f"{name} has {len(values)} values for {len(prompt)} prompts; give one string.")
         outputs = []
         for row, text in enumerate(prompt):
-            one = bound | {name: values[row:row + 1] for name, values in texts.items()}
+            one = bound | {name: values[row : row + 1] for name, values in texts.items()}
             one["prompt"] = None if text is None else [text]
             if "batch_size" in bound:
                 one["batch_size"] = 1

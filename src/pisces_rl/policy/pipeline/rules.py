@@ -16,7 +16,8 @@ from .offload import kind_of
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The denoisers of a pipeline by name; a PolicyError where it has none, or lacks what else a policy needs."""
     found = {
-        name: component for name, component in pipeline.components.items()
+        name: component
+        for name, component in pipeline.components.items()
         if isinstance(component, nn.Module) and kind_of(name) == "denoiser"
     }
     if not found:

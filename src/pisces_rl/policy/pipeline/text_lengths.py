@@ -35,12 +35,14 @@ def by_length(forward: Callable, agree: Callable[[int], int] = int, **kwargs):
     while len(groups) < count:
         largest = max(range(len(groups)), key=lambda i: len(groups[i]))
         rows = groups[largest]
-        groups[largest:largest + 1] = [rows[:len(rows) // 2], rows[len(rows) // 2:]]
+        groups[largest : largest + 1] = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
     order, outputs, structure = [], [], None
     for rows in groups:
         length = lengths[rows[0]]
-        part = {name: value[rows] if isinstance(value, Tensor) and name != POSITIONS else value
-                for name, value in kwargs.items()}  # fmt: skip
+        part = {
+            name: value[rows] if isinstance(value, Tensor) and name != POSITIONS else value
+            for name, value in kwargs.items()
+        }
         part[TEXT] = part[TEXT][:, :length]
         if POSITIONS in part:
             part[POSITIONS] = part[POSITIONS][:length]

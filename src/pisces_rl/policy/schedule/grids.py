@@ -64,8 +64,9 @@ class AlphaGrid(_OwnGrid):
 
     def next(self, prediction: Tensor, x: Tensor) -> Tensor:
         a, a_next = self.grid_alphas[self.taken : self.taken + 2].float()
-        return TRANSITIONS["ddim"].kernel(x, prediction, a, a_next, noise_level=0.0,
-                                          prediction_type=self.config.prediction_type)[0]
+        return TRANSITIONS["ddim"].kernel(
+            x, prediction, a, a_next, noise_level=0.0, prediction_type=self.config.prediction_type
+        )[0]
 
 
 def on_own_grid(scheduler: SchedulerMixin, kind: type) -> SchedulerMixin:

@@ -102,8 +102,15 @@ class FlowSchedule(Schedule):
 
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
         sigmas = self.sigmas
-        return self.kernel(x.float(), self.velocity(prediction), sigmas[index], sigmas[index + 1],
-                           noise_level=noise_level, sigma_max=sigmas[1], sigma_min=sigmas[-1])
+        return self.kernel(
+            x.float(),
+            self.velocity(prediction),
+            sigmas[index],
+            sigmas[index + 1],
+            noise_level=noise_level,
+            sigma_max=sigmas[1],
+            sigma_min=sigmas[-1],
+        )
 
     def level(self, index: int) -> Tensor:
         return self.sigmas[index]
@@ -150,8 +157,13 @@ class AlphaBarSchedule(Schedule):
         return 1 - scheduler.grid_alphas
 
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-        return self.kernel(x.float(), prediction.float(), *self.alphas[index], noise_level=noise_level,
-                           prediction_type=self.prediction_type)
+        return self.kernel(
+            x.float(),
+            prediction.float(),
+            *self.alphas[index],
+            noise_level=noise_level,
+            prediction_type=self.prediction_type,
+        )
 
     def level(self, index: int) -> Tensor:
         return self.alphas[index][0]
@@ -163,8 +175,14 @@ class AlphaBarSchedule(Schedule):
     def denoised(self, index: int, prediction: Tensor, x: Tensor) -> Tensor:
         """The kernel's step to a = 1, for instance (x - sqrt(1 - a) e) / sqrt(a)."""
         alpha = self.level(index)
-        return self.kernel(x.float(), prediction.float(), alpha, torch.ones_like(alpha), noise_level=0.0,
-                           prediction_type=self.prediction_type)[0]
+        return self.kernel(
+            x.float(),
+            prediction.float(),
+            alpha,
+            torch.ones_like(alpha),
+            noise_level=0.0,
+            prediction_type=self.prediction_type,
+        )[0]
 
 
 class EDMSchedule(Schedule):
@@ -178,8 +196,9 @@ class EDMSchedule(Schedule):
         self.sigmas = scheduler.sigmas.float().cpu()
 
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-        return self.kernel(x.float(), prediction.float(), self.sigmas[index], self.sigmas[index + 1],
-                           noise_level=noise_level)
+        return self.kernel(
+            x.float(), prediction.float(), self.sigmas[index], self.sigmas[index + 1], noise_level=noise_level
+        )
 
     def level(self, index: int) -> Tensor:
         return self.sigmas[index]

@@ -45,8 +45,15 @@ class DifferentiableSampling(Session):
     `final` holds the latents after the last step.
     """
 
-    def __init__(self, policy, prompts: Sequence[str], start: int, jump: bool = False,
-                 renoise: tuple[Tensor, Sequence[int]] | None = None, decode: bool = True):
+    def __init__(
+        self,
+        policy,
+        prompts: Sequence[str],
+        start: int,
+        jump: bool = False,
+        renoise: tuple[Tensor, Sequence[int]] | None = None,
+        decode: bool = True,
+    ):
         super().__init__(policy, prompts)
         self.start, self.jump, self.renoise, self.decode = start, jump, renoise, decode
         self.final: Tensor | None = None
@@ -139,8 +146,9 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
         yield
 
 
-def decoded_videos(session: DifferentiableSampling, noise_seeds: Sequence[int], part: DecodedPart | None,
-                   checkpointed: bool) -> Tensor:
+def decoded_videos(
+    session: DifferentiableSampling, noise_seeds: Sequence[int], part: DecodedPart | None, checkpointed: bool
+) -> Tensor:
     """(B, F, 3, H, W) fp32 videos of one call with gradients; a PolicyError where the pipeline cuts the graph."""
     name = type(session.policy.pipeline).__name__
     try:
@@ -160,9 +168,13 @@ def decoded_videos(session: DifferentiableSampling, noise_seeds: Sequence[int], 
         )
     videos = output[0]
     if not isinstance(videos, Tensor) or not videos.requires_grad:
-        mend = "Use GRPO." if part is None else (
-            "Decode all frames (decode_frames unset), or more than "
-            f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+        mend = (
+            "Use GRPO."
+            if part is None
+            else (
+                "Decode all frames (decode_frames unset), or more than "
+                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+            )
         )
         raise PolicyError(
             f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "

@@ -35,8 +35,16 @@ class OneStep(Session):
         seeds: of the noise by which clean latents are brought to the step's level.
     """
 
-    def __init__(self, policy, prompts: Sequence[str], at: int, latents: Tensor | None, seeds: Sequence[int] | None,
-                 grad: bool, overrides: dict):
+    def __init__(
+        self,
+        policy,
+        prompts: Sequence[str],
+        at: int,
+        latents: Tensor | None,
+        seeds: Sequence[int] | None,
+        grad: bool,
+        overrides: dict,
+    ):
         super().__init__(policy, prompts)
         self.at, self.latents, self.seeds, self.grad, self.overrides = at, latents, seeds, grad, overrides
         self.found: Prediction | None = None
@@ -54,8 +62,12 @@ class OneStep(Session):
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
         self.check_step()
         if self.index == self.at:
-            self.found = Prediction(x.detach().float(), self.schedule.denoised(self.at, prediction, x),
-                                    self.moments(prediction, x, 0.0)[0], self.schedule.time(self.at))
+            self.found = Prediction(
+                x.detach().float(),
+                self.schedule.denoised(self.at, prediction, x),
+                self.moments(prediction, x, 0.0)[0],
+                self.schedule.time(self.at),
+            )
             raise LeavePipeline
         self.index += 1
         if self.index < self.at:

@@ -25,8 +25,12 @@ def run(session: Session, noise_seeds: Sequence[int], output_type: str):
     pipeline, prompts = policy.pipeline, session.prompts
     generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
     call = inspect.unwrap(type(pipeline).__call__)  # without the no_grad decorator
-    arguments = {"num_inference_steps": policy.num_inference_steps, **policy.pipeline_kwargs, **session.conditions,
-                 **session.overrides}  # fmt: skip
+    arguments = {
+        "num_inference_steps": policy.num_inference_steps,
+        **policy.pipeline_kwargs,
+        **session.conditions,
+        **session.overrides,
+    }
     if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     decoding = recorded_decoding(pipeline, policy.record, policy.vae_dtype)
@@ -109,8 +113,9 @@ def _entry(session: Session, name: str, forward: Callable) -> Callable:
             session.lengths_agreed = True
         own = functools.partial(by_length, forward, policy.agreed) if policy.prompt_memo.padded else forward
         # A call uses each weight once: a cache would only keep the casts of all trained ones until it ends.
-        cast = torch.autocast(policy.device.type, policy.autocast_dtype, enabled=policy.autocast_dtype is not None,
-                              cache_enabled=False)
+        cast = torch.autocast(
+            policy.device.type, policy.autocast_dtype, enabled=policy.autocast_dtype is not None, cache_enabled=False
+        )
         divided = tokens_divide() if policy.shares_tokens else contextlib.nullcontext()
         with attention_kernel(policy.attention_kernel), cast, divided:
             output = own(*args, **kwargs)

@@ -97,8 +97,7 @@ class Session:
 class Sampling(Session):
     """Draws x' at the stochastic steps and records them; ODE steps elsewhere."""
 
-    def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None,
-                 steps: Sequence[int]):
+    def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None, steps: Sequence[int]):
         super().__init__(policy, prompts)
         self.steps = sorted(steps)
         self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
@@ -136,9 +135,10 @@ class Sampling(Session):
                     "a whole number of rows a video (num_videos_per_prompt must be 1)."
                 )
             self.rows_per_video = x.shape[0] // len(self.prompts)
-            noise = _on_device(torch.cat([
-                torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators
-            ]), x.device)  # fmt: skip
+            noise = _on_device(
+                torch.cat([torch.randn((self.rows_per_video, *x.shape[1:]), generator=g) for g in self.generators]),
+                x.device,
+            )
             self.returned = (mean + std * noise).to(x.dtype)  # round first, then score
             # a copy: pipelines may write x' over x (Kandinsky 5)
             self.states[i], self.means[i], self.stds[i] = x.to(torch.float32, copy=True), mean, std
@@ -189,9 +189,19 @@ class Sampling(Session):
 
     def rollout(self, videos: Tensor | None, noise_seeds: list[int]) -> Rollout:
         log_probs = torch.stack([self.log_probs[i] for i in self.steps], 1) if self.steps else None
-        return Rollout(self.prompts, noise_seeds, videos, self.steps, self.states, self.means, log_probs,
-                       self.rows_per_video, self.followed, {name: [value] for name, value in self.conditions.items()},
-                       self.returned.to(torch.float32, copy=True))
+        return Rollout(
+            self.prompts,
+            noise_seeds,
+            videos,
+            self.steps,
+            self.states,
+            self.means,
+            log_probs,
+            self.rows_per_video,
+            self.followed,
+            {name: [value] for name, value in self.conditions.items()},
+            self.returned.to(torch.float32, copy=True),
+        )
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
         if index in self.steps:

@@ -13,10 +13,16 @@ from ..video_policy import VideoPolicy
 # and not before: what comes next differs between sampling and update. memory_efficient_linear would replace
 # torch.nn.functional.linear in the whole process.
 CONFIG = {
-    "train_micro_batch_size_per_gpu": 1, "steps_per_print": None,
-    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_prefetch_bucket_size": 0,
-                          "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
-}  # fmt: skip
+    "train_micro_batch_size_per_gpu": 1,
+    "steps_per_print": None,
+    "zero_optimization": {
+        "stage": 3,
+        "overlap_comm": False,
+        "stage3_prefetch_bucket_size": 0,
+        "stage3_param_persistence_threshold": 0,
+        "memory_efficient_linear": False,
+    },
+}
 
 
 def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:

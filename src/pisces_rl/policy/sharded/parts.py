@@ -40,8 +40,14 @@ def gathered(part: Tensor, like: Tensor) -> Tensor | None:
     """
     if not isinstance(like, DTensor):
         return part
-    whole = DTensor.from_local(part.to(like.device), like.device_mesh, like.placements, run_check=False,
-                               shape=like.shape, stride=like.stride()).full_tensor()  # fmt: skip
+    whole = DTensor.from_local(
+        part.to(like.device),
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    ).full_tensor()
     return whole.to("cpu", copy=True) if get_node_local_rank(fallback_rank=0) == 0 else None
 
 

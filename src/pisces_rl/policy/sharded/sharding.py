@@ -19,8 +19,9 @@ from ..fast.execution import repeated_blocks
 from ..schedule.scheduler import PolicyError
 
 
-def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True,
-          cpu_offload: bool = False) -> None:
+def shard(
+    denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False
+) -> None:
     """Shard the parameters of a denoiser over a mesh of one dimension; those of an adapter are left alone.
 
     Sharded parameters are replaced by DTensors: what is to hold trained ones must ask for them afterwards.
@@ -34,8 +35,13 @@ def shard(denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool 
     adapter = {p for name, p in denoiser.named_parameters() if "lora_" in name}
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
     for module in [*reversed(repeated_blocks(denoiser)), denoiser]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, offload_policy=offload,
-                    ignored_params=adapter)  # fmt: skip
+        fully_shard(
+            module,
+            mesh=mesh,
+            reshard_after_forward=reshard_after_forward,
+            offload_policy=offload,
+            ignored_params=adapter,
+        )
     for parameter in adapter:
         parameter.data = parameter.data.to(mesh.device_type)
 

@@ -27,9 +27,15 @@ class BlipEncoder(VideoTextEncoder):
     """
 
     def __init__(
-        self, model: BlipForImageTextRetrieval, tokenizer: PreTrainedTokenizerBase, name: str, *, num_frames: int = 8,
-        mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD,
-    ):  # fmt: skip
+        self,
+        model: BlipForImageTextRetrieval,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        num_frames: int = 8,
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+    ):
         super().__init__()
         self.model, self.tokenizer, self.name, self.num_frames = model, tokenizer, name, num_frames
         self.mean, self.std = mean, std

@@ -183,9 +183,14 @@ def tokenize(tokenizer, prompts: Sequence[str], max_length: int, device, fixed: 
             stacklevel=3,
         )
     batch = tokenizer(
-        list(prompts), padding="max_length" if fixed else True, truncation=True, max_length=max_length,
-        return_tensors="pt", return_attention_mask=True, return_special_tokens_mask=True,
-    )  # fmt: skip
+        list(prompts),
+        padding="max_length" if fixed else True,
+        truncation=True,
+        max_length=max_length,
+        return_tensors="pt",
+        return_attention_mask=True,
+        return_special_tokens_mask=True,
+    )
     mask = batch["attention_mask"].bool()
     words = mask & ~batch["special_tokens_mask"].bool()
     pieces = [tokenizer.convert_ids_to_tokens(ids) for ids in batch["input_ids"].tolist()]

@@ -24,9 +24,15 @@ class FrameEncoder(VideoTextEncoder):
     """
 
     def __init__(
-        self, model: CLIPModel | SiglipModel, tokenizer: PreTrainedTokenizerBase, name: str, *, num_frames: int = 8,
-        mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
-    ):  # fmt: skip
+        self,
+        model: CLIPModel | SiglipModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        num_frames: int = 8,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ):
         super().__init__()
         self.model, self.tokenizer, self.name, self.num_frames = model, tokenizer, name, num_frames
         self.crop = isinstance(model, CLIPModel)

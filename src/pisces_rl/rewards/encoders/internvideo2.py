@@ -30,10 +30,15 @@ from pisces_rl.rewards.encoders.encoder import (
 CARD, WEIGHTS = "config.json", "model.safetensors"
 #: Weights of pre-training that nothing here reads: teachers' decoders, the word-prediction head, image positions.
 UNUSED = (
-    "vision_encoder.clip_decoder.", "vision_encoder.final_clip_decoder.", "vision_encoder.clip_pos_embed",
-    "vision_encoder.clip_img_pos_embed", "vision_encoder.img_pos_embed", "text_encoder.cls.",
-    "text_encoder.bert.embeddings.position_ids", "clip_teacher.",
-)  # fmt: skip
+    "vision_encoder.clip_decoder.",
+    "vision_encoder.final_clip_decoder.",
+    "vision_encoder.clip_pos_embed",
+    "vision_encoder.clip_img_pos_embed",
+    "vision_encoder.img_pos_embed",
+    "text_encoder.cls.",
+    "text_encoder.bert.embeddings.position_ids",
+    "clip_teacher.",
+)
 
 
 @dataclass
@@ -79,10 +84,14 @@ class InternVideo2(VideoTextEncoder):
         self.cross_layers, self.cross_heads = range(config.fusion_layer, config.text_layers), config.text_heads
         self.vision_encoder = _Vision(config)
         bert = BertConfig(
-            vocab_size=config.vocabulary, hidden_size=config.text_width, num_hidden_layers=config.text_layers,
-            num_attention_heads=config.text_heads, intermediate_size=config.text_hidden,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            vocab_size=config.vocabulary,
+            hidden_size=config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.text_heads,
+            intermediate_size=config.text_hidden,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         self.text_encoder = nn.Module()
         self.text_encoder.bert = CrossAttendingBert(bert, config.fusion_layer, config.width)
         self.vision_proj = nn.Linear(config.pooled_width, config.projection)

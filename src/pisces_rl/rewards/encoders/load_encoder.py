@@ -17,15 +17,25 @@ KINDS = ("blip", "clip", "internvideo2", "pe_video", "siglip", "tiny_vtm", "vide
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 #: What an encoder reads of a folder besides its weights.
 DESCRIPTIONS = (
-    "config.json", *PROCESSORS, "tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "merges.txt",
-    "spiece.model", "tokenizer.model",
-)  # fmt: skip
+    "config.json",
+    *PROCESSORS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+)
 
 
 def load_encoder(
-    name: str | VideoTextEncoder, *, device: str | torch.device | None = None, dtype: torch.dtype | None = None,
+    name: str | VideoTextEncoder,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     **options,
-) -> VideoTextEncoder:  # fmt: skip
+) -> VideoTextEncoder:
     """A frozen encoder, from the name of an embedded one ("tiny-vtm"), a folder, or a Hub id.
 
     Its own name, to which maps are bound, is that name, "@" and the commit of a Hub model or else the hash of what it
@@ -60,9 +70,10 @@ def load_encoder(
 
 
 def shared_encoder(
-    encoder: str | Path | VideoTextEncoder, offload: str | torch.device | None = None,
+    encoder: str | Path | VideoTextEncoder,
+    offload: str | torch.device | None = None,
     device: str | torch.device | None = None,
-) -> VideoTextEncoder:  # fmt: skip
+) -> VideoTextEncoder:
     """`load_encoder`, but the same encoder each time, as long as the files of its folder are the same; an encoder is
     returned as it is. With `offload` one that works on that device and lies on the CPU between uses."""
     if isinstance(encoder, VideoTextEncoder):

@@ -21,10 +21,17 @@ class PEVideoEncoder(VideoTextEncoder):
     """
 
     def __init__(
-        self, model: PeVideoModel, tokenizer: PreTrainedTokenizerBase, name: str, *, num_frames: int = 16,
-        resolution: int = 336, max_text_tokens: int = 512, mean: Sequence[float] = (0.5, 0.5, 0.5),
+        self,
+        model: PeVideoModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        num_frames: int = 16,
+        resolution: int = 336,
+        max_text_tokens: int = 512,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
         std: Sequence[float] = (0.5, 0.5, 0.5),
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.num_frames, self.resolution, self.mean, self.std = num_frames, (resolution, resolution), mean, std

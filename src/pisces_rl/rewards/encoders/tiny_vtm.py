@@ -72,11 +72,17 @@ class TinyVTM(VideoTextEncoder):
             layer, config.video_layers, nn.LayerNorm(width), enable_nested_tensor=False
         )
         bert = BertConfig(
-            vocab_size=config.vocabulary, hidden_size=width, num_hidden_layers=config.text_layers,
-            num_attention_heads=config.heads, intermediate_size=4 * width, hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0, max_position_embeddings=config.max_text_tokens, type_vocab_size=1,
+            vocab_size=config.vocabulary,
+            hidden_size=width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * width,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            max_position_embeddings=config.max_text_tokens,
+            type_vocab_size=1,
             pad_token_id=tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         self.text = CrossAttendingBert(bert, config.fusion_layer, width)
         self.video_projection = nn.Linear(width, config.projection)
         self.text_projection = nn.Linear(width, config.projection)

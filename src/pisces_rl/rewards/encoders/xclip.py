@@ -21,9 +21,14 @@ class XCLIPEncoder(VideoTextEncoder):
     crop = True
 
     def __init__(
-        self, model: XCLIPModel, tokenizer: PreTrainedTokenizerBase, name: str, *,
-        mean: Sequence[float] = (0.485, 0.456, 0.406), std: Sequence[float] = (0.229, 0.224, 0.225),
-    ):  # fmt: skip
+        self,
+        model: XCLIPModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str,
+        *,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+    ):
         super().__init__()
         self.model, self.tokenizer, self.name, self.mean, self.std = model, tokenizer, name, mean, std
         vision = model.config.vision_config

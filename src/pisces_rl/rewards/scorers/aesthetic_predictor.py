@@ -24,9 +24,12 @@ CLIP = "openai/clip-vit-large-patch14"
 HEAD = Path("~/.cache/pisces_rl/sac+logos+ava1-l14-linearMSE.safetensors")
 #: By which a CLIP-L/14 is told from its kin.
 SIZES = {
-    "projection_dim": 768, "vision_config.hidden_size": 1024, "vision_config.num_hidden_layers": 24,
-    "vision_config.patch_size": 14, "vision_config.image_size": 224,
-}  # fmt: skip
+    "projection_dim": 768,
+    "vision_config.hidden_size": 1024,
+    "vision_config.num_hidden_layers": 24,
+    "vision_config.patch_size": 14,
+    "vision_config.image_size": 224,
+}
 UNUSED = ("text_model.", "text_projection.", "logit_scale", "embeddings.position_ids")
 
 
@@ -39,9 +42,15 @@ class AestheticHead(nn.Module):
     def __init__(self, width: int = 768):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2), nn.Linear(128, 64),
-            nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1),
-        )  # fmt: skip
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        )
 
     def forward(self, features: Tensor) -> Tensor:
         return self.layers(features)[..., 0]
@@ -73,10 +82,17 @@ class AestheticPredictor(FrameScorer):
     crop_rounds = True
 
     def __init__(
-        self, clip: str | Path | CLIPVisionModelWithProjection = CLIP, head: str | Path | AestheticHead = HEAD, *,
-        frames: int = 8, micro_batch: int = 16, dtype: torch.dtype = torch.float32,
-        device: str | torch.device | None = None, name: str = "aesthetic", offload: str | torch.device | None = None,
-    ):  # fmt: skip
+        self,
+        clip: str | Path | CLIPVisionModelWithProjection = CLIP,
+        head: str | Path | AestheticHead = HEAD,
+        *,
+        frames: int = 8,
+        micro_batch: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        name: str = "aesthetic",
+        offload: str | torch.device | None = None,
+    ):
         head = head if isinstance(head, AestheticHead) else load_head(head)
         device = first_device(device, offload)
         if not isinstance(clip, CLIPVisionModelWithProjection):

@@ -71,9 +71,15 @@ class FrameScorer(OffloadedModel, ABC):
     crop_rounds = False
 
     def __init__(
-        self, model: nn.Module, *, size: int, frames: int, micro_batch: int, name: str,
+        self,
+        model: nn.Module,
+        *,
+        size: int,
+        frames: int,
+        micro_batch: int,
+        name: str,
         offload: str | torch.device | None,
-    ):  # fmt: skip
+    ):
         if frames < 1 or micro_batch < 1:
             raise ValueError(f"frames={frames}, micro_batch={micro_batch}: both must be at least 1.")
         self.model, self.size = model.eval().requires_grad_(False), size

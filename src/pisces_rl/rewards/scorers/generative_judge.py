@@ -34,8 +34,9 @@ from pisces_rl.rewards.vlm_judge import digit_tokens, expected_digit
 
 #: By which the sizes of Qwen2.5-VL are told apart, from the published config.json.
 SIZES = {
-    "3B": {"hidden_size": 2048, "num_hidden_layers": 36}, "7B": {"hidden_size": 3584, "num_hidden_layers": 28},
-}  # fmt: skip
+    "3B": {"hidden_size": 2048, "num_hidden_layers": 36},
+    "7B": {"hidden_size": 3584, "num_hidden_layers": 28},
+}
 
 
 class GenerativeJudge(OffloadedModel, ABC):
@@ -67,9 +68,17 @@ class GenerativeJudge(OffloadedModel, ABC):
     tokens: tuple[int, int]  # merged patches of a frame, least and most
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerBase, template: str, *,
-        weights: Sequence[float], batch_size: int, max_new_tokens: int, name: str, offload: str | torch.device | None,
-    ):  # fmt: skip
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        weights: Sequence[float],
+        batch_size: int,
+        max_new_tokens: int,
+        name: str,
+        offload: str | torch.device | None,
+    ):
         if self.placeholder not in template:
             raise ValueError(f"template: it must hold {self.placeholder}, in whose place the prompt is put.")
         if len(weights) != len(self.dimensions) or batch_size < 1 or max_new_tokens < 1:
@@ -114,9 +123,15 @@ class GenerativeJudge(OffloadedModel, ABC):
         """(B, K) scores, on the CPU, of clips (B, n, 3, H, W) of the frames that are shown."""
         texts = [self.template.replace(self.placeholder, prompt) for prompt in prompts]
         inputs = qwen_inputs(
-            self.tokenizer, texts, clips, self.model.config, next(self.model.parameters()),
-            media=self.media, tokens=self.tokens, padding_side="left",
-        )  # fmt: skip
+            self.tokenizer,
+            texts,
+            clips,
+            self.model.config,
+            next(self.model.parameters()),
+            media=self.media,
+            tokens=self.tokens,
+            padding_side="left",
+        )
         digits = DigitLogits(self.digits)
         answers = self.model.generate(**inputs, logits_processor=LogitsProcessorList([digits]))
         answers = answers[:, inputs["input_ids"].shape[1] :].tolist()

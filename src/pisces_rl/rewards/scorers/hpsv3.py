@@ -29,9 +29,13 @@ FETCH = (
     "https://raw.githubusercontent.com/MizzenAI/HPSv3/HEAD/hpsv3/dataset/data_collator_qwen.py"
 )
 SIZES = {
-    "hidden_size": 3584, "num_hidden_layers": 28, "text_config.hidden_size": 3584, "text_config.num_hidden_layers": 28,
-    "vision_config.embed_dim": 1280, "vision_config.depth": 32,
-}  # fmt: skip
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "text_config.hidden_size": 3584,
+    "text_config.num_hidden_layers": 28,
+    "vision_config.embed_dim": 1280,
+    "vision_config.depth": 32,
+}
 
 
 class HPSv3(QwenScorer):
@@ -63,10 +67,18 @@ class HPSv3(QwenScorer):
     special, tokens, media = ("<|Reward|>",), (256, 256), "image"
 
     def __init__(
-        self, model: str | Path | Qwen2VLReward = MODEL, base: str | Path | PreTrainedTokenizerBase = BASE,
-        template: str | Path = TEMPLATE, *, frames: int = 4, batch_size: int = 4, dtype: torch.dtype = torch.bfloat16,
-        device: str | torch.device | None = None, name: str = "hpsv3", offload: str | torch.device | None = None,
-    ):  # fmt: skip
+        self,
+        model: str | Path | Qwen2VLReward = MODEL,
+        base: str | Path | PreTrainedTokenizerBase = BASE,
+        template: str | Path = TEMPLATE,
+        *,
+        frames: int = 4,
+        batch_size: int = 4,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        name: str = "hpsv3",
+        offload: str | torch.device | None = None,
+    ):
         if frames < 1:
             raise ValueError(f"frames={frames}: expected at least 1.")
         if PROMPT not in str(template):

@@ -26,20 +26,35 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the authors' normalisatio
 LONGEST = 35  # tokens of a prompt
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "embeddings.position_ids")
 VISION = BlipVisionConfig(
-    hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224,
-    patch_size=16, layer_norm_eps=1e-6,
-)  # fmt: skip
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=16,
+    layer_norm_eps=1e-6,
+)
 TEXT = BlipTextConfig(
-    vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072, num_hidden_layers=12,
-    num_attention_heads=12, max_position_embeddings=512,
-)  # fmt: skip
+    vocab_size=30524,
+    hidden_size=768,
+    encoder_hidden_size=1024,
+    intermediate_size=3072,
+    num_hidden_layers=12,
+    num_attention_heads=12,
+    max_position_embeddings=512,
+)
 #: Names of the published vision tower, after `blip.visual_encoder.`, for those of transformers.
 RENAMED = {
-    "embeddings.class_embedding": "cls_token", "embeddings.position_embedding": "pos_embed",
-    "embeddings.patch_embedding.": "patch_embed.proj.", "post_layernorm.": "norm.", "encoder.layers.": "blocks.",
-    "self_attn.qkv.": "attn.qkv.", "self_attn.projection.": "attn.proj.", "layer_norm1.": "norm1.",
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding.": "patch_embed.proj.",
+    "post_layernorm.": "norm.",
+    "encoder.layers.": "blocks.",
+    "self_attn.qkv.": "attn.qkv.",
+    "self_attn.projection.": "attn.proj.",
+    "layer_norm1.": "norm1.",
     "layer_norm2.": "norm2.",
-}  # fmt: skip
+}
 
 
 class BlipReward(nn.Module):
@@ -53,9 +68,11 @@ class BlipReward(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         seen = self.visual_encoder(pixel_values=pixels).last_hidden_state
         read = self.text_encoder(
-            input_ids=tokens, attention_mask=mask, encoder_hidden_states=seen,
+            input_ids=tokens,
+            attention_mask=mask,
+            encoder_hidden_states=seen,
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
-        ).last_hidden_state  # fmt: skip
+        ).last_hidden_state
         return self.mlp(at_least_float(read[:, 0]))
 
 
@@ -84,11 +101,17 @@ class ImageReward(FrameScorer):
     crop_rounds = True
 
     def __init__(
-        self, model: str | Path | BlipReward = MODEL, tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER, *,
-        frames: int = 8, micro_batch: int = 16, dtype: torch.dtype = torch.float32,
-        device: str | torch.device | None = None, name: str = "image_reward",
+        self,
+        model: str | Path | BlipReward = MODEL,
+        tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER,
+        *,
+        frames: int = 8,
+        micro_batch: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        name: str = "image_reward",
         offload: str | torch.device | None = None,
-    ):  # fmt: skip
+    ):
         if not isinstance(model, BlipReward):
             device = first_device(device, offload)
             model = load_image_reward(model, VISION, TEXT, dtype).to(device)

@@ -23,9 +23,13 @@ MODEL = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 #: By which a CLIP-H is told from its smaller kin.
 SIZES = {
-    "projection_dim": 1024, "vision_config.hidden_size": 1280, "vision_config.num_hidden_layers": 32,
-    "vision_config.patch_size": 14, "text_config.hidden_size": 1024, "text_config.num_hidden_layers": 24,
-}  # fmt: skip
+    "projection_dim": 1024,
+    "vision_config.hidden_size": 1280,
+    "vision_config.num_hidden_layers": 32,
+    "vision_config.patch_size": 14,
+    "text_config.hidden_size": 1024,
+    "text_config.num_hidden_layers": 24,
+}
 UNUSED = ("embeddings.position_ids",)  # buffers that transformers stored before 4.31
 
 
@@ -54,11 +58,17 @@ class PickScore(FrameScorer):
     """
 
     def __init__(
-        self, model: str | Path | CLIPModel = MODEL,
-        tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER, *, frames: int = 8, micro_batch: int = 16,
-        dtype: torch.dtype = torch.float32, device: str | torch.device | None = None, name: str = "pickscore",
+        self,
+        model: str | Path | CLIPModel = MODEL,
+        tokenizer: str | Path | PreTrainedTokenizerBase = TOKENIZER,
+        *,
+        frames: int = 8,
+        micro_batch: int = 16,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device | None = None,
+        name: str = "pickscore",
         offload: str | torch.device | None = None,
-    ):  # fmt: skip
+    ):
         if not isinstance(model, CLIPModel):
             folder = published_folder(model, "PickScore")
             check_pickscore(folder)

@@ -61,9 +61,15 @@ class QwenScorer(OffloadedModel, ABC):
     media: str  # "image" or "video", as the chat template names it
 
     def __init__(
-        self, model: Qwen2VLReward, tokenizer: PreTrainedTokenizerBase, template: str, *, batch_size: int, name: str,
+        self,
+        model: Qwen2VLReward,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str,
+        *,
+        batch_size: int,
+        name: str,
         offload: str | torch.device | None,
-    ):  # fmt: skip
+    ):
         places = [template.find(word) for word in (*self.special, PROMPT)]
         if -1 in places or places[:-1] != sorted(places[:-1]) or any(template.count(w) > 1 for w in self.special):
             raise ValueError(f"template: it must hold {PROMPT} and, once each, in order, {', '.join(self.special)}.")
@@ -101,9 +107,16 @@ class QwenScorer(OffloadedModel, ABC):
 
 
 def qwen_inputs(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], clips: Tensor, config: PreTrainedConfig,
-    parameter: Tensor, *, media: str, tokens: tuple[int, int], padding_side: str = "right",
-) -> dict[str, Tensor]:  # fmt: skip
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    clips: Tensor,
+    config: PreTrainedConfig,
+    parameter: Tensor,
+    *,
+    media: str,
+    tokens: tuple[int, int],
+    padding_side: str = "right",
+) -> dict[str, Tensor]:
     """What Qwen2-VL and Qwen2.5-VL take: for each row the chat template with its clip and then its text.
 
     Args:
@@ -126,25 +139,32 @@ def qwen_inputs(
     chats = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": text}]}],
-            add_generation_prompt=True, tokenize=False,
+            add_generation_prompt=True,
+            tokenize=False,
         ).replace(pad, pad * (math.prod(grid) // vision.spatial_merge_size**2))
         for text in texts
-    ]  # fmt: skip
+    ]
     batch = tokenizer(chats, padding=True, padding_side=padding_side, return_tensors="pt").to(parameter.device)
     ids = batch["input_ids"]
     pixels = "pixel_values" if media == "image" else "pixel_values_videos"
     return {
-        "input_ids": ids, "attention_mask": batch["attention_mask"],
+        "input_ids": ids,
+        "attention_mask": batch["attention_mask"],
         "mm_token_type_ids": (ids == config.image_token_id).int() + 2 * (ids == config.video_token_id).int(),
         pixels: patches.flatten(0, 1).to(parameter.dtype),
         f"{media}_grid_thw": torch.tensor([grid] * len(clips), device=parameter.device),
-    }  # fmt: skip
+    }
 
 
 def frames_seen(
-    frames: int, video_fps: float, whole: Callable[[float], int] = round, *, fps: float = 2.0, least: int = 4,
+    frames: int,
+    video_fps: float,
+    whole: Callable[[float], int] = round,
+    *,
+    fps: float = 2.0,
+    least: int = 4,
     most: int = 768,
-) -> int:  # fmt: skip
+) -> int:
     """How many frames `smart_nframes` of qwen-vl-utils takes: `fps` a second within bounds, an even number, which
     `whole` finds: `round` in the copy that VideoAlign has, `math.floor` in later releases."""
     if frames < 2:
@@ -190,9 +210,12 @@ def qwen_patches(
 
 
 def load_weights(
-    state: Mapping[str, Tensor], names: Mapping[str, str], config: Qwen2VLConfig, head: Callable[[], nn.Module],
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    config: Qwen2VLConfig,
+    head: Callable[[], nn.Module],
     dtype: torch.dtype,
-) -> Qwen2VLReward:  # fmt: skip
+) -> Qwen2VLReward:
     """A model with the weights `state[names[name]]` for each of its names; the head in fp32, the rest in `dtype`."""
     with init_empty_weights(include_buffers=False):
         model = Qwen2VLReward(config, head())

@@ -54,12 +54,20 @@ class UnifiedReward(GenerativeJudge):
     placeholder, media, tokens = "{prompt}", "image", (4, 16384)
 
     def __init__(
-        self, model: str | Path | Qwen2_5_VLForConditionalGeneration = MODEL,
-        tokenizer: PreTrainedTokenizerBase | None = None, template: str | Path = TEMPLATE, *, frames: int = 8,
-        weights: Sequence[float] = (1.0, 1.0, 1.0), batch_size: int = 2, max_new_tokens: int = 256,
-        dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None, name: str = "unified_reward",
+        self,
+        model: str | Path | Qwen2_5_VLForConditionalGeneration = MODEL,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: str | Path = TEMPLATE,
+        *,
+        frames: int = 8,
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        batch_size: int = 2,
+        max_new_tokens: int = 256,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        name: str = "unified_reward",
         offload: str | torch.device | None = None,
-    ):  # fmt: skip
+    ):
         if frames < 1:
             raise ValueError(f"frames={frames}: expected at least 1.")
         if self.placeholder not in str(template):
@@ -68,9 +76,15 @@ class UnifiedReward(GenerativeJudge):
             device = first_device(device, offload)
             model, tokenizer = load_judge(model, "UnifiedReward 2.0", ("7B", "3B"), dtype, device)
         super().__init__(
-            model, tokenizer, str(template), weights=weights, batch_size=batch_size, max_new_tokens=max_new_tokens,
-            name=name, offload=offload,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            str(template),
+            weights=weights,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            name=name,
+            offload=offload,
+        )
         self.frames = frames
 
     def frames_of(self, videos: Tensor) -> Tensor:

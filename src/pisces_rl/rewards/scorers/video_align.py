@@ -39,9 +39,13 @@ DIMENSIONS = ("VQ", "MQ", "TA")
 #: The authors' normalisation (`inference_config` of the checkpoint's model_config.json), in the order of DIMENSIONS.
 MEAN, STD = (3.6757, 1.1646, 2.8105), (2.2476, 1.3811, 2.5121)
 SIZES = {
-    "hidden_size": 1536, "num_hidden_layers": 28, "text_config.hidden_size": 1536, "text_config.num_hidden_layers": 28,
-    "vision_config.embed_dim": 1280, "vision_config.depth": 32,
-}  # fmt: skip
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "text_config.hidden_size": 1536,
+    "text_config.num_hidden_layers": 28,
+    "vision_config.embed_dim": 1280,
+    "vision_config.depth": 32,
+}
 #: LoRA of the checkpoint: on all linear layers of the language model; the update is RANK_SCALE B A.
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, RANK_SCALE = 64, 128 / 64
@@ -81,11 +85,19 @@ class VideoAlign(QwenScorer):
     special, tokens, media = tuple(f"<|{name}_reward|>" for name in DIMENSIONS), (128, 256), "video"
 
     def __init__(
-        self, model: str | Path | Qwen2VLReward = MODEL, base: str | Path | PreTrainedTokenizerBase = BASE,
-        template: str | Path = TEMPLATE, *, video_fps: float = 16.0, weights: Sequence[float] = (1.0, 1.0, 1.0),
-        batch_size: int = 2, dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
-        name: str = "video_align", offload: str | torch.device | None = None,
-    ):  # fmt: skip
+        self,
+        model: str | Path | Qwen2VLReward = MODEL,
+        base: str | Path | PreTrainedTokenizerBase = BASE,
+        template: str | Path = TEMPLATE,
+        *,
+        video_fps: float = 16.0,
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        batch_size: int = 2,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        name: str = "video_align",
+        offload: str | torch.device | None = None,
+    ):
         if video_fps <= 0 or len(weights) != len(DIMENSIONS):
             raise ValueError(f"video_fps={video_fps}, weights={weights}: expected frames a second, and 3 weights.")
         if "{text_prompt}" not in str(template):

@@ -61,12 +61,20 @@ class VideoScore2(GenerativeJudge):
     placeholder, media, tokens = "$t2v_prompt", "video", (128, 768)
 
     def __init__(
-        self, model: str | Path | Qwen2_5_VLForConditionalGeneration = MODEL,
-        tokenizer: PreTrainedTokenizerBase | None = None, template: str | Path = TEMPLATE, *, video_fps: float = 16.0,
-        weights: Sequence[float] = (1.0, 1.0, 1.0), batch_size: int = 2, max_new_tokens: int = 1024,
-        dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None, name: str = "video_score2",
+        self,
+        model: str | Path | Qwen2_5_VLForConditionalGeneration = MODEL,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        template: str | Path = TEMPLATE,
+        *,
+        video_fps: float = 16.0,
+        weights: Sequence[float] = (1.0, 1.0, 1.0),
+        batch_size: int = 2,
+        max_new_tokens: int = 1024,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device | None = None,
+        name: str = "video_score2",
         offload: str | torch.device | None = None,
-    ):  # fmt: skip
+    ):
         if video_fps <= 0:
             raise ValueError(f"video_fps={video_fps}: expected frames a second.")
         if self.placeholder not in str(template):
@@ -75,9 +83,15 @@ class VideoScore2(GenerativeJudge):
             device = first_device(device, offload)
             model, tokenizer = load_judge(model, "VideoScore2", ("7B",), dtype, device)
         super().__init__(
-            model, tokenizer, str(template), weights=weights, batch_size=batch_size, max_new_tokens=max_new_tokens,
-            name=name, offload=offload,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            str(template),
+            weights=weights,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            name=name,
+            offload=offload,
+        )
         self.video_fps = video_fps
 
     def frames_of(self, videos: Tensor) -> Tensor:

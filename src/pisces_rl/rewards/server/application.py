@@ -52,10 +52,17 @@ class RewardApplication:
 
     async def health(self, request: Request) -> Response:
         self._check_token(request)
-        return JSONResponse({
-            "protocol": PROTOCOL, "version": pisces_rl.__version__, "rewards": self.about, "queue": self.inside,
-            "scored": self.scored, "state": "stopping" if self.queue.stopped else "ready", "max_bytes": self.max_bytes,
-        })  # fmt: skip
+        return JSONResponse(
+            {
+                "protocol": PROTOCOL,
+                "version": pisces_rl.__version__,
+                "rewards": self.about,
+                "queue": self.inside,
+                "scored": self.scored,
+                "state": "stopping" if self.queue.stopped else "ready",
+                "max_bytes": self.max_bytes,
+            }
+        )
 
     async def score(self, request: Request) -> Response:
         self._check_token(request)
@@ -99,8 +106,11 @@ class RewardApplication:
         seconds = time.monotonic() - self._line_from
         if seconds >= PROGRESS:
             rate = (self.scored - self._scored_then) / seconds
-            print(f"{self.scored} videos scored, {rate:.3g} a second; requests inside: {self.inside}", file=sys.stderr,
-                  flush=True)  # fmt: skip
+            print(
+                f"{self.scored} videos scored, {rate:.3g} a second; requests inside: {self.inside}",
+                file=sys.stderr,
+                flush=True,
+            )
             self._line_from, self._scored_then = time.monotonic(), self.scored
 
     def _check_token(self, request: Request) -> None:

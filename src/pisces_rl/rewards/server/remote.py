@@ -78,8 +78,10 @@ class RemoteReward:
         about = [one["rewards"][name] for one in health]
         for other, theirs in zip(self.urls, about):
             if theirs != about[0]:
-                raise ValueError(f"url: {self.urls[0]} and {other} serve different rewards as {name!r}: {about[0]} "
-                                 f"and {theirs}; serve the same code and weights on each.")  # fmt: skip
+                raise ValueError(
+                    f"url: {self.urls[0]} and {other} serve different rewards as {name!r}: {about[0]} "
+                    f"and {theirs}; serve the same code and weights on each."
+                )
         self.identity, self.columns = about[0]["identity"], about[0]["columns"]
         self.compares_videos = about[0]["compares_videos"]
         self.max_bytes = min(one["max_bytes"] for one in health)
@@ -104,12 +106,17 @@ class RemoteReward:
         bounds = [len(prompts) * k // servers for k in range(servers + 1)]
         first, self._first = self._first, (self._first + 1) % len(self.urls)
         request = ScoreRequest(list(prompts), videos, columns, state)
-        parts = await asyncio.gather(*(self._part(first + k, request.rows(start, end))
-                                       for k, (start, end) in enumerate(zip(bounds, bounds[1:]))))  # fmt: skip
+        parts = await asyncio.gather(
+            *(
+                self._part(first + k, request.rows(start, end))
+                for k, (start, end) in enumerate(zip(bounds, bounds[1:]))
+            )
+        )
         answers: list[ScoreAnswer] = [answer for part in parts for answer in part]
         for extra in dict.fromkeys(extra for answer in answers for extra in answer.extras) if log_extra else ():
-            log_extra(extra, [value for answer in answers
-                              for value in answer.extras.get(extra, [None] * len(answer.values))])  # fmt: skip
+            log_extra(
+                extra, [value for answer in answers for value in answer.extras.get(extra, [None] * len(answer.values))]
+            )
         for answer in answers if log_metric else ():
             for metric, values in answer.metrics.items():
                 for value in values:
@@ -139,12 +146,20 @@ class RemoteReward:
                 del body
                 parts = min(count, -(-size // self.max_bytes))
                 bounds = [count * k // parts for k in range(parts + 1)]
-                return [answer for start, end in zip(bounds, bounds[1:])
-                        for answer in await self._part(place, request.rows(start, end))]  # fmt: skip
-            return [await self._client.ask(
-                urls, f"/score/{quote(self.__name__, safe='')}", lambda: body,
-                lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts), asked,
-            )]  # fmt: skip
+                return [
+                    answer
+                    for start, end in zip(bounds, bounds[1:])
+                    for answer in await self._part(place, request.rows(start, end))
+                ]
+            return [
+                await self._client.ask(
+                    urls,
+                    f"/score/{quote(self.__name__, safe='')}",
+                    lambda: body,
+                    lambda answer: unpack_answer(answer, self.__name__, self.identity, request.prompts),
+                    asked,
+                )
+            ]
         except Failed as error:
             raise error.as_reward_error(self.__name__, asked) from error
 
@@ -154,11 +169,15 @@ class RemoteReward:
         try:
             response = self._client.get(url, "/health")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise ValueError(f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
-                             "one with `pisces-rl serve`, and take the url that it prints.") from error  # fmt: skip
+            raise ValueError(
+                f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
+                "one with `pisces-rl serve`, and take the url that it prints."
+            ) from error
         if response.status_code == 401:
-            raise ValueError(f"reward {name!r}: {url} refuses the token: {self._client.error_in(response)} Set token, "
-                             f"or the environment variable {TOKEN}, to what its --token_file holds.")  # fmt: skip
+            raise ValueError(
+                f"reward {name!r}: {url} refuses the token: {self._client.error_in(response)} Set token, "
+                f"or the environment variable {TOKEN}, to what its --token_file holds."
+            )
         try:
             health = response.raise_for_status().json()
             protocol, rewards = health["protocol"], dict(health["rewards"])

@@ -124,8 +124,12 @@ class ScoringQueue:
     def _table(self, panel: RewardPanel, requests: list[ScoreRequest]) -> RewardTable:
         state = requests[0].state
         videos = [request.videos for request in requests]
-        columns = {name: [value for request in requests for value in request.columns[name]]
-                   for name in requests[0].columns}  # fmt: skip
-        return panel([prompt for request in requests for prompt in request.prompts],
-                     videos[0] if len(videos) == 1 else torch.cat(videos), columns,
-                     None if state is None else SimpleNamespace(**state))  # fmt: skip
+        columns = {
+            name: [value for request in requests for value in request.columns[name]] for name in requests[0].columns
+        }
+        return panel(
+            [prompt for request in requests for prompt in request.prompts],
+            videos[0] if len(videos) == 1 else torch.cat(videos),
+            columns,
+            None if state is None else SimpleNamespace(**state),
+        )

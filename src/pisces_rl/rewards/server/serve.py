@@ -44,8 +44,10 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--port {args.port} must be 0 to 65535.")
     token = None if args.token_file is None else _token(args.token_file)
     if token is None and not _is_loopback(args.host):
-        raise ValueError(f"--host {args.host} can be reached from other machines: give a --token_file, or leave the "
-                         "host at 127.0.0.1.")  # fmt: skip
+        raise ValueError(
+            f"--host {args.host} can be reached from other machines: give a --token_file, or leave the "
+            "host at 127.0.0.1."
+        )
     try:
         import starlette  # noqa: F401
         import uvicorn
@@ -63,13 +65,19 @@ def main(args: argparse.Namespace) -> None:
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     queue = ScoringQueue(args.max_batch)
-    panel = RewardPanel([load_function(name) if ":" in name and "://" not in name else name  # without transformers
-                         for name in args.rewards], device=device)  # fmt: skip
+    panel = RewardPanel(
+        [
+            load_function(name) if ":" in name and "://" not in name else name  # without transformers
+            for name in args.rewards
+        ],
+        device=device,
+    )
     if slashed := [name for name in panel.names if "/" in name]:
-        raise ValueError(f"reward {slashed[0]!r}: a name that is served stands in a url and may hold no '/'; give the "
-                         "reward another (__name__).")  # fmt: skip
-    application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20,
-                                    token=token)  # fmt: skip
+        raise ValueError(
+            f"reward {slashed[0]!r}: a name that is served stands in a url and may hold no '/'; give the "
+            "reward another (__name__)."
+        )
+    application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20, token=token)
     host, port = listener.getsockname()[:2]
     host = socket.gethostname() if ipaddress.ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
 
@@ -86,8 +94,9 @@ def main(args: argparse.Namespace) -> None:
     for kind in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it has stopped
         signal.signal(kind, lambda *_: None)
     # Clients keep connections for a minute.
-    config = uvicorn.Config(application.asgi, lifespan="off", log_level="warning", access_log=False, ws="none",
-                            timeout_keep_alive=75)  # fmt: skip
+    config = uvicorn.Config(
+        application.asgi, lifespan="off", log_level="warning", access_log=False, ws="none", timeout_keep_alive=75
+    )
     Server(config).run(sockets=[listener])
 
 

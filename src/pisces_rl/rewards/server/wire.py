@@ -74,8 +74,13 @@ def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
                 f"column {name!r}, which the reward names, holds what JSON does not carry unchanged (images, arrays, "
                 "tuples, bytes). Leave it out of the reward's arguments, or use the reward inside the run."
             )
-    head = {"protocol": PROTOCOL, "prompts": list(request.prompts), "columns": request.columns, "state": request.state,
-            "size": [request.videos.shape[1], *request.videos.shape[-2:]]}  # fmt: skip
+    head = {
+        "protocol": PROTOCOL,
+        "prompts": list(request.prompts),
+        "columns": request.columns,
+        "state": request.state,
+        "size": [request.videos.shape[1], *request.videos.shape[-2:]],
+    }
     tensors = {"request": _as_tensor(json.dumps(head).encode())}
     if frames == "mp4":
         for row, video in enumerate(request.videos):
@@ -135,10 +140,20 @@ def pack_answer(name: str, identity: str, answer: ScoreAnswer) -> bytes:
     """
     for extra, values in answer.extras.items():
         if not is_plain(values):
-            raise ValueError(f"log_extra({extra!r}) got values that JSON does not carry unchanged; record numbers, "
-                             "strings, or lists of them.")  # fmt: skip
-    return json.dumps({"protocol": PROTOCOL, "reward": name, "identity": identity, "values": answer.values,
-                       "extras": answer.extras, "metrics": answer.metrics}).encode()  # fmt: skip
+            raise ValueError(
+                f"log_extra({extra!r}) got values that JSON does not carry unchanged; record numbers, "
+                "strings, or lists of them."
+            )
+    return json.dumps(
+        {
+            "protocol": PROTOCOL,
+            "reward": name,
+            "identity": identity,
+            "values": answer.values,
+            "extras": answer.extras,
+            "metrics": answer.metrics,
+        }
+    ).encode()
 
 
 def unpack_answer(body: bytes, name: str, identity: str, prompts: Sequence[str]) -> ScoreAnswer:
@@ -166,13 +181,17 @@ def unpack_answer(body: bytes, name: str, identity: str, prompts: Sequence[str])
         raise ValueError(f"the answer holds {got} values for {len(prompts)} videos.")
     for row, value in enumerate(values):
         if value is not None and not (_is_number(value) and math.isfinite(value)):
-            raise ValueError(f"the answer holds {value!r} for video {row}, prompt {prompts[row]!r}; expected a finite "
-                             "number, or null where the reward does not apply.")  # fmt: skip
-    if not isinstance(extras, dict) or any(not isinstance(own, list) or len(own) != len(values)
-                                           for own in extras.values()):  # fmt: skip
+            raise ValueError(
+                f"the answer holds {value!r} for video {row}, prompt {prompts[row]!r}; expected a finite "
+                "number, or null where the reward does not apply."
+            )
+    if not isinstance(extras, dict) or any(
+        not isinstance(own, list) or len(own) != len(values) for own in extras.values()
+    ):
         raise ValueError(f"the answer's extras are not lists of {len(values)} values.")
-    if not isinstance(metrics, dict) or any(not isinstance(own, list) or not all(map(_is_number, own))
-                                            for own in metrics.values()):  # fmt: skip
+    if not isinstance(metrics, dict) or any(
+        not isinstance(own, list) or not all(map(_is_number, own)) for own in metrics.values()
+    ):
         raise ValueError("the answer's metrics are not lists of numbers.")
     return ScoreAnswer(values, extras, metrics)
 
@@ -182,8 +201,10 @@ def other_protocol(who: str, protocol: object, here: str) -> str:
 
 
 def too_large(size: int, max_bytes: int) -> str:
-    return (f"the request has {size} bytes, and this server takes {max_bytes}; raise its --max_mb, or send fewer "
-            "videos at once.")  # fmt: skip
+    return (
+        f"the request has {size} bytes, and this server takes {max_bytes}; raise its --max_mb, or send fewer "
+        "videos at once."
+    )
 
 
 def decoded_bytes(shape: Sequence[int]) -> int:

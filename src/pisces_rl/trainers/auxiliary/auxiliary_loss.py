@@ -39,8 +39,15 @@ class AuxiliaryLoss(TrainerCallback):
             raise ValueError(f"{type(self).__name__}: batch_size={batch_size} must be at least 1, or None.")
         self.weight, self.batch_size = weight, batch_size
 
-    def begin(self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], *, seed: int, image_columns: Sequence[str],
-              reference: Callable[[], AbstractContextManager]) -> None:
+    def begin(
+        self,
+        policy: VideoPolicy,
+        adapter: dict[str, nn.Parameter],
+        *,
+        seed: int,
+        image_columns: Sequence[str],
+        reference: Callable[[], AbstractContextManager],
+    ) -> None:
         """Called once by the trainer, before the first step.
 
         Args:
@@ -73,8 +80,11 @@ class AuxiliaryLoss(TrainerCallback):
 def check_auxiliary_losses(losses) -> None:
     """A ValueError where these are no auxiliary losses, or two have one name."""
     several = isinstance(losses, (list, tuple))
-    if wrong := [type(loss).__name__ for loss in (losses if several else [losses])
-                 if not several or not isinstance(loss, AuxiliaryLoss)]:
+    if wrong := [
+        type(loss).__name__
+        for loss in (losses if several else [losses])
+        if not several or not isinstance(loss, AuxiliaryLoss)
+    ]:
         raise ValueError(
             f"auxiliary_losses {'holds' if several else 'is'} a {wrong[0]}; pass a list of AuxiliaryLoss objects, for "
             "instance [ConsistencyDistillation(videos, weight=0.1)]."

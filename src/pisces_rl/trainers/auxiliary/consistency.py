@@ -53,8 +53,17 @@ class ConsistencyDistillation(AuxiliaryLoss):
         Paper("2310.04378", "Latent Consistency Models: Synthesizing High-Resolution Images with Few-Step Inference"),
     )
 
-    def __init__(self, video_dataset, weight: float = 1.0, *, steps: int = 16, guidance: float | None = None,
-                 decay: float = 0.95, batch_size: int | None = None, huber_c: float = 1e-3):
+    def __init__(
+        self,
+        video_dataset,
+        weight: float = 1.0,
+        *,
+        steps: int = 16,
+        guidance: float | None = None,
+        decay: float = 0.95,
+        batch_size: int | None = None,
+        huber_c: float = 1e-3,
+    ):
         super().__init__(weight, batch_size)
         if steps < 2 or not 0 < decay < 1:
             raise ValueError(
@@ -64,8 +73,15 @@ class ConsistencyDistillation(AuxiliaryLoss):
         self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
         self.guidance = {} if guidance is None else {"guidance_scale": guidance}
 
-    def begin(self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], *, seed: int, image_columns: Sequence[str],
-              reference: Callable[[], AbstractContextManager]) -> None:
+    def begin(
+        self,
+        policy: VideoPolicy,
+        adapter: dict[str, nn.Parameter],
+        *,
+        seed: int,
+        image_columns: Sequence[str],
+        reference: Callable[[], AbstractContextManager],
+    ) -> None:
         self.policy, self.seed, self.image_columns, self.reference = policy, seed, image_columns, reference
         self.average = AdapterEMA(adapter, self.decay)
 

@@ -19,10 +19,12 @@ class RewardBackpropConfig(VideoPolicyConfig):
     # --- what carries the gradient ---
     backprop_through: str = field(
         default="last_steps",
-        metadata={"help": "'last_steps': the last `backprop_steps` denoising steps (DRaFT-K, VADER). 'random_steps': "
-                  "the last K, K drawn evenly from 1 to num_inference_steps for each micro-batch (AlignProp). "
-                  "'low_variance': the last step, on `low_variance_samples` fresh noisings of each sample (DRaFT-LV). "
-                  "'one_step': the prediction x0^ of one step drawn from one_step_range, decoded (ReFL, PISCES)."},
+        metadata={
+            "help": "'last_steps': the last `backprop_steps` denoising steps (DRaFT-K, VADER). 'random_steps': "
+            "the last K, K drawn evenly from 1 to num_inference_steps for each micro-batch (AlignProp). "
+            "'low_variance': the last step, on `low_variance_samples` fresh noisings of each sample (DRaFT-LV). "
+            "'one_step': the prediction x0^ of one step drawn from one_step_range, decoded (ReFL, PISCES)."
+        },
     )
     backprop_steps: int = field(default=1, metadata={"help": "K of 'last_steps'."})
     low_variance_samples: int = field(default=2, metadata={"help": "Noisings of each sample under 'low_variance'."})
@@ -31,9 +33,11 @@ class RewardBackpropConfig(VideoPolicyConfig):
     )
     decode_frames: int | None = field(
         default=None,
-        metadata={"help": "Decode this many neighbouring latent frames from a random one on; the rewards of a step "
-                  "see a video that is as short where clips are decoded whole, and the memory shrinks with it. Unset: "
-                  "all."},
+        metadata={
+            "help": "Decode this many neighbouring latent frames from a random one on; the rewards of a step "
+            "see a video that is as short where clips are decoded whole, and the memory shrinks with it. Unset: "
+            "all."
+        },
     )
     checkpoint_decoder: bool = field(
         default=True, metadata={"help": "Whether to compute the decoder's activations again instead of keeping them."}
@@ -42,8 +46,10 @@ class RewardBackpropConfig(VideoPolicyConfig):
     # --- rewards ---
     scale_rewards: str = field(
         default="none",
-        metadata={"help": "'std': each reward is divided by a running average of its standard deviation over the "
-                  "optimizer step's samples, so that weights compare like with like; 'none': by nothing."},
+        metadata={
+            "help": "'std': each reward is divided by a running average of its standard deviation over the "
+            "optimizer step's samples, so that weights compare like with like; 'none': by nothing."
+        },
     )
     reward_std_decay: float = field(default=0.9, metadata={"help": "Of that running average, per optimizer step."})
 
@@ -62,8 +68,12 @@ class RewardBackpropConfig(VideoPolicyConfig):
     def held(self) -> Held:
         """The graph of the last steps, or of one, and of the decoder."""
         graphs = {"last_steps": self.backprop_steps, "random_steps": self.num_inference_steps}
-        return replace(super().held(), graphs=graphs.get(self.backprop_through, 1), decode_frames=self.decode_frames,
-                       decoder="checkpointed" if self.checkpoint_decoder else "kept")
+        return replace(
+            super().held(),
+            graphs=graphs.get(self.backprop_through, 1),
+            decode_frames=self.decode_frames,
+            decoder="checkpointed" if self.checkpoint_decoder else "kept",
+        )
 
     def _check_steps(self, steps: int) -> None:
         super()._check_steps(steps)

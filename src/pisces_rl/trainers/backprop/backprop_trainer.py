@@ -65,8 +65,18 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
     )
     _position_settings = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, auxiliary_losses=None):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        judge_funcs=None,
+        peft_config=None,
+        callbacks=None,
+        auxiliary_losses=None,
+    ):
         args = RewardBackpropConfig() if args is None else args
         self._may_lack_rewards = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
@@ -77,8 +87,17 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                 f"{args.per_device_train_batch_size} * {args.data_parts} processes * gradient_accumulation_steps "
                 f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
             )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         auxiliary_losses)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            judge_funcs,
+            peft_config,
+            callbacks,
+            auxiliary_losses,
+        )
         self.rewards.check_differentiable()
         self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running; NaN before the first step
         self._seen: list[Tensor] = []  # values of this optimizer step's micro-batches
@@ -87,15 +106,21 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def get_train_dataloader(self):
         return self._get_dataloader(
-            self.train_dataset, "Training", self._train_batch_size, sampler_fn=self._get_train_sampler,
+            self.train_dataset,
+            "Training",
+            self._train_batch_size,
+            sampler_fn=self._get_train_sampler,
             is_training=True,
         )
 
     def _get_train_sampler(self, dataset=None):
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset, mini_repeat_count=1, shuffle=args.shuffle_dataset,
-            batch_size=self._train_batch_size * args.data_parts * args.gradient_accumulation_steps, seed=args.seed,
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=1,
+            shuffle=args.shuffle_dataset,
+            batch_size=self._train_batch_size * args.data_parts * args.gradient_accumulation_steps,
+            seed=args.seed,
         )
         sampler.current_epoch = lambda: int(self.state.epoch or 0)
         return sampler
@@ -129,7 +154,10 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         for how in copies:
             with self.stage("sampling"):
                 videos = self.policy.sample_with_gradients(
-                    prompts, noise_seeds=noise_seeds, conditions=images, checkpoint_decoder=args.checkpoint_decoder,
+                    prompts,
+                    noise_seeds=noise_seeds,
+                    conditions=images,
+                    checkpoint_decoder=args.checkpoint_decoder,
                     **how,
                 )
             with self.stage("rewards"):
@@ -169,7 +197,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def _measure_spread(self) -> None:
         """The standard deviation of each reward over the samples of an optimizer step, of all processes."""
-        values = torch.cat(gather_object([torch.cat(self._seen)])[::self.args.context_parallel])
+        values = torch.cat(gather_object([torch.cat(self._seen)])[:: self.args.context_parallel])
         self._seen = []
         if len(values) < 2:
             return
@@ -208,8 +236,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         return super()._cited() if len(self.rewards) else ()  # without rewards it only distils
 
     def _card_settings(self) -> dict:
-        through = {"last_steps": f"the last {self.args.backprop_steps}", "random_steps": "a random number of last",
-                   "low_variance": "the last, low variance,", "one_step": "one-step predictions of random"}
+        through = {
+            "last_steps": f"the last {self.args.backprop_steps}",
+            "random_steps": "a random number of last",
+            "low_variance": "the last, low variance,",
+            "one_step": "one-step predictions of random",
+        }
         return super()._card_settings() | {
             "gradient": f"through {through[self.args.backprop_through]} of {self.args.num_inference_steps} steps"
         }

@@ -40,34 +40,44 @@ class VideoPolicyConfig(_BaseConfig):
     num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the model's default."})
     pipeline_kwargs: dict | str | None = field(
         default=None,
-        metadata={"help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
-                  "{\"max_sequence_length\": 226, \"negative_prompt\": \"blurry\"}."},
+        metadata={
+            "help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
+            '{"max_sequence_length": 226, "negative_prompt": "blurry"}.'
+        },
     )
 
     # --- how the denoiser is run, in sampling and update alike ---
     attention_kernel: str | None = field(
         default=None,
-        metadata={"help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
-                  "math. Unset: torch's choice."},
+        metadata={
+            "help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
+            "math. Unset: torch's choice."
+        },
     )
     recompute: str = field(
         default="all_but_attention",
-        metadata={"help": "With torch_compile and gradient_checkpointing: what backward computes again, "
-                  "'all_but_attention' or 'everything' (slower, and less memory)."},
+        metadata={
+            "help": "With torch_compile and gradient_checkpointing: what backward computes again, "
+            "'all_but_attention' or 'everything' (slower, and less memory)."
+        },
     )
 
     base_precision: str | None = field(
         default=None,
-        metadata={"help": "fp8: the frozen projections of attention and feed-forward are stored and multiplied in FP8 "
-                  "(e4m3), in sampling and update alike: half of their memory, and with torch_compile faster; NVIDIA "
-                  "GPUs since Ada and Hopper. Unset: the weights' own."},
+        metadata={
+            "help": "fp8: the frozen projections of attention and feed-forward are stored and multiplied in FP8 "
+            "(e4m3), in sampling and update alike: half of their memory, and with torch_compile faster; NVIDIA "
+            "GPUs since Ada and Hopper. Unset: the weights' own."
+        },
     )
 
     # --- memory ---
     offload: list[str] | None = field(
         default=None,
-        metadata={"help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
-                  "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."},
+        metadata={
+            "help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
+            "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."
+        },
     )
 
     # --- how the VAE decodes ---
@@ -80,14 +90,17 @@ class VideoPolicyConfig(_BaseConfig):
     )
     vae_tiling: bool = field(
         default=False,
-        metadata={"help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a "
-                  "little."},
+        metadata={
+            "help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a little."
+        },
     )
 
     vae_chunk_frames: int | None = field(
         default=None,
-        metadata={"help": "Latent frames that Wan's VAE decodes at a time, for speed and more memory. Unset: one, as "
-                  "diffusers does."},
+        metadata={
+            "help": "Latent frames that Wan's VAE decodes at a time, for speed and more memory. Unset: one, as "
+            "diffusers does."
+        },
     )
     vae_compile: bool = field(
         default=False,
@@ -97,8 +110,10 @@ class VideoPolicyConfig(_BaseConfig):
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
         default=None,
-        metadata={"help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
-                  "the same names, video by video. Unset: `image` where its call has such an argument."},
+        metadata={
+            "help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
+            "the same names, video by video. Unset: `image` where its call has such an argument."
+        },
     )
     shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
     reward_weights: list[float] | None = field(
@@ -106,47 +121,63 @@ class VideoPolicyConfig(_BaseConfig):
     )
     reward_device: str | None = field(
         default=None,
-        metadata={"help": "Where rewards and judges work, for instance cuda:1, another GPU of this host, so that they "
-                  "and the policy share no memory; of several processes devices with commas, which each host's "
-                  "processes take in turn. Unset: where each reward puts itself."},
+        metadata={
+            "help": "Where rewards and judges work, for instance cuda:1, another GPU of this host, so that they "
+            "and the policy share no memory; of several processes devices with commas, which each host's "
+            "processes take in turn. Unset: where each reward puts itself."
+        },
     )
     reward_timeout: float = field(
         default=1200.0,
-        metadata={"help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
-                  "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."},
+        metadata={
+            "help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
+            "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."
+        },
     )
     lora_denoisers: list[str] | None = field(
         default=None,
-        metadata={"help": "Denoisers that get an adapter, or with peft_config='full' are trained, for instance "
-                  "[\"transformer_2\"], the low-noise expert of Wan 2.2. One learns only from trained steps that "
-                  "call it. Unset: all."},
+        metadata={
+            "help": "Denoisers that get an adapter, or with peft_config='full' are trained, for instance "
+            '["transformer_2"], the low-noise expert of Wan 2.2. One learns only from trained steps that '
+            "call it. Unset: all."
+        },
     )
     continue_from: str | None = field(
         default=None,
-        metadata={"help": "A saved LoRA to train further: a folder that a trainer, diffusers or peft wrote, a file of "
-                  "diffusers' layout, or a Hub id. Its rank, alpha and modules stay. Unset: a new adapter."},
+        metadata={
+            "help": "A saved LoRA to train further: a folder that a trainer, diffusers or peft wrote, a file of "
+            "diffusers' layout, or a Hub id. Its rank, alpha and modules stay. Unset: a new adapter."
+        },
     )
     continue_reference: str = field(
         default="base",
-        metadata={"help": "With continue_from, the reference policy, of the KL penalty and of auxiliary losses: "
-                  "'base' (the model without an adapter) or 'adapter' (with that saved one)."},
+        metadata={
+            "help": "With continue_from, the reference policy, of the KL penalty and of auxiliary losses: "
+            "'base' (the model without an adapter) or 'adapter' (with that saved one)."
+        },
     )
     ema_decay: float | None = field(
         default=None,
-        metadata={"help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
-                  "saved. Unset: none."},
+        metadata={
+            "help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
+            "saved. Unset: none."
+        },
     )
 
     # --- many processes ---
     context_parallel: int = field(
         default=1,
-        metadata={"help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
-                  "attention); must divide the number of processes, and the denoiser's heads and tokens."},
+        metadata={
+            "help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
+            "attention); must divide the number of processes, and the denoiser's heads and tokens."
+        },
     )
     equal_weights_steps: int = field(
         default=10,
-        metadata={"help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
-                  "also checked before each checkpoint."},
+        metadata={
+            "help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
+            "also checked before each checkpoint."
+        },
     )
 
     # --- evaluation and what a run leaves ---
@@ -156,8 +187,10 @@ class VideoPolicyConfig(_BaseConfig):
     )
     trace_steps: int = field(
         default=0,
-        metadata={"help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
-                  "chrome://tracing or Perfetto. 0: none."},
+        metadata={
+            "help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
+            "chrome://tracing or Perfetto. 0: none."
+        },
     )
     fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
 
@@ -167,8 +200,10 @@ class VideoPolicyConfig(_BaseConfig):
     logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between logs."})
     logging_nan_inf_filter: bool = field(
         default=False,
-        metadata={"help": "Whether losses that are no number are left out of the log; every micro-batch then waits "
-                  "for the device."},
+        metadata={
+            "help": "Whether losses that are no number are left out of the log; every micro-batch then waits "
+            "for the device."
+        },
     )
     report_to: None | str | list[str] = field(
         default="tensorboard", metadata={"help": "Where scalars and videos are logged: tensorboard, wandb or trackio."}
@@ -254,7 +289,8 @@ class VideoPolicyConfig(_BaseConfig):
             moves = moves or len(inside.parts) == 1 and start.is_file()
         else:  # saving moves any adapter that lies in the folder itself
             moves = str(inside) in (".", ADAPTERS[0]) or any(
-                inside.is_relative_to(path) or Path(path).is_relative_to(inside) for path in files)
+                inside.is_relative_to(path) or Path(path).is_relative_to(inside) for path in files
+            )
         if moves:
             raise ValueError(
                 f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
@@ -329,8 +365,13 @@ class VideoPolicyConfig(_BaseConfig):
     def policy_settings(self) -> dict:
         """The arguments of `VideoPolicy`."""
         return {
-            "num_inference_steps": self.num_inference_steps or STEPS, "pipeline_kwargs": self.policy_kwargs(),
-            "autocast_dtype": torch.bfloat16 if self.bf16 else None, "attention_kernel": self.attention_kernel,
-            "vae_dtype": self.vae_dtype, "vae_slicing": self.vae_slicing, "vae_tiling": self.vae_tiling,
-            "vae_chunk_frames": self.vae_chunk_frames, "vae_compile": self.vae_compile,
+            "num_inference_steps": self.num_inference_steps or STEPS,
+            "pipeline_kwargs": self.policy_kwargs(),
+            "autocast_dtype": torch.bfloat16 if self.bf16 else None,
+            "attention_kernel": self.attention_kernel,
+            "vae_dtype": self.vae_dtype,
+            "vae_slicing": self.vae_slicing,
+            "vae_tiling": self.vae_tiling,
+            "vae_chunk_frames": self.vae_chunk_frames,
+            "vae_compile": self.vae_compile,
         }

@@ -84,9 +84,18 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     _told_of_frozen = False
     _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config: LoraConfig | str | None = None, callbacks: list | None = None,
-                 auxiliary_losses: list[AuxiliaryLoss] | None = None):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        judge_funcs=None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
+    ):
         args = copy.copy(args)  # the caller's serves another trainer
         args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
         sharding, zero_stage = requested_sharding(args), requested_zero(args)
@@ -95,7 +104,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             check_dataset("eval_dataset", eval_dataset, several=True)
         train_dataset, eval_dataset = undecoded(train_dataset), undecoded(eval_dataset)
         self.rewards, self.judges = (
-            RewardPanel(funcs, args.reward_timeout, args.own_reward_device()) for funcs in (reward_funcs, judge_funcs))
+            RewardPanel(funcs, args.reward_timeout, args.own_reward_device()) for funcs in (reward_funcs, judge_funcs)
+        )
         check_auxiliary_losses(auxiliary_losses or [])
         self.auxiliary_losses = [copy.copy(loss) for loss in auxiliary_losses or []]
         self._uses_reference = args.uses_reference() or any(loss.uses_reference for loss in self.auxiliary_losses)
@@ -116,8 +126,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         check_output_dir(args.output_dir)
 
         set_seed(args.seed)  # the same LoRA initialisation on every process
-        self.model_name = str(model) if isinstance(model, (str, os.PathLike)) else (
-            str(getattr(model, "name_or_path", "") or type(model).__name__))
+        self.model_name = (
+            str(model)
+            if isinstance(model, (str, os.PathLike))
+            else (str(getattr(model, "name_or_path", "") or type(model).__name__))
+        )
         args.settle_call(assets.call_defaults(self.model_name))
         self.pipeline = load_pipeline(model, torch.bfloat16 if args.bf16 else torch.float32)
         self.image_columns = image_columns(self.pipeline, args.image_columns)
@@ -130,15 +143,28 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.policy = VideoPolicy(self.pipeline, **args.policy_settings())
         freeze(self.pipeline, args.device)
         denoisers = dict(self.policy.denoiser.items())
-        self.trained = (FullWeights(denoisers, args.lora_denoisers) if full else
-                        TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued))
+        self.trained = (
+            FullWeights(denoisers, args.lora_denoisers)
+            if full
+            else TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued)
+        )
         self.adapted_modules = self.trained.modules
         self.policy.set_base_precision(args.base_precision)
-        self._identity = run_identity(self._name, self.model_name, self.policy, args, self._position_settings,
-                                      self.auxiliary_losses, self.rewards)
+        self._identity = run_identity(
+            self._name,
+            self.model_name,
+            self.policy,
+            args,
+            self._position_settings,
+            self.auxiliary_losses,
+            self.rewards,
+        )
         if args.torch_compile:
-            self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing",
-                                       args.torch_compile_backend or "inductor", args.torch_compile_mode)
+            self.policy.compile_blocks(
+                args.recompute if args.gradient_checkpointing else "nothing",
+                args.torch_compile_backend or "inductor",
+                args.torch_compile_mode,
+            )
         args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
 
         self.progress = StageProgress()
@@ -151,19 +177,43 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
         self._files_elsewhere: dict[Path, RunFiles] = {}
         own = [TimelineSteps(self.timeline), self.progress]
-        super().__init__(model=self.policy, args=args, data_collator=identity, train_dataset=train_dataset,
-                         eval_dataset=eval_dataset, callbacks=[*own, *(callbacks or [])])
+        super().__init__(
+            model=self.policy,
+            args=args,
+            data_collator=identity,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[*own, *(callbacks or [])],
+        )
         self.ranks = Ranks(self.accelerator, args.ddp_timeout)
-        self.evaluator = Evaluator(self.policy, self.rewards, self.judges, self.reward_weights, self.image_columns,
-                                   self.ranks, self.progress.stage, args)
-        self.report = RunReport(self.evaluator, self.files, self.timeline, self.callback_handler,
-                                self.is_world_process_zero(), args, self._identity)
+        self.evaluator = Evaluator(
+            self.policy,
+            self.rewards,
+            self.judges,
+            self.reward_weights,
+            self.image_columns,
+            self.ranks,
+            self.progress.stage,
+            args,
+        )
+        self.report = RunReport(
+            self.evaluator,
+            self.files,
+            self.timeline,
+            self.callback_handler,
+            self.is_world_process_zero(),
+            args,
+            self._identity,
+        )
         spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
         self.adapter = lora_parameters(denoisers)  # sharding has replaced weights that are trained whole
         if full:
             compares = eval_dataset is not None and args.num_sample_videos > 0
-            self.initial = InitialWeights(self.adapter, self.trained, kept=self._uses_reference or (
-                compares and (self._calls_together or args.process_index == 0)))
+            self.initial = InitialWeights(
+                self.adapter,
+                self.trained,
+                kept=self._uses_reference or (compares and (self._calls_together or args.process_index == 0)),
+            )
         else:
             self.initial = InitialPolicy(self.policy, self.adapter, continued, args.continue_reference)
         self._identity |= self.initial.identity
@@ -174,8 +224,13 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if self.ema is not None:
             self.add_callback(self.ema)
         for loss in self.auxiliary_losses:
-            loss.begin(self.policy, self.adapter, seed=args.seed, image_columns=self.image_columns,
-                       reference=self.initial.reference)
+            loss.begin(
+                self.policy,
+                self.adapter,
+                seed=args.seed,
+                image_columns=self.image_columns,
+                reference=self.initial.reference,
+            )
             self.add_callback(loss)
         self.console = run_console()
         if self.is_world_process_zero():
@@ -224,7 +279,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             warnings.warn(
                 f"a denoising step that is trained calls only denoisers without an adapter, so it teaches nothing "
                 f"(optimizer step {self.state.global_step}). Train the steps of {' and '.join(self.adapted_modules)} "
-                "(sde_window_range, train_levels), or more of the denoisers (lora_denoisers).", stacklevel=2,
+                "(sde_window_range, train_levels), or more of the denoisers (lora_denoisers).",
+                stacklevel=2,
             )
 
     # --- many processes ----------------------------------------------------------------------------------------------
@@ -302,8 +358,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         """The last evaluation, and before against after."""
         if not self.report.is_current(self.state):
             self.evaluate()
-        self.report.compare(self.eval_dataset, self.state, self.console, self._calls_together,
-                            self.initial.untrained, self._saved_weights)
+        self.report.compare(
+            self.eval_dataset,
+            self.state,
+            self.console,
+            self._calls_together,
+            self.initial.untrained,
+            self._saved_weights,
+        )
         self._wait()
 
     def _wait(self) -> None:
@@ -386,8 +448,10 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if state.get("ema") is not None:  # what the adapter's file holds is the average
             set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
         auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
-        for one, saved in [*((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
-                           *((average, state.get(name)) for name, average in self._averages().items())]:
+        for one, saved in [
+            *((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
+            *((average, state.get(name)) for name, average in self._averages().items()),
+        ]:
             if saved is None:
                 one.restart()
             else:
@@ -433,9 +497,15 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             if self.is_world_process_zero():
                 write_adapter(pipeline, self.trained, self._files_of(folder))
                 images = images_of(self.train_dataset[:1], self.image_columns)
-                checked = check_adapter(self.policy, self.trained, pipeline, folder,
-                                        {name: image for name, (image,) in images.items()},
-                                        bf16=self.args.bf16, alone=not self._calls_together)
+                checked = check_adapter(
+                    self.policy,
+                    self.trained,
+                    pipeline,
+                    folder,
+                    {name: image for name, (image,) in images.items()},
+                    bf16=self.args.bf16,
+                    alone=not self._calls_together,
+                )
         if self.is_world_process_zero():
             self.create_model_card(output_dir=folder)
             saved = " and ".join(self.trained.components) or "adapter"
@@ -448,8 +518,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _files_of(self, folder: Path) -> RunFiles:
         folder, output = Path(folder).resolve(), self.files.folder.resolve()
         elsewhere = self._files_elsewhere
-        return self.files if folder == output else elsewhere.setdefault(
-            folder, RunFiles(folder, self.pipeline.components))
+        return (
+            self.files
+            if folder == output
+            else elsewhere.setdefault(folder, RunFiles(folder, self.pipeline.components))
+        )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
         """Write the card of the adapter in a folder (output_dir by default): this run's results, and nothing else's.
@@ -459,10 +532,16 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if not self.is_world_process_zero():
             return
         path = write_card(
-            self._files_of(output_dir or self.args.output_dir), self.policy, self.trained, self.args,
+            self._files_of(output_dir or self.args.output_dir),
+            self.policy,
+            self.trained,
+            self.args,
             base_model=self.model_name,
-            trainer=self._name, settings=self._card_settings(), comparison=self.report.comparison,
-            samples_of=self._saved_step, images=self.image_columns,
+            trainer=self._name,
+            settings=self._card_settings(),
+            comparison=self.report.comparison,
+            samples_of=self._saved_step,
+            images=self.image_columns,
             papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
         )
         if path.name != "README.md":
@@ -474,8 +553,10 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     def _card_settings(self) -> dict:
         names = ("learning_rate", "num_inference_steps", "guidance_scale", "seed")
-        settings = {"rewards": ", ".join(self.rewards.names) or "none",
-                    "optimizer steps": f"{self._saved_step} of {self.state.max_steps}"}
+        settings = {
+            "rewards": ", ".join(self.rewards.names) or "none",
+            "optimizer steps": f"{self._saved_step} of {self.state.max_steps}",
+        }
         settings |= {n: getattr(self.args, n) for n in names}
         settings["sampler"] = self.policy.sampler
         if self._identity["changes"]:
@@ -484,8 +565,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             settings |= loss.card_settings()
         return settings | self.initial.card_settings(self._uses_reference)
 
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None,
-                    **kwargs):
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None, **kwargs
+    ):
         """Upload adapter, model card and sample videos from a folder (output_dir by default); returns the repository's
         address."""
         url = None
@@ -493,8 +575,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             url = hub.push_adapter(
                 output_dir or self.args.output_dir,
                 self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).resolve().name,
-                private=self.args.hub_private_repo, token=self.args.hub_token, commit_message=commit_message,
+                private=self.args.hub_private_repo,
+                token=self.args.hub_token,
+                commit_message=commit_message,
                 revision=self.args.hub_revision,
             )
         return broadcast_object_list([url])[0]
-

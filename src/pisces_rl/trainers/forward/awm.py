@@ -38,8 +38,10 @@ class AWMConfig(ForwardProcessConfig):
         if self.average_weight < 0:
             raise ValueError(f"average_weight={self.average_weight} must not be negative; 0 leaves the term out.")
         if self.average_decay_rate < 0 or not 0 <= self.average_decay_max < 1:
-            raise ValueError(f"average_decay_rate={self.average_decay_rate} must not be negative, and "
-                             f"average_decay_max={self.average_decay_max} must lie in [0, 1).")
+            raise ValueError(
+                f"average_decay_rate={self.average_decay_rate} must not be negative, and "
+                f"average_decay_max={self.average_decay_max} must lie in [0, 1)."
+            )
 
     def held(self) -> Held:
         held, followers = super().held(), (self.average_weight > 0) + self.reuses_rollouts
@@ -94,8 +96,9 @@ class AWMTrainer(ForwardProcessTrainer):
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         args, error = self.args, noised.distance(noised.predicted, noised.clean)
         drawn_by = noised.predicted.detach() if noised.old is None else noised.old
-        own, old = (matching_log_prob(e, noised.time, args.power)
-                    for e in (error, noised.distance(drawn_by, noised.clean)))
+        own, old = (
+            matching_log_prob(e, noised.time, args.power) for e in (error, noised.distance(drawn_by, noised.clean))
+        )
         log_ratio = own - old
         loss = clipped_policy_loss(log_ratio, noised.advantages, args.epsilon, args.epsilon)
         low, high = clip_fractions(log_ratio, noised.advantages, args.epsilon, args.epsilon)

@@ -22,8 +22,14 @@ from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # what a seed is for
 #: Settings of rollouts and rewards, of which there are none beside pairs.
-OF_ROLLOUTS = ("overlap_rewards", "log_completions", "per_prompt_stat_tracking", "rollout_batch_size",
-               "reward_weights", "multi_objective_aggregation")
+OF_ROLLOUTS = (
+    "overlap_rewards",
+    "log_completions",
+    "per_prompt_stat_tracking",
+    "rollout_batch_size",
+    "reward_weights",
+    "multi_objective_aggregation",
+)
 
 
 @dataclass
@@ -47,8 +53,9 @@ class FlowDPOConfig(ForwardProcessConfig):
         default=0.0,
         metadata={"help": "Weight of mean (v - v*)^2 of the preferred video, against the likelihood of both falling."},
     )
-    advantage_clip: float = field(default=math.inf, metadata={"help": "Not used: a clip could make the best and the "
-                                                              "second best equal."})
+    advantage_clip: float = field(
+        default=math.inf, metadata={"help": "Not used: a clip could make the best and the second best equal."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -129,8 +136,10 @@ class FlowDPOTrainer(ForwardProcessTrainer):
                 )
             for name in OF_ROLLOUTS:
                 if getattr(args, name) != args.__dataclass_fields__[name].default:
-                    raise ValueError(f"{name}={getattr(args, name)!r}, but train_dataset holds pairs (chosen, "
-                                     "rejected): nothing is sampled or scored. Leave it out.")
+                    raise ValueError(
+                        f"{name}={getattr(args, name)!r}, but train_dataset holds pairs (chosen, "
+                        "rejected): nothing is sampled or scored. Leave it out."
+                    )
         super().__init__(model, reward_funcs, args, train_dataset, *further, **keywords)
 
     @property
@@ -161,15 +170,19 @@ class FlowDPOTrainer(ForwardProcessTrainer):
             videos = self._encoded(inputs, prompts, images)
         whole = len(prompts) * self.args.data_parts
         advantages = torch.tensor([1.0, -1.0]).repeat(whole // 2)  # every pair comes twice: chosen, rejected
-        self._take([(list(range(len(prompts))), videos)],
-                   state | {"advantages": advantages, "spread": advantages != 0}, len(prompts))
+        self._take(
+            [(list(range(len(prompts))), videos)],
+            state | {"advantages": advantages, "spread": advantages != 0},
+            len(prompts),
+        )
 
     def _encoded(self, inputs: list[dict], prompts: list[str], images: dict[str, list]) -> Rollout:
         """The pairs as a rollout: their clean latents."""
         codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
         pairs = (pair_of(first, codec.video[0]) for first in inputs[::2])  # one at a time in the memory of the VAE
-        latents = [codec.encode(self.policy.pipeline, torch.stack([codec.fitted(video) for video in pair]))
-                   for pair in pairs]
+        latents = [
+            codec.encode(self.policy.pipeline, torch.stack([codec.fitted(video) for video in pair])) for pair in pairs
+        ]
         seeds = [sample_seed(self.args.seed, VIDEO, self._step, row) for row in range(len(prompts))]
         return Rollout(prompts, seeds, None, [], conditions=images, clean=torch.cat(latents))
 
@@ -180,10 +193,12 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         and (P,) weights: G, since of a group's G videos one pair is trained on, or 0 where none is better."""
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
-            group = rows[start:start + size]
+            group = rows[start : start + size]
             advantages, unknown = scored.advantages[group], ~scored.ranked[group]
-            pairs += [group[int(advantages.masked_fill(unknown, -math.inf).argmax())],
-                      group[int(advantages.masked_fill(unknown, math.inf).argmin())]]
+            pairs += [
+                group[int(advantages.masked_fill(unknown, -math.inf).argmax())],
+                group[int(advantages.masked_fill(unknown, math.inf).argmin())],
+            ]
         winners, losers = pairs[::2], pairs[1::2]
         known = scored.ranked[winners] & (scored.advantages[winners] > scored.advantages[losers])
         taken = self._taken(pairs, known.repeat_interleave(2))

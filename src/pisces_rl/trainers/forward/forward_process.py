@@ -37,13 +37,17 @@ class ForwardProcessConfig(RolloutConfig):
     )
     train_levels: int | None = field(
         default=None,
-        metadata={"help": "At how many noise levels a rollout is trained, drawn without replacement from those of the "
-                  "schedule each time it is used. Unset: at all."},
+        metadata={
+            "help": "At how many noise levels a rollout is trained, drawn without replacement from those of the "
+            "schedule each time it is used. Unset: at all."
+        },
     )
     train_schedule_steps: int | None = field(
         default=None,
-        metadata={"help": "Steps of the schedule whose noise levels these are. Unset: num_inference_steps, the levels "
-                  "that sampling visits."},
+        metadata={
+            "help": "Steps of the schedule whose noise levels these are. Unset: num_inference_steps, the levels "
+            "that sampling visits."
+        },
     )
 
     def __post_init__(self):
@@ -146,14 +150,15 @@ class ForwardProcessTrainer(RolloutTrainer):
         args = self.args
         steps, use = args.train_schedule_steps or args.num_inference_steps, self._step // args.steps_per_generation
         generator = torch.Generator().manual_seed(sample_seed(args.seed, LEVELS, use))
-        return torch.randperm(steps, generator=generator)[:args.train_levels].tolist()
+        return torch.randperm(steps, generator=generator)[: args.train_levels].tolist()
 
     def _noise_row(self, row: int) -> int:
         """By which row of the whole rollout a video's noise is drawn."""
         return row
 
-    def _noised(self, scored: ScoredRollout, samples: Rollout, places: list[int], rows: Sequence[int],
-                step: int) -> Noised:
+    def _noised(
+        self, scored: ScoredRollout, samples: Rollout, places: list[int], rows: Sequence[int], step: int
+    ) -> Noised:
         """The videos `rows` of `scored`, which are `places` of `samples`, at the noise level of a step."""
         args, use = self.args, self._step // self.args.steps_per_generation
         seeds = [sample_seed(args.seed, NOISE, use, self._noise_row(scored.first_row + row), step) for row in rows]
@@ -173,8 +178,13 @@ class ForwardProcessTrainer(RolloutTrainer):
                 known[name] = free(self.policy.predict(samples, places, **drawn).clean)
         own = self.policy.predict(samples, places, grad=True, **drawn)
         predicted = free(own.clean)
-        return Noised(own.time, free(samples.clean_rows(places)).to(predicted), predicted,
-                      scored.advantages[list(rows)].to(predicted.device), **known)
+        return Noised(
+            own.time,
+            free(samples.clean_rows(places)).to(predicted),
+            predicted,
+            scored.advantages[list(rows)].to(predicted.device),
+            **known,
+        )
 
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
         """{attribute of `Noised`: a context in which the policy is the one that it is compared with}."""

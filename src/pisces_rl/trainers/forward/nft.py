@@ -19,18 +19,24 @@ class NFTConfig(ForwardProcessConfig):
 
     mixture: float = field(
         default=1.0,
-        metadata={"help": "b (beta in the paper): how much of the trained policy the two implicit policies hold. Both "
-                  "regress, so it bounds how far the policy goes from the old one, and a smaller b bounds it less."},
+        metadata={
+            "help": "b (beta in the paper): how much of the trained policy the two implicit policies hold. Both "
+            "regress, so it bounds how far the policy goes from the old one, and a smaller b bounds it less."
+        },
     )
     contrast: float = field(
         default=5.0,
-        metadata={"help": "C: an advantage of C or more counts as wholly right. The smaller, the more a video's "
-                  "advantage counts; within a group of 8 whose standard deviation divides them none exceeds 2.5."},
+        metadata={
+            "help": "C: an advantage of C or more counts as wholly right. The smaller, the more a video's "
+            "advantage counts; within a group of 8 whose standard deviation divides them none exceeds 2.5."
+        },
     )
     old_decay_rate: float = field(
         default=0.001,
-        metadata={"help": "The old policy, which samples, follows the trained one after each rollout with a decay "
-                  "that grows by this much a rollout."},
+        metadata={
+            "help": "The old policy, which samples, follows the trained one after each rollout with a decay "
+            "that grows by this much a rollout."
+        },
     )
     old_decay_max: float = field(default=0.5, metadata={"help": "The largest decay of the old policy."})
     old_decay_start: int = field(
@@ -76,8 +82,9 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
     rows = len(noised.clean) // len(r)
     towards = noised.old + mixture * (noised.predicted - noised.old) - noised.clean
     away = noised.old - mixture * (noised.predicted - noised.old) - noised.clean
-    weights = [side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5)
-               for side in (towards, away)]
+    weights = [
+        side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)
+    ]
     plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
     return contrast / mixture * (r * plus + (1 - r) * minus), *weights
 

@@ -16,8 +16,10 @@ class FlashGRPOConfig(VideoGRPOConfig):
 
     sde_window_size: int | None = field(
         default=1,
-        metadata={"help": "Consecutive denoising steps that are stochastic and trained, drawn for each prompt. Unset: "
-                  "all steps but the last."},
+        metadata={
+            "help": "Consecutive denoising steps that are stochastic and trained, drawn for each prompt. Unset: "
+            "all steps but the last."
+        },
     )
     step_weighting: str = field(
         default="longcat", metadata=VideoGRPOConfig.__dataclass_fields__["step_weighting"].metadata
@@ -46,8 +48,9 @@ class FlashGRPOTrainer(VideoGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlashGRPOConfig() if args is None else args, *further, **keywords)
         args = self.args
-        if self.policy.mesh is not None and (args.per_device_train_batch_size * args.steps_per_generation
-                                             % args.num_generations):
+        if self.policy.mesh is not None and (
+            args.per_device_train_batch_size * args.steps_per_generation % args.num_generations
+        ):
             raise ValueError(
                 f"per_device_train_batch_size * steps_per_generation = "
                 f"{args.per_device_train_batch_size * args.steps_per_generation} is no multiple of num_generations="

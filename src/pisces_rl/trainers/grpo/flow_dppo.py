@@ -22,21 +22,28 @@ class FlowDPPOConfig(VideoGRPOConfig):
     )
     divergence_limit: float = field(
         default=1e-5,
-        metadata={"help": "A step's term is left out where KL(old, new) of its transition, a dimension, exceeds this "
-                  "and the ratio moves on."},
+        metadata={
+            "help": "A step's term is left out where KL(old, new) of its transition, a dimension, exceeds this "
+            "and the ratio moves on."
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.reuses_rollouts:
-            warnings.warn("with one optimizer step a rollout the policy is the one that sampled it, so nothing "
-                          "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
-                          "steps_per_generation.", stacklevel=2)
+            warnings.warn(
+                "with one optimizer step a rollout the policy is the one that sampled it, so nothing "
+                "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
+                "steps_per_generation.",
+                stacklevel=2,
+            )
         if not self.divergence_limit > 0:
             raise ValueError(f"divergence_limit={self.divergence_limit} must be positive.")
         if self.step_weighting == "guard":
-            raise ValueError("step_weighting='guard' normalises ratios for a clip, and Flow-DPPO has none; choose "
-                             "'none' or 'longcat'.")
+            raise ValueError(
+                "step_weighting='guard' normalises ratios for a clip, and Flow-DPPO has none; choose "
+                "'none' or 'longcat'."
+            )
 
 
 class FlowDPPOTrainer(VideoGRPOTrainer):
@@ -59,8 +66,9 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
         super().__init__(model, reward_funcs, FlowDPPOConfig() if args is None else args, *further, **keywords)
 
-    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
-                    samples: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_loss(
+        self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout
+    ) -> tuple[Tensor, Tensor, Tensor]:
         old_mean = samples.mean_rows(step.index, step.rows)
         divergence = kl_to_reference(step.mean.detach(), old_mean, step.std, samples.rows_per_video)
         left_out = (divergence > self.args.divergence_limit) & (log_ratio.detach() * advantage > 0)

@@ -25,8 +25,10 @@ class VideoGRPOConfig(RolloutConfig):
     # --- the policy: how a video is sampled ---
     transition: str | None = field(
         default=None,
-        metadata={"help": "Transition kernel: flow_sde, flow_sde_linear, dance_sde or cps for flow matching, ddim for "
-                  "epsilon- and v-prediction, ancestral for EDM. Unset: the first that fits the scheduler."},
+        metadata={
+            "help": "Transition kernel: flow_sde, flow_sde_linear, dance_sde or cps for flow matching, ddim for "
+            "epsilon- and v-prediction, ancestral for EDM. Unset: the first that fits the scheduler."
+        },
     )
     noise_level: float | None = field(
         default=None,
@@ -34,8 +36,10 @@ class VideoGRPOConfig(RolloutConfig):
     )
     sde_window_size: int | None = field(
         default=None,
-        metadata={"help": "Consecutive denoising steps that are stochastic and trained; the others are ODE steps. The "
-                  "window is common to a rollout. Unset: all steps but the last."},
+        metadata={
+            "help": "Consecutive denoising steps that are stochastic and trained; the others are ODE steps. The "
+            "window is common to a rollout. Unset: all steps but the last."
+        },
     )
     sde_window_range: list[int] | None = field(
         default=None,
@@ -43,28 +47,38 @@ class VideoGRPOConfig(RolloutConfig):
     )
     share_initial_noise: bool = field(
         default=False,
-        metadata={"help": "Whether the videos of a group start from the same noise, so that only the transitions' "
-                  "noise tells them apart."},
+        metadata={
+            "help": "Whether the videos of a group start from the same noise, so that only the transitions' "
+            "noise tells them apart."
+        },
     )
     # --- the objective ---
-    beta: float = field(default=0.0, metadata={"help": "Weight of the KL to the reference (the adapter switched off); "
-                                               "0 skips the reference pass."})
+    beta: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the KL to the reference (the adapter switched off); 0 skips the reference pass."},
+    )
     kl_space: str = field(
         default="x",
-        metadata={"help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the "
-                  "predictions, the better one when training without guidance."},
+        metadata={
+            "help": "'x': KL of the transitions, |m - m_ref|^2 / 2 std^2; 'v': |v - v_ref|^2 of the "
+            "predictions, the better one when training without guidance."
+        },
     )
     epsilon: float = field(default=1e-3, metadata={"help": "Lower clip range of the per-step ratio."})
     epsilon_high: float | None = field(default=None, metadata={"help": "Upper clip range. Unset: epsilon."})
     step_weighting: str = field(
         default="none",
-        metadata={"help": "Weights across denoising steps: 'none', 'guard' (GRPO-Guard: normalised ratios, 1/dt) or "
-                  "'longcat' (cancels the sensitivity of a step to the prediction)."},
+        metadata={
+            "help": "Weights across denoising steps: 'none', 'guard' (GRPO-Guard: normalised ratios, 1/dt) or "
+            "'longcat' (cancels the sensitivity of a step to the prediction)."
+        },
     )
     replay_tolerance: float = field(
         default=1e-3,
-        metadata={"help": "Training stops when |log p(update) - log p(sampling)| exceeds this before the first "
-                  "optimizer step on a rollout: rollout and update must be the same computation."},
+        metadata={
+            "help": "Training stops when |log p(update) - log p(sampling)| exceeds this before the first "
+            "optimizer step on a rollout: rollout and update must be the same computation."
+        },
     )
 
     def __post_init__(self):

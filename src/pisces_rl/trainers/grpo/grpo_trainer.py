@@ -67,11 +67,30 @@ class VideoGRPOTrainer(RolloutTrainer):
         Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
     )
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, auxiliary_losses=None):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        judge_funcs=None,
+        peft_config=None,
+        callbacks=None,
+        auxiliary_losses=None,
+    ):
         args = VideoGRPOConfig() if args is None else args
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         auxiliary_losses)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            judge_funcs,
+            peft_config,
+            callbacks,
+            auxiliary_losses,
+        )
 
     def trained_steps(self, number: int, group: int) -> list[int]:
         """A window of the schedule, the same in the whole rollout."""
@@ -95,8 +114,9 @@ class VideoGRPOTrainer(RolloutTrainer):
             total += self._update(samples, places, scored, own, count, len(taken) / len(rows), metrics)
         return total, metrics
 
-    def policy_loss(self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor,
-                    samples: Rollout) -> tuple[Tensor, Tensor, Tensor]:
+    def policy_loss(
+        self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss of one denoising step of B videos; a subclass may replace it.
 
         Args:
@@ -113,8 +133,16 @@ class VideoGRPOTrainer(RolloutTrainer):
         limits = self.args.epsilon, self.args.upper_epsilon
         return (clipped_policy_loss(log_ratio, advantage, *limits), *clip_fractions(log_ratio, advantage, *limits))
 
-    def _update(self, samples: Rollout, places: list[int], scored: ScoredRollout, rows: list[int], count: int,
-                share: float, metrics: Metrics) -> Tensor:
+    def _update(
+        self,
+        samples: Rollout,
+        places: list[int],
+        scored: ScoredRollout,
+        rows: list[int],
+        count: int,
+        share: float,
+        metrics: Metrics,
+    ) -> Tensor:
         """Back-propagate the loss of some videos with the same trained steps; returns its value.
 
         Args:

@@ -15,8 +15,14 @@ def aggregate_rewards(values: Tensor, weights: Tensor) -> Tensor:
     return total.masked_fill(values.isnan().all(1), torch.nan)
 
 
-def group_advantages(values: Tensor, weights: Tensor, num_generations: int, *, scale_rewards: str = "group",
-                     aggregation: str = "sum_then_normalize") -> tuple[Tensor, Tensor, Tensor]:
+def group_advantages(
+    values: Tensor,
+    weights: Tensor,
+    num_generations: int,
+    *,
+    scale_rewards: str = "group",
+    aggregation: str = "sum_then_normalize",
+) -> tuple[Tensor, Tensor, Tensor]:
     """Group-relative advantages, A = (r - mean of the group) / (std + 1e-4), computed in fp64.
 
     Args:
@@ -124,7 +130,7 @@ class PromptStatistics:
         for row, prompt in enumerate(prompts):
             kept = self.buffers.get(prompt, ())
             known = batch if len(kept) < self.min_count else torch.tensor(list(kept), dtype=torch.float64)
-            together = torch.cat([known, numbers[row:row + 1]])  # the buffer may have lost this one already
+            together = torch.cat([known, numbers[row : row + 1]])  # the buffer may have lost this one already
             if len(known) and bool((deviations(together, 0)[0] != 0).any()):
                 result[row] = (numbers[row] - known.mean()) / (known.std(unbiased=False) + 1e-4)
         return result.nan_to_num(0.0).float()

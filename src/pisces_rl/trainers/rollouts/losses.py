@@ -22,8 +22,9 @@ def clipped_policy_loss(log_ratio: Tensor, advantage: Tensor, epsilon_low: float
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - epsilon_low, 1 + epsilon_high))
 
 
-def clip_fractions(log_ratio: Tensor, advantage: Tensor, epsilon_low: float,
-                   epsilon_high: float) -> tuple[Tensor, Tensor]:
+def clip_fractions(
+    log_ratio: Tensor, advantage: Tensor, epsilon_low: float, epsilon_high: float
+) -> tuple[Tensor, Tensor]:
     """(low, high): shares of the batch whose gradient the clip removed, on either side."""
     ratio = log_ratio.detach().exp()
     low = ((ratio < 1 - epsilon_low) & (advantage < 0)).float().mean()
@@ -58,13 +59,17 @@ def mean_square(difference: Tensor, rows_per_video: int = 1) -> Tensor:
 STEP_WEIGHTING_PAPERS = {
     "none": (),
     "longcat": (Paper("2510.22200", "LongCat-Video Technical Report"),),
-    "guard": (Paper("2510.22319", "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated "
-                    "Clipping"),),
+    "guard": (
+        Paper(
+            "2510.22319", "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping"
+        ),
+    ),
 }
 
 
-def guarded_log_ratio(log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor,
-                      rows_per_video: int = 1) -> Tensor:
+def guarded_log_ratio(
+    log_ratio: Tensor, mean: Tensor, old_mean: Tensor, std: Tensor, rows_per_video: int = 1
+) -> Tensor:
     """GRPO-Guard's RatioNorm (arXiv 2510.22319): a log-ratio with mean 0 and equal spread at every step.
 
         log rho^ = std (log p - log p_old + mean |m - m_old|^2 / (2 std^2))

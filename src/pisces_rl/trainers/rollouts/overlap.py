@@ -65,8 +65,14 @@ class OverlappedRewards:
             ready = torch.cuda.current_stream(videos.device).record_event()
         self.queue.put((ready, (prompts, videos, columns, trainer_state)))
 
-    def table(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None,
-              places: Sequence[int] | None = None) -> RewardTable:
+    def table(
+        self,
+        prompts: list[str],
+        videos: Tensor,
+        columns: dict[str, list],
+        trainer_state=None,
+        places: Sequence[int] | None = None,
+    ) -> RewardTable:
         """Wait for the parts; the table of the whole rollout, of which these are prompts, videos and columns.
 
         Args:

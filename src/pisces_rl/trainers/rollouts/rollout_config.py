@@ -27,13 +27,20 @@ class RolloutConfig(VideoPolicyConfig):
 
     overlap_rewards: bool = field(
         default=False,
-        metadata={"help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
-                  "thread and on a CUDA stream of their own. They are then called once for each such batch."},
+        metadata={
+            "help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
+            "thread and on a CUDA stream of their own. They are then called once for each such batch."
+        },
     )
 
     # --- groups and batches, as in GRPOConfig ---
-    num_generations: int = field(default=8, metadata={"help": "Videos per prompt in a group (at least 2; below 8 the "
-                                                      "sign of advantages is often wrong on video)."})
+    num_generations: int = field(
+        default=8,
+        metadata={
+            "help": "Videos per prompt in a group (at least 2; below 8 the "
+            "sign of advantages is often wrong on video)."
+        },
+    )
     generation_batch_size: int | None = field(
         default=None, metadata={"help": "Videos of a rollout over all processes. Unset: the effective batch size."}
     )
@@ -45,8 +52,9 @@ class RolloutConfig(VideoPolicyConfig):
     # --- advantages ---
     scale_rewards: str = field(
         default="group",
-        metadata={"help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by "
-                  "nothing."},
+        metadata={
+            "help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by nothing."
+        },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
@@ -55,8 +63,10 @@ class RolloutConfig(VideoPolicyConfig):
     advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to +- this value."})
     per_prompt_stat_tracking: bool = field(
         default=False,
-        metadata={"help": "Advantages from running statistics of each prompt's summed rewards (DDPO) instead of the "
-                  "group's; not with other scale_rewards or multi_objective_aggregation."},
+        metadata={
+            "help": "Advantages from running statistics of each prompt's summed rewards (DDPO) instead of the "
+            "group's; not with other scale_rewards or multi_objective_aggregation."
+        },
     )
     per_prompt_stat_tracking_buffer_size: int = field(default=16, metadata={"help": "Rewards kept per prompt."})
     per_prompt_stat_tracking_min_count: int = field(
@@ -79,11 +89,17 @@ class RolloutConfig(VideoPolicyConfig):
                 f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
             )
         if self.per_prompt_stat_tracking:
-            self._check_scaling("per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's "
-                                "summed rewards", "scale_rewards", "multi_objective_aggregation")
+            self._check_scaling(
+                "per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's summed rewards",
+                "scale_rewards",
+                "multi_objective_aggregation",
+            )
         elif self.multi_objective_aggregation == "normalize_then_sum":
-            self._check_scaling("multi_objective_aggregation='normalize_then_sum' divides each reward by its group's "
-                                "standard deviation and their sum by the batch's", "scale_rewards")
+            self._check_scaling(
+                "multi_objective_aggregation='normalize_then_sum' divides each reward by its group's "
+                "standard deviation and their sum by the batch's",
+                "scale_rewards",
+            )
         if not self.advantage_clip > 0:
             raise ValueError(f"advantage_clip={self.advantage_clip} must be positive: advantages lie within +- it.")
         if self.num_iterations < 1:
@@ -95,8 +111,10 @@ class RolloutConfig(VideoPolicyConfig):
         for name in names:
             default, value = self.__dataclass_fields__[name].default, getattr(self, name)
             if value != default:
-                raise ValueError(f"{why}, so {name}={value!r} would have no effect; set {name}={default!r}, or "
-                                 f"leave {why.partition('=')[0]} out.")
+                raise ValueError(
+                    f"{why}, so {name}={value!r} would have no effect; set {name}={default!r}, or "
+                    f"leave {why.partition('=')[0]} out."
+                )
 
     @property
     def reuses_rollouts(self) -> bool:
@@ -112,10 +130,13 @@ class RolloutConfig(VideoPolicyConfig):
         """Of each video of a rollout its clean latents are kept; a subclass adds to that."""
         videos = self.per_device_train_batch_size * self.steps_per_generation
         return Held(
-            sampled=min(self.rollout_batch_size or videos, videos), trained=self.per_device_train_batch_size,
-            prompts=max(1, videos // self.num_generations), uses=self.steps_per_generation * self.num_iterations,
-            rollout=videos, latents=1,
-        )  # fmt: skip
+            sampled=min(self.rollout_batch_size or videos, videos),
+            trained=self.per_device_train_batch_size,
+            prompts=max(1, videos // self.num_generations),
+            uses=self.steps_per_generation * self.num_iterations,
+            rollout=videos,
+            latents=1,
+        )
 
     def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
         """A ValueError where a setting is none of the allowed ones."""
@@ -165,13 +186,17 @@ class RolloutConfig(VideoPolicyConfig):
         if self.num_generations < self.small_group:
             warnings.warn(
                 f"num_generations={self.num_generations}: groups below {self.small_group} often give advantages "
-                "of the wrong sign on video; training goes on.", stacklevel=2,
+                "of the wrong sign on video; training goes on.",
+                stacklevel=2,
             )
 
     def videos_a_step(self) -> str:
         """How many videos an optimizer step samples, or several together do, in words."""
         uses, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         videos = self.generation_batch_size * max(1, accumulated // uses)
-        steps = f"every {uses / accumulated:g} optimizer steps sample" if uses > accumulated else (
-            "each optimizer step samples")
+        steps = (
+            f"every {uses / accumulated:g} optimizer steps sample"
+            if uses > accumulated
+            else ("each optimizer step samples")
+        )
         return f"{steps} {videos} videos ({videos // self.num_generations} x {self.num_generations})"

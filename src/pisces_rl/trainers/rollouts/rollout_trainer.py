@@ -48,11 +48,26 @@ class RolloutTrainer(VideoPolicyTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is a `RolloutConfig`.
     """
 
-    _position_settings = ("generation_batch_size", "num_generations", "steps_per_generation",
-                          "gradient_accumulation_steps", "num_iterations")
+    _position_settings = (
+        "generation_batch_size",
+        "num_generations",
+        "steps_per_generation",
+        "gradient_accumulation_steps",
+        "num_iterations",
+    )
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, eval_dataset=None, judge_funcs=None,
-                 peft_config=None, callbacks=None, auxiliary_losses=None):
+    def __init__(
+        self,
+        model,
+        reward_funcs=None,
+        args=None,
+        train_dataset=None,
+        eval_dataset=None,
+        judge_funcs=None,
+        peft_config=None,
+        callbacks=None,
+        auxiliary_losses=None,
+    ):
         check_dataset("train_dataset", train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
         if len(train_dataset) < prompts_per_rollout:
@@ -61,8 +76,17 @@ class RolloutTrainer(VideoPolicyTrainer):
                 f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
-        super().__init__(model, reward_funcs, args, train_dataset, eval_dataset, judge_funcs, peft_config, callbacks,
-                         auxiliary_losses)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            eval_dataset,
+            judge_funcs,
+            peft_config,
+            callbacks,
+            auxiliary_losses,
+        )
         self.overlapped = None
         if args.overlap_rewards:
             self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
@@ -71,9 +95,11 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._resumed_rollout: dict | None = None
         self._told_of_rewards: set[str] = set()  # reasons why some teach nothing
         self.followers: dict[str, AdapterEMA] = self.followed()
-        self.prompt_statistics = PromptStatistics(
-            args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count
-        ) if args.per_prompt_stat_tracking else None
+        self.prompt_statistics = (
+            PromptStatistics(args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count)
+            if args.per_prompt_stat_tracking
+            else None
+        )
 
     # --- what an algorithm says --------------------------------------------------------------------------------------
 
@@ -127,16 +153,22 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def get_train_dataloader(self):
         return self._get_dataloader(
-            self.train_dataset, "Training", self._train_batch_size * self.args.steps_per_generation,
-            sampler_fn=self._get_train_sampler, is_training=True,
+            self.train_dataset,
+            "Training",
+            self._train_batch_size * self.args.steps_per_generation,
+            sampler_fn=self._get_train_sampler,
+            is_training=True,
         )
 
     def _get_train_sampler(self, dataset=None):
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset, mini_repeat_count=args.num_generations,
+            self.train_dataset if dataset is None else dataset,
+            mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // args.num_generations,
-            repeat_count=args.num_iterations * args.steps_per_generation, shuffle=args.shuffle_dataset, seed=args.seed,
+            repeat_count=args.num_iterations * args.steps_per_generation,
+            shuffle=args.shuffle_dataset,
+            seed=args.seed,
         )
         sampler.current_epoch = lambda: int(self.state.epoch or 0)
         return sampler
@@ -177,8 +209,11 @@ class RolloutTrainer(VideoPolicyTrainer):
         if logs_now and args.num_sample_videos and self.is_world_process_zero():
             count = min(args.num_sample_videos, len(prompts))
             self.report.write_samples(
-                f"samples/rollout_{self.state.global_step:06d}", videos[:count].cpu(), prompts[:count],
-                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)}, "rollout",
+                f"samples/rollout_{self.state.global_step:06d}",
+                videos[:count].cpu(),
+                prompts[:count],
+                {n: table.values[:count, i].tolist() for i, n in enumerate(self.rewards.names)},
+                "rollout",
                 self.state.global_step,
             )
 
@@ -189,7 +224,10 @@ class RolloutTrainer(VideoPolicyTrainer):
         keys = self._keys(prompts, images)
         self._check_groups(keys)
         advantages, rewards, group_std = group_advantages(
-            values, self.reward_weights, args.num_generations, scale_rewards=args.scale_rewards,
+            values,
+            self.reward_weights,
+            args.num_generations,
+            scale_rewards=args.scale_rewards,
             aggregation=args.multi_objective_aggregation,
         )
         spread, earlier = (group_std > 0) | (advantages != 0), None
@@ -198,8 +236,12 @@ class RolloutTrainer(VideoPolicyTrainer):
             earlier = self.prompt_statistics.state_dict()
             advantages = self.prompt_statistics.advantages(keys, rewards)
             spread = (group_std > 0) | (advantages != 0)
-        state = {"advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip), "spread": spread,
-                 "ranked": ranked, "at": self.state.global_step}
+        state = {
+            "advantages": advantages.clamp(-args.advantage_clip, args.advantage_clip),
+            "spread": spread,
+            "ranked": ranked,
+            "at": self.state.global_step,
+        }
         self._take(parts, state, len(prompts))
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
@@ -227,15 +269,19 @@ class RolloutTrainer(VideoPolicyTrainer):
         with self.stage("rollout"):
             for rows in _calls(steps, args.rollout_batch_size or len(prompts)):
                 samples = self.policy.sample(
-                    [prompts[r] for r in rows], noise_seeds=[noise_seeds[r] for r in rows],
-                    step_seeds=[step_seeds[r] for r in rows], steps=steps[rows[0]],
+                    [prompts[r] for r in rows],
+                    noise_seeds=[noise_seeds[r] for r in rows],
+                    step_seeds=[step_seeds[r] for r in rows],
+                    steps=steps[rows[0]],
                     conditions={name: [own[r] for r in rows] for name, own in images.items()},
-                )  # fmt: skip
+                )
                 each(rows, samples.videos)
                 samples.videos = None  # the update needs the latents only
                 parts.setdefault(tuple(steps[rows[0]]), []).append((rows, samples))
-        return [(list(itertools.chain(*(rows for rows, _ in own))), Rollout.cat([samples for _, samples in own]))
-                for own in parts.values()]
+        return [
+            (list(itertools.chain(*(rows for rows, _ in own))), Rollout.cat([samples for _, samples in own]))
+            for own in parts.values()
+        ]
 
     def _weights_in_use(self) -> dict[str, Tensor] | None:
         """Those that draw this rollout, where a checkpoint may lie inside it."""
@@ -258,8 +304,14 @@ class RolloutTrainer(VideoPolicyTrainer):
         own = slice(first_row, first_row + count)
         self._rollout_state = state
         self.scored = ScoredRollout(
-            parts, state["advantages"][own], state["spread"][own], state.get("ranked", state["spread"])[own], number,
-            state["at"], first_row, [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
+            parts,
+            state["advantages"][own],
+            state["spread"][own],
+            state.get("ranked", state["spread"])[own],
+            number,
+            state["at"],
+            first_row,
+            [rows.tolist() for rows in order.chunk(args.steps_per_generation)],
         )
 
     def _draw_again(self, inputs: list[dict], state: dict) -> None:
@@ -291,9 +343,9 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _check_groups(self, keys: list[str]) -> None:
         size = self.args.num_generations
         for start in range(0, len(keys), size):
-            if len(set(keys[start:start + size])) != 1:
+            if len(set(keys[start : start + size])) != 1:
                 raise RuntimeError(
-                    f"group {start // size} mixes prompts {set(keys[start:start + size])}. A transform of "
+                    f"group {start // size} mixes prompts {set(keys[start : start + size])}. A transform of "
                     "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
                 )
 
@@ -404,4 +456,4 @@ def _calls(steps: list[list[int]], size: int) -> Iterator[list[int]]:
         alike.setdefault(tuple(own), []).append(row)
     for rows in alike.values():
         for first in range(0, len(rows), size):
-            yield rows[first:first + size]
+            yield rows[first : first + size]

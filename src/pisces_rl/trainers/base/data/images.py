@@ -76,8 +76,10 @@ def images_of(rows: Mapping[str, Sequence], columns: Sequence[str]) -> dict[str,
     for column in columns:
         if column not in rows:
             raise ValueError(f"the data set has columns {sorted(rows)} but none named {column!r} with an image.")
-    return {column: [_loaded(f"{column} of prompt {prompts[i]!r}", value) for i, value in enumerate(rows[column])]
-            for column in columns}
+    return {
+        column: [_loaded(f"{column} of prompt {prompts[i]!r}", value) for i, value in enumerate(rows[column])]
+        for column in columns
+    }
 
 
 def group_keys(prompts: Sequence[str], images: Mapping[str, Sequence]) -> list[str]:

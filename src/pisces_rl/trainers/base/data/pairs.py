@@ -14,8 +14,10 @@ def check_pairs(dataset: Dataset) -> None:
     """A ValueError where a side of a pair is missing, or both are the same video; files are not opened."""
     for name in SIDES:
         if name not in dataset.column_names:
-            raise ValueError(f"train_dataset has columns {dataset.column_names} but none named `{name}`: a pair needs "
-                             "`chosen` and `rejected`.")
+            raise ValueError(
+                f"train_dataset has columns {dataset.column_names} but none named `{name}`: a pair needs "
+                "`chosen` and `rejected`."
+            )
     if dataset.format["type"] is not None:  # a transform's rows are what it makes of them when they are drawn
         return
     for row, pair in enumerate(dataset.select_columns(["prompt", *SIDES])):
@@ -27,8 +29,9 @@ def check_pairs(dataset: Dataset) -> None:
             if isinstance(side, str) and not os.path.isfile(side):
                 raise ValueError(f"{of}: `{name}` names no file: {side!r}.")
         if sides[0] == sides[1]:
-            raise ValueError(f"{of}: `chosen` and `rejected` are the same video, so neither is preferred; leave the "
-                             "row out.")
+            raise ValueError(
+                f"{of}: `chosen` and `rejected` are the same video, so neither is preferred; leave the row out."
+            )
 
 
 def _source(given):

@@ -84,6 +84,7 @@ class ExpertGradients:
             warnings.warn(
                 f"no trained denoising step called {idle[0]} at optimizer step {step}, so its adapter got no "
                 "gradient. Where that is always so, let the trained steps reach its part of the schedule "
-                "(sde_window_range, last_steps, train_levels), or leave it out of lora_denoisers.", stacklevel=2,
+                "(sde_window_range, last_steps, train_levels), or leave it out of lora_denoisers.",
+                stacklevel=2,
             )
         return norms

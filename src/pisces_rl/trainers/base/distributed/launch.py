@@ -43,7 +43,8 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
     # but the first, for FSDP to fill, and text encoders are not sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin = FullyShardedDataParallelPlugin(
-        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"})
+        **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"}
+    )
     if plugin.activation_checkpointing:
         raise ValueError(
             "fsdp_activation_checkpointing=true: set it to false, and gradient_checkpointing=True in the config: "
@@ -52,8 +53,13 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
     return plugin
 
 
-def spread_policy(policy: VideoPolicy, accelerator: Accelerator, args, sharding: FullyShardedDataParallelPlugin | None,
-                  zero_stage: int | None) -> None:
+def spread_policy(
+    policy: VideoPolicy,
+    accelerator: Accelerator,
+    args,
+    sharding: FullyShardedDataParallelPlugin | None,
+    zero_stage: int | None,
+) -> None:
     """Share tokens, shard weights and optimizer, and place the policy on its device, as asked for.
 
     Args:
@@ -70,7 +76,8 @@ def spread_policy(policy: VideoPolicy, accelerator: Accelerator, args, sharding:
     # call its denoisers as it likes.
     prepare_model = accelerator.prepare_model
     accelerator.prepare_model = lambda model, **kwargs: prepare_model(
-        model, **kwargs | {"evaluation_mode": True, "device_placement": False})
+        model, **kwargs | {"evaluation_mode": True, "device_placement": False}
+    )
 
 
 def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
@@ -79,8 +86,11 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
     Weights that are trained are other parameters afterwards.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    policy.shard(mesh, reshard_after_forward=plugin.reshard_after_forward,
-                 cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu")
+    policy.shard(
+        mesh,
+        reshard_after_forward=plugin.reshard_after_forward,
+        cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy) and accelerator.device.type != "cpu",
+    )
     accelerator.state.distributed_type = PartialState().distributed_type
     if any(isinstance(p, DTensor) and p.requires_grad for p in policy.denoiser.parameters()):
         use_sharded_optimizer(accelerator)
@@ -89,16 +99,22 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
 def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:
     """Let each `degree` neighbouring processes share every video: its tokens, and the rows of the data set."""
     parts = accelerator.num_processes // degree
-    policy.share_tokens(init_device_mesh(accelerator.device.type, (parts, 1, degree),
-                                         mesh_dim_names=("data", "ring", "ulysses")))  # fmt: skip
+    policy.share_tokens(
+        init_device_mesh(accelerator.device.type, (parts, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))
+    )
 
     def prepare(dataloader, device_placement: bool | None = None, slice_fn_for_dispatch=None):
         prepared = prepare_data_loader(
-            dataloader, accelerator.device, num_processes=parts, process_index=accelerator.process_index // degree,
-            split_batches=accelerator.split_batches, put_on_device=bool(device_placement),
-            rng_types=accelerator.rng_types.copy(), even_batches=accelerator.even_batches,
+            dataloader,
+            accelerator.device,
+            num_processes=parts,
+            process_index=accelerator.process_index // degree,
+            split_batches=accelerator.split_batches,
+            put_on_device=bool(device_placement),
+            rng_types=accelerator.rng_types.copy(),
+            even_batches=accelerator.even_batches,
             use_seedable_sampler=accelerator.use_seedable_sampler,
-        )  # fmt: skip
+        )
         accelerator._dataloaders.append(prepared)
         return prepared
 

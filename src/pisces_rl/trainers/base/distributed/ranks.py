@@ -65,8 +65,10 @@ class Ranks:
             if missing:
                 who = f"rank {', '.join(map(str, sorted(missing)))} is gone or stuck: rank {rank} waited for it"
             else:
-                who = (f"rank 0 did not answer rank {rank}: it is stuck, or waits for another rank, which its own "
-                       "message names; it had been waited for")
+                who = (
+                    f"rank 0 did not answer rank {rank}: it is stuck, or waits for another rank, which its own "
+                    "message names; it had been waited for"
+                )
             raise RankError(f"{who} {where}, for at most {seconds:g} s (ddp_timeout). {_GOES_ON}") from error
 
     def _closed(self) -> set[int]:

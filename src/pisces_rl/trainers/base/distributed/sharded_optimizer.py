@@ -16,6 +16,7 @@ OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 def use_sharded_optimizer(accelerator: Accelerator) -> None:
     """Let accelerate make `ShardedOptimizer`s, and clip by the norm over all ranks."""
+
     def prepare(optimizer, device_placement=None):
         if not isinstance(optimizer, ShardedOptimizer):  # as a second `train` has it
             optimizer = ShardedOptimizer(optimizer, device_placement=False)
@@ -48,14 +49,24 @@ class ShardedOptimizer(AcceleratedOptimizer):
 
     def state_dict(self) -> dict:
         state = super().state_dict()
-        whole = {index: {key: gathered(held(value), value) if isinstance(value, DTensor) else value
-                         for key, value in own.items()} for index, own in state["state"].items()}
+        whole = {
+            index: {
+                key: gathered(held(value), value) if isinstance(value, DTensor) else value
+                for key, value in own.items()
+            }
+            for index, own in state["state"].items()
+        }
         return state | {"state": whole}
 
     def load_state_dict(self, state_dict: dict) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        parts = {index: {key: distribute(value, parameters[index]) if _of_shape(value, parameters[index]) else value
-                         for key, value in own.items()} for index, own in state_dict["state"].items()}
+        parts = {
+            index: {
+                key: distribute(value, parameters[index]) if _of_shape(value, parameters[index]) else value
+                for key, value in own.items()
+            }
+            for index, own in state_dict["state"].items()
+        }
         super().load_state_dict(state_dict | {"state": parts})
 
 

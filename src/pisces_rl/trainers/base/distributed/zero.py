@@ -113,12 +113,22 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         message = min(MESSAGE, sum(p.numel() for p in parameters))
-        self.engine = deepspeed.initialize(model=_Adapter(parameters), optimizer=optimizer, config={
-            "train_micro_batch_size_per_gpu": 1, "steps_per_print": None, "gradient_clipping": max_grad_norm,
-            "zero_allow_untested_optimizer": True,
-            "zero_optimization": {"stage": 2, "overlap_comm": False, "reduce_bucket_size": message,
-                                  "allgather_bucket_size": message},
-        })[0]  # fmt: skip
+        self.engine = deepspeed.initialize(
+            model=_Adapter(parameters),
+            optimizer=optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "steps_per_print": None,
+                "gradient_clipping": max_grad_norm,
+                "zero_allow_untested_optimizer": True,
+                "zero_optimization": {
+                    "stage": 2,
+                    "overlap_comm": False,
+                    "reduce_bucket_size": message,
+                    "allgather_bucket_size": message,
+                },
+            },
+        )[0]
         super().__init__(optimizer, device_placement=False)
         self.reduced = False  # since the last step
         for hook in self.engine.optimizer._grad_acc_hooks:  # which would reduce in each backward pass
@@ -193,9 +203,11 @@ class PartitionedOptimizer(AcceleratedOptimizer):
             offset = 0
             for index, parameter in zip(indices, parameters):
                 states[index] = {
-                    key: value[offset:offset + parameter.numel()].view_as(parameter) if _of_shape(own[key], part)
-                    else value for key, value in whole.items()
-                }  # fmt: skip
+                    key: value[offset : offset + parameter.numel()].view_as(parameter)
+                    if _of_shape(own[key], part)
+                    else value
+                    for key, value in whole.items()
+                }
                 offset += parameter.numel()
         return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
 
@@ -210,7 +222,7 @@ class PartitionedOptimizer(AcceleratedOptimizer):
             states[i] = dict(kept[0])
             for key, value in kept[0].items():
                 if _of_shape(value, parameters[0]):
-                    own = torch.cat([state[key].flatten() for state in kept])[rank * size:(rank + 1) * size]
+                    own = torch.cat([state[key].flatten() for state in kept])[rank * size : (rank + 1) * size]
                     states[i][key] = nn.functional.pad(own, (0, size - len(own)))
         groups = [group | {"params": [i]} for i, group in enumerate(self.optimizer.param_groups)]
         self.optimizer.load_state_dict({"state": {i: s for i, s in states.items() if s}, "param_groups": groups})

@@ -37,8 +37,15 @@ def write_adapter(pipeline: DiffusionPipeline, trained: TrainedLoRA | FullWeight
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def check_adapter(policy: VideoPolicy, trained: TrainedLoRA | FullWeights, written: DiffusionPipeline, folder: Path,
-                  images: dict[str, Image], bf16: bool, alone: bool) -> str:
+def check_adapter(
+    policy: VideoPolicy,
+    trained: TrainedLoRA | FullWeights,
+    written: DiffusionPipeline,
+    folder: Path,
+    images: dict[str, Image],
+    bf16: bool,
+    alone: bool,
+) -> str:
     """Reload what was written, compare, and say in words how.
 
     Args:
@@ -59,9 +66,20 @@ def check_adapter(policy: VideoPolicy, trained: TrainedLoRA | FullWeights, writt
     return f"reloaded in a fresh pipeline, relative difference {difference:.1e}"
 
 
-def write_card(files: RunFiles, policy: VideoPolicy, trained: TrainedLoRA | FullWeights, args, *, base_model: str,
-               trainer: str, settings: dict, comparison: dict | None, samples_of: int, images: Sequence[str],
-               papers: Sequence[Paper]) -> Path:
+def write_card(
+    files: RunFiles,
+    policy: VideoPolicy,
+    trained: TrainedLoRA | FullWeights,
+    args,
+    *,
+    base_model: str,
+    trainer: str,
+    settings: dict,
+    comparison: dict | None,
+    samples_of: int,
+    images: Sequence[str],
+    papers: Sequence[Paper],
+) -> Path:
     """The card of what was saved in the folder of `files`: README.md, or model_card.md beside the user's README.md.
 
     Args:
@@ -73,10 +91,21 @@ def write_card(files: RunFiles, policy: VideoPolicy, trained: TrainedLoRA | Full
     call = {"num_inference_steps": args.num_inference_steps} | policy.pipeline_kwargs
     guider_scale = call.pop("guidance_scale", None) if has_guider(policy.pipeline) else None
     card = hub.model_card(
-        base_model=str(base_model), trainer=trainer, pipeline_class=type(policy.pipeline).__name__,
-        settings=settings, comparison=comparison, folder=files.folder, files=described, call=call,
-        guider_scale=guider_scale, images=images, still=policy.makes_images, fps=args.fps, vae_tiling=args.vae_tiling,
-        papers=papers, repo_id=args.hub_model_id if "/" in (args.hub_model_id or "") else None,
+        base_model=str(base_model),
+        trainer=trainer,
+        pipeline_class=type(policy.pipeline).__name__,
+        settings=settings,
+        comparison=comparison,
+        folder=files.folder,
+        files=described,
+        call=call,
+        guider_scale=guider_scale,
+        images=images,
+        still=policy.makes_images,
+        fps=args.fps,
+        vae_tiling=args.vae_tiling,
+        papers=papers,
+        repo_id=args.hub_model_id if "/" in (args.hub_model_id or "") else None,
         dtype=str(trained.base_dtype(dict(policy.denoiser.items()))).removeprefix("torch."),
         components=trained.components,
     )

@@ -58,8 +58,9 @@ def remove_incomplete(output_dir: str | os.PathLike) -> None:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | os.PathLike],
-                           own: Container[str]) -> None:
+def remove_old_checkpoints(
+    output_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | os.PathLike], own: Container[str]
+) -> None:
     """Delete the oldest of the run's own checkpoints beyond `limit`; None or 0 deletes none.
 
     Args:
@@ -70,8 +71,10 @@ def remove_old_checkpoints(output_dir: str | os.PathLike, limit: int | None, kee
         return
     kept = {os.path.abspath(path) for path in keep}
     # by time, since a run that was resumed from an earlier checkpoint writes smaller numbers later
-    oldest = sorted([(step, path) for step, path in own_checkpoints(output_dir).items() if path.name in own],
-                    key=lambda item: (_written(item[1]), item[0]))
+    oldest = sorted(
+        [(step, path) for step, path in own_checkpoints(output_dir).items() if path.name in own],
+        key=lambda item: (_written(item[1]), item[0]),
+    )
     spare = [path for _, path in oldest if os.path.abspath(path) not in kept]
     for path in spare[: max(0, len(oldest) - max(limit, len(oldest) - len(spare)))]:
         shutil.rmtree(path, ignore_errors=True)

@@ -47,8 +47,17 @@ class Evaluator:
             share of the rows. progress: is told how far it is. args: a config.
     """
 
-    def __init__(self, policy: VideoPolicy, rewards: RewardPanel, judges: RewardPanel, reward_weights: Tensor,
-                 image_columns: list[str], ranks: Ranks, progress: Callable[[str], None], args):
+    def __init__(
+        self,
+        policy: VideoPolicy,
+        rewards: RewardPanel,
+        judges: RewardPanel,
+        reward_weights: Tensor,
+        image_columns: list[str],
+        ranks: Ranks,
+        progress: Callable[[str], None],
+        args,
+    ):
         self.policy, self.rewards, self.judges, self.reward_weights = policy, rewards, judges, reward_weights
         self.image_columns, self.ranks, self.progress, self.args = image_columns, ranks, progress, args
 
@@ -74,20 +83,20 @@ class Evaluator:
         rows, kept, recorded = [], [], []
         for start in range(0, len(own), batch):
             self.progress(f"evaluation {name} {100 * start // max(len(own), 1)}%")
-            indices = own[start:start + batch]
+            indices = own[start : start + batch]
             part = dataset[indices]
             videos = self.sample(indices, part)
-            indices = indices[:max(0, count - start)]
+            indices = indices[: max(0, count - start)]
             if not indices:
                 continue
-            videos, part = videos[:len(indices)], {key: values[:len(indices)] for key, values in part.items()}
+            videos, part = videos[: len(indices)], {key: values[: len(indices)] for key, values in part.items()}
             scores, metrics = self._score(part.pop("prompt"), videos, part, state)
             if process % args.context_parallel:  # another one has these
                 continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [(i, {k: v[j] for k, v in scores.items()}) for j, i in enumerate(indices)]
             if rank == 0 and len(kept) < args.num_sample_videos:
-                kept += list(videos.cpu()[:args.num_sample_videos - len(kept)])
+                kept += list(videos.cpu()[: args.num_sample_videos - len(kept)])
         self.ranks.meet(f"in the evaluation of {name!r}")
         rows = [row for _, row in sorted(gather_object(rows), key=lambda r: r[0])]
         names = list(dict.fromkeys(key for row in rows for key in row))
@@ -96,9 +105,12 @@ class Evaluator:
             total = totals.setdefault(key, [0.0, 0.0])
             total[0] += value * count
             total[1] += count
-        return Scored(list(dataset["prompt"]), {key: [row.get(key) for row in rows] for key in names},
-                      {key: total / count for key, (total, count) in totals.items()},
-                      torch.stack(kept) if kept else None)
+        return Scored(
+            list(dataset["prompt"]),
+            {key: [row.get(key) for row in rows] for key in names},
+            {key: total / count for key, (total, count) in totals.items()},
+            torch.stack(kept) if kept else None,
+        )
 
     def _score(self, prompts: list[str], videos: Tensor, columns: dict, state: TrainerState) -> tuple[dict, dict]:
         """Per-sample scores: weighted reward, each reward, each judge, and what they recorded; and their metrics."""
@@ -124,7 +136,7 @@ class Evaluator:
             untrained: a context in which the adapter is what training began with. trained: in which it is what is
                 saved.
         """
-        part = dataset[:self.args.num_sample_videos]
+        part = dataset[: self.args.num_sample_videos]
         rows = list(range(len(part["prompt"])))
         with untrained:
             base = self.sample(rows, part).cpu()

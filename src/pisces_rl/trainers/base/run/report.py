@@ -34,8 +34,14 @@ def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0
     rows = np.random.default_rng(seed).integers(len(difference), size=(resamples, len(difference)))
     means = difference[rows].mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return {"n": int(len(before)), "before": float(before.mean()), "after": float(after.mean()),
-            "difference": float(difference.mean()), "low": float(low), "high": float(high)}
+    return {
+        "n": int(len(before)),
+        "before": float(before.mean()),
+        "after": float(after.mean()),
+        "difference": float(difference.mean()),
+        "low": float(low),
+        "high": float(high),
+    }
 
 
 def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
@@ -52,8 +58,11 @@ def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
         second = after[name]
         if first["prompts"] != second["prompts"]:
             raise ValueError(f"evaluations of {name!r} are on different prompts; paired differences need the same.")
-        result[name] = {score: paired_bootstrap(values, second["scores"][score])
-                        for score, values in first["scores"].items() if score in second["scores"]}
+        result[name] = {
+            score: paired_bootstrap(values, second["scores"][score])
+            for score, values in first["scores"].items()
+            if score in second["scores"]
+        }
     return result
 
 
@@ -61,8 +70,12 @@ def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console
     """A rich table: score, n, before, after, difference with its interval; green or red where it is clear of 0."""
     console = console or run_console()
     for name, scores in comparison.items():
-        table = Table(title=Text(f"{title}: {name}"), title_justify="left", caption_justify="left",
-                      caption="difference: mean over paired prompts and noise, 95 % bootstrap interval")
+        table = Table(
+            title=Text(f"{title}: {name}"),
+            title_justify="left",
+            caption_justify="left",
+            caption="difference: mean over paired prompts and noise, 95 % bootstrap interval",
+        )
         for column in ("score", "n", "before", "after", "difference"):
             table.add_column(column, justify="left" if column == "score" else "right", no_wrap=True)
         for score, row in scores.items():
@@ -78,9 +91,12 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
     """The same table as Markdown."""
     lines = ["| data set | score | n | before | after | difference (95 %) |", "|---|---|---|---|---|---|"]
     for name, scores in comparison.items():
-        lines += [f"| {escape(name)} | {escape(score)} | {r['n']} | {r['before']:.3f} | {r['after']:.3f} | "
-                  f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] |"
-                  for score, r in scores.items() if r["n"]]
+        lines += [
+            f"| {escape(name)} | {escape(score)} | {r['n']} | {r['before']:.3f} | {r['after']:.3f} | "
+            f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}] |"
+            for score, r in scores.items()
+            if r["n"]
+        ]
     return "\n".join(lines) + "\n"
 
 

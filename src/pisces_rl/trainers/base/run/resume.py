@@ -19,9 +19,24 @@ from ....run_files import own_checkpoints
 from ...auxiliary.auxiliary_loss import AuxiliaryLoss
 
 #: Settings that may change on resume. They act from there on, and the run says so: on the console and in its card.
-TOLD = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "max_steps", "num_train_epochs",
-        "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "num_inference_steps",
-        "guidance_scale", "ema_decay", "reward_weights")
+TOLD = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "seed",
+    "num_inference_steps",
+    "guidance_scale",
+    "ema_decay",
+    "reward_weights",
+)
 #: Settings that may not: what a checkpoint holds would mean something else.
 FIXED = {
     "optim": "the optimizer's state is of another kind",
@@ -60,8 +75,15 @@ def step_of(checkpoint: str) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
-def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: tuple[str, ...],
-                 auxiliary_losses: list[AuxiliaryLoss], rewards: RewardPanel) -> dict:
+def run_identity(
+    trainer: str,
+    model: str,
+    policy: VideoPolicy,
+    args,
+    position: tuple[str, ...],
+    auxiliary_losses: list[AuxiliaryLoss],
+    rewards: RewardPanel,
+) -> dict:
     """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted; and the
     settings of the run, with what changed in them where it was resumed.
 
@@ -81,10 +103,14 @@ def run_identity(trainer: str, model: str, policy: VideoPolicy, args, position: 
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
         "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
-                    | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
+        | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
         "objective": {name: _plain(getattr(args, name)) for name in args.objective()},
-        "remote_rewards": {name: layer.identity for name, func in zip(rewards.names, rewards.funcs)
-                           for layer in layers(func) if isinstance(layer, RemoteReward)},
+        "remote_rewards": {
+            name: layer.identity
+            for name, func in zip(rewards.names, rewards.funcs)
+            for layer in layers(func)
+            if isinstance(layer, RemoteReward)
+        },
         "changes": [],
     }
 
@@ -107,8 +133,11 @@ def check_same_run(checkpoint: str, own: dict) -> None:
             f"resume_from_checkpoint={checkpoint!r} trained {_trained(saved)}, this run trains {_trained(own)}: "
             "resume with the peft_config and the lora_denoisers of that run."
         )
-    differences = (("base_precision", "another base_precision"), ("weights", "other base weights"),
-                   ("lora_scale", "another lora_alpha or other lora_denoisers"))
+    differences = (
+        ("base_precision", "another base_precision"),
+        ("weights", "other base weights"),
+        ("lora_scale", "another lora_alpha or other lora_denoisers"),
+    )
     for key, what in differences:
         before = saved.get(key, None if key == "base_precision" else own[key])  # older checkpoints lack these
         if before != own[key]:
@@ -154,15 +183,24 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
     then, now = weights | then, weights | now
     objective = [name for name in own["objective"] if name in saved.get("objective", {})]
     then, now = then | saved.get("objective", {}), now | own["objective"]
-    servers = {name: (before, own["remote_rewards"][name]) for name, before in saved.get("remote_rewards", {}).items()
-               if name in own["remote_rewards"]}
-    return saved.get("changes", []) + [
-        f"{name} {then[name]} until step {step}, then {now[name]}" for name in (*TOLD, *weights, *objective)
-        if then[name] != now[name]
-    ] + [
-        f"code or weights of the remote reward {name!r} {before} until step {step}, then {after}"
-        for name, (before, after) in servers.items() if before != after
-    ]
+    servers = {
+        name: (before, own["remote_rewards"][name])
+        for name, before in saved.get("remote_rewards", {}).items()
+        if name in own["remote_rewards"]
+    }
+    return (
+        saved.get("changes", [])
+        + [
+            f"{name} {then[name]} until step {step}, then {now[name]}"
+            for name in (*TOLD, *weights, *objective)
+            if then[name] != now[name]
+        ]
+        + [
+            f"code or weights of the remote reward {name!r} {before} until step {step}, then {after}"
+            for name, (before, after) in servers.items()
+            if before != after
+        ]
+    )
 
 
 def follow_settings(optimizer: torch.optim.Optimizer, scheduler, groups: list[dict]) -> None:
@@ -213,6 +251,7 @@ def _weights_digest(module: nn.Module) -> str:
 
 def _lora_scale(module: nn.Module) -> list[float]:
     """The factor of the adapter's product: one for all modules, or theirs in order where they differ."""
-    scales = [scale for layer in module.modules() if isinstance(layer, BaseTunerLayer)
-              for scale in layer.scaling.values()]
+    scales = [
+        scale for layer in module.modules() if isinstance(layer, BaseTunerLayer) for scale in layer.scaling.values()
+    ]
     return scales if len(set(scales)) > 1 else scales[:1]

@@ -61,8 +61,9 @@ class RunCheckpoints:
         write_whole(final, write, self.process, self.args.should_save)
         if self.args.should_save:
             best = state.best_model_checkpoint
-            remove_old_checkpoints(self.args.output_dir, self.limit, keep=[final] if best is None else [final, best],
-                                   own=self.files.own)
+            remove_old_checkpoints(
+                self.args.output_dir, self.limit, keep=[final] if best is None else [final, best], own=self.files.own
+            )
 
     def write_random_state(self, folder: Path) -> None:
         save_tree(random_state(), folder / f"random_{self.process}")

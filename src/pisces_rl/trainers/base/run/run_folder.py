@@ -10,16 +10,18 @@ from ....whole_files import write_json
 from .report import compare, markdown_comparison
 
 
-def write_samples(files: RunFiles, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list],
-                  fps: float) -> None:
+def write_samples(
+    files: RunFiles, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], fps: float
+) -> None:
     """mp4 files of (B, F, 3, H, W) videos, a contact sheet with the first of the scores, and rewards.json, in the
     folder `name` of the run's; what the run wrote there before is gone."""
     clips = [f"{row:03d}.mp4" for row in range(len(videos))]
     written = [*clips, "sheet.png", "sheet.captions.txt", "rewards.json"]
     files.claim(*(f"{name}/{file}" for file in written))
     folder = files.folder / name
-    for path in [path for path in files.own if path.startswith(f"{name}/") and path.removeprefix(f"{name}/") not in
-                 written]:
+    for path in [
+        path for path in files.own if path.startswith(f"{name}/") and path.removeprefix(f"{name}/") not in written
+    ]:
         (files.folder / path).unlink(missing_ok=True)
     for video, clip in zip(videos, clips):
         media.save_video(video, folder / clip, fps=fps)
@@ -42,28 +44,40 @@ def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int
     first = json.loads((files.folder / paths[0]).read_text(encoding="utf-8"))
     if first["step"] >= before_step:
         return first["step"], {}
-    return first["step"], {name: part for name, part in first["sets"].items()  # an earlier run may have had others
-                           if name in last and part["prompts"] == last[name]["prompts"]}
+    return first["step"], {
+        name: part
+        for name, part in first["sets"].items()  # an earlier run may have had others
+        if name in last and part["prompts"] == last[name]["prompts"]
+    }
 
 
-def write_report(files: RunFiles, steps: tuple[int, int], before: dict, after: dict,
-                 videos: dict[str, tuple[Tensor, Tensor]]) -> dict:
+def write_report(
+    files: RunFiles, steps: tuple[int, int], before: dict, after: dict, videos: dict[str, tuple[Tensor, Tensor]]
+) -> dict:
     """report.json, report.md, and sheets of videos side by side; returns the comparison.
 
     Args:
         steps: of the two evaluations `before` and `after`. videos: {data set: (base model's, trained model's)}.
     """
     folder, comparison = files.folder, compare(before, after)
-    files.claim("report.json", "report.md", *(f"samples/before_after_{name}.{kind}" for name in videos
-                                              for kind in ("png", "captions.txt")))
+    files.claim(
+        "report.json",
+        "report.md",
+        *(f"samples/before_after_{name}.{kind}" for name in videos for kind in ("png", "captions.txt")),
+    )
     write_json(folder / "report.json", {"from_step": steps[0], "to_step": steps[1], "comparison": comparison})
     (folder / "report.md").write_text(markdown_comparison(comparison), encoding="utf-8")
     for name, (base, trained) in videos.items():
-        first, last = ({"prompts": part[name]["prompts"], "reward": part[name]["scores"]["reward"]}
-                       for part in (before, after))
+        first, last = (
+            {"prompts": part[name]["prompts"], "reward": part[name]["scores"]["reward"]} for part in (before, after)
+        )
         count = len(base)
         media.before_after_sheet(
-            base, trained, first["prompts"][:count], folder / "samples" / f"before_after_{name}.png",
-            before_scores=first["reward"][:count], after_scores=last["reward"][:count],
+            base,
+            trained,
+            first["prompts"][:count],
+            folder / "samples" / f"before_after_{name}.png",
+            before_scores=first["reward"][:count],
+            after_scores=last["reward"][:count],
         )
     return comparison

@@ -42,11 +42,20 @@ class RunPage(TrainerCallback):
 
     def _content(self, args, state: TrainerState) -> dict:
         settings = self.scores | args.to_dict()  # which hides tokens
-        made = {field.name: field.default_factory() for field in dataclasses.fields(args)
-                if field.default_factory is not dataclasses.MISSING}
+        made = {
+            field.name: field.default_factory()
+            for field in dataclasses.fields(args)
+            if field.default_factory is not dataclasses.MISSING
+        }
         defaults = {field.name: field.default for field in dataclasses.fields(args)} | made
         given = [name for name in settings if getattr(args, name, None) != defaults.get(name)]
         state = {"global_step": state.global_step, "max_steps": state.max_steps, "log_history": state.log_history}
-        content = {"trainer": self.about["trainer"], "model": self.about["model"], "fps": args.fps,
-                   "given": [*self.scores, *given], "settings": settings, "state": state}
+        content = {
+            "trainer": self.about["trainer"],
+            "model": self.about["model"],
+            "fps": args.fps,
+            "given": [*self.scores, *given],
+            "settings": settings,
+            "state": state,
+        }
         return json.loads(json.dumps(content, default=str))

@@ -36,8 +36,16 @@ class RunReport:
         best_step: of the best model, where it has replaced the last one.
     """
 
-    def __init__(self, evaluator: Evaluator, files: RunFiles, timeline: Timeline, callbacks: CallbackHandler,
-                 main: bool, args, identity: dict):
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        files: RunFiles,
+        timeline: Timeline,
+        callbacks: CallbackHandler,
+        main: bool,
+        args,
+        identity: dict,
+    ):
         self.evaluator, self.files, self.timeline, self.callbacks = evaluator, files, timeline, callbacks
         self.main, self.args = main, args
         scores = {"rewards": evaluator.rewards.names, "judges": evaluator.judges.names}
@@ -72,8 +80,14 @@ class RunReport:
                 if found.videos is not None and self.main:
                     count = len(found.videos)
                     scores = {score: values[:count] for score, values in found.scores.items()}
-                    self.write_samples(f"samples/{place}_{step:06d}/{name}", found.videos, found.prompts[:count],
-                                       scores, f"{tag}/{name}", state.global_step)
+                    self.write_samples(
+                        f"samples/{place}_{step:06d}/{name}",
+                        found.videos,
+                        found.prompts[:count],
+                        scores,
+                        f"{tag}/{name}",
+                        state.global_step,
+                    )
         metrics = means_of_sets(scored, prefix, isinstance(dataset, dict))
         if own:
             check_best_metric(self.args.metric_for_best_model, prefix, metrics)
@@ -98,9 +112,15 @@ class RunReport:
             self.last = read_evaluation(path) if path.is_file() else None
         self.last = broadcast_object_list([self.last])[0]
 
-    def compare(self, dataset, state: TrainerState, console: Console, together: bool,
-                untrained: Callable[[], AbstractContextManager],
-                trained: Callable[[], AbstractContextManager]) -> None:
+    def compare(
+        self,
+        dataset,
+        state: TrainerState,
+        console: Console,
+        together: bool,
+        untrained: Callable[[], AbstractContextManager],
+        trained: Callable[[], AbstractContextManager],
+    ) -> None:
         """The first evaluation against the last, as report and as videos side by side.
 
         Args:
@@ -121,8 +141,9 @@ class RunReport:
             print_comparison(self.comparison, f"step {first_step} -> {step}", console)
             self.page.write(self.args, state)
 
-    def write_samples(self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str,
-                      step: int) -> None:
+    def write_samples(
+        self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str, step: int
+    ) -> None:
         """Files in the run's folder, videos for TensorBoard, and videos, sheet and scores for wandb and trackio."""
         write_samples(self.files, name, videos, prompts, scores, self.args.fps)
         folder = self.files.folder / name

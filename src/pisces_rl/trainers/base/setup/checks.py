@@ -113,6 +113,7 @@ def check_reference(args, uses_reference: bool) -> None:
 
 def check_full_fine_tuning(args, sharding: FullyShardedDataParallelPlugin | None, zero_stage: int | None) -> None:
     """A ValueError where `peft_config="full"` meets a setting that is made for frozen weights, or for whole ones."""
+
     def refuse(what: str, instead: str) -> None:
         raise ValueError(f"peft_config={FULL!r} trains all weights of the denoisers, but {what}: {instead}.")
 
@@ -120,27 +121,43 @@ def check_full_fine_tuning(args, sharding: FullyShardedDataParallelPlugin | None
     if args.base_precision is not None:
         refuse(f"base_precision={args.base_precision!r} rounds frozen weights", f"unset it, or {train_lora}")
     if args.continue_from:
-        refuse(f"continue_from={args.continue_from!r} is a saved LoRA", "merge it into the base first "
-               "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "
-               "model, or leave peft_config out to train the LoRA further")
+        refuse(
+            f"continue_from={args.continue_from!r} is a saved LoRA",
+            "merge it into the base first "
+            "(pipe.load_lora_weights, then pipe.fuse_lora and pipe.unload_lora_weights) and pass that pipeline as "
+            "model, or leave peft_config out to train the LoRA further",
+        )
     if sharding is not None and args.optim not in OPTIMIZERS:
-        refuse(f"optim={str(args.optim.value)!r} may need whole weights, of which each process has a part under FSDP2",
-               f"set one of {list(OPTIMIZERS)}, or run with ZeRO-2 or without sharding")
+        refuse(
+            f"optim={str(args.optim.value)!r} may need whole weights, of which each process has a part under FSDP2",
+            f"set one of {list(OPTIMIZERS)}, or run with ZeRO-2 or without sharding",
+        )
     if sharding is not None and not sharding.reshard_after_forward:
-        refuse("fsdp_reshard_after_forward=false keeps gathered weights, which the optimizer then changes", "set it "
-               "to true, or share only the optimizer's states by ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml)")
+        refuse(
+            "fsdp_reshard_after_forward=false keeps gathered weights, which the optimizer then changes",
+            "set it to true, or share only the optimizer's states by ZeRO-2 (recipes/accelerate/deepspeed_zero2.yaml)",
+        )
     if sharding is not None and isinstance(sharding.cpu_offload, CPUOffloadPolicy):
-        refuse("fsdp_offload_params=true keeps them in the host's memory, where an optimizer's step is slow", "set it "
-               f"to false and use more processes, or {train_lora}")
+        refuse(
+            "fsdp_offload_params=true keeps them in the host's memory, where an optimizer's step is slow",
+            f"set it to false and use more processes, or {train_lora}",
+        )
     if zero_stage == 3:
-        refuse("zero_stage=3 partitions frozen weights only", "set zero_stage=2 (deepspeed_zero2.yaml), by which "
-               f"processes share gradients and the optimizer's states, or {train_lora}")
+        refuse(
+            "zero_stage=3 partitions frozen weights only",
+            "set zero_stage=2 (deepspeed_zero2.yaml), by which "
+            f"processes share gradients and the optimizer's states, or {train_lora}",
+        )
     if args.context_parallel > 1:
-        refuse(f"context_parallel={args.context_parallel} sums the gradients of an adapter's layers over the parts of "
-               f"a video", f"leave it 1, or {train_lora}")
+        refuse(
+            f"context_parallel={args.context_parallel} sums the gradients of an adapter's layers over the parts of "
+            f"a video",
+            f"leave it 1, or {train_lora}",
+        )
     if "denoiser" in (args.offload or ()):
-        refuse("offload moves frozen weights only", f"leave 'denoiser' out of offload={args.offload!r}, or "
-               f"{train_lora}")
+        refuse(
+            "offload moves frozen weights only", f"leave 'denoiser' out of offload={args.offload!r}, or {train_lora}"
+        )
 
 
 def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:

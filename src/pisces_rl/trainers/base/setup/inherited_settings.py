@@ -39,8 +39,7 @@ WITHOUT_EFFECT = {
     # memory and speed
     "auto_find_batch_size": "it would change the batch under way; lower per_device_train_batch_size.",
     "torch_empty_cache_steps": "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True in the environment, or offload.",
-    "activation_checkpointing_kwargs":
-        "denoisers checkpoint their own blocks, without options; leave it and gradient_checkpointing_kwargs unset.",
+    "activation_checkpointing_kwargs": "denoisers checkpoint their own blocks, without options; leave it unset.",
     "gradient_checkpointing_kwargs": "denoisers checkpoint their own blocks, without options; leave it unset.",
     "optim_target_modules": "GaLore and APOLLO are for full matrices, an adapter is small; use adamw_torch.",
     # many processes
@@ -69,8 +68,11 @@ SOME_WITHOUT_EFFECT = {
 #: Beginnings of optimizers' names that need hooks of transformers' own training step.
 OPTIMIZERS_WITHOUT_STEP = ("galore", "apollo", "lomo", "adalomo", "schedule_free")
 
-_AS_FILLED_IN = {"include_num_input_tokens_seen": "no", "accelerator_config": AcceleratorConfig(),
-                 "remove_unused_columns": None}
+_AS_FILLED_IN = {
+    "include_num_input_tokens_seen": "no",
+    "accelerator_config": AcceleratorConfig(),
+    "remove_unused_columns": None,
+}
 
 
 def check_inherited(config) -> None:

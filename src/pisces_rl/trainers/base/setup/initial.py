@@ -17,8 +17,9 @@ class InitialPolicy:
         reference: "base" or "adapter", of `continue_reference`.
     """
 
-    def __init__(self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], continued: SavedAdapter | None,
-                 reference: str):
+    def __init__(
+        self, policy: VideoPolicy, adapter: dict[str, nn.Parameter], continued: SavedAdapter | None, reference: str
+    ):
         self.policy, self.adapter, self.continued, self.kind = policy, adapter, continued, reference
         self.values = continued and {name: p.detach().clone() for name, p in adapter.items()}
 
@@ -68,8 +69,10 @@ class InitialWeights:
     def untrained(self) -> AbstractContextManager:
         """Inside, the policy is what it was before training; no graph may wait for the trained weights."""
         if self.values is None:
-            raise RuntimeError("no copy of the initial weights was kept, since neither the method, nor an auxiliary "
-                               "loss, nor an evaluation with sample videos asks for one (uses_reference).")
+            raise RuntimeError(
+                "no copy of the initial weights was kept, since neither the method, nor an auxiliary "
+                "loss, nor an evaluation with sample videos asks for one (uses_reference)."
+            )
         return exchanged(self.weights, self.values)
 
     reference = untrained

@@ -52,8 +52,10 @@ def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> Non
             uncompile_blocks(module)
             unfuse_products(module)
             if base_precision is None and any(isinstance(layer, FP8Linear) for layer in module.modules()):
-                raise ValueError(f"{name} has FP8 weights of an earlier trainer, but base_precision is unset: set it "
-                                 "to 'fp8', or load the pipeline again.")  # fmt: skip
+                raise ValueError(
+                    f"{name} has FP8 weights of an earlier trainer, but base_precision is unset: set it "
+                    "to 'fp8', or load the pipeline again."
+                )
             if module.is_gradient_checkpointing:
                 module.disable_gradient_checkpointing()
 

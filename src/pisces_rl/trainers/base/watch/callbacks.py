@@ -27,8 +27,14 @@ class StageProgress(TrainerCallback):
         shown = state.is_world_process_zero and not args.disable_tqdm
         self.lines = shown and not sys.stderr.isatty()
         if shown and not self.lines:
-            self.bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step",
-                            file=sys.stderr, smoothing=0.1)
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
+                file=sys.stderr,
+                smoothing=0.1,
+            )
 
     def stage(self, text: str) -> None:
         if self.bar is not None:
@@ -114,5 +120,7 @@ class AdapterEMA(TrainerCallback):
     def load_state_dict(self, state: dict) -> None:
         """The average; the trained weights are its caller's to set."""
         self.updates = state["updates"]
-        self.average = {name: part.to(self.parameters[name].dtype)
-                        for name, part in parts_of_values(state["average"], self.parameters).items()}
+        self.average = {
+            name: part.to(self.parameters[name].dtype)
+            for name, part in parts_of_values(state["average"], self.parameters).items()
+        }

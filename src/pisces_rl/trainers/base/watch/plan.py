@@ -22,8 +22,11 @@ def step_plan(policy: VideoPolicy, args) -> str:
         args: a config whose call is settled.
     """
     known = inspect.signature(inspect.unwrap(type(policy.pipeline).__call__)).parameters
-    call = {name: policy.pipeline_kwargs.get(name, known[name].default)
-            for name in ("num_frames", "height", "width") if name in known}
+    call = {
+        name: policy.pipeline_kwargs.get(name, known[name].default)
+        for name in ("num_frames", "height", "width")
+        if name in known
+    }
     open_ = [name for name, value in call.items() if value is None or value is inspect.Parameter.empty]
     frames = f"{call['num_frames']} frames of " if "num_frames" in call and "num_frames" not in open_ else ""
     size = "the pipeline's own size" if open_ else f"{call.get('height')} x {call.get('width')}"
@@ -45,5 +48,7 @@ def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | Non
     except (ValueError, RuntimeError) as error:  # an estimate must not end a run
         return f"memory: weights {weights / GIB:.1f} GiB, the rest could not be estimated ({error})"
     parts = ", ".join(f"{phase} {peak / GIB:.1f}" for phase, peak in peaks.items())
-    return (f"estimated memory: {max(peaks.values()) / GIB:.1f} GiB a process ({parts}), rewards and evaluation "
-            "besides; examples/estimate_memory.py says of what")
+    return (
+        f"estimated memory: {max(peaks.values()) / GIB:.1f} GiB a process ({parts}), rewards and evaluation "
+        "besides; examples/estimate_memory.py says of what"
+    )

@@ -154,8 +154,12 @@ class Timeline:
         """Seconds of each part since `start`, by full name; those of other threads as "beside/NAME"."""
         if self.owner is not None:
             self._settle()
-        beside = {f"beside/{part}": seconds for lane in self.beside.values()
-                  for part, seconds in lane.totals.items() if part != IDLE}  # fmt: skip
+        beside = {
+            f"beside/{part}": seconds
+            for lane in self.beside.values()
+            for part, seconds in lane.totals.items()
+            if part != IDLE
+        }
         return dict(self.main.totals) | beside
 
     def write_trace(self, path: str | os.PathLike) -> None:
@@ -168,8 +172,17 @@ class Timeline:
         for tid, (thread, lane) in enumerate({"": self.main, **self.beside}.items()):
             where = f"{self.device} {thread}".strip()
             events.append(named | {"name": "thread_name", "tid": tid, "args": {"name": where}})
-            events += [{"ph": "X", "pid": self.rank, "tid": tid, "name": name, "dur": (end - start) * 1e6,
-                        "ts": (self.epoch + start) * 1e6} for name, (start, _), (end, _) in lane.spans]  # fmt: skip
+            events += [
+                {
+                    "ph": "X",
+                    "pid": self.rank,
+                    "tid": tid,
+                    "name": name,
+                    "dur": (end - start) * 1e6,
+                    "ts": (self.epoch + start) * 1e6,
+                }
+                for name, (start, _), (end, _) in lane.spans
+            ]
         write_json(path, {"traceEvents": events, "displayTimeUnit": "ms"})
 
     def leave_trace(self, folder: str | os.PathLike) -> None:
@@ -222,8 +235,9 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     """
     inside = {name: value for name, value in parts.items() if not name.startswith("beside/") and name not in APART}
     total = sum(inside.values())
-    table = Table(title=Text(title), title_justify="left", caption_justify="left",
-                  caption="idle: data, logging, other processes")
+    table = Table(
+        title=Text(title), title_justify="left", caption_justify="left", caption="idle: data, logging, other processes"
+    )
     for column in ("part", "seconds a step", "share"):
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
 

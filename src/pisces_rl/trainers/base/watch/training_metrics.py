@@ -10,9 +10,30 @@ from ....rewards import RewardError, RewardTable
 
 #: Names, or first parts of names before a "/", of the trainers' own metrics; a reward must not record under them.
 OWN_NAMES = {
-    "reward", "rewards", "judges", "reward_std", "frac_reward_zero_std", "reward_correlation", "grad_cosine",
-    "loss", "consistency_loss", "kl", "ratio", "clip_ratio", "replay", "grad_norm", "learning_rate", "epoch", "step",
-    "step_time", "seconds", "velocity", "weight", "margin", "total_flos", "num_input_tokens_seen",
+    "reward",
+    "rewards",
+    "judges",
+    "reward_std",
+    "frac_reward_zero_std",
+    "reward_correlation",
+    "grad_cosine",
+    "loss",
+    "consistency_loss",
+    "kl",
+    "ratio",
+    "clip_ratio",
+    "replay",
+    "grad_norm",
+    "learning_rate",
+    "epoch",
+    "step",
+    "step_time",
+    "seconds",
+    "velocity",
+    "weight",
+    "margin",
+    "total_flos",
+    "num_input_tokens_seen",
 }
 
 
