@@ -1,7 +1,7 @@
 """Flow-GRPO's own code for Wan beside this package, interleaved in one process: the same work, the same machine.
 
     git clone https://github.com/yifan123/flow_grpo
-    python benchmarks/side_by_side.py flow_grpo                 # table A of docs/benchmarks.md, on a GPU
+    python benchmarks/side_by_side.py flow_grpo                 # table A of docs/results/speed.md, on a GPU
     python benchmarks/side_by_side.py flow_grpo --tiny          # the same code path on a CPU
 
 CHECKOUT's files are run as they are; none of its code is here. Rollout is `wan_pipeline_with_logprob` of
