@@ -131,7 +131,7 @@ def test_an_unknown_solver_and_a_mass_that_geomloss_does_not_bound():
     ):
         with pytest.raises(ValueError, match="solver='pot': expected one of native, geomloss"):
             call()
-    with pytest.raises(ValueError, match="it has no plan of a bounded mass; use solver='native', dummy_point"):
+    with pytest.raises(ValueError, match="cannot solve plans of a bounded mass; use solver='native', dummy_point"):
         partial_transport_plan(cost, a, b, mass=0.5, reg=0.1, solver="geomloss")
 
 

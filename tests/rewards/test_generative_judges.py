@@ -324,7 +324,7 @@ def test_bad_settings(name, options, message):
 
 def test_bad_inputs_are_named():
     scorer = judge("video_score2")
-    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' holds '<\|video_pad\|>', a token of video_score2"):
+    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' contains '<\|video_pad\|>', a special token of video"):
         scorer(["a <|video_pad|>"], videos(1))
     with pytest.raises(ValueError, match="needs at least 2 frames, got 1"):
         scorer(["a"], videos(1, 1))

@@ -212,7 +212,7 @@ def test_bad_inputs_are_named():
             VideoAlign(model(video_align.head(16)), tokenizer(), template)
     with pytest.raises(ValueError, match="needs at least 2 frames, got 1"):
         reward()(PROMPTS, videos(2, 1))
-    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' holds '<\|video_pad\|>', a token of video_align"):
+    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' contains '<\|video_pad\|>', a special token of video"):
         reward()([f"a {VIDEO}", "b"], videos())
     with pytest.raises(ValueError, match="video_fps=0"):
         reward(video_fps=0)

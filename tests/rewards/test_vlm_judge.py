@@ -47,7 +47,7 @@ def test_it_is_a_reward(judge, videos):
         ([], lambda x: x[:0], ValueError, "no axis empty"),
         (PROMPTS, lambda x: x * 255, ValueError, "video 0 has values from"),
         (PROMPTS, lambda x: x.index_fill(0, torch.tensor(1), torch.nan), ValueError, "video 1 has values from nan"),
-        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' holds '<image>', a token of the judge"),
+        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' contains '<image>', a special token of"),
     ],
 )
 def test_bad_inputs_are_named(judge, videos, prompts, change, error, message):

@@ -317,7 +317,7 @@ def test_names_that_meet_by_numbering():
         return [0.0] * len(prompts)
 
     third.__name__ = "lambda_1"
-    with pytest.raises(ValueError, match="cannot be told apart"):
+    with pytest.raises(ValueError, match="logged under the same name"):
         RewardPanel([lambda prompts: [0.0], lambda prompts: [1.0], third])
 
 
