@@ -116,7 +116,7 @@ def test_what_misses_its_tolerance_says_so():
         with pytest.warns(ConvergenceWarning, match="2 of 3 plans miss the marginal error of 1e-07.*after 2 iter"):
             plan = transport_plan(cost, a, b, reg=0.01, tolerance=1e-7, max_iterations=2, solver=solver)
         assert (plan.marginal_error[:2] > 1e-7).all()
-        with pytest.warns(ConvergenceWarning, match="the bank's own term misses the marginal error of 1e-12"):
+        with pytest.warns(ConvergenceWarning, match="the bank's self term misses the marginal error of 1e-12"):
             bank = BankDivergence(torch.randn(9, 4), blur=2.0, tolerance=1e-12, max_iterations=3, solver=solver)
         assert bank.self_error > 1e-12
 

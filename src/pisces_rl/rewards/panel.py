@@ -256,7 +256,7 @@ def _as_list(funcs) -> list:
 
 
 def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
-    """Load the rewards given by name and move all to `device`. Invalid entries are rejected before any weights load."""
+    """Load rewards given by name and move all to `device`. Invalid entries are rejected before any weights load."""
     if any(isinstance(func, str) for func in funcs):
         from .loading import is_known, load_reward  # needs transformers
 
