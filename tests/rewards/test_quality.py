@@ -43,9 +43,9 @@ def test_settings_without_effect_are_refused():
         OTQualityReward(encoder, bank=bank)
     with pytest.raises(ValueError, match="blur: it has no effect without a divergence_weight"):
         OTQualityReward(encoder, blur=0.1)
-    with pytest.raises(ValueError, match="blur: the bank, a BankDivergence, has its own"):
+    with pytest.raises(ValueError, match="blur: the bank, a BankDivergence, already sets it"):
         OTQualityReward(encoder, bank=BankDivergence(bank, blur=0.2), divergence_weight=1.0, blur=0.1)
-    with pytest.raises(ValueError, match="solver: the bank, a BankDivergence, has its own"):
+    with pytest.raises(ValueError, match="solver: the bank, a BankDivergence, already sets it"):
         OTQualityReward(encoder, bank=BankDivergence(bank, blur=0.2), divergence_weight=1.0, solver="native")
     with pytest.raises(ValueError, match="solver: it has no effect without a divergence_weight"):
         OTQualityReward(encoder, solver="geomloss")

@@ -74,5 +74,5 @@ def test_bad_settings(judge, tmp_path):
     with pytest.raises(ValueError, match="processor: a model object"):
         VLMJudge(judge.model)
     (tmp_path / "question.txt").write_text("How good?")
-    with pytest.raises(ValueError, match="question: .* does not say"):
+    with pytest.raises(ValueError, match="question: .* does not contain"):
         VLMJudge(judge.model, judge.processor, question=tmp_path / "question.txt")
