@@ -288,7 +288,7 @@ def test_a_wrapper_that_hides_what_it_takes_is_told_what_to_do():
     def passes_on(prompts, videos, **kwargs):
         return two(prompts, videos, **kwargs)
 
-    with pytest.raises(RewardError, match=r"unexpected keyword argument .* functools.wraps .* take \*\*columns"):
+    with pytest.raises(RewardError, match=r"unexpected keyword argument .* functools.wraps .* add \*\*columns"):
         ask(passes_on)
 
 
