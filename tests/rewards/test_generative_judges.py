@@ -289,7 +289,7 @@ def test_what_is_not_here_is_said(tmp_path, name, size):
         load_reward(name, model=tmp_path, template=TEMPLATES[name])
     with pytest.raises(ValueError, match=f"`hf download {JUDGES[name].__init__.__defaults__[0]}`"):
         load_reward(name, template=TEMPLATES[name])
-    with pytest.raises(ValueError, match=r"there is no .*; the authors' file is fetched with `curl .*\.py`"):
+    with pytest.raises(ValueError, match=r"there is no .*; fetch the authors' file with `curl .*\.py`"):
         load_reward(name, template=tmp_path / "none.py")
 
 

@@ -113,7 +113,7 @@ def test_what_is_not_here_is_said(tmp_path):
     with pytest.raises(ValueError, match="holds no HPSv3.safetensors"):
         load_hpsv3(tmp_path, config(), torch.float32)
     with pytest.raises(
-        ValueError, match="there is no .*; the authors' file is fetched with `curl .*data_collator_qwen.py`"
+        ValueError, match="there is no .*; fetch the authors' file with `curl .*data_collator_qwen.py`"
     ):
         load_reward("hpsv3", template=tmp_path / "none.py")
     theirs = (
