@@ -397,7 +397,7 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
     "name, why",
     [
         ("vlm+http://127.0.0.1:9/v1", "expected vlm.http://host:port/v1.model=ID"),
-        ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; there are model, question"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; available: model, question"),
         (
             "vlm+http://127.0.0.1:9/v1?model=a&api_key=sk-wrong",
             "'api_key'; .* environment variable PISCES_VLM_API_KEY",

@@ -207,7 +207,7 @@ def test_what_is_not_here_is_said_with_the_command(tmp_path, monkeypatch):
 def test_bad_inputs_are_named():
     for template in ("{text_prompt}", TEMPLATE.replace("MQ", "VQ"), TEMPLATE + "<|TA_reward|>"):
         with pytest.raises(
-            ValueError, match="template: it must hold {text_prompt} and, once each, in order, <|VQ_rew"
+            ValueError, match="template: it must contain {text_prompt} and once each, in order, <|VQ_rew"
         ):
             VideoAlign(model(video_align.head(16)), tokenizer(), template)
     with pytest.raises(ValueError, match="needs at least 2 frames, got 1"):

@@ -1,4 +1,4 @@
-"""Video-text models behind one small protocol, `VideoTextEncoder`: one file a model.
+"""Video-text models behind one small protocol, `VideoTextEncoder`: one file per model.
 
 | file | model | matches |
 |---|---|---|

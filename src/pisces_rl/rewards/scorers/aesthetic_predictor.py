@@ -142,7 +142,7 @@ def head_of(state: dict[str, Tensor], source: str | Path) -> AestheticHead:
 
 
 def check_vision_tower(folder: Path) -> None:
-    """Raise a ValueError unless a folder holds CLIP-L/14's vision tower with all weights under their published names."""
+    """Raise a ValueError unless a folder holds all weights of CLIP-L/14's vision tower under their published names."""
     check_config(folder, "the aesthetic predictor's CLIP-L/14", "clip", SIZES)
     with torch.device("meta"):
         config = CLIPVisionConfig.from_pretrained(folder)

@@ -58,7 +58,7 @@ RENAMED = {
 
 
 class BlipReward(nn.Module):
-    """BLIP's vision tower, its text tower with cross-attention to it, and the head on the first token: (n,) raw scores."""
+    """BLIP's vision tower, its text tower attending to it, and the head on the first token: (n,) raw scores."""
 
     def __init__(self, vision: BlipVisionConfig = VISION, text: BlipTextConfig = TEXT):
         super().__init__()

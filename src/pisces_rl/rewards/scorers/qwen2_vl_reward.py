@@ -221,7 +221,7 @@ def load_weights(
     head: Callable[[], nn.Module],
     dtype: torch.dtype,
 ) -> Qwen2VLReward:
-    """Build a model with the weights `state[names[name]]` for each of its names: the head in fp32, the rest in `dtype`."""
+    """Build a model with weights `state[names[name]]` for each of its names; the head in fp32, the rest in `dtype`."""
     with init_empty_weights(include_buffers=False):
         model = Qwen2VLReward(config, head())
     own = {name: state[names[name]] for name in model.state_dict()}
