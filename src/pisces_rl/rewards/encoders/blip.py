@@ -19,8 +19,8 @@ from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD, _positions
 
 
 class BlipEncoder(VideoTextEncoder):
-    """BLIP. `pooled` is as in `FrameEncoder`. For matching, the text tower attends to the tokens of all frames at once,
-    as BLIP does without training on videos (arXiv 2201.12086, section 5.6). Every text layer attends to the video.
+    """BLIP. `pooled` is as in `FrameEncoder`. To match, the text tower attends to the tokens of all frames at once, as
+    BLIP does without training on videos (arXiv 2201.12086, section 5.6). Every text layer attends to the video.
 
     Args:
         model: a BlipForImageTextRetrieval.

@@ -111,7 +111,7 @@ class VideoTextEncoder(nn.Module, ABC):
         raise ValueError(f"{self.name} has no matching head; the semantic reward needs an encoder that has one.")
 
     def sample(self, videos: Tensor) -> Tensor:
-        """Return `num_frames` evenly spaced frames of (B, F, ...), first and last included; repeat some if F is less."""
+        """Return `num_frames` evenly spaced frames of (B, F, ...), with first and last; repeat some if F is less."""
         frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
         return videos[:, frames]
 
