@@ -12,7 +12,7 @@ _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.bad
 
 
 class _InDoublePrecision(TorchDispatchMode):
-    """Compute products of fp32 tensors in fp64 and round the result, in this thread only."""
+    """A mode, for this thread only, that computes products of fp32 tensors in fp64 and rounds the result."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in _PRODUCTS or args[0].dtype != torch.float32:

@@ -57,7 +57,7 @@ class TransportPlan:
 
 
 class _DualValue(torch.autograd.Function):
-    """Attach the plan as the gradient of a value computed from the cost (envelope theorem)."""
+    """A value computed from the cost, with the plan as its gradient (envelope theorem)."""
 
     @staticmethod
     def forward(ctx, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:

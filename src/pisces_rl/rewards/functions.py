@@ -91,7 +91,7 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compile the file's current content: bytecode counts as current after an edit within a second at equal size."""
+    """A loader without bytecode, which would count as current after an edit within a second at equal size."""
 
     def get_code(self, fullname: str):
         return self.source_to_code(self.get_data(self.path), self.path)

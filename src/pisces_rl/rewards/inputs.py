@@ -16,15 +16,15 @@ def own_lists(columns: dict[str, list]) -> dict[str, list]:
     Anything nested deeper (a list in a row's list), arrays and tensors are shared: copying an image that is stored as
     nested lists would take longer than most rewards.
     """
-    return {name: [_own(value) for value in values] for name, values in columns.items()}
+    return {name: [_copied(value) for value in values] for name, values in columns.items()}
 
 
-def _own(value):
+def _copied(value):
     return copy.copy(value) if type(value) in (list, dict) else value
 
 
 class Untouched:
-    """Detect writes into `videos` without copying them.
+    """A check for writes into `videos` that needs no copy of them.
 
     The bits are summed as integers over rows and over columns, so the order of summation does not matter; this takes
     about twice the time of a mean. A tensor's version counter would not do: it misses writes through NumPy, and

@@ -29,7 +29,7 @@ from pisces_rl.rewards.server.remote import remote_reward
 DEFAULT_ENCODER = "tiny-vtm"
 BANK = "bank.safetensors"
 ENCODER_REWARDS = {
-    "ot_quality": "cosine of the video embedding with its text embedding sent through a transport map",
+    "ot_quality": "cosine between the video's embedding and the text's, mapped by a transport map",
     "ot_semantic": "matching probability with attention fused with transport plans",
     "cosine": "ot_quality without a map",
     "matching": "ot_semantic without plans",
@@ -97,7 +97,7 @@ def load_reward(
     """
     if is_known(name) and "?" in name:
         given = {"encoder": encoder, "ot_map": ot_map, "attention": attention, "offload": offload, "device": device}
-        name, behind = _queried(name)
+        name, behind = _split_options(name)
         return load_reward(name, **given | options | behind)
     if name in SCORERS:
         given = {"encoder": None if encoder == DEFAULT_ENCODER else encoder, "ot_map": ot_map, "attention": attention}
@@ -116,7 +116,7 @@ def load_reward(
             function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
             raise ValueError(f"reward {masked(name)!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
-        return _placed(function, device)
+        return _moved(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
     without = {"cosine": ("ot_map",), "matching": ("attention", "solver")}.get(name, ())
     left_out = {"encoder", "matcher", "name", *without}
@@ -138,7 +138,7 @@ def load_reward(
             f"ot_map: no map is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
             "examples/fit_ot_map.py."
         )
-    return _placed(_kind(name)(model, name=name, **options), device)
+    return _moved(_kind(name)(model, name=name, **options), device)
 
 
 def is_known(name: str) -> bool:
@@ -146,7 +146,7 @@ def is_known(name: str) -> bool:
     return name.partition("?")[0] in REWARDS
 
 
-def _queried(name: str) -> tuple[str, dict]:
+def _split_options(name: str) -> tuple[str, dict]:
     """Split a name into the reward and its options. An option gets the type of its default; if the default is None,
     text that reads as a number becomes one. Commas make lists."""
     name, _, query = name.partition("?")
@@ -181,7 +181,7 @@ def _read(text: str):
     return [_read(part) for part in text.split(",")] if "," in text else text
 
 
-def _placed(reward: Callable, device: str | None) -> Callable:
+def _moved(reward: Callable, device: str | None) -> Callable:
     if device is not None:
         move(reward, device)
     return reward

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def temporal_smoothness(videos: Tensor, **kwargs) -> Tensor:
-    """Return 1 - mean |x_{t+1} - 2 x_t + x_{t-1}|, high if pixels accelerate little: 1 for still or linear fades.
+    """Return 1 - mean |x_{t+1} - 2 x_t + x_{t-1}|, 1 for a still or steadily fading clip.
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1], F >= 3.

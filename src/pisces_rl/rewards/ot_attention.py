@@ -105,7 +105,7 @@ class OTAttention:
         if self.floor and self.fusion == "arithmetic":
             raise ValueError(f"floor={self.floor!r}: the arithmetic fusion has none; choose 'log' or 'gated', or 0.")
         for name, value in (("layers", self.layers), ("heads", self.heads)):
-            if value is not None and not _is_numbers(value):
+            if value is not None and not _is_list_of_numbers(value):
                 raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")
 
     @property
@@ -306,7 +306,7 @@ class BoundOTAttention:
         return bias, torch.where(self.words[:, None], share, 1.0).expand(logits.shape[:3])
 
 
-def _is_numbers(value) -> bool:
+def _is_list_of_numbers(value) -> bool:
     if not isinstance(value, Sequence) or not value:
         return False
     return all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)

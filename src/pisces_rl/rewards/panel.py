@@ -33,8 +33,8 @@ from .time_limit import time_limit
 
 
 class RewardPanel:
-    """Call every reward on a batch. Async rewards start first and run alongside the others. Rewards that share an
-    encoder encode each video once.
+    """A set of rewards, all called on each batch. Async rewards start first and run alongside the others. Rewards that
+    share an encoder encode each video once.
 
     Args:
         funcs: a reward or a list of them: callables (see `pisces_rl.rewards.contract`) or names for `load_reward`.
@@ -97,8 +97,8 @@ class RewardPanel:
                         guard.check(name, *(self.names[k] for k in pending))
                     tables[i].seconds[name] = time.perf_counter() - start
             for i, future in pending.items():
-                name, too_slow = self.names[i], self._too_slow(*(self.names[k] for k in pending))
-                # A reward that blocks its thread does not time out by itself; the others have ended a second earlier.
+                name, too_slow = self.names[i], self._timeout_message(*(self.names[k] for k in pending))
+                # wait_for cannot end a reward that blocks its thread; all others end a second before this limit.
                 with self.record(f"rewards/{name}"), time_limit(self.timeout and self.timeout + 1, too_slow):
                     values, tables[i].seconds[name] = future.result()
                     tables[i].values[:, 0] = checked_values(name, values, prompts)
@@ -221,9 +221,9 @@ class RewardPanel:
             return func(*positional, **named)
 
     def _limited(self, *names: str) -> contextlib.AbstractContextManager:
-        return time_limit(self.timeout, self._too_slow(*names))
+        return time_limit(self.timeout, self._timeout_message(*names))
 
-    def _too_slow(self, *names: str) -> str:
+    def _timeout_message(self, *names: str) -> str:
         rank = f" on rank {get_rank()}" if is_available() and is_initialized() else ""
         return (
             f"reward {' or '.join(map(repr, names))} did not return within {self.timeout:g} s (reward_timeout){rank}. "
@@ -239,7 +239,7 @@ class RewardPanel:
             except asyncio.TimeoutError as error:
                 if not self.timeout or time.perf_counter() - start < self.timeout:
                     raise  # a timeout inside the reward itself
-                raise RewardError(f"{self._too_slow(name)} {unanswered(func)}".rstrip()) from error
+                raise RewardError(f"{self._timeout_message(name)} {unanswered(func)}".rstrip()) from error
 
 
 def _as_list(funcs) -> list:
@@ -272,7 +272,7 @@ def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
 
 
 class _named:
-    """Re-raise any exception of a reward as a RewardError that names it."""
+    """A context manager that turns any exception of a reward into a RewardError naming it."""
 
     def __init__(self, name: str):
         self.name = name

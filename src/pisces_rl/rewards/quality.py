@@ -1,4 +1,4 @@
-"""The distributional reward: is the video where real videos of such a text are?"""
+"""The distributional reward: is the video close to real videos for its text?"""
 
 from collections.abc import Sequence
 from pathlib import Path

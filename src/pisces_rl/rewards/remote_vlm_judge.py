@@ -166,7 +166,7 @@ class RemoteVLMJudge:
 
     async def _video(self, prompt: str, clip: Tensor) -> list[float]:
         """Return the score of each question."""
-        shown = await asyncio.to_thread(self._shown, clip)
+        shown = await asyncio.to_thread(self._encoded_frames, clip)
         return await asyncio.gather(*(self._ask(prompt, name, shown) for name in self.questions))
 
     async def _ask(self, prompt: str, question: str, shown: list[dict]) -> float:
@@ -179,7 +179,7 @@ class RemoteVLMJudge:
 
     # --- a request ---
 
-    def _shown(self, clip: Tensor) -> list[dict]:
+    def _encoded_frames(self, clip: Tensor) -> list[dict]:
         """Encode frames (f, 3, H, W), bytes, as parts of a chat message."""
         if self.send == "mp4":
             return [_part("video", "mp4", mp4_bytes(clip.float() / 255, self.fps, min_size=0))]
@@ -242,27 +242,29 @@ class RemoteVLMJudge:
         try:
             response = self._client.get(self.url, "/models")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise self._wrong(f"no server answers ({type(error).__name__}: {error}); check that it runs.") from error
+            raise self._endpoint_error(
+                f"no server answers ({type(error).__name__}: {error}); check that it runs."
+            ) from error
         if response.status_code in (401, 403):
-            raise self._wrong(
+            raise self._endpoint_error(
                 f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment "
                 f"variable {KEY}."
             )
         try:
             listed = [one["id"] for one in response.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise self._wrong(
+            raise self._endpoint_error(
                 f"not an OpenAI-compatible endpoint (GET {self.url}/models: {error!r}); expected http://host:port/v1."
             ) from error
         if listed and self.model not in listed:  # `transformers serve` lists nothing for a folder
             near = difflib.get_close_matches(self.model, listed, n=3)
             advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-            raise self._wrong(f"it has no such model{advice} Available: {', '.join(listed)}.")
+            raise self._endpoint_error(f"it has no such model{advice} Available: {', '.join(listed)}.")
 
     def _check_answers(self) -> None:
         """Ask about as many gray frames as a video has, and once without frames: a server that drops what its model
         cannot see counts the same number of prompt tokens both times."""
-        shown = self._shown(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
+        shown = self._encoded_frames(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
         what = "video" if self.send == "mp4" else "images"
         text = f"Answer with the digit {self.scores[0]} and nothing else."
         try:
@@ -271,19 +273,19 @@ class RemoteVLMJudge:
             text_alone = error.status is not None and self._answers_text(text)
             why = f"it answers text, but not with {len(shown)} {what}" if text_alone else "it does not answer"
             more = " Lower top_logprobs, or set logprobs=False." * (self.logprobs and "logprob" in str(error))
-            raise self._wrong(f"{why}: {error}{more}") from error
+            raise self._endpoint_error(f"{why}: {error}{more}") from error
         if self.logprobs:
             try:
                 self._expected(seen[0])
             except TryAgain:
                 pass  # an answer without a digit for gray frames says nothing about videos
             except ValueError as error:
-                raise self._wrong(
+                raise self._endpoint_error(
                     f"{error} Use a server that returns them (vLLM, SGLang), or set logprobs=False, "
                     "which reads the digit from the text."
                 ) from error
         if seen[1] is not None and seen[1] == self._try([], text)[1]:
-            raise self._wrong(
+            raise self._endpoint_error(
                 f"it ignores {what}: the prompt has as many tokens with them as without. Serve a "
                 f"model that accepts them{', or send images' * (self.send == 'mp4')}."
             )
@@ -301,7 +303,7 @@ class RemoteVLMJudge:
         with contextlib.suppress(Failed):
             return bool(self._try([], text))
 
-    def _wrong(self, why: str) -> ValueError:
+    def _endpoint_error(self, why: str) -> ValueError:
         return ValueError(f"reward {self.__name__!r}, model {self.model!r} of {self.url}: {why}")
 
 

@@ -54,7 +54,7 @@ class Failed(Exception):
 
 
 class RetryingClient:
-    """Post requests from an event loop in a separate thread, so that connections outlive a panel's per-call loop.
+    """A client that posts from an event loop in its thread, so that connections outlive a panel's loop for each call.
 
     A failed try is repeated after min(2^k / 2, 30) s times a random factor from .5 to 1.5, or after the server's
     Retry-After (at most `time_limit`), if: the connection was refused, reset or broken off within the answer; no
@@ -186,7 +186,7 @@ class RetryingClient:
             url = urls[attempt % len(urls)]
             try:
                 async with self._free or contextlib.nullcontext():
-                    await self._turn()
+                    await self._wait_for_turn()
                     response = await self._post(url, path, body())
                 return read(response)
             except ValueError as error:
@@ -202,7 +202,7 @@ class RetryingClient:
                 tries, patience = (tries, patience - wait) if busy else (tries + 1, patience)
                 await asyncio.sleep(wait)
 
-    async def _turn(self) -> None:
+    async def _wait_for_turn(self) -> None:
         now = self._loop.time()
         start = max(now, self._next)
         self._next = start + self._interval
@@ -213,7 +213,7 @@ class RetryingClient:
 
         Raises TryAgain, or Failed if another try would not help."""
         headers = self._headers(url) | self._sent | {"Content-Length": str(len(body))}
-        post = self._client.post(url + path, content=_pieces(body), headers=headers)
+        post = self._client.post(url + path, content=_body_pieces(body), headers=headers)
         try:
             response = await asyncio.wait_for(post, self.time_limit)
         except asyncio.TimeoutError as error:
@@ -269,7 +269,7 @@ def _seconds(retry_after: str | None) -> float | None:
         return 0.0
 
 
-async def _pieces(body: bytes) -> AsyncIterator[memoryview]:
+async def _body_pieces(body: bytes) -> AsyncIterator[memoryview]:
     """Yield a body in pieces: sent at once, a large one would be copied into the socket's buffer."""
     for start in range(0, len(body), PIECE):
         yield memoryview(body)[start : start + PIECE]

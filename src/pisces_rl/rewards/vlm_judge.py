@@ -22,7 +22,7 @@ class VLMJudge(OffloadedModel):
         r = (sum_k k p(k) - k_min) / (k_max - k_min),   p(k) the model's probability of the digit k among `scores`
 
     in [0, 1]. No text is sampled, so a video's score is always the same. The frames are shown as images in order,
-    which every chat model that accepts several images understands. VideoAlign (arXiv 2501.13918) asks such a model.
+    which every chat model that accepts several images understands. VideoAlign (arXiv 2501.13918) also uses one.
 
     Args:
         model: a chat model that `AutoModelForImageTextToText` loads and that accepts several images (Qwen2.5-VL, for

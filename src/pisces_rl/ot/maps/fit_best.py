@@ -37,7 +37,7 @@ class BestMap:
         return "\n".join(lines + ["| " + " | ".join(str(row[n]) for n in names) + " |" for row in self.table])
 
 
-def _alike(m: TransportMap, other: TransportMap) -> bool:
+def _same_map(m: TransportMap, other: TransportMap) -> bool:
     """Return whether two maps have the same kind and settings."""
     return type(m) is type(other) and all(getattr(m, name) == getattr(other, name) for name in m.settings)
 
@@ -85,7 +85,7 @@ def fit_best(
                 f"{encoder!r} and {normalise!r}, so their scores are not comparable. Pass the same to fit_best."
             )
     baselines = [kind(**shared) for kind in (IdentityMap, MeanShiftMap, LinearMap)]
-    baselines = [m for m in baselines if not any(_alike(m, other) for other in maps)]
+    baselines = [m for m in baselines if not any(_same_map(m, other) for other in maps)]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source), generator=generator)
     other = order if paired else torch.randperm(len(target), generator=generator)

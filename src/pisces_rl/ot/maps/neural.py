@@ -173,7 +173,7 @@ class NeuralMap(TransportMap):
         self.report = {"steps_done": training.step, "best_divergence": training.best, "curve": training.curve}
 
     def _split(self, name: str, data: Tensor | Iterable[Tensor], held: Tensor | None) -> tuple:
-        """Split off held-out points; return the training data and them."""
+        """Return the training data and the held-out points, which are split off if not given."""
         if not isinstance(data, Tensor) and iter(data) is data:
             raise ValueError(f"{name}: an iterator ends after one pass; pass an iterable such as a DataLoader.")
         if held is not None:

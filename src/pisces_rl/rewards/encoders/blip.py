@@ -75,7 +75,7 @@ class BlipEncoder(VideoTextEncoder):
 
 
 class _CrossAttention(nn.Module):
-    """Run BLIP's cross-attention, which does not use transformers' attention interface, through `fused_attention`."""
+    """BLIP's cross-attention, which does not use transformers' attention interface, through `fused_attention`."""
 
     def __init__(self, own: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The protocol of video-text encoders, and what all share: frame sampling, resizing, tokenising."""
+"""The protocol of video-text encoders, with their shared frame sampling, resizing and tokenising."""
 
 import hashlib
 import warnings
@@ -135,7 +135,7 @@ class VideoTextEncoder(nn.Module, ABC):
         count, size = len(videos), self.resolution
         videos = self.sample(videos).clamp(0, 1).flatten(0, 1)
         if self.crop:
-            videos = _cut(videos, size[0] / size[1])
+            videos = _center_crop(videos, size[0] / size[1])
         if videos.shape[-2:] != size:
             videos = F.interpolate(videos, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (videos.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
@@ -152,7 +152,7 @@ def digest(*files: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def _cut(frames: Tensor, aspect: float) -> Tensor:
+def _center_crop(frames: Tensor, aspect: float) -> Tensor:
     """Crop the centre of frames (n, 3, H, W) to an aspect ratio H / W."""
     height, width = frames.shape[-2:]
     rows, columns = min(height, round(width * aspect)), min(width, round(height / aspect))

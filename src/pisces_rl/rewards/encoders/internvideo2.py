@@ -64,7 +64,7 @@ class InternVideo2Config:
 
 
 class InternVideo2(VideoTextEncoder):
-    """Compares texts and videos by the cosine of their projections, and by the matching head on the text's [CLS].
+    """A model that compares texts and videos by the cosine of projections, and by a matching head on the text's [CLS].
 
     Args:
         config: sizes.

@@ -51,14 +51,14 @@ def load_encoder(
     Raises ValueError for an unknown kind of model, and for options that its class does not accept.
     """
     if isinstance(name, VideoTextEncoder):
-        _take(name.name, options, {})
+        _check_options(name.name, options, {})
         return name.to(device, dtype)
     device, dtype = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype or torch.float32
     kind = "tiny_vtm" if name in available(CARD) else _kind(name)
     if kind not in KINDS:
         raise ValueError(f"encoder {name!r} is a {kind!r}; expected one of {', '.join(KINDS)}.")
     if kind in ("tiny_vtm", "internvideo2"):
-        _take(name, options, {})
+        _check_options(name, options, {})
     if kind == "tiny_vtm":
         return TinyVTM.load(asset_path(name, CARD) if name in available(CARD) else name).to(device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -97,7 +97,7 @@ def _shared(
     return encoder
 
 
-def _take(name: str, options: dict, known: dict) -> None:
+def _check_options(name: str, options: dict, known: dict) -> None:
     """Raise a ValueError for options that are not among the known ones."""
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{', '.join(unknown)}: encoder {name!r} takes {', '.join(known) or 'no options'}.")
@@ -128,14 +128,14 @@ def _pretrained(kind: str, name: str, tokenizer, dtype: torch.dtype, options: di
         "xclip": (XCLIPEncoder, transformers.XCLIPModel),
     }[kind]
     usual = {p.name: p.default for p in inspect.signature(encoder).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    _take(name, options, usual)
+    _check_options(name, options, usual)
     if "mean" in usual:
         usual |= _pixels(name)
     own = "".join(f" {k}={v}" for k, v in sorted(options.items()) if v != usual[k])
-    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, _bound(name) + own, **usual | options)
+    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, _versioned_name(name) + own, **usual | options)
 
 
-def _bound(name: str) -> str:
+def _versioned_name(name: str) -> str:
     """Return a name with the Hub's commit, or the hash of a folder's weights, sizes, tokenizer and processor."""
     folder = Path(name)
     if not folder.is_dir():

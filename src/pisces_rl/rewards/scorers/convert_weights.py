@@ -30,8 +30,8 @@ def convert_weights(
     Args:
         reward: one of `PICKLED`.
         file: the published pickle.
-        output: default: where the reward looks for it, which is beside the pickle, and for the head of "aesthetic" in
-            ~/.cache/pisces_rl.
+        output: the file to write; default: where the reward looks for it, which is beside the pickle, or for
+            "aesthetic" in ~/.cache/pisces_rl.
         base: for "video_align": folder or Hub id of Qwen2-VL-2B-Instruct, of which config.json is read.
 
     Returns:
@@ -53,17 +53,17 @@ def convert_weights(
         raise ValueError(f"file: there is no {file}; pass the published pickle.")
     if file.suffix == ".safetensors":
         raise ValueError(f"file: {file} is a safetensors file already; pass the published pickle.")
-    output = _usual_place(reward, file) if output is None else Path(output).expanduser()
+    output = _default_output(reward, file) if output is None else Path(output).expanduser()
     if output.suffix != ".safetensors":
         raise ValueError(f"output: {output} must be a file that ends with .safetensors.")
     if output.exists():
         raise ValueError(f"output: {output} exists already; remove it, or choose another with --output.")
     state = _read(reward, file, base)
-    data = save(_apart(state), {"format": "pt"})
+    data = save(_without_shared_memory(state), {"format": "pt"})
     return atomically(output, lambda target: target.write(data))
 
 
-def _usual_place(reward: str, file: Path) -> Path:
+def _default_output(reward: str, file: Path) -> Path:
     if reward != "aesthetic":
         return file.with_suffix(".safetensors")
     from pisces_rl.rewards.scorers.aesthetic_predictor import HEAD
@@ -88,7 +88,7 @@ def _read(reward: str, file: Path, base: str | Path | None) -> dict[str, Tensor]
     return video_align.read_video_align(file, video_align.video_align_config(folder))
 
 
-def _apart(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_shared_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return contiguous tensors that do not share memory, as safetensors requires."""
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
     return {

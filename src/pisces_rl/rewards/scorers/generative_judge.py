@@ -172,7 +172,7 @@ def expected_number(logits: Tensor) -> Tensor:
 
 
 class DigitLogits(LogitsProcessor):
-    """Record the logits (B, 10) of the digits at each step, in fp32, without changing them."""
+    """A processor that records the digits' logits (B, 10) at each step, in fp32, and changes nothing."""
 
     def __init__(self, digits: Sequence[int]):
         self.digits, self.steps = list(digits), []

@@ -124,7 +124,7 @@ def load_hpsv3(folder: Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2
     flat = any(name.startswith("visual.") for name in found)
     names = official_names(config, flat)
     words = names["model.language_model.embed_tokens.weight"]
-    if words in found:  # the checkpoint's tokenizer is larger than the base model's
+    if words in found:  # the checkpoint's vocabulary size, not the base model's
         config.text_config.vocab_size = found[words][0]
     shapes = empty_shapes(config, lambda: head(config.text_config.hidden_size))
     expected = {names[name]: shape for name, shape in shapes.items()}

@@ -156,7 +156,7 @@ def read_video_align(path: Path, config: Qwen2VLConfig) -> dict[str, Tensor]:
     `config` to the file's."""
     state = read_weights(path)
     words = "base_model.model.model.embed_tokens.weight"
-    if words in state:  # the checkpoint's tokenizer is larger than the base model's
+    if words in state:  # the checkpoint's vocabulary size, not the base model's
         config.text_config.vocab_size = len(state[words])
     unused = tuple(f"base_model.model.{name}" for name in UNUSED)
     check_names(shapes_of(state), official_shapes(config), path, "VideoAlign", unused)

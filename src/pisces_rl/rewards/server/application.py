@@ -49,7 +49,7 @@ class RewardApplication:
         }
         self.asgi = Starlette(
             routes=[Route("/health", self.health), Route("/score/{name:path}", self.score, methods=["POST"])],
-            exception_handlers={HTTPException: _say},
+            exception_handlers={HTTPException: _error_response},
         )
 
     async def health(self, request: Request) -> Response:
@@ -75,11 +75,11 @@ class RewardApplication:
             if self.queue.stopped or self.inside >= self.limit:
                 why = "the server is stopping" if self.queue.stopped else f"the queue of {self.limit} requests is full"
                 await self._refuse(request, 503, f"{why}; try again.")
-            return await self._answered(request, name)
+            return await self._scored_response(request, name)
         except ClientDisconnect:
             return Response(status_code=499)  # the client is gone
 
-    async def _answered(self, request: Request, name: str) -> Response:
+    async def _scored_response(self, request: Request, name: str) -> Response:
         if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # do not count idle time in the rate
             self._line_from, self._scored_then = time.monotonic(), self.scored
         self.inside += 1
@@ -92,8 +92,8 @@ class RewardApplication:
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
             del body
-            answer = await self._unless_gone(request, self.queue.put(self.panels[name], asked))
-            self._tell_progress(len(asked.prompts))
+            answer = await self._result_unless_disconnected(request, self.queue.put(self.panels[name], asked))
+            self._print_progress(len(asked.prompts))
             return Response(pack_answer(name, self.about[name]["identity"], answer), media_type="application/json")
         except Stopping as error:
             raise _busy("the server is stopping; try again.") from error
@@ -103,7 +103,7 @@ class RewardApplication:
             self.inside -= 1
             self._latest = time.monotonic()
 
-    def _tell_progress(self, videos: int) -> None:
+    def _print_progress(self, videos: int) -> None:
         self.scored += videos
         seconds = time.monotonic() - self._line_from
         if seconds >= PROGRESS:
@@ -141,7 +141,7 @@ class RewardApplication:
             pass
         raise _busy(why) if status == 503 else HTTPException(status, why)
 
-    async def _unless_gone(self, request: Request, future: Future):
+    async def _result_unless_disconnected(self, request: Request, future: Future):
         """Return the future's result, or cancel it if the client disconnects before its turn."""
         scored, gone = asyncio.wrap_future(future), asyncio.create_task(request.receive())  # returns on disconnect
         try:
@@ -171,5 +171,5 @@ def _busy(why: str) -> HTTPException:
     return HTTPException(503, why, headers={"Retry-After": str(RETRY_AFTER)})
 
 
-async def _say(request: Request, error: HTTPException) -> Response:
+async def _error_response(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)

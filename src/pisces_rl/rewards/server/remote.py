@@ -130,7 +130,7 @@ class RemoteReward:
     # --- one part of a batch, at one server after another ---
 
     async def _part(self, place: int, request: ScoreRequest) -> list[ScoreAnswer]:
-        """Score a part of a batch, in several consecutive requests if it is too large and the reward compares none."""
+        """Score a part of a batch, in consecutive requests if it is too large; not if the reward compares videos."""
         count = len(request.prompts)
         asked = f"{count} videos, the first of prompt {request.prompts[0]!r}"
         urls = [self.urls[(place + k) % len(self.urls)] for k in range(len(self.urls))]

@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"{INSTALL} ({error})") from error
-    listener = _bound(args.host, args.port)  # fail before minutes of loading; clients cannot connect yet
+    listener = _listener(args.host, args.port)  # fail before minutes of loading; clients cannot connect yet
 
     import torch
 
@@ -117,7 +117,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listener(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
