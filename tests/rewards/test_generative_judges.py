@@ -285,7 +285,7 @@ def test_published_folders_are_loaded_in_either_layout(tmp_path, flat, tied):
 )
 def test_what_is_not_here_is_said(tmp_path, name, size):
     config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=rf"is another 'qwen2_5_vl': .* that of {size}"):
+    with pytest.raises(ValueError, match=rf"is a different 'qwen2_5_vl': .* {size}"):
         load_reward(name, model=tmp_path, template=TEMPLATES[name])
     with pytest.raises(ValueError, match=f"`hf download {JUDGES[name].__init__.__defaults__[0]}`"):
         load_reward(name, template=TEMPLATES[name])

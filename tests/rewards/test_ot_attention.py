@@ -231,7 +231,7 @@ def test_bad_settings():
         (dict(temporal=math.inf), "temporal=inf"),
         (dict(reg=math.inf), "reg=inf"),
         (dict(heads=[True]), r"heads=\[True\]"),
-        (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has no floor"),
         (dict(heads=3), "heads=3"),
         (dict(heads=[]), r"heads=\[\]"),
         (dict(heads=[-1]), r"heads=\[-1\]"),

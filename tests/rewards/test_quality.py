@@ -24,7 +24,7 @@ VIDEOS = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         (PROMPTS, VIDEOS[:1], ValueError, "got 2 prompts for 1 videos"),
         (PROMPTS, VIDEOS[0], ValueError, r"videos: expected a tensor \(B, F, 3, H, W\)"),
         (PROMPTS, VIDEOS.movedim(2, -1), ValueError, r"got \(2, 5, 16, 16, 3\)"),
-        ([], VIDEOS[:0], ValueError, "no axis empty"),
+        ([], VIDEOS[:0], ValueError, "with no empty axis"),
     ],
 )
 def test_what_is_not_prompts_and_videos_is_refused(prompts, videos, error, message):

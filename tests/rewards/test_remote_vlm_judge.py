@@ -239,7 +239,7 @@ def test_a_digit_in_a_text(local):
             assert table.values.item() == 0.75 and table.metrics["vlm_judge_logprobs"] == [0.0], text
         for text in ("4/10", "4.5", "45", "3 objects are", "3-year-old", "7", "good", "", None, "From 1 to 5: 4"):
             endpoint.deeds = [{"message": {"content": text}}] * 2
-            why = f"2 tries, the last: the answer {text!r} is none of"
+            why = f"2 tries, the last: the answer {text!r} is not one of"
             with pytest.raises(RewardError, match=re.escape(why)):
                 ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
 
@@ -321,7 +321,7 @@ def test_a_reward_timeout_names_url_prompt_and_the_last_failure(local):
         with pytest.raises(
             RewardError,
             match=rf"\(reward_timeout\).* It asked for model .*, prompt '{PROMPTS[0]}', "
-            f".* failure was that of {endpoint.url}: no answer within 0.4 s",
+            f".* last failure: {endpoint.url}: no answer within 0.4 s",
         ):
             panel(PROMPTS, VIDEOS, {})
 
@@ -421,7 +421,7 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
         ("vlm+http://127.0.0.1:9/v1?model=a&extra_body=[1]", "extra_body=.1. must be"),
         (
             f"vlm+http://127.0.0.1:9/v1?model=a&question={PROMPT}&question={PROMPT}",
-            "expected files of different names",
+            "expected files with different names",
         ),
     ],
 )

@@ -51,7 +51,7 @@ def test_settings_are_looked_at_before_the_encoder_is_loaded(monkeypatch, tmp_pa
     for name in ("ot_semantic?solver=pot", "ot_quality?solver=pot&divergence_weight=1"):
         with pytest.raises(ValueError, match="solver='pot': expected one of native, geomloss"):
             load_reward(name, encoder="elsewhere")
-    with pytest.raises(ValueError, match="solver='geomloss': it has no partial plans, only unbalanced and balanced"):
+    with pytest.raises(ValueError, match="solver='geomloss': no partial plans, only unbalanced and balanced"):
         load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "partial", "solver": "geomloss"})
     with pytest.raises(FileNotFoundError, match="holds no map"):
         load_reward("ot_quality", encoder="elsewhere", ot_map=tmp_path)

@@ -332,7 +332,7 @@ def test_a_reward_timeout_names_url_prompt_and_the_last_failure(time_limit, why)
         with pytest.raises(
             RewardError,
             match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
-            f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}",
+            f"for 3 videos, .* 'first'; .* last failure: {faulty.url}: {why}",
         ):
             panel(PROMPTS, VIDEOS, {})
 

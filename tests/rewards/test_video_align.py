@@ -175,7 +175,7 @@ def test_the_published_layout_is_loaded_and_lora_added(tmp_path):
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is another 'qwen2_vl': its .*hidden_size is 16, that of VideoAlign's base"):
+    with pytest.raises(ValueError, match=r"is a different 'qwen2_vl': its .*hidden_size is 16, VideoAlign's base"):
         load_reward("video_align", model=tmp_path, base=tmp_path, template=TEMPLATE)
     with pytest.raises(ValueError, match=r"holds neither checkpoint-\*/model.pth nor .* VideoAlign"):
         load_video_align(tmp_path, config(), torch.float32)

@@ -44,7 +44,7 @@ def test_it_is_a_reward(judge, videos):
     [
         ("abc", lambda x: x, TypeError, "prompts: expected a list of strings"),
         (PROMPTS[:2], lambda x: x, ValueError, "2 prompts for 3 videos"),
-        ([], lambda x: x[:0], ValueError, "no axis empty"),
+        ([], lambda x: x[:0], ValueError, "with no empty axis"),
         (PROMPTS, lambda x: x * 255, ValueError, "video 0 has values from"),
         (PROMPTS, lambda x: x.index_fill(0, torch.tensor(1), torch.nan), ValueError, "video 1 has values from nan"),
         (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' contains '<image>', a special token of"),

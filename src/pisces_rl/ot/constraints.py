@@ -69,7 +69,7 @@ class Penalised:
 
 @dataclass(frozen=True)
 class Bounded:
-    """P 1 <= a, P^T 1 <= b and sum P = mass, (B,): f <= 0, and a row with f < 0 meets its bound."""
+    """P 1 <= a, P^T 1 <= b and sum P = mass, (B,): f <= 0, and a row with f < 0 attains its bound."""
 
     mass: Tensor
 

@@ -143,7 +143,7 @@ def _points(x: Tensor) -> Tensor:
 
 def _paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 2 or x.shape != y.shape:
-        raise ValueError(f"expected paired points of one shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise ValueError(f"expected paired points of equal shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
     return _points(x), _points(y)
 
 

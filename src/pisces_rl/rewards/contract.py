@@ -87,7 +87,7 @@ def reward_name(func: RewardFunc) -> str:
     *wrappers, func = layers(func)
     for wrapper in wrappers:
         name, code = getattr(wrapper, "__name__", None), getattr(wrapper, "__code__", None)
-        if name not in (None, "<lambda>", code and code.co_name):  # a user set it, `def` did not
+        if name not in (None, "<lambda>", code and code.co_name):  # set by the user, not by `def`
             return name
     if isinstance(func, torch.jit.ScriptModule):
         return func.original_name
@@ -130,7 +130,7 @@ def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
         ValueError: `videos` has another shape or an empty axis, or the numbers of prompts and videos differ.
     """
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a list of strings, one per video, got {prompts!r}; put it into a list.")
+        raise TypeError(f"prompts: expected a list of strings, one per video, got {prompts!r}; wrap it in a list.")
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts: expected a list of strings, got {prompt!r} as prompt {row}.")
@@ -140,7 +140,7 @@ def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
             "torch.from_numpy, a list with torch.stack."
         )
     if videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
-        raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), no axis empty, got {tuple(videos.shape)}.")
+        raise ValueError(f"videos: expected a tensor (B, F, 3, H, W) with no empty axis, got {tuple(videos.shape)}.")
     if len(prompts) != len(videos):
         raise ValueError(f"prompts: expected one per video, got {len(prompts)} prompts for {len(videos)} videos.")
 

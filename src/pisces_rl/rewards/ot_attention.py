@@ -91,7 +91,7 @@ class OTAttention:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
         check_solver(self.solver)
         if self.solver != "native" and self.plan not in ("unbalanced", "balanced"):
-            raise ValueError(f"solver={self.solver!r}: it has no {self.plan} plans, only unbalanced and balanced.")
+            raise ValueError(f"solver={self.solver!r}: no {self.plan} plans, only unbalanced and balanced ones.")
         if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
             raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
         if not (self.reg > 0 and math.isfinite(self.reg)):
@@ -103,7 +103,9 @@ class OTAttention:
         if not isinstance(self.normalise, bool):
             raise ValueError(f"normalise={self.normalise!r}: expected True or False.")
         if self.floor and self.fusion == "arithmetic":
-            raise ValueError(f"floor={self.floor!r}: the arithmetic fusion has none; choose 'log' or 'gated', or 0.")
+            raise ValueError(
+                f"floor={self.floor!r}: the arithmetic fusion has no floor; choose 'log' or 'gated', or 0."
+            )
         for name, value in (("layers", self.layers), ("heads", self.heads)):
             if value is not None and not _is_list_of_numbers(value):
                 raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")

@@ -107,7 +107,7 @@ class RemoteVLMJudge:
         files = question if isinstance(question, (list, tuple)) else [question]
         self.questions = {Path(str(file)).stem: read_question(file) for file in files}
         if not files or len(self.questions) < len(files):
-            raise ValueError(f"question={[str(file) for file in files]}: expected files of different names.")
+            raise ValueError(f"question={[str(file) for file in files]}: expected files with different names.")
         self.weights = [1.0] * len(files) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(files) or not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights={weights!r}: expected a positive number for each of {len(files)} questions.")
@@ -233,7 +233,7 @@ class RemoteVLMJudge:
     def _digit(self, text: str | None) -> int:
         found = DIGIT.match(text) if isinstance(text, str) else None
         if not found or int(found["digit"]) not in self.scores or found["most"] not in (None, str(self.scores[-1])):
-            raise TryAgain(f"the answer {text!r} is none of {self.scores}.")
+            raise TryAgain(f"the answer {text!r} is not one of {self.scores}.")
         return int(found["digit"])
 
     # --- before a run ---

@@ -152,7 +152,7 @@ class RetryingClient:
         try:
             return await asyncio.wrap_future(self._start(self._ask(urls, path, body, read, failures)))
         except asyncio.CancelledError:  # keep the first of several concurrent requests
-            self.unanswered = self.unanswered or f"It asked for {asked}; the last failure was that of {failures[-1]}"
+            self.unanswered = self.unanswered or f"It asked for {asked}; the last failure: {failures[-1]}"
             raise
 
     def ask_before_a_run(self, url: str, path: str, body: bytes, read: Callable[[bytes], T]) -> T:

@@ -34,7 +34,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
                 return
             late = True
             stack = "".join(traceback.format_stack(sys._current_frames().get(guarded))[-6:])
-            print(f"{message} It is here:\n{stack}", file=sys.stderr, flush=True)
+            print(f"{message} Its stack:\n{stack}", file=sys.stderr, flush=True)
             if guarded == threading.main_thread().ident:
                 if sys.platform == "win32":
                     _thread.interrupt_main()

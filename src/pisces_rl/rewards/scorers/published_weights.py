@@ -125,7 +125,7 @@ def check_config(folder: Path, scorer: str, kind: str, sizes: Mapping[str, int])
         for part in name.split("."):
             entry = (entry or {}).get(part)
         if entry is not None and entry != size:
-            raise ValueError(f"model: {folder} is another {kind!r}: its {name} is {entry}, that of {scorer} {size}.")
+            raise ValueError(f"model: {folder} is a different {kind!r}: its {name} is {entry}, {scorer} has {size}.")
     return config
 
 

@@ -71,7 +71,7 @@ class RewardApplication:
         name = request.path_params["name"]
         try:
             if name not in self.panels:
-                await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
+                await self._refuse(request, 404, f"no reward {name!r} here; available: {', '.join(self.panels)}.")
             if self.queue.stopped or self.inside >= self.limit:
                 why = "the server is stopping" if self.queue.stopped else f"the queue of {self.limit} requests is full"
                 await self._refuse(request, 503, f"{why}; try again.")

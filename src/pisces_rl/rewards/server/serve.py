@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="Known names (an unknown one prints them), file.py:function or package.module:function.",
+        help="Known names (an unknown one lists them), file.py:function or package.module:function.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; non-loopback needs a token.")
     parser.add_argument("--port", type=int, default=0, help="0 picks a free port and prints it.")
@@ -106,7 +106,7 @@ def _token(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--token_file {path} cannot be read: {error}") from error
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError(f"--token_file {path} must hold one word of printable ASCII.")
+        raise ValueError(f"--token_file {path} must contain one word of printable ASCII.")
     return token
 
 
