@@ -133,12 +133,12 @@ class RetryingClient:
         try:
             answer = json.loads(response.content)
             error = next(answer[key] for key in ("error", "detail", "message") if key in answer)
-            said = str(error["message"] if isinstance(error, dict) and "message" in error else error)
+            message = str(error["message"] if isinstance(error, dict) and "message" in error else error)
         except (ValueError, TypeError, StopIteration):
-            said = repr(response.text[:200])
+            message = repr(response.text[:200])
         for secret in self._secrets:
-            said = said.replace(secret, "***")
-        return said
+            message = message.replace(secret, "***")
+        return message
 
     async def ask(
         self, urls: Sequence[str], path: str, body: Callable[[], bytes], read: Callable[[bytes], T], asked: str
@@ -224,10 +224,10 @@ class RetryingClient:
             raise Failed(f"{type(error).__name__}: {error}.", url) from error
         if response.status_code == 200:
             return response.content
-        said = f"status {response.status_code}: {self.error_in(response)}"
+        message = f"status {response.status_code}: {self.error_in(response)}"
         if response.status_code in self.try_again:
-            raise TryAgain(said, _seconds(response.headers.get("retry-after")), response.status_code)
-        raise Failed(said, url, response.status_code)
+            raise TryAgain(message, _seconds(response.headers.get("retry-after")), response.status_code)
+        raise Failed(message, url, response.status_code)
 
 
 def masked(text: str) -> str:
