@@ -121,7 +121,7 @@ def test_unpaired_samples_and_sizes_that_differ(tmp_path):
     assert found.text_rows.tolist() == [0] and found.video_rows.tolist() == [1, 2] and not found.paired
     torch.testing.assert_close(found.video[1], encoder.encode_video(mixed[2][0][None]).pooled[0])
     assert not cached(encoder, mixed[:2], tmp_path / "equally many").paired
-    with pytest.raises(ValueError, match="features of no video"):
+    with pytest.raises(ValueError, match="holds no video features"):
         cached(encoder, mixed[:1], tmp_path / "texts")
 
 

@@ -1,4 +1,4 @@
-"""Fit several maps, score all of them on points that none was fitted on, and keep the best."""
+"""Fit several maps, score all of them on held-out points, and keep the best."""
 
 import warnings
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class BestMap:
 
     @property
     def map(self) -> TransportMap:
-        """The winner."""
+        """Return the winner."""
         return self.maps[0]
 
     def __str__(self) -> str:
@@ -37,8 +37,8 @@ class BestMap:
         return "\n".join(lines + ["| " + " | ".join(str(row[n]) for n in names) + " |" for row in self.table])
 
 
-def _alike(m: TransportMap, other: TransportMap) -> bool:
-    """Whether two maps are of one kind with the same settings."""
+def _same_map(m: TransportMap, other: TransportMap) -> bool:
+    """Return whether two maps have the same kind and settings."""
     return type(m) is type(other) and all(getattr(m, name) == getattr(other, name) for name in m.settings)
 
 
@@ -54,22 +54,23 @@ def fit_best(
     encoder: str = "",
     normalise: str = "none",
 ) -> BestMap:
-    """The map with the smallest debiased Sinkhorn divergence between mapped and target points, both held out.
+    """Return the map with the smallest debiased Sinkhorn divergence between mapped and target points, both held out.
 
-    Identity, mean shift and linear are always among those scored. The winner is as fitted on the rest of the points,
-    so that its scores are its own. Warns (`MapWarning`) of every map that does not beat the linear one.
+    Identity, mean shift and linear maps are always scored too. The winner is not refitted on the held-out points, so
+    its scores apply to exactly the map that is returned. Warns (`MapWarning`) of every map that does not beat the
+    linear one.
 
     Args:
         source: points (n, D).
         target: points (m, D).
-        maps: unfitted maps. Unset: the entropic one on top of the linear one.
+        maps: unfitted maps. Default: the entropic map on top of the linear one.
         paired: row i of source and target belong together (n = m): they are held out together, and recall at 1, 5 and
-            10 is reported. Unpaired transport cannot see a rotation of the whole; recall can.
-        held_out: share of the points.
-        blur: of the divergence; unset: `metrics.default_blur` of the target.
+            10 is reported. Unpaired transport cannot see a rotation of the whole cloud; recall can.
+        held_out: share of the points to hold out.
+        blur: of the divergence; default: `metrics.default_blur` of the target.
         seed: of the split.
-        encoder: of the baselines, and of `maps` if unset.
-        normalise: of the baselines, and of `maps` if unset.
+        encoder: for the baselines, and for `maps` if unset.
+        normalise: for the baselines, and for `maps` if unset.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: expected a share in (0, 1).")
@@ -81,10 +82,10 @@ def fit_best(
         if (m.encoder, m.normalise) != (encoder, normalise):
             raise ValueError(
                 f"maps: the {m.kind} map has encoder={m.encoder!r} and normalise={m.normalise!r}, the others "
-                f"{encoder!r} and {normalise!r}: scores would not be in one unit. Give the same to fit_best."
+                f"{encoder!r} and {normalise!r}, so their scores are not comparable. Pass the same to fit_best."
             )
     baselines = [kind(**shared) for kind in (IdentityMap, MeanShiftMap, LinearMap)]
-    baselines = [m for m in baselines if not any(_alike(m, other) for other in maps)]
+    baselines = [m for m in baselines if not any(_same_map(m, other) for other in maps)]
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source), generator=generator)
     other = order if paired else torch.randperm(len(target), generator=generator)
