@@ -50,7 +50,7 @@ def test_encodings_that_must_be_guessed(tmp_path, name, encoding, message):
 
 def test_nul_characters(tmp_path):
     """A binary file with the suffix of a text."""
-    refused(tmp_path, "a.txt", b"ok\na\0b\n", "line 2: a NUL character")
+    refused(tmp_path, "a.txt", b"ok\na\0b\n", "line 2: UTF-8 text has no NUL characters")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
