@@ -96,9 +96,7 @@ def command_parser() -> CommandParser:
         usage="pisces-rl [--version] [--traceback] COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"pisces_rl {__version__}")
-    parser.add_argument(
-        "--traceback", action="store_true", help=f"Show an error's traceback, as {TRACEBACK}=1 does."
-    )
+    parser.add_argument("--traceback", action="store_true", help=f"Show an error's traceback, as {TRACEBACK}=1 does.")
     commands = parser.add_subparsers(
         dest="command", required=True, title="commands", metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
