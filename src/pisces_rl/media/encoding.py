@@ -121,7 +121,7 @@ def _encode(frames: np.ndarray, file: io.BytesIO, fps: float) -> None:
 
 
 def check_mp4(fps: float) -> None:
-    """Raise a ValueError if `save_video` cannot write at this frame rate or has no encoder; for a check before a run."""
+    """Raise a ValueError if `save_video` cannot write at this frame rate or has no encoder; to check before a run."""
     _check_fps(fps)
     _mp4_encoder()
 

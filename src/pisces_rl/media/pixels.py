@@ -25,6 +25,6 @@ def pixels(name: str, video: Tensor, ndim: int) -> np.ndarray:
 
 
 def enlarge(frames: np.ndarray, min_size: int) -> np.ndarray:
-    """Enlarge the shorter side to at least `min_size`, by an integer factor and nearest neighbour; 0 keeps the size."""
+    """Enlarge the shorter side to at least `min_size` by an integer factor, nearest neighbour; 0 keeps the size."""
     factor = math.ceil(min_size / min(frames.shape[-3:-1])) if min_size else 1
     return frames if factor <= 1 else frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
