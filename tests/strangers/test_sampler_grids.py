@@ -205,7 +205,7 @@ def test_the_policy_says_how_it_samples(wan):
     [
         (
             UniPCMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
-            "WanPipeline is a flow-matching pipeline, and its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True",
+            "WanPipeline is a flow-matching pipeline, but its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True",
         ),
         (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True and prediction_type='epsilon'"),
         (
