@@ -158,7 +158,7 @@ def test_no_advice_that_cannot_be_followed(component):
     """A LoRA that peft put into Latte, or into a text encoder: neither has a method that fuses it."""
     pipe = quiet(BUILD["latte"]())
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "q"]), pipe.components[component], "style")
-    with pytest.raises(ValueError, match=f"{component} carries .* save: load the pipeline again. [^`]*$"):
+    with pytest.raises(ValueError, match=f"{component} already has .* save: load the pipeline again. [^`]*$"):
         check_no_adapters({component: pipe.components[component]})
 
 

@@ -307,12 +307,12 @@ def of_a_newer_peft(tensors, options):
         (kohya, "layout of kohya or ComfyUI. Let diffusers convert it"),
         (comfyui, "tensors of 'diffusion_model'.*Let diffusers convert it"),
         (dora, "is a DoRA .*fuse_lora"),
-        (bias, "lora_B.bias' is no weight of lora_A or lora_B.*fuse_lora"),
+        (bias, "lora_B.bias' is not a weight of lora_A or lora_B.*fuse_lora"),
         (text_encoder, "tensors of 'text_encoder'"),
         (broken, "holds NaN"),
         (half, "do not belong together"),
         (pissa, "init_lora_weights='pissa'"),
-        (of_another_rank, "says rank 8 .*tensors have 4"),
+        (of_another_rank, "says rank 8 .*tensors have rank 4"),
         (of_a_newer_peft, "use_wonder=True, which the installed peft does not know"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -342,7 +342,7 @@ def test_the_advice_to_convert_works(tmp_path):
 
 def test_a_loha_of_peft(tmp_path):
     get_peft_model(quiet(BUILD["wan"]()).transformer, LoHaConfig(target_modules=["to_q"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="hada.*is no weight of lora_A or lora_B"):
+    with pytest.raises(ValueError, match="hada.*is not a weight of lora_A or lora_B"):
         read_adapter(tmp_path)
 
 
