@@ -161,7 +161,7 @@ def model_card(
 
 
 def describe_exports(folder: str | Path) -> None:
-    """List the other formats that a folder holds in its run's model card, if there is one."""
+    """Update the model card of a folder's run, if there is one, with a list of the folder's other formats."""
     folder = Path(folder)
     section = _exports([path.relative_to(folder).as_posix() for path in _uploaded(folder)])
     for name in (README, OTHER_CARD):

@@ -93,7 +93,7 @@ class RunFiles:
         return aside
 
     def resume(self, step: int) -> None:
-        """Resume from the checkpoint at `step`: take over the folder's files; later ones do not describe this run."""
+        """Resume from the checkpoint at `step`: take over the folder's files; only those up to `step` are current."""
         content, on_disk = _read(self.folder), self._on_disk()
         self._clear()
         self.run, self.begun = self.run if content is None else content["run"], True

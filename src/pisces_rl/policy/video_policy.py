@@ -393,7 +393,7 @@ class VideoPolicy(nn.Module):
         if not 1 <= last_steps <= steps:
             raise ValueError(f"last_steps={last_steps} must lie between 1 and num_inference_steps={steps}.")
         if jump_at is not None and not 0 <= jump_at < steps:
-            raise ValueError(f"jump_at={jump_at} is not a step of num_inference_steps={steps}.")
+            raise ValueError(f"jump_at={jump_at} must be from 0 to {steps - 1} (num_inference_steps - 1).")
         if renoise is not None and (jump_at is not None or last_steps != 1):
             raise ValueError("renoise restarts the last step; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at

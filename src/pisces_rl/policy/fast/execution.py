@@ -2,7 +2,7 @@
 
 Sampling and update must be bitwise the same computation, but a compiler generates different kernels for a function
 with and without gradients. So a compiled block runs the graph with gradients in both. While sampling, its inputs and
-output are detached, so that what the graph would keep for backward is freed at once.
+output are detached, so that what the graph would keep for backward is freed immediately.
 """
 
 import contextlib

@@ -139,7 +139,18 @@ def _backward(
     b: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the gradients of x, A and B from the gradient of y, given also times the weight's scales in e4m3."""
+    """Return the gradients of x, A and B.
+
+    Args:
+        grad: the gradient of y.
+        rounded: `grad` times the weight's scales in e4m3, with its row scales.
+        x: the input, None without LoRA.
+        u: x A^T, None without LoRA.
+        weight: the weight's bits.
+        a: A, None without LoRA.
+        b: B, None without LoRA.
+        dtype: of the gradient of x.
+    """
     grad_u = None if a is None else grad @ b
     ones = torch.ones(weight.shape[1], device=weight.device)  # the rounded gradient includes the scales
     grad_x = scaled_product(*rounded, transposed(weight), ones, None, grad_u, None if a is None else a.T, dtype)

@@ -186,8 +186,8 @@ class _FewPassesBlock:
         return (x.float() + y.float() * c_gate[:, None]).type_as(x)
 
     def _is_usual(self, temb: Tensor) -> bool:
-        """Return whether there is one timestep per video, a norm before cross attention, no image tokens, and all
-        weights except LoRA's are frozen."""
+        """Return whether the block is supported: one timestep per video, a norm before cross attention, no image
+        tokens, and nothing trained outside the products."""
         return (
             temb.ndim == 3
             and isinstance(self.norm2, FP32LayerNorm)

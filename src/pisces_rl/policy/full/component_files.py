@@ -25,7 +25,7 @@ def save_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
         place = folder / name
         getattr(pipeline, name).save_pretrained(place)
         config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)  # a local folder of the user's machine
+        config.pop("_name_or_path", None)  # may be a local path
         (place / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         files += [path for path in sorted(place.iterdir()) if path.is_file()]
     readable_by_others(files)

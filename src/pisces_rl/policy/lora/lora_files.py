@@ -166,4 +166,4 @@ def _peft_state(folder: Path) -> dict[str, Tensor]:
 
 def _strict(result, folder: Path) -> None:
     if result is not None and result.unexpected_keys:
-        raise ValueError(f"{folder} holds weights the model has no place for: {result.unexpected_keys[:3]}.")
+        raise ValueError(f"{folder} holds weights that the model does not have: {result.unexpected_keys[:3]}.")

@@ -69,7 +69,7 @@ def check_lora_config(config: LoraConfig) -> None:
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         shown = f"{config!r:.60}" if isinstance(config, (str, dict)) else f"a {type(config).__name__}"
         fix = {
-            dict: "write peft.LoraConfig(**that)",
+            dict: "pass peft.LoraConfig(**peft_config)",
             str: "set continue_from to start from a saved adapter, or write 'full' to train all weights instead",
         }
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Encode videos as the latents of a pipeline's scheduler, by a map found from the pipeline itself.
+"""Encode videos as the latents of a pipeline's scheduler, with a map measured on the pipeline itself.
 
 After the last step each pipeline unpacks, reorders and rescales its latents in its own way before its VAE decodes
 them. That map is affine with one input per output, z_k = a_k x_{p(k)} + b_k, so a few probes through the pipeline's

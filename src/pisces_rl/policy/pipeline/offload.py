@@ -1,8 +1,8 @@
 """Keep idle components in host memory: text encoders, autoencoder, denoisers.
 
 Frozen weights never change, so their copy in host memory stays: loading a part copies it to the device, and unloading
-drops the device's copy, without a copy back. At a time one offloaded part is on the device, plus those that a graph
-still needs. Trained weights (adapters) and buffers stay on the device.
+drops the device's copy, without a copy back. Only one offloaded part is on the device at a time, plus those that a
+graph still needs. Trained weights (adapters) and buffers stay on the device.
 
 How: each such component has an accelerate hook, from which diffusers' pipelines read the device they work on, wherever
 the weights are; so the pipeline also works as before outside a policy.

@@ -47,7 +47,7 @@ def scheduler_of(pipeline: DiffusionPipeline) -> SchedulerMixin:
 
 
 def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
-    """Check the user's pipeline arguments; a PolicyError if the pipeline lacks one, or one would change latents."""
+    """Check the user's pipeline arguments; a PolicyError if one is unknown, or would change latents or noise."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     check_call(kwargs)
     for name, value in kwargs.items():
