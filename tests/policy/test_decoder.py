@@ -148,7 +148,7 @@ def test_the_pipeline_is_as_it_was_after_a_sample():
         (
             "easyanimate",
             {"vae_slicing": True},
-            "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline cannot",
+            "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline does not",
         ),
     ],
 )
