@@ -30,7 +30,8 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
         SystemExit: an argument or a key of the YAML file is unknown; the message names the nearest known one.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False)  # an abbreviation is a typo that trains
+    usage = "%(prog)s [--config FILE] [OPTIONS]"  # not hundreds of options before each error
+    parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)  # do not train with a typo
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
     path = _config_path(arguments)

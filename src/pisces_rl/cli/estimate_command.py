@@ -16,7 +16,7 @@ from rich.table import Table
 from pisces_rl import assets
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
-from . import RECIPES
+from . import RECIPES, usage_error
 from .arguments import parse_arguments
 from .train_command import TRAINERS, MethodArguments, method_of
 from .training_inputs import lora_config
@@ -30,7 +30,11 @@ class EstimateArguments:
     gpu_gib: float | None = field(default=None, metadata={"help": "Memory of a GPU; says whether the run fits."})
     num_processes: int = field(default=1, metadata={"help": "GPUs that share weights."})
     sharding: str = field(
-        default="none", metadata={"help": "none: every GPU holds all weights; fsdp2: denoisers are sharded."}
+        default="none",
+        metadata={
+            "choices": ["none", "fsdp2"],
+            "help": "none: every GPU holds all weights; fsdp2: the denoisers are sharded.",
+        },
     )
     table: bool = field(default=False, metadata={"help": "Print one line for each recipe, and nothing else."})
 
@@ -52,7 +56,7 @@ def estimated(script: MethodArguments, config) -> MemoryEstimate:
 
 def parsed(arguments: Sequence[str], prog: str | None = None) -> tuple:
     """(EstimateArguments, MethodArguments, config) of the command line for a run on a GPU, wherever it is parsed."""
-    method = method_of(arguments, unnamed="grpo")
+    method = method_of(arguments, unnamed="grpo", prog=prog)
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
     return parse_arguments(
         EstimateArguments,
@@ -93,7 +97,7 @@ def markdown_line(path: Path) -> str:
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
     own, script, config = parsed(arguments, prog)
     if own.table and len(arguments) > 1:
-        raise SystemExit("Write --table alone: it prints every recipe as it is.")
+        usage_error("--table takes no other arguments: it prints every recipe as it is.", prog)
     if own.table:
         print(
             "| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
@@ -104,15 +108,14 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
             if any(f"model: {model}\n" in path.read_text(encoding="utf-8") for model in architectures()):
                 print(markdown_line(path), flush=True)
         return
-    if own.sharding not in ("none", "fsdp2"):
-        raise SystemExit(f"sharding={own.sharding!r} must be 'none' or 'fsdp2'.")
     if own.sharding == "none" and own.num_processes != 1:
-        raise SystemExit(
-            f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
-            "it out, or set --sharding fsdp2."
+        usage_error(
+            f"--num_processes {own.num_processes}: without sharding every GPU needs as much memory as one; leave it "
+            "out, or set --sharding fsdp2.",
+            prog,
         )
     if own.sharding == "fsdp2" and own.num_processes < 2:
-        raise SystemExit(f"num_processes={own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
+        usage_error(f"--num_processes {own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.", prog)
     try:
         estimate = estimated(script, config)
         if own.sharding == "fsdp2":

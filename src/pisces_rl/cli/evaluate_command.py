@@ -19,6 +19,7 @@ from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_object
 from pisces_rl.evaluation.reward_checks import STRENGTHS
 from pisces_rl.markdown import escape
 from pisces_rl.media import load_video
+from pisces_rl.ot.plans import SOLVERS
 from pisces_rl.rewards import ENCODER_REWARDS, OTSemanticReward
 
 from .arguments import load_reward_function, parse_arguments
@@ -42,7 +43,7 @@ class EvaluationArguments:
         metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
-        default=None, metadata={"help": "What solves the plans of ot_semantic: native or geomloss. Unset: native."}
+        default=None, metadata={"choices": list(SOLVERS), "help": "Solver of the plans of ot_semantic. Unset: native."}
     )
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})

@@ -29,6 +29,7 @@ from pisces_rl.rewards.features import Video
 from pisces_rl.rewards.loading import BANK
 from pisces_rl.shapemotion import render_layout, sample_layouts
 
+from . import usage_error
 from .arguments import parse_arguments
 
 MAPS = {
@@ -54,7 +55,7 @@ class FitArguments:
     max_samples: int = field(default=8192, metadata={"help": "Samples that are read, at most."})
     maps: list[str] = field(
         default_factory=lambda: ["entropic"],
-        metadata={"help": f"Besides identity, mean_shift and linear: {', '.join(MAPS)}."},
+        metadata={"choices": list(MAPS), "help": "Maps to fit besides identity, mean_shift and linear."},
     )
     save: str = field(default="best", metadata={"help": "Kind of the map to save: best, or one of those fitted."})
     bank_size: int = field(default=2048, metadata={"help": "Real videos whose features are kept for the divergence."})
@@ -108,15 +109,12 @@ def read_video(video: str | dict, folder: Path, frames: int) -> Tensor:
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
     (args,) = parse_arguments(FitArguments, arguments=arguments, prog=prog)
-    unknown = set(args.maps) - set(MAPS)
-    if unknown:
-        raise ValueError(f"maps: {', '.join(sorted(unknown))}: expected some of {', '.join(MAPS)}.")
     state, output = PartialState(), Path(args.output_dir)
     encoder = load_encoder(args.encoder, device=state.device)
     maps = [MAPS[name](seed=args.seed, encoder=encoder.name) for name in args.maps]
     kinds = [*BASELINES, *(map_.kind for map_ in maps)]
     if args.save not in ("best", *kinds):
-        raise ValueError(f"save={args.save!r}: expected best or one of those fitted: {', '.join(kinds)}.")
+        usage_error(f"--save {args.save!r} must be best or one of the fitted maps: {', '.join(kinds)}.", prog)
     found = cache_features(
         encoder,
         samples(args, encoder.num_frames),

@@ -26,8 +26,6 @@ def main(args: argparse.Namespace) -> None:
 
     from .arguments import load_prompt_dataset
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1.")
     check_mp4(args.fps)
     prompts = list(args.prompt or load_prompt_dataset(args.prompts)["prompt"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

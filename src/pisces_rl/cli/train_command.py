@@ -19,7 +19,7 @@ from pisces_rl.trainers import METHODS, RewardBackpropConfig, RewardBackpropTrai
 from pisces_rl.trainers.base.data.pairs import SIDES
 from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
-from . import RECIPES
+from . import RECIPES, usage_error
 from .arguments import nearest, parse_arguments
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
@@ -29,13 +29,21 @@ TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 
 @dataclass
 class MethodArguments(ScriptArguments):
-    method: str = field(default="rvm", metadata={"help": f"One of {', '.join(TRAINERS)}."})
+    method: str = field(
+        default="rvm", metadata={"choices": list(TRAINERS), "help": "Training method; it selects the other settings."}
+    )
 
 
-def method_of(argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None) -> str:
-    """The method that the command line or its recipe names; it decides which settings there are.
+def method_of(
+    argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None, prog: str | None = None
+) -> str:
+    """Return the method that the command line or its recipe names; it selects the config class.
 
-    Args: unnamed: what a recipe is for that names none; None refuses it.
+    Args:
+        argv: the command line without the program's name.
+        methods: the names that are allowed.
+        unnamed: the method to use if the recipe names none; None makes a recipe without a method an error.
+        prog: the program's name in errors.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
@@ -45,19 +53,19 @@ def method_of(argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: s
     if method is None and known.config is not None and known.config.is_file():
         method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
         if method is None:
-            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(methods)}.")
+            usage_error(f"{known.config} names no method; add --method, one of {', '.join(methods)}.", prog)
     method = method or unnamed or MethodArguments.method
     if method not in methods:
-        raise SystemExit(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}")
+        usage_error(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}", prog)
     return method
 
 
-def with_recipe(arguments: Sequence[str], recipe: Path) -> list[str]:
-    """The command line, with the default recipe where it names neither a recipe nor a model."""
+def with_recipe(arguments: Sequence[str], recipe: Path, prog: str | None = None) -> list[str]:
+    """Return the command line, with the default recipe added if it names neither a recipe nor a model."""
     given = {argument.split("=")[0] for argument in arguments}
     default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(recipe)]
     if default and not recipe.is_file():
-        raise SystemExit("Give --config, a recipe, or --model; the default recipes lie in the source tree only.")
+        usage_error("give --config RECIPE or --model; only a source tree has the default recipes.", prog)
     return [*default, *arguments]
 
 
@@ -106,7 +114,7 @@ def train_by(method: str, arguments: Sequence[str], recipe: Path) -> None:
 
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
-    method = method_of(arguments)
-    given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml")
+    method = method_of(arguments, prog=prog)
+    given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml", prog)
     script, config = parse_arguments(MethodArguments, TRAINERS[method][1], arguments=given, prog=prog)
     train(method, script, config, arguments)

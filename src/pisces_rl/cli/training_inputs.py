@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
-from pisces_rl.ot.plans import check_solver
+from pisces_rl.ot.plans import SOLVERS, check_solver
 from pisces_rl.policy import FULL, default_lora_config
 from pisces_rl.shapemotion import Clips, load_prompts
 from pisces_rl.trainers import AuxiliaryLoss, ConsistencyDistillation
@@ -51,7 +51,8 @@ class ScriptArguments:
         metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
-        default=None, metadata={"help": "What solves plans and the divergence: native or geomloss. Unset: native."}
+        default=None,
+        metadata={"choices": list(SOLVERS), "help": "Solver of plans and of the divergence. Unset: native."},
     )
     reward_offload: str | None = field(
         default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
@@ -59,8 +60,9 @@ class ScriptArguments:
     train: str = field(
         default="lora",
         metadata={
-            "help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
-            "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."
+            "choices": ["lora", FULL],
+            "help": "lora: train an adapter; full: train all denoiser weights in fp32, which needs a lower "
+            "--learning_rate and ignores --lora_r and the other LoRA settings.",
         },
     )
     lora_r: int | None = field(
@@ -142,8 +144,6 @@ def load_rewards(script: ScriptArguments, names: list[str], device: torch.device
 def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
     """The adapter's settings; None where those of the saved adapter to continue from are meant; or "full"."""
     given = script.lora_r, script.lora_alpha, script.lora_target_modules
-    if script.train not in ("lora", FULL):
-        raise SystemExit(f"--train {script.train!r} must be lora or {FULL}.")
     if script.train == FULL:
         return FULL
     if config.continue_from and given == (None, None, None):

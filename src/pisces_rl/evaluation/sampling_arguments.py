@@ -12,7 +12,9 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folder of a run, of a LoRA or of trained components, a LoRA's file or Hub id; unset: the base model.",
     )
     parser.add_argument("--seed", type=int, default=0, help="Of all noise; the same for models that are compared.")
-    parser.add_argument("--batch_size", type=int, default=1, help="Videos a call of the pipeline, on each process.")
+    parser.add_argument(
+        "--batch_size", type=_positive, default=1, help="Videos per call of the pipeline, on each process."
+    )
     parser.add_argument("--fps", type=float, default=8, help="Frames per second of the files.")
     parser.add_argument("--num_inference_steps", type=int, help="Denoising steps; unset: as in training.")
     parser.add_argument("--guidance_scale", type=float, help="Unset: the pipeline's default.")
@@ -28,6 +30,12 @@ def sampling_call(args: argparse.Namespace) -> dict:
     """Arguments of the pipeline's call, of those parsed."""
     names = ("guidance_scale", "height", "width", "num_frames")
     return args.pipeline_kwargs | {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:  # argparse reports a ValueError
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
 
 
 def _json_object(text: str) -> dict:
