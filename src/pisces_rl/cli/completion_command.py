@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Set
 
 SHELLS = ("bash", "zsh")
-#: A word that begins with a dash is an option; any other is a value of the option before it, or else a file.
+#: Completes words that begin with a dash as options, and others as a value of the preceding option, or else as files.
 SCRIPT = """\
 _pisces_rl() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" words="" at=$COMP_CWORD
@@ -52,8 +52,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def words_of_help(program: Callable, arguments: list[str]) -> dict[str, set[str]]:
-    """Return the options that a command's --help lists, each with its choices; the key of positional ones is the
-    command. Of an option's two spellings, the one with underscores is kept."""
+    """Return {option: choices} from a command's --help. Choices of positional arguments are under the command's name.
+    If an option has two spellings, only the one with underscores is kept."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         program([*arguments, "--help"])

@@ -1,7 +1,7 @@
-"""`pisces-rl estimate`: memory of a run on each GPU, without weights, without a GPU and without downloading a model.
+"""`pisces-rl estimate`: estimate a run's memory per GPU, without weights, a GPU or a model download.
 
-A model of recipes/architectures.json is built from there; of any other one, a folder or a Hub id, the configuration
-files are read. bf16 is on, as on a GPU, unless --bf16 false.
+Models in recipes/architectures.json are built from that file; for any other folder or Hub id, the configuration files
+are read. bf16 is on, as on a GPU, unless you pass --bf16 false.
 """
 
 import json
@@ -27,8 +27,10 @@ GIB = 2**30
 
 @dataclass
 class EstimateArguments:
-    gpu_gib: float | None = field(default=None, metadata={"help": "Memory of a GPU; says whether the run fits."})
-    num_processes: int = field(default=1, metadata={"help": "GPUs that share weights."})
+    gpu_gib: float | None = field(
+        default=None, metadata={"help": "Memory of a GPU in GiB; prints whether the run fits."}
+    )
+    num_processes: int = field(default=1, metadata={"help": "Number of GPUs that share the weights."})
     sharding: str = field(
         default="none",
         metadata={
@@ -36,11 +38,11 @@ class EstimateArguments:
             "help": "none: every GPU holds all weights; fsdp2: the denoisers are sharded.",
         },
     )
-    table: bool = field(default=False, metadata={"help": "Print one line for each recipe, and nothing else."})
+    table: bool = field(default=False, metadata={"help": "Print only a table with one line per recipe."})
 
 
 def architectures() -> dict:
-    """Configurations by model; an installed package has none, and reads those of the model's folder or Hub id."""
+    """Return configurations by model. An installed package has none and reads the model's folder or Hub id instead."""
     return json.loads(ARCHITECTURES.read_text(encoding="utf-8")) if ARCHITECTURES.is_file() else {}
 
 
@@ -55,7 +57,7 @@ def estimated(script: MethodArguments, config) -> MemoryEstimate:
 
 
 def parsed(arguments: Sequence[str], prog: str | None = None) -> tuple:
-    """(EstimateArguments, MethodArguments, config) of the command line for a run on a GPU, wherever it is parsed."""
+    """Parse (EstimateArguments, MethodArguments, config) for a run on a GPU, even on a machine without one."""
     method = method_of(arguments, unnamed="grpo", prog=prog)
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
     return parse_arguments(
@@ -79,7 +81,7 @@ def write(estimate: MemoryEstimate, console: Console) -> None:
     table.add_row("peak", *(f"{peak / GIB:.1f}" for peak in estimate.peaks.values()))
     console.print(table)
     console.print(", ".join(f"{name} {value:,}" for name, value in estimate.details.items()))
-    console.print("Not counted: rewards, evaluation, the CUDA context, workspaces of kernels, fragmentation.")
+    console.print("Not counted: rewards, evaluation, the CUDA context, kernel workspaces, fragmentation.")
 
 
 def markdown_line(path: Path) -> str:

@@ -1,10 +1,10 @@
-"""`pisces-rl fit-map`: a transport map from text embeddings to embeddings of real videos, for the quality reward.
+"""`pisces-rl fit-map`: fit a transport map from text embeddings to embeddings of real videos, for the quality reward.
 
-A data set has the columns `video` (in a file a path, beside it or absolute; else the videos themselves) and `caption`;
-rows with only one of them make it unpaired. Features are cached in output_dir/features, so a call that was broken off
-goes on where it was, and a larger max_samples adds to them; each GPU decodes and encodes its share. Every map is
-scored on pairs that it was not fitted on; the best one, or the kind that --save names, is saved in output_dir, with a
-bank of real videos' features for the divergence.
+A data set needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
+the file; in other data sets, it holds the videos. Rows with only one of the two make the data set unpaired. Features
+are cached in output_dir/features: an interrupted call resumes there, and a larger max_samples adds to them. Each GPU
+decodes and encodes its share. Every map is scored on held-out pairs. The best map, or the kind that --save names, is
+saved in output_dir with a bank of real-video features for the divergence.
 """
 
 import hashlib
@@ -44,28 +44,30 @@ FILES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 @dataclass
 class FitArguments:
-    encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
+    encoder: str = field(default="tiny-vtm", metadata={"help": "Built-in encoder, folder or Hub id."})
     dataset: str = field(
         default="shapemotion",
         metadata={"help": "shapemotion, a Hub data set, a folder, or a .csv, .json or .jsonl file."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set, or of shapemotion."})
-    video_column: str = field(default="video", metadata={"help": "Column with the videos, or their paths."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set or of shapemotion."})
+    video_column: str = field(default="video", metadata={"help": "Column with the videos or their paths."})
     caption_column: str = field(default="caption", metadata={"help": "Column with the captions."})
-    max_samples: int = field(default=8192, metadata={"help": "Samples that are read, at most."})
+    max_samples: int = field(default=8192, metadata={"help": "Maximum number of samples to read."})
     maps: list[str] = field(
         default_factory=lambda: ["entropic"],
         metadata={"choices": list(MAPS), "help": "Maps to fit besides identity, mean_shift and linear."},
     )
-    save: str = field(default="best", metadata={"help": "Kind of the map to save: best, or one of those fitted."})
-    bank_size: int = field(default=2048, metadata={"help": "Real videos whose features are kept for the divergence."})
+    save: str = field(default="best", metadata={"help": "Kind of map to save: best, or one of the fitted maps."})
+    bank_size: int = field(
+        default=2048, metadata={"help": "Number of real videos whose features are kept for the divergence."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Videos encoded at once."})
-    seed: int = field(default=0, metadata={"help": "Of the held-out pairs and of the maps."})
-    output_dir: str = field(default="outputs/ot_map", metadata={"help": "Folder of the map and of cached features."})
+    seed: int = field(default=0, metadata={"help": "Seed of the held-out pairs and of the maps."})
+    output_dir: str = field(default="outputs/ot_map", metadata={"help": "Folder for the map and the cached features."})
 
 
 def source(args: FitArguments) -> str:
-    """What tells the samples from others, but for their number: more of them begin with the same ones."""
+    """Identify the samples, without their number: a larger max_samples extends the same sequence."""
     if args.dataset == "shapemotion":
         return f"shapemotion, split {args.dataset_split}, seed {args.seed}"
     path, columns = Path(args.dataset), f"columns {args.video_column} and {args.caption_column}"
@@ -75,7 +77,7 @@ def source(args: FitArguments) -> str:
 
 
 def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str | None]]:
-    """Videos, as functions that decode one, and captions."""
+    """Yield (function that decodes the video, caption) per sample; None if the sample lacks one."""
     if args.dataset == "shapemotion":
         for first in range(0, args.max_samples, 64):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + first)
@@ -89,7 +91,7 @@ def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str
     else:
         rows = load_dataset(args.dataset, split=args.dataset_split, streaming=True)
         if args.video_column in (rows.column_names or ()):
-            rows = rows.cast_column(args.video_column, VideoFeature(decode=False))  # PyAV decodes, where it is needed
+            rows = rows.cast_column(args.video_column, VideoFeature(decode=False))  # PyAV decodes on demand
     for row in rows.take(args.max_samples):
         video, caption = row.get(args.video_column), row.get(args.caption_column)
         if video is None and caption is None:
@@ -98,7 +100,7 @@ def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str
 
 
 def read_video(video: str | dict, folder: Path, frames: int) -> Tensor:
-    """Of a path beside a file, or of a data set's `Video`: its bytes, or where they lie (on the Hub, too)."""
+    """Read a video from a path relative to `folder`, or a data set's `Video`: its bytes, or a local or Hub path."""
     if isinstance(video, str):
         return load_video(folder / video, frames)
     if video["bytes"] is not None:

@@ -1,10 +1,9 @@
-"""`pisces-rl train`: any method on a LoRA, or all weights, of any text-to-video, image-to-video or text-to-image
-pipeline of diffusers.
+"""`pisces-rl train`: train a LoRA or all weights of any text-to-video, image-to-video or text-to-image pipeline of
+diffusers, by any method.
 
---method decides which settings there are. A recipe may name the method. Each line of a `.jsonl` of pairs is {"prompt":
-..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without rewards;
-those of a recipe are not loaded, its settings of rollouts do not count, and --rewards is refused. To other methods
-these columns mean nothing.
+--method, or the recipe's `method`, selects the settings. Flow-DPO can learn from pairs without rewards: each line of
+the `.jsonl` file is {"prompt": ..., "chosen": a video file in the same folder, "rejected": another}. It then ignores a
+recipe's rewards and rollout settings and refuses --rewards. Other methods ignore these columns.
 """
 
 import argparse
@@ -23,7 +22,7 @@ from . import RECIPES, usage_error
 from .arguments import nearest, parse_arguments
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
-#: Every trainer and its settings, by name: the methods that train on rollouts, and reward backpropagation.
+#: Every trainer and its config class, by name: the methods that train on rollouts, and reward backpropagation.
 TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 
 
@@ -70,8 +69,8 @@ def with_recipe(arguments: Sequence[str], recipe: Path, prog: str | None = None)
 
 
 def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, arguments: Sequence[str]) -> None:
-    """Where Flow-DPO has pairs, leave out a recipe's rewards and settings of rollouts; the trainer refuses what the
-    command line asks for of these."""
+    """If Flow-DPO has pairs, drop a recipe's rewards and rollout settings; the trainer refuses any that the command
+    line sets."""
     if method != "flow_dpo" or set(SIDES).isdisjoint(dataset.column_names):
         return
     asked = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
@@ -82,12 +81,13 @@ def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, ar
 
 
 def train(method: str, script: ScriptArguments, config, arguments: Sequence[str] = ()) -> VideoPolicyTrainer:
-    """Train and save as the settings say.
+    """Train and save the model.
 
     Args:
         method: one of `TRAINERS`.
-        script, config: from the command line, `config` of the method's class.
-        arguments: that command line, which tells a recipe's settings from the user's.
+        script: parsed from the command line.
+        config: parsed from the command line, an instance of the method's config class.
+        arguments: that command line, to distinguish a recipe's settings from the user's.
     """
     files = [*(config.image_columns or ["image"]), *(SIDES if method == "flow_dpo" else ())]
     train_dataset, eval_dataset = load_datasets(script, config.seed, files)
@@ -108,7 +108,7 @@ def train(method: str, script: ScriptArguments, config, arguments: Sequence[str]
 
 
 def train_by(method: str, arguments: Sequence[str], recipe: Path) -> None:
-    """Train by one method, which the command line does not name."""
+    """Train by a fixed method; the command line has no --method."""
     script, config = parse_arguments(ScriptArguments, TRAINERS[method][1], arguments=with_recipe(arguments, recipe))
     train(method, script, config, arguments)
 
