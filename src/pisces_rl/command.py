@@ -140,7 +140,7 @@ def run(name: str, prog: str, arguments: list[str]) -> None:
         if launched(arguments):
             launch(name, arguments)
             return
-    if name not in ("convert", "env", "completion"):
+    if name not in ("convert", "env", "completion") and {"-h", "--help"}.isdisjoint(arguments):
         from .cli.quiet import quiet
 
         quiet()

@@ -97,11 +97,16 @@ def paired_recall(
     mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 10), seed: int = 0
 ) -> dict[int, Estimate]:
     """Return the share of mapped points whose target is among the k most cosine-similar targets; (n, D), paired."""
+    ranks = paired_ranks(mapped, target)
+    return {k: bootstrap(lambda hit: hit.mean(0), (ranks <= k).double(), seed) for k in ks}
+
+
+def paired_ranks(mapped: Tensor, target: Tensor) -> Tensor:
+    """Return the rank (n,) of each mapped point's target among all targets by cosine, from 1; ties count half."""
     mapped, target = _paired(mapped, target)
     similarity = torch.nn.functional.normalize(mapped, dim=1) @ torch.nn.functional.normalize(target, dim=1).T
     own = similarity.diagonal()[:, None]
-    rank = (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2  # ties count half
-    return {k: bootstrap(lambda hit: hit.mean(0), (rank < k).double(), seed) for k in ks}
+    return 1 + (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
 
 
 def default_blur(target: Tensor) -> float:
