@@ -250,7 +250,7 @@ def test_the_script_refuses_what_it_cannot_fit_or_save(tmp_path, script, monkeyp
         (
             ["--save", "neural"],
             SystemExit,
-            "--save 'neural' must be advised, best or one of .*: identity, .*linear, entropic",
+            "--save 'neural' must be advised, best or one of .*, regressed, entropic",
         ),
     ):
         with pytest.raises(error) as ended:
