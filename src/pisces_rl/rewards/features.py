@@ -147,7 +147,7 @@ def _videos(shard: list, batch_size: int, hidden: bool) -> Iterator[list[tuple[i
     """Yield batches of rows and videos of equal size, decoding each video when needed; at most two batches wait."""
     groups: dict[tuple, list] = {}
     title = f"features from sample {shard[0][0]}"
-    for row, video, _ in tqdm(shard, desc=title, unit="sample", leave=False, disable=hidden):
+    for row, video, _ in tqdm(shard, desc=title, unit="sample", leave=False, disable=hidden or None):
         if video is None:
             continue
         video = video if isinstance(video, Tensor) else video()

@@ -159,7 +159,7 @@ class NeuralMap(TransportMap):
             training.resume(Path(folder))
         if not training.curve:
             training.evaluate()
-        bar = tqdm(total=self.steps, initial=training.step, disable=not progress or rank > 0, desc="neural map")
+        bar = tqdm(total=self.steps, initial=training.step, disable=not progress or rank > 0 or None, desc="neural map")
         while training.step < self.steps and training.stale < self.patience:
             training.advance()
             bar.update(1)
