@@ -124,7 +124,8 @@ def fit_best(
         rows.append((row, candidate))
     linear = min(row["divergence"].value for row, candidate in rows if candidate.kind == "linear")
     for row, candidate in rows:
-        if candidate.kind not in BASELINES and row["divergence"].value >= linear:
+        plain = isinstance(candidate, WITHOUT_TRANSPORT) or candidate.kind in BASELINES
+        if not plain and row["divergence"].value >= linear:
             warnings.warn(
                 f"the {candidate.kind} map does not beat the linear one on held-out points: divergence "
                 f"{row['divergence']} against {linear:.4g}. Use the linear map, or more data.",
