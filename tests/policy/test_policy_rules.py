@@ -15,7 +15,6 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
-from tiny_pipelines.since_wan22 import skyreels_parts
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.schedule.scheduler import training_scheduler
@@ -136,7 +135,7 @@ def test_pipelines_that_break_a_rule(wan):
 def test_diffusion_forcing_steps_copies_of_its_scheduler():
     from diffusers import SkyReelsV2DiffusionForcingPipeline
 
-    pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**skyreels_parts()))
+    pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**BUILD["skyreels"]().components))
     call = dict(height=16, width=16, num_frames=9, base_num_frames=9, max_sequence_length=16)
     for ar_step in (0, 5):  # synchronous, too
         with pytest.raises(PolicyError, match="copies of its scheduler.*one step of pipeline.scheduler per denoising"):

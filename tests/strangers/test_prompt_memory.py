@@ -7,8 +7,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
-from tiny_pipelines import BUILD, quiet
-from tiny_pipelines.image_to_video import picture
+from tiny_pipelines import BUILD, picture, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.pipeline.prompts import PromptMemo, content_key

@@ -10,8 +10,7 @@ import tiny_runs
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny_pipelines import BUILD, CALLS, quiet
-from tiny_pipelines.image_to_video import picture, tiny_wan_i2v
+from tiny_pipelines import BUILD, CALLS, picture, quiet
 from tiny_runs import StopAt, largest_difference, logged, weights
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
@@ -211,7 +210,8 @@ def test_image_columns(tmp_path):
     made = trainer(
         tmp_path,
         data=data,
-        model=quiet(tiny_wan_i2v(pos_embed_seq_len=34)),
+        # 34: the image encoder gives 17 tokens for the first frame and 17 for the last
+        model=quiet(BUILD["wan_i2v"](transformer={"pos_embed_seq_len": 34})),
         image_columns=["image", "last_image"],
         max_steps=1,
         num_generations=2,

@@ -1,4 +1,4 @@
-"""What Allegro, Latte, EasyAnimate, LTX-2, Cosmos and CogVideoX-5B's solver asked of a policy, each rule by itself."""
+"""Rules that one family needs: LTX-2, EasyAnimate, Latte, Cosmos, AnyFlow, Allegro and CogVideoX-5B's solver."""
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from diffusers import (
 )
 from policy.test_replay_parity import PROMPTS, adapted
 from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
-from tiny_pipelines.ltx2_cosmos import tiny_cosmos
 
 from pisces_rl.policy import PolicyError, Rollout, VideoPolicy, add_lora, default_lora_config, lora_parameters
 from pisces_rl.policy.schedule.scheduler import training_scheduler
@@ -116,7 +115,7 @@ def test_edm_schedules_get_the_ancestral_kernel():
 
 def test_the_last_step_of_cosmos_as_it_ships_moves_nothing():
     """Its last two sigmas are equal (final_sigmas_type="sigma_min"): the step before the last ends the sampling."""
-    pipe = quiet(tiny_cosmos(final_sigmas_type="sigma_min"))
+    pipe = quiet(BUILD["cosmos"](scheduler={"final_sigmas_type": "sigma_min"}))
     add_lora({"transformer": pipe.transformer}, default_lora_config(4))
     policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["cosmos"])
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1, 2])
