@@ -271,13 +271,40 @@ def test_an_earlier_run_in_the_same_folder_is_set_aside(tmp_path):
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "guard", "longcat"])
-def test_step_weightings_train(tmp_path, kind):
-    made = trainer(tmp_path / kind, alive=True, step_weighting=kind, num_iterations=2, max_steps=2)
-    before = weights(made)
+class WeightedByHand(TrainerCallback):
+    """The gradient of the second optimizer step on a rollout, where the ratio is not 1, in one graph."""
+
+    trainer = gradient = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made, rollout, steps, total = self.trainer, self.trainer.scored.samples, [], 0.0
+        made.policy.replay(rollout, range(len(rollout)), steps.append)
+        for k, step in enumerate(steps):
+            log_ratio, weight = step.log_prob - rollout.log_probs[:, k], step.std / step.gain
+            if args.step_weighting == "guard":
+                moved = (step.mean - rollout.mean_rows(step.index, step.rows)).square().flatten(1).mean(1)
+                log_ratio, weight = step.std * (log_ratio + moved / (2 * step.std**2)), 1 / step.step_size
+            total = total - (weight * made.scored.advantages * log_ratio.exp()).sum()
+        gradient = torch.autograd.grad(total / (len(rollout) * len(steps)), list(made.adapter.values()))
+        self.gradient = dict(zip(made.adapter, gradient))
+
+
+@pytest.mark.parametrize("kind", ["guard", "longcat"])
+def test_step_weightings_after_the_first_step(tmp_path, kind):
+    by_hand, gradients = WeightedByHand(), Gradients()
+    by_hand.trainer = made = trainer(
+        tmp_path / kind,
+        alive=True,
+        step_weighting=kind,
+        num_iterations=2,
+        max_steps=2,
+        max_grad_norm=0.0,
+        callbacks=[gradients, by_hand],
+    )
     made.train()
-    assert largest_difference(before, weights(made)) > 0
-    assert all(p.isfinite().all() for p in made.adapter.values())
+    for name, expected in by_hand.gradient.items():
+        scale = float(expected.abs().max())
+        assert scale > 0 and float((gradients.steps[1][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
 
 
 def test_step_weightings_differ(tmp_path):
@@ -349,18 +376,45 @@ def test_prompt_statistics_replace_the_groups(tmp_path):
     assert abs(float(made.scored.advantages.mean())) > 1e-4  # not centred on the group
 
 
-def test_two_rewards_normalised_each(tmp_path):
-    def tiny(prompts, videos, **columns):
-        return 1e-2 * brightness(prompts, videos)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale_rewards": "group"},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "none", "advantage_clip": 1e6},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_advantages_follow_the_settings(tmp_path, settings):
+    """Two weighted rewards of very different size and two groups, against the formulas written out."""
+    given = {}
 
-    for kind in ("sum_then_normalize", "normalize_then_sum"):
-        made = trainer(
-            tmp_path / kind, [tiny, redness], reward_weights=[1.0, 0.5], max_steps=1, multi_objective_aggregation=kind
-        )
-        made.train()
-        row = made.state.log_history[0]
-        assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/redness/mean"], rel=1e-5)
-        assert made.scored.advantages.abs().max() > 0.1
+    def tiny(prompts, videos, **columns):
+        given["tiny"] = 1e-2 * brightness(prompts, videos)
+        return given["tiny"]
+
+    def red(prompts, videos, **columns):
+        given["red"] = torch.tensor(redness(prompts, videos), dtype=torch.float64)
+        return given["red"]
+
+    made = trainer(
+        tmp_path, [tiny, red], reward_weights=[1.0, 0.5], max_steps=1, per_device_train_batch_size=8, **settings
+    )
+    made.train()
+    row = made.state.log_history[0]
+    assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/red/mean"], rel=1e-5)
+    each, weights = torch.stack([given["tiny"], given["red"]], 1).view(2, 4, 2), torch.tensor([1.0, 0.5])
+    total = (each * weights).sum(2)
+    centred = total - total.mean(1, keepdim=True)
+    normalised = ((each - each.mean(1, keepdim=True)) / (each.std(1, keepdim=True) + 1e-4) * weights).sum(2)
+    expected = {
+        "group": centred / (total.std(1, keepdim=True) + 1e-4),
+        "batch": centred / (total.std() + 1e-4),
+        "none": centred,
+        "normalize_then_sum": normalised / (normalised.std() + 1e-4),
+    }[next(iter(settings.values()))]
+    torch.testing.assert_close(made.scored.advantages, expected.flatten().float(), rtol=1e-4, atol=1e-5)
 
 
 def test_advantages_are_clamped(tmp_path):
@@ -476,12 +530,15 @@ def test_judges_never_influence_training(tmp_path):
     assert not any("judges" in key for row in made.state.log_history if "reward" in row for key in row)
 
 
-def test_training_twice_goes_on(tmp_path):
-    """A second train() starts a new schedule from the trained weights; no rollout of the first is used again."""
-    made = trainer(tmp_path, max_steps=1, num_iterations=2)
-    made.train()
-    made.train()
-    assert made.state.global_step == 1 and all(p.isfinite().all() for p in made.adapter.values())
+def test_a_second_train_draws_a_new_rollout(tmp_path):
+    """It starts a new schedule from the trained weights, even if the first train() left a rollout half used."""
+    made, rollouts = trainer(tmp_path, max_steps=1, num_iterations=2), []
+    for _ in range(2):
+        before = weights(made)
+        made.train()
+        rollouts.append(set(made.scored.samples.noise_seeds))
+        assert made.state.global_step == 1 and largest_difference(before, weights(made)) > 0
+    assert not rollouts[0] & rollouts[1]
 
 
 # --- the average of the adapter --------------------------------------------------------------------------------------
