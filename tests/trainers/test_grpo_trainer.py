@@ -174,6 +174,15 @@ def test_a_second_iteration_has_another_ratio_and_clips(tmp_path):
     assert len(logged(made, "reward")) == 2  # one rollout for two optimizer steps
 
 
+def test_the_clip_range_has_two_sides(tmp_path):
+    made = VideoGRPOTrainer.__new__(VideoGRPOTrainer)  # it needs only its settings
+    made.args = config(tmp_path, epsilon=0.1, epsilon_high=0.3)
+    ratio, advantage = torch.tensor([0.5, 0.8, 1.2, 1.5]), torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    loss, low, high = made.policy_loss(None, ratio.log(), advantage, None)
+    torch.testing.assert_close(loss, torch.tensor([0.9, 0.9, -1.2, -1.3]))
+    assert (float(low), float(high)) == (0.5, 0.25)
+
+
 def test_more_micro_batches_than_accumulation_steps(tmp_path):
     """A rollout of 8 videos, 4 micro-batches of 2, an optimizer step every 2: two steps a rollout."""
     gradients = Gradients()
@@ -363,17 +372,36 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
 
 
 def test_prompt_statistics_replace_the_groups(tmp_path):
+    """The last 6 rewards of each prompt, of this rollout and the one before, give its mean and standard deviation."""
+    rewards, advantages = [], []
+
+    def kept(prompts, videos, **columns):
+        rewards.append(brightness(prompts, videos))
+        return rewards[-1]
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            advantages.append(made.scored.advantages)
+
     made = trainer(
         tmp_path,
-        data=prompts(1),
+        kept,
+        data=prompts(2),
+        per_device_train_batch_size=8,
+        shuffle_dataset=False,
         per_prompt_stat_tracking=True,
         per_prompt_stat_tracking_buffer_size=6,
-        per_prompt_stat_tracking_min_count=2,
+        per_prompt_stat_tracking_min_count=4,
         max_steps=2,
+        callbacks=[Keep()],
     )
     made.train()
-    assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6}
-    assert abs(float(made.scored.advantages.mean())) > 1e-4  # not centred on the group
+    assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6, "clip 1": 6}
+    seen = torch.stack(rewards).view(2, 2, 4)  # rollout, prompt, video
+    for rollout, found in enumerate(advantages):
+        last = seen[: rollout + 1].transpose(0, 1).flatten(1)[:, -6:]
+        expected = (seen[rollout] - last.mean(1, keepdim=True)) / (last.std(1, correction=0, keepdim=True) + 1e-4)
+        torch.testing.assert_close(found, expected.flatten().float(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
