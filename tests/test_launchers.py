@@ -93,7 +93,7 @@ def test_deepspeed_reaches_the_processes(stage):
     assert {env[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] for what in ("PARAM", "OPTIMIZER")} == {"none"}
 
 
-def test_two_nodes_is_started_once_on_each():
+def test_a_two_node_launch_starts_once_per_node():
     first = read("two_nodes", "--main_process_ip", "10.0.0.1")
     second = read("two_nodes", "--main_process_ip", "10.0.0.1", "--machine_rank", "1")
     assert (first.machine_rank, second.machine_rank) == (0, 1)

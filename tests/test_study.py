@@ -51,7 +51,7 @@ def test_a_record_of_other_settings_is_not_taken_for_this_run(study, tmp_path):
         record([])
 
 
-def test_a_cell_without_its_map_says_which_command_fits_it(study, tmp_path, monkeypatch):
+def test_a_cell_without_its_map_names_the_command_that_fits_it(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="maps.py --only neural"):
         study("run").begin("map_neural", 0, tmp_path, [])

@@ -320,7 +320,7 @@ def test_images_are_not_known(family):
         peaks(family)
 
 
-def test_no_blocks_no_compilation():
+def test_a_model_without_blocks_is_not_compiled():
     with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
         peaks("t2v_sd", torch_compile=True)
 

@@ -107,7 +107,7 @@ def test_warnings_point_at_the_caller(inputs, solve):
     assert caught[0].filename == __file__
 
 
-def test_the_published_iteration_says_how_far_it_came(inputs):
+def test_the_published_iteration_reports_its_convergence(inputs):
     done = pisces_plan(inputs[0], mass=0.9, reg=0.05)
     assert (done.change < 1e-3).all() and (done.iterations < 200).all() and done.plan.shape == inputs[0].shape
     short = pisces_plan(inputs[0], mass=0.9, reg=0.05, max_iterations=2, tolerance=1e-9)

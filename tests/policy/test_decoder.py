@@ -51,7 +51,7 @@ def test_chunks_change_nothing(family, frames):
     torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
 
 
-def test_chunks_are_as_long_as_asked_and_only_without_gradients():
+def test_chunks_have_the_set_length_and_only_without_gradients():
     policy = VideoPolicy(
         quiet(BUILD["wan"]()),
         num_inference_steps=2,
@@ -108,7 +108,7 @@ def test_tiles_are_switched_on():
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "mochi", "latte", "ltx_i2v", "cogvideox_i2v"])
-def test_the_vae_has_a_dtype_of_its_own(family):
+def test_the_vae_may_have_another_dtype(family):
     """Also where the pipeline hands it latents or images of the denoiser's dtype."""
     policy, half = sampled(family, vae_dtype="bfloat16")
     assert policy.pipeline.vae.dtype == torch.bfloat16 and policy.denoiser[next(iter(policy.denoiser))].dtype == (
@@ -148,7 +148,7 @@ def test_the_pipeline_is_as_it_was_after_a_sample():
         ),
     ],
 )
-def test_what_cannot_be_is_said(family, settings, message):
+def test_impossible_requests_are_refused(family, settings, message):
     with pytest.raises(PolicyError, match=message):
         VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)
 

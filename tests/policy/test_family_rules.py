@@ -62,7 +62,7 @@ def test_the_audio_of_ltx2_is_reproduced_with_the_video(guided):
     assert min(errors) > 1e-4, "the audio plays no part in the video's log-probs, so this test shows nothing"
 
 
-def test_an_audio_that_is_not_reproduced_is_refused():
+def test_audio_that_is_not_reproduced_is_refused():
     policy = policy_of("ltx2")
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1], output_type="latent")
     rollout.followed[1, 0] += 1
@@ -97,7 +97,7 @@ def test_text_outputs_of_the_last_block_are_not_adapted():
     assert {n.split("transformer_blocks.")[1][0] for n in names if "add_k_proj" in n} == {"0", "1"}
 
 
-def test_latte_s_prompts_of_different_lengths_are_refused():
+def test_latte_refuses_prompts_of_different_lengths():
     """Alone a prompt is cut to its length; in a batch it is padded, and nothing masks the padding."""
     call = CALLS["latte"] | {"mask_feature": True}
     policy = VideoPolicy(adapted("latte"), num_inference_steps=4, pipeline_kwargs=call)
@@ -138,7 +138,7 @@ def test_cosmos2_is_refused():
         policy.sample(["a"], noise_seeds=[0])
 
 
-def test_anyflow_s_scheduler_is_refused():
+def test_the_anyflow_scheduler_is_refused():
     with pytest.raises(PolicyError, match="no transition fits it"):
         training_scheduler(FlowMapEulerDiscreteScheduler())
 
@@ -159,7 +159,7 @@ def test_solvers_that_ship_keep_their_schedule():
     assert ours.timesteps.tolist() == allegro.timesteps.tolist()
 
 
-def test_a_checkpointed_decoder_with_a_cache_is_whole_afterwards():
+def test_a_checkpointed_decoder_leaves_no_cache_behind():
     """EasyAnimate's decoder keeps frames between its parts: a checkpoint that stops early would leave some behind."""
     policy = policy_of("easyanimate", num_inference_steps=3)
     before = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos

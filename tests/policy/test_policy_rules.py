@@ -183,7 +183,7 @@ def test_latents_rounded_by_the_pipeline_are_scored_as_rounded():
     assert max(found) == 0
 
 
-def test_prompts_are_encoded_once_and_alone(wan):
+def test_each_prompt_is_encoded_once_outside_a_batch(wan):
     p = policy(wan)
     calls = []
     original = p.prompt_memo.encode_prompt
@@ -218,7 +218,7 @@ class Unguided(ClassifierFreeGuidance):
         self._internal_dict = {"start": start}
 
 
-def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
+def test_the_guidance_scale_of_the_call_overrides_the_guiders():
     pipe = quiet(BUILD["hunyuan15"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["hunyuan15"])
     own, six, one = (
@@ -233,7 +233,7 @@ def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
         one.sample(["a"], noise_seeds=[0])
 
 
-def test_text_of_another_length_beside_it_changes_nothing():
+def test_a_batch_mate_with_longer_text_changes_nothing():
     """Kandinsky 5 takes no text mask, so padding would be read; each row gets the text of its own length."""
     pipe = quiet(BUILD["kandinsky5"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])

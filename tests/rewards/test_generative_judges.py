@@ -283,7 +283,7 @@ def test_published_folders_are_loaded_in_either_layout(tmp_path, flat, tied):
     ("name", "size"),
     [("video_score2", r"VideoScore2 \(Qwen2.5-VL-7B"), ("unified_reward", r"UnifiedReward 2.0 \(Qwen2.5-VL-7B")],
 )
-def test_what_is_not_here_is_said(tmp_path, name, size):
+def test_missing_weights_are_reported(tmp_path, name, size):
     config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"is another 'qwen2_5_vl': .* that of {size}"):
         load_reward(name, model=tmp_path, template=TEMPLATES[name])

@@ -199,7 +199,7 @@ def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
         ask(endpoint.reward())
 
 
-def test_it_runs_beside_synchronous_rewards(local):
+def test_it_runs_together_with_synchronous_rewards(local):
     with Endpoint(local) as endpoint:
 
         def waits(prompts):

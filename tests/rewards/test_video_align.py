@@ -188,7 +188,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
         load_video_align(tmp_path, config(), torch.float32)
 
 
-def test_what_is_not_here_is_said_with_the_command(tmp_path, monkeypatch):
+def test_missing_weights_are_reported_with_the_command_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="template: there is no .*none.py; .* `curl --create-dirs -o .*prompt_template.py`"
     ):

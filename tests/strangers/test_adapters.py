@@ -231,7 +231,7 @@ def test_two_trainers_on_one_pipeline(settings, tmp_path, fresh_run):
 # --- options of peft ---
 
 
-def test_every_option_of_peft_was_decided_about():
+def test_every_peft_option_is_either_supported_or_refused():
     """A new peft brings a new option: it is refused until it stands in lora_options.py."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert fields == KEPT | NOTES | REFUSED.keys()

@@ -47,7 +47,7 @@ def test_equal_rewards_have_no_advantage(value, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_equal_rewards_beside_a_group_that_differs(mode):
+def test_equal_rewards_next_to_a_group_that_differs(mode):
     """Also where the whole batch is normalised, and with a second reward and its weight."""
     generator = torch.Generator().manual_seed(0)
     values = torch.stack([torch.full((24,), 123.456), torch.full((24,), 0.7)], 1)
@@ -57,7 +57,7 @@ def test_equal_rewards_beside_a_group_that_differs(mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_rounding_is_no_signal(mode):
+def test_rounding_differences_give_no_advantage(mode):
     """A mean over pixels differs in its last bits with the place in a batch; 1e6 leaves .06 between neighbours."""
     for value in (123.456, -0.3, 1e6):
         up = torch.nextafter(torch.tensor(value), torch.tensor(math.inf))

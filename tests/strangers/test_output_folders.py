@@ -324,7 +324,7 @@ def test_checkpoints_alone_were_copied_to_another_machine(best_is_first, tmp_pat
     made.save_model()
 
 
-def test_a_run_that_goes_on_from_where_it_was_moved_knows_its_best(best_is_first, tmp_path):
+def test_a_moved_run_resumes_with_its_best_checkpoint(best_is_first, tmp_path):
     """Resumed from earlier-1/checkpoint-2: the best is the checkpoint beside it."""
     shutil.copytree(best_is_first, tmp_path / "run" / "earlier-1")
     state = tmp_path / "run" / "earlier-1" / "checkpoint-2" / "trainer_state.json"
@@ -377,7 +377,7 @@ def between_disks(*paths, **kwargs):
 
 
 @pytest.mark.parametrize("disk", ["same", "another"])
-def test_samples_lie_on_a_larger_disk(disk, tmp_path, monkeypatch):
+def test_a_samples_folder_linked_to_another_disk(disk, tmp_path, monkeypatch):
     """output_dir/samples is a link: the link stays, and what a run wrote behind it moves."""
     larger, run = tmp_path / "larger", tmp_path / "run"
     larger.mkdir()
@@ -447,7 +447,7 @@ def test_the_card_shows_no_clips_of_another_evaluation(tmp_path):
         ("checkpoint-77", False),
     ],
 )
-def test_to_continue_from_what_the_run_will_move(inside, moves, tmp_path):
+def test_continuing_from_a_file_the_run_would_move(inside, moves, tmp_path):
     """Refused where the folder's list says that a run wrote it; a user's own start may lie there."""
     files_of_a_run(
         tmp_path,
@@ -509,7 +509,7 @@ def test_two_machines_that_both_save(tmp_path):
     assert [process.stdout.count("holds an earlier run") for process in done] == [1, 0]
 
 
-def test_a_list_that_was_written_by_others_moves_nothing_outside(tmp_path):
+def test_a_foreign_file_list_moves_nothing_outside_the_folder(tmp_path):
     """run_files.json comes with a downloaded folder: an entry that leads out of it is no file of the run."""
     folder = tmp_path / "run"
     folder.mkdir()

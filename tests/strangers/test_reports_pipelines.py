@@ -82,7 +82,7 @@ def test_offloading_in_groups(tmp_path):
     refused(tmp_path, pipe, "transformer is offloaded in groups")
 
 
-def test_our_own_offloading_may_come_again(tmp_path):
+def test_our_offloading_may_be_applied_again(tmp_path):
     """The refusals do not meet what the trainer itself does: a pipeline serves a second one."""
     pipe = pipeline()
     trainer(tmp_path, model=pipe, offload=["text_encoder", "vae"])

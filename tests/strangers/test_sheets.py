@@ -55,7 +55,7 @@ def test_the_time_of_a_long_caption(tmp_path, videos, unit):
     assert height < 128 + 20 * (captions.MAX_LINES + 3)
 
 
-def test_a_caption_that_is_cut_is_beside_the_picture(tmp_path, videos):
+def test_a_cut_caption_is_written_to_a_file_next_to_the_picture(tmp_path, videos):
     """Twelve lines, an ellipsis, and the whole text in a file."""
     text = " ".join(f"word{i}" for i in range(2000))
     path = media.contact_sheet(videos.repeat(2, 1, 1, 1, 1), ["short", text], tmp_path / "sheet.png")

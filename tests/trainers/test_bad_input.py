@@ -242,7 +242,7 @@ def test_a_failing_reward_stops_before_it_is_learned_from(tmp_path, after_one_st
     assert all(p.isfinite().all() for p in made.adapter.values())
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_failure(tmp_path):
+def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path):
     made = trainer(tmp_path, FailsLater(RuntimeError("no server")), max_steps=3, save_strategy="steps", save_steps=1)
     with pytest.raises(RewardError):
         made.train()

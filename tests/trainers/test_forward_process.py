@@ -363,7 +363,7 @@ def test_some_levels_of_another_schedule(tmp_path):
     assert all(len(levels) == 2 and levels[-1] < 8 for levels in trained) and len({*map(tuple, trained)}) > 1
 
 
-def test_awm_asks_the_old_policy_once_it_is_another(tmp_path):
+def test_awm_evaluates_the_old_policy_only_after_an_update(tmp_path):
     """Before the first optimizer step on a rollout it is the trained one: a ratio of exactly 1, at no cost."""
     made = trainer(tmp_path, method="awm", alive=True, num_iterations=2, max_steps=4, average_weight=0.0)
     asked, predict = [], made.policy.predict

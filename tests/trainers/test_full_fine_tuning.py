@@ -127,7 +127,7 @@ def test_one_expert_of_wan22_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_rewards_are_backpropagated_beside_consistency_distillation(tmp_path):
+def test_rewards_are_backpropagated_together_with_consistency_distillation(tmp_path):
     """The other trainer, whose auxiliary loss takes the copy of the initial weights as its teacher."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3}
     made = RewardBackpropTrainer(
@@ -214,7 +214,7 @@ def test_nft_has_an_old_policy_and_a_reference(tmp_path):
     assert distance[0] == 0 and distance[-1] > 0
 
 
-def test_no_copy_is_kept_that_nobody_asks_for(tmp_path):
+def test_no_unneeded_copy_of_the_weights_is_kept(tmp_path):
     made = full(tmp_path)
     assert made.initial.values is None
     with pytest.raises(RuntimeError, match="no copy of the initial weights was kept"):

@@ -57,7 +57,7 @@ class ByHand(TrainerCallback):
     ],
     ids=["whole", "2x4", "4x2", "rollout-in-parts"],
 )
-def test_gradient_is_that_of_the_whole_batch_in_one_graph(tmp_path, settings):
+def test_gradient_equals_that_of_the_whole_batch_in_one_graph(tmp_path, settings):
     def not_all(prompts, videos, **columns):
         """Rows without a reward have advantage 0: they are skipped, and still count in the mean."""
         return [None if i in (1, 2, 6) else v for i, v in enumerate(brightness(prompts, videos).tolist())]
@@ -127,7 +127,7 @@ def test_one_config_serves_two_trainers(tmp_path):
     assert args.eval_on_start is True and args.gradient_checkpointing is True
 
 
-def test_the_window_is_what_trains(tmp_path):
+def test_only_the_window_is_trained(tmp_path):
     made = trainer(tmp_path, max_steps=3, num_inference_steps=5, sde_window_size=2, sde_window_range=[1, 4])
     made.train()
     for row in made.state.log_history[:3]:

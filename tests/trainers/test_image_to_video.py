@@ -65,7 +65,7 @@ def ti2v():
     )
 
 
-def test_the_frame_that_is_given_teaches_nothing(tmp_path):
+def test_the_given_frame_adds_no_gradient(tmp_path):
     """Neither its prediction nor its target is in the loss: what they are changes no gradient."""
     settings = {
         "per_device_train_batch_size": 2,

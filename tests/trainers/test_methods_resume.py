@@ -72,7 +72,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, method, stop, settings):
         assert logged(whole, name) == logged(resumed, name), name
 
 
-def test_averages_are_saved_apart(tmp_path):
+def test_averages_are_saved_separately(tmp_path):
     """The adapter's file holds ema_decay's average; the trained weights and the old policy come from elsewhere."""
     settings = {"method": "nft", "old_decay_rate": 0.2, "ema_decay": 0.9, "max_steps": 3}
     made = trainer(tmp_path, callbacks=[StopAt(3)], **settings)

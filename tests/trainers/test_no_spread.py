@@ -70,7 +70,7 @@ def told_once(made, phrase: str) -> str:
 
 
 @pytest.mark.parametrize("method", OFTEN)
-def test_it_is_said_once_of_which_prompts(tmp_path, method):
+def test_the_warning_names_the_prompts_once(tmp_path, method):
     """Two of three groups; the next rollout says nothing more of it."""
 
     def of_clip_0(prompts, videos, **columns):
