@@ -110,7 +110,7 @@ def sources() -> list[Path]:
 
 
 def tracked_files() -> list[Path]:
-    """Files that git tracks or would; the whole tree where there is no repository."""
+    """Files that git tracks or would track; the whole tree if there is no repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -171,7 +171,7 @@ def test_only_commands_evaluation_and_tests_import_shapemotion():
 
 
 def opened_without_encoding(path: Path) -> list[int]:
-    """Lines of a source file that read or write text in whatever encoding the user's locale has."""
+    """Lines of a source file that read or write text in the encoding of the user's locale."""
     lines = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):

@@ -86,7 +86,7 @@ def test_fsdp2_reaches_the_processes():
 def test_deepspeed_reaches_the_processes(stage):
     """`tests/distributed/test_deepspeed.py` trains by these files."""
     args = read(f"deepspeed_zero{stage}")
-    args.deepspeed_fields_from_accelerate_config = ""  # which `accelerate launch` fills in beside
+    args.deepspeed_fields_from_accelerate_config = ""  # `accelerate launch` sets this, too
     _, env = prepare_deepspeed_cmd_env(args)
     assert env["ACCELERATE_USE_DEEPSPEED"] == "true" and env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
     assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false" and env["ACCELERATE_MIXED_PRECISION"] == "no"

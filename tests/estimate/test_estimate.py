@@ -174,7 +174,7 @@ def test_weights_and_states_are_exact():
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
-    """The denoiser's weights are in fp32, whatever they were loaded in; there is no adapter."""
+    """The denoiser's weights are in fp32 whichever dtype they were loaded in; there is no adapter."""
     pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]()).to(dtype)
     args = config(sde_window_size=1, bf16=dtype == torch.bfloat16, ema_decay=0.9, **WAN | {"guidance_scale": 1.0})
     estimate = estimate_memory(pipeline, args, "full")

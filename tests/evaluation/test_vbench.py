@@ -298,7 +298,7 @@ def videos_of(results: dict[str, list], folder: str = "out/videos") -> list[dict
 
 
 def result_files(folder: Path, scores: dict, results: dict | None = None) -> Path:
-    """One file a dimension, in folders, as `vbench evaluate` leaves them, with the suite beside it."""
+    """Write one file per dimension, in folders, as `vbench evaluate` does, with the suite next to it."""
     for dimension, score in scores.items():
         place = folder / dimension
         place.mkdir(parents=True)

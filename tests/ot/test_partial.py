@@ -75,7 +75,7 @@ def test_random_partial_problems_are_pots(n, m, mass, seed):
 
 @pytest.mark.parametrize("reference", ["product", "uniform"])
 def test_all_of_the_mass_is_solved_as_the_balanced_problem(inputs, reference):
-    """Its block ascent would take thousands of iterations; beside it a problem of less mass keeps its own."""
+    """Its block ascent would take thousands of iterations; a batch-mate with less mass keeps its own number."""
     cost, a, b = inputs
     mass = torch.tensor([1.0, 0.6], dtype=torch.float64)
     both = partial_transport_plan(cost, a, b, mass=mass, reg=0.05, reference=reference, tolerance=1e-9)

@@ -1,4 +1,4 @@
-"""How the VAE decodes: slices change nothing, its dtype is its own, and what it cannot do is said."""
+"""How the VAE decodes: slices change nothing, its dtype may differ, and what it cannot do is refused."""
 
 import functools
 
@@ -109,7 +109,7 @@ def test_tiles_are_switched_on():
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "mochi", "latte", "ltx_i2v", "cogvideox_i2v"])
 def test_the_vae_may_have_another_dtype(family):
-    """Also where the pipeline hands it latents or images of the denoiser's dtype."""
+    """Also if the pipeline passes it latents or images in the denoiser's dtype."""
     policy, half = sampled(family, vae_dtype="bfloat16")
     assert policy.pipeline.vae.dtype == torch.bfloat16 and policy.denoiser[next(iter(policy.denoiser))].dtype == (
         torch.float32

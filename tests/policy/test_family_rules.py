@@ -25,7 +25,7 @@ def policy_of(family: str, guided: bool = True, **settings) -> VideoPolicy:
 
 
 def inputs_of(denoiser, run) -> list[dict]:
-    """Keyword tensors of each call of a denoiser's first block while `run` goes."""
+    """Return the keyword tensors of each call of the denoiser's first block during `run`."""
     seen = []
     block = denoiser.transformer_blocks[0]
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -36,7 +36,7 @@ def inputs_of(denoiser, run) -> list[dict]:
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_audio_of_ltx2_is_reproduced_with_the_video(guided):
-    """A window in the middle: the steps before it are skipped, and yet the denoiser sees the audio of the rollout."""
+    """A window in the middle: replay skips the steps before it, but the denoiser sees the audio of the rollout."""
     policy = policy_of("ltx2", guided, num_inference_steps=5)
     denoiser = policy.denoiser["transformer"]
     found = []
@@ -98,7 +98,7 @@ def test_text_outputs_of_the_last_block_are_not_adapted():
 
 
 def test_latte_refuses_prompts_of_different_lengths():
-    """Alone a prompt is cut to its length; in a batch it is padded, and nothing masks the padding."""
+    """A single prompt is cut to its length; in a batch it is padded, and nothing masks the padding."""
     call = CALLS["latte"] | {"mask_feature": True}
     policy = VideoPolicy(adapted("latte"), num_inference_steps=4, pipeline_kwargs=call)
     with pytest.raises(PolicyError, match="depend on the other prompts.*mask_feature=False"):
@@ -160,7 +160,7 @@ def test_solvers_that_ship_keep_their_schedule():
 
 
 def test_a_checkpointed_decoder_leaves_no_cache_behind():
-    """EasyAnimate's decoder keeps frames between its parts: a checkpoint that stops early would leave some behind."""
+    """EasyAnimate's decoder caches frames between its parts: a checkpoint that stops early would leave some behind."""
     policy = policy_of("easyanimate", num_inference_steps=3)
     before = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
     videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], checkpoint_decoder=True)

@@ -297,7 +297,7 @@ def test_the_gradient_is_near_that_of_unquantised_weights():
 
 
 def test_which_layers_and_how_much_memory():
-    """The frozen projections of attention and feed-forward, one byte a weight; a LoRA beside stays fp32."""
+    """The frozen projections of attention and feed-forward, one byte per weight; the LoRA stays fp32."""
     policy, parameters = quantised_policy()
     block = policy.denoiser["transformer"].blocks[0]
     layers = [name for name, module in block.named_modules() if isinstance(module, FP8Linear)]

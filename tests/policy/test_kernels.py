@@ -103,7 +103,7 @@ def test_the_operators_pass_opcheck():
 
 @pytest.mark.parametrize("change", [None, "a timestep a token", "trained norm", "trained modulation", "no norm"])
 def test_a_block_equals_diffusers(change):
-    """In fewer passes where it may, and in diffusers' own way where not, with all its gradients."""
+    """In fewer passes if the block allows it, else as diffusers does, with all gradients."""
     torch.manual_seed(0)
     block = WanTransformerBlock(16, 32, 2, cross_attn_norm=change != "no norm").requires_grad_(False)
     x, text = draw(2, 5, 16, dtype=torch.float32).requires_grad_(), draw(2, 3, 16, dtype=torch.float32)

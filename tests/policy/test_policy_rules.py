@@ -234,7 +234,7 @@ def test_the_guidance_scale_of_the_call_overrides_the_guiders():
 
 
 def test_a_batch_mate_with_longer_text_changes_nothing():
-    """Kandinsky 5 takes no text mask, so padding would be read; each row gets the text of its own length."""
+    """Kandinsky 5 takes no text mask, so it would read padding; each row gets unpadded text."""
     pipe = quiet(BUILD["kandinsky5"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
     prompts = ["a bird in the snow", "a", "a fish", "b"]

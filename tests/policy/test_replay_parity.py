@@ -267,7 +267,7 @@ def test_a_replay_of_other_states_is_detected():
     policy.replay(rollout, [1], lambda s: None, wait=False)
     with pytest.raises(PolicyError, match="at step 0"):
         policy.check_replays()
-    policy.check_replays()  # each is told once
+    policy.check_replays()  # each is reported once
 
 
 def test_an_exception_in_the_visitor_leaves_the_pipeline_usable():

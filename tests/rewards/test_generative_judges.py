@@ -71,7 +71,7 @@ def taught(request):
 
 @pytest.mark.parametrize("size", FILES)
 def test_names_and_shapes_are_the_published_ones(size):
-    """The size of the published index tells which layout its names have, and that the 3B's has no head of words."""
+    """The size of the published index shows the layout of its names, and that the 3B model's has no word head."""
     shapes = official_shapes(full_config(size), flat=True)
     if size == "7B":
         assert {name: shapes[name] for name in PUBLISHED} == PUBLISHED

@@ -494,7 +494,7 @@ def serve(local, tmp_path_factory):
 
 
 def test_transformers_serve(serve, local, monkeypatch):
-    """It reads image data URLs; its answers are the model's greedy ones. What it lacks is said before a run."""
+    """It reads image data URLs and answers greedily. Missing features are reported before a run."""
     monkeypatch.setattr(retrying_client, "LONGEST_WAIT", 0.5)  # uvicorn closes a connection shortly after a status 500
     expected = []
     for prompt, clip in zip(PROMPTS, spread_frames(VIDEOS, 4)):

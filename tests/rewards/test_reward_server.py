@@ -1,4 +1,4 @@
-"""Rewards over HTTP: the same numbers as inside, to the bit; and whatever fails is tried again or ends the run."""
+"""Rewards over HTTP: the same numbers as in the process, to the bit; a failure is retried or ends the run."""
 
 import asyncio
 import base64
@@ -83,7 +83,7 @@ placed = Placed()
 
 
 class Serving:
-    """A real server, in a process of its own."""
+    """A real server in a separate process."""
 
     def __init__(self, folder: Path, *options: str, port: int = 0, token: str | None = TOKEN):
         self.file, self.folder = folder / "rewards_of_server.py", folder
@@ -402,7 +402,7 @@ def test_an_error_fails_without_a_retry(deed, why):
 
 
 def test_a_busy_server_is_retried_until_the_time_limit():
-    """Its Retry-After says that it lives: such tries are not among `retries`, until `time_limit` is over."""
+    """Its Retry-After shows that it is alive: such tries do not count as `retries`; `time_limit` ends them."""
     busy = status(503, Retry_After="0")
     with Faulty(*[busy] * 3) as faulty:
         ask(RemoteReward(faulty.url, "bright", retries=0))

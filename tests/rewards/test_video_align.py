@@ -46,7 +46,7 @@ def reward(**options) -> VideoAlign:
 
 
 def test_names_and_shapes_are_the_published_ones():
-    """The published file holds bf16 and, beside these, a word head as large as the embedding: its size tells."""
+    """The published file holds bf16 weights and a word head as large as the embedding, as its size shows."""
     shapes = official_shapes(full_config("2B", 151660))
     assert {name: shapes[name] for name in PUBLISHED} == PUBLISHED
     expected = 2 * (sum(map(math.prod, shapes.values())) + 151660 * 1536)

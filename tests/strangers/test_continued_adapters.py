@@ -53,7 +53,7 @@ def continued(folder, start, *, model=None, peft_config=None, callbacks=None, **
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of ours with one adapter of Wan. Nobody changes it."""
+    """A folder with one adapter of Wan. Read-only: tests share it."""
     folder = tmp_path_factory.mktemp("saved")
     save_lora(adapted(), folder)
     return folder
@@ -318,7 +318,7 @@ def of_a_newer_peft(tensors, options):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_files_of_other_kinds(change, message, tmp_path):
-    """Refused before a model is loaded: there is none by that name."""
+    """Refused before a model is loaded: no adapter has that name."""
     start = rewritten(tmp_path / "start", change)
     with pytest.raises(ValueError, match=f"continue_from='{start}'.*{message}"):
         continued(tmp_path / "run", start, model="no/such-model")

@@ -1,4 +1,4 @@
-"""Rewards that tell nothing: equal within a group, equal but for rounding, far from zero, missing.
+"""Rewards without information: equal within a group, equal but for rounding, far from zero, missing.
 
 Such cases come from runs whose reward saturates: binary rewards, verifiers that everything passes, scores with a large
 offset. A group of equal rewards must not move a weight.
@@ -120,7 +120,7 @@ def test_weights_do_not_move(tmp_path):
     [{"scale_rewards": "batch"}, {"scale_rewards": "none"}, {"multi_objective_aggregation": "normalize_then_sum"}],
 )
 def test_settings_that_running_statistics_would_ignore(tmp_path, setting):
-    """per_prompt_stat_tracking took the prompt's own deviation whatever scale_rewards said."""
+    """per_prompt_stat_tracking used the prompt's own deviation and ignored scale_rewards."""
     (name,) = setting
     with pytest.raises(ValueError, match=f"per_prompt_stat_tracking=True takes .* so {name}=.*; set {name}="):
         config(tmp_path, per_prompt_stat_tracking=True, **setting)

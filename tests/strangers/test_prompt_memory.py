@@ -14,7 +14,7 @@ from pisces_rl.policy.pipeline.prompts import PromptMemo, content_key
 
 
 class Encoder:
-    """An encode_prompt whose embedding (1, 2, 3) tells the prompt and the mean of the image; counts its calls."""
+    """An encode_prompt whose embedding (1, 2, 3) encodes the prompt and the mean of the image; counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -91,7 +91,7 @@ def test_what_is_common_to_a_batch_is_a_copy():
 
 
 def test_pictures_of_a_batch_stay_with_their_prompts():
-    """A list of pictures beside a list of prompts is the pipeline's to match."""
+    """The pipeline matches a list of pictures with a list of prompts."""
     seen = []
 
     def encode_prompt(prompt, image=None):

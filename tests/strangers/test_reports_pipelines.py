@@ -69,7 +69,7 @@ def test_offloading_of_accelerate(tmp_path):
 
 
 def test_sequential_offloading(tmp_path):
-    """kohya sd-scripts #1454 and many more, cannot copy out of meta tensor; no data!: nobody says which, and why."""
+    """kohya sd-scripts #1454 and many more, cannot copy out of meta tensor; no data!, with no hint which, or why."""
     pipe = pipeline()
     cpu_offload(pipe.transformer, torch.device("cpu"))
     refused(tmp_path, pipe, "transformer is offloaded by accelerate")

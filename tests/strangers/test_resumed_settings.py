@@ -1,4 +1,4 @@
-"""A run that is resumed with other settings: what changes acts and is told, or is refused with both values."""
+"""A run resumed with other settings: a change takes effect and is reported, or is refused with both values."""
 
 import pytest
 from trainers.tiny_runs import StopAt, largest_difference, logged, prompts, trainer, weights
@@ -66,7 +66,7 @@ def test_saving_and_logging_follow_the_new_settings(tmp_path):
 
 
 def test_changes_of_an_earlier_resume_stay_in_the_card(tmp_path):
-    """Resumed twice, a run tells both."""
+    """A run that was resumed twice reports both changes."""
     stopped(tmp_path)
     trainer(tmp_path, **LINEAR, learning_rate=4e-3, callbacks=[StopAt(3)]).train(resume_from_checkpoint=True)
     last = trainer(tmp_path, **LINEAR, learning_rate=2e-3)
@@ -83,7 +83,7 @@ def test_another_optimizer_is_refused(tmp_path):
 
 
 def test_a_schedule_that_follows_scores_is_not_replaced(tmp_path):
-    """reduce_lr_on_plateau keeps its rate in a state of its own."""
+    """reduce_lr_on_plateau keeps its rate in a separate state."""
     stopped(tmp_path)
     with pytest.raises(ValueError, match="lr_scheduler_type=.*reduce_lr_on_plateau.*was saved with 'linear'"):
         trainer(

@@ -40,7 +40,7 @@ def two(prompts, videos):
 
 
 class Scorer(nn.Module):
-    """A scoring network whose dropout is on until somebody says eval()."""
+    """A scoring network whose dropout is on until eval() is called."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def awaited(func):
 
 
 def clip(videos, texts):
-    """A scorer with arguments of its own, which the rewards below call."""
+    """A scorer with its own arguments, which the rewards below call."""
     return [float(video.mean()) * len(text) for video, text in zip(videos, texts)]
 
 
@@ -240,7 +240,7 @@ def test_what_is_set_on_a_wrapper_counts(wrap):
 
 
 def test_a_wrapper_is_put_into_evaluation_mode():
-    """One with layers of its own was left in training mode, since only what it wraps was switched."""
+    """A wrapper with its own layers stayed in training mode, since only what it wraps was switched."""
     wrapper = Wrapper(Scripted())
     wrapper.dropout = nn.Dropout(0.5)
     RewardPanel([wrapper, wrapped_properly(scorer := Scorer())])
@@ -564,7 +564,7 @@ def test_a_reward_that_fails_while_an_async_one_runs():
     assert ask([later, two]).values[:, 1].tolist() == MEAN.tolist()
 
 
-# --- beside the rollout ----------------------------------------------------------------------------------------------
+# --- overlapping with the rollout ------------------------------------------------------------------------------------
 
 
 def settings_of_a_call() -> tuple[list[dict], list]:

@@ -79,7 +79,7 @@ def config(cls, folder, **settings):
 
 
 def test_every_inherited_field_is_classified_once():
-    """A new transformers brings a new field: it acts, or it belongs in the table."""
+    """A field that a new transformers adds must take effect or be listed in the table."""
     acting = [name for names in READ_BY.values() for name in names.split()]
     decided = [*acting, *SAYS_NOTHING, *(WITHOUT_EFFECT.keys() | SOME_WITHOUT_EFFECT.keys()) - {"hub_strategy"}]
     assert len(decided) == len(set(decided))
@@ -88,7 +88,7 @@ def test_every_inherited_field_is_classified_once():
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_field_of_ours_is_read(cls):
-    """A setting that nobody reads has no effect."""
+    """A setting that no code reads has no effect."""
     sources = [p.read_text() for p in Path(trainers.__file__).parent.rglob("*.py")]
     inherited = {f.name for f in fields(_BaseConfig)}
     uses = re.compile(r"(?<=args\.)\w+|(?<=self\.)\w+|(?<=\")\w+(?=\")")
@@ -137,7 +137,7 @@ def test_a_config_accepts_the_values_of_another(tmp_path):
 
 @pytest.mark.parametrize("name", [*HARMLESS, "data_seed"])
 def test_settings_that_repeat_what_happens_anyway_are_accepted(name, tmp_path):
-    """gradient_checkpointing_kwargs={"use_reentrant": False} stands in nearly every recipe."""
+    """gradient_checkpointing_kwargs={"use_reentrant": False} is in nearly every recipe."""
     for value in HARMLESS.get(name, (42,)):
         config(VideoGRPOConfig, tmp_path, **{name: value})
 

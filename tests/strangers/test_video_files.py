@@ -146,7 +146,7 @@ def test_colors_keep_the_files_matrix_and_range(tmp_path, pix_fmt, matrix, full)
     ],
 )
 def test_what_is_transparent_becomes_black(tmp_path, name, codec, pix_fmt):
-    """A sticker's invisible pixels came out in whatever colour lay under them."""
+    """A sticker's invisible pixels came out in the colour stored under them."""
     image = np.concatenate([bars(), np.full((64, 96, 1), 255, np.uint8)], 2)
     image[:, :32, 3], image[:, 32:64, 3] = 0, 128
     video = media.load_video(write(tmp_path / name, [image] * 2, codec, pix_fmt))

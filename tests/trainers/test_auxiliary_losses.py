@@ -1,4 +1,4 @@
-"""Terms of the loss beside an algorithm's: a user's own, what a trainer does with each, and what it refuses."""
+"""Auxiliary loss terms: a custom one, what a trainer does with each, and what it refuses."""
 
 from pathlib import Path
 

@@ -121,7 +121,7 @@ def test_nft_without_its_weights_is_a_signed_step_in_a_trust_region(mixture):
 
 
 def test_while_the_old_policy_is_the_trained_one_nft_is_a_signed_regression():
-    """Whatever b: A / w of the regression's gradient, in x0^."""
+    """For every b: A / w times the regression's gradient, in x0^."""
     given = Velocities()
     given = Velocities(old=given.v.detach())
     error = TIME * (given.flat(given.v) - given.flat(given.target))
@@ -417,7 +417,7 @@ def test_awm_compares_with_the_policy_that_drew_the_rollout(tmp_path):
     assert distance[0] == distance[2] == 0 < distance[1]
 
 
-# --- rewards that tell nothing ---------------------------------------------------------------------------------------
+# --- equal rewards ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nft", "flow_dpo"])

@@ -170,7 +170,7 @@ def test_a_second_iteration_has_another_ratio_and_clips(tmp_path):
     deviation, region = logged(made, "ratio/max_deviation"), logged(made, "clip_ratio/region_mean")
     assert deviation[0] == deviation[2] == 0 and deviation[1] > 1e-6 and deviation[3] > 1e-6
     assert region[0] == region[2] == 0 and region[1] > 0 and region[3] > 0
-    assert len(logged(made, "replay/max_log_prob_error")) == 2  # checked where the ratio must be 1
+    assert len(logged(made, "replay/max_log_prob_error")) == 2  # checked only when the ratio must be 1
     assert len(logged(made, "reward")) == 2  # one rollout for two optimizer steps
 
 
@@ -199,6 +199,45 @@ def test_more_micro_batches_than_accumulation_steps(tmp_path):
     assert len(logged(made, "reward")) == 2 and len(gradients.steps) == 4
     deviation = logged(made, "ratio/max_deviation")
     assert deviation[0] < 1e-5 and deviation[1] > 1e-5
+    rows = [row for batch in made.scored.micro_batches for row in batch]
+    assert sorted(rows) == list(range(8)) != rows  # shuffled
+
+
+class ClipByHand(TrainerCallback):
+    """At the second optimizer step on a rollout, the shares of all its videos and steps that are clipped."""
+
+    trainer = low = high = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made, rollout, steps = self.trainer, self.trainer.scored.samples, []
+        made.policy.replay(rollout, range(len(rollout)), steps.append, grad=False)
+        ratio = (torch.stack([step.log_prob for step in steps], 1) - rollout.log_probs).exp()
+        advantage = made.scored.advantages[:, None]
+        self.low = float(((ratio < 1 - args.epsilon) & (advantage < 0)).float().mean())
+        self.high = float(((ratio > 1 + args.epsilon) & (advantage > 0)).float().mean())
+
+
+def test_clip_ratios_are_shares_of_all_videos(tmp_path):
+    """Videos without an advantage are skipped, and still count."""
+
+    def not_all(prompts, videos, **columns):
+        return [None if i in (1, 2, 6) else v for i, v in enumerate(brightness(prompts, videos).tolist())]
+
+    by_hand = ClipByHand()
+    by_hand.trainer = made = trainer(
+        tmp_path,
+        not_all,
+        alive=True,
+        per_device_train_batch_size=8,
+        num_iterations=2,
+        max_steps=2,
+        epsilon=1e-6,
+        callbacks=[by_hand],
+    )
+    made.train()
+    low, high, region = (logged(made, f"clip_ratio/{name}_mean")[1] for name in ("low", "high", "region"))
+    assert by_hand.low > 0 and by_hand.high > 0
+    assert (low, high, region) == pytest.approx((by_hand.low, by_hand.high, by_hand.low + by_hand.high), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +320,7 @@ def test_an_earlier_run_in_the_same_folder_is_set_aside(tmp_path):
 
 
 class WeightedByHand(TrainerCallback):
-    """The gradient of the second optimizer step on a rollout, where the ratio is not 1, in one graph."""
+    """The gradient, in one graph, of the second optimizer step on a rollout, when the ratio is no longer 1."""
 
     trainer = gradient = None
 
@@ -342,12 +381,24 @@ class Seen:
         return brightness(prompts, videos)
 
 
+def test_the_order_of_the_prompts_follows_seed_and_shuffle_dataset(tmp_path):
+    made = trainer(tmp_path, data=prompts(6))
+
+    def order(**settings):
+        vars(made.args).update(settings)
+        return list(made._get_train_sampler())[::4]  # a group has 4 videos
+
+    assert order(shuffle_dataset=False) == list(range(6))
+    first = order(shuffle_dataset=True, seed=1)
+    assert sorted(first) == list(range(6)) != first and first == order(seed=1) != order(seed=2)
+
+
 def test_shared_start_noise(tmp_path):
     made = trainer(tmp_path, share_initial_noise=True, per_device_train_batch_size=8, max_steps=1)
     made.train()
     seeds = made.scored.samples.noise_seeds
     assert [seeds.count(s) for s in seeds] == [4] * 8 and len(set(seeds)) == 2
-    # with no noise in the steps nothing would tell a group apart
+    # without noise in the steps the videos of a group would be equal
     quiet = made.policy.sample(made.scored.samples.prompts, noise_seeds=seeds).videos
     assert torch.equal(quiet[0], quiet[3]) and not torch.equal(quiet[0], quiet[4])
     assert logged(made, "frac_reward_zero_std") == [0.0]  # the transitions' noise does

@@ -1,4 +1,4 @@
-"""Flash-GRPO, Flow-DPPO, and a subclass with a loss of its own."""
+"""Flash-GRPO, Flow-DPPO, and a subclass with a custom loss."""
 
 import runpy
 from pathlib import Path
@@ -116,7 +116,7 @@ def test_windows_of_several_prompts_have_one_gradient(tmp_path, division):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_prompts_with_one_window_share_a_call(tmp_path, overlap):
-    """Their rows may lie apart (windows a, b, a); videos and rewards are those of the rows all the same."""
+    """Their rows need not be neighbours (windows a, b, a); videos and rewards still belong to the right rows."""
     scored = []
 
     def kept(prompts, videos, **columns):
@@ -296,7 +296,7 @@ def test_without_an_advantage_only_the_anchor_pulls(tmp_path, method, space):
         assert scale > 0 and float((gradients.steps[0][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
 
 
-# --- a loss of the user's own ----------------------------------------------------------------------------------------
+# --- a custom loss ---------------------------------------------------------------------------------------------------
 
 
 def test_the_example_of_a_custom_loss_runs(tmp_path):

@@ -56,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family):
 
 
 def ti2v():
-    """Wan 2.2 TI2V with an image: the first latent frame is the image's, whatever is predicted there."""
+    """Wan 2.2 TI2V with an image: the first latent frame is the image's and ignores the prediction."""
     from diffusers import WanImageToVideoPipeline
 
     parts = BUILD["wan22_ti2v"]().components
@@ -101,7 +101,7 @@ def test_the_given_frame_adds_no_gradient(tmp_path):
 
 
 def test_one_prompt_with_two_images(tmp_path):
-    """Two groups, each with its own image, statistics of its own, and a KL of 0 to its own reference."""
+    """Two groups, each with its own image and statistics, and a KL of 0 to its reference."""
     data = Dataset.from_dict({"prompt": ["a clip"] * 2, "image": PICTURES[:2]})
     seen = []
 
@@ -245,7 +245,7 @@ def test_rewards_are_followed_through_an_image_to_video_pipeline(tmp_path, throu
 
 
 def test_the_consistency_term_of_image_to_video(tmp_path):
-    """Its clips bring their images; the first latent frame, which is the image's, is no part of the loss."""
+    """Its clips have images; the first latent frame, which is the image's, is not part of the loss."""
     clips = [{"prompt": f"clip {i}", "video": torch.rand(9, 3, 32, 32), "image": PICTURES[i]} for i in range(2)]
     call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}}
     made = RewardBackpropTrainer(

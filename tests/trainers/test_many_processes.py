@@ -34,7 +34,7 @@ def test_the_launcher_enables_deepspeed(tmp_path):
 
 
 def test_fsdp1_is_refused(tmp_path, monkeypatch):
-    """What `accelerate launch --use_fsdp` tells its processes, here without --fsdp_version 2."""
+    """The environment variables of `accelerate launch --use_fsdp` without --fsdp_version 2."""
     args = config(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")

@@ -101,7 +101,7 @@ def test_a_run_resumes_with_other_offloading(tmp_path):
 
 
 def test_the_trainer_does_not_move_an_offloaded_model(tmp_path, monkeypatch):
-    """Trainer and accelerate would bring the idle expert to the device, too."""
+    """Trainer and accelerate would also move the idle expert to the device."""
     moved = []
     monkeypatch.setattr(VideoPolicy, "to", lambda policy, *args, **kwargs: moved.append(args) or policy)
     made = tiny_runs.trainer(tmp_path, offload=ALL)

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, to the bit; whatever kills a run, the last complete checkpoint is usable."""
+"""A resumed run equals the uninterrupted one to the bit; the last complete checkpoint survives every kind of kill."""
 
 import json
 import os

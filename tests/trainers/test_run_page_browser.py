@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser):
-    """Opens a page; at the end nothing was asked of a network, no script failed and no prompt ran as one."""
+    """Open a page; at the end check that it made no network request, no script failed and no prompt was executed."""
     asked, failed, contexts = [], [], []
 
     def open_page(path, wait=True, **settings):
