@@ -23,8 +23,8 @@ PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
 
 
 def skip_search_for_group_offloading():
-    """Pipelines ask every module for its group offloading each time that they need their device, a tenth of a tiny
-    run's time: nothing is looked for until a hook of that kind is made."""
+    """Pipelines ask every module for its group offloading each time that they need their device, which takes a
+    tenth of a tiny run's time. Skip the search until a hook of that kind exists."""
     made, begin = [], group_offloading.GroupOffloadingHook.__init__
     look = group_offloading._get_top_level_group_offload_hook
 
@@ -58,8 +58,8 @@ def pytest_runtest_teardown(item, nextitem):
 
 
 def forget_what_lives():
-    """Garbage is not looked for among the objects of torch, diffusers and transformers: accelerate collects it once a
-    run, which was 40 % of a tiny run's time. A file's tests import more of them."""
+    """Exclude the objects of torch, diffusers and transformers from garbage collection: accelerate collects once per
+    run, which was 40 % of a tiny run's time. Called again for each file, since its tests import more of them."""
     gc.collect()
     gc.freeze()
 
@@ -76,7 +76,7 @@ def parity_results():
 
 @pytest.fixture
 def absent_weights_are_nan(monkeypatch):
-    """On a CPU the host's memory is the device's: NaN in what is offloaded shows every use that nobody announced."""
+    """On a CPU host and device share memory: NaN in offloaded weights exposes every use that was not announced."""
     leave, begin = Part.leave, Part.__init__
 
     def leave_nan(part):

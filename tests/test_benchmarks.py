@@ -62,7 +62,7 @@ def test_points_begin_with_a_spread_of_the_curve(load):
     assert cost.tokens_of(dict(size="240x416", frames=33)) == 3510
 
 
-def test_what_does_not_fit_is_a_row(load, monkeypatch):
+def test_a_setting_that_runs_out_of_memory_gets_a_row(load, monkeypatch):
     cost, speed = load("cost"), load("speed")
 
     def full() -> None:
@@ -84,7 +84,7 @@ def run_tiny(script: str, *options: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_small_run_of_cost_goes_on_where_it_was_cut(tmp_path):
+def test_the_small_cost_run_resumes(tmp_path):
     file = tmp_path / "cost.json"
     options = ["--json", str(file), "--sizes", "16x16", "--frames", "5", "9", "--batch", "1"]
     assert run_tiny("cost.py", *options, "--minutes", "0").count("not measured within 0 minutes") == 5

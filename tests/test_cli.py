@@ -208,7 +208,7 @@ def test_the_recipes_of_the_study_parse(cell, monkeypatch, recipe):
     assert not script.ot_attention or OTAttention(**json.loads(script.ot_attention))
 
 
-def test_the_study_tells_its_own_arguments_from_the_trainers(monkeypatch):
+def test_the_study_separates_its_arguments_from_the_trainers(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks" / "study")
     run = importlib.import_module("run")
     args, extra = run.parse(["--stage", "A", "--jobs", "3", "--max_steps", "2"])
@@ -277,7 +277,7 @@ def test_only_flow_dpo_takes_pairs_for_rewards(tmp_path, method, rewards, messag
         ),
     ],
 )
-def test_a_recipe_s_settings_of_rollouts_are_left_out_beside_pairs(tmp_path, given, message):
+def test_rollout_settings_of_a_recipe_are_ignored_with_pairs(tmp_path, given, message):
     for name in ("good.mp4", "bad.mp4"):
         (tmp_path / name).write_bytes(name.encode())
     (tmp_path / "pairs.jsonl").write_text('{"prompt": "a circle", "chosen": "good.mp4", "rejected": "bad.mp4"}\n' * 8)
@@ -353,7 +353,7 @@ def test_csv_and_jsonl(tmp_path):
     assert load_prompt_dataset(str(tmp_path / "a.json"), column="caption")["prompt"][:] == ["a circle"]
 
 
-def test_paths_of_images_are_found_beside_the_file(tmp_path):
+def test_image_paths_are_looked_up_next_to_the_file(tmp_path):
     (tmp_path / "fox.png").write_text("")
     rows = [{"prompt": "a fox", "image": "fox.png"}, {"prompt": "a far fox", "image": "far/fox.png"}]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -237,7 +237,7 @@ def test_train_and_sample_in_this_process(tmp_path, capsys):
     assert (tmp_path / "out" / "before" / "000.mp4").is_file() and not (tmp_path / "out" / "after").exists()
 
 
-def test_accelerate_s_launcher_gets_its_options_and_the_command_the_rest(monkeypatch):
+def test_options_are_split_between_accelerates_launcher_and_the_command(monkeypatch):
     given = []
     monkeypatch.setattr("accelerate.commands.launch.launch_command", given.append)
     command.main(["train", "--method", "nft", "--accelerate_config", "ddp", "--num_processes=2", "--seed", "1"])

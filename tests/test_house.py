@@ -110,7 +110,7 @@ def sources() -> list[Path]:
 
 
 def tracked_files() -> list[Path]:
-    """Files that git tracks or would; the whole tree where there is no repository."""
+    """Files that git tracks or would track; the whole tree if there is no repository."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if listed.returncode == 0:
@@ -150,7 +150,7 @@ def test_trl_is_imported_in_one_module_only():
     assert [p.relative_to(PACKAGE).as_posix() for p in users] == ["trainers/base/_trl.py"]
 
 
-def test_the_extra_server_is_imported_where_it_serves_only():
+def test_the_server_extra_is_imported_only_by_the_server():
     """`application` is imported by `serve` within the function that looks for the extra."""
     users = {p.name for p in sources() if {"starlette", "uvicorn"} & {m.split(".")[0] for m in imported_modules(p)}}
     server = PACKAGE / "rewards" / "server"
@@ -164,14 +164,14 @@ def test_the_extra_server_is_imported_where_it_serves_only():
     assert not [line for line in at_import if re.search(r"starlette|uvicorn|[. ]application\b", line)]
 
 
-def test_nobody_imports_shapemotion_but_commands_evaluation_and_tests():
+def test_only_commands_evaluation_and_tests_import_shapemotion():
     """Rewards and trainers must not know the embedded world."""
     users = {part_of(p) for p in sources() if "shapemotion" in parts_imported(p)}
     assert users <= {"shapemotion", "evaluation", "cli"}
 
 
 def opened_without_encoding(path: Path) -> list[int]:
-    """Lines of a source file that read or write text in whatever encoding the user's locale has."""
+    """Lines of a source file that read or write text in the encoding of the user's locale."""
     lines = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if not isinstance(node, ast.Call) or any(keyword.arg in ("encoding", None) for keyword in node.keywords):
@@ -196,7 +196,7 @@ def programs() -> list[Path]:
     return [p for folder in ("src", "examples", "benchmarks", "assets_src") for p in (ROOT / folder).rglob("*.py")]
 
 
-def test_text_files_are_utf8_whatever_the_locale_is():
+def test_text_files_are_utf8_in_every_locale():
     """A prompt in Chinese under LC_ALL=C lost a model when the card was written."""
     found = [f"{path.relative_to(ROOT)}:{line}" for path in programs() for line in opened_without_encoding(path)]
     assert not found, f'pass encoding="utf-8": {found}'
@@ -323,7 +323,7 @@ def test_no_two_files_have_one_name():
 
 
 @pytest.mark.parametrize("room", ["trainers/rollouts", "trainers/base"])
-def test_what_all_methods_share_knows_none_of_them(room):
+def test_shared_code_does_not_depend_on_a_method(room):
     methods = ("pisces_rl.trainers.grpo", "pisces_rl.trainers.forward", "pisces_rl.trainers.backprop")
     paths = [PACKAGE / room] if room.endswith(".py") else sorted((PACKAGE / room).rglob("*.py"))
     assert paths and not [

@@ -86,14 +86,14 @@ def test_fsdp2_reaches_the_processes():
 def test_deepspeed_reaches_the_processes(stage):
     """`tests/distributed/test_deepspeed.py` trains by these files."""
     args = read(f"deepspeed_zero{stage}")
-    args.deepspeed_fields_from_accelerate_config = ""  # which `accelerate launch` fills in beside
+    args.deepspeed_fields_from_accelerate_config = ""  # `accelerate launch` sets this, too
     _, env = prepare_deepspeed_cmd_env(args)
     assert env["ACCELERATE_USE_DEEPSPEED"] == "true" and env["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == stage
     assert env["ACCELERATE_DEEPSPEED_ZERO3_INIT"] == "false" and env["ACCELERATE_MIXED_PRECISION"] == "no"
     assert {env[f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE"] for what in ("PARAM", "OPTIMIZER")} == {"none"}
 
 
-def test_two_nodes_is_started_once_on_each():
+def test_a_two_node_launch_starts_once_per_node():
     first = read("two_nodes", "--main_process_ip", "10.0.0.1")
     second = read("two_nodes", "--main_process_ip", "10.0.0.1", "--machine_rank", "1")
     assert (first.machine_rank, second.machine_rank) == (0, 1)

@@ -161,7 +161,7 @@ def test_tensorboard_reads_the_gif(tmp_path):
         (lambda v, p: media.before_after_sheet(v[None], v[None, :4], ["a"], p / "a.png"), "before has shape"),
     ],
 )
-def test_bad_input_is_named_and_leaves_nothing(tmp_path, make, wanted):
+def test_bad_input_is_named_and_leaves_no_file(tmp_path, make, wanted):
     with pytest.raises(ValueError, match=wanted):
         make(moving_square(), tmp_path)
     assert not list(tmp_path.iterdir())

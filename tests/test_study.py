@@ -22,7 +22,7 @@ def test_a_run_of_other_settings_is_not_taken_up(study, tmp_path):
     run = study("run")
     settings = run.begin("grpo_both", 0, tmp_path, ["--max_steps", "2"])
     assert settings["seed"] == 0 and settings["trainer"] == "grpo"
-    assert run.begin("grpo_both", 0, tmp_path, ["--max_steps", "2"]) == settings  # broken off, goes on
+    assert run.begin("grpo_both", 0, tmp_path, ["--max_steps", "2"]) == settings  # resumes after an interruption
     with pytest.raises(ValueError, match=r"is of a run with other options: \[\['--max_steps', '2'\]\], now \[\[\]\]"):
         run.begin("grpo_both", 0, tmp_path, [])
     (tmp_path / "grpo_none_0" / "checkpoint-2").mkdir(parents=True)
@@ -51,7 +51,7 @@ def test_a_record_of_other_settings_is_not_taken_for_this_run(study, tmp_path):
         record([])
 
 
-def test_a_cell_without_its_map_says_which_command_fits_it(study, tmp_path, monkeypatch):
+def test_a_cell_without_its_map_names_the_command_that_fits_it(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="maps.py --only neural"):
         study("run").begin("map_neural", 0, tmp_path, [])
@@ -61,7 +61,7 @@ def test_a_cell_without_its_map_says_which_command_fits_it(study, tmp_path, monk
 
 
 def write_record(folder, cell: str, seed: int, correct: list[float]) -> None:
-    """A run of three evaluations; what it is measured by beside `correct` is 0.5."""
+    """A run of three evaluations; every measure other than `correct` is 0.5."""
     scores = [
         "judges/shapemotion_alignment",
         "judges/shapemotion_quality",

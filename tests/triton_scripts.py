@@ -13,9 +13,9 @@ import torch
 
 
 def check(script: str, folder: Path) -> None:
-    """The script, in a process of its own with the device as its argument, must print "agree" at its end.
+    """Run the script in a separate process with the device as its argument; it must end by printing "agree".
 
-    Without Triton, which torch for CUDA brings, what it imports must be there all the same.
+    What it imports must be importable without Triton, too, which only torch for CUDA installs.
     """
     script = textwrap.dedent(script)
     if importlib.util.find_spec("triton") is None:

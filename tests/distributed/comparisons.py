@@ -13,7 +13,7 @@ from scenarios import tiny_runs
 
 @functools.cache
 def one_process(name: str) -> dict:
-    """What a scenario gives without other processes: run once, whatever the number of files that compare with it."""
+    """The result of a scenario on one process, computed once for all files that compare with it."""
     with tempfile.TemporaryDirectory() as folder:
         return scenarios.run(name, Path(folder))
 

@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
 
 
 def together(script: str, *arguments: str, timeout: float) -> list[subprocess.CompletedProcess]:
-    """The script in two processes that nobody watches, as on two machines: when one ends, nobody ends the other."""
+    """Run the script in two unsupervised processes, as on two machines: when one ends, the other runs on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""What two processes run, and one process for comparison: the same global batch, whatever the number of processes.
+"""Scenarios that run on two processes, and on one for comparison, with the same global batch.
 
     python -m torch.distributed.run --standalone --nproc_per_node 2 tests/distributed/scenarios.py FOLDER NAME...
 
@@ -225,7 +225,7 @@ def full_compiled(folder) -> dict:
 
 
 def full_backpropagated(folder) -> dict:
-    """All weights through the sampler, beside the consistency term, whose teacher is the reference."""
+    """Train all weights through the sampler, with the consistency term; its teacher is the reference."""
     trainer = RewardBackpropTrainer(
         tiny_runs.pipeline(),
         backprop.bright,
@@ -312,7 +312,7 @@ def full_uninterrupted(folder) -> dict:
 
 
 def full_resumed_elsewhere(folder) -> dict:
-    """What `full_stopped` left, on one process and on two, goes on."""
+    """Resume what `full_stopped` left on one process and on two."""
     weights = {}
     for world in (1, 2):
         checkpoint = folder.parent / f"full_stopped_{world}" / "checkpoint-2"
@@ -357,7 +357,7 @@ def flow_dppo(folder) -> dict:
 
 
 def flash_grpo(folder, halves: bool = False) -> dict:
-    """Four prompts, each with a window of its own."""
+    """Four prompts, each with its own window."""
     trainer = made(
         folder,
         data=tiny_runs.prompts(4),
@@ -380,7 +380,7 @@ def flash_grpo_halves(folder) -> dict:
 
 
 def overlapped(folder) -> dict:
-    """Rewards beside the rollout, half of a process's videos at a time; the time line of two steps."""
+    """Rewards that overlap with the rollout, half of a process's videos at a time; the timeline of two steps."""
     trainer = made(folder, max_steps=3, rollout_batch_size=4 // PARTS, overlap_rewards=True, trace_steps=2)
     result = trained(trainer)
     logs = [row for row in trainer.state.log_history if "seconds/rollout" in row]
@@ -469,7 +469,7 @@ def stopped(folder) -> dict:
 
 
 def resumed_elsewhere(folder) -> dict:
-    """What `stopped` left, on one process and on two, goes on; whether the optimizer has what the checkpoint has."""
+    """Resume what `stopped` left on one process and on two; check that the optimizer has the checkpoint's state."""
 
     class Compare(TrainerCallback):
         def on_train_begin(self, args, state, control, **kwargs):
@@ -487,7 +487,7 @@ def resumed_elsewhere(folder) -> dict:
 
 
 def trained_twice(folder) -> dict:
-    """`train` again, after somebody has set the weights."""
+    """Run `train` again after the weights were set from outside."""
     trainer = made(folder, max_steps=2)
     trainer.train()
     tiny_runs.enliven(trainer)
@@ -539,7 +539,7 @@ def backpropagated_k2(folder) -> dict:
 
 
 def distilled(folder) -> dict:
-    """The consistency term beside a reward."""
+    """The consistency term together with a reward."""
     return trained(
         consistency.distilled(
             folder,
@@ -733,7 +733,7 @@ def parts_of_weights(folder) -> dict:
 
 
 def share(policy) -> None:
-    """By FSDP2, or by DeepSpeed where that was asked for."""
+    """With FSDP2, or with DeepSpeed on request."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED"):
         partition(policy, "cpu", WORLD)
     else:
@@ -808,9 +808,9 @@ def half_precision(folder) -> dict:
 
 
 def run(name: str, folder: Path) -> dict:
-    """Run a scenario; its weights and numbers lie in `folder` as {name}_{rank}, and are returned.
+    """Run a scenario; its weights and numbers are saved in `folder` as {name}_{rank}, and returned.
 
-    Those of shared/NAME, where both processes share each video's tokens, lie in folder/shared.
+    Those of shared/NAME, in which both processes share each video's tokens, are saved in folder/shared.
     """
     global SHARED, PARTS
     together, _, name = name.rpartition("/")

@@ -132,7 +132,7 @@ def test_a_run_resumes(runs, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_of_one_process_and_of_two_mean_the_same(runs, stage):
-    """What one process saved goes on here on two, and what they saved on one; AdamW makes much of little gradients."""
+    """Two processes resume what one saved, and one what two saved; AdamW amplifies small gradients."""
     folder = runs.two(stage)
     here, there = scenarios.run("resumed_elsewhere", folder), numbers(folder, "resumed_elsewhere", 1)
     assert here["same"] == there["same"] == [True, True]

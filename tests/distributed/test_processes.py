@@ -8,7 +8,7 @@ import pytest
 from processes import run
 
 
-def test_when_time_runs_out_processes_in_sessions_of_their_own_are_ended_too():
+def test_a_timeout_also_ends_processes_in_other_sessions():
     """A rank that hangs, as torchrun starts it: it would keep the pipe open, and the test waiting."""
     seconds = f"61.{os.getpid()}"  # another run of these tests sleeps for another time
     rank = f"import subprocess; subprocess.run(['sleep', '{seconds}'], start_new_session=True)"

@@ -110,7 +110,7 @@ def test_a_sharded_run_resumes(more):
 
 @pytest.mark.slow
 def test_evaluation_of_few_prompts_equals_that_of_one_process(more):
-    """A process without a prompt of its own samples with the other, and scores nothing."""
+    """A process without a prompt samples together with the other and scores nothing."""
     assert_evaluated_as_one(more)
 
 
@@ -240,7 +240,7 @@ def test_a_run_of_all_weights_resumes(full):
 
 @pytest.mark.slow
 def test_checkpoints_of_all_weights_of_one_process_and_of_two_mean_the_same(full):
-    """What one process saved goes on on two, and the other way round."""
+    """Two processes resume what one saved, and one what two saved."""
     here, there = scenarios.run("full_resumed_elsewhere", full), numbers(full, "full_resumed_elsewhere")
     assert max(here["difference"], there["difference"]) < 1e-4
     assert tiny_runs.largest_difference(here["weights"], one_process("full_uninterrupted")["weights"]) < 1e-4

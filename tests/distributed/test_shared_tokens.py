@@ -42,7 +42,7 @@ def test_each_video_is_evaluated_once(shared):
     assert_evaluated_as_one(shared)
 
 
-def test_what_cannot_be_split_is_said(shared):
+def test_an_impossible_split_is_refused(shared):
     without_plan, three_tokens = numbers(shared, "refused_splits")["messages"]
     assert "context_parallel=2: diffusers has no plan (_cp_plan) to split tokens of CogVideoX" in without_plan
     assert "context_parallel: a video's tokens cannot be divided" in three_tokens

@@ -174,7 +174,7 @@ def test_weights_and_states_are_exact():
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_weights_and_states_of_full_fine_tuning_are_exact(dtype):
-    """The denoiser's weights are in fp32, whatever they were loaded in; there is no adapter."""
+    """The denoiser's weights are in fp32 whichever dtype they were loaded in; there is no adapter."""
     pipeline = tiny_pipelines.quiet(tiny_pipelines.BUILD["wan"]()).to(dtype)
     args = config(sde_window_size=1, bf16=dtype == torch.bfloat16, ema_decay=0.9, **WAN | {"guidance_scale": 1.0})
     estimate = estimate_memory(pipeline, args, "full")
@@ -320,7 +320,7 @@ def test_images_are_not_known(family):
         peaks(family)
 
 
-def test_no_blocks_no_compilation():
+def test_a_model_without_blocks_is_not_compiled():
     with pytest.raises(PolicyError, match="UNet3DConditionModel lists no repeated blocks.*leave torch_compile off"):
         peaks("t2v_sd", torch_compile=True)
 

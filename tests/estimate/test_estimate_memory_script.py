@@ -76,7 +76,7 @@ def test_the_method_decides_which_settings_there_are(script, arguments, config):
 
 
 @pytest.mark.slow
-def test_tells_what_nft_takes(script, capsys):
+def test_reports_the_memory_of_nft(script, capsys):
     script(*TINY, "--method", "nft")
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("followers", "trained weights", "predictions of other policies"))

@@ -65,7 +65,7 @@ def test_flow_dpo_trains_on_two_videos_of_each_group():
 def test_followers_of_all_weights_count_as_much_as_these():
     awm = estimated("awm", "full", **SHORT)
     trained = 4 * awm.details["trainable parameters"]
-    assert awm.resident["followers"] == trained  # the average; an old policy only where a rollout serves several steps
+    assert awm.resident["followers"] == trained  # the average; an old policy only if a rollout serves several steps
     awm = estimated("awm", "full", num_iterations=2, **SHORT)
     assert awm.resident["followers"] == 2 * trained
     assert awm.phases["update"]["activations and gradients"] > trained  # which wait while a follower predicts
@@ -92,7 +92,7 @@ def test_a_config_says_what_its_trainer_holds(tmp_path, method, settings):
     made = trainer(tmp_path, method=method, **settings)
     held = made.args.held()
     assert held.followers == len(made.followers)
-    if method == "awm":  # the old policy is asked only where a rollout serves several optimizer steps
+    if method == "awm":  # it evaluates the old policy only if a rollout serves several optimizer steps
         assert ("old" in made.followers) == (made.args.num_iterations > 1)
     if method in ("nft", "awm", "rvm", "flow_dpo"):
         later = made.args.num_iterations > 1  # an optimizer step that is not a rollout's first

@@ -60,7 +60,7 @@ def test_the_embedded_rewards():
         plan_inside_objects(load_reward("matching"), clips)
 
 
-def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
+def test_each_objects_words_are_matched_to_its_tokens():
     """Words that look at the pixels of a color: the other words of the prompt do not count."""
     scene = parse("two large red squares above a green circle on a gray background")
     layout = lay_out(SceneSpecs.from_scenes([scene]), torch.Generator().manual_seed(0))
@@ -86,7 +86,7 @@ def test_the_words_of_each_object_are_looked_for_on_its_own_tokens():
     assert shares["its own of two"]["plan"].value == shares["the other of two"]["plan"].value == 0.5
 
 
-def test_tokens_are_of_the_frames_that_the_encoder_cuts_them_from():
+def test_tokens_map_to_the_frames_the_encoder_cuts_them_from():
     """tiny-vtm's tubelets: the first frame four times, then four frames each."""
     scene = parse("a small red circle moving right quickly on a gray background")
     layout = lay_out(SceneSpecs.from_scenes([scene]), torch.Generator().manual_seed(0))
@@ -98,7 +98,7 @@ def test_tokens_are_of_the_frames_that_the_encoder_cuts_them_from():
     assert found == pytest.approx(float(tokens.float().mean()))
 
 
-def test_rewards_that_take_little_are_async_or_abstain(clips):
+def test_rewards_may_be_async_or_abstain(clips):
     def brightness(videos):
         return videos.mean((1, 2, 3, 4))
 

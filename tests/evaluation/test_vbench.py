@@ -53,13 +53,13 @@ def test_names_and_samples_are_those_of_the_runner(tmp_path):
     assert files == [f"videos/{entry['prompt_en']}-{i}.mp4" for entry, n in zip(SUITE, (5, 25, 5)) for i in range(n)]
 
 
-def test_flickering_is_sampled_more_only_where_it_is_asked_for(tmp_path):
+def test_flickering_gets_more_samples_only_on_request(tmp_path):
     both = [{"prompt_en": "a still lake", "dimension": ["temporal_flickering", "scene"]}]
     assert len(read_suite(suite_file(tmp_path, both))[1]) == 25
     assert len(read_suite(suite_file(tmp_path, both), ["scene"])[1]) == 5
 
 
-def test_a_seed_is_of_prompt_and_index_alone(tmp_path):
+def test_a_seed_depends_only_on_prompt_and_index(tmp_path):
     _, videos = read_suite(suite_file(tmp_path))
     _, fewer = read_suite(suite_file(tmp_path, SUITE[::-1][:2]), ["subject_consistency"])
     seeds = {video.paths: video.seed for video in videos}
@@ -150,7 +150,7 @@ def test_the_batch_does_not_change_a_video(base, tmp_path):
     assert difference <= 3 / 255 and (frames(folder)[0] - frames(folder)[1]).abs().max() > 10 / 255
 
 
-def test_an_export_goes_on_where_it_was_broken_off(base, tmp_path):
+def test_an_interrupted_export_resumes(base, tmp_path):
     folder, suite = base
     assert exported(tmp_path, suite) == 5
     first, second, *others = sorted((tmp_path / "videos").iterdir())
@@ -166,7 +166,7 @@ def test_an_export_goes_on_where_it_was_broken_off(base, tmp_path):
     assert exported(tmp_path, suite) == 0 and not (tmp_path / "unfinished").exists()
 
 
-def test_only_a_whole_file_counts(base, tmp_path):
+def test_only_complete_files_count(base, tmp_path):
     data = next((base[0] / "videos").iterdir()).read_bytes()
     path = tmp_path / "a.mp4"
     for length in (0, 4, 8, 30, len(data) // 2, len(data) - 1):
@@ -222,7 +222,7 @@ def test_components_that_were_trained_whole_are_sampled(base, tmp_path):
     assert not torch.equal(frames(tmp_path / "other"), frames(folder))
 
 
-def test_a_pipeline_with_an_adapter_is_no_base(tmp_path):
+def test_a_pipeline_with_an_adapter_is_not_accepted_as_base(tmp_path):
     pipe = pipeline()
     pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
     with pytest.raises(ValueError, match="adapter"):
@@ -298,7 +298,7 @@ def videos_of(results: dict[str, list], folder: str = "out/videos") -> list[dict
 
 
 def result_files(folder: Path, scores: dict, results: dict | None = None) -> Path:
-    """One file a dimension, in folders, as `vbench evaluate` leaves them, with the suite beside it."""
+    """Write one file per dimension, in folders, as `vbench evaluate` does, with the suite next to it."""
     for dimension, score in scores.items():
         place = folder / dimension
         place.mkdir(parents=True)

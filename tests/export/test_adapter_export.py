@@ -503,7 +503,7 @@ def test_the_card_lists_what_is_exported_into_the_runs_folder(tmp_path):
     assert {"comfyui_lora.safetensors", "original_lora.safetensors"} <= set(described(tmp_path))
     assert model_card("you/base", "Video GRPO", "WanPipeline", {"lr": 1}, folder=tmp_path) == written
     fresh = quiet(BUILD["wan"]())
-    fresh.load_lora_weights(tmp_path)  # the file of diffusers' name, not those beside it
+    fresh.load_lora_weights(tmp_path)  # the file with diffusers' name, not the others in the folder
     assert fresh.transformer.peft_config
 
 

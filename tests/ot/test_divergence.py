@@ -79,7 +79,7 @@ def test_shares_of_points_are_derivatives_in_their_weights(reach):
     assert float((credit * step).sum() / 1e-5) == pytest.approx(numeric, rel=1e-6)
 
 
-def test_a_penalised_divergence_is_not_negative_whatever_the_mass():
+def test_a_penalised_divergence_is_not_negative_for_any_mass():
     bank = BankDivergence(points(40), blur=2.0, reach=1.5, tolerance=1e-10, max_iterations=50_000)
     for mass in (0.5, 1.0, 1.5):
         assert float(bank(points(40), torch.full((40,), mass / 40, dtype=torch.float64))) >= -1e-9

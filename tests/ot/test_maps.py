@@ -381,7 +381,7 @@ def test_fit_best_bad_input(clouds):
             fit_best(x, y, maps=[MeanShiftMap(**other)])
 
 
-def test_a_baseline_of_other_settings_is_scored_beside_the_plain_one(clouds):
+def test_a_baseline_with_other_settings_is_scored_next_to_the_plain_one(clouds):
     x, y = clouds
     best = fit_best(x, y, maps=[LinearMap(shrinkage=1.0)])
     assert sorted(row["map"] for row in best.table) == ["identity", "linear", "linear", "mean_shift"]

@@ -75,7 +75,7 @@ def test_random_partial_problems_are_pots(n, m, mass, seed):
 
 @pytest.mark.parametrize("reference", ["product", "uniform"])
 def test_all_of_the_mass_is_solved_as_the_balanced_problem(inputs, reference):
-    """Its block ascent would take thousands of iterations; beside it a problem of less mass keeps its own."""
+    """Its block ascent would take thousands of iterations; a batch-mate with less mass keeps its own number."""
     cost, a, b = inputs
     mass = torch.tensor([1.0, 0.6], dtype=torch.float64)
     both = partial_transport_plan(cost, a, b, mass=mass, reg=0.05, reference=reference, tolerance=1e-9)
@@ -107,7 +107,7 @@ def test_warnings_point_at_the_caller(inputs, solve):
     assert caught[0].filename == __file__
 
 
-def test_the_published_iteration_says_how_far_it_came(inputs):
+def test_the_published_iteration_reports_its_convergence(inputs):
     done = pisces_plan(inputs[0], mass=0.9, reg=0.05)
     assert (done.change < 1e-3).all() and (done.iterations < 200).all() and done.plan.shape == inputs[0].shape
     short = pisces_plan(inputs[0], mass=0.9, reg=0.05, max_iterations=2, tolerance=1e-9)

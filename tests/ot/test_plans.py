@@ -223,7 +223,7 @@ def test_inputs_of_any_layout_and_dtype():
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-def test_modes_are_what_they_were(enabled):
+def test_global_modes_are_restored(enabled):
     cost, a, b = problem(1, 4, 5, dtype=torch.float32)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
@@ -241,7 +241,7 @@ def test_modes_are_what_they_were(enabled):
 
 
 @pytest.mark.parametrize("reach", [None, 0.5])
-def test_a_mate_that_is_annealed_changes_nothing(reach):
+def test_an_annealed_batch_mate_changes_nothing(reach):
     cost, a, b = problem(3, 8, 20, dtype=torch.float32)
     cost[1] *= 60
     together = transport_plan(cost, a, b, reg=0.05, reach=reach)
@@ -274,7 +274,7 @@ def test_weights_in_half_precision_balance():
     assert (plan - transport_plan(cost, a, b, reg=0.05).plan).abs().sum() < 2e-2
 
 
-def test_precisions_that_the_user_set_are_what_they_were():
+def test_user_set_precisions_are_restored():
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
     cost, a, b = problem(1, 4, 5, dtype=torch.float32)
@@ -373,7 +373,7 @@ def test_precision_settings_are_inherited_again():
 
 
 @pytest.mark.parametrize("shape", [(128, 8, 64), (24, 16, 40)])
-def test_a_plan_that_is_done_before_the_others_stays_its_own(shape):
+def test_a_plan_that_converges_first_does_not_change_afterwards(shape):
     """Under the c-transform, where others' scalings need another kernel: marginals and potentials are the plan's."""
     batch, n, m = shape
     generator = torch.Generator().manual_seed(0)

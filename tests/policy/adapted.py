@@ -18,6 +18,6 @@ def give_adapter(denoisers: dict, r: int = 4, seed: int = 0, std: float = 0.2, o
 
 
 def build(family: str, steps: int = 3) -> tuple[VideoPolicy, dict]:
-    """A frozen policy of its own, which a test may change, and the adapter's parameters."""
+    """Return a frozen policy that a test may change, and the adapter's parameters."""
     policy = VideoPolicy(quiet(BUILD[family]()), num_inference_steps=steps, pipeline_kwargs=CALLS[family])
     return policy, give_adapter(dict(policy.denoiser.items()))[0]

@@ -1,4 +1,4 @@
-"""How the VAE decodes: slices change nothing, its dtype is its own, and what it cannot do is said."""
+"""How the VAE decodes: slices change nothing, its dtype may differ, and what it cannot do is refused."""
 
 import functools
 
@@ -51,7 +51,7 @@ def test_chunks_change_nothing(family, frames):
     torch.testing.assert_close(chunked, whole, atol=2e-6, rtol=0)
 
 
-def test_chunks_are_as_long_as_asked_and_only_without_gradients():
+def test_chunks_have_the_set_length_and_only_without_gradients():
     policy = VideoPolicy(
         quiet(BUILD["wan"]()),
         num_inference_steps=2,
@@ -112,8 +112,8 @@ def test_tiles_are_switched_on():
 
 
 @pytest.mark.parametrize("family", ["wan", "cogvideox", "mochi", "latte", "ltx_i2v", "cogvideox_i2v"])
-def test_the_vae_has_a_dtype_of_its_own(family):
-    """Also where the pipeline hands it latents or images of the denoiser's dtype."""
+def test_the_vae_may_have_another_dtype(family):
+    """Also if the pipeline passes it latents or images in the denoiser's dtype."""
     policy, half = sampled(family, vae_dtype="bfloat16")
     assert policy.pipeline.vae.dtype == torch.bfloat16 and policy.denoiser[next(iter(policy.denoiser))].dtype == (
         torch.float32
@@ -152,7 +152,7 @@ def test_the_pipeline_is_as_it_was_after_a_sample():
         ),
     ],
 )
-def test_what_cannot_be_is_said(family, settings, message):
+def test_impossible_requests_are_refused(family, settings, message):
     with pytest.raises(PolicyError, match=message):
         VideoPolicy(quiet(BUILD[family]()), num_inference_steps=2, pipeline_kwargs=CALLS[family], **settings)
 

@@ -106,7 +106,7 @@ def test_families_compile(family):
     torch.testing.assert_close(compiled[2], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
-def test_a_denoiser_without_repeated_blocks_says_so():
+def test_a_denoiser_without_repeated_blocks_is_refused():
     policy, _ = build("t2v_sd")
     with pytest.raises(PolicyError, match="UNet3DConditionModel lists no repeated blocks.*leave torch_compile off"):
         policy.compile_blocks()

@@ -98,7 +98,7 @@ def test_rows_are_rounded_by_the_least_power_of_two_that_holds_them():
     assert torch.equal(rounded(rounded(x).float()), rounded(x))
 
 
-def test_a_row_of_zeros_stays_and_what_is_no_number_shows():
+def test_a_row_of_zeros_stays_zero_and_nan_or_inf_stays_visible():
     x = torch.tensor([[0.0, 0.0], [float("nan"), 1.0], [float("inf"), 1.0]])
     q, scale = fp8_kernels.quantised(x, None)
     values = (q.float() * scale).sum(1)
@@ -164,7 +164,7 @@ def test_rows_may_have_any_stride(bias):
     torch.testing.assert_close(strided, x.grad)
 
 
-def test_the_operators_are_whole():
+def test_the_operators_pass_opcheck():
     torch.manual_seed(0)
     z, factor = draw(5, 48), torch.exp2(torch.randint(-5, 2, (48,)).float())
     x, y, gate, scale, shift = draw(2, 3, 48), draw(2, 3, 48), draw(2, 48), draw(2, 48), draw(2, 48)
@@ -283,7 +283,7 @@ def test_sampling_and_update_are_one_computation(family):
     assert float((fused[2] - plain[2]).norm() / norm) < 0.03 and float((compiled[2] - fused[2]).norm() / norm) < 0.03
 
 
-def test_the_gradient_is_near_that_of_the_weights_own_precision():
+def test_the_gradient_is_near_that_of_unquantised_weights():
     policy, parameters = quantised_policy()
     found = run(policy, parameters)[2]
     for module in list(policy.denoiser["transformer"].modules()):
@@ -297,7 +297,7 @@ def test_the_gradient_is_near_that_of_the_weights_own_precision():
 
 
 def test_which_layers_and_how_much_memory():
-    """The frozen projections of attention and feed-forward, one byte a weight; a LoRA beside stays fp32."""
+    """The frozen projections of attention and feed-forward, one byte per weight; the LoRA stays fp32."""
     policy, parameters = quantised_policy()
     block = policy.denoiser["transformer"].blocks[0]
     layers = [name for name, module in block.named_modules() if isinstance(module, FP8Linear)]

@@ -83,7 +83,7 @@ def test_the_gradient_of_heads_after_a_norm(lora):
     assert torch.autograd.gradcheck(ours, inputs)
 
 
-def test_the_operators_are_whole():
+def test_the_operators_pass_opcheck():
     torch.manual_seed(0)
     x, y, gate, scale, shift, a = (
         draw(*s, dtype=torch.float32) for s in ((2, 3, 8), (2, 3, 8), *[(2, 8)] * 3, (2, 8))
@@ -102,8 +102,8 @@ def test_the_operators_are_whole():
 
 
 @pytest.mark.parametrize("change", [None, "a timestep a token", "trained norm", "trained modulation", "no norm"])
-def test_a_block_is_diffusers_own(change):
-    """In fewer passes where it may, and in diffusers' own way where not, with all its gradients."""
+def test_a_block_equals_diffusers(change):
+    """In fewer passes if the block allows it, else as diffusers does, with all gradients."""
     torch.manual_seed(0)
     block = WanTransformerBlock(16, 32, 2, cross_attn_norm=change != "no norm").requires_grad_(False)
     x, text = draw(2, 5, 16, dtype=torch.float32).requires_grad_(), draw(2, 3, 16, dtype=torch.float32)
@@ -126,7 +126,7 @@ def test_a_block_is_diffusers_own(change):
     torch.testing.assert_close(block(x, text, temb, rotary), expected, rtol=0, atol=0)
 
 
-def test_bf16_products_on_a_cpu_read_no_rubbish():
+def test_bf16_products_on_a_cpu_read_no_uninitialised_memory():
     """They read on behind a row's end: what lies there must be a number."""
     torch.manual_seed(0)
     for _ in range(20):

@@ -209,7 +209,7 @@ def test_state_is_restored_into_the_same_adapter(tmp_path):
 
 
 def test_the_rounding_of_a_large_adapter_is_no_error(tmp_path):
-    """A pipeline in bf16 loads an adapter in bf16, whatever it was trained in."""
+    """A pipeline in bf16 loads an adapter in bf16 whichever dtype it was trained in."""
     pipe = quiet(BUILD["wan"]()).to(torch.bfloat16)
     torch.manual_seed(0)
     add_lora({"transformer": pipe.transformer}, default_lora_config(4))

@@ -97,7 +97,7 @@ def test_gradients_through_decoder_and_denoiser_are_the_same(family):
 
 
 @pytest.mark.parametrize("family", ["wan", "wan22_a14b", "animatediff", "hunyuan"])
-def test_only_what_works_is_on_the_device(family, monkeypatch):
+def test_only_the_module_in_use_is_on_the_device(family, monkeypatch):
     """Of parts without a graph one is there at a time, and the text encoder comes once for a batch of new prompts."""
     policy, _ = build(family)
     policy.place(CPU, kinds(policy))
@@ -146,7 +146,7 @@ def test_an_expert_whose_graph_is_alive_stays():
     assert on_device(policy) == set()
 
 
-def test_a_graph_that_is_dropped_lets_go():
+def test_a_dropped_graph_releases_its_weights():
     policy, _ = build("wan")
     policy.place(CPU, ["vae"])
     videos = policy.sample_with_gradients(PROMPTS, **seeded("wan"))
@@ -231,7 +231,7 @@ def test_pipelines_find_their_device_though_all_weights_are_on_the_cpu(family):
     assert all(device_of(policy.pipeline.components[name]).type == "meta" for name in parts(policy))
 
 
-def test_what_is_trained_stays():
+def test_trained_modules_stay_on_the_device():
     policy, parameters = build("wan")
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
     policy.place(CPU, ["denoiser"])

@@ -62,7 +62,7 @@ def test_noised_states_gradients_and_another_grid(family):
 
 
 @pytest.mark.parametrize("family", often(STARTING))
-def test_guidance_for_this_once(family):
+def test_guidance_of_a_single_call(family):
     policy = build(family)
     clean = policy.final_latents(PROMPTS, **seeded(family))
     plain = predict(policy, **seeded(family), step=2, clean=clean)

@@ -15,7 +15,6 @@ from diffusers import (
 from diffusers.configuration_utils import register_to_config
 from diffusers.guiders import ClassifierFreeGuidance
 from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
-from tiny_pipelines.since_wan22 import skyreels_parts
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.schedule.scheduler import training_scheduler
@@ -136,7 +135,7 @@ def test_pipelines_that_break_a_rule(wan):
 def test_diffusion_forcing_steps_copies_of_its_scheduler():
     from diffusers import SkyReelsV2DiffusionForcingPipeline
 
-    pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**skyreels_parts()))
+    pipe = quiet(SkyReelsV2DiffusionForcingPipeline(**BUILD["skyreels"]().components))
     call = dict(height=16, width=16, num_frames=9, base_num_frames=9, max_sequence_length=16)
     for ar_step in (0, 5):  # synchronous, too
         with pytest.raises(PolicyError, match="copies of its scheduler.*one step of pipeline.scheduler per denoising"):
@@ -184,7 +183,7 @@ def test_latents_rounded_by_the_pipeline_are_scored_as_rounded():
     assert max(found) == 0
 
 
-def test_prompts_are_encoded_once_and_alone(wan):
+def test_each_prompt_is_encoded_once_outside_a_batch(wan):
     p = policy(wan)
     calls = []
     original = p.prompt_memo.encode_prompt
@@ -219,7 +218,7 @@ class Unguided(ClassifierFreeGuidance):
         self._internal_dict = {"start": start}
 
 
-def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
+def test_the_guidance_scale_of_the_call_overrides_the_guiders():
     pipe = quiet(BUILD["hunyuan15"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["hunyuan15"])
     own, six, one = (
@@ -236,8 +235,8 @@ def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
         one.sample(["a"], noise_seeds=[0])
 
 
-def test_text_of_another_length_beside_it_changes_nothing():
-    """Kandinsky 5 takes no text mask, so padding would be read; each row gets the text of its own length."""
+def test_a_batch_mate_with_longer_text_changes_nothing():
+    """Kandinsky 5 takes no text mask, so it would read padding; each row gets unpadded text."""
     pipe = quiet(BUILD["kandinsky5"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["kandinsky5"])
     prompts = ["a bird in the snow", "a", "a fish", "b"]

@@ -225,7 +225,7 @@ def test_gradient_equals_finite_difference():
         pipe.text_encoder.float()
 
 
-def test_a_sample_depends_on_its_own_seeds_only():
+def test_a_sample_depends_only_on_its_seeds():
     policy = VideoPolicy(adapted("wan"), num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
     both = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1])
     alone = policy.sample(PROMPTS[1:], noise_seeds=[2], step_seeds=[4], steps=[0, 1])
@@ -255,7 +255,7 @@ def test_untrained_steps_skip_the_denoiser():
     assert len(calls) == 1 and sorted(rollout.states) == [2, 3]
 
 
-def test_a_replay_of_other_states_is_noticed_at_once_or_when_asked():
+def test_a_replay_of_other_states_is_detected():
     policy = VideoPolicy(adapted("wan"), num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1])
     policy.replay(rollout, [0, 1], lambda s: None, wait=False)
@@ -267,10 +267,10 @@ def test_a_replay_of_other_states_is_noticed_at_once_or_when_asked():
     policy.replay(rollout, [1], lambda s: None, wait=False)
     with pytest.raises(PolicyError, match="at step 0"):
         policy.check_replays()
-    policy.check_replays()  # each is told once
+    policy.check_replays()  # each is reported once
 
 
-def test_an_exception_in_the_visitor_leaves_the_pipeline_whole():
+def test_an_exception_in_the_visitor_leaves_the_pipeline_usable():
     pipe = adapted("wan")
     policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["wan"])
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[1])

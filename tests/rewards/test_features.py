@@ -46,7 +46,7 @@ def lazily(rows, decoded):
     return [(later(row, video), text) for row, (video, text) in enumerate(rows)]
 
 
-def test_a_cache_broken_off_goes_on_and_ends_as_a_whole_one(tmp_path):
+def test_an_interrupted_cache_resumes_to_the_same_result(tmp_path):
     encoder = build("tiny_vtm")
     whole = cached(encoder, samples(), tmp_path / "whole", batch_size=3)
     assert whole.text.shape == whole.video.shape == (11, encoder.dimension) and whole.paired
@@ -90,7 +90,7 @@ def test_what_is_cached_is_not_decoded_again(tmp_path):
     assert len(cached(encoder, lazily(samples(), decoded), tmp_path).video) == 11 and decoded == []
 
 
-def test_of_the_samples_in_memory_a_batch_is_decoded_at_once(tmp_path, monkeypatch):
+def test_samples_in_memory_are_decoded_batch_by_batch(tmp_path, monkeypatch):
     encoder, decoded, sizes = build("tiny_vtm"), [], []
     encode = encoder.encode_video
     monkeypatch.setattr(encoder, "encode_video", lambda videos: sizes.append(len(decoded)) or encode(videos))
@@ -259,7 +259,7 @@ def test_the_script_refuses_what_it_cannot_fit_or_save(tmp_path, script, monkeyp
         assert not (tmp_path / "map").exists()
 
 
-def test_the_script_does_not_pair_what_is_only_equally_many(tmp_path, fit):
+def test_equal_counts_alone_do_not_pair_files(tmp_path, fit):
     rows = clips(tmp_path, 20)
     halves = [{**row, "caption" if i % 2 else "video": None} for i, row in enumerate(rows)]
     printed = fit(halves)

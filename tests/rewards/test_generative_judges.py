@@ -71,7 +71,7 @@ def taught(request):
 
 @pytest.mark.parametrize("size", FILES)
 def test_names_and_shapes_are_the_published_ones(size):
-    """The size of the published index tells which layout its names have, and that the 3B's has no head of words."""
+    """The size of the published index shows the layout of its names, and that the 3B model's has no word head."""
     shapes = official_shapes(full_config(size), flat=True)
     if size == "7B":
         assert {name: shapes[name] for name in PUBLISHED} == PUBLISHED
@@ -283,7 +283,7 @@ def test_published_folders_are_loaded_in_either_layout(tmp_path, flat, tied):
     ("name", "size"),
     [("video_score2", r"VideoScore2 \(Qwen2.5-VL-7B"), ("unified_reward", r"UnifiedReward 2.0 \(Qwen2.5-VL-7B")],
 )
-def test_what_is_not_here_is_said(tmp_path, name, size):
+def test_missing_weights_are_reported(tmp_path, name, size):
     config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"is a different 'qwen2_5_vl': .* {size}"):
         load_reward(name, model=tmp_path, template=TEMPLATES[name])

@@ -106,7 +106,7 @@ def test_the_published_file_is_loaded_in_either_layout(tmp_path, flat):
         load_hpsv3(tmp_path, config(), torch.float32)
 
 
-def test_what_is_not_here_is_said(tmp_path):
+def test_missing_weights_are_reported(tmp_path):
     config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"is a different 'qwen2_vl': .* HPSv3's base \(Qwen2-VL-7B\) has"):
         load_reward("hpsv3", model=tmp_path, base=tmp_path, template=TEMPLATE)

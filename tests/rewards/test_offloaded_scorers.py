@@ -1,4 +1,4 @@
-"""Scorers whose weights wait on the CPU: where they are when a graph is left, and when it has been used."""
+"""Scorers whose weights wait on the CPU: where they are while a graph exists, and after it has been used."""
 
 import sys
 import weakref

@@ -197,7 +197,7 @@ def test_plans_of_the_last_layer_cannot_reach_the_match(name, videos):
 
 
 @pytest.mark.parametrize("plan, fusion", list(itertools.product(PLANS, FUSIONS)))
-def test_heads_share_a_plan_where_nothing_tells_them_apart(layer, plan, fusion):
+def test_heads_with_equal_costs_share_a_plan(layer, plan, fusion):
     settings = OTAttention(plan=plan, fusion=fusion, temporal=0, spatial=0)
     bound = settings.bind(*layer[:2])
     solve, shapes = bound.solve, []

@@ -89,7 +89,7 @@ def test_returned_numbers(values):
     assert table.values[:2, 0].tolist() == [1.0, 2.5]
 
 
-def test_none_is_nan_and_no_error():
+def test_none_becomes_nan():
     assert [math.isnan(v) for v in ask(returning([None, 1.0, None])).values[:, 0].tolist()] == [True, False, True]
 
 
@@ -157,7 +157,7 @@ def test_names():
     assert reward_name(functools.partial(functools.partial(plain, a=1), b=2)) == "plain"
 
 
-def test_duplicate_names_are_told_apart():
+def test_duplicate_names_are_numbered():
     panel = RewardPanel([Scaled(1), Network(), Scaled(2), lambda prompts: [0.0], lambda prompts: [1.0]])
     assert panel.names == ["Scaled_0", "Network", "Scaled_2", "lambda_3", "lambda_4"]
 

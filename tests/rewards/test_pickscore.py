@@ -160,7 +160,7 @@ def test_it_waits_on_the_cpu_between_calls(monkeypatch):
     assert places == ["cpu"] * 4
 
 
-def test_what_is_not_here_is_said_with_the_command(monkeypatch):
+def test_missing_weights_are_reported_with_the_command_to_get_them(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="PickScore needs 'nobody/nothing', .* run `hf download nobody/nothing`"):
         load_reward("pickscore", model="nobody/nothing")

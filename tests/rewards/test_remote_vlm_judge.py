@@ -199,7 +199,7 @@ def test_extra_fields_and_the_key_are_sent(local, monkeypatch):
         ask(endpoint.reward())
 
 
-def test_it_runs_beside_synchronous_rewards(local):
+def test_it_runs_together_with_synchronous_rewards(local):
     with Endpoint(local) as endpoint:
 
         def waits(prompts):
@@ -503,7 +503,7 @@ def serve(local, tmp_path_factory):
 
 
 def test_transformers_serve(serve, local, monkeypatch):
-    """It reads image data URLs; its answers are the model's greedy ones. What it lacks is said before a run."""
+    """It reads image data URLs and answers greedily. Missing features are reported before a run."""
     monkeypatch.setattr(retrying_client, "LONGEST_WAIT", 0.5)  # uvicorn closes a connection shortly after a status 500
     expected = []
     for prompt, clip in zip(PROMPTS, spread_frames(VIDEOS, 4)):

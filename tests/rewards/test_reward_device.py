@@ -1,4 +1,4 @@
-"""Rewards on a device of their own: the same values and gradients as on the policy's."""
+"""Rewards on a separate device: the same values and gradients as on the policy's."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_values_and_gradients_are_those_of_the_videos_device(device):
 @pytest.mark.parametrize("device", ELSEWHERE)
 @pytest.mark.parametrize("kind", ["backprop", "grpo"])
 def test_a_run_is_that_of_the_videos_device(tmp_path, device, kind):
-    """But for the rounding of fp32, a hundredth of what was learned at most: AdamW would make much of it."""
+    """Equal up to fp32 rounding, at most a hundredth of what was learned: AdamW would amplify it."""
     found = []
     for where in ("cuda:0", device):
         reward = Brightness()

@@ -1,4 +1,4 @@
-"""Rewards over HTTP: the same numbers as inside, to the bit; and whatever fails is tried again or ends the run."""
+"""Rewards over HTTP: the same numbers as in the process, to the bit; a failure is retried or ends the run."""
 
 import asyncio
 import base64
@@ -83,7 +83,7 @@ placed = Placed()
 
 
 class Serving:
-    """A real server, in a process of its own."""
+    """A real server in a separate process."""
 
     def __init__(self, folder: Path, *options: str, port: int = 0, token: str | None = TOKEN):
         self.file, self.folder = folder / "rewards_of_server.py", folder
@@ -395,14 +395,14 @@ def test_a_dead_server_is_an_error():
         ({"metrics": {"x": "1"}}, "metrics are not lists"),
     ],
 )
-def test_an_error_at_once(deed, why):
+def test_an_error_fails_without_a_retry(deed, why):
     with Faulty(deed) as faulty, pytest.raises(RewardError, match="'bright' of .* prompt 'first': .*" + why):
         ask(RemoteReward(faulty.url, "bright"))
     assert len(faulty.requests) == 1
 
 
-def test_a_busy_server_is_waited_for_and_no_longer():
-    """Its Retry-After says that it lives: such tries are not among `retries`, until `time_limit` is over."""
+def test_a_busy_server_is_retried_until_the_time_limit():
+    """Its Retry-After shows that it is alive: such tries do not count as `retries`; `time_limit` ends them."""
     busy = status(503, Retry_After="0")
     with Faulty(*[busy] * 3) as faulty:
         ask(RemoteReward(faulty.url, "bright", retries=0))
@@ -429,7 +429,7 @@ def test_a_run_ends_with_the_weights_of_its_last_step(tmp_path):
     assert made.state.global_step == 1 and largest_difference(weights(made), weights(inside)) == 0
 
 
-def test_a_server_with_other_weights_at_a_resume_is_told(tmp_path, capsys):
+def test_a_server_with_other_weights_is_reported_on_resume(tmp_path, capsys):
     with Faulty() as faulty:
         trainer(tmp_path, RemoteReward(faulty.url, "bright"), max_steps=1, save_strategy="steps", save_steps=1).train()
     capsys.readouterr()
@@ -603,7 +603,7 @@ def test_an_upload_that_stops_frees_its_place(monkeypatch, name):
     queue.stop()
 
 
-def test_progress_is_told(monkeypatch, capsys):
+def test_progress_is_reported(monkeypatch, capsys):
     queue, now = ScoringQueue(4), [1000.0]
     monkeypatch.setattr(application, "time", SimpleNamespace(monotonic=lambda: now[0]))
     served = application.RewardApplication(

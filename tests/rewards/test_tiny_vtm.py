@@ -24,7 +24,7 @@ def clips(n=24):
     return [scene.prompt() for scene in specs.scenes()], render_layout(layout, size=64)
 
 
-def test_pipelines_and_encoders_are_listed_apart():
+def test_pipelines_and_encoders_are_listed_separately():
     assert available() == ["tiny-wan"] and available(CARD) == ["tiny-vtm", "tiny-vtm-judge"]
     with pytest.raises(ValueError, match="'tiny-vtm' is not an embedded model; did you mean 'tiny-wan'"):
         asset_path("tiny-vtm")

@@ -46,7 +46,7 @@ def reward(**options) -> VideoAlign:
 
 
 def test_names_and_shapes_are_the_published_ones():
-    """The published file holds bf16 and, beside these, a word head as large as the embedding: its size tells."""
+    """The published file holds bf16 weights and a word head as large as the embedding, as its size shows."""
     shapes = official_shapes(full_config("2B", 151660))
     assert {name: shapes[name] for name in PUBLISHED} == PUBLISHED
     expected = 2 * (sum(map(math.prod, shapes.values())) + 151660 * 1536)
@@ -188,7 +188,7 @@ def test_weights_of_another_model_are_refused_by_name(tmp_path):
         load_video_align(tmp_path, config(), torch.float32)
 
 
-def test_what_is_not_here_is_said_with_the_command(tmp_path, monkeypatch):
+def test_missing_weights_are_reported_with_the_command_to_get_them(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="template: there is no .*none.py; .* `curl --create-dirs -o .*prompt_template.py`"
     ):

@@ -54,7 +54,7 @@ def model(head: torch.nn.Module, **text) -> Qwen2VLReward:
 
 
 def full_config(size: str, rows: int) -> Qwen2VLConfig:
-    """Qwen2-VL-2B or 7B, from the published config.json, with an embedding of so many rows."""
+    """Qwen2-VL-2B or 7B, from the published config.json, with an embedding of this many rows."""
     text = {
         "2B": dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2),
         "7B": dict(hidden_size=3584, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4),

@@ -66,7 +66,7 @@ def test_a_missing_object_costs_half_of_what_is_asked_of_both(scenes):
     assert means["no_extra_objects"] == 1
 
 
-def test_what_vanishes_half_way_fails(scenes):
+def test_an_object_that_vanishes_half_way_fails(scenes):
     result, _ = scores("vanish_half", scenes)
     assert not result.correct.any()
     assert result.quality_dimensions["subject_consistency"].mean() < 0.6
@@ -95,7 +95,7 @@ def test_freezing_is_not_a_fault_of_quality(scenes):
     assert not result.correct.any()
 
 
-def test_noise_alone_is_worth_nothing(scenes):
+def test_pure_noise_scores_zero(scenes):
     result, _ = scores("uniform_noise", scenes)
     assert not result.correct.any() and result.quality.mean() < 0.05 and result.alignment.mean() < 0.35
 

@@ -29,7 +29,7 @@ def test_shapes_of_one_radius_have_one_area(shape):
     assert abs(area / (math.pi * 16) - 1) < 0.01
 
 
-def test_what_is_said_is_drawn():
+def test_the_renderer_draws_what_the_prompt_says():
     video = render([parse("a small red circle staying still on a white background")])[0]
     assert torch.allclose(video[0, :, 0, 0], BACKGROUND_RGB[2])
     assert torch.equal(video[0], video[-1])

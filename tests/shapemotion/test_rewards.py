@@ -70,7 +70,7 @@ def test_a_batch_is_verified_once(videos, verifications):
     assert verifications == [3]
 
 
-def test_what_changes_is_verified_again(videos, verifications):
+def test_a_changed_batch_is_verified_again(videos, verifications):
     before = shapemotion_correct(prompts=PROMPTS, videos=videos)
     other = shapemotion_correct(prompts=["a red square", *PROMPTS[1:]], videos=videos)
     assert before == [1.0, 0.0, 1.0] and other == [0.0, 0.0, 1.0]
@@ -80,7 +80,7 @@ def test_what_changes_is_verified_again(videos, verifications):
     assert len(verifications) == 4
 
 
-def test_the_memory_keeps_no_videos_alive(videos, verifications):
+def test_the_cache_keeps_no_videos_alive(videos, verifications):
     shapemotion_correct(prompts=PROMPTS, videos=videos.clone())
     assert verifier_rewards._latest[0]() is None
 

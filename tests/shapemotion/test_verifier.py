@@ -36,7 +36,7 @@ def test_rendered_clips_are_correct(split):
     assert result.quality_dimensions["motion_smoothness"].mean() >= 0.97
 
 
-def test_dimensions_are_asked_by_the_prompt():
+def test_the_prompt_decides_which_dimensions_count():
     prompts = [
         "a circle",
         "a red circle and a large blue square moving left slowly",
@@ -107,7 +107,7 @@ def test_swapped_colors_are_wrong_of_class_only():
     ).all()
 
 
-def test_an_unasked_object_is_extra():
+def test_an_object_the_prompt_lacks_counts_as_extra():
     videos = render([parse("a red circle and a blue square")] * 4)
     result = verify(videos, ["a red circle"] * 4)
     assert (result.alignment_dimensions["no_extra_objects"] == 0).all() and not result.correct.any()

@@ -1,4 +1,4 @@
-"""Adapters that a stranger brings: on the pipeline already, or with options of peft that a run cannot keep."""
+"""Adapters that users bring: already on the pipeline, or with peft options that a run cannot keep."""
 
 import dataclasses
 import re
@@ -231,8 +231,8 @@ def test_two_trainers_on_one_pipeline(settings, tmp_path, fresh_run):
 # --- options of peft ---
 
 
-def test_every_option_of_peft_was_decided_about():
-    """A new peft brings a new option: it is refused until it stands in lora_options.py."""
+def test_every_peft_option_is_either_supported_or_refused():
+    """An option that a new peft adds is refused until lora_options.py lists it."""
     fields = {field.name for field in dataclasses.fields(LoraConfig)}
     assert fields == KEPT | NOTES | REFUSED.keys()
     assert not KEPT & REFUSED.keys() and not NOTES & (KEPT | REFUSED.keys())
@@ -348,7 +348,7 @@ def test_options_that_match_nothing(options, message):
     ids=lambda options: "+".join(options),
 )
 def test_options_that_are_kept_are_saved_and_reloaded(family, options, tmp_path):
-    """What is trained is what plain diffusers or peft loads, whatever the scale and the ranks."""
+    """Plain diffusers or peft loads exactly what was trained, for every scale and rank."""
     pipe, again = quiet(BUILD[family]()), quiet(BUILD[family]())
     for one, seed in ((pipe, 0), (again, 1)):
         torch.manual_seed(seed)

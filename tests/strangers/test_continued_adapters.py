@@ -53,7 +53,7 @@ def continued(folder, start, *, model=None, peft_config=None, callbacks=None, **
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A folder of ours with one adapter of Wan. Nobody changes it."""
+    """A folder with one adapter of Wan. Read-only: tests share it."""
     folder = tmp_path_factory.mktemp("saved")
     save_lora(adapted(), folder)
     return folder
@@ -132,7 +132,7 @@ def test_a_run_on_it_learns_saves_and_says_so(saved, tmp_path):
     assert read_adapter(tmp_path).configs["transformer"].lora_alpha == ALPHA
 
 
-def test_a_new_adapter_says_nothing_of_it(tmp_path):
+def test_a_new_adapter_does_not_mention_it(tmp_path):
     made = trainer(tmp_path)
     assert "continued from" not in made._card_settings() and "continued" not in made._identity
 
@@ -207,7 +207,7 @@ def test_the_reference_is_the_base_or_the_adapter(saved, tmp_path):
     assert kl["adapter"] == 0 < kl["base"]
 
 
-def test_clips_before_are_those_whose_scores_stand_beside_them(saved, tmp_path):
+def test_clips_before_match_the_scores_next_to_them(saved, tmp_path):
     """The first evaluation saw the saved adapter, so the sheet must not show the base."""
     made = continued(tmp_path, saved)
     rows = prompts(2)
@@ -318,7 +318,7 @@ def of_a_newer_peft(tensors, options):
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_files_of_other_kinds(change, message, tmp_path):
-    """Refused before a model is loaded: there is none by that name."""
+    """Refused before a model is loaded: no adapter has that name."""
     start = rewritten(tmp_path / "start", change)
     with pytest.raises(ValueError, match=f"continue_from='{start}'.*{message}"):
         continued(tmp_path / "run", start, model="no/such-model")

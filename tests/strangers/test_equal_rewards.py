@@ -1,4 +1,4 @@
-"""Rewards that tell nothing: equal within a group, equal but for rounding, far from zero, missing.
+"""Rewards without information: equal within a group, equal but for rounding, far from zero, missing.
 
 Such cases come from runs whose reward saturates: binary rewards, verifiers that everything passes, scores with a large
 offset. A group of equal rewards must not move a weight.
@@ -47,7 +47,7 @@ def test_equal_rewards_have_no_advantage(value, mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_equal_rewards_beside_a_group_that_differs(mode):
+def test_equal_rewards_next_to_a_group_that_differs(mode):
     """Also where the whole batch is normalised, and with a second reward and its weight."""
     generator = torch.Generator().manual_seed(0)
     values = torch.stack([torch.full((24,), 123.456), torch.full((24,), 0.7)], 1)
@@ -57,7 +57,7 @@ def test_equal_rewards_beside_a_group_that_differs(mode):
 
 
 @pytest.mark.parametrize("mode", MODES, ids="-".join)
-def test_rounding_is_no_signal(mode):
+def test_rounding_differences_give_no_advantage(mode):
     """A mean over pixels differs in its last bits with the place in a batch; 1e6 leaves .06 between neighbours."""
     for value in (123.456, -0.3, 1e6):
         up = torch.nextafter(torch.tensor(value), torch.tensor(math.inf))
@@ -120,7 +120,7 @@ def test_weights_do_not_move(tmp_path):
     [{"scale_rewards": "batch"}, {"scale_rewards": "none"}, {"multi_objective_aggregation": "normalize_then_sum"}],
 )
 def test_settings_that_running_statistics_would_ignore(tmp_path, setting):
-    """per_prompt_stat_tracking took the prompt's own deviation whatever scale_rewards said."""
+    """per_prompt_stat_tracking used the prompt's own deviation and ignored scale_rewards."""
     (name,) = setting
     with pytest.raises(ValueError, match=f"per_prompt_stat_tracking=True takes .* so {name}=.*; set {name}="):
         config(tmp_path, per_prompt_stat_tracking=True, **setting)

@@ -106,7 +106,7 @@ def test_a_command_of_the_docs_is_one(line, monkeypatch):
 
 @pytest.mark.parametrize("code", python_snippets())
 def test_a_snippet_of_the_docs_runs(code, tmp_path, monkeypatch):
-    """As it is written; where it names a model of the Hub, on tiny-wan, up to the training."""
+    """As written; if it names a model of the Hub, on tiny-wan and up to the training."""
     monkeypatch.chdir(tmp_path)
     if HUB.search(code):
         code = re.sub(r"trainer\.\w+\(\)", "", HUB.sub('"tiny-wan"', code))

@@ -1,4 +1,4 @@
-"""Folders as people have them: an earlier run in the same place, their own files beside ours, a stop in the middle.
+"""Folders as people have them: an earlier run in the same place, their own files next to ours, a stop in the middle.
 
 Such cases come from trainers' issue trackers: a card with another run's samples, a folder `checkpoint-best` that the
 rotation of checkpoints removed, a README that a push overwrote.
@@ -157,7 +157,7 @@ def test_a_longer_run_that_is_stopped_does_not_show_the_shorter_one_s_results(ea
     made.save_model()
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert links_of(folder) == [] and "Before and after" not in card
-    assert not list(folder.glob("earlier-*"))  # of a run that goes on nothing is moved
+    assert not list(folder.glob("earlier-*"))  # a resumed run moves nothing
     resumed = trainer(folder, eval_dataset=prompts(2), max_steps=3)
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
     resumed.save_model()
@@ -179,7 +179,7 @@ class Interrupt(TrainerCallback):
 
 
 def test_stopped_before_the_first_checkpoint(earlier):
-    """A new run in the folder, Ctrl-C at once, saved all the same; then the first run's goes on from earlier-1."""
+    """A new run in the folder is stopped at once by Ctrl-C and still saved; then the first resumes from earlier-1."""
     folder, _ = earlier
     made = trainer(folder, eval_dataset=prompts(2), max_steps=4, callbacks=[Interrupt(1)], **SAVES)
     with pytest.raises(KeyboardInterrupt):
@@ -264,7 +264,7 @@ def test_the_best_model_s_card_shows_the_best_step(tmp_path):
 
 
 def test_old_checkpoints_are_deleted_and_nothing_else(tmp_path):
-    """save_total_limit beside a user's own checkpoint-best, checkpoint-2-backup and an empty checkpoint-99."""
+    """save_total_limit in a folder with a user's checkpoint-best, checkpoint-2-backup and an empty checkpoint-99."""
     for name in ("checkpoint-best", "checkpoint-2-backup", "checkpoint-99", ".incomplete-thoughts", "checkpoint-1"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "notes.txt").write_text("mine", encoding="utf-8")
@@ -324,8 +324,8 @@ def test_checkpoints_alone_were_copied_to_another_machine(best_is_first, tmp_pat
     made.save_model()
 
 
-def test_a_run_that_goes_on_from_where_it_was_moved_knows_its_best(best_is_first, tmp_path):
-    """Resumed from earlier-1/checkpoint-2: the best is the checkpoint beside it."""
+def test_a_moved_run_resumes_with_its_best_checkpoint(best_is_first, tmp_path):
+    """Resumed from earlier-1/checkpoint-2: the best is another checkpoint in earlier-1."""
     shutil.copytree(best_is_first, tmp_path / "run" / "earlier-1")
     state = tmp_path / "run" / "earlier-1" / "checkpoint-2" / "trainer_state.json"
     state.write_text(state.read_text(encoding="utf-8").replace(str(best_is_first), "/gone"), encoding="utf-8")
@@ -377,7 +377,7 @@ def between_disks(*paths, **kwargs):
 
 
 @pytest.mark.parametrize("disk", ["same", "another"])
-def test_samples_lie_on_a_larger_disk(disk, tmp_path, monkeypatch):
+def test_a_samples_folder_linked_to_another_disk(disk, tmp_path, monkeypatch):
     """output_dir/samples is a link: the link stays, and what a run wrote behind it moves."""
     larger, run = tmp_path / "larger", tmp_path / "run"
     larger.mkdir()
@@ -393,7 +393,7 @@ def test_samples_lie_on_a_larger_disk(disk, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kept_a_list", [True, False])
 def test_a_user_s_model_card_is_not_pushed_as_ours(kept_a_list, tmp_path):
-    """A file model_card.md of the user's beside our card."""
+    """A user's file model_card.md next to our card."""
     folder = tmp_path / "run"
     files_of_a_run(folder, "README.md", "pytorch_lora_weights.safetensors")
     (folder / "model_card.md").write_text("mine", encoding="utf-8")
@@ -408,7 +408,7 @@ def test_a_user_s_model_card_is_not_pushed_as_ours(kept_a_list, tmp_path):
 
 
 def test_a_readme_that_replaced_our_card_stays(tmp_path):
-    """After the first run the user writes a README of their own; the second leaves it there."""
+    """After the first run the user writes a README; the second run leaves it there."""
     files_of_a_run(tmp_path, "README.md", "report.md")
     (tmp_path / "README.md").write_text("mine", encoding="utf-8")
     files = RunFiles(tmp_path)
@@ -447,8 +447,8 @@ def test_the_card_shows_no_clips_of_another_evaluation(tmp_path):
         ("checkpoint-77", False),
     ],
 )
-def test_to_continue_from_what_the_run_will_move(inside, moves, tmp_path):
-    """Refused where the folder's list says that a run wrote it; a user's own start may lie there."""
+def test_continuing_from_a_file_the_run_would_move(inside, moves, tmp_path):
+    """Refused if the folder's list says that a run wrote it; a user's own file may be there."""
     files_of_a_run(
         tmp_path,
         "checkpoint-2/pytorch_lora_weights.safetensors",
@@ -509,7 +509,7 @@ def test_two_machines_that_both_save(tmp_path):
     assert [process.stdout.count("holds an earlier run") for process in done] == [1, 0]
 
 
-def test_a_list_that_was_written_by_others_moves_nothing_outside(tmp_path):
+def test_a_foreign_file_list_moves_nothing_outside_the_folder(tmp_path):
     """run_files.json comes with a downloaded folder: an entry that leads out of it is no file of the run."""
     folder = tmp_path / "run"
     folder.mkdir()

@@ -7,15 +7,14 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from PIL import Image
-from tiny_pipelines import BUILD, quiet
-from tiny_pipelines.image_to_video import picture
+from tiny_pipelines import BUILD, picture, quiet
 
 from pisces_rl.policy import PolicyError, VideoPolicy
 from pisces_rl.policy.pipeline.prompts import PromptMemo, content_key
 
 
 class Encoder:
-    """An encode_prompt whose embedding (1, 2, 3) tells the prompt and the mean of the image; counts its calls."""
+    """An encode_prompt whose embedding (1, 2, 3) encodes the prompt and the mean of the image; counts its calls."""
 
     def __init__(self):
         self.calls = 0
@@ -92,7 +91,7 @@ def test_what_is_common_to_a_batch_is_a_copy():
 
 
 def test_pictures_of_a_batch_stay_with_their_prompts():
-    """A list of pictures beside a list of prompts is the pipeline's to match."""
+    """The pipeline matches a list of pictures with a list of prompts."""
     seen = []
 
     def encode_prompt(prompt, image=None):

@@ -69,7 +69,7 @@ def test_offloading_of_accelerate(tmp_path):
 
 
 def test_sequential_offloading(tmp_path):
-    """kohya sd-scripts #1454 and many more, cannot copy out of meta tensor; no data!: nobody says which, and why."""
+    """kohya sd-scripts #1454 and many more, cannot copy out of meta tensor; no data!, with no hint which, or why."""
     pipe = pipeline()
     cpu_offload(pipe.transformer, torch.device("cpu"))
     refused(tmp_path, pipe, "transformer is offloaded by accelerate")
@@ -82,7 +82,7 @@ def test_offloading_in_groups(tmp_path):
     refused(tmp_path, pipe, "transformer is offloaded in groups")
 
 
-def test_our_own_offloading_may_come_again(tmp_path):
+def test_our_offloading_may_be_applied_again(tmp_path):
     """The refusals do not meet what the trainer itself does: a pipeline serves a second one."""
     pipe = pipeline()
     trainer(tmp_path, model=pipe, offload=["text_encoder", "vae"])

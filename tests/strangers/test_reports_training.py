@@ -50,7 +50,7 @@ def test_a_misspelt_best_metric_is_said_at_the_first_evaluation(tmp_path):
     assert made.state.global_step == 0
 
 
-def test_early_stopping_counts_on_after_a_resume(tmp_path):
+def test_early_stopping_keeps_its_count_after_a_resume(tmp_path):
     """transformers #28544, early stopping patience does not work when resuming from checkpoint."""
     settings = EVALUATED | {
         "eval_dataset": prompts(1),
@@ -83,7 +83,7 @@ def test_an_interrupted_trainer_trains_again(tmp_path):
     assert made.state.global_step == 2
 
 
-def test_a_second_train_has_a_schedule_of_its_own(tmp_path):
+def test_a_second_train_starts_a_new_schedule(tmp_path):
     """icevision #34, Trainer.fit more than once: the second must not begin where the schedule ended, at 0."""
     made = trainer(tmp_path, lr_scheduler_type="linear")
     made.train()
@@ -101,7 +101,7 @@ def test_a_run_without_any_reward_says_so(tmp_path):
     assert largest_difference(weights(made), before) == 0
 
 
-def test_a_video_without_a_reward_is_no_zero(tmp_path):
+def test_a_video_without_a_reward_does_not_count_as_zero(tmp_path):
     """trl #5773, NaN-poisoned group mean: among rewards below 0 a missing one must not look like the best."""
     made = trainer(tmp_path, lambda prompts, videos, **columns: [None, -1.0, -2.0, -3.0], max_steps=1)
     made.train()
@@ -223,7 +223,7 @@ def test_the_remainder_of_an_epoch(tmp_path):
     assert all(len(set(seen[i : i + 4])) == 1 for i in range(0, 16, 4))
 
 
-def test_two_trainers_in_one_process_do_not_meet(tmp_path):
+def test_two_trainers_in_one_process_do_not_interfere(tmp_path):
     """transformers #40376, TrainingArguments reset AcceleratorState: the second run equals the first, of one seed."""
     first, second = trainer(tmp_path / "a", max_steps=1), trainer(tmp_path / "b", max_steps=1, model=pipeline())
     first.train()

@@ -16,7 +16,7 @@ def test_a_zero_vector_gets_no_gradient():
 
 
 def test_a_map_of_unit_vectors_gives_a_zero_vector_no_gradient():
-    """The same, where a map brings its inputs to unit length."""
+    """The same for a map that normalises its inputs to unit length."""
     from pisces_rl.ot.maps import MeanShiftMap
 
     points = torch.randn(32, 3, generator=torch.Generator().manual_seed(0))

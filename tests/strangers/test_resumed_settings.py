@@ -1,4 +1,4 @@
-"""A run that is resumed with other settings: what changes acts and is told, or is refused with both values."""
+"""A run resumed with other settings: a change takes effect and is reported, or is refused with both values."""
 
 import pytest
 from trainers.tiny_runs import StopAt, largest_difference, logged, prompts, trainer, weights
@@ -27,7 +27,7 @@ def test_the_average_switched_off_leaves_the_live_weights(tmp_path):
         assert largest_difference(weights(loaded(tmp_path, **settings)), weights(made)) == 0
 
 
-def test_a_changed_learning_rate_acts_and_is_told(tmp_path):
+def test_a_changed_learning_rate_takes_effect_and_is_reported(tmp_path):
     """The optimizer went on with the old one, while the card printed the new one."""
     stopped(tmp_path)
     resumed = trainer(tmp_path, **LINEAR, **{"learning_rate": 4e-3, "weight_decay": 0.1, "adam_beta2": 0.9})
@@ -40,7 +40,7 @@ def test_a_changed_learning_rate_acts_and_is_told(tmp_path):
         assert part in changes
 
 
-def test_settings_are_told_by_their_values(tmp_path):
+def test_changed_settings_are_reported_by_value(tmp_path):
     """The card said "SchedulerType.COSINE"."""
     trainer(tmp_path, callbacks=[StopAt(2)], **LINEAR).train()
     made = trainer(tmp_path, **LINEAR | {"lr_scheduler_type": "cosine"})
@@ -66,7 +66,7 @@ def test_saving_and_logging_follow_the_new_settings(tmp_path):
 
 
 def test_changes_of_an_earlier_resume_stay_in_the_card(tmp_path):
-    """Resumed twice, a run tells both."""
+    """A run that was resumed twice reports both changes."""
     stopped(tmp_path)
     trainer(tmp_path, **LINEAR, learning_rate=4e-3, callbacks=[StopAt(3)]).train(resume_from_checkpoint=True)
     last = trainer(tmp_path, **LINEAR, learning_rate=2e-3)
@@ -82,8 +82,8 @@ def test_another_optimizer_is_refused(tmp_path):
         trainer(tmp_path, **LINEAR, optim="sgd").train(resume_from_checkpoint=True)
 
 
-def test_a_schedule_that_follows_scores_is_not_exchanged(tmp_path):
-    """reduce_lr_on_plateau keeps its rate in a state of its own."""
+def test_a_schedule_that_follows_scores_is_not_replaced(tmp_path):
+    """reduce_lr_on_plateau keeps its rate in a separate state."""
     stopped(tmp_path)
     with pytest.raises(ValueError, match="lr_scheduler_type=.*reduce_lr_on_plateau.*was saved with 'linear'"):
         trainer(
@@ -96,7 +96,7 @@ def test_a_schedule_that_follows_scores_is_not_exchanged(tmp_path):
         ).train(resume_from_checkpoint=True)
 
 
-def test_nothing_changed_says_nothing(tmp_path):
+def test_unchanged_settings_report_nothing(tmp_path):
     """The ordinary resume."""
     stopped(tmp_path)
     resumed = trainer(tmp_path, **LINEAR)

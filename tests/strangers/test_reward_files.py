@@ -114,7 +114,7 @@ def test_a_file_of_the_hubs_cache(tmp_path):
 
 
 def test_a_link_to_a_file_with_neighbours(tmp_path):
-    """home/rewards.py links to a project's file, which imports what lies beside it there, a link among it."""
+    """home/rewards.py links to a project's file, which imports its neighbours there, one of them a link."""
     write(tmp_path / "project/beside_in_project.py", "VALUE = 3\n")
     linked(tmp_path / "project/linked_in_project.py", write(tmp_path / "elsewhere/other.py", "VALUE = 4\n"))
     text = (

@@ -40,7 +40,7 @@ def two(prompts, videos):
 
 
 class Scorer(nn.Module):
-    """A scoring network whose dropout is on until somebody says eval()."""
+    """A scoring network whose dropout is on until eval() is called."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def awaited(func):
 
 
 def clip(videos, texts):
-    """A scorer with arguments of its own, which the rewards below call."""
+    """A scorer with its own arguments, which the rewards below call."""
     return [float(video.mean()) * len(text) for video, text in zip(videos, texts)]
 
 
@@ -240,7 +240,7 @@ def test_what_is_set_on_a_wrapper_counts(wrap):
 
 
 def test_a_wrapper_is_put_into_evaluation_mode():
-    """One with layers of its own was left in training mode, since only what it wraps was switched."""
+    """A wrapper with its own layers stayed in training mode, since only what it wraps was switched."""
     wrapper = Wrapper(Scripted())
     wrapper.dropout = nn.Dropout(0.5)
     RewardPanel([wrapper, wrapped_properly(scorer := Scorer())])
@@ -269,7 +269,7 @@ def test_a_list_of_modules_is_several_rewards():
     assert RewardPanel(nn.ModuleList([Scorer(), Scripted()])).names == ["Scorer", "Scripted"]
 
 
-def test_a_type_error_inside_a_reward_is_its_own():
+def test_a_type_error_inside_a_reward_is_not_hidden():
     """A wrapper is asked what it takes before the call, so no call is made twice and no error is taken for another."""
     calls = []
 
@@ -282,7 +282,7 @@ def test_a_type_error_inside_a_reward_is_its_own():
     assert calls == [1]
 
 
-def test_a_wrapper_that_hides_what_it_takes_is_told_what_to_do():
+def test_the_error_for_a_wrapper_that_hides_its_arguments_names_the_fix():
     """It says that it takes anything by name, and passes it on to a function that does not."""
 
     def passes_on(prompts, videos, **kwargs):
@@ -310,7 +310,7 @@ def test_what_cannot_be_a_reward(reward, message):
         RewardPanel(reward)
 
 
-def test_names_that_meet_by_numbering():
+def test_names_that_collide_after_numbering():
     """Two lambdas become lambda_0 and lambda_1, and a third reward has that name already."""
 
     def third(prompts):
@@ -521,7 +521,7 @@ def test_no_copy_of_the_videos():
     assert seen == [videos.data_ptr()] * 3
 
 
-def test_lists_are_a_rewards_own():
+def test_a_reward_may_change_its_lists():
     """One that sorts the prompts or pops from a column changes nothing for the next."""
 
     def rude(prompts, videos, words, log_extra):
@@ -545,7 +545,7 @@ def test_a_column_of_nested_lists_costs_nothing():
     assert seen[0][0] is not picture and seen[0][0][1] is picture[1]
 
 
-def test_a_reward_that_fails_beside_an_async_one():
+def test_a_reward_that_fails_while_an_async_one_runs():
     """The other was left with the warning "coroutine was never awaited"."""
 
     def broken(prompts):
@@ -564,7 +564,7 @@ def test_a_reward_that_fails_beside_an_async_one():
     assert ask([later, two]).values[:, 1].tolist() == MEAN.tolist()
 
 
-# --- beside the rollout ----------------------------------------------------------------------------------------------
+# --- overlapping with the rollout ------------------------------------------------------------------------------------
 
 
 def settings_of_a_call() -> tuple[list[dict], list]:
@@ -591,7 +591,7 @@ def settings_of_a_call() -> tuple[list[dict], list]:
     return seen, [reward, later]
 
 
-def test_a_reward_sees_the_same_settings_beside_the_rollout():
+def test_a_reward_sees_the_same_settings_with_overlap():
     """A thread begins without the default device and the autocast of the one that trains."""
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         (alone, rewards), (beside, others) = settings_of_a_call(), settings_of_a_call()

@@ -78,8 +78,8 @@ def config(cls, folder, **settings):
     return cls(output_dir=str(folder), use_cpu=True, bf16=settings.pop("bf16", False), **settings)
 
 
-def test_every_inherited_field_is_decided_about_once():
-    """A new transformers brings a new field: it acts, or it belongs in the table."""
+def test_every_inherited_field_is_classified_once():
+    """A field that a new transformers adds must take effect or be listed in the table."""
     acting = [name for names in READ_BY.values() for name in names.split()]
     decided = [*acting, *SAYS_NOTHING, *(WITHOUT_EFFECT.keys() | SOME_WITHOUT_EFFECT.keys()) - {"hub_strategy"}]
     assert len(decided) == len(set(decided))
@@ -88,7 +88,7 @@ def test_every_inherited_field_is_decided_about_once():
 
 @pytest.mark.parametrize("cls", CONFIGS)
 def test_every_field_of_ours_is_read(cls):
-    """A setting that nobody reads has no effect."""
+    """A setting that no code reads has no effect."""
     sources = [p.read_text() for p in Path(trainers.__file__).parent.rglob("*.py")]
     inherited = {f.name for f in fields(_BaseConfig)}
     uses = re.compile(r"(?<=args\.)\w+|(?<=self\.)\w+|(?<=\")\w+(?=\")")
@@ -105,7 +105,7 @@ def test_what_the_trainers_loop_reads_is_still_there():
 
 @pytest.mark.parametrize("cls", CONFIGS)
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_a_setting_that_nobody_reads_is_refused(cls, name, tmp_path):
+def test_a_setting_without_effect_is_refused(cls, name, tmp_path):
     """A stranger set it, and the run was the same as without."""
     name_in_message = name.replace("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
     with pytest.raises(ValueError, match=f"^{name_in_message}=.* is not supported: .*[.]$"):
@@ -128,7 +128,7 @@ def test_an_optimizer_that_needs_another_training_step_is_refused(optim, tmp_pat
         config(VideoGRPOConfig, tmp_path, optim=optim)
 
 
-def test_defaults_and_what_they_are_filled_in_with_pass(tmp_path):
+def test_a_config_accepts_the_values_of_another(tmp_path):
     """The settings of one config, taken over into another."""
     made = config(RewardBackpropConfig, tmp_path)
     own = {f.name: getattr(made, f.name) for f in fields(made) if f.init}
@@ -136,13 +136,13 @@ def test_defaults_and_what_they_are_filled_in_with_pass(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*HARMLESS, "data_seed"])
-def test_what_is_so_anyway_may_be_said(name, tmp_path):
-    """gradient_checkpointing_kwargs={"use_reentrant": False} stands in nearly every recipe."""
+def test_settings_that_repeat_what_happens_anyway_are_accepted(name, tmp_path):
+    """gradient_checkpointing_kwargs={"use_reentrant": False} is in nearly every recipe."""
     for value in HARMLESS.get(name, (42,)):
         config(VideoGRPOConfig, tmp_path, **{name: value})
 
 
-def test_checkpointing_without_reentry_is_what_is_done(tmp_path):
+def test_checkpointing_is_non_reentrant(tmp_path):
     trainer(
         tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False}, max_steps=1
     ).train()

@@ -55,7 +55,7 @@ def test_the_time_of_a_long_caption(tmp_path, videos, unit):
     assert height < 128 + 20 * (captions.MAX_LINES + 3)
 
 
-def test_a_caption_that_is_cut_is_beside_the_picture(tmp_path, videos):
+def test_a_cut_caption_is_written_to_a_file_next_to_the_picture(tmp_path, videos):
     """Twelve lines, an ellipsis, and the whole text in a file."""
     text = " ".join(f"word{i}" for i in range(2000))
     path = media.contact_sheet(videos.repeat(2, 1, 1, 1, 1), ["short", text], tmp_path / "sheet.png")
@@ -102,7 +102,7 @@ def test_marks_stay_with_their_letter():
     ],
 )
 def test_without_a_font_the_caption_says_what_is_missing(tmp_path, videos, latin_only, text, wanted):
-    """A row of equal boxes told nobody which video was which."""
+    """A row of equal boxes did not show which video was which."""
     assert lines(text) == ([wanted], False)
     media.contact_sheet(videos, [text], tmp_path / "sheet.png")
     assert (tmp_path / "sheet.captions.txt").read_text(encoding="utf-8") == f"1: {text}\n"
@@ -123,7 +123,7 @@ def test_without_a_font_accents_go(latin_only, text, wanted):
 
 def test_a_font_of_the_machine_is_taken(tmp_path, monkeypatch):
     """Folders of fonts are searched, broken fonts passed over, and the font that shows most is taken."""
-    known = captions.fonts()[1:]  # none on a bare machine, where Pillow's own stands in
+    known = captions.fonts()[1:]  # none on a bare machine, which uses Pillow's font
     font = Path(known[0].path).read_bytes() if known else ImageFont.load_default(15).path.getvalue()
     (tmp_path / "fonts" / "deep").mkdir(parents=True)
     (tmp_path / "fonts" / "deep" / "unifont.ttf").write_bytes(b"broken")

@@ -146,7 +146,7 @@ def test_colors_keep_the_files_matrix_and_range(tmp_path, pix_fmt, matrix, full)
     ],
 )
 def test_what_is_transparent_becomes_black(tmp_path, name, codec, pix_fmt):
-    """A sticker's invisible pixels came out in whatever colour lay under them."""
+    """A sticker's invisible pixels came out in the colour stored under them."""
     image = np.concatenate([bars(), np.full((64, 96, 1), 255, np.uint8)], 2)
     image[:, :32, 3], image[:, 32:64, 3] = 0, 128
     video = media.load_video(write(tmp_path / name, [image] * 2, codec, pix_fmt))
@@ -258,7 +258,7 @@ def sound() -> av.AudioFrame:
     return frame
 
 
-def test_cover_art_is_no_video(tmp_path):
+def test_cover_art_is_not_a_video(tmp_path):
     """A clip whose first video stream is its cover: the clip is read. A track with a cover: an error."""
     with av.open(str(tmp_path / "clip.mp4"), "w") as container:
         add_cover(container, then="libx264")
@@ -279,7 +279,7 @@ def test_sound_without_pictures(tmp_path):
         media.load_video(tmp_path / "talk.m4a")
 
 
-def test_files_that_broke_off(tmp_path):
+def test_truncated_files(tmp_path):
     """Half a download, an empty file, a text, a folder, nothing at all: each names the file."""
 
     def first(stream):

@@ -1,11 +1,14 @@
-"""Parts that the tiny pipelines share."""
+"""The parts of the tiny pipelines that are code; families.yaml names them as it names classes."""
 
 import torch
+from diffusers import Kandinsky5Transformer3DModel
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 
-def byte_tokenizer(max_length=16, bos=False):
+def byte_tokenizer(max_length=16, bos=False, chat_template=None):
+    """A tokenizer with one token per byte and no vocabulary file."""
     vocab = {t: i for i, t in enumerate(["<pad>", "</s>", "<unk>", "<s>"])}
     for ch in sorted(pre_tokenizers.ByteLevel.alphabet()):
         vocab[ch] = len(vocab)
@@ -21,15 +24,44 @@ def byte_tokenizer(max_length=16, bos=False):
         unk_token="<unk>",
         bos_token="<s>",
         model_max_length=max_length,
+        chat_template=chat_template,
     )
 
 
-def t5_encoder(d=32, cls=T5EncoderModel, cfg=T5Config, vocab=260):
-    return cls(cfg(vocab_size=vocab, d_model=d, d_kv=8, d_ff=37, num_layers=2, num_heads=4, dropout_rate=0.0)).eval()
+def kandinsky5_transformer(**config):
+    """A Kandinsky 5 transformer whose modulations are not 0, as they are at first: its blocks would do nothing."""
+    transformer = Kandinsky5Transformer3DModel(**config)
+    for name, parameter in transformer.named_parameters():
+        if "modulation.out_layer" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return transformer
+
+
+def qwen_vl_language_model(**config):
+    """The language model of a Qwen2.5-VL."""
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval().model.language_model
+
+
+class NoGuardrail(torch.nn.Module):
+    """Replaces Cosmos' guardrail, a large model from a separate package, and lets everything pass."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def check_text_safety(self, prompt):
+        return True
+
+    def check_video_safety(self, video):
+        return video
+
+
+def picture(seed: int, size: int = 24) -> Image.Image:
+    """Return a random RGB picture."""
+    pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.numpy())
 
 
 def quiet(pipe):
-    """Frozen, in eval mode, without progress bars."""
+    """Freeze the pipeline's models, put them in eval mode and hide its progress bars."""
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.requires_grad_(False).eval()

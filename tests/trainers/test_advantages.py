@@ -108,7 +108,7 @@ def test_nanstd():
 
 
 class TestPromptStatistics:
-    def test_a_young_prompt_takes_the_batch_and_an_old_one_its_own(self):
+    def test_a_new_prompt_uses_the_batch_and_a_known_one_its_own_statistics(self):
         statistics = PromptStatistics(buffer_size=8, min_count=4)
         first = torch.tensor([0.0, 2.0, 10.0, 20.0])
         a = statistics.advantages(["x", "x", "y", "y"], first)

@@ -1,4 +1,4 @@
-"""Terms of the loss beside an algorithm's: a user's own, what a trainer does with each, and what it refuses."""
+"""Auxiliary loss terms: a custom one, what a trainer does with each, and what it refuses."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def made(folder, losses=None, method="grpo", rewards=tiny_runs.brightness, callb
 
 
 @pytest.mark.parametrize("method", ["grpo", "nft"])
-def test_a_user_s_own_loss_beside_an_algorithm(tmp_path, method):
+def test_a_custom_loss_is_added_to_an_algorithm(tmp_path, method):
     """Its gradient is added, and its value is logged under its name."""
     gradients = {}
     for losses in (None, [Shrink(3.0)]):
@@ -93,7 +93,7 @@ def test_one_object_serves_two_trainers(tmp_path):
     assert [t.auxiliary_losses[0].average.updates for t in (first, second)] == [1, 0]
 
 
-def test_weights_that_change_on_resume_are_told(tmp_path):
+def test_weights_that_change_on_resume_are_reported(tmp_path):
     terms = [Shrink(0.1), ConsistencyDistillation(Videos(), steps=4)]
     made(tmp_path, terms, callbacks=[StopAt(2)], max_steps=3).train()
     resumed = made(tmp_path, [Shrink(0.2)], max_steps=3)
@@ -103,7 +103,7 @@ def test_weights_that_change_on_resume_are_told(tmp_path):
     )
 
 
-def test_a_checkpoint_that_keeps_the_consistency_term_beside_the_average(tmp_path):
+def test_a_checkpoint_with_the_consistency_term_and_the_average(tmp_path):
     """As they were written before terms were objects."""
     trainer = made(tmp_path, [ConsistencyDistillation(Videos(), steps=4)], ema_decay=0.5, max_steps=1)
     trainer.train()
@@ -138,7 +138,7 @@ def test_it_needs_rewards_or_a_term(tmp_path):
         ("shrink", "is a str"),
     ],
 )
-def test_what_is_no_list_of_terms(tmp_path, losses, message):
+def test_anything_but_a_list_of_terms_is_refused(tmp_path, losses, message):
     """Before anything is loaded."""
     with pytest.raises(ValueError, match=message):
         VideoGRPOTrainer(

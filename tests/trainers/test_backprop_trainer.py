@@ -189,6 +189,27 @@ def test_a_model_of_one_step(tmp_path, through):
     assert made.state.global_step == 2 and all(norm > 0 for norm in tiny_runs.logged(made, "grad_norm"))
 
 
+def test_the_settings_choose_what_carries_the_gradient(tmp_path):
+    """Over 40 micro-batches every step, or number of steps, that the settings allow is drawn, and no other."""
+    made = trainer(tmp_path, num_inference_steps=4)
+
+    def drawn(count: int = 40, **settings) -> list[list[dict]]:
+        vars(made.args).update(settings)
+        found = []
+        for made._step in range(count):
+            found.append(made._copies(["a", "b"], range(2), [0, 1], {}))
+        return found
+
+    assert {copy["last_steps"] for (copy,) in drawn(backprop_through="last_steps", backprop_steps=2)} == {2}
+    assert {copy["last_steps"] for (copy,) in drawn(backprop_through="random_steps")} == {1, 2, 3, 4}
+    assert {copy["jump_at"] for (copy,) in drawn(backprop_through="one_step")} == {0, 1, 2, 3}
+    assert {copy["jump_at"] for (copy,) in drawn(one_step_range=[1, 3])} == {1, 2}
+    assert len({copy["part"].seed for (copy,) in drawn(decode_frames=1)}) > 30
+    (copies,) = drawn(1, backprop_through="low_variance", low_variance_samples=3)
+    noises = [seed for copy in copies for seed in copy["renoise"][1]]
+    assert len(copies) == 3 and len(set(noises)) == 6
+
+
 def test_a_part_of_the_frames(tmp_path):
     shapes = []
 

@@ -1,4 +1,4 @@
-"""A user's mistake is a clear error before any training: the argument, the value, and the mend."""
+"""A user's mistake is a clear error before any training: the argument, the value, and the fix."""
 
 import math
 import warnings
@@ -242,15 +242,15 @@ def test_a_failing_reward_stops_before_it_is_learned_from(tmp_path, after_one_st
     assert all(p.isfinite().all() for p in made.adapter.values())
 
 
-def test_a_run_goes_on_from_the_checkpoint_before_a_failure(tmp_path):
+def test_a_failed_run_resumes_from_its_last_checkpoint(tmp_path):
     made = trainer(tmp_path, FailsLater(RuntimeError("no server")), max_steps=3, save_strategy="steps", save_steps=1)
     with pytest.raises(RewardError):
         made.train()
-    mended = trainer(tmp_path, max_steps=3)
-    mended.train(resume_from_checkpoint=True)
+    fixed = trainer(tmp_path, max_steps=3)
+    fixed.train(resume_from_checkpoint=True)
     whole = trainer(tmp_path / "whole", max_steps=3)
     whole.train()
-    assert largest_difference(weights(mended), weights(whole)) == 0
+    assert largest_difference(weights(fixed), weights(whole)) == 0
 
 
 def test_a_replay_that_differs_stops(tmp_path):

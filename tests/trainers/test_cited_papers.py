@@ -38,7 +38,7 @@ def grpo(folder, transition, made=tiny_runs.VideoGRPOTrainer):
 
 
 def test_every_transition_names_its_papers():
-    """A kernel that is added brings its sources, those that its docstring or its module names."""
+    """Every kernel cites the sources that its docstring or its module names."""
     assert SOURCES.keys() == TRANSITIONS.keys()
     for name, (_, ids) in SOURCES.items():
         assert [paper.arxiv for paper in TRANSITIONS[name].papers] == ids
@@ -71,5 +71,5 @@ def test_backpropagation_cites_its_methods_and_no_transition(tmp_path):
 
 
 def test_distillation_alone_cites_no_reward_gradient(tmp_path):
-    """Without rewards the trainer follows none; the term that teaches brings its paper."""
+    """Without rewards the trainer cites no reward-gradient paper, only that of the auxiliary term."""
     assert cited(consistency.distilled(tmp_path), tmp_path) == ["2310.04378"]

@@ -1,4 +1,4 @@
-"""The consistency term: its value, its gradient, alone and beside rewards."""
+"""The consistency term: its value and its gradient, alone and together with rewards."""
 
 from pathlib import Path
 

@@ -92,7 +92,7 @@ def test_pairs_of_files_without_rewards(tmp_path, pairs):
         assert scale > 0 and float((gradients.steps[0][f"denoiser.{name}"] - expected).abs().max()) <= 1e-3 * scale
 
 
-def test_it_comes_to_prefer_what_is_chosen(tmp_path, pairs):
+def test_it_learns_to_prefer_the_chosen_videos(tmp_path, pairs):
     """And its report, card and adapter need no reward; a judge measures."""
     made = trainer(
         tmp_path,
@@ -209,7 +209,7 @@ def test_neither_rewards_nor_pairs(tmp_path):
     ],
     ids=["same", "no-video", "none"],
 )
-def test_what_only_reading_shows_names_the_prompt_and_takes_no_step(tmp_path, pairs, shared, change, message):
+def test_a_bad_clip_found_while_reading_names_the_prompt_and_takes_no_step(tmp_path, pairs, shared, change, message):
     """A transform gives the videos, so nothing is known of them before they are read."""
 
     def transform(batch):
@@ -266,7 +266,7 @@ def test_a_video_without_a_reward_is_neither_winner_nor_loser(tmp_path, scored):
 
 
 @pytest.mark.parametrize("rewards", [[1.0, None, None, None], [9.0, None, 9.0, 9.0], [None] * 4])
-def test_a_group_of_which_fewer_than_two_can_be_told_apart_is_no_pair(tmp_path, rewards):
+def test_a_group_with_fewer_than_two_distinct_rewards_makes_no_pair(tmp_path, rewards):
     """Also beside the statistics of earlier rollouts, from which all of them differ."""
 
     def later(prompts, videos, trainer_state, **columns):

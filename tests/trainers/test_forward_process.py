@@ -121,7 +121,7 @@ def test_nft_without_its_weights_is_a_signed_step_in_a_trust_region(mixture):
 
 
 def test_while_the_old_policy_is_the_trained_one_nft_is_a_signed_regression():
-    """Whatever b: A / w of the regression's gradient, in x0^."""
+    """For every b: A / w times the regression's gradient, in x0^."""
     given = Velocities()
     given = Velocities(old=given.v.detach())
     error = TIME * (given.flat(given.v) - given.flat(given.target))
@@ -363,7 +363,7 @@ def test_some_levels_of_another_schedule(tmp_path):
     assert all(len(levels) == 2 and levels[-1] < 8 for levels in trained) and len({*map(tuple, trained)}) > 1
 
 
-def test_awm_asks_the_old_policy_once_it_is_another(tmp_path):
+def test_awm_evaluates_the_old_policy_only_after_an_update(tmp_path):
     """Before the first optimizer step on a rollout it is the trained one: a ratio of exactly 1, at no cost."""
     made = trainer(tmp_path, method="awm", alive=True, num_iterations=2, max_steps=4, average_weight=0.0)
     asked, predict = [], made.policy.predict
@@ -417,7 +417,7 @@ def test_awm_compares_with_the_policy_that_drew_the_rollout(tmp_path):
     assert distance[0] == distance[2] == 0 < distance[1]
 
 
-# --- rewards that tell nothing ---------------------------------------------------------------------------------------
+# --- equal rewards ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["nft", "flow_dpo"])

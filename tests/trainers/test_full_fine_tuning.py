@@ -127,7 +127,7 @@ def test_one_expert_of_wan22_trains(tmp_path):
 
 
 @pytest.mark.slow
-def test_rewards_are_backpropagated_beside_consistency_distillation(tmp_path):
+def test_rewards_are_backpropagated_together_with_consistency_distillation(tmp_path):
     """The other trainer, whose auxiliary loss takes the copy of the initial weights as its teacher."""
     settings = {"max_steps": 6, "optim": "adamw_torch", "learning_rate": 3e-3}
     made = RewardBackpropTrainer(
@@ -214,7 +214,7 @@ def test_nft_has_an_old_policy_and_a_reference(tmp_path):
     assert distance[0] == 0 and distance[-1] > 0
 
 
-def test_no_copy_is_kept_that_nobody_asks_for(tmp_path):
+def test_no_unneeded_copy_of_the_weights_is_kept(tmp_path):
     made = full(tmp_path)
     assert made.initial.values is None
     with pytest.raises(RuntimeError, match="no copy of the initial weights was kept"):
@@ -251,7 +251,7 @@ def test_resumed_equals_uninterrupted(method, settings, tmp_path):
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_what_is_saved_loads_in_plain_diffusers(family, tmp_path):
-    """From the run's folder beside the base model's; the average, where there is one."""
+    """Loads the run's folder with the base model's; the average, if there is one."""
     quiet(BUILD[family]()).save_pretrained(tmp_path / "model")
     made = full(tmp_path / "run", family, model=str(tmp_path / "model"), ema_decay=0.5, max_steps=2)
     before = weights(made)
@@ -355,7 +355,7 @@ def test_settings_that_do_not_fit_are_refused(settings, message, tmp_path):
 def test_what_fsdp2_cannot_do_is_refused_before_a_model_is_loaded(
     environment, settings, message, tmp_path, monkeypatch
 ):
-    """By what `accelerate launch` tells its processes."""
+    """By the environment variables that `accelerate launch` sets."""
     for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | environment).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"peft_config='full'.*{message}"):

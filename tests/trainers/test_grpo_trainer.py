@@ -57,7 +57,7 @@ class ByHand(TrainerCallback):
     ],
     ids=["whole", "2x4", "4x2", "rollout-in-parts"],
 )
-def test_gradient_is_that_of_the_whole_batch_in_one_graph(tmp_path, settings):
+def test_gradient_equals_that_of_the_whole_batch_in_one_graph(tmp_path, settings):
     def not_all(prompts, videos, **columns):
         """Rows without a reward have advantage 0: they are skipped, and still count in the mean."""
         return [None if i in (1, 2, 6) else v for i, v in enumerate(brightness(prompts, videos).tolist())]
@@ -127,7 +127,7 @@ def test_one_config_serves_two_trainers(tmp_path):
     assert args.eval_on_start is True and args.gradient_checkpointing is True
 
 
-def test_the_window_is_what_trains(tmp_path):
+def test_only_the_window_is_trained(tmp_path):
     made = trainer(tmp_path, max_steps=3, num_inference_steps=5, sde_window_size=2, sde_window_range=[1, 4])
     made.train()
     for row in made.state.log_history[:3]:
@@ -170,8 +170,17 @@ def test_a_second_iteration_has_another_ratio_and_clips(tmp_path):
     deviation, region = logged(made, "ratio/max_deviation"), logged(made, "clip_ratio/region_mean")
     assert deviation[0] == deviation[2] == 0 and deviation[1] > 1e-6 and deviation[3] > 1e-6
     assert region[0] == region[2] == 0 and region[1] > 0 and region[3] > 0
-    assert len(logged(made, "replay/max_log_prob_error")) == 2  # checked where the ratio must be 1
+    assert len(logged(made, "replay/max_log_prob_error")) == 2  # checked only when the ratio must be 1
     assert len(logged(made, "reward")) == 2  # one rollout for two optimizer steps
+
+
+def test_the_clip_range_has_two_sides(tmp_path):
+    made = VideoGRPOTrainer.__new__(VideoGRPOTrainer)  # it needs only its settings
+    made.args = config(tmp_path, epsilon=0.1, epsilon_high=0.3)
+    ratio, advantage = torch.tensor([0.5, 0.8, 1.2, 1.5]), torch.tensor([-1.0, -1.0, 1.0, 1.0])
+    loss, low, high = made.policy_loss(None, ratio.log(), advantage, None)
+    torch.testing.assert_close(loss, torch.tensor([0.9, 0.9, -1.2, -1.3]))
+    assert (float(low), float(high)) == (0.5, 0.25)
 
 
 def test_more_micro_batches_than_accumulation_steps(tmp_path):
@@ -190,6 +199,45 @@ def test_more_micro_batches_than_accumulation_steps(tmp_path):
     assert len(logged(made, "reward")) == 2 and len(gradients.steps) == 4
     deviation = logged(made, "ratio/max_deviation")
     assert deviation[0] < 1e-5 and deviation[1] > 1e-5
+    rows = [row for batch in made.scored.micro_batches for row in batch]
+    assert sorted(rows) == list(range(8)) != rows  # shuffled
+
+
+class ClipByHand(TrainerCallback):
+    """At the second optimizer step on a rollout, the shares of all its videos and steps that are clipped."""
+
+    trainer = low = high = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made, rollout, steps = self.trainer, self.trainer.scored.samples, []
+        made.policy.replay(rollout, range(len(rollout)), steps.append, grad=False)
+        ratio = (torch.stack([step.log_prob for step in steps], 1) - rollout.log_probs).exp()
+        advantage = made.scored.advantages[:, None]
+        self.low = float(((ratio < 1 - args.epsilon) & (advantage < 0)).float().mean())
+        self.high = float(((ratio > 1 + args.epsilon) & (advantage > 0)).float().mean())
+
+
+def test_clip_ratios_are_shares_of_all_videos(tmp_path):
+    """Videos without an advantage are skipped, and still count."""
+
+    def not_all(prompts, videos, **columns):
+        return [None if i in (1, 2, 6) else v for i, v in enumerate(brightness(prompts, videos).tolist())]
+
+    by_hand = ClipByHand()
+    by_hand.trainer = made = trainer(
+        tmp_path,
+        not_all,
+        alive=True,
+        per_device_train_batch_size=8,
+        num_iterations=2,
+        max_steps=2,
+        epsilon=1e-6,
+        callbacks=[by_hand],
+    )
+    made.train()
+    low, high, region = (logged(made, f"clip_ratio/{name}_mean")[1] for name in ("low", "high", "region"))
+    assert by_hand.low > 0 and by_hand.high > 0
+    assert (low, high, region) == pytest.approx((by_hand.low, by_hand.high, by_hand.low + by_hand.high), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -271,13 +319,40 @@ def test_an_earlier_run_in_the_same_folder_is_set_aside(tmp_path):
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["none", "guard", "longcat"])
-def test_step_weightings_train(tmp_path, kind):
-    made = trainer(tmp_path / kind, alive=True, step_weighting=kind, num_iterations=2, max_steps=2)
-    before = weights(made)
+class WeightedByHand(TrainerCallback):
+    """The gradient, in one graph, of the second optimizer step on a rollout, when the ratio is no longer 1."""
+
+    trainer = gradient = None
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        made, rollout, steps, total = self.trainer, self.trainer.scored.samples, [], 0.0
+        made.policy.replay(rollout, range(len(rollout)), steps.append)
+        for k, step in enumerate(steps):
+            log_ratio, weight = step.log_prob - rollout.log_probs[:, k], step.std / step.gain
+            if args.step_weighting == "guard":
+                moved = (step.mean - rollout.mean_rows(step.index, step.rows)).square().flatten(1).mean(1)
+                log_ratio, weight = step.std * (log_ratio + moved / (2 * step.std**2)), 1 / step.step_size
+            total = total - (weight * made.scored.advantages * log_ratio.exp()).sum()
+        gradient = torch.autograd.grad(total / (len(rollout) * len(steps)), list(made.adapter.values()))
+        self.gradient = dict(zip(made.adapter, gradient))
+
+
+@pytest.mark.parametrize("kind", ["guard", "longcat"])
+def test_step_weightings_after_the_first_step(tmp_path, kind):
+    by_hand, gradients = WeightedByHand(), Gradients()
+    by_hand.trainer = made = trainer(
+        tmp_path / kind,
+        alive=True,
+        step_weighting=kind,
+        num_iterations=2,
+        max_steps=2,
+        max_grad_norm=0.0,
+        callbacks=[gradients, by_hand],
+    )
     made.train()
-    assert largest_difference(before, weights(made)) > 0
-    assert all(p.isfinite().all() for p in made.adapter.values())
+    for name, expected in by_hand.gradient.items():
+        scale = float(expected.abs().max())
+        assert scale > 0 and float((gradients.steps[1][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
 
 
 def test_step_weightings_differ(tmp_path):
@@ -306,12 +381,24 @@ class Seen:
         return brightness(prompts, videos)
 
 
+def test_the_order_of_the_prompts_follows_seed_and_shuffle_dataset(tmp_path):
+    made = trainer(tmp_path, data=prompts(6))
+
+    def order(**settings):
+        vars(made.args).update(settings)
+        return list(made._get_train_sampler())[::4]  # a group has 4 videos
+
+    assert order(shuffle_dataset=False) == list(range(6))
+    first = order(shuffle_dataset=True, seed=1)
+    assert sorted(first) == list(range(6)) != first and first == order(seed=1) != order(seed=2)
+
+
 def test_shared_start_noise(tmp_path):
     made = trainer(tmp_path, share_initial_noise=True, per_device_train_batch_size=8, max_steps=1)
     made.train()
     seeds = made.scored.samples.noise_seeds
     assert [seeds.count(s) for s in seeds] == [4] * 8 and len(set(seeds)) == 2
-    # with no noise in the steps nothing would tell a group apart
+    # without noise in the steps the videos of a group would be equal
     quiet = made.policy.sample(made.scored.samples.prompts, noise_seeds=seeds).videos
     assert torch.equal(quiet[0], quiet[3]) and not torch.equal(quiet[0], quiet[4])
     assert logged(made, "frac_reward_zero_std") == [0.0]  # the transitions' noise does
@@ -336,31 +423,77 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
 
 
 def test_prompt_statistics_replace_the_groups(tmp_path):
+    """The last 6 rewards of each prompt, of this rollout and the one before, give its mean and standard deviation."""
+    rewards, advantages = [], []
+
+    def kept(prompts, videos, **columns):
+        rewards.append(brightness(prompts, videos))
+        return rewards[-1]
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            advantages.append(made.scored.advantages)
+
     made = trainer(
         tmp_path,
-        data=prompts(1),
+        kept,
+        data=prompts(2),
+        per_device_train_batch_size=8,
+        shuffle_dataset=False,
         per_prompt_stat_tracking=True,
         per_prompt_stat_tracking_buffer_size=6,
-        per_prompt_stat_tracking_min_count=2,
+        per_prompt_stat_tracking_min_count=4,
         max_steps=2,
+        callbacks=[Keep()],
     )
     made.train()
-    assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6}
-    assert abs(float(made.scored.advantages.mean())) > 1e-4  # not centred on the group
+    assert {p: len(v) for p, v in made.prompt_statistics.state_dict().items()} == {"clip 0": 6, "clip 1": 6}
+    seen = torch.stack(rewards).view(2, 2, 4)  # rollout, prompt, video
+    for rollout, found in enumerate(advantages):
+        last = seen[: rollout + 1].transpose(0, 1).flatten(1)[:, -6:]
+        expected = (seen[rollout] - last.mean(1, keepdim=True)) / (last.std(1, correction=0, keepdim=True) + 1e-4)
+        torch.testing.assert_close(found, expected.flatten().float(), rtol=1e-4, atol=1e-5)
 
 
-def test_two_rewards_normalised_each(tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"scale_rewards": "group"},
+        {"scale_rewards": "batch"},
+        {"scale_rewards": "none", "advantage_clip": 1e6},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+    ],
+    ids=lambda settings: next(iter(settings.values())),
+)
+def test_advantages_follow_the_settings(tmp_path, settings):
+    """Two weighted rewards of very different size and two groups, against the formulas written out."""
+    given = {}
+
     def tiny(prompts, videos, **columns):
-        return 1e-2 * brightness(prompts, videos)
+        given["tiny"] = 1e-2 * brightness(prompts, videos)
+        return given["tiny"]
 
-    for kind in ("sum_then_normalize", "normalize_then_sum"):
-        made = trainer(
-            tmp_path / kind, [tiny, redness], reward_weights=[1.0, 0.5], max_steps=1, multi_objective_aggregation=kind
-        )
-        made.train()
-        row = made.state.log_history[0]
-        assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/redness/mean"], rel=1e-5)
-        assert made.scored.advantages.abs().max() > 0.1
+    def red(prompts, videos, **columns):
+        given["red"] = torch.tensor(redness(prompts, videos), dtype=torch.float64)
+        return given["red"]
+
+    made = trainer(
+        tmp_path, [tiny, red], reward_weights=[1.0, 0.5], max_steps=1, per_device_train_batch_size=8, **settings
+    )
+    made.train()
+    row = made.state.log_history[0]
+    assert row["reward"] == pytest.approx(row["rewards/tiny/mean"] + 0.5 * row["rewards/red/mean"], rel=1e-5)
+    each, weights = torch.stack([given["tiny"], given["red"]], 1).view(2, 4, 2), torch.tensor([1.0, 0.5])
+    total = (each * weights).sum(2)
+    centred = total - total.mean(1, keepdim=True)
+    normalised = ((each - each.mean(1, keepdim=True)) / (each.std(1, keepdim=True) + 1e-4) * weights).sum(2)
+    expected = {
+        "group": centred / (total.std(1, keepdim=True) + 1e-4),
+        "batch": centred / (total.std() + 1e-4),
+        "none": centred,
+        "normalize_then_sum": normalised / (normalised.std() + 1e-4),
+    }[next(iter(settings.values()))]
+    torch.testing.assert_close(made.scored.advantages, expected.flatten().float(), rtol=1e-4, atol=1e-5)
 
 
 def test_advantages_are_clamped(tmp_path):
@@ -476,12 +609,15 @@ def test_judges_never_influence_training(tmp_path):
     assert not any("judges" in key for row in made.state.log_history if "reward" in row for key in row)
 
 
-def test_training_twice_goes_on(tmp_path):
-    """A second train() starts a new schedule from the trained weights; no rollout of the first is used again."""
-    made = trainer(tmp_path, max_steps=1, num_iterations=2)
-    made.train()
-    made.train()
-    assert made.state.global_step == 1 and all(p.isfinite().all() for p in made.adapter.values())
+def test_a_second_train_draws_a_new_rollout(tmp_path):
+    """It starts a new schedule from the trained weights, even if the first train() left a rollout half used."""
+    made, rollouts = trainer(tmp_path, max_steps=1, num_iterations=2), []
+    for _ in range(2):
+        before = weights(made)
+        made.train()
+        rollouts.append(set(made.scored.samples.noise_seeds))
+        assert made.state.global_step == 1 and largest_difference(before, weights(made)) > 0
+    assert not rollouts[0] & rollouts[1]
 
 
 # --- the average of the adapter --------------------------------------------------------------------------------------

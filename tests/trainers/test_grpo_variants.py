@@ -1,4 +1,4 @@
-"""Flash-GRPO, Flow-DPPO, and a subclass with a loss of its own."""
+"""Flash-GRPO, Flow-DPPO, and a subclass with a custom loss."""
 
 import runpy
 from pathlib import Path
@@ -57,7 +57,7 @@ def windows(made) -> list[tuple[int, ...]]:
     return [found[row] for row in sorted(found)]
 
 
-def test_each_prompt_has_a_window_of_its_own(tmp_path):
+def test_each_prompt_has_its_own_window(tmp_path):
     """The videos of a group share it; the next rollout draws others; an optimizer step sees several."""
     made = flash(tmp_path, max_steps=2)
     seen = []
@@ -116,7 +116,7 @@ def test_windows_of_several_prompts_have_one_gradient(tmp_path, division):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_prompts_with_one_window_share_a_call(tmp_path, overlap):
-    """Their rows may lie apart (windows a, b, a); videos and rewards are those of the rows all the same."""
+    """Their rows need not be neighbours (windows a, b, a); videos and rewards still belong to the right rows."""
     scored = []
 
     def kept(prompts, videos, **columns):
@@ -189,7 +189,7 @@ def dppo(folder, **settings) -> FlowDPPOTrainer:
     return made
 
 
-def test_the_mask_is_of_what_is_far_and_moves_on(tmp_path):
+def test_the_mask_covers_far_videos_that_move_further(tmp_path):
     """Near or far, ratio above or below 1, advantage of either sign: eight videos of two rows."""
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(16, 3, 5, generator=generator, dtype=torch.float64)
@@ -218,7 +218,7 @@ def test_the_mask_is_of_what_is_far_and_moves_on(tmp_path):
     assert torch.autograd.gradcheck(lambda ratio: made.policy_loss(step, ratio, advantage, samples)[0], log_ratio)
 
 
-def test_dppo_is_policy_gradient_until_it_is_far(tmp_path):
+def test_dppo_equals_grpo_within_the_divergence_limit(tmp_path):
     """The first step on a rollout is GRPO's; the second leaves out what a tiny limit forbids, and only that."""
     gradients = {}
     for method, settings in (("grpo", {"epsilon": 0.5}), ("flow_dppo", {})):
@@ -296,7 +296,7 @@ def test_without_an_advantage_only_the_anchor_pulls(tmp_path, method, space):
         assert scale > 0 and float((gradients.steps[0][f"denoiser.{name}"] - expected).abs().max()) <= 1e-4 * scale
 
 
-# --- a loss of the user's own ----------------------------------------------------------------------------------------
+# --- a custom loss ---------------------------------------------------------------------------------------------------
 
 
 def test_the_example_of_a_custom_loss_runs(tmp_path):

@@ -10,8 +10,7 @@ import tiny_runs
 import torch
 from datasets import Dataset
 from PIL import Image
-from tiny_pipelines import BUILD, CALLS, quiet
-from tiny_pipelines.image_to_video import picture, tiny_wan_i2v
+from tiny_pipelines import BUILD, CALLS, picture, quiet
 from tiny_runs import StopAt, largest_difference, logged, weights
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
@@ -57,7 +56,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, family):
 
 
 def ti2v():
-    """Wan 2.2 TI2V with an image: the first latent frame is the image's, whatever is predicted there."""
+    """Wan 2.2 TI2V with an image: the first latent frame is the image's and ignores the prediction."""
     from diffusers import WanImageToVideoPipeline
 
     parts = BUILD["wan22_ti2v"]().components
@@ -66,7 +65,7 @@ def ti2v():
     )
 
 
-def test_the_frame_that_is_given_teaches_nothing(tmp_path):
+def test_the_given_frame_adds_no_gradient(tmp_path):
     """Neither its prediction nor its target is in the loss: what they are changes no gradient."""
     settings = {
         "per_device_train_batch_size": 2,
@@ -102,7 +101,7 @@ def test_the_frame_that_is_given_teaches_nothing(tmp_path):
 
 
 def test_one_prompt_with_two_images(tmp_path):
-    """Two groups, each with its own image, statistics of its own, and a KL of 0 to its own reference."""
+    """Two groups, each with its own image and statistics, and a KL of 0 to its reference."""
     data = Dataset.from_dict({"prompt": ["a clip"] * 2, "image": PICTURES[:2]})
     seen = []
 
@@ -211,7 +210,8 @@ def test_image_columns(tmp_path):
     made = trainer(
         tmp_path,
         data=data,
-        model=quiet(tiny_wan_i2v(pos_embed_seq_len=34)),
+        # 34: the image encoder gives 17 tokens for the first frame and 17 for the last
+        model=quiet(BUILD["wan_i2v"](transformer={"pos_embed_seq_len": 34})),
         image_columns=["image", "last_image"],
         max_steps=1,
         num_generations=2,
@@ -245,7 +245,7 @@ def test_rewards_are_followed_through_an_image_to_video_pipeline(tmp_path, throu
 
 
 def test_the_consistency_term_of_image_to_video(tmp_path):
-    """Its clips bring their images; the first latent frame, which is the image's, is no part of the loss."""
+    """Its clips have images; the first latent frame, which is the image's, is not part of the loss."""
     clips = [{"prompt": f"clip {i}", "video": torch.rand(9, 3, 32, 32), "image": PICTURES[i]} for i in range(2)]
     call = {**SIZES["ltx_i2v"], "pipeline_kwargs": {"max_sequence_length": 16}}
     made = RewardBackpropTrainer(

@@ -17,7 +17,7 @@ from pisces_rl.trainers.base.distributed.ranks import digest
         ({"ZERO_STAGE": "3", "OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device='nvme': set it to none"),
     ],
 )
-def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, settings, message):
+def test_unsupported_deepspeed_settings_are_refused(tmp_path, monkeypatch, settings, message):
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install deepspeed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     for name, value in settings.items():
@@ -26,7 +26,7 @@ def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, settings, me
         VideoGRPOTrainer("tiny-wan", brightness, config(tmp_path), prompts())
 
 
-def test_deepspeed_is_asked_for_by_the_launcher(tmp_path):
+def test_the_launcher_enables_deepspeed(tmp_path):
     args = config(tmp_path)
     args.deepspeed, args.deepspeed_plugin = "zero.json", DeepSpeedPlugin(zero_stage=2)
     with pytest.raises(ValueError, match="deepspeed='zero.json': leave it unset.*deepspeed_zero2.yaml"):
@@ -34,7 +34,7 @@ def test_deepspeed_is_asked_for_by_the_launcher(tmp_path):
 
 
 def test_fsdp1_is_refused(tmp_path, monkeypatch):
-    """What `accelerate launch --use_fsdp` tells its processes, here without --fsdp_version 2."""
+    """The environment variables of `accelerate launch --use_fsdp` without --fsdp_version 2."""
     args = config(tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")

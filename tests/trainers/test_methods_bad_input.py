@@ -55,12 +55,12 @@ def test_what_no_method_can_use(tmp_path, method, settings, message):
 def test_settings_of_one_method(tmp_path, method, settings, message):
     with pytest.raises(ValueError, match=message):
         made = config(tmp_path, method, **settings)
-        made.settle_call({})  # where the number of steps is the model's own
+        made.settle_call({})  # the model decides the number of steps
 
 
 @pytest.mark.parametrize("method", ["awm", "rvm", "nft"])
 def test_an_anchor_of_zero_is_no_anchor(tmp_path, method):
-    """Nothing is asked of a reference that weighs nothing."""
+    """A reference with weight 0 is not evaluated."""
     made = trainer(tmp_path, method=method, beta=0.0, max_steps=1)
     made.train()
     assert "reference" not in made.compared(made.scored)
@@ -130,6 +130,6 @@ def test_its_default_passes(tmp_path, method, settings):
 
 
 def test_only_methods_with_noise_in_their_steps_may_share_the_start_noise():
-    """Without it nothing would tell a group's videos apart."""
+    """Without it all videos of a group would be equal."""
     has = {name for name, (_, cls) in METHODS.items() if "share_initial_noise" in {f.name for f in fields(cls)}}
     assert has == {"grpo", "flash_grpo", "flow_dppo"}

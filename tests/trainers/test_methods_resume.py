@@ -1,4 +1,4 @@
-"""A resumed run of each method is the uninterrupted one, to the bit; and what such a run leaves."""
+"""A resumed run of each method equals the uninterrupted one to the bit; and the files that it leaves."""
 
 import pytest
 import tiny_runs
@@ -11,7 +11,7 @@ from tiny_runs import StopAt, largest_difference, logged, prompts, trainer, weig
 
 from pisces_rl.trainers.base.run.checkpoint import load_tree
 
-#: A rollout for two optimizer steps, by half or as a whole.
+#: One rollout serves two optimizer steps: each half once, or the whole twice.
 HALVES = {
     "per_device_train_batch_size": 4,
     "steps_per_generation": 2,
@@ -46,7 +46,7 @@ TWICE = {"num_iterations": 2}
     ids=["nft-between", "nft-inside", "awm", "rvm", "flow_dpo", "flow_dpo-pairs", "flash_grpo", "flow_dppo"],
 )
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, method, stop, settings):
-    """Between two rollouts, or inside the use of one (stop=3: it is drawn again under the weights that drew it)."""
+    """Stop between two rollouts, or inside one (stop=3: it is drawn again with the weights that drew it)."""
     pairs = "method" in settings
     settings = settings | {"method": method, "max_steps": 4, "num_sample_videos": 0}
     if pairs:
@@ -72,7 +72,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path, method, stop, settings):
         assert logged(whole, name) == logged(resumed, name), name
 
 
-def test_averages_are_saved_apart(tmp_path):
+def test_averages_are_saved_separately(tmp_path):
     """The adapter's file holds ema_decay's average; the trained weights and the old policy come from elsewhere."""
     settings = {"method": "nft", "old_decay_rate": 0.2, "ema_decay": 0.9, "max_steps": 3}
     made = trainer(tmp_path, callbacks=[StopAt(3)], **settings)

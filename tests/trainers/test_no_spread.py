@@ -1,4 +1,4 @@
-"""Rewards that tell no video of a group from another: a message that names the prompt, and no step on it."""
+"""Groups with equal rewards: a warning names the prompt, and no step is taken on it."""
 
 import warnings
 
@@ -34,7 +34,7 @@ OFTEN = [
 
 @pytest.mark.parametrize("method", OFTEN)
 def test_without_spread_adamw_moves_nothing(tmp_path, method):
-    """To the bit, whatever the momentum of the steps before."""
+    """To the bit, despite the momentum of earlier steps."""
     first, second, third = moved(tmp_path, method=method)
     assert first > 0 and second == third == 0
 
@@ -70,8 +70,8 @@ def told_once(made, phrase: str) -> str:
 
 
 @pytest.mark.parametrize("method", OFTEN)
-def test_it_is_said_once_of_which_prompts(tmp_path, method):
-    """Two of three groups; the next rollout says nothing more of it."""
+def test_the_warning_names_the_prompts_once(tmp_path, method):
+    """Two of three groups; the next rollout does not repeat the warning."""
 
     def of_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.5 for p, v in zip(prompts, brightness(prompts, videos).tolist())]

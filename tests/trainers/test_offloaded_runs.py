@@ -89,7 +89,7 @@ def test_backpropagation_and_the_consistency_term_leave_the_same_adapter(tmp_pat
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_goes_on_with_other_offloading(tmp_path):
+def test_a_run_resumes_with_other_offloading(tmp_path):
     settings = {"alive": True, "max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     whole = tiny_runs.trainer(tmp_path / "whole", **settings)
     whole.train()
@@ -100,8 +100,8 @@ def test_a_run_goes_on_with_other_offloading(tmp_path):
     assert tiny_runs.largest_difference(tiny_runs.weights(whole), tiny_runs.weights(resumed)) == 0
 
 
-def test_nobody_else_moves_the_model(tmp_path, monkeypatch):
-    """Trainer and accelerate would bring the idle expert to the device, too."""
+def test_the_trainer_does_not_move_an_offloaded_model(tmp_path, monkeypatch):
+    """Trainer and accelerate would also move the idle expert to the device."""
     moved = []
     monkeypatch.setattr(VideoPolicy, "to", lambda policy, *args, **kwargs: moved.append(args) or policy)
     made = tiny_runs.trainer(tmp_path, offload=ALL)
@@ -109,7 +109,7 @@ def test_nobody_else_moves_the_model(tmp_path, monkeypatch):
     assert made.state.global_step == 2 and not moved
 
 
-def test_a_second_trainer_of_a_pipeline_may_offload_otherwise(tmp_path):
+def test_a_second_trainer_of_a_pipeline_may_use_other_offloading(tmp_path):
     model = tiny_runs.pipeline()
     tiny_runs.trainer(tmp_path / "a", model=model, offload=["vae"])
     assert hasattr(model.vae, "_hf_hook")

@@ -52,7 +52,7 @@ def test_only_the_second_expert(tmp_path):
 
 @pytest.mark.parametrize("method", ["grpo", "rvm"])
 def test_a_step_of_the_frozen_expert_teaches_nothing(tmp_path, method):
-    """Steps 0 and 1 are the first expert's; a step that only it denoises has no gradient, and the run goes on."""
+    """Steps 0 and 1 are the first expert's; a step that only it denoises has no gradient, and the run continues."""
     settings = A14B | {"lora_denoisers": ["transformer_2"], "method": method, "max_steps": 1, "beta": 0.0}
     if method == "grpo":
         settings |= {"sde_window_range": [1, 3], "sde_window_size": 2}

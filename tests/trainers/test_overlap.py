@@ -1,4 +1,4 @@
-"""Rewards beside the rollout: the same numbers as in turn, the same errors, and really at the same time."""
+"""Rewards that overlap with the rollout: the same numbers and errors as one after the other, and real overlap."""
 
 import asyncio
 import threading
@@ -134,7 +134,7 @@ def test_an_error_names_its_reward_and_stops_the_rollout():
         for _ in range(500):
             time.sleep(0.01)
             rewards.submit(PROMPTS[:3], VIDEOS[:3], {})
-    with rewards:  # and the next rollout knows nothing of it
+    with rewards:  # the next rollout starts clean
         rewards.submit(PROMPTS[:3], VIDEOS[:3], {})
         assert rewards.table(PROMPTS[:3], VIDEOS[:3], {}).values.tolist() == [[0.0]] * 3
 
@@ -192,7 +192,7 @@ def test_nothing_to_overlap(tmp_path, size):
 
 
 def test_a_run_is_the_same(tmp_path):
-    """But for the rounding of a mean over three videos' pixels beside one over eight."""
+    """Equal up to the rounding of a mean over the pixels of three videos instead of eight."""
     data = prompts(3, number=[1.0, 2.0, 3.0])
     results = []
     for overlap in (False, True):

@@ -1,4 +1,4 @@
-"""`push_to_hub=True`, against a local stand-in for the Hub's API: a real run in a process of its own."""
+"""`push_to_hub=True`, against a local stand-in for the Hub's API: a real run in a separate process."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, to the bit; whatever kills a run, the last complete checkpoint is usable."""
+"""A resumed run equals the uninterrupted one to the bit; the last complete checkpoint survives every kind of kill."""
 
 import json
 import os
@@ -67,7 +67,10 @@ def state_of(made) -> dict:
     ids=["constant", "epoch", "ema", "statistics", "iterations", "window"],
 )
 def test_resumed_is_uninterrupted_to_the_bit(tmp_path, stop, settings):
-    """Shuffled data over several epochs; the checkpoint lies between two rollouts."""
+    """Shuffled data over several epochs; the checkpoint lies between two rollouts.
+
+    test_equal_rewards.py resumes inside a rollout.
+    """
     steps = stop + 2
     whole = trainer(tmp_path / "whole", max_steps=steps, **settings)
     whole.train()
@@ -106,15 +109,6 @@ def test_the_order_of_the_data_is_the_uninterrupted_one(tmp_path):
     assert first + run(tmp_path / "broken", [], resume=True) == whole
     epochs = [tuple(whole[i : i + 4]) for i in (0, 4)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]  # each a permutation, not the same
-
-
-def test_resume_inside_a_rollouts_use_draws_a_new_one(tmp_path):
-    """Not to the bit (states of a rollout are not saved), but it goes on."""
-    settings = {"num_iterations": 3, "max_steps": 6}
-    trainer(tmp_path, callbacks=[StopAt(2)], **settings).train()
-    resumed = trainer(tmp_path, **settings)
-    resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 6
 
 
 def test_a_finished_run_has_nothing_to_resume(tmp_path):

@@ -20,7 +20,7 @@ def data_of(text: str) -> dict:
     return json.loads(found[1])
 
 
-def test_a_run_is_read_whole(tmp_path):
+def test_a_whole_run_is_read(tmp_path):
     run = read_run(folder_of_run(tmp_path / "run"))
     assert (run["name"], run["trainer"], run["step"], run["max_steps"]) == ("run", "Video GRPO", 4, 4)
     first, last = run["evaluations"]
@@ -56,7 +56,7 @@ def test_a_lone_surrogate_is_written_as_it_is(tmp_path):
     assert data_of(write_page([folder]).read_text(encoding="utf-8"))["runs"][0]["prompts"][1][0] == "\ud83d"
 
 
-def test_scores_that_are_no_numbers_are_none(tmp_path):
+def test_nan_scores_become_none(tmp_path):
     folder = folder_of_run(tmp_path / "run", shown=0)
     scores = {
         "reward": [float("nan"), float("inf"), 1],
@@ -74,7 +74,7 @@ def test_scores_that_are_no_numbers_are_none(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["evaluations/step_000004.json", "run.json", "report.json"])
-def test_what_is_half_written_is_left_out_and_named(tmp_path, path):
+def test_half_written_files_are_skipped_and_named(tmp_path, path):
     folder = folder_of_run(tmp_path / "run")
     whole = (folder / path).read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"[1]", b"\xff\xfe", b"[" * 100_000):
@@ -112,7 +112,7 @@ def test_a_run_that_lacks_a_part(tmp_path, removed, evaluations):
     assert all(path.split("/")[0] != removed for path, _ in run["files"]) and write_page([folder]).exists()
 
 
-def test_what_a_resumed_run_has_left_behind_is_not_shown(tmp_path):
+def test_steps_a_resume_discarded_are_not_shown(tmp_path):
     """Resumed from step 2 of 4: evaluation, samples and report of step 4 are of an earlier state."""
     folder = folder_of_run(tmp_path / "run", steps=(0, 2, 4))
     RunFiles(folder).resume(2)

@@ -38,7 +38,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser):
-    """Opens a page; at the end nothing was asked of a network, no script failed and no prompt ran as one."""
+    """Open a page; at the end check that it made no network request, no script failed and no prompt was executed."""
     asked, failed, contexts = [], [], []
 
     def open_page(path, wait=True, **settings):
@@ -214,7 +214,7 @@ def test_the_keyboard_reaches_everything(opened, run):
 
 
 @pytest.mark.slow
-def test_less_motion_plays_once(opened, run):
+def test_reduced_motion_plays_videos_once(opened, run):
     tab = opened(run / "report.html", reduced_motion="reduce")
     tab.locator("#speed").select_option("2")
     tab.locator("#play").click()
@@ -240,7 +240,7 @@ def test_several_runs_side_by_side(opened, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_file_stands_alone(opened, tmp_path):
+def test_the_page_is_one_self_contained_file(opened, tmp_path):
     folder = folder_of_run(tmp_path / "run")
     page = write_page([folder], tmp_path / "alone.html", one_file=True)
     shutil.rmtree(folder)

@@ -78,7 +78,7 @@ def test_a_reading_is_of_the_time_since_the_last_also_inside_a_span():
     assert parts["rewards/bright"] >= 0.01 and parts["rewards"] < parts["rewards/bright"]
 
 
-def test_another_thread_is_beside():
+def test_another_thread_has_its_own_spans():
     timeline = started(trace_steps=1)
 
     def work():
@@ -173,7 +173,7 @@ def test_the_table_has_shares_of_the_step():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_the_device_is_timed_and_nobody_waits():
+def test_gpu_timing_does_not_synchronise():
     device = torch.device("cuda")
     timeline = Timeline(device)
     timeline.start()

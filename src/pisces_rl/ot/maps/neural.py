@@ -159,7 +159,8 @@ class NeuralMap(TransportMap):
             training.resume(Path(folder))
         if not training.curve:
             training.evaluate()
-        bar = tqdm(total=self.steps, initial=training.step, disable=not progress or rank > 0 or None, desc="neural map")
+        hidden = not progress or rank > 0
+        bar = tqdm(total=self.steps, initial=training.step, disable=hidden or None, desc="neural map")
         while training.step < self.steps and training.stale < self.patience:
             training.advance()
             bar.update(1)

@@ -1,4 +1,4 @@
-"""What Allegro, Latte, EasyAnimate, LTX-2, Cosmos and CogVideoX-5B's solver asked of a policy, each rule by itself."""
+"""Rules that one family needs: LTX-2, EasyAnimate, Latte, Cosmos, AnyFlow, Allegro and CogVideoX-5B's solver."""
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from diffusers import (
 )
 from policy.test_replay_parity import PROMPTS, adapted
 from tiny_pipelines import BUILD, CALLS, GUIDANCE, quiet
-from tiny_pipelines.ltx2_cosmos import tiny_cosmos
 
 from pisces_rl.policy import PolicyError, Rollout, VideoPolicy, add_lora, default_lora_config, lora_parameters
 from pisces_rl.policy.schedule.scheduler import training_scheduler
@@ -26,7 +25,7 @@ def policy_of(family: str, guided: bool = True, **settings) -> VideoPolicy:
 
 
 def inputs_of(denoiser, run) -> list[dict]:
-    """Keyword tensors of each call of a denoiser's first block while `run` goes."""
+    """Return the keyword tensors of each call of the denoiser's first block during `run`."""
     seen = []
     block = denoiser.transformer_blocks[0]
     handle = block.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
@@ -37,7 +36,7 @@ def inputs_of(denoiser, run) -> list[dict]:
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_audio_of_ltx2_is_reproduced_with_the_video(guided):
-    """A window in the middle: the steps before it are skipped, and yet the denoiser sees the audio of the rollout."""
+    """A window in the middle: replay skips the steps before it, but the denoiser sees the audio of the rollout."""
     policy = policy_of("ltx2", guided, num_inference_steps=5)
     denoiser = policy.denoiser["transformer"]
     found = []
@@ -63,7 +62,7 @@ def test_the_audio_of_ltx2_is_reproduced_with_the_video(guided):
     assert min(errors) > 1e-4, "the audio plays no part in the video's log-probs, so this test shows nothing"
 
 
-def test_an_audio_that_is_not_reproduced_is_refused():
+def test_audio_that_is_not_reproduced_is_refused():
     policy = policy_of("ltx2")
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1], output_type="latent")
     rollout.followed[1, 0] += 1
@@ -98,8 +97,8 @@ def test_text_outputs_of_the_last_block_are_not_adapted():
     assert {n.split("transformer_blocks.")[1][0] for n in names if "add_k_proj" in n} == {"0", "1"}
 
 
-def test_latte_s_prompts_of_different_lengths_are_refused():
-    """Alone a prompt is cut to its length; in a batch it is padded, and nothing masks the padding."""
+def test_latte_refuses_prompts_of_different_lengths():
+    """A single prompt is cut to its length; in a batch it is padded, and nothing masks the padding."""
     call = CALLS["latte"] | {"mask_feature": True}
     policy = VideoPolicy(adapted("latte"), num_inference_steps=4, pipeline_kwargs=call)
     with pytest.raises(PolicyError, match="depend on the other prompts.*mask_feature=False"):
@@ -116,7 +115,7 @@ def test_edm_schedules_get_the_ancestral_kernel():
 
 def test_the_last_step_of_cosmos_as_it_ships_moves_nothing():
     """Its last two sigmas are equal (final_sigmas_type="sigma_min"): the step before the last ends the sampling."""
-    pipe = quiet(tiny_cosmos(final_sigmas_type="sigma_min"))
+    pipe = quiet(BUILD["cosmos"](scheduler={"final_sigmas_type": "sigma_min"}))
     add_lora({"transformer": pipe.transformer}, default_lora_config(4))
     policy = VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["cosmos"])
     rollout = policy.sample(PROMPTS, noise_seeds=[1, 2], step_seeds=[3, 4], steps=[0, 1, 2])
@@ -139,7 +138,7 @@ def test_cosmos2_is_refused():
         policy.sample(["a"], noise_seeds=[0])
 
 
-def test_anyflow_s_scheduler_is_refused():
+def test_the_anyflow_scheduler_is_refused():
     with pytest.raises(PolicyError, match="no transition fits it"):
         training_scheduler(FlowMapEulerDiscreteScheduler())
 
@@ -160,8 +159,8 @@ def test_solvers_that_ship_keep_their_schedule():
     assert ours.timesteps.tolist() == allegro.timesteps.tolist()
 
 
-def test_a_checkpointed_decoder_with_a_cache_is_whole_afterwards():
-    """EasyAnimate's decoder keeps frames between its parts: a checkpoint that stops early would leave some behind."""
+def test_a_checkpointed_decoder_leaves_no_cache_behind():
+    """EasyAnimate's decoder caches frames between its parts: a checkpoint that stops early would leave some behind."""
     policy = policy_of("easyanimate", num_inference_steps=3)
     before = policy.sample(PROMPTS, noise_seeds=[1, 2]).videos
     videos = policy.sample_with_gradients(PROMPTS, noise_seeds=[1, 2], checkpoint_decoder=True)
