@@ -204,7 +204,7 @@ def test_a_transform_that_draws(tmp_path):
     count = iter(range(1000))
     data = prompts().with_transform(lambda rows: {"prompt": [f"{text} {next(count)}" for text in rows["prompt"]]})
     made = trainer(tmp_path, data=data)
-    with pytest.raises(RuntimeError, match="group 0 mixes prompts .*draw in dataset.map"):
+    with pytest.raises(RuntimeError, match="group 0 mixes prompts .*dataset.map"):
         made.train()
 
 

@@ -134,7 +134,7 @@ def test_it_needs_rewards_or_a_term(tmp_path):
     [
         (Shrink(1.0), "auxiliary_losses is a Shrink; pass a list"),
         ([tiny_runs.brightness], "holds a func"),
-        ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set another `name`"),
+        ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set a different `name`"),
         ("shrink", "is a str"),
     ],
 )

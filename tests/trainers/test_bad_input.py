@@ -46,7 +46,7 @@ def test_no_train_dataset(tmp_path, shared):
 
 
 def test_fewer_prompts_than_a_rollout_needs(tmp_path, shared):
-    with pytest.raises(ValueError, match="a rollout takes 4 different prompts .*but train_dataset has only 3; add"):
+    with pytest.raises(ValueError, match="a rollout needs 4 different prompts .*but train_dataset has only 3; add"):
         trainer(tmp_path, model=shared, per_device_train_batch_size=16)
 
 
@@ -86,7 +86,7 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
         ),
         ({"num_generations": 1}, "num_generations=1: advantages need at least 2"),
         ({"generation_batch_size": 6}, "generation_batch_size=6 must be a multiple of .*= 4"),
-        ({"generation_batch_size": 8, "steps_per_generation": 2}, "say the same thing; give one"),
+        ({"generation_batch_size": 8, "steps_per_generation": 2}, "set the same thing; set only one"),
         (
             {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
             "steps_per_generation=3 and gradient_accumulation_steps=2: one must divide the other",

@@ -107,7 +107,7 @@ def test_no_rewards(tmp_path, method):
         (
             "grpo",
             {"scale_rewards": "batch", "per_prompt_stat_tracking": True},
-            "per_prompt_stat_tracking=True takes .*scale_rewards='batch' would have no effect",
+            "per_prompt_stat_tracking=True uses .*scale_rewards='batch' would have no effect",
         ),
     ],
 )
