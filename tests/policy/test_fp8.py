@@ -371,7 +371,7 @@ def test_a_run_with_an_fp8_base(tmp_path):
     again.train()
     assert tiny_runs.logged(again, "reward")[0] == tiny_runs.logged(whole, "reward")[0]
     whole.pipeline.unload_lora_weights()
-    with pytest.raises(ValueError, match="has FP8 weights of an earlier trainer, but base_precision is unset"):
+    with pytest.raises(ValueError, match="has FP8 weights from an earlier trainer, but base_precision is unset"):
         tiny_runs.trainer(tmp_path / "other", model=whole.pipeline)
 
 

@@ -344,7 +344,7 @@ def test_columns_that_would_never_reach_a_reward(column):
     """A data set has a column `videos`; the reward was given the sampled ones, without a word."""
     data = prompts(8, **{column: ["x"] * 8})
     for kind in (VideoGRPOTrainer, RewardBackpropTrainer):
-        with pytest.raises(ValueError, match=rf"train_dataset has columns \['{column}'\], but every reward is given"):
+        with pytest.raises(ValueError, match=rf"train_dataset has columns \['{column}'\], but the trainer passes"):
             kind("no-such-model", two, None, data)
     with pytest.raises(ValueError, match=r"eval_dataset\['a'\] has columns"):
         check_dataset("eval_dataset", {"a": data}, several=True)

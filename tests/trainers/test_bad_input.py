@@ -117,7 +117,7 @@ def test_config(tmp_path, settings, message):
 
 def test_a_group_of_four_only_warns(tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 8}
-    with pytest.warns(UserWarning, match="num_generations=4: groups below 8"):
+    with pytest.warns(UserWarning, match="num_generations=4: on video, groups below 8"):
         VideoGRPOConfig(**settings, num_generations=4)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="num_generations")
@@ -186,7 +186,7 @@ def test_model(tmp_path, model, message):
         (
             tiny_runs.brightness,
             {"reward_weights": [1.0, 2.0]},
-            "reward_weights has 2 values for 1 rewards; give one each",
+            "reward_weights has 2 values for 1 rewards; set one per reward",
         ),
     ],
 )

@@ -335,7 +335,7 @@ def test_full_disk(tmp_path):
         "checkpoint-2 could not be written (rank 0: ",
         "Earlier checkpoints are whole",
         "checkpoint-1",
-        "free some space",
+        "free some disk space",
     ):
         assert part in message
     assert checkpoints(folder) == ["checkpoint-1"] and not list(folder.glob(".incomplete-*"))
