@@ -181,4 +181,4 @@ def test_a_large_model_s_memory_is_estimated_before_the_first_step(tmp_path, mon
         runs[large].train()
     shown = capsys.readouterr().out
     assert largest_difference(*map(weights, runs.values())) == 0
-    assert len(re.findall(r"estimated memory: 0\.\d GiB a process \(sampling .*, decoding .*, update ", shown)) == 1
+    assert len(re.findall(r"estimated memory: 0\.\d GiB per process \(sampling .*, decoding .*, update ", shown)) == 1

@@ -266,5 +266,5 @@ def test_bad_settings(tmp_path, settings, message):
 
 
 def test_too_few_prompts(tmp_path):
-    with pytest.raises(ValueError, match="an optimizer step takes 4 different prompts"):
+    with pytest.raises(ValueError, match="an optimizer step needs 4 different prompts"):
         trainer(tmp_path, prompts=3, gradient_accumulation_steps=2)

@@ -192,7 +192,7 @@ def test_not_a_checkpoint(tmp_path, saved):
 
 
 def test_other_base_weights_and_another_alpha(tmp_path, saved):
-    refused(tmp_path, saved / "checkpoint-2", "was trained on other base weights", model=tiny_runs.pipeline(1))
+    refused(tmp_path, saved / "checkpoint-2", "was trained with other base weights", model=tiny_runs.pipeline(1))
     made = VideoGRPOTrainer(
         tiny_runs.pipeline(), brightness, config(tmp_path), prompts(), peft_config=default_lora_config(4, 64)
     )
@@ -204,7 +204,7 @@ def test_another_model(tmp_path, saved):
     refused(
         tmp_path,
         saved / "checkpoint-2",
-        "is of another model: WanPipeline .*while this run trains LTXPipeline",
+        "belongs to another model: WanPipeline .*while this run trains LTXPipeline",
         model=quiet(BUILD["ltx"]()),
         height=32,
         width=32,
@@ -212,7 +212,7 @@ def test_another_model(tmp_path, saved):
     refused(
         tmp_path,
         saved / "checkpoint-2",
-        "is of another model: WanPipeline from",
+        "belongs to another model: WanPipeline from",
         model=load_pipeline("tiny-wan"),
         height=32,
         width=32,
