@@ -163,8 +163,8 @@ def test_lora(tmp_path, lora, message):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("tiny-wam", r"model='tiny-wam' is neither .*embedded models \['tiny-"),
-        ("not a name!!", "model='not a name!!' is neither"),
+        ("tiny-wam", r"model='tiny-wam' is not a folder .*embedded models \['tiny-"),
+        ("not a name!!", "model='not a name!!' is not a folder"),
         (3, "model=3 must be a diffusers pipeline"),
         (None, "model=None must be a diffusers pipeline"),
     ],

@@ -333,7 +333,7 @@ def test_full_disk(tmp_path):
     assert is_os_error, message
     for part in (
         "checkpoint-2 could not be written (rank 0: ",
-        "Earlier checkpoints are whole",
+        "Earlier checkpoints are intact",
         "checkpoint-1",
         "free some disk space",
     ):
