@@ -29,7 +29,7 @@ def test_what_deepspeed_may_not_be_asked_for(tmp_path, monkeypatch, settings, me
 def test_deepspeed_is_asked_for_by_the_launcher(tmp_path):
     args = config(tmp_path)
     args.deepspeed, args.deepspeed_plugin = "zero.json", DeepSpeedPlugin(zero_stage=2)
-    with pytest.raises(ValueError, match="deepspeed='zero.json': leave it unset.*deepspeed_zero2.yaml"):
+    with pytest.raises(ValueError, match="deepspeed='zero.json' is not supported: .*deepspeed_zero2.yaml"):
         VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
 
 

@@ -81,7 +81,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         auxiliary_losses=None,
     ):
         args = RewardBackpropConfig() if args is None else args
-        self._may_lack_rewards = bool(auxiliary_losses)
+        self._rewards_optional = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:

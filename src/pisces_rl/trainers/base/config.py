@@ -101,7 +101,7 @@ class VideoPolicyConfig(_BaseConfig):
     )
     vae_slicing: bool = field(
         default=False,
-        metadata={"help": "Decode one video at a time to save memory. The videos do not change."},
+        metadata={"help": "Decode one video at a time to save memory. The videos change only by rounding."},
     )
     vae_tiling: bool = field(
         default=False,
@@ -128,7 +128,10 @@ class VideoPolicyConfig(_BaseConfig):
             "as arguments of the same names. Unset: `image`, if the pipeline's call has that argument."
         },
     )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
+    shuffle_dataset: bool = field(
+        default=True,
+        metadata={"help": "Shuffle the training prompts in each epoch. Set False to keep the data set's order."},
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the rewards in their sum, one per reward. Unset: 1 each."}
     )
@@ -188,8 +191,8 @@ class VideoPolicyConfig(_BaseConfig):
     equal_weights_steps: int = field(
         default=10,
         metadata={
-            "help": "Optimizer steps between checks that all processes hold bitwise equal weights. Each checkpoint "
-            "is also preceded by a check."
+            "help": "Optimizer steps between checks that all processes hold bitwise equal weights; a check also "
+            "precedes each checkpoint. Lower it to find the step at which processes diverge."
         },
     )
 
@@ -208,8 +211,8 @@ class VideoPolicyConfig(_BaseConfig):
     trace_steps: int = field(
         default=0,
         metadata={
-            "help": "Optimizer steps that each process records in output_dir/trace_rank{r}.json, a time line for "
-            "chrome://tracing or Perfetto. 0: none."
+            "help": "Optimizer steps that each process records in output_dir/trace_rank{r}.json for chrome://tracing "
+            "or Perfetto. Set it to see where the time of a step goes. 0: none."
         },
     )
     fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
@@ -264,7 +267,7 @@ class VideoPolicyConfig(_BaseConfig):
         self._read_pipeline_kwargs()
         check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
-            raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
+            raise ValueError(f"offload={self.offload!r} must be a list with any of {list(OFFLOAD)}, or unset.")
         self.own_reward_device()  # fail now, not after the model is loaded
         if self.continue_reference not in ("base", "adapter"):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")

@@ -80,7 +80,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     loss_is_scaled_for_ga = True
     papers: tuple[Paper, ...] = ()  # the method's papers, cited in the model card
-    _may_lack_rewards = False  # whether the trainer can run without rewards
+    _rewards_optional = False  # whether the trainer can run without rewards
     _warned_of_frozen = False
     _position_settings: tuple[str, ...] = ()  # settings that determine the position in the data
 
@@ -112,7 +112,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         check_reference(args, self._uses_reference)
         if args.num_sample_videos:
             media.check_mp4(args.fps)
-        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
+        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._rewards_optional)
         settle_evaluation(args, eval_dataset, self.rewards)
         full = peft_config == FULL
         if full:

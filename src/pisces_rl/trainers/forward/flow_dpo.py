@@ -128,7 +128,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         check_dataset("train_dataset", train_dataset)
         train_dataset = undecoded(train_dataset)
         self.offline = bool(set(SIDES) & set(train_dataset.column_names))
-        self._may_lack_rewards = self.offline
+        self._rewards_optional = self.offline
         if not self.offline and (reward_funcs is None or reward_funcs == []):
             raise ValueError(
                 "reward_funcs is empty, and train_dataset has no columns `chosen` and `rejected`, only "

@@ -76,7 +76,10 @@ class VideoGRPOConfig(RolloutConfig):
     )
     epsilon: float = field(
         default=1e-3,
-        metadata={"help": "Lower clip range of the per-step ratio: the ratio is clipped below 1 - epsilon."},
+        metadata={
+            "help": "Lower clip range of the per-step ratio, which is clipped below 1 - epsilon. Lower it for smaller "
+            "updates; clip_ratio/region_mean is the share of clipped terms."
+        },
     )
     epsilon_high: float | None = field(
         default=None,
@@ -96,7 +99,8 @@ class VideoGRPOConfig(RolloutConfig):
         default=1e-3,
         metadata={
             "help": "Training stops if |log p(update) - log p(sampling)| exceeds this value before the first "
-            "optimizer step on a rollout, because sampling and update must be the same computation."
+            "optimizer step on a rollout, because sampling and update must be the same computation. Raise it only if "
+            "the reported error is small next to epsilon."
         },
     )
 

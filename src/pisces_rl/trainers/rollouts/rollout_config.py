@@ -59,7 +59,11 @@ class RolloutConfig(VideoPolicyConfig):
         },
     )
     num_iterations: int = field(
-        default=1, metadata={"help": "Times that each rollout is trained on (mu in the GRPO paper)."}
+        default=1,
+        metadata={
+            "help": "Times that each rollout is trained on (mu in the GRPO paper). More save sampling time, but train "
+            "on older samples."
+        },
     )
 
     # --- advantages ---
@@ -78,7 +82,11 @@ class RolloutConfig(VideoPolicyConfig):
         },
     )
     advantage_clip: float = field(
-        default=5.0, metadata={"help": "Advantages are clamped to the range from -advantage_clip to advantage_clip."}
+        default=5.0,
+        metadata={
+            "help": "Advantages are clamped to the range from -advantage_clip to advantage_clip. Lower it if outliers "
+            "dominate the updates."
+        },
     )
     per_prompt_stat_tracking: bool = field(
         default=False,

@@ -28,9 +28,9 @@ def requested_zero(args) -> int | None:
         return None
     if args.deepspeed:
         raise ValueError(
-            f"deepspeed={args.deepspeed!r}: leave it unset and start the run with accelerate launch --config_file "
-            "recipes/accelerate/deepspeed_zero2.yaml (or deepspeed_zero3.yaml), which may name the same file as "
-            "deepspeed_config_file."
+            f"deepspeed={args.deepspeed!r} is not supported: leave it unset and start the run with accelerate launch "
+            "--config_file recipes/accelerate/deepspeed_zero2.yaml (or deepspeed_zero3.yaml); there, set "
+            "deepspeed_config_file to use the same file."
         )
     if plugin.zero_stage not in (2, 3):
         raise ValueError(

@@ -19,7 +19,7 @@ from ....run_files import own_checkpoints
 from ...auxiliary.auxiliary_loss import AuxiliaryLoss
 
 #: Settings that may change on resume. New values act from there on; the console and the model card report the change.
-TOLD = (
+REPORTED = (
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -105,7 +105,7 @@ def run_identity(
         "base_precision": args.base_precision,
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
-        "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
+        "settings": {name: _plain(getattr(args, name)) for name in (*REPORTED, *FIXED)}
         | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
         "objective": {name: _plain(getattr(args, name)) for name in args.objective()},
         "remote_rewards": {
@@ -184,7 +184,9 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
     saved, step = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8")), step_of(checkpoint)
     now = own["settings"]
     then = saved.get("settings", now)
-    weights = dict.fromkeys([name for name in (*then, *now) if name not in (*TOLD, *FIXED)], 0.0)  # auxiliary losses'
+    weights = dict.fromkeys(
+        [name for name in (*then, *now) if name not in (*REPORTED, *FIXED)], 0.0
+    )  # auxiliary losses'
     then, now = weights | then, weights | now
     objective = [name for name in own["objective"] if name in saved.get("objective", {})]
     then, now = then | saved.get("objective", {}), now | own["objective"]
@@ -197,7 +199,7 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
         saved.get("changes", [])
         + [
             f"{name} {then[name]} until step {step}, then {now[name]}"
-            for name in (*TOLD, *weights, *objective)
+            for name in (*REPORTED, *weights, *objective)
             if then[name] != now[name]
         ]
         + [

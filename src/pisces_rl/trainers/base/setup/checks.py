@@ -160,13 +160,13 @@ def check_full_fine_tuning(args, sharding: FullyShardedDataParallelPlugin | None
         )
 
 
-def checked_weights(weights: list[float] | None, rewards: RewardPanel, may_lack_rewards: bool) -> Tensor:
+def checked_weights(weights: list[float] | None, rewards: RewardPanel, optional: bool) -> Tensor:
     """Return the (R,) weights of the rewards, 1 each by default.
 
     Raises:
         ValueError: there is no reward although one is needed, or the number of weights differs from that of rewards.
     """
-    if not len(rewards) and not may_lack_rewards:
+    if not len(rewards) and not optional:
         raise ValueError("reward_funcs is empty; pass at least one callable f(prompts, videos, **columns).")
     weights = weights or [1.0] * len(rewards)
     if len(weights) != len(rewards):

@@ -81,7 +81,7 @@ class AdapterEMA(TrainerCallback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- decay average + (1 - decay) weights."""
+        """Update the average: average <- decay average + (1 - decay) weights."""
         self.updates += 1
         if callable(self.decay):
             decay = self.decay(self.updates - 1)
