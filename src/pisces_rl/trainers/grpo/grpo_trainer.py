@@ -129,7 +129,7 @@ class VideoGRPOTrainer(RolloutTrainer):
 
         Returns:
             (loss, low, high): loss (B,); low and high are the shares of the B videos whose gradient a clip or mask
-            removed, among negative and positive advantages.
+            removed and whose advantage is negative (low) or positive (high).
         """
         limits = self.args.epsilon, self.args.upper_epsilon
         return (clipped_policy_loss(log_ratio, advantage, *limits), *clip_fractions(log_ratio, advantage, *limits))

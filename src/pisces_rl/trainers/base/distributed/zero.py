@@ -49,7 +49,7 @@ def requested_zero(args) -> int | None:
 
 
 def use_zero(stage: int, policy: VideoPolicy, accelerator: Accelerator, max_grad_norm: float) -> None:
-    """Partition the policy (stage 3) and the optimizer that accelerate will prepare; do nothing on one process.
+    """Partition the policy (stage 3) and the optimizer that accelerate will prepare; with one process, neither.
 
     accelerate then treats the run as plain data-parallel processes.
     """
