@@ -145,7 +145,7 @@ def test_processes_that_do_not_see_each_other_do_not_train(tmp_path, name):
     """Without a GPU and without use_cpu, accelerate lets each run on its own: two runs in one folder."""
     code = "from pisces_rl import VideoGRPOConfig\nVideoGRPOConfig(output_dir='run', report_to='none')\n"
     output = launched(tmp_path, name, "--num_processes", "2", "--main_process_port", "0", code=code, fails=True)
-    assert "2 processes were launched, but they do not see each other" in output
+    assert "2 processes were launched, but no GPU was found, so they do not form a group" in output
 
 
 @pytest.mark.slow

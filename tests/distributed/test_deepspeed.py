@@ -162,7 +162,7 @@ def test_evaluation_equals_that_of_one_process_and_the_adapter_reloads(runs, sta
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_rank_with_other_weights_is_named(runs, stage):
     for rank in (0, 1):
-        assert "ranks [1] hold other adapter weights" in numbers(runs.two(stage), "unequal_weights", rank)["message"]
+        assert "ranks [1] hold different weights" in numbers(runs.two(stage), "unequal_weights", rank)["message"]
 
 
 def test_processes_with_texts_of_unequal_lengths_make_the_same_calls(runs):

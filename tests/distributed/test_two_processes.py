@@ -112,13 +112,13 @@ def test_evaluation_equals_that_of_one_process(two):
 
 
 def test_unequal_weights_are_found(two):
-    assert "ranks [1] hold other adapter weights than rank 0" in numbers(two, "unequal_weights")["message"]
+    assert "ranks [1] hold different weights from rank 0" in numbers(two, "unequal_weights")["message"]
 
 
 def test_a_changed_bit_is_found_at_the_next_comparison(two):
     for rank in (0, 1):
         result = numbers(two, "disturbed_weights", rank)
-        assert "ranks [1] hold other adapter weights than rank 0" in result["message"] and result["step"] == 3
+        assert "ranks [1] hold different weights from rank 0" in result["message"] and result["step"] == 3
 
 
 def test_a_reward_that_fails_on_one_rank_ends_the_run(two, launched):

@@ -358,20 +358,20 @@ def test_a_run_with_an_fp8_base(tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert tiny_runs.largest_difference(tiny_runs.weights(whole), tiny_runs.weights(resumed)) == 0
     other = tiny_runs.trainer(tmp_path / "part", model="tiny-wan", **settings | {"base_precision": None})
-    with pytest.raises(ValueError, match="was trained on another base_precision"):
+    with pytest.raises(ValueError, match="was trained with another base_precision"):
         other.train(resume_from_checkpoint=True)
     identity = tmp_path / "part" / "checkpoint-2" / "policy.json"
     older = json.loads(identity.read_text())
     del older["base_precision"]  # as before there was one
     identity.write_text(json.dumps(older))
-    with pytest.raises(ValueError, match="was trained on another base_precision"):
+    with pytest.raises(ValueError, match="was trained with another base_precision"):
         tiny_runs.trainer(tmp_path / "part", model="tiny-wan", **settings).train(resume_from_checkpoint=True)
     whole.pipeline.unload_lora_weights()
     again = tiny_runs.trainer(tmp_path / "again", model=whole.pipeline, **settings)
     again.train()
     assert tiny_runs.logged(again, "reward")[0] == tiny_runs.logged(whole, "reward")[0]
     whole.pipeline.unload_lora_weights()
-    with pytest.raises(ValueError, match="has FP8 weights of an earlier trainer, but base_precision is unset"):
+    with pytest.raises(ValueError, match="has FP8 weights from an earlier trainer, but base_precision is unset"):
         tiny_runs.trainer(tmp_path / "other", model=whole.pipeline)
 
 

@@ -101,9 +101,9 @@ def test_all_kinds_of_rewards_go_there():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ("nowhere", "'nowhere' is no device"),
-        ("cpu,", "'' is no device"),
-        ("cuda:77", "there is no cuda:77 among"),
+        ("nowhere", "'nowhere' is not a device"),
+        ("cpu,", "'' is not a device"),
+        ("cuda:77", "this host has no cuda:77, only"),
     ],
 )
 def test_wrong_devices(tmp_path, wrong, message):

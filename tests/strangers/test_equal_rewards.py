@@ -122,7 +122,7 @@ def test_weights_do_not_move(tmp_path):
 def test_settings_that_running_statistics_would_ignore(tmp_path, setting):
     """per_prompt_stat_tracking used the prompt's own deviation and ignored scale_rewards."""
     (name,) = setting
-    with pytest.raises(ValueError, match=f"per_prompt_stat_tracking=True takes .* so {name}=.*; set {name}="):
+    with pytest.raises(ValueError, match=f"per_prompt_stat_tracking=True uses .* so {name}=.*; set {name}="):
         config(tmp_path, per_prompt_stat_tracking=True, **setting)
 
 

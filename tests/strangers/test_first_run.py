@@ -160,7 +160,7 @@ def test_settings_that_count_steps_are_checked_against_the_models_own(tmp_path):
 def test_fewer_prompts_than_a_rollout_takes(tmp_path):
     """Four prompts do for the defaults, and a larger batch says what it needs."""
     args = VideoGRPOConfig(output_dir=str(tmp_path), gradient_accumulation_steps=8)
-    with pytest.raises(ValueError, match="a rollout takes 8 different prompts .* but train_dataset has only 4"):
+    with pytest.raises(ValueError, match="a rollout needs 8 different prompts .* but train_dataset has only 4"):
         VideoGRPOTrainer("tiny-wan", brightness, args, FOUR)
 
 
@@ -181,4 +181,4 @@ def test_a_large_model_s_memory_is_estimated_before_the_first_step(tmp_path, mon
         runs[large].train()
     shown = capsys.readouterr().out
     assert largest_difference(*map(weights, runs.values())) == 0
-    assert len(re.findall(r"estimated memory: 0\.\d GiB a process \(sampling .*, decoding .*, update ", shown)) == 1
+    assert len(re.findall(r"estimated memory: 0\.\d GiB per process \(sampling .*, decoding .*, update ", shown)) == 1

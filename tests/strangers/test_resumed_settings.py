@@ -78,7 +78,7 @@ def test_changes_of_an_earlier_resume_stay_in_the_card(tmp_path):
 def test_another_optimizer_is_refused(tmp_path):
     """SGD took Adam's state, and the run was Adam's."""
     stopped(tmp_path)
-    with pytest.raises(ValueError, match="optim=.*sgd.*was saved with 'adamw_torch_fused': the optimizer's state"):
+    with pytest.raises(ValueError, match="optim=.*sgd.*was saved with 'adamw_torch_fused': the saved optimizer state"):
         trainer(tmp_path, **LINEAR, optim="sgd").train(resume_from_checkpoint=True)
 
 

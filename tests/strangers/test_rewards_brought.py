@@ -344,7 +344,7 @@ def test_columns_that_would_never_reach_a_reward(column):
     """A data set has a column `videos`; the reward was given the sampled ones, without a word."""
     data = prompts(8, **{column: ["x"] * 8})
     for kind in (VideoGRPOTrainer, RewardBackpropTrainer):
-        with pytest.raises(ValueError, match=rf"train_dataset has columns \['{column}'\], but every reward is given"):
+        with pytest.raises(ValueError, match=rf"train_dataset has columns \['{column}'\], but the trainer passes"):
             kind("no-such-model", two, None, data)
     with pytest.raises(ValueError, match=r"eval_dataset\['a'\] has columns"):
         check_dataset("eval_dataset", {"a": data}, several=True)
@@ -381,7 +381,7 @@ def recording(name, value=1.0, scalar=True):
 )
 def test_a_reward_may_not_record_the_trainers_metrics(name, scalar):
     """log_metric("reward", ...) replaced the trainer's and drove load_best_model_at_end."""
-    with pytest.raises(RewardError, match=f"reward 'reward' records '{name}', which is a name of the trainer's own"):
+    with pytest.raises(RewardError, match=f"reward 'reward' records '{name}', which is the name of a trainer metric"):
         check_recorded(ask(recording(name, scalar=scalar)))
 
 
@@ -413,7 +413,7 @@ def test_two_rewards_of_one_recorded_name():
         with pytest.raises(RewardError, match="rewards 'reward' and 'other' both record 'x', with different values"):
             ask([first, second])
     assert ask([recording("x", 2.0), other]).metrics == {"x": [2.0]}
-    with pytest.raises(RewardError, match="'x' for each sample, whose mean is logged as 'x/mean'"):
+    with pytest.raises(RewardError, match="'x' for each sample, and its mean is logged as 'x/mean'"):
         check_recorded(ask([recording("x", scalar=False), recording("x/mean")]))
 
 

@@ -124,7 +124,7 @@ def test_the_hub_is_pushed_to_once(strategy, tmp_path):
 def test_an_optimizer_that_needs_another_training_step_is_refused(optim, tmp_path):
     """A schedule-free optimizer never heard optimizer.train()."""
     assert optim.startswith(OPTIMIZERS_WITHOUT_STEP)
-    with pytest.raises(ValueError, match=f"optim='{optim}' needs a training step"):
+    with pytest.raises(ValueError, match=f"optim='{optim}' needs transformers' training step"):
         config(VideoGRPOConfig, tmp_path, optim=optim)
 
 

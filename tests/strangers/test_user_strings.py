@@ -173,7 +173,7 @@ def test_a_run_in_a_folder_with_brackets(tmp_path, capsys):
         made.train()
     made.save_model()
     said = capsys.readouterr().out.replace("\n", "")
-    assert "run[lr=1e-4]/earlier-1 now" in said and "adapter in " in said and "rewards/len[/word]" in said
+    assert "run[lr=1e-4]/earlier-1." in said and "saved adapter to " in said and "rewards/len[/word]" in said
     assert "step 0 -> 1: new [x]" in said
     body = (tmp_path / "run[lr=1e-4]" / "README.md").read_text(encoding="utf-8")
     assert r"a \[/b\] cat" in body and r"a dog \# heading" in body

@@ -134,7 +134,7 @@ def test_it_needs_rewards_or_a_term(tmp_path):
     [
         (Shrink(1.0), "auxiliary_losses is a Shrink; pass a list"),
         ([tiny_runs.brightness], "holds a func"),
-        ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set another `name`"),
+        ([Shrink(1.0), Shrink(2.0)], r"several are named \['shrink'\]; set a different `name`"),
         ("shrink", "is a str"),
     ],
 )
@@ -157,7 +157,7 @@ def test_the_teacher_may_be_the_saved_adapter(tmp_path):
             tiny_runs.pipeline(), tiny_runs.brightness, args, tiny_runs.prompts(), auxiliary_losses=losses
         )
 
-    with pytest.raises(ValueError, match="nothing refers to it"):
+    with pytest.raises(ValueError, match="has no effect: there is neither a KL penalty"):
         continued([Shrink(1.0)])
     trainer = continued([ConsistencyDistillation(Videos(), steps=4)])
     assert trainer._card_settings()["reference"] == "the adapter it was continued from"

@@ -176,9 +176,9 @@ def test_resuming_with_another_reward_keeps_the_spread_of_those_that_stay(tmp_pa
 def test_the_checkpoint_of_the_other_trainer(tmp_path):
     trainer(tmp_path / "ours", callbacks=[tiny_runs.StopAt(1)]).train()
     tiny_runs.trainer(tmp_path / "grpo", callbacks=[tiny_runs.StopAt(1)]).train()
-    with pytest.raises(ValueError, match="is a run of Video GRPO, not of Reward Backpropagation: resume it with"):
+    with pytest.raises(ValueError, match="was written by Video GRPO, not by Reward Backpropagation: resume it with"):
         trainer(tmp_path / "grpo").train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="is a run of Reward Backpropagation, not of Video GRPO"):
+    with pytest.raises(ValueError, match="was written by Reward Backpropagation, not by Video GRPO"):
         tiny_runs.trainer(tmp_path / "ours").train(resume_from_checkpoint=True)
 
 
@@ -287,5 +287,5 @@ def test_bad_settings(tmp_path, settings, message):
 
 
 def test_too_few_prompts(tmp_path):
-    with pytest.raises(ValueError, match="an optimizer step takes 4 different prompts"):
+    with pytest.raises(ValueError, match="an optimizer step needs 4 different prompts"):
         trainer(tmp_path, prompts=3, gradient_accumulation_steps=2)

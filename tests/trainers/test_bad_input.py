@@ -46,7 +46,7 @@ def test_no_train_dataset(tmp_path, shared):
 
 
 def test_fewer_prompts_than_a_rollout_needs(tmp_path, shared):
-    with pytest.raises(ValueError, match="a rollout takes 4 different prompts .*but train_dataset has only 3; add"):
+    with pytest.raises(ValueError, match="a rollout needs 4 different prompts .*but train_dataset has only 3; add"):
         trainer(tmp_path, model=shared, per_device_train_batch_size=16)
 
 
@@ -86,7 +86,7 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
         ),
         ({"num_generations": 1}, "num_generations=1: advantages need at least 2"),
         ({"generation_batch_size": 6}, "generation_batch_size=6 must be a multiple of .*= 4"),
-        ({"generation_batch_size": 8, "steps_per_generation": 2}, "say the same thing; give one"),
+        ({"generation_batch_size": 8, "steps_per_generation": 2}, "set the same thing; set only one"),
         (
             {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
             "steps_per_generation=3 and gradient_accumulation_steps=2: one must divide the other",
@@ -99,8 +99,8 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
         ({"kl_space": "y"}, "kl_space='y' must be one of"),
         ({"step_weighting": "dt"}, "step_weighting='dt' must be one of"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
-        ({"offload": "vae"}, "offload='vae' must be a list of some of"),
-        ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list of some of \['text_enc"),
+        ({"offload": "vae"}, "offload='vae' must be a list with any of"),
+        ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list with any of \['text_enc"),
         ({"epsilon": 0.0}, "epsilon=0.0 .*must be positive"),
         ({"beta": -0.1}, "beta=-0.1 must not be negative"),
         ({"num_iterations": 0}, "num_iterations=0 must be at least 1"),
@@ -117,7 +117,7 @@ def test_config(tmp_path, settings, message):
 
 def test_a_group_of_four_only_warns(tmp_path):
     settings = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 8}
-    with pytest.warns(UserWarning, match="num_generations=4: groups below 8"):
+    with pytest.warns(UserWarning, match="num_generations=4: on video, groups below 8"):
         VideoGRPOConfig(**settings, num_generations=4)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="num_generations")
@@ -163,8 +163,8 @@ def test_lora(tmp_path, lora, message):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ("tiny-wam", r"model='tiny-wam' is neither .*embedded models \['tiny-"),
-        ("not a name!!", "model='not a name!!' is neither"),
+        ("tiny-wam", r"model='tiny-wam' is not a folder .*embedded models \['tiny-"),
+        ("not a name!!", "model='not a name!!' is not a folder"),
         (3, "model=3 must be a diffusers pipeline"),
         (None, "model=None must be a diffusers pipeline"),
     ],
@@ -186,7 +186,7 @@ def test_model(tmp_path, model, message):
         (
             tiny_runs.brightness,
             {"reward_weights": [1.0, 2.0]},
-            "reward_weights has 2 values for 1 rewards; give one each",
+            "reward_weights has 2 values for 1 rewards; set one per reward",
         ),
     ],
 )

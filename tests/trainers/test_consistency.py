@@ -233,12 +233,12 @@ def test_every_form_of_a_video_is_the_same_video(tmp_path):
     for wrong, message in (
         (np.zeros((4, 16, 16)), r"expected a path, .* or a tensor \(F, 3, H, W\), got a tensor \(4, 16, 16\)"),
         (None, "got a NoneType"),
-        (expected * 255, "must lie in .0, 1.; divide by 255"),
+        (expected * 255, "must lie in .0, 1.; divide it by 255"),
         (expected - 1, "from -"),
         (torch.full((2, 3, 4, 4), torch.nan), "values from nan"),
         (b"no video", "cannot be read as a video"),
         ({"path": None, "bytes": None}, "got a NoneType"),
-        (exact.tolist(), "divide by 255"),
+        (exact.tolist(), "divide it by 255"),
     ):
         with pytest.raises(ValueError, match=message):
             as_video(wrong)

@@ -147,7 +147,7 @@ def changed(pairs: Dataset, **columns) -> Dataset:
         (lambda d: d.remove_columns("prompt"), "none named `prompt`"),
         (
             lambda d: changed(d, chosen=[d[0]["chosen"], None, *d["chosen"][2:]]),
-            r"row 1 \('clip 1'\): `chosen` is missing; give both",
+            r"row 1 \('clip 1'\): `chosen` is missing; add it",
         ),
         (lambda d: changed(d, rejected=[*d["rejected"][:3], ""]), r"row 3 \('clip 3'\): `rejected` is missing"),
         (
@@ -156,7 +156,7 @@ def changed(pairs: Dataset, **columns) -> Dataset:
         ),
         (
             lambda d: changed(d, chosen=["nowhere.mp4", *d["chosen"][1:]]),
-            r"row 0 \('clip 0'\): `chosen` names no file: 'nowhere.mp4'",
+            r"row 0 \('clip 0'\): `chosen` is 'nowhere.mp4', which is not a file",
         ),
     ],
     ids=["no-rejected", "no-chosen", "no-prompt", "none", "empty", "same", "no-file"],

@@ -432,7 +432,7 @@ def test_a_group_of_equal_rewards_gets_no_step(tmp_path, name):
         method=name, alive=True, max_steps=1, max_grad_norm=0.0, shuffle_dataset=False, scale_rewards="group"
     )
     trainer(tmp_path / "alone", of_clip_0, prompts(2), callbacks=[alone], **settings).train()
-    with pytest.warns(UserWarning, match="rewards of 'clip 1' tell none of its videos"):
+    with pytest.warns(UserWarning, match="all videos of prompt 'clip 1' have the same reward"):
         trainer(
             tmp_path / "beside", of_clip_0, prompts(2), callbacks=[beside], per_device_train_batch_size=8, **settings
         ).train()

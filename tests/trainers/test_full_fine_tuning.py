@@ -380,5 +380,5 @@ def test_quantised_weights_are_refused(tmp_path):
 @pytest.mark.parametrize("first", ["full", None])
 def test_a_checkpoint_of_the_other_kind_is_refused(first, tmp_path):
     trainer(tmp_path, peft_config=first, callbacks=[tiny_runs.StopAt(1)]).train()
-    with pytest.raises(ValueError, match="trained (a LoRA|all weights of transformer), this run trains"):
+    with pytest.raises(ValueError, match="trained (a LoRA|all weights of transformer), but this run trains"):
         trainer(tmp_path, peft_config=None if first else "full").train(resume_from_checkpoint=True)

@@ -170,7 +170,7 @@ def test_the_columns_may_hold_pictures_paths_or_tensors(tmp_path):
         ({"image": [PICTURES[0], None]}, "train_dataset row 1: image is None"),
         (
             {"image": ["here.png", "nowhere.png"]},
-            "train_dataset row 0: image is 'here.png', and there is no such file",
+            "train_dataset row 0: image is 'here.png', which is not a file",
         ),
         ({"image": [1.5, 2.5]}, "train_dataset row 0: image: expected an image .*got a float"),
         ({"image": [[[1.0]], [[1.0]]]}, r"row 0: image: expected an image tensor \(3, H, W\), got \(1, 1\)"),

@@ -29,7 +29,7 @@ def test_unsupported_deepspeed_settings_are_refused(tmp_path, monkeypatch, setti
 def test_the_launcher_enables_deepspeed(tmp_path):
     args = config(tmp_path)
     args.deepspeed, args.deepspeed_plugin = "zero.json", DeepSpeedPlugin(zero_stage=2)
-    with pytest.raises(ValueError, match="deepspeed='zero.json': leave it unset.*deepspeed_zero2.yaml"):
+    with pytest.raises(ValueError, match="deepspeed='zero.json' is not supported: .*deepspeed_zero2.yaml"):
         VideoGRPOTrainer("tiny-wan", brightness, args, prompts())
 
 

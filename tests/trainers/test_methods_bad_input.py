@@ -30,12 +30,12 @@ def test_what_no_method_can_use(tmp_path, method, settings, message):
         ("nft", {"mixture": -1.0}, "mixture=-1.0 must be positive"),
         ("nft", {"mixture": float("nan")}, "mixture=nan must be positive"),
         ("nft", {"contrast": 0.0}, "contrast=0.0 must be positive: the loss divides by it"),
-        ("nft", {"old_decay_max": 1.0}, r"old_decay_max=1.0 must lie in \[0, 1\): at 1 the old policy stays"),
+        ("nft", {"old_decay_max": 1.0}, r"old_decay_max=1.0 must lie in \[0, 1\): at 1 the old policy would"),
         ("nft", {"old_decay_rate": -0.1}, "old_decay_rate=-0.1 .*must not be negative"),
         ("nft", {"old_decay_start": -1}, "old_decay_start=-1 must not be negative"),
         ("awm", {"power": 0.0}, "power=0.0 and epsilon=1.0 must be positive"),
         ("awm", {"epsilon": 0.0}, "epsilon=0.0 must be positive"),
-        ("awm", {"average_weight": -1.0}, "average_weight=-1.0 must not be negative; 0 leaves the term out"),
+        ("awm", {"average_weight": -1.0}, "average_weight=-1.0 must not be negative; 0 disables the term"),
         ("awm", {"average_decay_max": 1.0}, r"average_decay_max=1.0 must lie in \[0, 1\)"),
         ("rvm", {"reward_scale": 0.0}, "reward_scale=0.0 must be positive"),
         ("flow_dpo", {"beta": 0.0}, "beta=0.0 must be positive: it scales the preference"),
@@ -107,7 +107,7 @@ def test_no_rewards(tmp_path, method):
         (
             "grpo",
             {"scale_rewards": "batch", "per_prompt_stat_tracking": True},
-            "per_prompt_stat_tracking=True takes .*scale_rewards='batch' would have no effect",
+            "per_prompt_stat_tracking=True uses .*scale_rewards='batch' would have no effect",
         ),
     ],
 )

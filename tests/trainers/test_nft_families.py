@@ -96,5 +96,7 @@ def test_the_level_decides_which_expert_learns(tmp_path, method):
 
 @pytest.mark.parametrize("family", [family for family, what in REFUSES if what == "a later start"])
 def test_families_that_cannot_start_later_refuse_before_a_rollout(tmp_path, family):
-    with pytest.raises(ValueError, match="denoises audio beside the video, and DiffusionNFT starts at noise levels"):
+    with pytest.raises(
+        ValueError, match="denoises audio together with the video, but DiffusionNFT trains at noise levels"
+    ):
         trainer(tmp_path, family)

@@ -79,9 +79,9 @@ def test_the_warning_names_the_prompts_once(tmp_path, method):
     made = trainer(
         tmp_path, of_clip_0, method=method, per_device_train_batch_size=12, shuffle_dataset=False, num_sample_videos=0
     )
-    assert told_once(made, "tell none").startswith(
-        "the rewards of 'clip 1' tell none of its videos from another (all are equal, or none applies), nor do those "
-        "of 1 further of this rollout's 3 prompts"
+    assert told_once(made, "same reward, or none").startswith(
+        "all videos of prompt 'clip 1' have the same reward, or none, so nothing is learnt from them. The same holds "
+        "for 1 more of this rollout's 3 prompts."
     )
 
 
@@ -91,5 +91,5 @@ def test_a_prompt_that_no_reward_scores_is_named_once(tmp_path):
 
     made = trainer(tmp_path, none_for_clip_1, per_device_train_batch_size=12, num_sample_videos=0)
     assert told_once(made, "no reward applies").startswith(
-        "no reward applies to 4 of a rollout's 12 videos (all returned None), the first of 'clip 1'"
+        "no reward applies to 4 of a rollout's 12 videos (all returned None), the first for prompt 'clip 1'"
     )

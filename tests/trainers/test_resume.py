@@ -186,7 +186,7 @@ def test_not_a_checkpoint(tmp_path, saved):
 
 
 def test_other_base_weights_and_another_alpha(tmp_path, saved):
-    refused(tmp_path, saved / "checkpoint-2", "was trained on other base weights", model=tiny_runs.pipeline(1))
+    refused(tmp_path, saved / "checkpoint-2", "was trained with other base weights", model=tiny_runs.pipeline(1))
     made = VideoGRPOTrainer(
         tiny_runs.pipeline(), brightness, config(tmp_path), prompts(), peft_config=default_lora_config(4, 64)
     )
@@ -198,7 +198,7 @@ def test_another_model(tmp_path, saved):
     refused(
         tmp_path,
         saved / "checkpoint-2",
-        "is of another model: WanPipeline .*while this run trains LTXPipeline",
+        "belongs to another model: WanPipeline .*while this run trains LTXPipeline",
         model=quiet(BUILD["ltx"]()),
         height=32,
         width=32,
@@ -206,7 +206,7 @@ def test_another_model(tmp_path, saved):
     refused(
         tmp_path,
         saved / "checkpoint-2",
-        "is of another model: WanPipeline from",
+        "belongs to another model: WanPipeline from",
         model=load_pipeline("tiny-wan"),
         height=32,
         width=32,
@@ -327,9 +327,9 @@ def test_full_disk(tmp_path):
     assert is_os_error, message
     for part in (
         "checkpoint-2 could not be written (rank 0: ",
-        "Earlier checkpoints are whole",
+        "Earlier checkpoints are intact",
         "checkpoint-1",
-        "free some space",
+        "free some disk space",
     ):
         assert part in message
     assert checkpoints(folder) == ["checkpoint-1"] and not list(folder.glob(".incomplete-*"))

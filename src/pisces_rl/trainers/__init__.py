@@ -1,4 +1,4 @@
-"""Trainers: `Trainer(model, reward_funcs, args, train_dataset)`, in TRL's shape."""
+"""Trainers with TRL's interface: `Trainer(model, reward_funcs, args, train_dataset)`."""
 
 from .auxiliary.auxiliary_loss import AuxiliaryLoss
 from .auxiliary.consistency import ConsistencyDistillation

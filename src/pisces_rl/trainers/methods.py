@@ -1,4 +1,4 @@
-"""The methods that sample groups of videos and train on them, by name."""
+"""Methods that sample groups of videos and train on them: {name: (trainer, config)}."""
 
 from .forward.awm import AWMConfig, AWMTrainer
 from .forward.flow_dpo import FlowDPOConfig, FlowDPOTrainer

@@ -1,1 +1,1 @@
-"""Terms of the loss beside an algorithm's."""
+"""Loss terms that a trainer adds to its method's loss."""

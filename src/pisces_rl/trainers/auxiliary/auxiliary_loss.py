@@ -1,4 +1,4 @@
-"""Terms of the loss beside an algorithm's: each an object with its data, its settings and its state."""
+"""Base class of auxiliary losses: objects that hold their data, settings and state."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -13,15 +13,15 @@ from ...transitions import Paper
 class AuxiliaryLoss(TrainerCallback):
     """A term that a trainer adds to its loss: weight times the mean of `loss` over a micro-batch.
 
-    A subclass gives `name` and `loss`, and checks its arguments when it is made, before a model is loaded. The trainer
-    also adds it as a callback: `on_step_end`, for instance, is called after each optimizer step. Each trainer works
-    with a copy, so that one object serves several.
+    A subclass defines `name` and `loss`, and checks its arguments in `__init__`, before a model is loaded. The trainer
+    also registers it as a callback, so `on_step_end`, for instance, is called after each optimizer step. Each trainer
+    works with a copy, so one object can be passed to several trainers.
 
     Attributes:
-        name: of the metric `{name}_loss`, of its time `seconds/{name}`, and of its state in a checkpoint.
-        uses_reference: whether it asks the reference policy.
-        papers: that the model card cites.
-        weight: more than 0.
+        name: names the metric `{name}_loss`, the time `seconds/{name}`, and the state in a checkpoint.
+        uses_reference: whether the loss needs the reference policy.
+        papers: papers that the model card cites.
+        weight: factor of the term, greater than 0.
         batch_size: rows of a micro-batch on each process; None: per_device_train_batch_size.
     """
 
@@ -32,7 +32,7 @@ class AuxiliaryLoss(TrainerCallback):
     def __init__(self, weight: float, batch_size: int | None = None):
         if not weight > 0:
             raise ValueError(
-                f"{type(self).__name__}: weight={weight} must be positive; to do without the term, leave it out of "
+                f"{type(self).__name__}: weight={weight} must be positive; to disable the term, leave it out of "
                 "auxiliary_losses."
             )
         if batch_size is not None and batch_size < 1:
@@ -48,37 +48,43 @@ class AuxiliaryLoss(TrainerCallback):
         image_columns: Sequence[str],
         reference: Callable[[], AbstractContextManager],
     ) -> None:
-        """Called once by the trainer, before the first step.
+        """Prepare for training; the trainer calls this once, before the first step.
 
         Args:
-            policy: that is trained.
+            policy: the policy that is trained.
             adapter: its trained parameters.
-            seed: of the run.
-            image_columns: columns of data that condition the pipeline.
-            reference: gives a context in which the policy is the reference, for instance without its adapter.
+            seed: seed of the run.
+            image_columns: data set columns that condition the pipeline.
+            reference: returns a context in which the policy is the reference, for instance without its adapter.
         """
 
     def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
-        """(count,) losses with gradients of a part (which, of how many) of the micro-batch of that number."""
+        """Return the losses of this process's part of a micro-batch, (count,), with gradients.
+
+        Args:
+            number: index of the micro-batch.
+            count: rows of the part.
+            part: (index of the part, number of parts).
+        """
         raise TypeError(f"{type(self).__name__} has no loss: define loss(number, count, part).")
 
     def state_dict(self) -> dict:
-        """What a checkpoint keeps."""
+        """Return the state to save in a checkpoint."""
         return {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take the state of a checkpoint, whose adapter is loaded."""
+        """Restore the state from a checkpoint; the trainer has loaded its adapter."""
 
     def restart(self) -> None:
-        """Begin anew from the present adapter: it was loaded without a state, or the best model has replaced it."""
+        """Reset the state to the current adapter, which was loaded without a state or is the best model."""
 
     def card_settings(self) -> dict[str, str]:
-        """Rows of the model card."""
+        """Return rows of the model card."""
         return {f"auxiliary loss {self.name}": f"weight {self.weight}"}
 
 
 def check_auxiliary_losses(losses) -> None:
-    """A ValueError where these are no auxiliary losses, or two have one name."""
+    """Raise a ValueError unless `losses` is a list of auxiliary losses with distinct names."""
     several = isinstance(losses, (list, tuple))
     if wrong := [
         type(loss).__name__
@@ -90,7 +96,7 @@ def check_auxiliary_losses(losses) -> None:
             "instance [ConsistencyDistillation(videos, weight=0.1)]."
         )
     if nameless := [type(loss).__name__ for loss in losses if not isinstance(getattr(loss, "name", None), str)]:
-        raise ValueError(f"auxiliary_losses: {nameless[0]} has no `name`, by which it is logged and saved.")
+        raise ValueError(f"auxiliary_losses: {nameless[0]} has no `name`; define one, for logs and checkpoints.")
     names = [loss.name for loss in losses]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"auxiliary_losses: several are named {twice}; set another `name` on each.")
+        raise ValueError(f"auxiliary_losses: several are named {twice}; set a different `name` on each.")

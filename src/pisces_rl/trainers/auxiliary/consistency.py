@@ -1,4 +1,4 @@
-"""Consistency distillation on captioned videos: its own ODE, learnt to be crossed in one step from anywhere."""
+"""Consistency distillation on captioned videos: the policy learns to solve its ODE in one step from any point."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -14,37 +14,38 @@ from ..base.data.video_data import check_prompt, check_videos, undecoded, video_
 from ..base.watch.callbacks import AdapterEMA
 from .auxiliary_loss import AuxiliaryLoss
 
-ROWS, NOISE, STEP = range(20, 23)  # what a seed is for
+ROWS, NOISE, STEP = range(20, 23)  # purposes of seeds
 
 
 def pseudo_huber(x: Tensor, y: Tensor, c: float) -> Tensor:
-    """sqrt((x - y)^2 + c^2) - c, the mean over everything but the batch (Song & Dhariwal, arXiv 2310.14189)."""
+    """Return mean(sqrt((x - y)^2 + c^2) - c) over all but the batch dimension (Song & Dhariwal, arXiv 2310.14189)."""
     return ((x - y).square() + c**2).sqrt().sub(c).flatten(1).mean(1)
 
 
 class ConsistencyDistillation(AuxiliaryLoss):
-    r"""The loss of latent consistency distillation (LCM, arXiv 2310.04378) through any pipeline.
+    r"""Latent consistency distillation (LCM, arXiv 2310.04378) as an auxiliary loss, for any pipeline.
 
-    From a clip's latents x0 and a step n of a schedule of N,
+    From a clip's latents x0 and a step n of a schedule of N steps,
 
         x_n     = x0 with noise at the level of step n
-        x_{n+1} = the step of the reference policy's ODE from x_n, perhaps guided
+        x_{n+1} = one step of the reference policy's ODE from x_n, optionally with guidance
         L       = huber( x0^(x_n),  x0^_average(x_{n+1}) ),         huber(d) = sqrt(d^2 + c^2) - c
 
-    with x0^ the model's prediction under the adapter, and under the adapter's moving average. At the last step x_{n+1}
-    is itself the target. At the first, x_n is the pipeline's start noise.
+    x0^ is the model's prediction with the adapter, x0^_average with the adapter's moving average. At the last step,
+    the target is x_{n+1} itself. At the first, x_n is the pipeline's start noise.
 
     Args:
         video_dataset: captioned videos, rows with `prompt`, the image columns, and `video`: a path, the bytes of a
             file, a `datasets.Video`, or a tensor (F, 3, H, W) in [0, 1] or uint8.
-        weight: of the term.
-        steps: N.
-        guidance: guidance_scale of the ODE's step, so that it is distilled, too; None: as the pipeline is called.
-        decay: of the average.
+        weight: weight of the term.
+        steps: N, steps of the schedule.
+        guidance: guidance_scale of the ODE step, which is distilled too; None: that of the pipeline call.
+        decay: decay of the moving average per optimizer step.
         batch_size: clips of a micro-batch on each process; None: per_device_train_batch_size.
-        huber_c: c.
+        huber_c: c, where the loss turns from quadratic to linear.
 
-    Raises ValueError for settings out of range, and for a data set that has no length or lacks a column.
+    Raises:
+        ValueError: a setting is out of range, or the data set has no length or lacks a column.
     """
 
     name = "consistency"
@@ -67,7 +68,8 @@ class ConsistencyDistillation(AuxiliaryLoss):
         super().__init__(weight, batch_size)
         if steps < 2 or not 0 < decay < 1:
             raise ValueError(
-                f"ConsistencyDistillation: steps={steps} must be at least 2, and decay={decay} lie between 0 and 1."
+                f"ConsistencyDistillation: steps={steps} must be at least 2, and decay={decay} must lie between 0 "
+                "and 1."
             )
         check_videos(video_dataset)
         self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
@@ -101,9 +103,9 @@ class ConsistencyDistillation(AuxiliaryLoss):
         return {"consistency distillation": f"weight {self.weight}"}
 
     def loss(self, number: int, count: int, part: tuple[int, int] = (0, 1)) -> Tensor:
-        """(count,) losses with gradients of a part (which, of how many) of the batch of that number.
+        """Return the losses of this process's part of a micro-batch, (count,), with gradients.
 
-        Rows, noise and step are the whole batch's, so that any division of it into parts has the same losses.
+        Rows, noise and step are drawn for the whole batch, so every division into parts gives the same losses.
         """
         which, parts = part
         own = range(which * count, (which + 1) * count)
@@ -126,7 +128,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
         return pseudo_huber(predicted.unflatten(0, (count, -1)), target.unflatten(0, (count, -1)), self.huber_c)
 
     def _clips(self, rows: list[int]) -> tuple[list[str], dict[str, list], Tensor]:
-        """Prompts, what conditions the pipeline besides them, and latents."""
+        """Return the prompts, condition images and latents of these rows."""
         samples = [self.dataset[row] for row in rows]
         prompts = [sample["prompt"] for sample in samples]
         for row, prompt in zip(rows, prompts):

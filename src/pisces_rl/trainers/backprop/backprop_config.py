@@ -1,4 +1,4 @@
-"""Configuration of `RewardBackpropTrainer`."""
+"""Settings of `RewardBackpropTrainer`."""
 
 from dataclasses import dataclass, field, replace
 
@@ -10,9 +10,9 @@ THROUGH = ("last_steps", "random_steps", "low_variance", "one_step")
 
 @dataclass
 class RewardBackpropConfig(VideoPolicyConfig):
-    r"""Settings of [`RewardBackpropTrainer`], on top of `transformers.TrainingArguments`.
+    r"""Settings of [`RewardBackpropTrainer`], in addition to `transformers.TrainingArguments`.
 
-    Names and defaults are those of `VideoGRPOConfig` where they mean the same. Each optimizer step uses
+    Names and defaults match `VideoGRPOConfig` if they mean the same. Each optimizer step uses
     `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.
     """
 
@@ -20,38 +20,54 @@ class RewardBackpropConfig(VideoPolicyConfig):
     backprop_through: str = field(
         default="last_steps",
         metadata={
-            "help": "'last_steps': the last `backprop_steps` denoising steps (DRaFT-K, VADER). 'random_steps': "
-            "the last K, K drawn evenly from 1 to num_inference_steps for each micro-batch (AlignProp). "
-            "'low_variance': the last step, on `low_variance_samples` fresh noisings of each sample (DRaFT-LV). "
-            "'one_step': the prediction x0^ of one step drawn from one_step_range, decoded (ReFL, PISCES)."
+            "help": "What the gradient passes through. 'last_steps': the last `backprop_steps` denoising steps "
+            "(DRaFT-K, VADER). 'random_steps': the last K, with K drawn uniformly from 1 to num_inference_steps for "
+            "each micro-batch (AlignProp). 'low_variance': the last step, on `low_variance_samples` fresh noisings of "
+            "each sample (DRaFT-LV). 'one_step': the decoded prediction x0^ of one step drawn from one_step_range "
+            "(ReFL, PISCES)."
         },
     )
-    backprop_steps: int = field(default=1, metadata={"help": "K of 'last_steps'."})
-    low_variance_samples: int = field(default=2, metadata={"help": "Noisings of each sample under 'low_variance'."})
+    backprop_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Denoising steps that the gradient passes through under 'last_steps'. Memory grows with them."
+        },
+    )
+    low_variance_samples: int = field(
+        default=2,
+        metadata={"help": "Noisings of each sample under 'low_variance'. More reduce the variance of the gradient."},
+    )
     one_step_range: list[int] | None = field(
-        default=None, metadata={"help": "Two integers low high: 'one_step' draws from [low, high). Unset: all steps."}
+        default=None,
+        metadata={"help": "Two integers low high: 'one_step' draws its step from [low, high). Unset: all steps."},
     )
     decode_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Decode this many neighbouring latent frames from a random one on; the rewards of a step "
-            "see a video that is as short where clips are decoded whole, and the memory shrinks with it. Unset: "
-            "all."
+            "help": "Back-propagate through only this many consecutive latent frames, from a random start, to save "
+            "memory. Unless the VAE decodes frame by frame, rewards then see a shorter video. Unset: all frames."
         },
     )
     checkpoint_decoder: bool = field(
-        default=True, metadata={"help": "Whether to compute the decoder's activations again instead of keeping them."}
+        default=True,
+        metadata={
+            "help": "Recompute the VAE decoder's activations in the backward pass instead of storing them. Set False "
+            "to trade memory for speed."
+        },
     )
 
     # --- rewards ---
     scale_rewards: str = field(
         default="none",
         metadata={
-            "help": "'std': each reward is divided by a running average of its standard deviation over the "
-            "optimizer step's samples, so that weights compare like with like; 'none': by nothing."
+            "help": "'std' divides each reward by a running average of its standard deviation over the samples of an "
+            "optimizer step, so that reward_weights compare rewards on one scale; 'none' does not."
         },
     )
-    reward_std_decay: float = field(default=0.9, metadata={"help": "Of that running average, per optimizer step."})
+    reward_std_decay: float = field(
+        default=0.9,
+        metadata={"help": "Decay per optimizer step of the running average that scale_rewards='std' uses, in [0, 1)."},
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,7 +82,7 @@ class RewardBackpropConfig(VideoPolicyConfig):
             raise ValueError(f"reward_std_decay={self.reward_std_decay} must lie in [0, 1).")
 
     def held(self) -> Held:
-        """The graph of the last steps, or of one, and of the decoder."""
+        """Count the graphs of the trained steps and of the decoder."""
         graphs = {"last_steps": self.backprop_steps, "random_steps": self.num_inference_steps}
         return replace(
             super().held(),

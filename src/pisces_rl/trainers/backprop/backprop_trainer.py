@@ -1,4 +1,4 @@
-"""Reward backpropagation: the gradient of differentiable rewards, through decoder and denoiser, into the adapter."""
+"""Reward backpropagation: follow the gradient of differentiable rewards through VAE decoder and denoiser."""
 
 import itertools
 import time
@@ -18,19 +18,20 @@ from ..base.watch.training_metrics import add_recorded
 from ..rollouts.advantages import aggregate_rewards, nanstd
 from .backprop_config import RewardBackpropConfig
 
-NOISE, STEPS, PART, RENOISE = range(10, 14)  # what a seed is for
+NOISE, STEPS, PART, RENOISE = range(10, 14)  # purposes of seeds
 
 
 class RewardBackpropTrainer(VideoPolicyTrainer):
-    r"""Trains a LoRA adapter of a text-to-video pipeline by following the gradient of its rewards.
+    r"""Trains a text-to-video pipeline by following the gradient of its rewards.
 
         L = - mean over samples of  sum_i w_i r_i( decode( x0 ) ),
 
     with x0 a deterministic sample whose last steps carry gradients, or a one-step prediction; see
-    `RewardBackpropConfig.backprop_through`. It needs no groups and no noise; but every reward must carry gradients to
-    the pixels, and the policy can find pixels that please a reward and nobody else: watch the judges.
+    `RewardBackpropConfig.backprop_through`. It needs no groups and no exploration noise. But every reward must be
+    differentiable with respect to the pixels, and the policy can exploit a reward by changes that no viewer would call
+    better: watch the judges.
 
-    Rewards may be left out where there is an auxiliary loss: with `ConsistencyDistillation` alone the trainer distils.
+    Rewards are optional with an auxiliary loss: with `ConsistencyDistillation` alone, the trainer distils.
 
     Methods: ReFL (arXiv 2304.05977), DRaFT and DRaFT-LV (arXiv 2309.17400), AlignProp (arXiv 2310.03739), VADER (arXiv
     2407.08737).
@@ -51,8 +52,10 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
     trainer.train()
     ```
 
-    Arguments are those of `VideoPolicyTrainer`; `args` is a `RewardBackpropConfig`. Raises ValueError for a reward
-    without the attribute `differentiable = True`.
+    Arguments are those of `VideoPolicyTrainer`; `args` is a `RewardBackpropConfig`.
+
+    Raises:
+        ValueError: a reward lacks the attribute `differentiable = True`.
     """
 
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
@@ -78,14 +81,15 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         auxiliary_losses=None,
     ):
         args = RewardBackpropConfig() if args is None else args
-        self._may_lack_rewards = bool(auxiliary_losses)
+        self._rewards_optional = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:
             raise ValueError(
-                f"an optimizer step takes {needed} different prompts (per_device_train_batch_size "
+                f"an optimizer step needs {needed} different prompts (per_device_train_batch_size "
                 f"{args.per_device_train_batch_size} * {args.data_parts} processes * gradient_accumulation_steps "
-                f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}."
+                f"{args.gradient_accumulation_steps}), but train_dataset has only {len(train_dataset)}; add prompts, "
+                "or lower the batch size."
             )
         super().__init__(
             model,
@@ -99,8 +103,8 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             auxiliary_losses,
         )
         self.rewards.check_differentiable()
-        self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running; NaN before the first step
-        self._seen: list[Tensor] = []  # values of this optimizer step's micro-batches
+        self.reward_std = torch.full((len(self.rewards),), torch.nan)  # running average; NaN before the first step
+        self._seen: list[Tensor] = []  # reward values of this optimizer step's micro-batches
 
     # --- data --------------------------------------------------------------------------------------------------------
 
@@ -143,10 +147,10 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         return loss
 
     def _follow(self, prompts: list[str], columns: dict) -> Tensor:
-        """Back-propagate the loss of one micro-batch; returns its value."""
+        """Back-propagate the loss of one micro-batch; return its value."""
         args, device = self.args, self.accelerator.device
         batch = self._step * args.data_parts + self.data_part
-        rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # of the run, however it is split into batches
+        rows = range(batch * len(prompts), (batch + 1) * len(prompts))  # rows of the run, for any split into batches
         noise_seeds = [sample_seed(args.seed, NOISE, row) for row in rows]
         images = images_of(columns | {"prompt": prompts}, self.image_columns)
         total, copies = torch.zeros((), device=device), self._copies(prompts, rows, noise_seeds, images)
@@ -171,12 +175,12 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         return total
 
     def _copies(self, prompts: list[str], rows: range, noise_seeds: list[int], images: dict[str, list]) -> list[dict]:
-        """How each sample is drawn with gradients, as arguments of `sample_with_gradients`: one way, or several."""
+        """Return the arguments of `sample_with_gradients` for each way to draw the samples: one or several."""
         args, steps = self.args, self.args.num_inference_steps
         part = {}
         if args.decode_frames is not None:
             part["part"] = DecodedPart(args.decode_frames, sample_seed(args.seed, PART, self._step))
-        drawn = torch.Generator().manual_seed(sample_seed(args.seed, STEPS, self._step))  # the same on all processes
+        drawn = torch.Generator().manual_seed(sample_seed(args.seed, STEPS, self._step))  # equal on all processes
         if args.backprop_through == "one_step":
             low, high = args.one_step_range or (0, steps)
             return [part | {"jump_at": int(torch.randint(low, high, (1,), generator=drawn))}]
@@ -190,13 +194,13 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         return [part | {"renoise": (final, own)} for own in seeds]
 
     def _scale(self) -> Tensor:
-        """What each reward is divided by."""
+        """Return the divisor of each reward."""
         if self.args.scale_rewards == "none":
             return torch.ones_like(self.reward_std)
         return torch.where(self.reward_std.isfinite(), self.reward_std, 1.0).clamp_min(1e-4)
 
     def _measure_spread(self) -> None:
-        """The standard deviation of each reward over the samples of an optimizer step, of all processes."""
+        """Update and log the standard deviation of each reward over an optimizer step's samples on all processes."""
         values = torch.cat(gather_object([torch.cat(self._seen)])[:: self.args.context_parallel])
         self._seen = []
         if len(values) < 2:
@@ -204,7 +208,9 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         present, decay = nanstd(values, 0), self.args.reward_std_decay
         average = decay * self.reward_std + (1 - decay) * present
         average = torch.where(self.reward_std.isnan(), present, average)
-        self.reward_std = torch.where(present > 0, average, self.reward_std)  # equal values tell nothing of the scale
+        self.reward_std = torch.where(
+            present > 0, average, self.reward_std
+        )  # equal values say nothing about the scale
         if self.is_world_process_zero():
             for name, std in zip(self.rewards.names, present.tolist()):
                 self._metrics["train"][f"rewards/{name}/std"].append(std)
@@ -229,11 +235,11 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def _load_extra_state(self, state: dict) -> None:
         super()._load_extra_state(state)
-        known = state.get("reward_stds", {})  # a reward that is new begins anew
+        known = state.get("reward_stds", {})  # a reward that was added on resume starts without an average
         self.reward_std = torch.tensor([known.get(name, torch.nan) for name in self.rewards.names])
 
     def _cited(self) -> tuple[Paper, ...]:
-        return super()._cited() if len(self.rewards) else ()  # without rewards it only distils
+        return super()._cited() if len(self.rewards) else ()  # without rewards, only the auxiliary losses train
 
     def _card_settings(self) -> dict:
         through = {

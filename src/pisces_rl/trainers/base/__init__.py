@@ -1,1 +1,1 @@
-"""What every trainer stands on: data, settings, processes, a run's files, and what is watched."""
+"""Shared by all trainers: settings, data, processes, run files, and monitoring."""

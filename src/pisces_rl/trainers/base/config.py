@@ -1,4 +1,4 @@
-"""What the configurations of all trainers share: the policy's call, evaluation, and what a run leaves."""
+"""Settings that all trainers share: the pipeline call, memory, data, evaluation and output files."""
 
 import json
 import warnings
@@ -17,57 +17,68 @@ from ._trl import _BaseConfig
 from .distributed.launch import check_processes, requested_sharding
 from .setup.inherited_settings import check_inherited
 
-OFFLOAD = (*OFFLOADED, "rewards")  # what `offload` may name
-STEPS = 16  # denoising steps where neither the config nor an embedded model says how many
+OFFLOAD = (*OFFLOADED, "rewards")  # allowed values of `offload`
+STEPS = 16  # default denoising steps, if neither the config nor an embedded model sets them
 CALL = ("num_inference_steps", "guidance_scale", "height", "width", "num_frames")
 
 
 @dataclass
 class VideoPolicyConfig(_BaseConfig):
-    """Settings of every trainer of a video policy, on top of `transformers.TrainingArguments`."""
+    """Settings of every trainer of a video policy, in addition to `transformers.TrainingArguments`."""
 
-    without_effect: ClassVar[dict[str, str]] = {}  # {inherited field that is not read: what to do instead}
+    without_effect: ClassVar[dict[str, str]] = {}  # {inherited field that has no effect: what to do instead}
 
     # --- the policy: how a video is sampled ---
     num_inference_steps: int | None = field(
-        default=None, metadata={"help": "Denoising steps of a sample. Unset: an embedded model's own, otherwise 16."}
+        default=None,
+        metadata={
+            "help": "Denoising steps per video. Fewer train faster at lower sample quality. Unset: the default of an "
+            "embedded model, otherwise 16."
+        },
     )
     guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance scale. Unset: the model's default."}
+        default=None,
+        metadata={"help": "Classifier-free guidance scale, in sampling and update. Unset: the model's default."},
     )
-    height: int | None = field(default=None, metadata={"help": "Pixels. Unset: the model's default."})
-    width: int | None = field(default=None, metadata={"help": "Pixels. Unset: the model's default."})
-    num_frames: int | None = field(default=None, metadata={"help": "Frames. Unset: the model's default."})
+    height: int | None = field(
+        default=None, metadata={"help": "Height of the videos in pixels. Unset: the model's default."}
+    )
+    width: int | None = field(
+        default=None, metadata={"help": "Width of the videos in pixels. Unset: the model's default."}
+    )
+    num_frames: int | None = field(
+        default=None, metadata={"help": "Length of the videos in frames. Unset: the model's default."}
+    )
     pipeline_kwargs: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Further arguments of the pipeline's call as a dict or JSON, for instance "
+            "help": "Further arguments of the pipeline's call, as a dict or JSON, for instance "
             '{"max_sequence_length": 226, "negative_prompt": "blurry"}.'
         },
     )
 
-    # --- how the denoiser is run, in sampling and update alike ---
+    # --- how the denoiser runs, in sampling and update alike ---
     attention_kernel: str | None = field(
         default=None,
         metadata={
-            "help": "Attention kernel that the denoiser prefers: cudnn (fastest on Hopper), flash, efficient or "
-            "math. Unset: torch's choice."
+            "help": "Preferred attention kernel of the denoiser: cudnn (fastest on Hopper), flash, efficient or "
+            "math. Unset: torch chooses."
         },
     )
     recompute: str = field(
         default="all_but_attention",
         metadata={
-            "help": "With torch_compile and gradient_checkpointing: what backward computes again, "
-            "'all_but_attention' or 'everything' (slower, and less memory)."
+            "help": "What the backward pass recomputes with torch_compile and gradient_checkpointing: "
+            "'all_but_attention', or 'everything' (slower, uses less memory)."
         },
     )
 
     base_precision: str | None = field(
         default=None,
         metadata={
-            "help": "fp8: the frozen projections of attention and feed-forward are stored and multiplied in FP8 "
-            "(e4m3), in sampling and update alike: half of their memory, and with torch_compile faster; NVIDIA "
-            "GPUs since Ada and Hopper. Unset: the weights' own."
+            "help": "'fp8' stores and multiplies the frozen attention and feed-forward projections in FP8 (e4m3), in "
+            "sampling and update alike. It halves their memory, is faster with torch_compile, and needs an NVIDIA "
+            "GPU of the Ada or Hopper generation or newer. Unset: the precision of the weights."
         },
     )
 
@@ -75,92 +86,97 @@ class VideoPolicyConfig(_BaseConfig):
     offload: list[str] | None = field(
         default=None,
         metadata={
-            "help": "What lies in the host's memory while it is idle, among text_encoder, vae, rewards and "
-            "denoiser (for pipelines of several, or where not even one fits beside the rest). Unset: nothing."
+            "help": "Components to keep in host memory while they are idle, any of text_encoder, vae, rewards and "
+            "denoiser. Use denoiser for a pipeline with several denoisers, or if one denoiser does not fit beside "
+            "the other components. Unset: none."
         },
     )
 
     # --- how the VAE decodes ---
     vae_dtype: str | None = field(
         default=None,
-        metadata={"help": "float32 or bfloat16, of the VAE alone. Unset: that of the run (bfloat16 with bf16)."},
+        metadata={
+            "help": "Precision of the VAE alone, float32 or bfloat16. Unset: that of the run (bfloat16 with bf16)."
+        },
     )
     vae_slicing: bool = field(
-        default=False, metadata={"help": "Whether the VAE decodes one video at a time, for memory; the videos stay."}
+        default=False,
+        metadata={"help": "Decode one video at a time to save memory. The videos change only by rounding."},
     )
     vae_tiling: bool = field(
         default=False,
-        metadata={
-            "help": "Whether the VAE decodes large frames in overlapping tiles, for memory; they change a little."
-        },
+        metadata={"help": "Decode large frames in overlapping tiles to save memory. The videos change slightly."},
     )
 
     vae_chunk_frames: int | None = field(
         default=None,
         metadata={
-            "help": "Latent frames that Wan's VAE decodes at a time, for speed and more memory. Unset: one, as "
-            "diffusers does."
+            "help": "Latent frames that Wan's VAE decodes at a time. More are faster and use more memory. Unset: 1, "
+            "as in diffusers."
         },
     )
     vae_compile: bool = field(
         default=False,
-        metadata={"help": "With vae_chunk_frames, whether its decoder is compiled; the first videos wait for it."},
+        metadata={"help": "With vae_chunk_frames, compile the VAE's decoder. The first videos wait for compilation."},
     )
 
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Columns of images (pictures, paths or tensors) that a pipeline takes as the arguments of "
-            "the same names, video by video. Unset: `image` where its call has such an argument."
+            "help": "Data set columns with one image per row (PIL images, paths or tensors), passed to the pipeline "
+            "as arguments of the same names. Unset: `image`, if the pipeline's call has that argument."
         },
     )
-    shuffle_dataset: bool = field(default=True, metadata={"help": "Whether to shuffle the training prompts."})
+    shuffle_dataset: bool = field(
+        default=True,
+        metadata={"help": "Shuffle the training prompts in each epoch. Set False to keep the data set's order."},
+    )
     reward_weights: list[float] | None = field(
-        default=None, metadata={"help": "One weight per reward. Unset: 1 each."}
+        default=None, metadata={"help": "Weights of the rewards in their sum, one per reward. Unset: 1 each."}
     )
     reward_device: str | None = field(
         default=None,
         metadata={
-            "help": "Where rewards and judges work, for instance cuda:1, another GPU of this host, so that they "
-            "and the policy share no memory; of several processes devices with commas, which each host's "
-            "processes take in turn. Unset: where each reward puts itself."
+            "help": "Device of rewards and judges, for instance cuda:1, to keep them off the policy's GPU. Separate "
+            "several devices by commas; the processes of a host take turns through the list. Unset: each reward "
+            "chooses its device."
         },
     )
     reward_timeout: float = field(
         default=1200.0,
         metadata={
-            "help": "Seconds that a reward may take for one batch; then the run ends with a message that names "
-            "it and the rank. Below ddp_timeout, for which the other ranks wait. 0: no limit."
+            "help": "Seconds that one reward may take for a batch. A slower reward ends the run with an error that "
+            "names it and the rank. On several processes it must be below ddp_timeout. 0: no limit."
         },
     )
     lora_denoisers: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Denoisers that get an adapter, or with peft_config='full' are trained, for instance "
-            '["transformer_2"], the low-noise expert of Wan 2.2. One learns only from trained steps that '
+            "help": "Denoisers to train, with an adapter or (peft_config='full') whole, for instance "
+            '["transformer_2"], the low-noise expert of Wan 2.2. A denoiser learns only from trained steps that '
             "call it. Unset: all."
         },
     )
     continue_from: str | None = field(
         default=None,
         metadata={
-            "help": "A saved LoRA to train further: a folder that a trainer, diffusers or peft wrote, a file of "
-            "diffusers' layout, or a Hub id. Its rank, alpha and modules stay. Unset: a new adapter."
+            "help": "A saved LoRA to train further: a folder written by a trainer, diffusers or peft, a file in "
+            "diffusers' layout, or a Hub id. It keeps its rank, alpha and target modules. Unset: a new adapter."
         },
     )
     continue_reference: str = field(
         default="base",
         metadata={
-            "help": "With continue_from, the reference policy, of the KL penalty and of auxiliary losses: "
-            "'base' (the model without an adapter) or 'adapter' (with that saved one)."
+            "help": "With continue_from, the reference policy of the KL penalty and of auxiliary losses: 'base' (the "
+            "model without an adapter) or 'adapter' (the model with the saved adapter)."
         },
     )
     ema_decay: float | None = field(
         default=None,
         metadata={
-            "help": "Decay of an exponential moving average of the adapter, which is then what is evaluated and "
-            "saved. Unset: none."
+            "help": "Decay per optimizer step of an exponential moving average of the trained weights, for instance "
+            "0.95. If set, the average is evaluated and saved instead of the latest weights. Unset: no average."
         },
     )
 
@@ -168,66 +184,80 @@ class VideoPolicyConfig(_BaseConfig):
     context_parallel: int = field(
         default=1,
         metadata={
-            "help": "Processes that share the tokens of each video, for long ones (diffusers' Ulysses "
-            "attention); must divide the number of processes, and the denoiser's heads and tokens."
+            "help": "Processes that share the tokens of each video (diffusers' Ulysses attention), for videos too "
+            "long for one GPU. Must divide the number of processes and the denoiser's heads and tokens."
         },
     )
     equal_weights_steps: int = field(
         default=10,
         metadata={
-            "help": "Optimizer steps between checks that all processes hold the same adapter, to the bit. It is "
-            "also checked before each checkpoint."
+            "help": "Optimizer steps between checks that all processes hold bitwise equal weights; a check also "
+            "precedes each checkpoint. Lower it to find the step at which processes diverge."
         },
     )
 
-    # --- evaluation and what a run leaves ---
-    eval_seed: int = field(default=42, metadata={"help": "Seed of the fixed evaluation noise."})
+    # --- evaluation and output files ---
+    eval_seed: int = field(
+        default=42,
+        metadata={"help": "Seed of the evaluation noise, the same in every evaluation. Keep it to compare runs."},
+    )
     num_sample_videos: int = field(
-        default=8, metadata={"help": "Videos of each evaluation written to samples/ as mp4, sheet and TensorBoard."}
+        default=8,
+        metadata={
+            "help": "Videos that each evaluation writes to samples/ as mp4 files and an image sheet, and logs to the "
+            "trackers. 0: none."
+        },
     )
     trace_steps: int = field(
         default=0,
         metadata={
-            "help": "Optimizer steps whose time line every process writes to output_dir/trace_rank{r}.json, for "
-            "chrome://tracing or Perfetto. 0: none."
+            "help": "Optimizer steps that each process records in output_dir/trace_rank{r}.json for chrome://tracing "
+            "or Perfetto. Set it to see where the time of a step goes. 0: none."
         },
     )
     fps: int = field(default=8, metadata={"help": "Frames per second of the written videos."})
 
     # --- TrainingArguments with other defaults ---
-    learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of the adapter."})
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Columns reach the rewards: keep."})
-    logging_steps: float = field(default=1, metadata={"help": "Optimizer steps between logs."})
+    learning_rate: float = field(
+        default=1e-4, metadata={"help": "Initial learning rate of the trained weights (the adapter, by default)."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay False: every column of the data set reaches the rewards."}
+    )
+    logging_steps: float = field(
+        default=1, metadata={"help": "Optimizer steps between logs; below 1, a share of all steps."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
-            "help": "Whether losses that are no number are left out of the log; every micro-batch then waits "
-            "for the device."
+            "help": "Leave NaN and infinite losses out of the logged mean. If True, every micro-batch waits for the "
+            "GPU to finish."
         },
     )
     report_to: None | str | list[str] = field(
-        default="tensorboard", metadata={"help": "Where scalars and videos are logged: tensorboard, wandb or trackio."}
+        default="tensorboard", metadata={"help": "Trackers that log scalars and videos: tensorboard, wandb, trackio."}
     )
     eval_on_start: bool = field(
-        default=True, metadata={"help": "Whether to evaluate before training (when there is an eval_dataset)."}
+        default=True, metadata={"help": "Evaluate once before training, if there is an eval_dataset."}
     )
 
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        # accelerate would compile the policy as a whole; here its blocks are compiled (policy/fast/execution.py)
+        # Hide these from accelerate, which would compile the policy as a whole. policy/fast/execution.py compiles its
+        # blocks instead.
         compiled = self.torch_compile, self.torch_compile_backend, self.torch_compile_mode
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = False, None, None
-        if self.report_to is None:  # transformers takes it for the name of an integration
+        if self.report_to is None:  # transformers would read None as the name of an integration
             self.report_to = "none"
-        with warnings.catch_warnings():  # its default comes from TRL, under the name every TRL user knows
+        with warnings.catch_warnings():  # TRL sets the deprecated field, under the name that TRL users know
             warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*deprecated", category=FutureWarning)
             super().__post_init__()
         self.torch_compile, self.torch_compile_backend, self.torch_compile_mode = compiled
         self.torch_compile = self.torch_compile or any(compiled[1:])
         check_inherited(self)
         check_processes(self)
-        requested_sharding(self)  # before a pipeline is loaded, by the trainer or by its caller
+        requested_sharding(self)  # fail before the trainer or its caller loads a pipeline
         if self.recompute not in ("all_but_attention", "everything"):
             raise ValueError(f"recompute={self.recompute!r} must be 'all_but_attention' or 'everything'.")
         if self.base_precision not in (None, "fp8"):
@@ -237,22 +267,22 @@ class VideoPolicyConfig(_BaseConfig):
         self._read_pipeline_kwargs()
         check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
-            raise ValueError(f"offload={self.offload!r} must be a list of some of {list(OFFLOAD)}, or unset.")
-        self.own_reward_device()  # an error now, not after the model is loaded
+            raise ValueError(f"offload={self.offload!r} must be a list with any of {list(OFFLOAD)}, or unset.")
+        self.own_reward_device()  # fail now, not after the model is loaded
         if self.continue_reference not in ("base", "adapter"):
             raise ValueError(f"continue_reference={self.continue_reference!r} must be 'base' or 'adapter'.")
         if self.continue_reference == "adapter" and not self.continue_from:
-            raise ValueError("continue_reference='adapter' needs continue_from, the saved adapter that is meant.")
+            raise ValueError("continue_reference='adapter' needs continue_from: the saved adapter to refer to.")
         self._check_start_stays()
         if self.fp16:
-            raise ValueError("fp16=True is not supported: losses of samples lose too many digits. Use bf16 or fp32.")
+            raise ValueError("fp16=True is not supported: per-sample losses lose too many digits. Use bf16 or fp32.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie between 0 and 1, for instance 0.95.")
         if self.reward_timeout < 0 or (self.world_size > 1 and self.reward_timeout >= self.ddp_timeout):
             raise ValueError(
                 f"reward_timeout={self.reward_timeout:g} must be 0 (no limit) or, on several processes, between 0 and "
-                f"ddp_timeout={self.ddp_timeout}: the other ranks wait that long, and then name the rank, but not "
-                "the reward. Lower it, or raise ddp_timeout."
+                f"ddp_timeout={self.ddp_timeout}: after ddp_timeout the other ranks fail with an error that names the "
+                "rank but not the reward. Lower reward_timeout, or raise ddp_timeout."
             )
         if self.context_parallel < 1 or self.world_size % self.context_parallel:
             raise ValueError(
@@ -266,20 +296,20 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"trace_steps={self.trace_steps} must not be negative; 0 writes no trace.")
 
     def objective(self) -> tuple[str, ...]:
-        """Names of the settings that are the method's own; a run that is resumed with others says so."""
+        """Names of the method's settings; a run resumed with other values reports the change."""
         return ()
 
     def uses_reference(self) -> bool:
-        """Whether the algorithm's loss refers to a reference policy."""
+        """Whether the method's loss uses a reference policy."""
         return False
 
     def held(self) -> Held:
-        """What the method holds on a device, from which `estimate_memory` counts; of a config that is settled."""
+        """What the method holds on a device, for `estimate_memory`; valid after `settle_call`."""
         videos = self.per_device_train_batch_size
         return Held(sampled=videos, trained=videos, prompts=videos)
 
     def _check_start_stays(self) -> None:
-        """A run replaces the adapter and sets aside the checkpoints in its output_dir: it cannot start from them."""
+        """Raise a ValueError if `continue_from` lies in output_dir, where this run moves or replaces it."""
         start, output = Path(self.continue_from or ""), Path(self.output_dir).resolve()
         if not self.continue_from or not start.exists() or not start.resolve().is_relative_to(output):
             return
@@ -287,20 +317,20 @@ class VideoPolicyConfig(_BaseConfig):
         if files is None:
             moves = not inside.parts or inside.parts[0].startswith("checkpoint-")
             moves = moves or len(inside.parts) == 1 and start.is_file()
-        else:  # saving moves any adapter that lies in the folder itself
+        else:  # saving moves any adapter directly in the folder
             moves = str(inside) in (".", ADAPTERS[0]) or any(
                 inside.is_relative_to(path) or Path(path).is_relative_to(inside) for path in files
             )
         if moves:
             raise ValueError(
-                f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, whose adapter and "
-                "checkpoints this run replaces; choose another output_dir. To resume an interrupted run, set "
-                "resume_from_checkpoint instead."
+                f"continue_from={self.continue_from!r} lies in output_dir={self.output_dir!r}, and this run would "
+                "replace the adapter and checkpoints there; choose another output_dir. To resume an interrupted run, "
+                "set resume_from_checkpoint instead."
             )
 
     @property
     def data_parts(self) -> int:
-        """Among how many the videos are divided: processes, or groups of them that share each video's tokens."""
+        """Number of parts that the videos are divided into: processes, or groups that share each video's tokens."""
         return self.world_size // self.context_parallel
 
     def _read_pipeline_kwargs(self) -> None:
@@ -316,15 +346,17 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"pipeline_kwargs={self.pipeline_kwargs!r} must be a dict of the pipeline's arguments.")
 
     def _check_steps(self, steps: int) -> None:
-        """Whether everything that counts denoising steps fits so many."""
+        """Raise a ValueError if a setting does not fit this number of denoising steps."""
         if steps < 1:
             raise ValueError(f"num_inference_steps={steps} must be at least 1.")
 
     def settle_call(self, defaults: dict) -> None:
-        """Take what is unset of the pipeline's call from `defaults` (`assets.call_defaults`), steps in any case.
+        """Fill unset arguments of the pipeline's call from `defaults` (`assets.call_defaults`).
+
+        `num_inference_steps` is always set afterwards: `STEPS` if nothing else says how many.
 
         Raises:
-            ValueError: another setting does not fit that number of steps.
+            ValueError: a setting does not fit the number of denoising steps.
         """
         given = self.pipeline_kwargs or {}
         for name in CALL:
@@ -335,12 +367,16 @@ class VideoPolicyConfig(_BaseConfig):
         self._check_steps(self.num_inference_steps)
 
     def videos_a_step(self) -> str:
-        """How many videos are sampled how often, in words."""
+        """Describe in words how many videos are sampled, and how often."""
         videos = self.per_device_train_batch_size * self.data_parts * self.gradient_accumulation_steps
         return f"each optimizer step samples {videos} videos"
 
     def own_reward_device(self) -> torch.device | None:
-        """The one of `reward_device` that is this process's; a ValueError if one of them is none of this host's."""
+        """Return this process's device out of `reward_device`, or None if it is unset.
+
+        Raises:
+            ValueError: a device in the list does not exist on this host.
+        """
         if self.reward_device is None:
             return None
         devices = []
@@ -349,13 +385,15 @@ class VideoPolicyConfig(_BaseConfig):
                 devices.append(torch.device(name.strip()))
                 here = torch.get_device_module(devices[-1]).device_count()
             except RuntimeError as error:
-                raise ValueError(f"reward_device={self.reward_device!r}: {name!r} is no device: {error}") from error
+                raise ValueError(f"reward_device={self.reward_device!r}: {name!r} is not a device: {error}") from error
             if (devices[-1].index or 0) >= here:
-                raise ValueError(f"reward_device={self.reward_device!r}: there is no {name} among {here} of its kind.")
+                raise ValueError(
+                    f"reward_device={self.reward_device!r}: this host has no {name}, only {here} such device(s)."
+                )
         return devices[self.local_process_index % len(devices)]
 
     def policy_kwargs(self) -> dict:
-        """The arguments of the pipeline's call that this config sets."""
+        """Return the arguments of the pipeline's call that this config sets."""
         call = dict(self.pipeline_kwargs or {})
         for name in CALL[1:]:
             if getattr(self, name) is not None:
@@ -363,7 +401,7 @@ class VideoPolicyConfig(_BaseConfig):
         return call
 
     def policy_settings(self) -> dict:
-        """The arguments of `VideoPolicy`."""
+        """Return the arguments of `VideoPolicy`."""
         return {
             "num_inference_steps": self.num_inference_steps or STEPS,
             "pipeline_kwargs": self.policy_kwargs(),

@@ -1,4 +1,4 @@
-"""What every trainer of video policies shares, around its step: set up, evaluate, train, save and resume."""
+"""Base class of all trainers of video policies: setup, evaluation, training loop, saving and resume."""
 
 import contextlib
 import copy
@@ -60,29 +60,29 @@ from .watch.training_metrics import as_floats, merged_over_processes
 
 
 class VideoPolicyTrainer(LoopOnlyTrainer):
-    """A TRL trainer whose model is a `VideoPolicy` with a LoRA adapter, or with denoisers trained whole.
+    """A TRL trainer whose model is a `VideoPolicy`, trained through a LoRA adapter or by full fine-tuning.
 
     Args:
-        model: a text-to-video pipeline of diffusers without adapters, a Hub id, a folder, or an embedded model's name.
+        model: a diffusers text-to-video pipeline without adapters, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
-        train_dataset: prompts in a column `prompt`; every other column reaches the rewards (one of `datasets.Video` as
-            its file, {"path", "bytes"}), and those of args.image_columns the pipeline.
-        eval_dataset: prompts for evaluation, or {name: data set}; their noise is fixed.
+        train_dataset: a data set with a column `prompt`. The rewards get all other columns (a `datasets.Video` column
+            as its file, {"path", "bytes"}), and the pipeline gets those in args.image_columns.
+        eval_dataset: a data set for evaluation, or {name: data set}. Its noise is the same in every evaluation.
         judge_funcs: reward callables that are only measured, on the evaluation set.
-        peft_config: a `peft.LoraConfig`; None is rank 16 on attention and feed-forward projections, or, with
-            args.continue_from, what was saved there. "full" trains all weights of the denoisers (of those in
-            args.lora_denoisers) in fp32, without an adapter, and saves them as components of a pipeline.
-        callbacks: further callbacks.
-        auxiliary_losses: terms beside the algorithm's loss, `AuxiliaryLoss` objects, for instance
+        peft_config: a `peft.LoraConfig`. None: rank 16 on attention and feed-forward projections or, with
+            args.continue_from, the saved configuration. "full": train all weights of the denoisers (of those in
+            args.lora_denoisers) in fp32, without an adapter, and save them as components of a pipeline.
+        callbacks: additional callbacks.
+        auxiliary_losses: `AuxiliaryLoss` objects to add to the method's loss, for instance
             [ConsistencyDistillation(videos, weight=0.1)].
     """
 
     loss_is_scaled_for_ga = True
-    papers: tuple[Paper, ...] = ()  # of the method; the model card cites them
-    _may_lack_rewards = False  # whether something else is learnt from
-    _told_of_frozen = False
-    _position_settings: tuple[str, ...] = ()  # settings by which the position in the data is counted
+    papers: tuple[Paper, ...] = ()  # the method's papers, cited in the model card
+    _rewards_optional = False  # whether the trainer can run without rewards
+    _warned_of_frozen = False
+    _position_settings: tuple[str, ...] = ()  # settings that determine the position in the data
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         callbacks: list | None = None,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
-        args = copy.copy(args)  # the caller's serves another trainer
+        args = copy.copy(args)  # the caller may pass the same object to another trainer
         args.output_dir = os.path.abspath(args.output_dir)  # a reward or a notebook may change the working directory
         sharding, zero_stage = requested_sharding(args), requested_zero(args)
         check_dataset("train_dataset", train_dataset)
@@ -112,7 +112,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         check_reference(args, self._uses_reference)
         if args.num_sample_videos:
             media.check_mp4(args.fps)
-        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._may_lack_rewards)
+        self.reward_weights = checked_weights(args.reward_weights, self.rewards, self._rewards_optional)
         settle_evaluation(args, eval_dataset, self.rewards)
         full = peft_config == FULL
         if full:
@@ -125,7 +125,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         requested_checkpoint(args.output_dir, args.resume_from_checkpoint)
         check_output_dir(args.output_dir)
 
-        set_seed(args.seed)  # the same LoRA initialisation on every process
+        set_seed(args.seed)  # all processes initialise the LoRA alike
         self.model_name = (
             str(model)
             if isinstance(model, (str, os.PathLike))
@@ -165,7 +165,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
                 args.torch_compile_backend or "inductor",
                 args.torch_compile_mode,
             )
-        args._n_gpu = min(args.n_gpu, 1)  # many GPUs are many processes, never DataParallel
+        args._n_gpu = min(args.n_gpu, 1)  # several GPUs need several processes, never DataParallel
 
         self.progress = StageProgress()
         self.timeline = Timeline(args.device, args.process_index, args.trace_steps)
@@ -206,7 +206,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             self._identity,
         )
         spread_policy(self.policy, self.accelerator, args, sharding, zero_stage)
-        self.adapter = lora_parameters(denoisers)  # sharding has replaced weights that are trained whole
+        self.adapter = lora_parameters(denoisers)  # only now: sharding replaces the parameters of full fine-tuning
         if full:
             compares = eval_dataset is not None and args.num_sample_videos > 0
             self.initial = InitialWeights(
@@ -241,8 +241,10 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     @contextlib.contextmanager
     def stage(self, name: str, whole: bool = False):
-        """Names what is being done on the progress bar and the time line, which logs its seconds; of a `whole` stage
-        with those of stages inside it."""
+        """Show the stage on the progress bar and count its seconds on the time line.
+
+        A `whole` stage includes the seconds of stages inside it.
+        """
         self.progress.stage(name)
         with self.timeline.span(name, whole):
             yield
@@ -258,7 +260,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.report.list_event_files()
 
     def backward_auxiliary_losses(self) -> Tensor:
-        """Back-propagate the auxiliary losses of one micro-batch; returns their weighted sum, detached."""
+        """Back-propagate the auxiliary losses of one micro-batch; return their weighted sum, detached."""
         total, part = torch.zeros((), device=self.accelerator.device), (self.data_part, self.args.data_parts)
         for auxiliary in self.auxiliary_losses:
             with self.stage(auxiliary.name, whole=True):
@@ -271,15 +273,15 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return total
 
     def backward_loss(self, loss: Tensor) -> None:
-        """Back-propagate a loss; it is said once that no trained weight entered it (a step's expert is frozen)."""
+        """Back-propagate a loss. Warn once if no trained weight entered it, because the step's expert is frozen."""
         if loss.requires_grad:
             self.accelerator.backward(loss)
-        elif not self._told_of_frozen:
-            self._told_of_frozen = True
+        elif not self._warned_of_frozen:
+            self._warned_of_frozen = True
             warnings.warn(
-                f"a denoising step that is trained calls only denoisers without an adapter, so it teaches nothing "
+                f"a trained denoising step calls only denoisers without an adapter, so it has no gradient "
                 f"(optimizer step {self.state.global_step}). Train the steps of {' and '.join(self.adapted_modules)} "
-                "(sde_window_range, train_levels), or more of the denoisers (lora_denoisers).",
+                "(sde_window_range, train_levels), or more denoisers (lora_denoisers).",
                 stacklevel=2,
             )
 
@@ -287,16 +289,16 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     @property
     def data_part(self) -> int:
-        """Which part of the videos this process works on, of `args.data_parts`."""
+        """Index of the part of the videos, out of `args.data_parts`, that this process works on."""
         return self.accelerator.process_index // self.args.context_parallel
 
     @property
     def _calls_together(self) -> bool:
-        """Whether the policy runs only where several processes call it at the same time."""
+        """Whether several processes must call the policy at the same time."""
         return self.policy.mesh is not None or self.policy.shares_tokens
 
     def all_reduce_gradients(self) -> None:
-        """`average_gradients` of the adapter; each denoiser's norm is logged where several have one."""
+        """Run `average_gradients` on the adapter. If several denoisers are trained, log the gradient norm of each."""
         if (step := self.state.global_step) % self.args.equal_weights_steps == 0:
             self.check_equal_weights()
         self.ranks.meet(f"to average gradients at optimizer step {step + 1}")
@@ -306,26 +308,27 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
                 self._metrics["train"][f"grad_norm/{name}"].append(norm)
 
     def check_equal_weights(self) -> None:
-        """All processes must hold the same adapter; a RankError names the ranks that do not."""
+        """Check that all processes hold equal weights; a RankError names the ranks that do not."""
         self.ranks.meet(f"to compare weights after optimizer step {self.state.global_step}")
-        whole = [p for p in self.adapter.values() if not isinstance(p, DTensor)]  # of a part no other rank has a copy
+        whole = [p for p in self.adapter.values() if not isinstance(p, DTensor)]  # no other rank has a copy of a shard
         if whole:
             self.ranks.check_equal(whole)
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Deterministic samples of every evaluation prompt from fixed noise, scored by rewards and judges.
+        """Sample every evaluation prompt deterministically from fixed noise; score with rewards and judges.
 
         Args:
-            eval_dataset: another data set than the trainer's, or {name: data set}. Its samples go to
-                samples/other_STEP, which the model card does not show. None is the trainer's.
-            ignore_keys: without effect, as transformers passes it. metric_key_prefix: of the returned names.
+            eval_dataset: a data set other than the trainer's, or {name: data set}. Its samples go to
+                samples/other_STEP, which the model card does not show. None: the trainer's eval_dataset.
+            ignore_keys: has no effect; transformers passes it.
+            metric_key_prefix: prefix of the returned names.
 
         Returns:
             Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
-            per-sample values that rewards recorded and `eval_{metric}` for their scalars (over calls, weighted by
-            their videos); with several data sets, `eval_{set}_...`.
+            per-sample values that rewards recorded, and `eval_{metric}` for their scalars (averaged over calls,
+            weighted by their videos); with several data sets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_dataset("eval_dataset", dataset, several=True)
@@ -337,25 +340,25 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     @property
     def first_evaluation(self) -> dict | None:
-        """{data set: {"prompts", "scores"}} of the first evaluation by this object."""
+        """Results of this object's first evaluation, {data set: {"prompts", "scores"}}."""
         return self.report.first
 
     @property
     def last_evaluation(self) -> dict | None:
-        """The same of the last one, or of the best model where that was loaded."""
+        """Results of the last evaluation, or of the best model's if that was loaded."""
         return self.report.last
 
     @property
     def _saved_step(self) -> int:
-        """The step of the adapter as it is."""
+        """The optimizer step of the current weights."""
         return self.report.saved_step(self.state)
 
     def _saved_weights(self) -> contextlib.AbstractContextManager:
-        """Inside, the adapter is what is evaluated and saved."""
+        """Return a context in which the weights are those to evaluate and save (the average, with ema_decay)."""
         return self.ema or contextlib.nullcontext()
 
     def _finish(self) -> None:
-        """The last evaluation, and before against after."""
+        """Run the last evaluation, and compare before with after."""
         if not self.report.is_current(self.state):
             self.evaluate()
         self.report.compare(
@@ -373,17 +376,17 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     # --- train, save, resume -----------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # a caller's would leave nothing to train
+    @torch.inference_mode(False)  # nothing would be trained inside a caller's inference_mode
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self.report.begin()
         checkpoint = self.checkpoints.begin(resume_from_checkpoint)
         if checkpoint is not None:
             self.args.eval_on_start = False
-        if self.args.should_save:  # with save_on_each_node a process of every node
+        if self.args.should_save:  # with save_on_each_node, one process of every node
             aside = self.checkpoints.set_aside_earlier_run(checkpoint)
             if aside is not None and self.is_world_process_zero():
-                self.console.print(f"{self.files.folder} holds an earlier run: what it wrote is in {aside} now.")
+                self.console.print(f"{self.files.folder} held an earlier run; its files were moved to {aside}.")
             if self.args.trace_steps:
                 self.files.claim(*(f"trace_rank{rank}.json" for rank in range(self.accelerator.num_processes)))
         if self.is_world_process_zero():
@@ -420,7 +423,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             self._wait()
 
     def _write_checkpoint(self, folder: Path) -> None:
-        # What ranks have parts of is gathered before anything is written: a rank whose disk is full gathers no more.
+        # Gather sharded tensors before writing anything: a rank that fails to write would miss later collectives.
         optimizer = None if self.args.save_only_model else self.optimizer.state_dict()
         extra = self._extra_state()
         with self._saved_weights():
@@ -438,16 +441,16 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.checkpoints.write_state(folder, self.state, [*self.callback_handler.callbacks, self.control])
 
     def _extra_state(self) -> dict:
-        """State of the trainer beyond adapter, optimizer and schedule; subclasses add theirs."""
+        """Return the state besides adapter, optimizer and schedule; subclasses add to it."""
         averages = {name: one.state_dict(weights=one is self.ema) for name, one in self._averages().items()}
         auxiliary = {loss.name: loss.state_dict() for loss in self.auxiliary_losses}
         return averages | {"auxiliary_losses": auxiliary, "micro_batches": self._step}
 
     def _load_extra_state(self, state: dict) -> None:
         self._step = state["micro_batches"]
-        if state.get("ema") is not None:  # what the adapter's file holds is the average
+        if state.get("ema") is not None:  # the adapter's file holds the average, not the trained weights
             set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
-        auxiliary = state.get("auxiliary_losses", state)  # earlier checkpoints hold the consistency term beside "ema"
+        auxiliary = state.get("auxiliary_losses", state)  # older checkpoints store the consistency term beside "ema"
         for one, saved in [
             *((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
             *((average, state.get(name)) for name, average in self._averages().items()),
@@ -467,7 +470,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _load_best_model(self) -> None:
         self.trained.load(self.pipeline, self.state.best_model_checkpoint)
         for one in (*self.auxiliary_losses, *self._averages().values()):
-            one.restart()  # what is evaluated and saved from here on is what was loaded
+            one.restart()  # from here on, the loaded weights are evaluated and saved
         self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -478,18 +481,17 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
         if checkpoint is not None:
             self.checkpoints.find_best(checkpoint, self.state)
-        self.state.compute_steps(self.args, max_steps)  # a checkpoint's state says when its own run logged and saved
+        self.state.compute_steps(self.args, max_steps)  # the checkpoint's state has the intervals of the earlier run
         return position
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         self.checkpoints.read_random_state(checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter, or the denoisers that were trained whole, and the card to a folder (output_dir by
-        default), reload them in a fresh pipeline and compare its output.
+        """Write the adapter (or the fully trained denoisers) and the model card to a folder, output_dir by default.
 
-        Where ranks share weights or tokens, the file is read back and compared with the adapter instead.
-        With `push_to_hub` the folder's adapter, model card and samples are uploaded afterwards.
+        Then reload the weights in a fresh pipeline and compare its output. If ranks share weights or tokens, compare
+        the file with the weights instead. With `push_to_hub`, upload the adapter, model card and samples afterwards.
         """
         folder = Path(output_dir or self.args.output_dir)
         with self._saved_weights():
@@ -509,7 +511,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if self.is_world_process_zero():
             self.create_model_card(output_dir=folder)
             saved = " and ".join(self.trained.components) or "adapter"
-            self.console.print(f"{saved} in {folder}; {checked}")
+            self.console.print(f"saved {saved} to {folder}; {checked}")
             self.report.page.write(self.args, self.state)
         self._wait()
         if self.args.push_to_hub and not _internal_call:
@@ -525,9 +527,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         )
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
-        """Write the card of the adapter in a folder (output_dir by default): this run's results, and nothing else's.
+        """Write the model card with this run's results to a folder, output_dir by default.
 
-        It is README.md, or model_card.md where README.md is the user's own.
+        The file is README.md, or model_card.md if the folder has a README.md that the user wrote.
         """
         if not self.is_world_process_zero():
             return
@@ -545,10 +547,10 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             papers=[*self._cited(), *(paper for loss in self.auxiliary_losses for paper in loss.papers)],
         )
         if path.name != "README.md":
-            self.console.print(f"{path.with_name('README.md')} is yours and stays: the card is in {path}.")
+            self.console.print(f"{path.with_name('README.md')} is not this run's and was kept; the card is in {path}.")
 
     def _cited(self) -> tuple[Paper, ...]:
-        """The papers that the model card cites for the method; GRPO adds those of its transition."""
+        """Return the papers that the model card cites for the method; GRPO adds those of its transition."""
         return self.papers
 
     def _card_settings(self) -> dict:
@@ -568,8 +570,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None, **kwargs
     ):
-        """Upload adapter, model card and sample videos from a folder (output_dir by default); returns the repository's
-        address."""
+        """Upload adapter, model card and sample videos from a folder, output_dir by default.
+
+        Returns:
+            The URL of the repository.
+        """
         url = None
         if self.is_world_process_zero():
             url = hub.push_adapter(

@@ -1,1 +1,1 @@
-"""Methods that train on noised videos: NFT, AWM, RVM, Flow-DPO."""
+"""Methods that train on noised samples of the policy: NFT, AWM, RVM, Flow-DPO."""

@@ -1,4 +1,4 @@
-"""Advantage-weighted matching (arXiv 2509.25050): PPO's clip around the likelihood that the regression error gives."""
+"""Advantage-weighted matching (AWM, arXiv 2509.25050): PPO's clip on a likelihood based on the regression error."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -20,23 +20,34 @@ class AWMConfig(ForwardProcessConfig):
 
     beta: float = field(default=3e-3, metadata=ForwardProcessConfig.__dataclass_fields__["beta"].metadata)
     power: float = field(
-        default=0.25, metadata={"help": "p: the likelihood falls with the p-th power of the regression error."}
+        default=0.25,
+        metadata={"help": "Exponent p: the log-likelihood falls with the p-th power of the regression error."},
     )
-    epsilon: float = field(default=1.0, metadata={"help": "Clip range of the ratio to the policy that sampled."})
+    epsilon: float = field(
+        default=1.0,
+        metadata={"help": "Clip range of the ratio to the policy that sampled: 1 - epsilon to 1 + epsilon."},
+    )
     average_weight: float = field(
-        default=1.0, metadata={"help": "Weight of mean (v - v_average)^2, to an average of the adapter."}
+        default=1.0,
+        metadata={
+            "help": "Weight of the penalty mean (v - v_average)^2, which keeps the policy near a moving average of "
+            "the adapter. Raise it for smaller updates. 0 disables it."
+        },
     )
     average_decay_rate: float = field(
-        default=0.001, metadata={"help": "By how much the average's decay grows with each optimizer step."}
+        default=0.001,
+        metadata={"help": "Increase of the average's decay per optimizer step, from 0 up to average_decay_max."},
     )
-    average_decay_max: float = field(default=0.3, metadata={"help": "The largest decay of the average."})
+    average_decay_max: float = field(
+        default=0.3, metadata={"help": "Largest decay of the average per optimizer step, in [0, 1)."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
         if not self.power > 0 or not self.epsilon > 0:
             raise ValueError(f"power={self.power} and epsilon={self.epsilon} must be positive.")
         if self.average_weight < 0:
-            raise ValueError(f"average_weight={self.average_weight} must not be negative; 0 leaves the term out.")
+            raise ValueError(f"average_weight={self.average_weight} must not be negative; 0 disables the term.")
         if self.average_decay_rate < 0 or not 0 <= self.average_decay_max < 1:
             raise ValueError(
                 f"average_decay_rate={self.average_decay_rate} must not be negative, and "
@@ -49,12 +60,12 @@ class AWMConfig(ForwardProcessConfig):
 
 
 def matching_log_prob(error: Tensor, time: Tensor, power: float) -> Tensor:
-    """log p = -t ((l + 1e-10)^p - 1e-10^p) / p, with l = mean (v - v*)^2, (B,). Its slope is finite at l = 0."""
+    """Return log p = -t ((l + 1e-10)^p - 1e-10^p) / p with l = mean (v - v*)^2, (B,). Its slope at l = 0 is finite."""
     return -time * ((error + 1e-10) ** power - 1e-10**power) / power
 
 
 class AWMTrainer(ForwardProcessTrainer):
-    r"""Trains a LoRA adapter by advantage-weighted matching (arXiv 2509.25050).
+    r"""Trains a policy by advantage-weighted matching (AWM, arXiv 2509.25050).
 
         rho = exp(log p - log p_old) at the same t and e,      log p as in `matching_log_prob`
         L = max(-A rho, -A clip(rho, 1 +- epsilon)) + beta mean (v - v_ref)^2 + average_weight mean (v - v_average)^2
@@ -77,7 +88,7 @@ class AWMTrainer(ForwardProcessTrainer):
         def decay(step: int) -> float:
             return min(args.average_decay_rate * step, args.average_decay_max)
 
-        if args.reuses_rollouts:  # the policy that drew a rollout is another one after its first optimizer step
+        if args.reuses_rollouts:  # after the first optimizer step, the policy differs from the one that sampled
             followers["old"] = AdapterEMA(self.adapter, lambda rollout: 0.0)
         if args.average_weight:
             followers["average"] = AdapterEMA(self.adapter, decay)
@@ -90,7 +101,7 @@ class AWMTrainer(ForwardProcessTrainer):
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
         known = super().compared(scored) | self.followers
         if self.state.global_step == scored.drawn_at:
-            known.pop("old", None)  # it is still the trained one
+            known.pop("old", None)  # before the first optimizer step, it equals the trained policy
         return known
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:

@@ -20,8 +20,8 @@ from ..rollouts.rollout_trainer import Metrics
 from ..rollouts.scored import ScoredRollout
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
-VIDEO = 40  # what a seed is for
-#: Settings of rollouts and rewards, of which there are none beside pairs.
+VIDEO = 40  # purpose of seeds
+#: Settings of rollouts and rewards, which have no effect with pairs from a data set.
 OF_ROLLOUTS = (
     "overlap_rewards",
     "log_completions",
@@ -34,27 +34,38 @@ OF_ROLLOUTS = (
 
 @dataclass
 class FlowDPOConfig(ForwardProcessConfig):
-    """Settings of [`FlowDPOTrainer`]. A micro-batch holds whole groups; of each, two videos are trained on.
+    """Settings of [`FlowDPOTrainer`]. A micro-batch holds whole groups, and two videos of each are trained on.
 
-    With pairs from a data set a group is a pair: `num_generations` is 2. `scale_rewards` and `advantage_clip` are
-    refused: only the order of a group's rewards counts.
+    With pairs from a data set, each group is a pair, so `num_generations` must be 2. `scale_rewards` and
+    `advantage_clip` cannot be set, because only the order of a group's rewards counts.
     """
 
     without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
         ("scale_rewards", "advantage_clip"),
-        "Flow-DPO takes the best and the worst of a group: only the order of a group's rewards counts; leave it out.",
+        "Flow-DPO trains on the best and worst video of a group, so only the order of a group's rewards counts; leave "
+        "it out.",
     )
-    small_group: ClassVar[int] = 2  # no advantage's sign counts
+    small_group: ClassVar[int] = 2  # the signs of advantages do not matter
     beta: float = field(
-        default=500.0, metadata={"help": "Strength of the tie to the reference, as in DPO: the larger, the nearer."}
+        default=500.0,
+        metadata={
+            "help": "Strength of the tie to the reference, as in DPO. Raise it to keep the policy nearer to the "
+            "reference."
+        },
     )
-    learning_rate: float = field(default=1e-5, metadata={"help": "Learning rate of the adapter."})
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "Initial learning rate of the trained weights (the adapter, by default)."}
+    )
     sft_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of mean (v - v*)^2 of the preferred video, against the likelihood of both falling."},
+        metadata={
+            "help": "Weight of the regression loss mean (v - v*)^2 on the preferred video. Raise it if the likelihood "
+            "of both videos falls (velocity/winner_error rises). 0 disables it."
+        },
     )
     advantage_clip: float = field(
-        default=math.inf, metadata={"help": "Not used: a clip could make the best and the second best equal."}
+        default=math.inf,
+        metadata={"help": "Not supported: a clip could make the best and the second-best video equal."},
     )
 
     def __post_init__(self):
@@ -62,7 +73,7 @@ class FlowDPOConfig(ForwardProcessConfig):
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be positive: it scales the preference.")
         if self.sft_weight < 0:
-            raise ValueError(f"sft_weight={self.sft_weight} must not be negative; 0 leaves the term out.")
+            raise ValueError(f"sft_weight={self.sft_weight} must not be negative; 0 disables the term.")
         if self.per_device_train_batch_size % self.num_generations:
             raise ValueError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} must be a multiple of "
@@ -74,14 +85,16 @@ class FlowDPOConfig(ForwardProcessConfig):
 
 
 def preference_loss(error: Tensor, reference_error: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """Of pairs, whose rows are winner, loser, winner, loser ...
+    """Return the DPO loss of P pairs, whose rows are winner, loser, winner, loser, ...
 
         margin = - beta / 2 [ (l - l_ref)(winner) - (l - l_ref)(loser) ],     L = -log sigmoid(margin)
 
-    with l = mean (v - v*)^2 at the same t and e for both.
+    with l = mean (v - v*)^2 at the same t and e for both videos.
 
     Args:
-        error, reference_error: (2 P,) of the trained policy, with gradients, and of the reference.
+        error: (2 P,) l of the trained policy, with gradients.
+        reference_error: (2 P,) l_ref of the reference.
+        beta: strength of the tie to the reference.
 
     Returns:
         (loss, margin): (P,) each.
@@ -92,13 +105,13 @@ def preference_loss(error: Tensor, reference_error: Tensor, beta: float) -> tupl
 
 
 class FlowDPOTrainer(ForwardProcessTrainer):
-    r"""Trains a LoRA adapter by direct preference optimisation of a flow (arXiv 2501.13918).
+    r"""Trains a policy by direct preference optimisation of a flow (Flow-DPO, arXiv 2501.13918).
 
         L = preference_loss + sft_weight mean (v - v*)^2 (winner)
 
-    Online, with rewards: the best against the worst video of each rollout's group; a group of equal rewards gets no
-    step. Offline, where train_dataset has columns `chosen` and `rejected`: pairs of videos for each `prompt`, each a
-    path, the bytes of a file, a `datasets.Video` or a tensor (F, 3, H, W); then there are no rewards.
+    Online, with rewards: prefers the best to the worst video of each group; groups with equal rewards are skipped.
+    Offline, if train_dataset has columns `chosen` and `rejected`: trains on these pairs of videos for each `prompt`,
+    without rewards. A video is a path, the bytes of a file, a `datasets.Video` or a tensor (F, 3, H, W).
 
     Arguments are those of `VideoPolicyTrainer`; `args` is a `FlowDPOConfig`.
     """
@@ -115,19 +128,19 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         check_dataset("train_dataset", train_dataset)
         train_dataset = undecoded(train_dataset)
         self.offline = bool(set(SIDES) & set(train_dataset.column_names))
-        self._may_lack_rewards = self.offline
+        self._rewards_optional = self.offline
         if not self.offline and (reward_funcs is None or reward_funcs == []):
             raise ValueError(
                 "reward_funcs is empty, and train_dataset has no columns `chosen` and `rejected`, only "
-                f"{train_dataset.column_names}: pass rewards, which prefer the best of each group's videos to the "
-                "worst, or pairs of videos in these columns."
+                f"{train_dataset.column_names}: pass rewards to choose the best and worst video of each group, or add "
+                "pairs of videos in these columns."
             )
         if self.offline:
             check_pairs(train_dataset)
             if reward_funcs is not None and reward_funcs != []:
                 raise ValueError(
-                    "reward_funcs is given, but train_dataset holds pairs (chosen, rejected): the pairs are what is "
-                    "learnt from. Leave reward_funcs out, or remove these columns; judge_funcs measure in any case."
+                    "reward_funcs is given, but train_dataset holds pairs (chosen, rejected), which are trained on "
+                    "instead. Leave reward_funcs out, or remove these columns; judge_funcs work in either case."
                 )
             if args.num_generations != 2 or args.num_iterations != 1:
                 raise ValueError(
@@ -150,7 +163,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         return {"reference": self.initial.reference()}
 
     def _noise_row(self, row: int) -> int:
-        """Both videos of a pair have the same noise: their group's."""
+        """Give both videos of a pair the same noise, that of their group."""
         return row // self.args.num_generations
 
     # --- pairs of a data set -----------------------------------------------------------------------------------------
@@ -169,7 +182,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         with self.stage("rollout"):
             videos = self._encoded(inputs, prompts, images)
         whole = len(prompts) * self.args.data_parts
-        advantages = torch.tensor([1.0, -1.0]).repeat(whole // 2)  # every pair comes twice: chosen, rejected
+        advantages = torch.tensor([1.0, -1.0]).repeat(whole // 2)  # each prompt occurs twice: chosen, rejected
         self._take(
             [(list(range(len(prompts))), videos)],
             state | {"advantages": advantages, "spread": advantages != 0},
@@ -177,9 +190,9 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         )
 
     def _encoded(self, inputs: list[dict], prompts: list[str], images: dict[str, list]) -> Rollout:
-        """The pairs as a rollout: their clean latents."""
+        """Encode the pairs into a rollout of clean latents."""
         codec = self.policy.latent_codec({name: own[:1] for name, own in images.items()})
-        pairs = (pair_of(first, codec.video[0]) for first in inputs[::2])  # one at a time in the memory of the VAE
+        pairs = (pair_of(first, codec.video[0]) for first in inputs[::2])  # encoded one at a time to save memory
         latents = [
             codec.encode(self.policy.pipeline, torch.stack([codec.fitted(video) for video in pair])) for pair in pairs
         ]
@@ -189,8 +202,11 @@ class FlowDPOTrainer(ForwardProcessTrainer):
     # --- the loss ----------------------------------------------------------------------------------------------------
 
     def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """Rows winner, loser, ... of the P groups that are taken, the best and the worst of those that have a reward;
-        and (P,) weights: G, since of a group's G videos one pair is trained on, or 0 where none is better."""
+        """Return the rows winner, loser, ... of the P groups to train on, and their (P,) weights.
+
+        Winner and loser are the best and the worst of a group's videos that have a reward. The weight is G, because
+        one pair stands for the G videos of a group, or 0 if no video is better than another.
+        """
         size, pairs = self.args.num_generations, []
         for start in range(0, len(rows), size):
             group = rows[start : start + size]
@@ -205,7 +221,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         return taken, size * (known.float() if len(taken) == len(pairs) else torch.ones(len(taken) // 2))
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
-        """(P,) for rows winner, loser, ..."""
+        """Return the (P,) losses of rows winner, loser, ..."""
         error = noised.distance(noised.predicted, noised.clean)
         loss, margin = preference_loss(error, noised.distance(noised.reference, noised.clean), self.args.beta)
         metrics["rewards/margins"].append(margin.detach().mean())

@@ -1,12 +1,13 @@
-"""Training on sampled videos that are noised anew: what NFT, AWM, RVM and Flow-DPO share.
+"""Base of NFT, AWM, RVM and Flow-DPO, which add fresh noise to sampled videos and train on the predictions.
 
-No log-probabilities and no stochastic steps: any deterministic sampler draws the videos, only their clean latents x0
-are kept, and the model is asked at any noise level. In the coordinates of flow matching, in which every schedule is a
-flow (see `policy.schedules`),
+They need no log-probabilities and no stochastic steps: any deterministic sampler draws the videos, only their clean
+latents x0 are kept, and the model can be trained at any noise level. In the coordinates of flow matching, in which
+every schedule is a flow (see `policy.schedules`),
 
     x_t = (1 - t) x0 + t e,    v* = e - x0,    v = (x_t - x0^) / t
 
-with x0^ the model's prediction, whatever it predicts by itself. So v - v* = (x0 - x0^) / t for every family.
+x0^ is the model's prediction of x0, converted from whatever the model predicts. So v - v* = (x0 - x0^) / t for all
+model families.
 """
 
 from collections import defaultdict
@@ -25,28 +26,32 @@ from ..rollouts.rollout_config import RolloutConfig
 from ..rollouts.rollout_trainer import Metrics, RolloutTrainer
 from ..rollouts.scored import ScoredRollout
 
-NOISE, LEVELS = range(30, 32)  # what a seed is for
+NOISE, LEVELS = range(30, 32)  # purposes of seeds
 
 
 @dataclass
 class ForwardProcessConfig(RolloutConfig):
-    """Settings of every method that trains on noised videos, on top of `RolloutConfig`."""
+    """Settings of every method that trains on noised videos, in addition to `RolloutConfig`."""
 
     beta: float = field(
-        default=1e-4, metadata={"help": "Weight of mean (v - v_ref)^2, which holds the policy near the reference."}
+        default=1e-4,
+        metadata={
+            "help": "Weight of the penalty mean (v - v_ref)^2, which keeps the policy near the reference. Raise it if "
+            "videos degrade while the reward rises. 0 skips the reference pass."
+        },
     )
     train_levels: int | None = field(
         default=None,
         metadata={
-            "help": "At how many noise levels a rollout is trained, drawn without replacement from those of the "
-            "schedule each time it is used. Unset: at all."
+            "help": "Number of noise levels to train a rollout at, drawn without replacement from the schedule at "
+            "each use of the rollout. Fewer make an update cheaper. Unset: all levels."
         },
     )
     train_schedule_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps of the schedule whose noise levels these are. Unset: num_inference_steps, the levels "
-            "that sampling visits."
+            "help": "Steps of the schedule that the noise levels are taken from. Unset: num_inference_steps, the "
+            "levels that sampling visits."
         },
     )
 
@@ -62,8 +67,8 @@ class ForwardProcessConfig(RolloutConfig):
         levels = self.train_schedule_steps or steps
         if self.train_levels is not None and not 1 <= self.train_levels <= levels:
             raise ValueError(
-                f"train_levels={self.train_levels} must lie between 1 and {levels}, the steps of the schedule whose "
-                "noise levels are drawn; or leave it unset for all."
+                f"train_levels={self.train_levels} must lie between 1 and {levels}, the steps of the schedule that "
+                "the noise levels are drawn from; or leave it unset for all levels."
             )
 
     def uses_reference(self) -> bool:
@@ -75,16 +80,16 @@ class ForwardProcessConfig(RolloutConfig):
 
 @dataclass
 class Noised:
-    """B videos at one noise level, and what policies make of them.
+    """B videos at one noise level, and the predictions of the policies.
 
     Attributes:
         time: t, a scalar.
         clean: (B * rows_per_video, ...) x0, fp32.
         predicted: x0^ of the trained policy, with gradients.
-        old: x0^ of the old policy without gradients; None where it is not asked.
+        old: x0^ of the old policy, without gradients; None if the method does not use it.
         reference: x0^ of the reference policy, likewise.
-        average: x0^ of the average policy, likewise.
-        advantages: (B,).
+        average: x0^ of the averaged policy, likewise.
+        advantages: (B,) advantages.
     """
 
     time: Tensor
@@ -96,27 +101,28 @@ class Noised:
     average: Tensor | None = None
 
     def mean_square(self, difference: Tensor) -> Tensor:
-        """Of each video, (B,)."""
+        """Return the mean square of each video, (B,)."""
         return mean_square(difference, len(difference) // len(self.advantages))
 
     def distance(self, one: Tensor, other: Tensor) -> Tensor:
-        """mean (v - v')^2 of two predictions x0^, or to the target v*, of which x0 is the prediction. (B,)"""
+        """Return mean (v - v')^2 between two predictions x0^, (B,); for the distance to v*, pass x0 as one of them."""
         return self.mean_square(one - other) / self.time**2
 
 
 class ForwardProcessTrainer(RolloutTrainer):
-    """The core of the methods that train on noised videos; each says `loss`, and what it is compared with."""
+    """Base of the trainers that train on noised videos; a method overrides `loss` and `compared`."""
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)
-        if "audio_vae" in self.pipeline.components:  # the policy itself finds it out in the first update
+        if "audio_vae" in self.pipeline.components:  # fail now; the policy would fail only in the first update
             raise ValueError(
-                f"{type(self.pipeline).__name__} denoises audio beside the video, and {self._name} starts at noise "
-                "levels where only the video's state is known: use VideoGRPOTrainer or RewardBackpropTrainer."
+                f"{type(self.pipeline).__name__} denoises audio together with the video, but {self._name} trains at "
+                "noise levels for which only the state of the video is known: use VideoGRPOTrainer or "
+                "RewardBackpropTrainer."
             )
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
-        """The losses of B videos at one noise level, (B,); what is logged goes to `metrics`."""
+        """Return the losses of B videos at one noise level, (B,); add values to log to `metrics`."""
         raise TypeError(f"{type(self).__name__} has no loss: define loss(noised, metrics).")
 
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
@@ -125,7 +131,7 @@ class ForwardProcessTrainer(RolloutTrainer):
         taken, weights = self.taught(scored, rows)
         share = weights.to(device) / (count * len(steps))
         total = torch.zeros((), device=device)
-        for samples, places, own in scored.each(taken):  # one part at most: all videos are sampled alike
+        for samples, places, own in scored.each(taken):  # at most one part, because no step is stochastic
             for step in steps:
                 noised = self._noised(scored, samples, places, own, step)
                 loss = (self.loss(noised, metrics) * share).sum()
@@ -135,31 +141,32 @@ class ForwardProcessTrainer(RolloutTrainer):
         return total, metrics
 
     def taught(self, scored: ScoredRollout, rows: list[int]) -> tuple[list[int], Tensor]:
-        """The rows of a micro-batch that are trained on, and the weight of each of their losses."""
+        """Return the rows of a micro-batch to train on, and the weights of their losses."""
         taken = self._taken(rows, scored.spread[rows])
         return taken, scored.spread[taken].float()
 
     def _taken(self, rows: list[int], known: Tensor) -> list[int]:
-        """The rows that teach something: not a group whose rewards are equal. Ranks that share weights make the same
-        calls, so there they are all taken, and weigh nothing."""
+        """Return the rows with a gradient, that is, without groups whose rewards are equal.
+
+        Ranks that share weights must make the same calls, so they take all rows, with weight 0 for those without.
+        """
         return rows if self.policy.mesh is not None else [row for row, has in zip(rows, known) if has]
 
     def _levels(self) -> list[int]:
-        """The steps of the schedule at whose noise levels the videos of this rollout are trained in its present use,
-        however they are divided into micro-batches."""
+        """Return the steps of the schedule whose noise levels this use of the rollout trains, in all micro-batches."""
         args = self.args
         steps, use = args.train_schedule_steps or args.num_inference_steps, self._step // args.steps_per_generation
         generator = torch.Generator().manual_seed(sample_seed(args.seed, LEVELS, use))
         return torch.randperm(steps, generator=generator)[: args.train_levels].tolist()
 
     def _noise_row(self, row: int) -> int:
-        """By which row of the whole rollout a video's noise is drawn."""
+        """Return the row of the whole rollout that seeds a video's noise."""
         return row
 
     def _noised(
         self, scored: ScoredRollout, samples: Rollout, places: list[int], rows: Sequence[int], step: int
     ) -> Noised:
-        """The videos `rows` of `scored`, which are `places` of `samples`, at the noise level of a step."""
+        """Return the videos `rows` of `scored`, which are `places` of `samples`, at the noise level of a step."""
         args, use = self.args, self._step // self.args.steps_per_generation
         seeds = [sample_seed(args.seed, NOISE, use, self._noise_row(scored.first_row + row), step) for row in rows]
         drawn = {"noise_seeds": seeds, "step": step}
@@ -168,10 +175,10 @@ class ForwardProcessTrainer(RolloutTrainer):
         given = self.policy.given_frames(samples.conditions)
 
         def free(latents: Tensor) -> Tensor:
-            """What the policy decides about."""
+            """Drop the given frames, which the policy does not generate."""
             return latents[:, :, given:] if given else latents
 
-        # Without gradients first: they exchange the adapter's values, for which no graph may wait.
+        # Predict without gradients first: that swaps the adapter's values, which must not happen under a live graph.
         known = {}
         for name, policy in self.compared(scored).items():
             with policy:
@@ -187,11 +194,11 @@ class ForwardProcessTrainer(RolloutTrainer):
         )
 
     def compared(self, scored: ScoredRollout) -> dict[str, AbstractContextManager]:
-        """{attribute of `Noised`: a context in which the policy is the one that it is compared with}."""
+        """Return {attribute of `Noised`: a context in which the policy is the one to compare with}."""
         return {"reference": self.initial.reference()} if self.args.beta else {}
 
     def anchored(self, loss: Tensor, noised: Noised, metrics: Metrics) -> Tensor:
-        """loss + beta mean (v - v_ref)^2, (B,)."""
+        """Return loss + beta mean (v - v_ref)^2, (B,)."""
         if noised.reference is None:
             return loss
         distance = noised.distance(noised.predicted, noised.reference)

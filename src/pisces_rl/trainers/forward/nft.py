@@ -1,4 +1,4 @@
-"""DiffusionNFT (arXiv 2509.16117): two regressions, towards what was rewarded and away from what was not."""
+"""DiffusionNFT (arXiv 2509.16117): regression towards videos with high rewards and away from those with low ones."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -20,27 +20,32 @@ class NFTConfig(ForwardProcessConfig):
     mixture: float = field(
         default=1.0,
         metadata={
-            "help": "b (beta in the paper): how much of the trained policy the two implicit policies hold. Both "
-            "regress, so it bounds how far the policy goes from the old one, and a smaller b bounds it less."
+            "help": "b (beta in the paper): share of the trained policy in the two implicit policies that are "
+            "regressed. It bounds how far the policy moves from the old one; lower it to allow larger moves."
         },
     )
     contrast: float = field(
         default=5.0,
         metadata={
-            "help": "C: an advantage of C or more counts as wholly right. The smaller, the more a video's "
-            "advantage counts; within a group of 8 whose standard deviation divides them none exceeds 2.5."
+            "help": "C: an advantage of C or more has the full effect. Lower it so that advantages have more effect; "
+            "with scale_rewards='group', none in a group of 8 exceeds 2.5."
         },
     )
     old_decay_rate: float = field(
         default=0.001,
         metadata={
-            "help": "The old policy, which samples, follows the trained one after each rollout with a decay "
-            "that grows by this much a rollout."
+            "help": "Increase per rollout of the decay with which the old policy, which samples, follows the trained "
+            "one, up to old_decay_max."
         },
     )
-    old_decay_max: float = field(default=0.5, metadata={"help": "The largest decay of the old policy."})
+    old_decay_max: float = field(
+        default=0.5, metadata={"help": "Largest decay of the old policy per rollout, in [0, 1)."}
+    )
     old_decay_start: int = field(
-        default=0, metadata={"help": "Rollouts after which the decay begins to grow; until then old = trained."}
+        default=0,
+        metadata={
+            "help": "Rollouts before the decay starts to grow. Until then, the old policy equals the trained one."
+        },
     )
 
     def __post_init__(self):
@@ -50,14 +55,14 @@ class NFTConfig(ForwardProcessConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive: the loss divides by it.")
         if self.contrast > self.advantage_clip:
             raise ValueError(
-                f"contrast={self.contrast} is more than advantage_clip={self.advantage_clip}, within which advantages "
-                "lie: none would count as wholly right. Lower contrast, or raise advantage_clip."
+                f"contrast={self.contrast} must not exceed advantage_clip={self.advantage_clip}: clipped advantages "
+                "would never have the full effect. Lower contrast, or raise advantage_clip."
             )
         if self.old_decay_rate < 0 or not 0 <= self.old_decay_max < 1 or self.old_decay_start < 0:
             raise ValueError(
                 f"old_decay_rate={self.old_decay_rate} and old_decay_start={self.old_decay_start} must not be "
-                f"negative, and old_decay_max={self.old_decay_max} must lie in [0, 1): at 1 the old policy stays "
-                "where it began."
+                f"negative, and old_decay_max={self.old_decay_max} must lie in [0, 1): at 1 the old policy would "
+                "never change."
             )
 
     def held(self) -> Held:
@@ -66,14 +71,19 @@ class NFTConfig(ForwardProcessConfig):
 
 
 def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The policy term of DiffusionNFT, in predictions of the clean sample.
+    """Return the policy term of DiffusionNFT, written with predictions x0^ of the clean sample.
 
         r = clip(A, +-C) / 2C + 1/2
         x+ = b x0^ + (1 - b) x0^_old,     x- = (1 + b) x0^_old - b x0^,     w+- = max(mean |x+- - x0|, 1e-5)
         L = C / b [ r mean (x+ - x0)^2 / w+  +  (1 - r) mean (x- - x0)^2 / w- ]
 
-    with w+- taken as constants. x+- = x_t - t v+- for the velocities v+ = b v + (1 - b) v_old and
+    w+- are constants without gradients. x+- = x_t - t v+- for the velocities v+ = b v + (1 - b) v_old and
     v- = (1 + b) v_old - b v.
+
+    Args:
+        noised: B videos with the predictions of the trained and the old policy.
+        mixture: b.
+        contrast: C.
 
     Returns:
         (loss, w+, w-): (B,) each; the loss carries gradients.
@@ -90,7 +100,7 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
 
 
 class NFTTrainer(ForwardProcessTrainer):
-    r"""Trains a LoRA adapter by DiffusionNFT (arXiv 2509.16117): on samples of an old policy, noised anew.
+    r"""Trains a policy by DiffusionNFT (arXiv 2509.16117), on samples of an old policy with fresh noise.
 
         L = nft_loss + beta mean (v - v_ref)^2,    old <- eta old + (1 - eta) trained after each rollout
 

@@ -1,4 +1,4 @@
-"""Reward-weighted velocity matching (RVM, arXiv 2608.23664): a bounded step of the velocity, by reward and anchor."""
+"""Reward-weighted velocity matching (RVM, arXiv 2608.23664): a bounded velocity step from reward and reference."""
 
 from dataclasses import dataclass, field
 
@@ -15,9 +15,15 @@ class RVMConfig(ForwardProcessConfig):
 
     beta: float = field(
         default=0.01,
-        metadata={"help": "b_ref: weight of v - v_ref in the step, which holds the policy near the reference."},
+        metadata={
+            "help": "b_ref: weight of v - v_ref in the velocity step, which keeps the policy near the reference. "
+            "Raise it if videos degrade while the reward rises. 0 skips the reference pass."
+        },
     )
-    reward_scale: float = field(default=0.1, metadata={"help": "What the clipped advantage is multiplied by."})
+    reward_scale: float = field(
+        default=0.1,
+        metadata={"help": "Factor of the clipped advantage in the velocity step. Raise it to weight rewards more."},
+    )
     scale_rewards: str = field(
         default="batch", metadata=ForwardProcessConfig.__dataclass_fields__["scale_rewards"].metadata
     )
@@ -25,13 +31,13 @@ class RVMConfig(ForwardProcessConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.reward_scale > 0:
-            raise ValueError(f"reward_scale={self.reward_scale} must be positive: it weights the rewards.")
+            raise ValueError(f"reward_scale={self.reward_scale} must be positive: it scales the advantages.")
 
 
 def rvm_step(noised: Noised, reward_scale: float, beta: float) -> Tensor:
-    """g = a (v - v*) + b_ref (v - v_ref), a = reward_scale A: what the velocity is moved against; no gradients.
+    """Return the step that is subtracted from the velocity, g = a (v - v*) + b_ref (v - v_ref), a = reward_scale A.
 
-    (B * rows_per_video, ...)
+    Shape (B * rows_per_video, ...), without gradients.
     """
     predicted = noised.predicted.detach()
     rows = len(predicted) // len(noised.advantages)
@@ -43,11 +49,11 @@ def rvm_step(noised: Noised, reward_scale: float, beta: float) -> Tensor:
 
 
 class RVMTrainer(ForwardProcessTrainer):
-    r"""Trains a LoRA adapter by reward-weighted velocity matching (arXiv 2608.23664).
+    r"""Trains a policy by reward-weighted velocity matching (RVM, arXiv 2608.23664).
 
         g = a (v - v*) + b_ref (v - v_ref),      L = 1/2 mean (v - stop_grad(v - g))^2
 
-    whose gradient is that of a signed regression, and whose value is bounded below. Arguments are those of
+    L has the gradient of a regression whose sign follows the reward, but it is bounded below. Arguments are those of
     `VideoPolicyTrainer`; `args` is an `RVMConfig`.
     """
 
@@ -60,7 +66,7 @@ class RVMTrainer(ForwardProcessTrainer):
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:
         g = rvm_step(noised, self.args.reward_scale, self.args.beta)
-        v = -noised.predicted / noised.time  # but for x_t / t, a constant
+        v = -noised.predicted / noised.time  # v up to the constant x_t / t
         metrics["velocity/step"].append(noised.mean_square(g).mean())
         metrics["velocity/error"].append(noised.distance(noised.predicted.detach(), noised.clean).mean())
         if noised.reference is not None:

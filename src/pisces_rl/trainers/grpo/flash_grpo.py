@@ -1,4 +1,4 @@
-"""Flash-GRPO (arXiv 2605.15980): one stochastic step a prompt, another one for another prompt."""
+"""Flash-GRPO (arXiv 2605.15980): GRPO with one stochastic step per prompt, drawn separately for each prompt."""
 
 from dataclasses import dataclass, field
 
@@ -11,14 +11,16 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlashGRPOConfig(VideoGRPOConfig):
-    """Settings of [`FlashGRPOTrainer`]: those of GRPO, with a window of one step and weights that cancel the step's
-    sensitivity to the prediction."""
+    """Settings of [`FlashGRPOTrainer`]: those of GRPO with other defaults.
+
+    The window has one step, and step weights cancel its sensitivity to the prediction.
+    """
 
     sde_window_size: int | None = field(
         default=1,
         metadata={
-            "help": "Consecutive denoising steps that are stochastic and trained, drawn for each prompt. Unset: "
-            "all steps but the last."
+            "help": "Number of consecutive denoising steps that are stochastic and trained; the window is drawn "
+            "separately for each prompt. Unset: all steps but the last."
         },
     )
     step_weighting: str = field(
@@ -27,15 +29,14 @@ class FlashGRPOConfig(VideoGRPOConfig):
 
 
 class FlashGRPOTrainer(VideoGRPOTrainer):
-    r"""GRPO whose window is drawn for each prompt, so that an optimizer step sees many noise levels
-    (Flash-GRPO, arXiv 2605.15980).
+    r"""Flash-GRPO (arXiv 2605.15980): GRPO with a window drawn for each prompt, so that a step sees many noise levels.
 
-    The videos of a group have the same window. Its weight 1 / c, c = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma),
-    is that of `step_weighting="longcat"` for `flow_sde_linear`, up to a factor. Arguments are those of
-    `VideoGRPOTrainer`; `args` is a `FlashGRPOConfig`.
+    The videos of a group have the same window. The paper's weight 1 / c with
+    c = sqrt(D) / s + s sqrt(D) (1 - sigma) / (2 sigma) equals `step_weighting="longcat"` for `flow_sde_linear`, up to
+    a factor. Arguments are those of `VideoGRPOTrainer`; `args` is a `FlashGRPOConfig`.
 
-    Where ranks share weights, they must make the same calls: prompts at the same place of each process's share then
-    have the same window.
+    If ranks share weights, they must make the same calls, so prompts at the same position of each process's share have
+    the same window.
     """
 
     _tag_names = ["trl", "grpo", "flash-grpo", "text-to-video", "pisces_rl"]
@@ -53,13 +54,13 @@ class FlashGRPOTrainer(VideoGRPOTrainer):
         ):
             raise ValueError(
                 f"per_device_train_batch_size * steps_per_generation = "
-                f"{args.per_device_train_batch_size * args.steps_per_generation} is no multiple of num_generations="
-                f"{args.num_generations}, so groups lie on several processes; with shared weights each process needs "
-                "whole groups, since their windows differ."
+                f"{args.per_device_train_batch_size * args.steps_per_generation} must be a multiple of "
+                f"num_generations={args.num_generations} if processes share weights: windows differ between groups, "
+                "so each process needs whole groups. Change one of these settings."
             )
 
     def trained_steps(self, number: int, group: int) -> list[int]:
-        """A window of the schedule for each group."""
+        """Return the window of trained steps, drawn for each group."""
         if self.policy.mesh is not None:
             args = self.args
             group %= args.generation_batch_size // args.num_generations // args.data_parts

@@ -1,4 +1,4 @@
-"""Flow-DPPO (arXiv 2606.11025): a mask by the divergence of the policies in the place of PPO's clip."""
+"""Flow-DPPO (arXiv 2606.11025): GRPO with a divergence mask instead of PPO's clip."""
 
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlowDPPOConfig(VideoGRPOConfig):
-    """Settings of [`FlowDPPOTrainer`]: those of GRPO, of which `epsilon` and `epsilon_high` are refused."""
+    """Settings of [`FlowDPPOTrainer`]: those of GRPO, without `epsilon` and `epsilon_high`."""
 
     without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
         ("epsilon", "epsilon_high"), "Flow-DPPO does not clip the ratio; set divergence_limit."
@@ -23,8 +23,8 @@ class FlowDPPOConfig(VideoGRPOConfig):
     divergence_limit: float = field(
         default=1e-5,
         metadata={
-            "help": "A step's term is left out where KL(old, new) of its transition, a dimension, exceeds this "
-            "and the ratio moves on."
+            "help": "Limit on the KL divergence per dimension between the old and the new policy's transition. Beyond "
+            "it, a step's loss is dropped if it would move the ratio further from 1. Lower it for smaller updates."
         },
     )
 
@@ -32,28 +32,27 @@ class FlowDPPOConfig(VideoGRPOConfig):
         super().__post_init__()
         if not self.reuses_rollouts:
             warnings.warn(
-                "with one optimizer step a rollout the policy is the one that sampled it, so nothing "
-                "exceeds divergence_limit and this is GRPO: set num_iterations=2, or more "
-                "steps_per_generation.",
+                "with one optimizer step per rollout, the policy is still the one that sampled, so divergence_limit "
+                "is never exceeded and Flow-DPPO equals GRPO: set num_iterations=2, or raise steps_per_generation.",
                 stacklevel=2,
             )
         if not self.divergence_limit > 0:
             raise ValueError(f"divergence_limit={self.divergence_limit} must be positive.")
         if self.step_weighting == "guard":
             raise ValueError(
-                "step_weighting='guard' normalises ratios for a clip, and Flow-DPPO has none; choose "
-                "'none' or 'longcat'."
+                "step_weighting='guard' normalises ratios for a clip, but Flow-DPPO does not clip; choose 'none' or "
+                "'longcat'."
             )
 
 
 class FlowDPPOTrainer(VideoGRPOTrainer):
-    r"""GRPO whose trust region is a divergence (Flow-DPPO, arXiv 2606.11025).
+    r"""Flow-DPPO (arXiv 2606.11025): GRPO with a trust region that is defined by a divergence.
 
-        L = -A rho,  without those terms where KL(p_old, p) > limit and rho moves with A:
+        L = -A rho,  but 0 if KL(p_old, p) > limit and rho has already moved in the direction of A:
             A > 0 and rho > 1, or A < 0 and rho < 1
 
-    A step of a video far from the old policy is still led back. Arguments are those of `VideoGRPOTrainer`; `args` is
-    a `FlowDPPOConfig`.
+    Terms that move a step back towards the old policy always count. Arguments are those of `VideoGRPOTrainer`; `args`
+    is a `FlowDPPOConfig`.
     """
 
     _tag_names = ["trl", "grpo", "flow-dppo", "text-to-video", "pisces_rl"]

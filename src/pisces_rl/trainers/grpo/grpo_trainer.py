@@ -1,8 +1,8 @@
 """GRPO for text-to-video policies.
 
-Every video of a group is sampled with noise at the trained denoising steps. The recorded transitions are scored again
-under the current adapter, step by step; each step's clipped loss is back-propagated at once, so that one step's graph
-lives at a time.
+Each video of a group is sampled with noise at the trained denoising steps. The update replays the recorded transitions
+with the current adapter and back-propagates each step's clipped loss immediately, so that memory holds the graph of
+only one step at a time.
 
 The method is Flow-GRPO's (arXiv 2505.05470) and DanceGRPO's (arXiv 2505.07818); with `transition="ddim"` it is DDPO's
 policy gradient (arXiv 2305.13301) with group advantages. The structure and names follow TRL's `GRPOTrainer`.
@@ -31,14 +31,14 @@ from .grpo_config import VideoGRPOConfig
 
 
 class VideoGRPOTrainer(RolloutTrainer):
-    r"""Trains a LoRA adapter of a text-to-video pipeline by group-relative policy optimisation.
+    r"""Trains a text-to-video pipeline by group-relative policy optimisation (GRPO).
 
-    For a group of G videos of one prompt with rewards r_i, A_i = (r_i - mean) / (std + 1e-4); for each trained
-    denoising step t, with rho = p(x' | x) / p_old(x' | x),
+    For a group of G videos of one prompt with rewards r_i, A_i = (r_i - mean) / (std + 1e-4). For each trained
+    denoising step, with rho = p(x' | x) / p_old(x' | x),
 
         L = mean over samples and steps of  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)) + beta KL(p || p_ref)
 
-    The reference policy is the model with its adapter switched off.
+    The reference policy is the model without the adapter, or with the saved one (`continue_reference`).
 
     Example:
 
@@ -93,7 +93,7 @@ class VideoGRPOTrainer(RolloutTrainer):
         )
 
     def trained_steps(self, number: int, group: int) -> list[int]:
-        """A window of the schedule, the same in the whole rollout."""
+        """Return the window of trained steps, the same for the whole rollout."""
         return self.policy.draw_window(sample_seed(self.args.seed, number, WINDOW))
 
     @property
@@ -103,7 +103,8 @@ class VideoGRPOTrainer(RolloutTrainer):
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
         metrics: Metrics = defaultdict(list)
         total, taken = torch.zeros((), device=self.accelerator.device), rows
-        # Without a KL term a sample of advantage 0 has no gradient; but ranks that share weights make the same calls.
+        # Without a KL penalty, skip samples with advantage 0, which have no gradient, unless ranks share weights and
+        # so must make the same calls.
         if not self.args.beta and self.policy.mesh is None:
             taken = [row for row in rows if scored.advantages[row] != 0]
         if not taken:
@@ -117,18 +118,18 @@ class VideoGRPOTrainer(RolloutTrainer):
     def policy_loss(
         self, step: ReplayStep, log_ratio: Tensor, advantage: Tensor, samples: Rollout
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss of one denoising step of B videos; a subclass may replace it.
+        """Return the policy loss of one denoising step of B videos; a subclass may replace it.
 
         Args:
-            step: under the current weights.
-            log_ratio: (B,) log p - log p_old, carries gradients.
-            advantage: (B,).
-            samples: of which `step.rows` are scored; `samples.mean_rows(step.index, step.rows)` is the transition's
-                mean under the policy that drew them.
+            step: the replayed step, with the current weights.
+            log_ratio: (B,) log p - log p_old, with gradients.
+            advantage: (B,) advantages.
+            samples: the rollout that `step.rows` belong to; `samples.mean_rows(step.index, step.rows)` is the mean of
+                the transition under the policy that sampled it.
 
         Returns:
-            (loss, low, high): (B,), and the shares of the B videos whose gradient a clip or a mask removed where the
-            advantage is below 0, or above.
+            (loss, low, high): loss (B,); low and high are the shares of the B videos whose gradient a clip or mask
+            removed and whose advantage is negative (low) or positive (high).
         """
         limits = self.args.epsilon, self.args.upper_epsilon
         return (clipped_policy_loss(log_ratio, advantage, *limits), *clip_fractions(log_ratio, advantage, *limits))
@@ -143,12 +144,16 @@ class VideoGRPOTrainer(RolloutTrainer):
         share: float,
         metrics: Metrics,
     ) -> Tensor:
-        """Back-propagate the loss of some videos with the same trained steps; returns its value.
+        """Back-propagate the loss of some videos with the same trained steps; return its value.
 
         Args:
-            places: of the videos in `samples`.
-            rows: of the same videos in `scored`.
-            share: of the micro-batch that has a gradient.
+            samples: samples that contain the videos.
+            places: rows of the videos in `samples`.
+            scored: the rollout.
+            rows: rows of the same videos in `scored`.
+            count: divisor of the summed losses, as in `backward`.
+            share: share of the micro-batch that has a gradient.
+            metrics: the values to log are added here.
         """
         args, device = self.args, self.accelerator.device
         before_first_step = self.state.global_step == scored.drawn_at
@@ -160,7 +165,7 @@ class VideoGRPOTrainer(RolloutTrainer):
         def visit(step: ReplayStep) -> None:
             nonlocal total
             k = samples.steps.index(step.index)
-            own = slice(orders[step.rows[0]], orders[step.rows[-1]] + 1)  # a visit is of neighbouring rows
+            own = slice(orders[step.rows[0]], orders[step.rows[-1]] + 1)  # the rows of a visit are consecutive
             log_ratio, advantage = step.log_prob - old_log_probs[own, k], advantages[own]
             if before_first_step:
                 errors.append((step.index, log_ratio.detach().abs().max()))
@@ -193,17 +198,18 @@ class VideoGRPOTrainer(RolloutTrainer):
         return total
 
     def _reference_steps(self, samples: Rollout, places: list[int]) -> dict[tuple[int, int], ReplayStep]:
-        """The trained steps under the reference policy, by index and first row, without gradients."""
+        """Replay the trained steps with the reference policy, without gradients: {(index, first row): step}."""
         steps: list[ReplayStep] = []
         with self.initial.reference():
             self.policy.replay(samples, places, steps.append, grad=False, wait=False)
         return {(step.index, step.rows[0]): step for step in steps}
 
     def _check_replay(self, errors: list[tuple[int, Tensor]], metrics: Metrics) -> None:
-        """Before the first optimizer step the ratio must be 1: rollout and update are the same computation.
+        """Raise a RuntimeError unless the ratio is 1 before the first optimizer step on a rollout.
 
         Args:
-            errors: a denoising step and its largest |log p - log p_old|, each.
+            errors: pairs of a denoising step and its largest |log p - log p_old|.
+            metrics: the errors are logged here.
         """
         for index, error in errors:
             error = error.item()
@@ -212,8 +218,9 @@ class VideoGRPOTrainer(RolloutTrainer):
                 raise RuntimeError(
                     f"denoising step {index}: log p differs by {error:.3g} between sampling and update, before any "
                     f"optimizer step (replay_tolerance {self.args.replay_tolerance:g}). The update would follow "
-                    "numerical noise. Use the same attention kernel and compilation in both, fp32 or bf16 throughout, "
-                    "and no feature cache; or raise replay_tolerance if this error is small beside the clip range."
+                    "numerical noise. Use the same attention kernel, compilation and precision (fp32 or bf16) in "
+                    "both, and no feature cache; or raise replay_tolerance if the error is small next to the clip "
+                    "range."
                 )
 
     def _cited(self) -> tuple[Paper, ...]:

@@ -1,1 +1,1 @@
-"""What all methods share that sample groups of videos: rollouts, rewards, advantages, losses."""
+"""Shared by all methods that sample groups of videos: rollouts, rewards, advantages, losses."""

@@ -1,16 +1,16 @@
-"""From rewards to advantages."""
+"""Compute advantages from rewards."""
 
 from collections import deque
 
 import torch
 from torch import Tensor
 
-#: Values that differ by less than this share of the largest are equal: the rounding of a few fp32 operations.
+#: Values whose difference is at most this share of the largest count as equal: the rounding of a few fp32 operations.
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
 def aggregate_rewards(values: Tensor, weights: Tensor) -> Tensor:
-    """Weighted sum over rewards, (B, n) -> (B,); rewards that do not apply (NaN) are left out, NaN if none applies."""
+    """Return the weighted sum over rewards, (B, n) -> (B,), without rewards that are NaN; NaN if all of them are."""
     total = (values * weights).nansum(1)
     return total.masked_fill(values.isnan().all(1), torch.nan)
 
@@ -23,35 +23,36 @@ def group_advantages(
     scale_rewards: str = "group",
     aggregation: str = "sum_then_normalize",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Group-relative advantages, A = (r - mean of the group) / (std + 1e-4), computed in fp64.
+    """Return group-relative advantages, A = (r - mean of the group) / (std + 1e-4), computed in fp64.
 
     Args:
-        values: (B, n) one column a reward, NaN where it does not apply; rows of a group are consecutive.
-        weights: (n,).
-        num_generations: rows a group, G.
-        scale_rewards: "group" divides by the group's standard deviation, "batch" by the batch's, "none" by nothing.
-        aggregation: "sum_then_normalize" sums the weighted rewards first; "normalize_then_sum" normalises every
-            reward within its group first, so that an easy reward does not starve a hard one, and the sum over the
-            batch afterwards (as TRL does).
+        values: (B, n) rewards, one column per reward, NaN if it does not apply; rows of a group are consecutive.
+        weights: (n,) weights of the rewards.
+        num_generations: G, rows per group.
+        scale_rewards: "group" divides by the standard deviation of the group, "batch" by that of the batch, "none" by
+            nothing.
+        aggregation: "sum_then_normalize" sums the weighted rewards first. "normalize_then_sum" first normalises each
+            reward within its group, so that a reward with a large spread does not drown the others, then the sum over
+            the batch (as TRL does).
 
     Returns:
-        (advantages, rewards, group_std): each (B,) fp32; advantages are exactly 0 where no reward applies, and in a
-        group whose rewards are equal or differ only by rounding (`ROUNDING`), where group_std is 0, too.
+        (advantages, rewards, group_std): each (B,) fp32. Advantages are exactly 0 if no reward applies. If the rewards
+        of a group are equal or differ only by rounding (`ROUNDING`), its advantages and group_std are exactly 0.
     """
     values, weights = values.double(), weights.double()
     groups = values.view(-1, num_generations, values.shape[1])
     by_reward, std_by_reward = deviations(groups, 1)
-    # A reward that is equal in a group stands at its mean, so that its rounding does not drown the others.
+    # Replace a reward that is equal within a group by its mean, so that its rounding does not drown the others.
     equal = (std_by_reward == 0) & ~groups.isnan()
     settled = torch.where(equal, groups.nanmean(1, True), groups)
     varying = settled.abs().masked_fill(equal, 0.0).view_as(values)
     rewards, settled = aggregate_rewards(values, weights), aggregate_rewards(settled.view_as(values), weights)
-    sizes = aggregate_rewards(varying, weights.abs())  # what the rounding of a sum is relative to
+    sizes = aggregate_rewards(varying, weights.abs())  # the rounding of a sum is relative to this
     deviation, group_std = deviations(settled.view(-1, num_generations), 1, sizes.view(-1, num_generations))
     group_std = group_std.flatten().repeat_interleave(num_generations)
     if aggregation == "normalize_then_sum":
         total = aggregate_rewards((by_reward / (std_by_reward + 1e-4)).view_as(values), weights)
-        advantages = total / (nanstd(total) + 1e-4)  # their mean is 0, as it is in each group
+        advantages = total / (nanstd(total) + 1e-4)  # the mean is already 0, because it is in each group
     else:
         advantages = deviation.flatten()
         if scale_rewards == "group":
@@ -62,25 +63,28 @@ def group_advantages(
 
 
 def group_correlation(values: Tensor, num_generations: int) -> Tensor:
-    """(n, n) correlation of rewards within groups: of what each value differs by from its group's mean.
+    """Return the (n, n) correlation of rewards within groups, that is, of their deviations from the group means.
 
-    Args as in `group_advantages`. A pair counts the rows to which both rewards apply; NaN where one does not vary.
+    Args as in `group_advantages`. A pair counts only the rows to which both rewards apply; NaN if one does not vary.
     """
     groups = values.double().view(-1, num_generations, values.shape[1])
     centred = (groups - groups.nanmean(1, keepdim=True)).flatten(0, 1)
     known = (~centred.isnan()).double()
     centred = centred.nan_to_num()
-    squares = centred.square().T @ known  # [i, j]: of i, over the rows of both
+    squares = centred.square().T @ known  # [i, j]: sum of squares of i, over the rows that have both
     squares = squares.masked_fill(squares < 1e-16, torch.nan)
     return centred.T @ centred / (squares * squares.T).sqrt()
 
 
 def deviations(values: Tensor, dim: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Differences from the mean, and the unbiased standard deviation (with the dimension kept), in fp64; NaN is left
-    out. Both are exactly 0 where the values differ by rounding only, or fewer than two are left.
+    """Return the differences from the mean and the unbiased standard deviation, in fp64, ignoring NaN.
+
+    Both are exactly 0 if the values differ only by rounding, or if fewer than two are not NaN.
 
     Args:
-        sizes: of what the values were computed from, in their shape; unset: their own.
+        values: any shape.
+        dim: the dimension to reduce; the standard deviation keeps it with size 1.
+        sizes: magnitudes that the rounding is relative to, in the shape of `values`; None: those of `values`.
     """
     values = values.double()
     known = ~values.isnan()
@@ -94,8 +98,10 @@ def deviations(values: Tensor, dim: int, sizes: Tensor | None = None) -> tuple[T
 
 
 def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    """Unbiased standard deviation that leaves NaN out, computed in fp64, in the values' dtype; 0 where they differ by
-    rounding only, or fewer than two are left."""
+    """Return the unbiased standard deviation in the dtype of `values`, computed in fp64, ignoring NaN.
+
+    It is 0 if the values differ only by rounding, or if fewer than two are not NaN.
+    """
     if dim is None:
         values, dim = values.flatten(), 0
     std = deviations(values, dim)[1].to(values.dtype)
@@ -105,12 +111,12 @@ def nanstd(values: Tensor, dim: int | None = None, keepdim: bool = False) -> Ten
 class PromptStatistics:
     """Running mean and standard deviation of each prompt's rewards (DDPO, arXiv 2305.13301, section 4.4).
 
-    Rewards of one prompt are kept over rollouts in a buffer; a prompt seen fewer than `min_count` times takes the
-    batch's statistics.
+    A buffer keeps the rewards of each prompt over rollouts. A prompt with fewer than `min_count` rewards uses the
+    statistics of the batch.
 
     Args:
-        buffer_size: rewards kept a prompt.
-        min_count: rewards needed before a prompt stands on its own.
+        buffer_size: most recent rewards kept per prompt.
+        min_count: rewards that a prompt needs before its statistics are used.
     """
 
     def __init__(self, buffer_size: int = 16, min_count: int = 16):
@@ -118,9 +124,11 @@ class PromptStatistics:
         self.buffers: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: Tensor) -> Tensor:
-        """(B,) A = (r - mean) / (std + 1e-4), after the batch's rewards have entered the buffers; NaN gives 0, and so
-        does a reward that differs from what it is compared with only by rounding. The standard deviation is the biased
-        one."""
+        """Add the batch's rewards to the buffers, then return the advantages A = (r - mean) / (std + 1e-4), (B,).
+
+        The standard deviation is the biased one. A is 0 for a NaN reward, and for a reward that differs only by
+        rounding from all rewards it is compared with.
+        """
         numbers = rewards.double()
         for prompt, reward in zip(prompts, numbers.tolist()):
             if reward == reward:
@@ -130,7 +138,7 @@ class PromptStatistics:
         for row, prompt in enumerate(prompts):
             kept = self.buffers.get(prompt, ())
             known = batch if len(kept) < self.min_count else torch.tensor(list(kept), dtype=torch.float64)
-            together = torch.cat([known, numbers[row : row + 1]])  # the buffer may have lost this one already
+            together = torch.cat([known, numbers[row : row + 1]])  # the buffer may have dropped this one already
             if len(known) and bool((deviations(together, 0)[0] != 0).any()):
                 result[row] = (numbers[row] - known.mean()) / (known.std(unbiased=False) + 1e-4)
         return result.nan_to_num(0.0).float()

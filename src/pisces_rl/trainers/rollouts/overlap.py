@@ -1,4 +1,4 @@
-"""Rewards beside the rollout: the videos of one part are scored while the next part is sampled."""
+"""Score the videos of one part of a rollout while the next part is sampled."""
 
 import threading
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from ...rewards.thread_settings import with_settings_of_this_thread
 
 
 class OverlappedRewards:
-    """Scores the parts of a rollout in a thread, in their order, on a CUDA stream of its own where there is one.
+    """Scores the parts of a rollout in order, in a separate thread and, on a GPU, a separate CUDA stream.
 
         with overlapped:
             for part in parts:
@@ -21,15 +21,15 @@ class OverlappedRewards:
                 overlapped.submit(prompts, videos, columns, state)
             table = overlapped.table(all_prompts, all_videos, all_columns, state)
 
-    A reward is called once for each part; one that `compares_videos` once for the whole rollout, in `table`. What a
-    reward raises is raised by the next `submit` or by `table`. An interrupt does not wait for the reward that is being
-    computed.
+    Each reward is called once per part, except that one that `compares_videos` is called once for the whole rollout,
+    in `table`. An exception in a reward is raised again by the next `submit` or by `table`. An interrupt does not wait
+    for the reward that is running.
 
     Args:
         panel: the rewards.
-        device: of the videos.
-        attention: the denoiser's attention kernel. Torch keeps that choice for all threads at once, so the rewards
-            have it, too, all the time: not now and then, as the threads happen to meet.
+        device: device of the videos.
+        attention: the denoiser's attention kernel. Torch stores that choice per process, not per thread, so the
+            kernel is set for the whole rollout; otherwise rewards would see it only while the denoiser runs.
     """
 
     def __init__(self, panel: RewardPanel, device: torch.device, attention: str | None = None):
@@ -44,7 +44,11 @@ class OverlappedRewards:
         self.stopped = threading.Event()
         self.kernel = attention_kernel(self.attention)
         self.kernel.__enter__()
-        work = self.queue, self.tables, self.stopped  # of this rollout: an earlier, interrupted one keeps its own
+        work = (
+            self.queue,
+            self.tables,
+            self.stopped,
+        )  # arguments: the thread of an interrupted rollout keeps its objects
         target = with_settings_of_this_thread(self._work)
         self.thread = threading.Thread(target=target, args=work, name="rewards", daemon=True)
         self.thread.start()
@@ -58,7 +62,7 @@ class OverlappedRewards:
         self.kernel.__exit__(None, None, None)
 
     def submit(self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None) -> None:
-        """Score these videos as soon as those before them are."""
+        """Queue these videos for scoring, after those submitted before."""
         self._raise()
         ready = None
         if self.stream is not None:
@@ -73,10 +77,14 @@ class OverlappedRewards:
         trainer_state=None,
         places: Sequence[int] | None = None,
     ) -> RewardTable:
-        """Wait for the parts; the table of the whole rollout, of which these are prompts, videos and columns.
+        """Wait until all parts are scored, and return the table of the whole rollout.
 
         Args:
-            places: the number at which each of these videos was submitted; unset: they came in this order.
+            prompts: prompts of the whole rollout.
+            videos: its videos.
+            columns: its data set columns.
+            trainer_state: passed to the rewards.
+            places: position of each video in the order of submission; None: the order is the same.
         """
         self.queue.put(None)
         self.thread.join()
@@ -105,6 +113,6 @@ class OverlappedRewards:
                     self.stream.wait_event(ready)
                     inputs[1].record_stream(self.stream)
                     tables.append(self.each(*inputs))
-        except BaseException as error:  # for the thread that samples
+        except BaseException as error:  # raised again in the sampling thread
             if not stopped.is_set():
                 self.error = error

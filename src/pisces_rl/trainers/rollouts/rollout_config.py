@@ -1,4 +1,4 @@
-"""Configuration that all trainers share which sample groups of videos and train on them."""
+"""Settings shared by all trainers that sample groups of videos and train on them."""
 
 import warnings
 from dataclasses import dataclass, field, fields
@@ -10,26 +10,29 @@ from ..base.config import VideoPolicyConfig
 
 @dataclass
 class RolloutConfig(VideoPolicyConfig):
-    r"""Settings of `RolloutTrainer`, on top of `transformers.TrainingArguments`.
+    r"""Settings of `RolloutTrainer`, in addition to `transformers.TrainingArguments`.
 
-    How much is sampled and updated: every `steps_per_generation * num_iterations` micro-batches one rollout of
-    `generation_batch_size` videos is drawn, in groups of `num_generations` per prompt; each optimizer step uses
+    Batch sizes: every `steps_per_generation * num_iterations` micro-batches, one rollout of `generation_batch_size`
+    videos is sampled, in groups of `num_generations` per prompt. Each optimizer step uses
     `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.
     """
 
-    small_group: ClassVar[int] = 8  # below, a warning
+    small_group: ClassVar[int] = 8  # warn about smaller groups
 
     # --- how a rollout is sampled ---
     rollout_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Videos per call of the pipeline while sampling. Unset: the process's whole share."},
+        metadata={
+            "help": "Videos per pipeline call while sampling; lower it to save memory. Unset: all videos of this "
+            "process's share of the rollout in one call."
+        },
     )
 
     overlap_rewards: bool = field(
         default=False,
         metadata={
-            "help": "Whether rewards score one rollout_batch_size of videos while the next is sampled, in a "
-            "thread and on a CUDA stream of their own. They are then called once for each such batch."
+            "help": "Score one batch of rollout_batch_size videos while the next is sampled, in a separate thread and "
+            "CUDA stream. Each reward is then called once per batch. Worthwhile if rewards take long."
         },
     )
 
@@ -37,45 +40,76 @@ class RolloutConfig(VideoPolicyConfig):
     num_generations: int = field(
         default=8,
         metadata={
-            "help": "Videos per prompt in a group (at least 2; below 8 the "
-            "sign of advantages is often wrong on video)."
+            "help": "Videos per prompt, which form a group (at least 2). Below 8, advantages on video often have the "
+            "wrong sign."
         },
     )
     generation_batch_size: int | None = field(
-        default=None, metadata={"help": "Videos of a rollout over all processes. Unset: the effective batch size."}
+        default=None,
+        metadata={
+            "help": "Videos per rollout over all processes. Set this or steps_per_generation, not both. Unset: the "
+            "videos of one optimizer step."
+        },
     )
     steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Micro-batches a rollout is split into. Unset: gradient_accumulation_steps."}
+        default=None,
+        metadata={
+            "help": "Micro-batches that a rollout is split into. More than gradient_accumulation_steps gives several "
+            "optimizer steps per rollout. Unset: gradient_accumulation_steps."
+        },
     )
-    num_iterations: int = field(default=1, metadata={"help": "How often each rollout is used (mu in the algorithm)."})
+    num_iterations: int = field(
+        default=1,
+        metadata={
+            "help": "Times that each rollout is trained on (mu in the GRPO paper). More save sampling time, but train "
+            "on older samples."
+        },
+    )
 
     # --- advantages ---
     scale_rewards: str = field(
         default="group",
         metadata={
-            "help": "'group' or 'batch': advantages are divided by that standard deviation; 'none': by nothing."
+            "help": "What advantages are divided by: 'group', the standard deviation of the group's rewards; 'batch', "
+            "that of the rollout; 'none', nothing."
         },
     )
     multi_objective_aggregation: str = field(
         default="sum_then_normalize",
-        metadata={"help": "'sum_then_normalize' or 'normalize_then_sum' (each reward normalised in its group first)."},
+        metadata={
+            "help": "How several rewards are combined: 'sum_then_normalize', or 'normalize_then_sum', which "
+            "normalises each reward within its group first, so that rewards of different scales count alike."
+        },
     )
-    advantage_clip: float = field(default=5.0, metadata={"help": "Advantages are clamped to +- this value."})
+    advantage_clip: float = field(
+        default=5.0,
+        metadata={
+            "help": "Advantages are clamped to the range from -advantage_clip to advantage_clip. Lower it if outliers "
+            "dominate the updates."
+        },
+    )
     per_prompt_stat_tracking: bool = field(
         default=False,
         metadata={
-            "help": "Advantages from running statistics of each prompt's summed rewards (DDPO) instead of the "
-            "group's; not with other scale_rewards or multi_objective_aggregation."
+            "help": "Compute advantages from running statistics of each prompt's summed rewards (DDPO) instead of the "
+            "group's. Requires the defaults of scale_rewards and multi_objective_aggregation."
         },
     )
-    per_prompt_stat_tracking_buffer_size: int = field(default=16, metadata={"help": "Rewards kept per prompt."})
+    per_prompt_stat_tracking_buffer_size: int = field(
+        default=16, metadata={"help": "Most recent rewards kept per prompt, with per_prompt_stat_tracking."}
+    )
     per_prompt_stat_tracking_min_count: int = field(
-        default=16, metadata={"help": "Rewards a prompt needs before its own statistics are used."}
+        default=16,
+        metadata={
+            "help": "Rewards that a prompt needs before its statistics are used, with per_prompt_stat_tracking. Until "
+            "then the statistics of the rollout are used."
+        },
     )
 
-    # --- evaluation and what a run leaves ---
+    # --- evaluation and output files ---
     log_completions: bool = field(
-        default=False, metadata={"help": "Whether to write the first videos of a training rollout at each log, too."}
+        default=False,
+        metadata={"help": "Also write the first num_sample_videos videos of a training rollout at each log."},
     )
 
     def __post_init__(self):
@@ -85,29 +119,29 @@ class RolloutConfig(VideoPolicyConfig):
         self.check_choice("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))
         if self.per_prompt_stat_tracking_min_count > self.per_prompt_stat_tracking_buffer_size:
             raise ValueError(
-                f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} is more than "
-                f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size} keeps."
+                f"per_prompt_stat_tracking_min_count={self.per_prompt_stat_tracking_min_count} must not exceed "
+                f"per_prompt_stat_tracking_buffer_size={self.per_prompt_stat_tracking_buffer_size}."
             )
         if self.per_prompt_stat_tracking:
             self._check_scaling(
-                "per_prompt_stat_tracking=True takes the mean and standard deviation of each prompt's summed rewards",
+                "per_prompt_stat_tracking=True uses the mean and standard deviation of each prompt's summed rewards",
                 "scale_rewards",
                 "multi_objective_aggregation",
             )
         elif self.multi_objective_aggregation == "normalize_then_sum":
             self._check_scaling(
-                "multi_objective_aggregation='normalize_then_sum' divides each reward by its group's "
-                "standard deviation and their sum by the batch's",
+                "multi_objective_aggregation='normalize_then_sum' divides each reward by the standard deviation of "
+                "its group and the sum by that of the batch",
                 "scale_rewards",
             )
         if not self.advantage_clip > 0:
-            raise ValueError(f"advantage_clip={self.advantage_clip} must be positive: advantages lie within +- it.")
+            raise ValueError(f"advantage_clip={self.advantage_clip} must be positive: it bounds |advantage|.")
         if self.num_iterations < 1:
             raise ValueError(f"num_iterations={self.num_iterations} must be at least 1.")
         self._check_batches()
 
     def _check_scaling(self, why: str, *names: str) -> None:
-        """A ValueError where one of these settings is not the method's default, although it has no effect."""
+        """Raise a ValueError if one of these settings, which have no effect, differs from the method's default."""
         for name in names:
             default, value = self.__dataclass_fields__[name].default, getattr(self, name)
             if value != default:
@@ -127,7 +161,7 @@ class RolloutConfig(VideoPolicyConfig):
         return "scale_rewards", "multi_objective_aggregation", "advantage_clip", *own
 
     def held(self) -> Held:
-        """Of each video of a rollout its clean latents are kept; a subclass adds to that."""
+        """Count the clean latents of each video of a rollout; subclasses add to them."""
         videos = self.per_device_train_batch_size * self.steps_per_generation
         return Held(
             sampled=min(self.rollout_batch_size or videos, videos),
@@ -139,14 +173,14 @@ class RolloutConfig(VideoPolicyConfig):
         )
 
     def check_choice(self, name: str, allowed: tuple[str, ...]) -> None:
-        """A ValueError where a setting is none of the allowed ones."""
+        """Raise a ValueError if a setting has none of the allowed values."""
         if getattr(self, name) not in allowed:
             raise ValueError(f"{name}={getattr(self, name)!r} must be one of {allowed}.")
 
     def _check_batches(self) -> None:
         per_step = self.per_device_train_batch_size * self.data_parts
         if self.generation_batch_size is not None and self.steps_per_generation is not None:
-            raise ValueError("generation_batch_size and steps_per_generation say the same thing; give one of them.")
+            raise ValueError("generation_batch_size and steps_per_generation set the same thing; set only one.")
         if self.generation_batch_size is not None:
             if self.generation_batch_size % per_step:
                 raise ValueError(
@@ -180,18 +214,18 @@ class RolloutConfig(VideoPolicyConfig):
         if self.overlap_rewards and not (self.rollout_batch_size and self.rollout_batch_size < share):
             raise ValueError(
                 f"overlap_rewards=True, but rollout_batch_size={self.rollout_batch_size} does not split a process's "
-                f"rollout of {share} videos, so there is no sampling left to score beside: set rollout_batch_size "
+                f"rollout of {share} videos, so no sampling is left to overlap with: set rollout_batch_size "
                 f"below {share}, or leave overlap_rewards out."
             )
         if self.num_generations < self.small_group:
             warnings.warn(
-                f"num_generations={self.num_generations}: groups below {self.small_group} often give advantages "
-                "of the wrong sign on video; training goes on.",
+                f"num_generations={self.num_generations}: on video, groups below {self.small_group} often give "
+                "advantages of the wrong sign. Training continues.",
                 stacklevel=2,
             )
 
     def videos_a_step(self) -> str:
-        """How many videos an optimizer step samples, or several together do, in words."""
+        """Describe in words how many videos one optimizer step, or several together, sample."""
         uses, accumulated = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         videos = self.generation_batch_size * max(1, accumulated // uses)
         steps = (

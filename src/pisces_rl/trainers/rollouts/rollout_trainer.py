@@ -1,10 +1,10 @@
-"""What all methods share that sample videos, score them, and train on them for a while.
+"""The loop of all methods that sample groups of videos, score them, and train on them.
 
 Each iteration has two stages.
 
-1. Rollout. For every prompt a group of G videos is sampled; rewards score them, and each video's advantage is its
-   reward against its group's.
-2. Update. The algorithm back-propagates its loss on micro-batches of the rollout. Gradients are averaged over
+1. Rollout. For each prompt a group of G videos is sampled. Rewards score them, and each video's advantage is its
+   reward relative to its group.
+2. Update. The method back-propagates its loss on micro-batches of the rollout. Gradients are averaged over
    processes once per optimizer step.
 """
 
@@ -32,17 +32,18 @@ from .advantages import PromptStatistics, group_advantages, group_correlation, n
 from .overlap import OverlappedRewards
 from .scored import ScoredRollout
 
-NOISE, STEP, WINDOW, SHUFFLE = range(4)  # what a seed is for
+NOISE, STEP, WINDOW, SHUFFLE = range(4)  # purposes of seeds
 
 Metrics = dict[str, list[float | Tensor]]
 
 
 class RolloutTrainer(VideoPolicyTrainer):
-    """Prompts, seeds, sampling, rewards, groups, advantages, micro-batches, logs and resume; an algorithm says
+    """Base of the methods that train on rollouts: sampling, rewards, advantages, micro-batches, logs and resume.
 
-    - `trained_steps`: which denoising steps are stochastic and trained; none, by default: samples are deterministic;
-    - `followed`: the averages of the adapter that it needs beside the trained one, and `sampling_policy`: which of
-      them draws the videos;
+    A method overrides
+
+    - `trained_steps`: which denoising steps are stochastic and trained. By default none: sampling is deterministic.
+    - `followed`: the averages of the adapter that it needs; and `sampling_policy`: which policy draws the videos.
     - `backward`: its loss.
 
     Arguments are those of `VideoPolicyTrainer`; `args` is a `RolloutConfig`.
@@ -72,7 +73,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         prompts_per_rollout = args.generation_batch_size // args.num_generations
         if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
-                f"a rollout takes {prompts_per_rollout} different prompts (generation_batch_size "
+                f"a rollout needs {prompts_per_rollout} different prompts (generation_batch_size "
                 f"{args.generation_batch_size} / num_generations {args.num_generations}), but train_dataset has only "
                 f"{len(train_dataset)}; add prompts, or lower the batch size."
             )
@@ -91,9 +92,9 @@ class RolloutTrainer(VideoPolicyTrainer):
         if args.overlap_rewards:
             self.overlapped = OverlappedRewards(self.rewards, self.accelerator.device, args.attention_kernel)
         self.scored: ScoredRollout | None = None
-        self._rollout_state: dict = {}  # what draws it again in a run that is resumed inside it
+        self._rollout_state: dict = {}  # lets a run that is resumed inside the rollout draw it again
         self._resumed_rollout: dict | None = None
-        self._told_of_rewards: set[str] = set()  # reasons why some teach nothing
+        self._warned_of_rewards: set[str] = set()  # reasons already warned of why rewards give no gradient
         self.followers: dict[str, AdapterEMA] = self.followed()
         self.prompt_statistics = (
             PromptStatistics(args.per_prompt_stat_tracking_buffer_size, args.per_prompt_stat_tracking_min_count)
@@ -101,15 +102,15 @@ class RolloutTrainer(VideoPolicyTrainer):
             else None
         )
 
-    # --- what an algorithm says --------------------------------------------------------------------------------------
+    # --- what a method overrides -------------------------------------------------------------------------------------
 
     @property
     def kept_together(self) -> int:
-        """How many neighbouring videos a micro-batch must not part."""
+        """Number of consecutive videos that must stay in one micro-batch."""
         return 1
 
     def trained_steps(self, number: int, group: int) -> list[int]:
-        """The denoising steps that are stochastic and recorded, in the videos of a group of the number-th rollout."""
+        """Return the denoising steps that are stochastic and recorded, for a group of rollout `number`."""
         return []
 
     @property
@@ -118,37 +119,37 @@ class RolloutTrainer(VideoPolicyTrainer):
         return False
 
     def followed(self) -> dict[str, AdapterEMA]:
-        """{name: an average of the adapter}: kept beside it, saved and resumed with it."""
+        """Return the averages of the adapter that the method needs, by name; checkpoints save and restore them."""
         return {}
 
     def sampling_policy(self) -> contextlib.AbstractContextManager:
-        """Inside, the policy is the one that draws the rollouts; by default the trained one."""
+        """Return a context in which the policy is the one that samples; by default the trained one."""
         return contextlib.nullcontext()
 
     def before_rollout(self) -> None:
-        """Called before each rollout but the first, under the weights that the last update left."""
+        """Called before each rollout except the first, after the last update."""
 
     def backward(self, scored: ScoredRollout, rows: list[int], count: int) -> tuple[Tensor, Metrics]:
         """Back-propagate the loss of a micro-batch.
 
         Args:
             scored: the rollout.
-            rows: the micro-batch, of `scored`.
-            count: what the sum of the videos' losses is divided by: the optimizer step's videos on this process.
+            rows: rows of `scored` in the micro-batch.
+            count: divisor of the summed losses: the videos of the optimizer step on this process.
 
         Returns:
-            The loss, a detached scalar, and what is logged.
+            (loss, metrics): a detached scalar, and the values to log.
         """
         raise TypeError(f"{type(self).__name__} has no loss: define backward(scored, rows, count).")
 
-    # --- data: every prompt G times, every rollout's prompts for as many micro-batches as it is used -----------------
+    # --- data: each prompt G times, each rollout's prompts once per micro-batch that uses them -----------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         self.scored = self._resumed_rollout = None
         if not self._step:
-            for follower in self.followers.values():  # the weights may have been set since they were made
+            for follower in self.followers.values():  # the user may have set the weights after __init__
                 follower.restart()
-        self._step += -self._step % self._uses_per_rollout  # a second train() begins with a rollout of its own
+        self._step += -self._step % self._uses_per_rollout  # a second train() starts with a new rollout
         return super().train(resume_from_checkpoint, **kwargs)
 
     def get_train_dataloader(self):
@@ -199,7 +200,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             places = sorted(range(len(prompts)), key=drawn_rows.__getitem__)  # row r was drawn as number places[r]
             if places != list(range(len(places))):
                 videos = videos[places]
-            # Also where nothing overlaps, rewards have the denoiser's attention kernel.
+            # Rewards use the denoiser's attention kernel even without overlap, so that overlap does not change scores.
             with self.stage("rewards"), attention_kernel(args.attention_kernel):
                 if self.overlapped is None:
                     table = self.rewards(prompts, videos, columns, self.state)
@@ -218,7 +219,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             )
 
         self.ranks.meet(f"with the rewards of rollout {number}")
-        each_part = args.context_parallel  # processes with the same videos; the first one's rewards are all theirs
+        each_part = args.context_parallel  # these processes hold the same videos: take the rewards of the first
         values = self.accelerator.gather(table.values.to(self.accelerator.device)[None])[::each_part]
         values = values.flatten(0, 1).cpu()
         keys = self._keys(prompts, images)
@@ -250,17 +251,19 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
-        """A rollout's prompts, further columns, and images of the pipeline, by row."""
+        """Return the prompts, the other columns and the condition images of a rollout, by row."""
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
         return prompts, columns, images_of(columns | {"prompt": prompts}, self.image_columns)
 
     def _sample(self, prompts: list[str], images: dict[str, list], each) -> list[tuple[list[int], Rollout]]:
-        """This process's share of the present rollout, see `ScoredRollout.parts`, without its videos; each(rows,
-        videos) is called for every call of the pipeline, in the order of `_calls`."""
+        """Sample this process's share of the current rollout and return it as `ScoredRollout.parts`, without videos.
+
+        each(rows, videos) is called after each pipeline call, in the order of `_calls`.
+        """
         args, number = self.args, self._step // self._uses_per_rollout
         first_row = self.data_part * len(prompts)
-        ids = range(first_row, first_row + len(prompts))  # row in the rollout over all processes
+        ids = range(first_row, first_row + len(prompts))  # rows in the rollout over all processes
         noise_ids = [i // args.num_generations if self.shares_noise else i for i in ids]
         noise_seeds = [sample_seed(args.seed, number, NOISE, i) for i in noise_ids]
         step_seeds = [sample_seed(args.seed, number, STEP, i) for i in ids]
@@ -276,7 +279,7 @@ class RolloutTrainer(VideoPolicyTrainer):
                     conditions={name: [own[r] for r in rows] for name, own in images.items()},
                 )
                 each(rows, samples.videos)
-                samples.videos = None  # the update needs the latents only
+                samples.videos = None  # the update needs only the latents
                 parts.setdefault(tuple(steps[rows[0]]), []).append((rows, samples))
         return [
             (list(itertools.chain(*(rows for rows, _ in own))), Rollout.cat([samples for _, samples in own]))
@@ -284,18 +287,18 @@ class RolloutTrainer(VideoPolicyTrainer):
         ]
 
     def _weights_in_use(self) -> dict[str, Tensor] | None:
-        """Those that draw this rollout, where a checkpoint may lie inside it."""
+        """Return a copy of the weights that sample this rollout, if a checkpoint may be saved before its last use."""
         if not self.args.reuses_rollouts:
             return None
         return held_values(self.adapter, "cpu")
 
     def _take(self, parts: list[tuple[list[int], Rollout]], state: dict, count: int) -> None:
-        """This process's part of what is known of the whole rollout, and the rows of its micro-batches."""
+        """Set `scored` to this process's share of the rollout, and divide its rows into micro-batches."""
         args, number = self.args, self._step // self._uses_per_rollout
         first_row = self.data_part * count
         order = torch.arange(count)
         if args.steps_per_generation > 1:
-            # Ranks that share weights must make the same calls: the same places make up their micro-batches.
+            # Ranks that share weights must make the same calls, so they shuffle with the same seed.
             part = () if self.policy.mesh is not None else (self.data_part,)
             seed = sample_seed(args.seed, number, SHUFFLE, *part)
             unit = self.kept_together
@@ -315,9 +318,9 @@ class RolloutTrainer(VideoPolicyTrainer):
         )
 
     def _draw_again(self, inputs: list[dict], state: dict) -> None:
-        """The rollout inside which a run was resumed, under the weights that drew it; its rewards are known.
+        """Sample the rollout in which a run was interrupted again, with the weights that drew it; keep its rewards.
 
-        Where the data or a setting of sampling has changed it is another rollout, and scored as one.
+        If the data or a sampling setting has changed, sample and score a new rollout instead.
         """
         prompts, _, images = self._columns(inputs)
         if state.get("drawn from") != self._drawn_from(self._keys(prompts, images)):
@@ -330,12 +333,12 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._take(parts, state, len(prompts))
 
     def _keys(self, prompts: list[str], images: dict[str, list]) -> list[str]:
-        """What the group of each video of the whole rollout has in common, see `group_keys`."""
+        """Return the `group_keys` of all videos of the rollout, over all processes."""
         together = self.args.context_parallel
         return [key for own in gather_object([group_keys(prompts, images)])[::together] for key in own]
 
     def _drawn_from(self, keys: list[str]) -> str:
-        """A digest of all that a rollout's videos depend on besides the weights."""
+        """Return a digest of everything except the weights that a rollout's videos depend on."""
         args = self.args
         drawn_from = keys, args.seed, self.shares_noise, sorted(args.policy_settings().items())
         return hashlib.sha256(repr(drawn_from).encode()).hexdigest()
@@ -345,31 +348,32 @@ class RolloutTrainer(VideoPolicyTrainer):
         for start in range(0, len(keys), size):
             if len(set(keys[start : start + size])) != 1:
                 raise RuntimeError(
-                    f"group {start // size} mixes prompts {set(keys[start : start + size])}. A transform of "
-                    "train_dataset that draws gives each video of a group another prompt: draw in dataset.map."
+                    f"group {start // size} mixes prompts {set(keys[start : start + size])}. If a transform of "
+                    "train_dataset (set_transform) changes prompts or images at random, do that in dataset.map "
+                    "instead: a transform runs again for each video of a group."
                 )
 
     def _warn_of_rewards(self, keys: list[str], unscored: Tensor, spread: Tensor) -> None:
-        """Names a prompt whose rewards teach nothing, once a run for each reason."""
-        size, told = self.args.num_generations, {}
+        """Warn about a prompt whose rewards give no gradient, once per run for each reason."""
+        size, warning = self.args.num_generations, {}
         if unscored.any():
-            told["unscored"] = (
+            warning["unscored"] = (
                 f"no reward applies to {int(unscored.sum())} of a rollout's {len(keys)} videos (all returned None), "
-                f"the first of {keys[int(unscored.nonzero()[0])]!r}: they teach nothing. Reward their prompts, or "
-                "leave them out of train_dataset."
+                f"the first for prompt {keys[int(unscored.nonzero()[0])]!r}, so nothing is learnt from them. Add a "
+                "reward for these prompts, or remove them from train_dataset."
             )
         equal = (~spread).view(-1, size).all(1).nonzero().flatten().tolist()
         if equal:
-            further = f", nor do those of {len(equal) - 1} further of this rollout's {len(keys) // size} prompts"
-            told["equal"] = (
-                f"the rewards of {keys[equal[0] * size]!r} tell none of its videos from another (all are equal, or "
-                f"none applies){further if len(equal) > 1 else ''}: they teach nothing, and where no group of a "
-                "rollout has others, and no further term of the loss a gradient, no step is taken. "
-                "frac_reward_zero_std says how many there are."
+            further = f" The same holds for {len(equal) - 1} more of this rollout's {len(keys) // size} prompts."
+            warning["equal"] = (
+                f"all videos of prompt {keys[equal[0] * size]!r} have the same reward, or none, so nothing is learnt "
+                f"from them.{further if len(equal) > 1 else ''} If this holds for all prompts of a rollout and no "
+                "other loss term has a gradient, the optimizer step is skipped. The metric frac_reward_zero_std is "
+                "the share of such groups."
             )
-        for reason in told.keys() - self._told_of_rewards:
-            self._told_of_rewards.add(reason)
-            warnings.warn(told[reason], stacklevel=2)
+        for reason in warning.keys() - self._warned_of_rewards:
+            self._warned_of_rewards.add(reason)
+            warnings.warn(warning[reason], stacklevel=2)
 
     def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
         metrics = self._metrics["train"]
@@ -413,7 +417,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     @contextlib.contextmanager
     def logged_gradient(self, index: int):
-        """Logs the norm of the gradient that one denoising step contributes inside."""
+        """Log the norm of the gradient that one denoising step adds inside this context."""
         parameters = list(self.adapter.values())
         before = [p.grad for p in parameters]
         for parameter in parameters:
@@ -450,7 +454,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
 
 def _calls(steps: list[list[int]], size: int) -> Iterator[list[int]]:
-    """Rows with the same trained steps, at most `size` of them, in the order in which these steps first occur."""
+    """Yield the rows of each pipeline call: at most `size`, with the same trained steps, in order of appearance."""
     alike: dict[tuple[int, ...], list[int]] = {}
     for row, own in enumerate(steps):
         alike.setdefault(tuple(own), []).append(row)

@@ -1,4 +1,4 @@
-"""A process's share of a rollout with what its videos are worth."""
+"""A process's share of a rollout, with advantages."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,17 +10,18 @@ from ...policy import Rollout
 
 @dataclass
 class ScoredRollout:
-    """What an algorithm trains on.
+    """One process's share of a rollout: n videos with their advantages, ready for the update.
 
     Attributes:
-        parts: (rows of this share, their samples) for the videos that have the same trained steps.
-        advantages: (n,) of this share's videos, on the CPU.
-        spread: (n,) whether the rewards of a video's group differ, or with running statistics its reward from them.
-        ranked: (n,) whether its reward places a video in its group: it has one, and the group's differ.
-        number: of the rollout, from 0.
-        drawn_at: the optimizer step before which it was drawn.
-        first_row: the place of this share's first video in the whole rollout.
-        micro_batches: the rows of each.
+        parts: list of (rows of this share, their samples), one entry per set of trained steps.
+        advantages: (n,) advantages, on the CPU.
+        spread: (n,) bool, whether the rewards of the video's group differ or, with running statistics, the advantage
+            is not 0.
+        ranked: (n,) bool, whether the video has a reward and the rewards of its group differ.
+        number: index of the rollout, from 0.
+        drawn_at: optimizer step at which the rollout was drawn.
+        first_row: row of this share's first video in the whole rollout.
+        micro_batches: rows of each micro-batch.
     """
 
     parts: list[tuple[list[int], Rollout]]
@@ -34,11 +35,11 @@ class ScoredRollout:
 
     @property
     def samples(self) -> Rollout:
-        """All videos; they must have the same trained steps."""
+        """The samples of all videos, which must have the same trained steps."""
         return Rollout.cat([samples for _, samples in self.parts])
 
     def each(self, rows: Sequence[int]) -> Iterator[tuple[Rollout, list[int], list[int]]]:
-        """(samples, rows in them, the same rows in this share) of each part that has some of `rows`, in order."""
+        """Yield (samples, rows in samples, the same rows in this share) of each part that contains some of `rows`."""
         for own, samples in self.parts:
             places = {row: place for place, row in enumerate(own)}
             mine = [row for row in rows if row in places]

@@ -1,1 +1,1 @@
-"""What a trainer reads: images, videos, pairs, and the seeds of what it draws."""
+"""Data of a trainer: images, videos, pairs, and random seeds."""

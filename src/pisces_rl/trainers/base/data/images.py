@@ -1,4 +1,4 @@
-"""The images of image-to-video: columns of a data set as arguments of the pipeline's call."""
+"""Condition images of image-to-video: data set columns as arguments of the pipeline's call."""
 
 import hashlib
 import inspect
@@ -12,10 +12,10 @@ from .... import media
 
 
 def image_columns(pipeline: DiffusionPipeline, chosen: Sequence[str] | None) -> list[str]:
-    """The data set's columns of images; unset: `image` where the pipeline's call has such an argument.
+    """Return the image columns: `chosen`, or if None `image`, if the pipeline's call has that argument.
 
     Raises:
-        ValueError: the pipeline's call has no argument of that name.
+        ValueError: the pipeline's call has no argument of a chosen name.
     """
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     if chosen is None:
@@ -23,16 +23,16 @@ def image_columns(pipeline: DiffusionPipeline, chosen: Sequence[str] | None) -> 
     for name in chosen:
         if name not in known:
             raise ValueError(
-                f"image_columns={list(chosen)}: {type(pipeline).__name__} takes no argument {name!r}; a column is "
-                f"named as the argument that its images are for, of {sorted(set(known) - {'self'})}."
+                f"image_columns={list(chosen)}: {type(pipeline).__name__} takes no argument {name!r}; name a column "
+                f"after the argument that takes its images, one of {sorted(set(known) - {'self'})}."
             )
     return list(chosen)
 
 
 def check_images(name: str, dataset, columns: Sequence[str]) -> None:
-    """A ValueError where a data set (or one of a dict of them) lacks a column of images or a row's image.
+    """Raise a ValueError if a data set (or one of a dict of them) lacks an image column, or a row its image.
 
-    Files are looked for, the first image is opened; others are opened when they are needed.
+    Checks that files exist and opens the first image. Other images are opened when they are needed.
     """
     if isinstance(dataset, dict):
         for key, part in dataset.items():
@@ -42,19 +42,20 @@ def check_images(name: str, dataset, columns: Sequence[str]) -> None:
         if column not in dataset.column_names:
             raise ValueError(
                 f"{name} has columns {dataset.column_names} but none named {column!r}, which the pipeline takes its "
-                "images from; add it (pictures, paths or tensors), or name the columns in image_columns ([] for none)."
+                "images from; add it (PIL images, paths or tensors), or set image_columns to the names of the columns "
+                "([] for none)."
             )
         for row in _empty_rows(dataset, column):
             raise ValueError(f"{name} row {row}: {column} is None; every row needs an image.")
         if dataset.features[column] == Value("string"):
             for row, path in enumerate(dataset[column]):
                 if not os.path.isfile(path):
-                    raise ValueError(f"{name} row {row}: {column} is {path!r}, and there is no such file.")
+                    raise ValueError(f"{name} row {row}: {column} is {path!r}, which is not a file.")
         _loaded(f"{name} row 0: {column}", dataset[0][column])
 
 
 def _empty_rows(dataset: Dataset, column: str):
-    """Rows without a value; nothing is read where the table has none."""
+    """Yield the rows without a value; the data is not read if the table counts none."""
     if not dataset.data.column(column).null_count:
         return
     values = dataset.select_columns([column]).with_format("arrow")
@@ -71,7 +72,7 @@ def _loaded(where: str, value):
 
 
 def images_of(rows: Mapping[str, Sequence], columns: Sequence[str]) -> dict[str, list]:
-    """{column: PIL images} of a batch of rows {column: values}: `conditions` of a `VideoPolicy`."""
+    """Load the images of a batch {column: values} as {column: PIL images}, the `conditions` of a `VideoPolicy`."""
     prompts = rows["prompt"]
     for column in columns:
         if column not in rows:
@@ -83,7 +84,7 @@ def images_of(rows: Mapping[str, Sequence], columns: Sequence[str]) -> dict[str,
 
 
 def group_keys(prompts: Sequence[str], images: Mapping[str, Sequence]) -> list[str]:
-    """What a group has in common, in words: the prompt, and the digests of its images where it has some."""
+    """Return one text per row that is equal within a group: the prompt, and the digests of its images if any."""
     keys = list(prompts)
     for name, pictures in images.items():
         digests = [hashlib.sha256(repr(p.size).encode() + p.tobytes()).hexdigest()[:16] for p in pictures]

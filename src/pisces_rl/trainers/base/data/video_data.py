@@ -13,7 +13,7 @@ FORMS = "a path, the bytes of a file, {'path', 'bytes'} of datasets.Video(decode
 
 
 def undecoded(dataset):
-    """A data set (or a dict of them) whose `datasets.Video` columns give files, which need no torchcodec."""
+    """Return a data set (or dict of them) whose `datasets.Video` columns yield files, so torchcodec is not needed."""
     if isinstance(dataset, dict):
         return {name: undecoded(part) for name, part in dataset.items()}
     if isinstance(dataset, Dataset):
@@ -24,10 +24,10 @@ def undecoded(dataset):
 
 
 def check_videos(dataset) -> None:
-    """A ValueError that says what a `video_dataset` lacks; of one that is no `datasets.Dataset`, row 0 is read."""
+    """Raise a ValueError if a `video_dataset` lacks something; if it is not a `datasets.Dataset`, only read row 0."""
     if not isinstance(dataset, Sized):
         raise ValueError(
-            f"video_dataset is a {type(dataset).__name__}, which has no length; rows are drawn at random, so pass a "
+            f"video_dataset is a {type(dataset).__name__}, which has no length, but rows are drawn at random; pass a "
             "datasets.Dataset that is not streamed, or an object with __len__ and __getitem__."
         )
     if not len(dataset):
@@ -56,7 +56,7 @@ def check_prompt(row: int, prompt) -> None:
 
 
 def video_of(row: int, sample: dict, frames: int) -> Tensor:
-    """The video of a row, as `as_video` reads it; its errors name the row."""
+    """Return the video of a row as `as_video` does; errors name the row."""
     try:
         return as_video(sample["video"], frames)
     except ValueError as error:
@@ -64,10 +64,14 @@ def video_of(row: int, sample: dict, frames: int) -> Tensor:
 
 
 def as_video(given, frames: int | None = None) -> Tensor:
-    """(F, 3, H, W) fp32 in [0, 1], of `frames` frames or fewer where it is read from a file.
+    """Return a video as (F, 3, H, W) fp32 in [0, 1].
 
     Args:
         given: a path, the bytes of a file, a dict with either, or a tensor: floats in [0, 1] or uint8.
+        frames: of a file, keep at most this many frames, evenly spread in time; None: all. A tensor keeps its frames.
+
+    Raises:
+        ValueError: `given` is none of these, or has another shape or range.
     """
     if isinstance(given, dict):
         given = given.get("path") if given.get("bytes") is None else given["bytes"]
@@ -81,9 +85,9 @@ def as_video(given, frames: int | None = None) -> Tensor:
         raise ValueError(f"video: expected {FORMS}, got a tensor {tuple(video.shape)}.")
     video = video.float() / 255 if video.dtype == torch.uint8 else video.float()
     low, high = video.min().item(), video.max().item()
-    if not (0 <= low and high <= 1):  # NaN is neither
+    if not (0 <= low and high <= 1):  # written so that NaN fails too
         raise ValueError(
-            f"video: values from {low:g} to {high:g}, but a tensor that is not uint8 must lie in [0, 1]; divide by "
-            "255 or clamp."
+            f"video: values from {low:g} to {high:g}, but a tensor that is not uint8 must lie in [0, 1]; divide it by "
+            "255 or clamp it."
         )
     return video

@@ -1,1 +1,1 @@
-"""Several processes: ranks, launchers, gradients, ZeRO."""
+"""Training on several processes: ranks, launchers, gradients, FSDP2, ZeRO."""

@@ -1,4 +1,4 @@
-"""The adapter's gradients: averaged over processes in few messages; their norms, denoiser by denoiser."""
+"""Average the adapter's gradients over processes, and compute their norm per denoiser."""
 
 import warnings
 
@@ -15,12 +15,12 @@ from .zero import MESSAGE, PartitionedOptimizer
 def average_gradients(
     adapter: dict[str, nn.Parameter], accelerator: Accelerator, context_parallel: int, optimizer: Optimizer
 ) -> None:
-    """The mean over videos, of the sum over the `context_parallel` processes that share a video's tokens.
+    """Average gradients over videos, after summing over the `context_parallel` processes that share a video's tokens.
 
-    A gradient that is None becomes 0 where another one is not: the optimizer then takes the same step on one process
-    as on several. Where all are 0 on all processes, as of rewards without spread, they all become None, with which an
-    optimizer moves nothing, neither by its momentum nor by its decay. An optimizer in parts reduces them itself. Those
-    of weights in parts were averaged by each backward.
+    If some gradients are None and others are not, None becomes 0, so that the optimizer takes the same step on one
+    process as on several. If all are 0 on all processes, for instance because rewards have no spread, all become None,
+    so that the optimizer changes nothing, not even through momentum or weight decay. A `PartitionedOptimizer` reduces
+    gradients itself; gradients of FSDP2-sharded weights were averaged in each backward pass.
     """
     if not _any_gradient(adapter, accelerator):
         for parameter in adapter.values():
@@ -42,14 +42,17 @@ def average_gradients(
 
 
 def _any_gradient(adapter: dict[str, nn.Parameter], accelerator: Accelerator) -> bool:
-    """Whether a number of any gradient on any process is not 0; all processes must call."""
+    """Return whether any gradient on any process has a nonzero element; all processes must call this."""
     own = [held(p.grad).any() for p in adapter.values() if p.grad is not None]
     found = torch.stack(own).any() if own else torch.zeros((), device=accelerator.device)
     return bool(accelerator.reduce(found.float().to(accelerator.device), reduction="sum") > 0)
 
 
 def _messages(gradients: list[Tensor]) -> list[list[Tensor]]:
-    """Gradients in parts of at most `MESSAGE` numbers: an adapter's are one, all weights' copy would need memory."""
+    """Group gradients into messages of at most `MESSAGE` elements, which bounds the memory of the flat copy.
+
+    An adapter's gradients fit into one message; those of full fine-tuning need several.
+    """
     messages, size = [[]], 0
     for gradient in gradients:
         size += gradient.numel()
@@ -61,18 +64,19 @@ def _messages(gradients: list[Tensor]) -> list[list[Tensor]]:
 
 
 class ExpertGradients:
-    """Gradient norms of a pipeline's denoisers; says once of each that no trained denoising step called it.
+    """Gradient norms per denoiser; warns once about each denoiser that no trained denoising step called.
 
     Args:
-        adapter: {"DENOISER.parameter": trained parameter}. names: of the denoisers that have an adapter.
+        adapter: {"DENOISER.parameter": trained parameter}.
+        names: names of the denoisers that are trained.
     """
 
     def __init__(self, adapter: dict[str, nn.Parameter], names: list[str]):
         self.parameters = {n: [p for key, p in adapter.items() if key.startswith(f"{n}.")] for n in names}
-        self.idle: set[str] = set()  # of which it was said
+        self.idle: set[str] = set()  # denoisers already warned about
 
     def norms(self, step: int, optimizer: Optimizer) -> dict[str, float]:
-        """{denoiser: norm of its adapter's gradient} at an optimizer step."""
+        """Return {denoiser: norm of its gradient} at an optimizer step."""
         if isinstance(optimizer, PartitionedOptimizer):
             norms = optimizer.norms(self.parameters)
         else:
@@ -83,8 +87,8 @@ class ExpertGradients:
             self.idle.update(idle)
             warnings.warn(
                 f"no trained denoising step called {idle[0]} at optimizer step {step}, so its adapter got no "
-                "gradient. Where that is always so, let the trained steps reach its part of the schedule "
-                "(sde_window_range, last_steps, train_levels), or leave it out of lora_denoisers.",
+                "gradient. If this holds for every step, let the trained steps reach its part of the schedule "
+                "(sde_window_range, backprop_steps, train_levels), or leave it out of lora_denoisers.",
                 stacklevel=2,
             )
         return norms

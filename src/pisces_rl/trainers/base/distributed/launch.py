@@ -1,4 +1,4 @@
-"""How a run is spread over processes: weights sharded by FSDP2, tokens of each video split; or a way refused."""
+"""Distribute a run over processes: shard weights with FSDP2 or ZeRO, split the tokens of each video."""
 
 import os
 
@@ -15,20 +15,20 @@ from .zero import use_zero
 
 
 def check_processes(args) -> None:
-    """A ValueError where a launcher started several processes and this one is alone: each would train a model."""
+    """Raise a ValueError if a launcher started several processes that do not form a group."""
     launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
     if launched > 1 and args.world_size == 1:
         raise ValueError(
-            f"{launched} processes were launched, but they do not see each other, because no GPU was found: each "
-            "would train a model of its own. Set use_cpu=True (--use_cpu) to train on CPUs, or launch one process."
+            f"{launched} processes were launched, but no GPU was found, so they do not form a group: each would train "
+            "a separate model. Set use_cpu=True (--use_cpu) to train on CPUs, or launch one process."
         )
 
 
 def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
-    """The FSDP settings of `accelerate launch` or of `args.fsdp`; None where nothing is to be sharded.
+    """Return the FSDP settings of `accelerate launch` or `args.fsdp`; None if FSDP is off.
 
     Raises:
-        ValueError: FSDP1, or an option of FSDP that has no meaning here is asked for.
+        ValueError: FSDP1, or an FSDP option that is not supported.
     """
     if args.fsdp_plugin_args is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return None
@@ -37,18 +37,18 @@ def requested_sharding(args) -> FullyShardedDataParallelPlugin | None:
     if version != 2:
         raise ValueError(
             f"fsdp_version={version}: FSDP1 flattens frozen weights and adapter into one tensor. Set fsdp_version: 2 "
-            "under fsdp_config in the file of accelerate, or --fsdp_version 2."
+            "under fsdp_config in the accelerate config file, or --fsdp_version 2."
         )
-    # Every rank loads the weights that it shards. transformers would leave those of text encoders empty on all ranks
-    # but the first, for FSDP to fill, and text encoders are not sharded.
+    # Every rank loads all weights. With this option on, transformers would leave text encoders empty on all ranks but
+    # the first, for FSDP to fill them; but text encoders are not sharded.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin = FullyShardedDataParallelPlugin(
         **settings | {"cpu_ram_efficient_loading": False, "auto_wrap_policy": "NO_WRAP"}
     )
     if plugin.activation_checkpointing:
         raise ValueError(
-            "fsdp_activation_checkpointing=true: set it to false, and gradient_checkpointing=True in the config: "
-            "the denoiser checkpoints its own blocks."
+            "fsdp_activation_checkpointing=true: set it to false, and set gradient_checkpointing=True in the config, "
+            "which checkpoints the denoiser's blocks."
         )
     return plugin
 
@@ -60,10 +60,14 @@ def spread_policy(
     sharding: FullyShardedDataParallelPlugin | None,
     zero_stage: int | None,
 ) -> None:
-    """Share tokens, shard weights and optimizer, and place the policy on its device, as asked for.
+    """Share tokens, shard weights and optimizer as configured, and place the policy on its device.
 
     Args:
-        args: a config. sharding: of `requested_sharding`. zero_stage: of `requested_zero`.
+        policy: the policy that is trained.
+        accelerator: the trainer's accelerator.
+        args: a config.
+        sharding: result of `requested_sharding`.
+        zero_stage: result of `requested_zero`.
     """
     if args.context_parallel > 1:
         share_tokens_of_policy(policy, accelerator, args.context_parallel)
@@ -72,8 +76,8 @@ def spread_policy(
     if zero_stage is not None:
         use_zero(zero_stage, policy, accelerator, args.max_grad_norm)
     policy.place(accelerator.device, [kind for kind in args.offload or () if kind != "rewards"])
-    # The trainer averages the adapter's gradients, once per optimizer step: no DDP wrapper, so that the pipeline may
-    # call its denoisers as it likes.
+    # No DDP wrapper: the trainer averages the adapter's gradients once per optimizer step, and the pipeline may call
+    # its denoisers in any way.
     prepare_model = accelerator.prepare_model
     accelerator.prepare_model = lambda model, **kwargs: prepare_model(
         model, **kwargs | {"evaluation_mode": True, "device_placement": False}
@@ -81,9 +85,9 @@ def spread_policy(
 
 
 def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Shard the policy over all processes; accelerate itself shards and wraps nothing from then on.
+    """Shard the policy over all processes, and keep accelerate from sharding or wrapping it.
 
-    Weights that are trained are other parameters afterwards.
+    With full fine-tuning this replaces the trained parameters.
     """
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     policy.shard(
@@ -97,7 +101,7 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
 
 
 def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:
-    """Let each `degree` neighbouring processes share every video: its tokens, and the rows of the data set."""
+    """Let groups of `degree` consecutive processes share the tokens of each video and read the same data set rows."""
     parts = accelerator.num_processes // degree
     policy.share_tokens(
         init_device_mesh(accelerator.device.type, (parts, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))

@@ -1,4 +1,4 @@
-"""FSDP2 of weights that are trained whole: an optimizer of their parts, and the norm of their gradient."""
+"""Full fine-tuning under FSDP2: an optimizer of sharded weights, and gradient clipping over all ranks."""
 
 from collections.abc import Iterable
 
@@ -10,15 +10,15 @@ from torch.distributed.tensor import DTensor
 
 from ....policy import distribute, gathered, held, norm
 
-#: Values of `optim` that treat each number by itself, so that a part of a weight is as good as a weight.
+#: Values of `optim` that update each element independently, so that they work on a shard of a weight.
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 
 
 def use_sharded_optimizer(accelerator: Accelerator) -> None:
-    """Let accelerate make `ShardedOptimizer`s, and clip by the norm over all ranks."""
+    """Make accelerate create a `ShardedOptimizer` and clip gradients by the norm over all ranks."""
 
     def prepare(optimizer, device_placement=None):
-        if not isinstance(optimizer, ShardedOptimizer):  # as a second `train` has it
+        if not isinstance(optimizer, ShardedOptimizer):  # it already is one in a second call of train()
             optimizer = ShardedOptimizer(optimizer, device_placement=False)
         accelerator._optimizers = [optimizer]
         return optimizer
@@ -28,9 +28,9 @@ def use_sharded_optimizer(accelerator: Accelerator) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2) -> Tensor:
-    """g <- g min(1, max_norm / (|g| + 1e-6)) for the gradient g of all parameters, as torch clips it; returns |g|.
+    """Clip as torch does, g <- g min(1, max_norm / (|g| + 1e-6)) with g the gradient of all parameters; return |g|.
 
-    All ranks must call.
+    All ranks must call this.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:  # on all ranks
@@ -42,9 +42,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, norm_typ
 
 
 class ShardedOptimizer(AcceleratedOptimizer):
-    """An optimizer of DTensors, with states in parts like theirs; what it saves and loads is whole, as of one process.
+    """An optimizer of DTensors with sharded states, whose state dict is that of an unsharded optimizer.
 
-    All ranks must call `state_dict`; only the first process of each machine gets the tensors, in the host's memory.
+    All ranks must call `state_dict`; only the first process of each machine gets the tensors, in host memory.
     """
 
     def state_dict(self) -> dict:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: gradients and optimizer states of what is trained, with 3 the rest, in parts."""
+"""DeepSpeed ZeRO-2, which shards gradients and optimizer states, and ZeRO-3, which also shards frozen weights."""
 
 from collections.abc import Iterable
 
@@ -12,46 +12,46 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from ....policy import VideoPolicy
 from ....policy.sharded.partition import partition
 
-# They treat each number by itself, so that a part of a parameter is as good as a parameter.
+# Optimizers that update each element independently, so that they work on a part of a parameter.
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-MESSAGE = 2**28  # numbers that processes exchange at once, 1 GiB: an adapter's are one message, all weights' several
+MESSAGE = 2**28  # elements per message between processes, 1 GiB in fp32; an adapter fits into one message
 
 
 def requested_zero(args) -> int | None:
-    """The ZeRO stage that `accelerate launch` asks for; None where it does not ask for DeepSpeed.
+    """Return the ZeRO stage that `accelerate launch` requests; None without DeepSpeed.
 
     Raises:
-        ValueError: something is asked for that has no meaning here.
+        ValueError: a DeepSpeed option that is not supported.
     """
     plugin = args.deepspeed_plugin
     if plugin is None:
         return None
     if args.deepspeed:
         raise ValueError(
-            f"deepspeed={args.deepspeed!r}: leave it unset and start the run with accelerate launch --config_file "
-            "recipes/accelerate/deepspeed_zero2.yaml (or deepspeed_zero3.yaml), which may name the same file as "
-            "deepspeed_config_file."
+            f"deepspeed={args.deepspeed!r} is not supported: leave it unset and start the run with accelerate launch "
+            "--config_file recipes/accelerate/deepspeed_zero2.yaml (or deepspeed_zero3.yaml); there, set "
+            "deepspeed_config_file to use the same file."
         )
     if plugin.zero_stage not in (2, 3):
         raise ValueError(
-            f"zero_stage={plugin.zero_stage}: set zero_stage: 2 or 3 under deepspeed_config in the file of "
-            "accelerate, or --zero_stage; without sharding, use DDP (accelerate launch --multi_gpu)."
+            f"zero_stage={plugin.zero_stage}: set zero_stage: 2 or 3 under deepspeed_config in the accelerate config "
+            "file, or --zero_stage; to train without sharding, use DDP (accelerate launch --multi_gpu)."
         )
     for name in ("offload_optimizer_device", "offload_param_device"):
         if getattr(plugin, name) not in (None, "none"):
             raise ValueError(
-                f"{name}={getattr(plugin, name)!r}: set it to none. The optimizer's states are the adapter's, too "
-                "small to be worth it; frozen weights wait in the host's memory with FSDP2's fsdp_offload_params, or "
-                "with offload=['denoiser'] and no sharding."
+                f"{name}={getattr(plugin, name)!r}: set it to none. The optimizer states of an adapter are too small "
+                "to be worth offloading; to keep frozen weights in host memory, use FSDP2 with fsdp_offload_params, "
+                "or offload=['denoiser'] without sharding."
             )
-    unset_hf_deepspeed_config()  # by which transformers would partition the text encoders that it loads
+    unset_hf_deepspeed_config()  # otherwise transformers would partition the text encoders that it loads
     return plugin.zero_stage
 
 
 def use_zero(stage: int, policy: VideoPolicy, accelerator: Accelerator, max_grad_norm: float) -> None:
-    """Partition the policy (stage 3) and the optimizer that is yet to come; accelerate sees plain processes.
+    """Partition the policy (stage 3) and the optimizer that accelerate will prepare; with one process, neither.
 
-    One process has nobody to share with.
+    accelerate then treats the run as plain data-parallel processes.
     """
     from deepspeed.utils import logger
 
@@ -67,7 +67,7 @@ def use_zero(stage: int, policy: VideoPolicy, accelerator: Accelerator, max_grad
         partition(policy, device.type, accelerator.num_processes)
 
     def prepare(optimizer, device_placement=None):
-        if not isinstance(optimizer, PartitionedOptimizer):  # as a second `train` has it
+        if not isinstance(optimizer, PartitionedOptimizer):  # it already is one in a second call of train()
             optimizer = PartitionedOptimizer(optimizer, max_grad_norm)
         accelerator._optimizers = [optimizer]
         return optimizer
@@ -79,7 +79,7 @@ def use_zero(stage: int, policy: VideoPolicy, accelerator: Accelerator, max_grad
 
 
 class _Adapter(nn.Module):
-    """Parameters as DeepSpeed's engine wants them: of a module, whose forward nobody calls."""
+    """The trained parameters in a module, as DeepSpeed's engine expects; its forward is never called."""
 
     def __init__(self, parameters: Iterable[nn.Parameter]):
         super().__init__()
@@ -87,18 +87,18 @@ class _Adapter(nn.Module):
 
 
 class PartitionedOptimizer(AcceleratedOptimizer):
-    """An optimizer of whole parameters whose states lie in parts on the ranks, by DeepSpeed's ZeRO-2.
+    """An optimizer of unsharded parameters whose states are sharded over the ranks by DeepSpeed's ZeRO-2.
 
-    Gradients accumulate on each rank, over any number of backward passes, until `reduce`; every rank then holds its
-    part of their mean. `step` clips, updates each part on its rank, and gathers the parameters; it does nothing where
-    nothing was reduced.
+    Gradients accumulate on each rank, over any number of backward passes, until `reduce`; then each rank holds its
+    part of their mean. `step` clips, updates each part on its rank, and gathers the parameters. Without a preceding
+    `reduce` it does nothing.
 
     Args:
         optimizer: one of `OPTIMIZERS`, on the trainable parameters.
-        max_grad_norm: largest norm of the gradient, as torch clips it; 0 is off.
+        max_grad_norm: largest norm of the gradient, as in torch's clipping; 0 disables clipping.
 
     Raises:
-        ValueError: another optimizer.
+        ValueError: any other optimizer.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_grad_norm: float):
@@ -106,10 +106,10 @@ class PartitionedOptimizer(AcceleratedOptimizer):
 
         if type(optimizer) not in OPTIMIZERS:
             raise ValueError(
-                f"optim: {type(optimizer).__name__} may need whole parameters, and ZeRO cuts them at any place. Use "
-                f"one of {[cls.__name__ for cls in OPTIMIZERS]} (adamw_torch, sgd), or DDP or FSDP2."
+                f"optim: {type(optimizer).__name__} may need whole parameters, but ZeRO splits them at any element. "
+                f"Use one of {[cls.__name__ for cls in OPTIMIZERS]} (adamw_torch, sgd), or DDP or FSDP2."
             )
-        self.empty = [group for group in optimizer.param_groups if not group["params"]]  # DeepSpeed takes none
+        self.empty = [group for group in optimizer.param_groups if not group["params"]]  # DeepSpeed rejects these
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         message = min(MESSAGE, sum(p.numel() for p in parameters))
@@ -130,30 +130,30 @@ class PartitionedOptimizer(AcceleratedOptimizer):
             },
         )[0]
         super().__init__(optimizer, device_placement=False)
-        self.reduced = False  # since the last step
-        for hook in self.engine.optimizer._grad_acc_hooks:  # which would reduce in each backward pass
+        self.reduced = False  # whether `reduce` was called since the last step
+        for hook in self.engine.optimizer._grad_acc_hooks:  # they would reduce in each backward pass
             hook.remove()
 
     @property
     def param_groups(self) -> list[dict]:
-        """As schedules and checkpoints of whole parameters count them."""
+        """All groups, including empty ones, as schedules and checkpoints of unsharded parameters expect."""
         return self.optimizer.param_groups + self.empty
 
     def reduce(self) -> None:
-        """Average the gradients, of which every parameter has one; each rank keeps its part."""
-        self.engine.optimizer.refresh_fp32_params()  # somebody may have set the parameters
-        with self.engine.coalesce_grad_reduction():  # which reduces what was accumulated before it ends
+        """Average the gradients; each rank keeps its part. Every parameter must have a gradient."""
+        self.engine.optimizer.refresh_fp32_params()  # the parameters may have been set since the last step
+        with self.engine.coalesce_grad_reduction():  # reduces all accumulated gradients on exit
             pass
         self.reduced = True
 
     def norm(self) -> Tensor:
-        """Of the averaged gradient, before it is clipped."""
+        """Return the norm of the averaged gradient, before clipping."""
         if not self.reduced:
             return torch.zeros(())
         return self.engine.optimizer.scaled_global_norm()
 
     def norms(self, parts: dict[str, list[nn.Parameter]]) -> dict[str, float]:
-        """{name: norm of the averaged gradient of its parameters}."""
+        """Return {name: norm of the averaged gradient of its parameters}."""
         if not self.reduced:
             return dict.fromkeys(parts, 0.0)
         zero, names = self.engine.optimizer, list(parts)
@@ -176,11 +176,11 @@ class PartitionedOptimizer(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
-        """Where a gradient was not finite."""
+        """Whether the last step was skipped because a gradient was not finite."""
         return self.engine.optimizer.overflow
 
     def _places(self, group: int) -> list[tuple[int, int]]:
-        """[start, end) of each parameter in this rank's part; empty where none of it is here."""
+        """Return [start, end) of each parameter in this rank's part; empty if none of it is here."""
         zero = self.engine.optimizer
         size, rank = zero.partition_size[group], torch.distributed.get_rank()
         places, offset = [], -rank * size
@@ -191,7 +191,7 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         return places
 
     def state_dict(self) -> dict:
-        """What the optimizer of whole parameters would have; all ranks must call it."""
+        """Return the state dict of the equivalent unsharded optimizer; all ranks must call this."""
         zero, states, groups = self.engine.optimizer, {}, []
         for i, group in enumerate(self.param_groups):
             parameters = zero.bit16_groups[i] if group["params"] else []
@@ -212,7 +212,7 @@ class PartitionedOptimizer(AcceleratedOptimizer):
         return {"state": {index: state for index, state in states.items() if state}, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """What `state_dict` returned, or an optimizer of whole parameters."""
+        """Load the result of `state_dict`, or the state dict of an unsharded optimizer."""
         zero, rank, states = self.engine.optimizer, torch.distributed.get_rank(), {}
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
@@ -235,5 +235,5 @@ class PartitionedOptimizer(AcceleratedOptimizer):
 
 
 def _of_shape(value, parameter: Tensor) -> bool:
-    """Whether a state is one of each number of a parameter."""
+    """Return whether a state has one value per element of a parameter."""
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape == parameter.shape

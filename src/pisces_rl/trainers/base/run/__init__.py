@@ -1,1 +1,1 @@
-"""A run and its folder: checkpoints, resume, evaluation, report, adapter files."""
+"""A run and its output folder: checkpoints, resume, evaluation, report, adapter files."""

@@ -1,4 +1,4 @@
-"""The trained adapter, or denoisers trained whole, on disk: written whole, read back, compared, described."""
+"""Write the trained weights atomically, check them by reading them back, and write the model card."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ from ....transitions import Paper
 
 
 def write_adapter(pipeline: DiffusionPipeline, trained: TrainedLoRA | FullWeights, files: RunFiles) -> None:
-    """Files appear whole or not at all: an earlier adapter in the folder is not lost to a full disk."""
+    """Write the trained weights to a staging folder, then move them, so that a full disk keeps an earlier adapter."""
     folder = files.folder
     staging = folder / ".incomplete-adapter"
     try:
@@ -29,9 +29,9 @@ def write_adapter(pipeline: DiffusionPipeline, trained: TrainedLoRA | FullWeight
             os.replace(path, final)
     except (OSError, SafetensorError) as error:
         raise OSError(
-            f"the {' and '.join(trained.components) or 'adapter'} could not be written to {folder} ({error}). What "
-            "was there before is whole, and so are the checkpoints; free some space and call save_model again, or "
-            "resume."
+            f"the {' and '.join(trained.components) or 'adapter'} could not be written to {folder} ({error}). The "
+            "previous files there and the checkpoints are intact; free some disk space and call save_model again, "
+            "or resume."
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -46,13 +46,17 @@ def check_adapter(
     bf16: bool,
     alone: bool,
 ) -> str:
-    """Reload what was written, compare, and say in words how.
+    """Reload the written weights and compare them; return the result in words.
 
     Args:
-        written: whose weights were written, of `trained.gathered`.
-        images: one for each argument of the pipeline's call that conditions it. bf16: whether it runs in bf16.
-        alone: whether one process can run the pipeline. Where it cannot, or the base is stored in 8 bits, weights are
-            compared instead of outputs.
+        policy: the policy that was trained.
+        trained: its trained weights.
+        written: the pipeline whose weights were written, from `trained.gathered`.
+        folder: the folder with the files.
+        images: one image for each argument of the pipeline's call that conditions it.
+        bf16: whether the pipeline runs in bf16.
+        alone: whether one process can run the pipeline. If not, or if a LoRA's base is stored in 8 bits, compare
+            weights instead of outputs.
     """
     stored = {parameter.dtype for module in policy.denoiser.values() for parameter in module.parameters()}
     cannot_add = any(dtype.itemsize == 1 for dtype in stored)  # fp8 storage (enable_layerwise_casting)
@@ -80,11 +84,17 @@ def write_card(
     images: Sequence[str],
     papers: Sequence[Paper],
 ) -> Path:
-    """The card of what was saved in the folder of `files`: README.md, or model_card.md beside the user's README.md.
+    """Write the model card to the folder of `files`: README.md, or model_card.md if the user has a README.md there.
 
     Args:
-        policy: that was trained. trained: what of it. args: the run's config. samples_of: the step whose samples are
-            shown. images: columns that condition the pipeline. The others as `hub.model_card`'s.
+        files: files of the folder.
+        policy: the policy that was trained.
+        trained: its trained weights.
+        args: the run's config.
+        samples_of: the step whose samples are shown.
+        images: data set columns that condition the pipeline.
+
+    The other arguments are those of `hub.model_card`. Returns the path of the card.
     """
     samples = f"samples/step_{samples_of:06d}/"
     described = [p for p in files.current() if p.startswith(samples) or not p.startswith("samples/step")]

@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are complete, of states as safetensors and JSON: no pickle."""
+"""Write and read checkpoints: complete folders whose states are safetensors and JSON, without pickle."""
 
 import json
 import os
@@ -20,14 +20,16 @@ from .resume import last_checkpoint
 
 
 def write_whole(final: Path, write: Callable[[Path], None], rank: int, publishes: bool) -> None:
-    """Write a checkpoint into a staging folder and rename it: what is named checkpoint-N is always complete.
+    """Write a checkpoint into a staging folder and rename it, so that a folder checkpoint-N is always complete.
 
     Args:
-        write: writes a process's files into the folder given; all processes call it. publishes: whether this process
-            renames the folder.
+        final: path of the checkpoint.
+        write: writes this process's files into the given folder; all processes call it.
+        rank: index of this process.
+        publishes: whether this process renames the folder.
 
     Raises:
-        OSError: on every process, where one could not write. An earlier folder of the name is whole.
+        OSError: on every process, if one could not write. An earlier folder of the same name stays intact.
     """
     staging, error = final.with_name(f".incomplete-{final.name}"), None
     try:
@@ -40,19 +42,19 @@ def write_whole(final: Path, write: Callable[[Path], None], rank: int, publishes
             shutil.rmtree(staging, ignore_errors=True)
         last = last_checkpoint(str(final.parent)) or "none"
         raise OSError(
-            f"checkpoint {final} could not be written ({'; '.join(errors)}). Earlier checkpoints are whole "
-            f"(the last: {last}); free some space, or lower save_total_limit, and resume from it."
+            f"checkpoint {final} could not be written ({'; '.join(errors)}). Earlier checkpoints are intact (the "
+            f"last: {last}); free some disk space, or lower save_total_limit, and resume from it."
         )
     if publishes:
         old = final.with_name(f".incomplete-old-{final.name}")
-        if final.exists():  # resumed from an earlier one
+        if final.exists():  # the run was resumed from an earlier checkpoint
             os.replace(final, old)
         os.replace(staging, final)
         shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_incomplete(output_dir: str | os.PathLike) -> None:
-    """What a process that was killed while it wrote has left."""
+    """Remove staging folders left by a process that was killed while writing."""
     for leftover in Path(output_dir).glob(".incomplete-*"):
         if re.fullmatch(r"\.incomplete-(adapter|(old-)?checkpoint-[0-9]+)", leftover.name):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -61,16 +63,18 @@ def remove_incomplete(output_dir: str | os.PathLike) -> None:
 def remove_old_checkpoints(
     output_dir: str | os.PathLike, limit: int | None, keep: Sequence[str | os.PathLike], own: Container[str]
 ) -> None:
-    """Delete the oldest of the run's own checkpoints beyond `limit`; None or 0 deletes none.
+    """Delete the oldest checkpoints of the run beyond `limit`.
 
     Args:
-        keep: checkpoints that stay in any case: the newest, from which a run resumes, and the best.
-        own: names that the run's list holds (`RunFiles.own`); a checkpoint that is not among them is the user's.
+        output_dir: folder of the run.
+        limit: number of checkpoints to keep; None or 0 deletes none.
+        keep: checkpoints that are never deleted: the newest, from which a run resumes, and the best.
+        own: names of files that the run wrote (`RunFiles.own`); other checkpoints belong to the user and stay.
     """
     if not limit or limit < 0:
         return
     kept = {os.path.abspath(path) for path in keep}
-    # by time, since a run that was resumed from an earlier checkpoint writes smaller numbers later
+    # Sort by time, because a run resumed from an earlier checkpoint writes smaller numbers later.
     oldest = sorted(
         [(step, path) for step, path in own_checkpoints(output_dir).items() if path.name in own],
         key=lambda item: (_written(item[1]), item[0]),
@@ -88,7 +92,7 @@ def save_tree(tree: Any, path: str | os.PathLike) -> None:
     """Write a nested structure of tensors, arrays and plain values to `path`.safetensors and `path`.json.
 
     Raises:
-        TypeError: a leaf is neither a tensor, an array, nor JSON.
+        TypeError: a leaf is not a tensor, an array or a JSON value.
     """
     tensors: dict[str, torch.Tensor] = {}
 
@@ -105,16 +109,17 @@ def save_tree(tree: Any, path: str | os.PathLike) -> None:
             return value
         if isinstance(value, np.generic):
             return value.item()
-        raise TypeError(f"a {type(value).__name__} cannot be saved without pickle.")
+        raise TypeError(f"a {type(value).__name__} cannot be saved without pickle; use tensors or JSON values.")
 
     skeleton = encode(tree)
     save_file(tensors, f"{path}.safetensors")
-    os.chmod(f"{path}.safetensors", Path(path).parent.stat().st_mode & 0o666)  # safetensors: for the owner alone
+    # safetensors makes the file readable only by its owner; use the permissions of the folder.
+    os.chmod(f"{path}.safetensors", Path(path).parent.stat().st_mode & 0o666)
     Path(f"{path}.json").write_text(json.dumps(skeleton), encoding="utf-8")
 
 
 def load_tree(path: str | os.PathLike) -> Any:
-    """What `save_tree` wrote; tensors on the CPU."""
+    """Load what `save_tree` wrote, with tensors on the CPU."""
     tensors = load_file(f"{path}.safetensors")
 
     def decode(value):
@@ -133,7 +138,7 @@ def load_tree(path: str | os.PathLike) -> Any:
 
 
 def random_state() -> dict:
-    """The state of Python's, NumPy's and torch's global generators."""
+    """Return the states of Python's, NumPy's and torch's global random generators."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.random.get_rng_state()
@@ -141,7 +146,7 @@ def random_state() -> dict:
 
 
 def restore_random_state(state: dict) -> None:
-    """Put back what `random_state` returned."""
+    """Restore the states that `random_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.random.set_rng_state(state["cpu"])

@@ -1,4 +1,4 @@
-"""Evaluation during training: deterministic samples of fixed noise, scored by rewards and judges."""
+"""Evaluation during training: deterministic samples from fixed noise, scored by rewards and judges."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,8 +20,14 @@ from ..watch.training_metrics import check_recorded
 
 
 class Scored(NamedTuple):
-    """A data set that was evaluated: its prompts, in order; per-sample scores {name: n values or None}; means of the
-    scalars that rewards recorded; and on rank 0 its first videos (B, F, 3, H, W) on the CPU."""
+    """Results of evaluating a data set of n prompts.
+
+    Attributes:
+        prompts: the prompts, in order.
+        scores: per-sample scores {name: n values or None}.
+        recorded: means of the scalars that rewards recorded.
+        videos: on rank 0, the first videos (B, F, 3, H, W) on the CPU.
+    """
 
     prompts: list[str]
     scores: dict[str, list[float | None]]
@@ -29,7 +35,7 @@ class Scored(NamedTuple):
     videos: Tensor | None
 
     def means(self) -> dict[str, float]:
-        """What was recorded, and the mean of every score over the samples that have it."""
+        """Return the recorded scalars, and the mean of each score over the samples that have it."""
         means = dict(self.recorded)
         for name, values in self.scores.items():
             known = [v for v in values if v is not None]
@@ -39,12 +45,17 @@ class Scored(NamedTuple):
 
 
 class Evaluator:
-    """Samples data sets from noise that is fixed by `args.eval_seed` and the row, and scores the videos.
+    """Samples data sets from noise that depends only on `args.eval_seed` and the row, and scores the videos.
 
     Args:
-        policy: what is sampled. rewards, judges: panels that score. reward_weights: (R,) of the rewards.
-        image_columns: columns that condition the pipeline. ranks: the processes, each of which takes a consecutive
-            share of the rows. progress: is told how far it is. args: a config.
+        policy: the policy to sample.
+        rewards: rewards that score the videos.
+        judges: judges that score them.
+        reward_weights: (R,) weights of the rewards.
+        image_columns: data set columns that condition the pipeline.
+        ranks: the processes; each takes a consecutive share of the rows.
+        progress: called with a text that shows the progress.
+        args: a config.
     """
 
     def __init__(
@@ -65,19 +76,19 @@ class Evaluator:
         return sample_seed(self.args.eval_seed, row)
 
     def sample(self, rows: list[int], part: dict[str, list]) -> Tensor:
-        """Videos of the columns `part` of these rows of a data set."""
+        """Sample the videos of some rows of a data set, whose columns are `part`."""
         images = images_of(part, self.image_columns)
         noise = [self.noise(row) for row in rows]
         return self.policy.sample(list(part["prompt"]), noise_seeds=noise, conditions=images).videos
 
     def evaluate(self, name: str, dataset: Dataset, state: TrainerState) -> Scored:
-        """Sample and score a data set, over all processes; `state` is the trainer's, for the rewards."""
+        """Sample and score a data set on all processes; `state` is passed to the rewards."""
         args, process = self.args, self.ranks.accelerator.process_index
         rank = process // args.context_parallel
         share = -(-len(dataset) // args.data_parts)
         own = list(range(min(rank * share, len(dataset)), min((rank + 1) * share, len(dataset))))
         count = len(own)
-        if self.policy.mesh is not None:  # all ranks sample as many: the last rank samples some that it does not score
+        if self.policy.mesh is not None:  # all ranks must make the same calls, so the last pads its share, unscored
             own += [len(dataset) - 1] * (share - count)
         batch = args.per_device_eval_batch_size
         rows, kept, recorded = [], [], []
@@ -91,7 +102,7 @@ class Evaluator:
                 continue
             videos, part = videos[: len(indices)], {key: values[: len(indices)] for key, values in part.items()}
             scores, metrics = self._score(part.pop("prompt"), videos, part, state)
-            if process % args.context_parallel:  # another one has these
+            if process % args.context_parallel:  # the first process of the group reports these
                 continue
             recorded += [(key, value, len(indices)) for key, values in metrics.items() for value in values]
             rows += [(i, {k: v[j] for k, v in scores.items()}) for j, i in enumerate(indices)]
@@ -113,7 +124,7 @@ class Evaluator:
         )
 
     def _score(self, prompts: list[str], videos: Tensor, columns: dict, state: TrainerState) -> tuple[dict, dict]:
-        """Per-sample scores: weighted reward, each reward, each judge, and what they recorded; and their metrics."""
+        """Return (per-sample scores, metrics): weighted reward, each reward, each judge, and recorded values."""
         table = self.rewards(prompts, videos, columns, state)
         scores = {"reward": _with_none(aggregate_rewards(table.values, self.reward_weights))}
         scores |= {f"rewards/{n}": _with_none(table.values[:, i]) for i, n in enumerate(self.rewards.names)}
@@ -129,12 +140,15 @@ class Evaluator:
         return scores, table.metrics
 
     def before_and_after(self, dataset: Dataset, untrained, trained) -> tuple[Tensor, Tensor]:
-        """Videos of the model before training and of the trained one for the first rows, from the same noise, on the
-        CPU.
+        """Sample the first rows before and after training, from the same noise.
 
         Args:
-            untrained: a context in which the adapter is what training began with. trained: in which it is what is
-                saved.
+            dataset: an evaluation set.
+            untrained: a context in which the policy has its initial weights.
+            trained: a context in which it has the weights that are saved.
+
+        Returns:
+            (before, after): videos on the CPU.
         """
         part = dataset[: self.args.num_sample_videos]
         rows = list(range(len(part["prompt"])))
@@ -145,13 +159,15 @@ class Evaluator:
 
 
 def means_of_sets(scored: dict[str, Scored], prefix: str, several: bool) -> dict[str, float]:
-    """{prefix_METRIC: mean} of one data set; of several {prefix_SET_METRIC: mean}, and the mean of their rewards."""
+    """Return {prefix_METRIC: mean} or, for `several` sets, {prefix_SET_METRIC: mean} and the mean of their rewards."""
     if not several:
         (one,) = scored.values()
         return {f"{prefix}_{key}": mean for key, mean in one.means().items()}
     means = {name: part.means() for name, part in scored.items()}
     metrics = {f"{prefix}_{name}_{key}": mean for name, own in means.items() for key, mean in own.items()}
-    rewards = [own["reward"] for own in means.values() if "reward" in own]  # it may apply to no prompt of a set
+    rewards = [
+        own["reward"] for own in means.values() if "reward" in own
+    ]  # absent if it applies to no prompt of a set
     return metrics | ({f"{prefix}_reward": float(np.mean(rewards))} if rewards else {})
 
 

@@ -1,4 +1,4 @@
-"""Before and after: paired differences with intervals, as a table and as files."""
+"""Compare evaluations before and after training: paired differences with intervals, as tables."""
 
 import io
 import json
@@ -14,15 +14,18 @@ from ....markdown import escape
 
 
 def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0.95, seed: int = 0) -> dict:
-    """Mean difference of paired samples with a percentile bootstrap interval.
+    """Return the mean difference of paired samples with a percentile bootstrap interval.
 
     Args:
-        before, after: n values each, row i of both from the same prompt and noise; pairs with a None or NaN are left
-            out.
-        resamples: bootstrap resamples of the pairs. confidence: of the interval.
+        before: n values, row i from the same prompt and noise as row i of `after`. Pairs with a None or NaN are
+            ignored.
+        after: n values.
+        resamples: number of bootstrap resamples of the pairs.
+        confidence: confidence level of the interval.
+        seed: seed of the resampling.
 
     Returns:
-        {"n", "before", "after", "difference", "low", "high"}; NaN where no pair is left.
+        {"n", "before", "after", "difference", "low", "high"}; NaN if no pair is left.
     """
     before, after = np.array(before, dtype=float), np.array(after, dtype=float)
     kept = ~(np.isnan(before) | np.isnan(after))
@@ -45,19 +48,20 @@ def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0
 
 
 def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
-    """Paired comparison of two evaluations, {data set: {score: paired_bootstrap(...)}}.
+    """Compare two evaluations pair by pair: {data set: {score: paired_bootstrap(...)}}.
 
     Args:
-        before, after: {data set: {"prompts": [...], "scores": {name: values}}}, as the trainer writes them.
+        before: {data set: {"prompts": [...], "scores": {name: values}}}, as the trainer writes it.
+        after: the same of the later evaluation.
 
     Raises:
-        ValueError: the two were not made on the same prompts.
+        ValueError: the two have different prompts.
     """
     result = {}
     for name, first in before.items():
         second = after[name]
         if first["prompts"] != second["prompts"]:
-            raise ValueError(f"evaluations of {name!r} are on different prompts; paired differences need the same.")
+            raise ValueError(f"evaluations of {name!r} have different prompts; paired differences need the same.")
         result[name] = {
             score: paired_bootstrap(values, second["scores"][score])
             for score, values in first["scores"].items()
@@ -67,7 +71,7 @@ def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
 
 
 def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console: Console | None = None) -> None:
-    """A rich table: score, n, before, after, difference with its interval; green or red where it is clear of 0."""
+    """Print a table: score, n, before, after, difference with its interval, coloured if the interval excludes 0."""
     console = console or run_console()
     for name, scores in comparison.items():
         table = Table(
@@ -88,7 +92,7 @@ def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console
 
 
 def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
-    """The same table as Markdown."""
+    """Return the same table as Markdown."""
     lines = ["| data set | score | n | before | after | difference (95 %) |", "|---|---|---|---|---|---|"]
     for name, scores in comparison.items():
         lines += [
@@ -101,14 +105,14 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
 
 
 def read_evaluation(path: str | Path) -> dict:
-    """One evaluation the trainer wrote, {data set: {"prompts", "scores"}}."""
+    """Read an evaluation that the trainer wrote, {data set: {"prompts", "scores"}}."""
     return json.loads(Path(path).read_text(encoding="utf-8"))["sets"]
 
 
 def run_console() -> Console:
-    """The terminal; where there is none, 120 columns. Text is shown as it is: names of users are no markup."""
+    """Return a console without markup, because user names may look like markup; 120 columns without a terminal."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a run does not end for a character
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: an unencodable character must not end a run
     plain = {"markup": False, "emoji": False}
     console = Console(**plain)
     return console if console.is_terminal else Console(width=120, **plain)

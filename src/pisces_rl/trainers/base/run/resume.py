@@ -1,4 +1,4 @@
-"""Whether a checkpoint can be resumed: it is one, and of the same trainer, model, adapter and batches."""
+"""Check that a run can resume from a checkpoint: same trainer, model, adapter and batches."""
 
 import hashlib
 import json
@@ -18,8 +18,8 @@ from ....rewards.signature import layers
 from ....run_files import own_checkpoints
 from ...auxiliary.auxiliary_loss import AuxiliaryLoss
 
-#: Settings that may change on resume. They act from there on, and the run says so: on the console and in its card.
-TOLD = (
+#: Settings that may change on resume. New values act from there on; the console and the model card report the change.
+REPORTED = (
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -37,24 +37,24 @@ TOLD = (
     "ema_decay",
     "reward_weights",
 )
-#: Settings that may not: what a checkpoint holds would mean something else.
+#: Settings that must not change on resume, because the checkpoint's state would have another meaning: {name: reason}.
 FIXED = {
-    "optim": "the optimizer's state is of another kind",
-    "optim_args": "the optimizer's state is of another kind",
-    "metric_for_best_model": "the best value so far is of another metric",
+    "optim": "the saved optimizer state is of another kind",
+    "optim_args": "the saved optimizer state is of another kind",
+    "metric_for_best_model": "the saved best value is of another metric",
 }
 _SCHEDULE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
-#: Schedules that are no function of the step.
+#: Schedules that depend on scores, not only on the step.
 _FOLLOWS_SCORES = (SchedulerType.REDUCE_ON_PLATEAU.value, SchedulerType.GREEDY.value)
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The checkpoint of the highest step; another program's or a user's `checkpoint-...` is none."""
+    """Return the run's checkpoint with the highest step, or None; folders `checkpoint-...` of others do not count."""
     return next((str(path) for path in reversed(own_checkpoints(output_dir).values())), None)
 
 
 def requested_checkpoint(output_dir: str, checkpoint: str | bool | None) -> str | None:
-    """The folder to resume from; a ValueError where there is none, or it is not a checkpoint."""
+    """Return the folder to resume from, or None; raise a ValueError if it is missing or not a checkpoint."""
     if checkpoint in (None, False, "", "False", "false"):
         return None
     if checkpoint in (True, "True", "true"):
@@ -71,7 +71,7 @@ def requested_checkpoint(output_dir: str, checkpoint: str | bool | None) -> str 
 
 
 def step_of(checkpoint: str) -> int:
-    """The optimizer step of a checkpoint, whatever its folder is called."""
+    """Return the optimizer step of a checkpoint, whatever its folder is called."""
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
 
 
@@ -84,13 +84,16 @@ def run_identity(
     auxiliary_losses: list[AuxiliaryLoss],
     rewards: RewardPanel,
 ) -> dict:
-    """What a checkpoint must agree with: trainer, pipeline, denoisers' architecture, and how data is counted; and the
-    settings of the run, with what changed in them where it was resumed.
+    """Return the identity that checkpoints store: what must match on resume, and settings whose changes are reported.
 
     Args:
-        trainer: its name. model: where the pipeline is from. args: the config. position: settings by which the
-            position in the data is counted. auxiliary_losses: their weights are settings of the run, too.
-        rewards: those of servers have an identity, of their code and weights.
+        trainer: name of the trainer.
+        model: source of the pipeline.
+        policy: the policy that is trained.
+        args: the config.
+        position: names of the settings that determine the position in the data.
+        auxiliary_losses: their weights count as settings of the run.
+        rewards: remote rewards contribute the identity of their code and weights.
     """
     denoisers = policy.denoiser
     return {
@@ -102,7 +105,7 @@ def run_identity(
         "base_precision": args.base_precision,
         "lora_scale": {name: _lora_scale(module) for name, module in denoisers.items()},
         "batches": {name: getattr(args, name) for name in position},
-        "settings": {name: _plain(getattr(args, name)) for name in (*TOLD, *FIXED)}
+        "settings": {name: _plain(getattr(args, name)) for name in (*REPORTED, *FIXED)}
         | {f"{loss.name}_weight": loss.weight for loss in auxiliary_losses},
         "objective": {name: _plain(getattr(args, name)) for name in args.objective()},
         "remote_rewards": {
@@ -116,22 +119,22 @@ def run_identity(
 
 
 def check_same_run(checkpoint: str, own: dict) -> None:
-    """A ValueError that says in what the checkpoint differs from the run of identity `own`."""
+    """Raise a ValueError that names the difference if the checkpoint does not match a run with identity `own`."""
     saved = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8"))
     if saved.get("trainer", own["trainer"]) != own["trainer"]:
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} is a run of {saved['trainer']}, not of {own['trainer']}: resume "
-            "it with the trainer that wrote it."
+            f"resume_from_checkpoint={checkpoint!r} was written by {saved['trainer']}, not by {own['trainer']}: "
+            "resume it with the trainer that wrote it."
         )
     if (saved["pipeline"], saved["denoisers"]) != (own["pipeline"], own["denoisers"]):
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} is of another model: {saved['pipeline']} from "
+            f"resume_from_checkpoint={checkpoint!r} belongs to another model: {saved['pipeline']} from "
             f"{saved['model']!r}, while this run trains {own['pipeline']} from {own['model']!r}."
         )
     if saved.get("full") != own.get("full"):
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} trained {_trained(saved)}, this run trains {_trained(own)}: "
-            "resume with the peft_config and the lora_denoisers of that run."
+            f"resume_from_checkpoint={checkpoint!r} trained {_trained(saved)}, but this run trains {_trained(own)}: "
+            "resume with the peft_config and lora_denoisers of that run."
         )
     differences = (
         ("base_precision", "another base_precision"),
@@ -142,44 +145,48 @@ def check_same_run(checkpoint: str, own: dict) -> None:
         before = saved.get(key, None if key == "base_precision" else own[key])  # older checkpoints lack these
         if before != own[key]:
             raise ValueError(
-                f"resume_from_checkpoint={checkpoint!r} was trained on {what} than this run's: the adapter would "
-                f"mean something else. It was made from {saved['model']!r}."
+                f"resume_from_checkpoint={checkpoint!r} was trained with {what} than this run's, so its adapter would "
+                f"not fit. Its model was {saved['model']!r}."
             )
     if _beginning(saved) != _beginning(own):
         raise ValueError(
-            f"resume_from_checkpoint={checkpoint!r} began from {_beginning(saved)}, this run from {_beginning(own)}. "
-            "Resume with the continue_from and continue_reference of that run, and the same file there."
+            f"resume_from_checkpoint={checkpoint!r} began from {_beginning(saved)}, but this run from "
+            f"{_beginning(own)}. Resume with the continue_from and continue_reference of that run, and with the same "
+            "adapter file."
         )
     for name, value in own["batches"].items():
         if saved["batches"][name] != value:
             raise ValueError(
                 f"{name}={value}, but resume_from_checkpoint={checkpoint!r} was saved with "
-                f"{saved['batches'][name]}: the position in the data would be another. Keep it, or start anew."
+                f"{saved['batches'][name]}: the position in the data would change. Keep that value, or start a new "
+                "run."
             )
     settings, own = saved.get("settings", own["settings"]), own["settings"]
     for name, why in FIXED.items():
-        unused = name == "metric_for_best_model" and None in (settings[name], own[name])  # nothing is best yet
+        unused = name == "metric_for_best_model" and None in (settings[name], own[name])  # no best model yet
         if settings[name] != own[name] and not unused:
             raise ValueError(
                 f"{name}={own[name]!r}, but resume_from_checkpoint={checkpoint!r} was saved with "
-                f"{settings[name]!r}: {why}. Keep it, or start anew."
+                f"{settings[name]!r}: {why}. Keep that value, or start a new run."
             )
     kinds = {settings["lr_scheduler_type"], own["lr_scheduler_type"]}
     for name in _SCHEDULE if kinds & set(_FOLLOWS_SCORES) else ():
         if settings[name] != own[name]:
             raise ValueError(
                 f"{name}={own[name]!r}, but resume_from_checkpoint={checkpoint!r} was saved with "
-                f"{settings[name]!r}: a schedule that follows the scores cannot be changed under way. Keep it, or "
-                "start anew."
+                f"{settings[name]!r}: a schedule that depends on scores cannot change during a run. Keep that value, "
+                "or start a new run."
             )
 
 
 def changes_since(checkpoint: str, own: dict) -> list[str]:
-    """What changed at this checkpoint and at earlier ones: "learning_rate 0.001 until step 20, then 0.0001"."""
+    """Return what changed at this and earlier checkpoints, like "learning_rate 0.001 until step 20, then 0.0001"."""
     saved, step = json.loads((Path(checkpoint) / "policy.json").read_text(encoding="utf-8")), step_of(checkpoint)
     now = own["settings"]
     then = saved.get("settings", now)
-    weights = dict.fromkeys([name for name in (*then, *now) if name not in (*TOLD, *FIXED)], 0.0)  # auxiliary losses'
+    weights = dict.fromkeys(
+        [name for name in (*then, *now) if name not in (*REPORTED, *FIXED)], 0.0
+    )  # auxiliary losses'
     then, now = weights | then, weights | now
     objective = [name for name in own["objective"] if name in saved.get("objective", {})]
     then, now = then | saved.get("objective", {}), now | own["objective"]
@@ -192,7 +199,7 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
         saved.get("changes", [])
         + [
             f"{name} {then[name]} until step {step}, then {now[name]}"
-            for name in (*TOLD, *weights, *objective)
+            for name in (*REPORTED, *weights, *objective)
             if then[name] != now[name]
         ]
         + [
@@ -204,14 +211,16 @@ def changes_since(checkpoint: str, own: dict) -> list[str]:
 
 
 def follow_settings(optimizer: torch.optim.Optimizer, scheduler, groups: list[dict]) -> None:
-    """An optimizer and its schedule that were loaded take the settings of this run; their state stays.
+    """Apply this run's settings to a loaded optimizer and schedule; their state stays.
 
     Args:
-        groups: the optimizer's groups before they were loaded.
+        optimizer: the optimizer, with loaded state.
+        scheduler: the schedule, with loaded state.
+        groups: the optimizer's parameter groups before loading.
     """
     for group, own in zip(optimizer.param_groups, groups):
         group.update({key: own[key] for key in ("betas", "eps", "weight_decay", "initial_lr") if key in own})
-    if isinstance(scheduler, LambdaLR):  # the others follow scores: `check_same_run` keeps them as they were
+    if isinstance(scheduler, LambdaLR):  # others depend on scores, and `check_same_run` allows no change
         scheduler.base_lrs = [group["initial_lr"] for group in groups]
         rates = [rate * part(scheduler.last_epoch) for rate, part in zip(scheduler.base_lrs, scheduler.lr_lambdas)]
         for group, rate in zip(optimizer.param_groups, rates):
@@ -232,17 +241,17 @@ def _beginning(identity: dict) -> str:
     began = identity.get("continued")
     if began is None:
         return "a new adapter"
-    return f"a saved one (SHA-256 {began['adapter'][:16]}, continue_reference={began['reference']!r})"
+    return f"a saved adapter (SHA-256 {began['adapter'][:16]}, continue_reference={began['reference']!r})"
 
 
 def _architecture(module: nn.Module) -> str:
-    """A digest of a module's config, without where it was loaded from."""
+    """Return a digest of a module's config, without the path it was loaded from."""
     config = {key: value for key, value in module.config.items() if not key.startswith("_")}
     return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _weights_digest(module: nn.Module) -> str:
-    """A digest of some of a module's own weights, the same in fp32 and bf16."""
+    """Return a digest of a sample of a module's base weights, the same in fp32 and bf16."""
     weights = [p for name, p in sorted(module.named_parameters()) if "lora_" not in name]
     some = weights[:: max(1, len(weights) // 8)]
     parts = [p.detach().flatten()[:256].float().cpu().bfloat16().float() for p in some]
@@ -250,7 +259,7 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 def _lora_scale(module: nn.Module) -> list[float]:
-    """The factor of the adapter's product: one for all modules, or theirs in order where they differ."""
+    """Return the scaling factors of the adapter: a single one if all modules share it, otherwise one per module."""
     scales = [
         scale for layer in module.modules() if isinstance(layer, BaseTunerLayer) for scale in layer.scaling.values()
     ]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: with which it may go on, what it takes of one, and which of its own stay."""
+"""The checkpoints of a run: find, check, write, read and delete them."""
 
 import contextlib
 import json
@@ -16,11 +16,13 @@ from .resume import changes_since, check_same_run, follow_settings, requested_ch
 
 
 class RunCheckpoints:
-    """Finds, publishes and reads the checkpoints of a run; what is in them beside its own parts is the trainer's.
+    """Finds, writes and reads the checkpoints of a run; the trainer adds further contents.
 
     Args:
-        files: of the run's folder. identity: what a checkpoint must agree with, see `run_identity`; `begin` adds what
-            changes where the run is resumed. process: this one's index. args: a config.
+        files: files of the run's folder.
+        identity: what a checkpoint must match, see `run_identity`; `begin` adds the changes made on resume.
+        process: index of this process.
+        args: a config.
     """
 
     def __init__(self, files: RunFiles, identity: dict, process: int, args):
@@ -28,7 +30,7 @@ class RunCheckpoints:
         self.limit: int | None = None
 
     def begin(self, asked: str | bool | None) -> str | None:
-        """A run begins: the checkpoint that it resumes from; a ValueError where that is another run's."""
+        """Return the checkpoint to resume from, or None; raise a ValueError if it does not match this run."""
         checkpoint = requested_checkpoint(self.args.output_dir, asked or self.args.resume_from_checkpoint)
         if checkpoint is not None:
             check_same_run(checkpoint, self.identity)
@@ -36,8 +38,11 @@ class RunCheckpoints:
         return checkpoint
 
     def set_aside_earlier_run(self, checkpoint: str | None) -> Path | None:
-        """A run that does not resume from a checkpoint in its folder must not find another's files beside its own;
-        returns where these are now."""
+        """Move files of an earlier run out of the way, unless this run resumes from a checkpoint in its folder.
+
+        Returns:
+            The folder that the files were moved to, or None.
+        """
         if checkpoint is not None and Path(checkpoint).resolve().parent == self.files.folder.resolve():
             self.files.resume(step_of(checkpoint))
             return None
@@ -45,8 +50,10 @@ class RunCheckpoints:
 
     @contextlib.contextmanager
     def limited(self) -> Iterator[None]:
-        """Inside, `save_total_limit` is obeyed here: with a limit of 1, transformers deletes at its end all that is
-        named checkpoint-..., a user's, too."""
+        """Inside this context, hide `save_total_limit` from transformers; `save` applies it.
+
+        With a limit of 1, transformers would delete every checkpoint-... at the end, including a user's.
+        """
         self.limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             yield
@@ -54,7 +61,7 @@ class RunCheckpoints:
             self.args.save_total_limit = self.limit
 
     def save(self, state: TrainerState, write: Callable[[Path], None]) -> None:
-        """Publish the checkpoint that `write` writes into a folder, and remove those beyond the limit."""
+        """Write a checkpoint, whose files `write` writes into a given folder, and remove those beyond the limit."""
         final = Path(self.args.output_dir) / f"checkpoint-{state.global_step}"
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(final)
@@ -74,7 +81,7 @@ class RunCheckpoints:
             restore_random_state(load_tree(path))
 
     def write_state(self, folder: Path, state: TrainerState, parts: Iterable) -> None:
-        """The loop's state with that of its `parts`, and the run's identity, by which it is known as a checkpoint."""
+        """Write the state of the loop and of its `parts`, and the run's identity, which marks a checkpoint as ours."""
         for part in parts:
             if isinstance(part, ExportableState):
                 state.stateful_callbacks[type(part).__name__] = part.state()
@@ -83,7 +90,7 @@ class RunCheckpoints:
 
     @staticmethod
     def read_optimizer(checkpoint: str, optimizer: torch.optim.Optimizer, scheduler) -> None:
-        """Load both; they take the settings of this run. A ValueError where the checkpoint has none."""
+        """Load optimizer and schedule, then apply this run's settings; raise a ValueError if they were not saved."""
         if not (Path(checkpoint) / "optimizer.json").exists():
             raise ValueError(
                 f"{checkpoint} was saved with save_only_model=True: it has no optimizer state to resume from."
@@ -95,7 +102,7 @@ class RunCheckpoints:
 
     @staticmethod
     def find_best(checkpoint: str, state: TrainerState) -> None:
-        """The state names the best checkpoint by a whole path, which the run's folder may have left."""
+        """Update the path of the best checkpoint, because the run's folder may have moved since it was saved."""
         best = Path(os.path.abspath(checkpoint)).with_name(f"checkpoint-{state.best_global_step}")
         if best.is_dir():
             state.best_model_checkpoint = str(best)

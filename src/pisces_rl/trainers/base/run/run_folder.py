@@ -1,4 +1,4 @@
-"""What a run leaves in its folder beside checkpoints and adapter: evaluations, samples, a report."""
+"""Files that a run writes besides checkpoints and adapter: evaluations, samples, a report."""
 
 import json
 
@@ -13,8 +13,10 @@ from .report import compare, markdown_comparison
 def write_samples(
     files: RunFiles, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], fps: float
 ) -> None:
-    """mp4 files of (B, F, 3, H, W) videos, a contact sheet with the first of the scores, and rewards.json, in the
-    folder `name` of the run's; what the run wrote there before is gone."""
+    """Write mp4 files of (B, F, 3, H, W) videos, a contact sheet with the first score, and rewards.json.
+
+    They go to the subfolder `name` of the run's folder and replace what the run wrote there before.
+    """
     clips = [f"{row:03d}.mp4" for row in range(len(videos))]
     written = [*clips, "sheet.png", "sheet.captions.txt", "rewards.json"]
     files.claim(*(f"{name}/{file}" for file in written))
@@ -34,9 +36,9 @@ def evaluation_file(step: int) -> str:
 
 
 def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int, dict]:
-    """The step of a run's first evaluation, and of it the data sets that `last` has with the same prompts.
+    """Return the step of a run's first evaluation, and its data sets that `last` also has with the same prompts.
 
-    None of them where it was not before `before_step`.
+    The data sets are empty unless the first evaluation was before `before_step`.
     """
     paths = sorted((path for path in files.current() if path.startswith("evaluations/")), key=lambda p: (len(p), p))
     if not paths:
@@ -46,7 +48,7 @@ def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int
         return first["step"], {}
     return first["step"], {
         name: part
-        for name, part in first["sets"].items()  # an earlier run may have had others
+        for name, part in first["sets"].items()  # the run may have been resumed with other data sets
         if name in last and part["prompts"] == last[name]["prompts"]
     }
 
@@ -54,10 +56,14 @@ def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int
 def write_report(
     files: RunFiles, steps: tuple[int, int], before: dict, after: dict, videos: dict[str, tuple[Tensor, Tensor]]
 ) -> dict:
-    """report.json, report.md, and sheets of videos side by side; returns the comparison.
+    """Write report.json, report.md, and sheets of videos side by side; return the comparison.
 
     Args:
-        steps: of the two evaluations `before` and `after`. videos: {data set: (base model's, trained model's)}.
+        files: files of the run's folder.
+        steps: optimizer steps of the evaluations `before` and `after`.
+        before: the first evaluation, as in `compare`.
+        after: the last evaluation.
+        videos: {data set: (videos before training, videos after training)}.
     """
     folder, comparison = files.folder, compare(before, after)
     files.claim(

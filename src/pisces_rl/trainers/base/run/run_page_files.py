@@ -1,4 +1,4 @@
-"""run.json and report.html of a run's folder, written by its trainer."""
+"""Write run.json and report.html to a run's folder."""
 
 import dataclasses
 import json
@@ -13,11 +13,14 @@ from ....whole_files import write_json
 
 
 class RunPage(TrainerCallback):
-    """Writes both files after each evaluation, at the end of training and where `write` is called. A run does not fail
-    for want of them: what goes wrong is a warning.
+    """Writes both files after each evaluation, at the end of training and on `write`.
+
+    A failure is only a warning, so that it does not end the run.
 
     Args:
-        files: of the run's folder. about: {"trainer", "model"} of the run. scores: {"rewards", "judges"}, their names.
+        files: files of the run's folder.
+        about: {"trainer", "model"} of the run.
+        scores: {"rewards": names, "judges": names}.
     """
 
     def __init__(self, files: RunFiles, about: dict, scores: dict[str, list[str]]):
@@ -30,7 +33,7 @@ class RunPage(TrainerCallback):
         self.write(args, state)
 
     def write(self, args, state: TrainerState) -> None:
-        """The files of this state, on the main process; none before anything was logged."""
+        """Write both files on the main process; do nothing before the first log."""
         if not (state.is_world_process_zero and state.log_history):
             return
         try:
@@ -41,7 +44,7 @@ class RunPage(TrainerCallback):
             warnings.warn(f"{self.files.folder / PAGE_FILE} could not be written: {error}.", stacklevel=2)
 
     def _content(self, args, state: TrainerState) -> dict:
-        settings = self.scores | args.to_dict()  # which hides tokens
+        settings = self.scores | args.to_dict()  # to_dict hides tokens
         made = {
             field.name: field.default_factory()
             for field in dataclasses.fields(args)

@@ -1,4 +1,4 @@
-"""What a run measures and leaves to be read: evaluations, samples, before against after, event files."""
+"""Run evaluations and write their results: samples, comparison of before and after, event files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,16 +24,22 @@ from .run_page_files import RunPage
 
 
 class RunReport:
-    """The evaluations of a run, and what it writes of them.
+    """The evaluations of a run and the files about them.
 
     Args:
-        evaluator: samples and scores. files: of the run's folder. timeline: counts the seconds of evaluations.
-        callbacks: among which those of trackers are; one that writes the run's page joins them. main: whether this
-            process writes. args: a config. identity: of the run, see `run_identity`.
+        evaluator: samples and scores data sets.
+        files: files of the run's folder.
+        timeline: counts the seconds of evaluations.
+        callbacks: the trainer's callbacks, including those of trackers; `RunPage` is added to them.
+        main: whether this process writes files.
+        args: a config.
+        identity: identity of the run, see `run_identity`.
 
     Attributes:
-        first, last: evaluations, {data set: {"prompts", "scores"}}. comparison: of the run that has ended.
-        best_step: of the best model, where it has replaced the last one.
+        first: the first evaluation, {data set: {"prompts", "scores"}}.
+        last: the last evaluation, likewise.
+        comparison: the comparison of both, after training.
+        best_step: step of the best model, if it has replaced the last one.
     """
 
     def __init__(
@@ -56,20 +62,23 @@ class RunReport:
         self.begin()
 
     def begin(self) -> None:
-        """A run begins."""
+        """Reset the state at the beginning of a run."""
         self.comparison: dict | None = None
         self.best_step: int | None = None
         self.evaluated_at: int | None = None
 
     def saved_step(self, state: TrainerState) -> int:
-        """The step of the adapter as it is."""
+        """Return the optimizer step of the current weights."""
         return state.global_step if self.best_step is None else self.best_step
 
     def evaluate(self, dataset, state: TrainerState, prefix: str, own: bool) -> dict[str, float]:
-        """Sample and score a data set, or {name: data set}; returns the metrics.
+        """Sample and score a data set, or {name: data set}; return the metrics.
 
         Args:
-            prefix: of the metrics' names. own: whether it is the trainer's data set, whose results are kept.
+            dataset: the data set or data sets.
+            state: the trainer's state.
+            prefix: prefix of the metric names.
+            own: whether this is the trainer's eval_dataset, whose results are kept.
         """
         sets = dataset if isinstance(dataset, dict) else {"eval": dataset}
         place, tag, step = *(("step", "eval") if own else ("other", "other")), self.saved_step(state)
@@ -101,13 +110,13 @@ class RunReport:
         return metrics
 
     def is_current(self, state: TrainerState) -> bool:
-        """Whether the last evaluation is that of the adapter as it is."""
+        """Return whether the last evaluation was done with the current weights."""
         return self.last is not None and (self.best_step is not None or self.evaluated_at == state.global_step)
 
     def take_best(self, checkpoint: str, step: int) -> None:
-        """The model of a checkpoint has replaced the last one: its evaluation is the last."""
+        """Make the evaluation of a checkpoint the last one, after its model was loaded as the best."""
         self.best_step, self.last = step, None
-        if self.main:  # beside the checkpoint: not in output_dir, if resumed from elsewhere
+        if self.main:  # look beside the checkpoint, which is not in output_dir if the run was resumed from elsewhere
             path = Path(checkpoint).parent / evaluation_file(step)
             self.last = read_evaluation(path) if path.is_file() else None
         self.last = broadcast_object_list([self.last])[0]
@@ -121,11 +130,15 @@ class RunReport:
         untrained: Callable[[], AbstractContextManager],
         trained: Callable[[], AbstractContextManager],
     ) -> None:
-        """The first evaluation against the last, as report and as videos side by side.
+        """Compare the first evaluation with the last: print it, and write the report and videos side by side.
 
         Args:
-            dataset: the trainer's evaluation sets. together: whether the policy runs only on all processes at once.
-            untrained, trained: give contexts in which the policy is as before training, and as it is saved.
+            dataset: the trainer's eval_dataset.
+            state: the trainer's state.
+            console: where the comparison is printed.
+            together: whether all processes must call the policy at the same time.
+            untrained: returns a context in which the policy has its initial weights.
+            trained: returns a context in which it has the weights that are saved.
         """
         step, before = self.saved_step(state), {}
         if self.main:
@@ -144,7 +157,7 @@ class RunReport:
     def write_samples(
         self, name: str, videos: Tensor, prompts: list[str], scores: dict[str, list], tag: str, step: int
     ) -> None:
-        """Files in the run's folder, videos for TensorBoard, and videos, sheet and scores for wandb and trackio."""
+        """Write sample files; log videos to TensorBoard, and videos, sheet and scores to wandb and trackio."""
         write_samples(self.files, name, videos, prompts, scores, self.args.fps)
         folder = self.files.folder / name
         for tracker in media_trackers(self.callbacks.callbacks):
@@ -154,7 +167,7 @@ class RunReport:
             media.add_gif(writer, tag, videos, step, fps=self.args.fps)
 
     def list_event_files(self) -> None:
-        """TensorBoard's own event files are the run's, where they are in its folder."""
+        """Add TensorBoard's event files to the run's list of files, if they are in its folder."""
         folder = Path(self.args.output_dir).resolve()
         for writer in self._tensorboard_writers() if self.main else ():
             for file_writer in writer.all_writers.values():

@@ -1,1 +1,1 @@
-"""Before training: checks, the pipeline, the policy that it begins with."""
+"""Setup before training: checks, loading the pipeline, the initial policy."""

@@ -1,4 +1,4 @@
-"""The policy that training begins with, and the one that the KL penalty keeps near."""
+"""The policy that training starts from, and the reference policy of the KL penalty."""
 
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,12 +9,13 @@ from ....policy import FullWeights, SavedAdapter, VideoPolicy, adapter_values, a
 
 
 class InitialPolicy:
-    """The untrained policy and the reference: the base model, or one with the saved adapter that a run continues.
+    """The untrained and the reference policy of a LoRA run: the base model without or with the saved adapter.
 
     Args:
-        policy: that is trained. adapter: its trained parameters, before any step.
-        continued: the saved adapter that they hold, or None: a new one, which changes nothing yet.
-        reference: "base" or "adapter", of `continue_reference`.
+        policy: the policy that is trained.
+        adapter: its trained parameters, before any step.
+        continued: the saved adapter that they hold; None for a new adapter, which does not change the model yet.
+        reference: `continue_reference`, "base" or "adapter".
     """
 
     def __init__(
@@ -24,25 +25,25 @@ class InitialPolicy:
         self.values = continued and {name: p.detach().clone() for name, p in adapter.items()}
 
     def untrained(self) -> AbstractContextManager:
-        """Inside, the policy is what it was before training."""
+        """Return a context in which the policy has its weights from before training."""
         if self.values is None:
             return adapters_off(self.policy)
         self.values = {name: value.to(self.adapter[name].device) for name, value in self.values.items()}
         return adapter_values(self.adapter, self.values)
 
     def reference(self) -> AbstractContextManager:
-        """Inside, the policy is the reference."""
+        """Return a context in which the policy is the reference."""
         return adapters_off(self.policy) if self.kind == "base" else self.untrained()
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint must agree with."""
+        """The part of a run's identity that a checkpoint must match."""
         if self.continued is None:
             return {}
         return {"continued": {"adapter": self.continued.digest, "reference": self.kind}}
 
     def card_settings(self, uses_reference: bool) -> dict[str, str]:
-        """Rows of the model card; a folder by its last name only."""
+        """Return rows of the model card; of a folder only the last part of its path."""
         if self.continued is None:
             return {}
         source = self.continued.source
@@ -54,12 +55,14 @@ class InitialPolicy:
 
 
 class InitialWeights:
-    """The same for denoisers that are trained whole: a copy of the weights that training begins with, in the host's
-    memory, which changes places with the trained ones; where they lie in parts on several ranks, each keeps its part.
+    """The untrained and the reference policy of full fine-tuning: a copy of the initial weights in host memory.
+
+    The copy is exchanged with the trained weights. If weights are sharded, each rank keeps its part.
 
     Args:
-        weights: trained parameters, before any step. trained: whose they are.
-        kept: whether something will ask for them; else there is no copy.
+        weights: trained parameters, before any step.
+        trained: the object that owns them.
+        kept: whether the initial weights will be needed; if not, no copy is kept.
     """
 
     def __init__(self, weights: dict[str, nn.Parameter], trained: FullWeights, kept: bool):
@@ -67,11 +70,11 @@ class InitialWeights:
         self.values = held_values(weights, "cpu") if kept else None
 
     def untrained(self) -> AbstractContextManager:
-        """Inside, the policy is what it was before training; no graph may wait for the trained weights."""
+        """Return a context in which the policy has its initial weights; no autograd graph may be pending."""
         if self.values is None:
             raise RuntimeError(
-                "no copy of the initial weights was kept, since neither the method, nor an auxiliary "
-                "loss, nor an evaluation with sample videos asks for one (uses_reference)."
+                "no copy of the initial weights was kept, because neither the method (uses_reference), nor an "
+                "auxiliary loss, nor an evaluation with sample videos needs one."
             )
         return exchanged(self.weights, self.values)
 
@@ -79,10 +82,10 @@ class InitialWeights:
 
     @property
     def identity(self) -> dict:
-        """What a checkpoint must agree with."""
+        """The part of a run's identity that a checkpoint must match."""
         return {"full": sorted(self.trained.modules)}
 
     def card_settings(self, uses_reference: bool) -> dict[str, str]:
-        """Rows of the model card."""
+        """Return rows of the model card."""
         dtype = str(next(iter(self.weights.values())).dtype).removeprefix("torch.")
         return {"trained": f"{self.trained.description}, saved in {dtype}"}

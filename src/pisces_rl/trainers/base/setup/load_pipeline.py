@@ -1,4 +1,4 @@
-"""The pipeline that a trainer adapts: found by name, frozen."""
+"""Load, check and freeze the pipeline that a trainer adapts."""
 
 import os
 
@@ -16,10 +16,14 @@ from ....policy.pipeline.offload import kind_of
 
 
 def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = None) -> DiffusionPipeline:
-    """A pipeline by name: an embedded model ("tiny-wan"), a folder, or a Hub id. A pipeline passes through.
+    """Load a pipeline by name.
 
     Args:
-        dtype: dtype of the weights; modules that a model keeps in fp32 stay so. None leaves it to diffusers.
+        model: an embedded model ("tiny-wan"), a folder, or a Hub id. A pipeline object is returned as it is.
+        dtype: dtype of the weights, except in modules that a model keeps in fp32. None: as diffusers decides.
+
+    Raises:
+        ValueError: no pipeline can be loaded from `model`.
     """
     if isinstance(model, DiffusionPipeline):
         return model
@@ -32,18 +36,19 @@ def load_pipeline(model: str | DiffusionPipeline, dtype: torch.dtype | None = No
         return DiffusionPipeline.from_pretrained(path, dtype=dtype)
     except (OSError, HFValidationError) as error:
         raise ValueError(
-            f"model={str(model)!r} is neither a folder with a diffusers pipeline, nor a Hub id that could be read, "
-            f"nor one of the embedded models {assets.available()}: {error}"
+            f"model={str(model)!r} is not a folder with a diffusers pipeline, a readable Hub id or one of the "
+            f"embedded models {assets.available()}: {error}"
         ) from error
 
 
 def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> None:
-    """That no component has adapters; what an earlier trainer left on the denoisers (compiled blocks, fused products,
-    recomputation in backward) goes.
+    """Check that no component has adapters, and undo what an earlier trainer changed in the denoisers.
+
+    That is compiled blocks, fused products and gradient checkpointing.
 
     Raises:
-        ValueError: a component carries adapters, lies in parts on several ranks, or holds FP8 weights that are not
-            asked for.
+        ValueError: a component has adapters, is sharded over several ranks, or has FP8 weights although
+            `base_precision` is not "fp8".
     """
     modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
     check_no_adapters(modules)
@@ -53,7 +58,7 @@ def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> Non
             unfuse_products(module)
             if base_precision is None and any(isinstance(layer, FP8Linear) for layer in module.modules()):
                 raise ValueError(
-                    f"{name} has FP8 weights of an earlier trainer, but base_precision is unset: set it "
+                    f"{name} has FP8 weights from an earlier trainer, but base_precision is unset: set it "
                     "to 'fp8', or load the pipeline again."
                 )
             if module.is_gradient_checkpointing:
@@ -61,10 +66,10 @@ def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> Non
 
 
 def freeze(pipeline: DiffusionPipeline, device: torch.device) -> None:
-    """No gradients and no dropout in any component; on a CPU a video decoder in its faster memory layout."""
+    """Turn off gradients and dropout in all components; on a CPU, convert a video VAE to a faster memory layout."""
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
     for parameter in pipeline.vae.parameters() if hasattr(pipeline, "vae") else ():
-        if parameter.ndim == 5 and device.type == "cpu":  # the same numbers, decoded twice as fast
+        if parameter.ndim == 5 and device.type == "cpu":  # decodes twice as fast, with the same results
             parameter.data = parameter.data.to(memory_format=torch.channels_last_3d)

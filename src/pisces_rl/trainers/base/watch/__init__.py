@@ -1,1 +1,1 @@
-"""What is watched while a run goes on: metrics, time, the plan of a step, callbacks."""
+"""Monitoring of a run: metrics, timeline, the plan of a step, callbacks."""

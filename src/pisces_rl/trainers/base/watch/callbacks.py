@@ -1,4 +1,4 @@
-"""Callbacks: a progress bar that says what is being done, and an average of the adapter."""
+"""Callbacks: a progress bar that shows the current stage, and a moving average of the adapter."""
 
 import sys
 import time
@@ -12,10 +12,9 @@ from ....policy import gathered_values, held, held_values, parts_of_values, set_
 
 
 class StageProgress(TrainerCallback):
-    """One bar over optimizer steps, whose text names the stage (rollout, rewards, update, evaluation, saving).
+    """A progress bar over optimizer steps that names the stage (rollout, rewards, update, evaluation, saving).
 
-    Where stderr is no terminal, a line with a step's number takes its place, at most one in `LINE_SECONDS`, and one at
-    the last step.
+    If stderr is not a terminal, print a line with the step instead, at most every `LINE_SECONDS` and at the last step.
     """
 
     LINE_SECONDS = 30
@@ -67,9 +66,9 @@ class AdapterEMA(TrainerCallback):
     """Exponential moving average of the adapter, updated after each optimizer step.
 
     Args:
-        parameters: {name: parameter}; of those in parts on several ranks each keeps the average of its part.
-        decay: of the average, of which the first steps use (1 + n) / (10 + n) if smaller; or its schedule: the decay
-            of the n-th update, from 0.
+        parameters: {name: parameter}. If a parameter is sharded, each rank averages its part.
+        decay: decay of the average; the n-th update uses (1 + n) / (10 + n) if that is smaller. Or a function that
+            returns the decay of the n-th update, counted from 0.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], decay: float | Callable[[int], float]):
@@ -82,7 +81,7 @@ class AdapterEMA(TrainerCallback):
 
     @torch.no_grad()
     def update(self) -> None:
-        """average <- decay average + (1 - decay) weights."""
+        """Update the average: average <- decay average + (1 - decay) weights."""
         self.updates += 1
         if callable(self.decay):
             decay = self.decay(self.updates - 1)
@@ -92,11 +91,11 @@ class AdapterEMA(TrainerCallback):
             self.average[name].lerp_(held(parameter).to(self.average[name]), 1 - decay)
 
     def restart(self) -> None:
-        """Average anew from the present weights."""
+        """Restart the average from the current weights."""
         self.updates, self.average = 0, held_values(self.parameters)
 
     def __enter__(self):
-        """Inside, the adapter is the average."""
+        """Replace the weights by the average until `__exit__`."""
         self.kept = held_values(self.parameters)
         set_adapter(self.parameters, self.average)
         return self
@@ -106,10 +105,12 @@ class AdapterEMA(TrainerCallback):
         self.kept = None
 
     def state_dict(self, weights: bool = False) -> dict:
-        """Whole tensors; where ranks hold parts, all must call, and only those that write files get them.
+        """Return the state with unsharded tensors.
+
+        If weights are sharded, all ranks must call this, and only those that write files get the tensors.
 
         Args:
-            weights: whether the trained weights, too: of the average that is saved in their place.
+            weights: also include the trained weights, for the average that the adapter file holds instead of them.
         """
         state = {"average": self.average}
         if weights:
@@ -118,7 +119,7 @@ class AdapterEMA(TrainerCallback):
         return {"updates": self.updates} | whole
 
     def load_state_dict(self, state: dict) -> None:
-        """The average; the trained weights are its caller's to set."""
+        """Load the average; the caller sets the trained weights."""
         self.updates = state["updates"]
         self.average = {
             name: part.to(self.parameters[name].dtype)

@@ -1,4 +1,4 @@
-"""What a step will take, said before the first one."""
+"""Estimates printed before training: the work and the memory of a step."""
 
 import inspect
 
@@ -11,15 +11,16 @@ from ....estimate import estimate_memory
 from ....policy import VideoPolicy
 
 GIB = 2**30
-#: Bytes of weights from which memory is estimated: counting takes about 20 s on one core, which a step then exceeds.
+#: Estimate memory only above this many bytes of weights: it takes about 20 s on one core, less than such a step.
 LARGE = GIB
 
 
 def step_plan(policy: VideoPolicy, args) -> str:
-    """The videos of a step, their size and the denoising steps.
+    """Describe the videos of a step, their size and the denoising steps.
 
     Args:
-        args: a config whose call is settled.
+        policy: the policy that is trained.
+        args: a config after `settle_call`.
     """
     known = inspect.signature(inspect.unwrap(type(policy.pipeline).__call__)).parameters
     call = {
@@ -29,14 +30,14 @@ def step_plan(policy: VideoPolicy, args) -> str:
     }
     open_ = [name for name, value in call.items() if value is None or value is inspect.Parameter.empty]
     frames = f"{call['num_frames']} frames of " if "num_frames" in call and "num_frames" not in open_ else ""
-    size = "the pipeline's own size" if open_ else f"{call.get('height')} x {call.get('width')}"
+    size = "the pipeline's default size" if open_ else f"{call.get('height')} x {call.get('width')}"
     return f"{args.videos_a_step()}: {frames}{size}, {args.num_inference_steps} denoising steps"
 
 
 def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None) -> str | None:
-    """The memory that a run will take, in a sentence; None for a pipeline of less than `LARGE` bytes.
+    """Describe the memory that a run will need; None for a pipeline smaller than `LARGE` bytes.
 
-    Draws no random numbers. Args as in `estimate_memory`; the pipeline has no adapters yet.
+    It leaves the random state unchanged. Args as in `estimate_memory`; the pipeline must not have adapters yet.
     """
     modules = [component for component in pipeline.components.values() if isinstance(component, nn.Module)]
     weights = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
@@ -46,9 +47,9 @@ def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | Non
         with torch.random.fork_rng(devices=[]):
             peaks = estimate_memory(pipeline, args, peft_config).peaks
     except (ValueError, RuntimeError) as error:  # an estimate must not end a run
-        return f"memory: weights {weights / GIB:.1f} GiB, the rest could not be estimated ({error})"
+        return f"memory: {weights / GIB:.1f} GiB of weights; the rest could not be estimated ({error})"
     parts = ", ".join(f"{phase} {peak / GIB:.1f}" for phase, peak in peaks.items())
     return (
-        f"estimated memory: {max(peaks.values()) / GIB:.1f} GiB a process ({parts}), rewards and evaluation "
-        "besides; examples/estimate_memory.py says of what"
+        f"estimated memory: {max(peaks.values()) / GIB:.1f} GiB per process ({parts}), plus rewards and evaluation; "
+        "examples/estimate_memory.py shows the parts"
     )

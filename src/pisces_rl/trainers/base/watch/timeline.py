@@ -1,4 +1,4 @@
-"""Where the seconds of a training run go: spans, the parts of a step that sum to it, and a Chrome trace."""
+"""Measure where the time of a run goes: spans, parts that sum to the step time, and a Chrome trace."""
 
 import contextlib
 import os
@@ -20,14 +20,14 @@ from transformers import TrainerCallback
 
 from ....whole_files import write_json
 
-IDLE = "idle"  # what no span covers: data, logging, waiting for other processes
+IDLE = "idle"  # time outside all spans: data, logging, waiting for other processes
 ORDER = ("text", "rollout", "sampling", "decode", "rewards", "update")
-APART = ("evaluation", "saving")  # parts that do not belong to a step
-MOST_PENDING = 20_000  # marks that may wait to be read
+APART = ("evaluation", "saving")  # parts that are not in the step time
+MOST_PENDING = 20_000  # read the marks when more than this many are unread
 
 
 class HostClock:
-    """Moments of the host, in seconds; for work that is done when its call returns."""
+    """Host time in seconds, for work that is finished when its call returns."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -37,9 +37,10 @@ class HostClock:
 
 
 class DeviceClock:
-    """Moments of the current CUDA stream, as events: nobody waits for the device until they are read.
+    """Time on the current CUDA stream, as events, so that nothing waits for the device until `read`.
 
-    elapsed_time is a float32 of milliseconds, so each reading counts from the last moment of the one before.
+    Because elapsed_time is in milliseconds as float32, each `read` counts from the last event of the previous one, to
+    keep its precision.
     """
 
     def __init__(self, device: torch.device):
@@ -53,7 +54,7 @@ class DeviceClock:
         return event
 
     def read(self, marks: list[torch.cuda.Event]) -> list[float]:
-        """Seconds of perf_counter; waits for the last of them."""
+        """Wait for the events and return their times in seconds of perf_counter."""
         if not marks:
             return []
         for event in marks:
@@ -64,16 +65,16 @@ class DeviceClock:
 
 
 class _Lane:
-    """One thread's spans. A mark is [moment, part that counts from it on]; read, the moment is seconds."""
+    """Spans of one thread. A mark is [moment, part that starts there]; reading replaces the moment by seconds."""
 
     def __init__(self):
-        self.stack: list[tuple[str, bool]] = []  # name, whole
-        self.marks: list[list] = []  # since the last reading
-        self.spans: list[tuple[str, list, list]] = []  # name, marks of start and end, of the trace
+        self.stack: list[tuple[str, bool]] = []  # (name, whole)
+        self.marks: list[list] = []  # marks since the last reading
+        self.spans: list[tuple[str, list, list]] = []  # (name, start mark, end mark), for the trace
         self.totals: dict[str, float] = defaultdict(float)
 
     def switch(self, moment) -> list:
-        """From this moment on time is that of the top of the stack, or of the outermost whole span."""
+        """Count time from this moment for the top of the stack, or for the outermost whole span."""
         whole = next((name for name, whole in self.stack if whole), None)
         mark = [moment, whole or (self.stack[-1][0] if self.stack else IDLE)]
         self.marks.append(mark)
@@ -81,27 +82,28 @@ class _Lane:
 
 
 class Timeline:
-    """The time line of one process.
+    """The timeline of one process.
 
-    A span counts its own time only, not that of spans inside it, and what no span covers is `idle`: so the parts of
-    any stretch of time sum to it. A `whole` span counts those inside it, too. On a CUDA device, time is that of the
-    current stream, by events that are read once a log; elsewhere that of the host. Spans of another thread than the
-    one that called `start` lie on a lane named like the thread: beside the steps, not in them. Before `start` and
-    after `stop` a span leaves nothing.
+    A span counts only its own time, without spans inside it, and time outside all spans is `idle`, so the parts of any
+    interval sum to its length. A `whole` span also counts the spans inside it. On a CUDA device, time is that of the
+    current stream, measured by events that are read once per log; otherwise it is host time. Spans of threads other
+    than the one that called `start` are kept in a lane named after the thread and do not count as step time. Before
+    `start` and after `stop`, spans are not recorded.
 
     Args:
-        device: where the work is done. rank: of the process.
-        trace_steps: steps of which every span is kept for `write_trace`; memory does not grow after them.
+        device: device of the work.
+        rank: rank of the process.
+        trace_steps: number of steps whose spans are all kept for `write_trace`; memory does not grow after them.
     """
 
     def __init__(self, device: torch.device, rank: int = 0, trace_steps: int = 0):
         self.device, self.rank, self.trace_steps = device, rank, trace_steps
         self.lock = threading.Lock()
-        self.owner: int | None = None  # the thread whose time is counted
+        self.owner: int | None = None  # id of the thread whose time counts as step time
         self._clear()
 
     def start(self) -> None:
-        """Count from nothing; this thread's time from now on is that of the steps."""
+        """Reset, and count this thread's time as step time from now on."""
         self.clock = DeviceClock(self.device) if self.device.type == "cuda" else HostClock()
         self._clear()
         self.owner = threading.get_ident()
@@ -117,7 +119,7 @@ class Timeline:
 
     @contextlib.contextmanager
     def span(self, name: str, whole: bool = False) -> Iterator[None]:
-        """What is done inside is `name`; "rewards/bright" is a part of "rewards"."""
+        """Count the time inside as `name`; "rewards/bright" is a part of "rewards"."""
         if self.owner is None:
             yield
             return
@@ -135,14 +137,16 @@ class Timeline:
                     lane.spans.append((name, start, end))
 
     def step(self) -> None:
-        """One more optimizer step is done."""
+        """Count one optimizer step."""
         self.steps += 1
         if len(self.main.marks) > MOST_PENDING:
             self._settle()
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part since the last reading, those of "rewards/NAME" in "rewards"; they sum to the time that
-        has passed. Nothing outside `start` and `stop`."""
+        """Return the seconds of each part since the last `read`, with "rewards/NAME" included in "rewards".
+
+        They sum to the time that has passed. The result is empty before `start` and after `stop`.
+        """
         if self.owner is None:
             return {}
         self._settle()
@@ -151,7 +155,7 @@ class Timeline:
         return {part: seconds - before.get(part, 0.0) for part, seconds in now.items() if seconds != before.get(part)}
 
     def parts(self) -> dict[str, float]:
-        """Seconds of each part since `start`, by full name; those of other threads as "beside/NAME"."""
+        """Return the seconds of each part since `start`, by full name; those of other threads as "beside/NAME"."""
         if self.owner is not None:
             self._settle()
         beside = {
@@ -163,8 +167,10 @@ class Timeline:
         return dict(self.main.totals) | beside
 
     def write_trace(self, path: str | os.PathLike) -> None:
-        """Chrome's trace event format, for chrome://tracing or Perfetto: complete events, microseconds since 1970, the
-        process's rank as pid, a tid for each thread."""
+        """Write Chrome's trace event format, for chrome://tracing or Perfetto.
+
+        Complete events, in microseconds since 1970, with the rank as pid and one tid per thread.
+        """
         if self.owner is not None:
             self._settle()
         named = {"ph": "M", "pid": self.rank}
@@ -186,7 +192,7 @@ class Timeline:
         write_json(path, {"traceEvents": events, "displayTimeUnit": "ms"})
 
     def leave_trace(self, folder: str | os.PathLike) -> None:
-        """`write_trace` into trace_rankN.json, also where a run broke off; a run does not end for want of it."""
+        """Write trace_rankN.json, also after an interrupted run; if that fails, warn instead of ending the run."""
         path = Path(folder) / f"trace_rank{self.rank}.json"
         try:
             self.write_trace(path)
@@ -200,7 +206,7 @@ class Timeline:
             return self.beside.setdefault(threading.current_thread().name, _Lane())
 
     def _settle(self) -> None:
-        """Read the moments that wait, and count them."""
+        """Read the unread marks and add their times to the totals."""
         with self.lock:
             self.main.switch(self.clock.mark())
             lanes = [*self.beside.values(), self.main]  # the newest mark last
@@ -214,7 +220,7 @@ class Timeline:
 
 
 def grouped(parts: dict[str, float]) -> dict[str, float]:
-    """Sums by the first word of "rewards/NAME"."""
+    """Sum the seconds of parts by the text before the first "/"."""
     sums: dict[str, float] = defaultdict(float)
     for name, seconds in parts.items():
         sums[name.partition("/")[0]] += seconds
@@ -222,16 +228,16 @@ def grouped(parts: dict[str, float]) -> dict[str, float]:
 
 
 def mean_parts(processes: list[dict[str, float]]) -> dict[str, float]:
-    """`Timeline.parts` of several processes, a mean over them."""
+    """Average `Timeline.parts` over processes."""
     names = dict.fromkeys(name for parts in processes for name in parts)
     return {name: sum(own.get(name, 0.0) for own in processes) / len(processes) for name in names}
 
 
 def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
-    """A rich table of `Timeline.parts`: seconds a step and share of it; what other threads did
-    beside it; apart from the steps, seconds in all.
+    """Return a table of `Timeline.parts`: seconds per step and share of the step time.
 
-    The share of a step's parts sums to 100 %; "rewards/NAME" is indented below what it is a part of.
+    The shares of a step's parts sum to 100 %, and "rewards/NAME" is indented below "rewards". Below them are the
+    seconds per step of other threads, and the total seconds of evaluation and saving.
     """
     inside = {name: value for name, value in parts.items() if not name.startswith("beside/") and name not in APART}
     total = sum(inside.values())
@@ -261,7 +267,7 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
 
 
 def print_timeline(timeline: Timeline, accelerator: Accelerator, console: Console) -> None:
-    """The table of the mean over processes; all of them call this, and the first prints."""
+    """Print the table of the mean over processes; all processes must call this, and the first prints."""
     parts = mean_parts(gather_object([timeline.parts()]))
     if accelerator.is_main_process and timeline.steps:
         on = f"{accelerator.num_processes} x {accelerator.device.type}"
@@ -269,14 +275,14 @@ def print_timeline(timeline: Timeline, accelerator: Accelerator, console: Consol
 
 
 class TimelineSteps(TrainerCallback):
-    """Begins a time line with the training, counts its steps, and the optimizer's work as `update`."""
+    """Starts the timeline with training, counts its steps, and counts the optimizer's work as `update`."""
 
     def __init__(self, timeline: Timeline):
         self.timeline = timeline
         self.optimizing = contextlib.ExitStack()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.optimizing.close()  # of a run that was interrupted there
+        self.optimizing.close()  # still open if an earlier run was interrupted inside the optimizer step
         self.timeline.start()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

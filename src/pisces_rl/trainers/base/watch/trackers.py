@@ -1,4 +1,4 @@
-"""Samples in wandb and trackio, by the Video, Table and Image that both have."""
+"""Log samples to wandb and trackio, through the Video, Table and Image classes that both have."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,11 +11,13 @@ _NEEDED = ("log", "Video", "Table", "Image")
 
 
 def media_trackers(callbacks: Iterable[TrainerCallback]) -> Iterator[ModuleType]:
-    """wandb and trackio, where a callback of transformers has begun a run with them; not a version that lacks one of
-    log, Video, Table and Image."""
+    """Yield the modules wandb and trackio if a transformers callback has started a run with them.
+
+    Versions without log, Video, Table or Image are skipped.
+    """
     for callback in callbacks:
         if isinstance(callback, WandbCallback):
-            tracker = callback._wandb  # None where WANDB_DISABLED says so
+            tracker = callback._wandb  # None if WANDB_DISABLED is set
             begun = tracker is not None and tracker.run is not None
         elif isinstance(callback, TrackioCallback):
             tracker, begun = callback._trackio, callback._initialized
@@ -34,11 +36,16 @@ def log_samples(
     scores: dict[str, list],
     step: int,
 ) -> None:
-    """Log TAG/000 and so on, TAG/sheet, and the table TAG/scores of prompts and scores, at a step of training.
+    """Log videos TAG/000, TAG/001, ..., the image TAG/sheet, and the table TAG/scores of prompts and scores.
 
     Args:
-        tracker: one of `media_trackers`. clips: mp4 files, a prompt each. sheet: a picture. scores: {name: values or
-            None, one a prompt}.
+        tracker: a module from `media_trackers`.
+        tag: TAG.
+        clips: mp4 files, one per prompt.
+        sheet: image of the contact sheet.
+        prompts: the prompts.
+        scores: {name: one value or None per prompt}.
+        step: optimizer step.
     """
     rows = [[row, prompt, *(values[row] for values in scores.values())] for row, prompt in enumerate(prompts)]
     content = {
@@ -47,4 +54,4 @@ def log_samples(
     }
     content[f"{tag}/sheet"] = tracker.Image(str(sheet))
     content[f"{tag}/scores"] = tracker.Table(columns=["video", "prompt", *scores], data=rows, allow_mixed_types=True)
-    tracker.log(content | {"train/global_step": step})  # the x-axis of the scalars that the callbacks log
+    tracker.log(content | {"train/global_step": step})  # the x-axis that the callbacks use for scalars

@@ -1,4 +1,4 @@
-"""Metrics of a training step: collected where they arise, read and merged over processes when they are logged."""
+"""Metrics of training steps: read from the device and merged over processes only when they are logged."""
 
 from collections import defaultdict
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ....rewards import RewardError, RewardTable
 
-#: Names, or first parts of names before a "/", of the trainers' own metrics; a reward must not record under them.
+#: Names of the trainers' metrics, or their part before the first "/"; rewards must not record under these names.
 OWN_NAMES = {
     "reward",
     "rewards",
@@ -38,32 +38,36 @@ OWN_NAMES = {
 
 
 def as_floats(values: list[float | Tensor]) -> list[float]:
-    """Metrics stay on their device until they are logged, so that no step waits for one."""
+    """Convert metrics to floats with one device transfer; until they are logged they stay on their device."""
     tensors = [value for value in values if isinstance(value, Tensor)]
     known = iter(torch.stack(tensors).tolist() if tensors else ())
     return [next(known) if isinstance(value, Tensor) else value for value in values]
 
 
 def check_recorded(table: RewardTable) -> None:
-    """A RewardError where a reward recorded under a name of the trainer's own, which would replace or join it, or
-    per-sample values `x` are recorded beside a scalar `x/mean`."""
+    """Check the names under which rewards recorded values.
+
+    Raises:
+        RewardError: a name belongs to the trainer's metrics, or both per-sample values `x` and a scalar `x/mean` were
+            recorded.
+    """
     for name, reward in table.recorded_by.items():
         if name.split("/")[0] in OWN_NAMES or name.startswith(("eval_", "train_", "eval/", "train/")):
             raise RewardError(
-                f"reward {reward!r} records {name!r}, which is a name of the trainer's own metrics; record under "
-                f"another name, for instance {f'my_{name}'!r}."
+                f"reward {reward!r} records {name!r}, which is the name of a trainer metric; choose another name, for "
+                f"instance {f'my_{name}'!r}."
             )
     for name in table.extras:
         if f"{name}/mean" in table.metrics:
             raise RewardError(
-                f"reward {table.recorded_by[name]!r} records {name!r} for each sample, whose mean is logged as "
-                f"{f'{name}/mean'!r}, and reward {table.recorded_by[f'{name}/mean']!r} records a metric of that name; "
+                f"reward {table.recorded_by[name]!r} records {name!r} for each sample, and its mean is logged as "
+                f"{f'{name}/mean'!r}, but reward {table.recorded_by[f'{name}/mean']!r} records a metric of that name; "
                 "rename one of them."
             )
 
 
 def add_recorded(metrics: dict[str, list], table: RewardTable) -> None:
-    """What rewards recorded: metrics, and means of per-sample values. Raises as `check_recorded`."""
+    """Add what rewards recorded to `metrics`: scalars, and means of per-sample values. Raises as `check_recorded`."""
     check_recorded(table)
     for name, recorded in table.metrics.items():
         metrics[name] += recorded
@@ -74,10 +78,10 @@ def add_recorded(metrics: dict[str, list], table: RewardTable) -> None:
 
 
 def merged_over_processes(own: dict[str, list[float]], processes: int) -> dict[str, float]:
-    """One value for each metric's values on all processes.
+    """Merge each metric's values over all processes into one value.
 
-    `seconds/...` is a process's total since the last log, averaged over processes; `.../max_...` is the largest value;
-    everything else is a mean.
+    `seconds/...` is the total of a process since the last log, averaged over processes. `.../max_...` is the largest
+    value. Everything else is a mean.
     """
     values = defaultdict(list)
     for metrics in gather_object([own]):
