@@ -90,8 +90,8 @@ class MemoryEstimate:
         their gradients, averages and optimizer states are sharded too; everything else is replicated.
 
         While a denoiser runs, its parameters outside the blocks are gathered, plus three blocks: the running block,
-        the next one, and the message that gathers it. Unsharded gradients are those outside the blocks, plus two blocks:
-        one, and the message that reduces it.
+        the next one, and the message that gathers it. Unsharded gradients are those outside the blocks, plus two
+        blocks: one block, and the message that reduces it.
         """
         if num_processes < 2:
             raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
