@@ -1,12 +1,12 @@
-"""Peak GPU memory and seconds of reward backpropagation on a Wan 2.1 1.3B with random weights.
+"""Measure peak GPU memory and time of reward backpropagation on Wan 2.1 1.3B with random weights.
 
     python benchmarks/backprop_memory.py                 # the rows of docs/backprop.md, one GPU
     python benchmarks/backprop_memory.py --tiny          # the same code path on a CPU in seconds
 
-One video, gradients through the last step, LoRA of rank 32, bf16, both kinds of activations computed again in
-backward; rewards are `ot_quality` and `ot_semantic` on a model of InternVideo2's size, also with random weights (2.6
-GiB of the peak). The text encoder is a small one of the right width. Peak of two optimizer steps, with sampling and
-rewards.
+One video, gradients through the last step, LoRA of rank 32, bf16, both kinds of activations recomputed in backward;
+the rewards are `ot_quality` and `ot_semantic` on a model of InternVideo2's size, also with random weights (2.6 GiB of
+the peak). The text encoder is small, with the right width. The peak is over two optimizer steps, including sampling
+and rewards.
 """
 
 import argparse
@@ -36,7 +36,7 @@ TINY_ROWS = [(9, 16, 16, 1, 2), (9, 16, 16, 4, None)]
 
 
 def measure(row: tuple, tiny: bool, rewards: list) -> tuple[float, float]:
-    """(GiB, seconds of a step)."""
+    """Return (GiB, seconds per step)."""
     frames, height, width, last_steps, decoded = row
     with tempfile.TemporaryDirectory() as folder:
         config = RewardBackpropConfig(
@@ -79,7 +79,7 @@ def measure(row: tuple, tiny: bool, rewards: list) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="small everything, on a CPU")
+    parser.add_argument("--tiny", action="store_true", help="run small models on a CPU")
     args = parser.parse_args()
     encoder = build("tiny-vtm", "cpu") if args.tiny else build("internvideo2", "cuda")
     rewards = [OTQualityReward(encoder), OTSemanticReward(encoder, OTAttention())]

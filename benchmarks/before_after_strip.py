@@ -1,4 +1,4 @@
-"""The README's picture: a run's first samples above its last, of the same prompts and noise, as one animation.
+"""Make the README's animation: a run's first samples above its last, for the same prompts and noise.
 
 make demo
 python benchmarks/before_after_strip.py outputs/shapemotion_rvm --output docs/images/before_after.webp
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="an output folder")
     parser.add_argument("--set", default="test_seen", help="an evaluation set")
     parser.add_argument("--videos", type=int, nargs="+", default=range(8), help="which of its samples")
-    parser.add_argument("--size", type=int, default=128, help="pixels of a video's side")
+    parser.add_argument("--size", type=int, default=128, help="size of each video in pixels")
     parser.add_argument("--output", type=Path, default=Path("docs/images/before_after.webp"))
     args = parser.parse_args()
     steps = sorted((args.run / "samples").glob("step_*"))

@@ -1,13 +1,13 @@
-"""The quick-start's recipe beside Flow-GRPO's on tiny-wan: seconds a step, and what the policies are worth afterwards.
+"""Compare the quick start's recipe with Flow-GRPO's on tiny-wan: seconds per step and the scores of the policies.
 
     python benchmarks/best_recipe.py --output_dir outputs/best_recipe             # three seeds each, on a GPU
 
-Both train on the verifier for as many steps of as many videos; Flow-GRPO's recipe samples 20 guided steps, trains 19
-of them and has a KL term (benchmarks/recipes/flow_grpo_tiny_wan.yaml), the quick-start's samples 4 steps without
-guidance and trains one (recipes/shapemotion_grpo.yaml). The first seed of each runs alone, for its time: the median
-step after three. Afterwards every policy is sampled by the unmodified pipeline without noise, in 4 steps without
-guidance and in 20 under guidance 3, on the same prompts and noise; `correct` of the verifier, its gain over the base,
-and a 95 % bootstrap interval over prompts, of the mean over seeds.
+Both train on the verifier for the same number of steps and videos. Flow-GRPO's recipe samples 20 guided steps, trains
+19 of them and has a KL term (benchmarks/recipes/flow_grpo_tiny_wan.yaml); the quick start's recipe samples 4 steps
+without guidance and trains one (recipes/shapemotion_grpo.yaml). The first seed of each runs alone to measure its time,
+the median step after the first three. Then the unmodified pipeline samples every policy deterministically, in 4 steps
+without guidance and in 20 steps with guidance 3, on the same prompts and noise. The table has the verifier's `correct`
+and its gain over the base, as means over seeds with 95 % bootstrap intervals over prompts.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def start(recipe: str, seed: int, folder: Path, extra: list[str]) -> subprocess.
 
 
 def seconds_a_step(folder: Path) -> float:
-    """The median after three steps, from the log that the last checkpoint keeps."""
+    """Return the median after the first three steps, from the last checkpoint's log."""
     last = Path(last_checkpoint(folder))
     history = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     steps = [sum(row.get(f"seconds/{part}", 0.0) for part in PARTS) for row in history if "seconds/update" in row]
@@ -79,7 +79,7 @@ def scores(
     dtype: torch.dtype = torch.float32,
     base_precision: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """`correct` by sampler and set."""
+    """Return `correct` by sampler and set."""
     pipe = WanPipeline.from_pretrained(asset_path("tiny-wan"), dtype=dtype).to(device)
     pipe.transformer.requires_grad_(False)
     VideoPolicy(pipe).set_base_precision(base_precision)
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128, help="a split")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=64, help="videos sampled at once")
-    args, extra = parser.parse_known_args()  # what is left goes to every run
+    args, extra = parser.parse_known_args()  # the remaining arguments go to every run
     folders = {
         (recipe, seed): args.output_dir / f"{Path(path).stem}-{seed}"
         for recipe, path in RECIPES.items()

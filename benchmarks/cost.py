@@ -1,19 +1,19 @@
-"""What rollout and update cost as work grows, on one GPU: milliseconds and memory over tokens, with a fit.
+"""Measure how time and memory of rollout and update grow with the number of tokens, on one GPU, and fit the time.
 
     python benchmarks/cost.py --json outputs/cost.json                                  # all points, on a GPU
-    python benchmarks/cost.py --json outputs/cost.json --minutes 8                      # some; again: further ones
-    python benchmarks/cost.py --from outputs/cost.json --figure docs/images/cost.png    # drawn from what was measured
+    python benchmarks/cost.py --json outputs/cost.json --minutes 8                      # some; run again to continue
+    python benchmarks/cost.py --from outputs/cost.json --figure docs/images/cost.png    # plot existing measurements
     python benchmarks/cost.py --tiny --json outputs/tiny_cost.json                      # the same code on a CPU
 
-The model and phases of benchmarks/speed.py, variant `fused`, with guidance (two forward passes a step), the whole
-batch at once in the update, too. A point is a size, a number of frames, a batch, what backward computes again
-(`recompute`) and whether text encoder, VAE and denoiser wait in the host's memory (`offload`):
+Model and phases are those of benchmarks/speed.py, variant `fused`, with guidance (two forward passes per step) and the
+whole batch at once in the update. A point is a size, a number of frames, a batch size, what backward recomputes
+(`recompute`) and whether the text encoder, VAE and denoiser are kept in host memory (`offload`):
     over frames          each of --frames at each of --sizes with the first of --batch, all but attention recomputed
     at the second of --frames, for each size: each other batch, `nothing` and `everything` recomputed, offload
-Order: a spread of the first kind, then what else belongs to the first size, then the rest. ms are of a sample and
-denoising step, medians of --repeats runs after one, which compiles; tokens are of one video. By least squares of
-relative errors over the first kind, t = a + b n + c n^2 with n in 1,000 tokens: b holds what grows with tokens, c
-attention. A phase that does not fit is a row, too: "out of memory".
+Order: a spread of the first kind, then the other points of the first size, then the rest. Times are ms per sample and
+denoising step, medians of --repeats runs after one that compiles; tokens are per video. The fit over the first kind is
+t = a + b n + c n^2 with n in 1,000 tokens, by least squares of relative errors: b is the part linear in tokens, c is
+attention. A phase that does not fit in memory is listed as "out of memory".
 """
 
 import argparse
@@ -43,7 +43,7 @@ def tokens_of(point: dict) -> int:
 
 
 def spread(found: list) -> list:
-    """The first, the last, then what halves the largest gap."""
+    """Order items as the first, the last, then those that halve the largest gap."""
     taken = sorted({0, len(found) - 1}) if found else []
     while len(taken) < len(found):
         left, right = max(zip(sorted(taken), sorted(taken)[1:]), key=lambda pair: pair[1] - pair[0])
@@ -71,7 +71,7 @@ def points_of(args) -> list[dict]:
 
 
 def measured(point: dict, args, device: str) -> dict:
-    """The point with {ms, gib} of each phase; without those of a phase for which memory did not suffice."""
+    """Return the point with {ms, gib} of each phase that fits in memory."""
     height, width = map(int, point["size"].split("x"))
     work = argparse.Namespace(
         tiny=args.tiny,
@@ -118,7 +118,7 @@ def line(row: dict) -> str:
 
 
 def curve(rows: list[dict], phase: str) -> tuple[np.ndarray, np.ndarray]:
-    """1,000 tokens and ms of the points over frames that fit."""
+    """Return tokens (in 1,000) and ms of the points over frames that fit in memory."""
     usual = [row for row in rows if phase in row and all(row[key] == value for key, value in USUAL.items())]
     own = sorted(
         (row["tokens"] / 1000, row[phase]["ms"]) for row in usual if row["batch"] == min(row["batch"] for row in usual)
@@ -127,7 +127,7 @@ def curve(rows: list[dict], phase: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fitted(n: np.ndarray, ms: np.ndarray) -> tuple[np.ndarray, float] | None:
-    """(a, b, c) of t = a + b n + c n^2, and the root mean square of its relative errors; None: fewer than 4 points."""
+    """Return (a, b, c) of t = a + b n + c n^2 and the RMS relative error; None for fewer than 4 points."""
     if len(n) < 4:
         return None
     terms = np.stack([np.ones_like(n), n, n**2], 1) / ms[:, None]
@@ -136,7 +136,7 @@ def fitted(n: np.ndarray, ms: np.ndarray) -> tuple[np.ndarray, float] | None:
 
 
 def figure(rows: list[dict], path: Path) -> None:
-    """ms per 1,000 tokens over tokens of a video with the fit, and peak GiB over tokens at a time."""
+    """Plot ms per 1,000 tokens against tokens per video with the fit, and peak GiB against tokens at a time."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,9 +190,13 @@ def main() -> None:
     parser.add_argument("--frames", nargs="+", type=int, metavar="N", help=f"4 k + 1; {FRAMES}")
     parser.add_argument("--batch", nargs="+", type=int, metavar="N", help=f"{BATCHES}")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="after so many no further point begins")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="written after each point; those in it are kept")
-    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing, read this")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="start no further point after this many minutes"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="file to save after each point; existing points are kept"
+    )
+    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="read this file instead of measuring")
     parser.add_argument("--figure", type=Path, metavar="FILE.png", help="needs matplotlib, the extra `study`")
     args = parser.parse_args()
     for name, default in (TINY if args.tiny else dict(sizes=SIZES, frames=FRAMES, batch=BATCHES)).items():
@@ -203,7 +207,9 @@ def main() -> None:
     if args.source or known and known.exists():
         record = json.loads(known.read_text(encoding="utf-8"))
     if not args.source and record["machine"] != machine:
-        parser.error(f"--json={args.json} was measured on {record['machine']}, this is {machine}: give another file.")
+        parser.error(
+            f"--json={args.json} was measured on {record['machine']}, but this is {machine}; give another file."
+        )
     heads = "".join(f"| {phase} ms | per 1,000 tokens | GiB " for phase in STEPS)
     print(f"{record['machine']}\n\n| {' | '.join(KEYS[:3])} | tokens | {' | '.join(KEYS[3:])} {heads}| error |")
     print("|---" * 13 + "|")

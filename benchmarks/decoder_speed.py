@@ -1,10 +1,10 @@
-"""Milliseconds a video of Wan's VAE, as diffusers decodes and in chunks of latent frames, plain and compiled; one GPU.
+"""Measure Wan's VAE in ms per video: as diffusers decodes and in chunks of latent frames, plain and compiled; one GPU.
 
     python benchmarks/decoder_speed.py              # 33 x 240 x 416 in bf16, random weights
     python benchmarks/decoder_speed.py --tiny       # the same code path on a CPU
 
-`dB`: signal to error, 10 log10(4 / mean square error), of the fp32 VAE's videos and of what diffusers' bf16 decoding
-gives; two bf16 kernels differ by as much as one differs from fp32.
+`dB`: signal-to-error ratio, 10 log10(4 / mean square error), against the fp32 VAE and against diffusers' bf16
+decoding. Two bf16 kernels differ from each other as much as one differs from fp32.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def decibels(found: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def measure(vae: AutoencoderKLWan, latents: Tensor, repeats: int) -> tuple[float, Tensor, float]:
-    """Milliseconds a video, the videos, and peak GiB."""
+    """Return milliseconds per video, the videos, and peak GiB."""
     on_gpu = latents.is_cuda
     for _ in range(2):  # compilation, then what the allocator keeps
         videos = vae.decode(latents).sample
@@ -50,9 +50,13 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, nargs="+", default=[8], help="latent frames at a time, compiled")
     parser.add_argument("--videos", type=int, nargs="+", default=[1, 4], help="at once")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--plain", type=int, nargs="*", default=[2, 4, 8], help="chunks that are not compiled, too")
+    parser.add_argument(
+        "--plain", type=int, nargs="*", default=[2, 4, 8], help="also time these chunks without compilation"
+    )
     parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN choose by timing")
-    parser.add_argument("--channels_last", action="store_true", help="the decoder's weights in that order")
+    parser.add_argument(
+        "--channels_last", action="store_true", help="use the channels_last memory format for the decoder"
+    )
     args = parser.parse_args()
     device, dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
     torch.manual_seed(0)

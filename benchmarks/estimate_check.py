@@ -1,10 +1,10 @@
-"""The memory estimate against peaks measured on an H100 or, of methods, an H200 (docs/); needs no GPU.
+"""Compare the memory estimate with peaks measured on an H100 or, for methods, an H200 (docs/); needs no GPU.
 
     python benchmarks/estimate_check.py
 
-Same pipelines, sizes and adapters as benchmarks/speed.py (VAE in fp32), benchmarks/real_check.py (in bf16),
-benchmarks/method_speed.py (in fp32) and benchmarks/backprop_memory.py (in fp32), whose rewards are taken off: Wan 2.1
-without weights, with a small text encoder where none is offloaded. speed.py has neither an optimizer nor decoding.
+Pipelines, sizes and adapters are those of benchmarks/speed.py (VAE in fp32), benchmarks/real_check.py (in bf16),
+benchmarks/method_speed.py (in fp32) and benchmarks/backprop_memory.py (in fp32, minus its rewards): Wan 2.1 without
+weights, with a small text encoder if it is not offloaded. speed.py has neither an optimizer nor decoding.
 """
 
 import tempfile

@@ -1,19 +1,19 @@
-"""What compiled and fused blocks bring in each family: one forward of its transformer, and one with backward; one GPU.
+"""Measure the speedup of compiled and fused blocks per family: forward, and forward with backward; one GPU.
 
     python benchmarks/families_speed.py                              # every family, random weights
     python benchmarks/families_speed.py --families wan hunyuan15     # some of them
     python benchmarks/families_speed.py --tiny                       # the same code path on a CPU
 
-Each family's transformer class of diffusers at its published width with 4 blocks (HunyuanVideo: 2 of two streams and 2
-of one), 3,510 tokens of video (33 x 240 x 416 in most families) and as many of text as its pipeline gives, batch 4,
-bf16 under autocast, LoRA of rank 32 with nonzero B on the attention projections of the blocks. Embeddings and the
-output layer are timed, too, and with 4 blocks weigh more than in the whole model. No pipeline, no guidance:
-    forward   no gradients; compiled blocks run the graph with gradients all the same, as a rollout does
+Each family's diffusers transformer class has its published width and 4 blocks (HunyuanVideo: 2 two-stream and 2
+one-stream), 3,510 video tokens (33 x 240 x 416 in most families) and as many text tokens as its pipeline gives; batch
+4, bf16 under autocast, LoRA of rank 32 with nonzero B on the blocks' attention projections. Embeddings and the output
+layer are included; with 4 blocks, they take a larger share than in the full model. No pipeline, no guidance:
+    forward   no gradients; compiled blocks still run the graph with gradients, as in a rollout
     update    forward with gradients and backward, with gradient checkpointing
-by the variants `eager`, `compiled` and `fused` of benchmarks/speed.py. Milliseconds a sample, medians of --repeats
-after two warm-up runs. GiB: the update's peak. Not here, of docs/models.md: families of one of these classes
-(image to video, Wan 2.2, CogVideoX's other scheduler), those whose blocks cannot be compiled (UNets, Latte, Allegro,
-LTX-2), and images.
+for the variants `eager`, `compiled` and `fused` of benchmarks/speed.py. Times are ms per sample, medians of --repeats
+after two warm-up runs. GiB: the update's peak. Omitted from docs/models.md's families: those that share a class (image
+to video, Wan 2.2, CogVideoX's other scheduler), those whose blocks cannot be compiled (UNets, Latte, Allegro, LTX-2),
+and images.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from pisces_rl.policy.fast.execution import attention_kernel, compile_blocks
 from pisces_rl.policy.fast.products import fuse_products
 from pisces_rl.policy.lora.adapters import ATTENTION, BLOCKS
 
-# Class, its arguments, those of --tiny besides, inputs. Of these a tuple is the shape of normal numbers and a list
-# that of ones, without the batch; "video" is frames, rows, columns of latents that the class patches by 2, "tokens" of
-# those that it does not; a function makes what has no batch from frames, rows, columns of tokens; the rest is given as
-# it is.
+# Class, its arguments, changes for --tiny, inputs. In the inputs, a tuple is a shape of normal numbers and a list a
+# shape of ones, both without the batch; "video" stands for frames, rows, columns of latents that the class patches by
+# 2, "tokens" for those of latents that it does not patch; a function makes an input without a batch from frames, rows,
+# columns of tokens; other values are passed as they are.
 BLOCKS_OF_EACH = dict(num_layers=4)
 FAMILIES = {
     "wan": (
@@ -149,7 +149,7 @@ def transformer_of(family: str, tiny: bool, dtype: torch.dtype, device: str) -> 
         heads = {} if family == "kandinsky5" else dict(num_attention_heads=2)
         arguments = arguments | {key: 1 for key in arguments if key.endswith(("layers", "blocks"))} | heads | smaller
     torch.manual_seed(0)
-    with torch.device(device), init_empty_weights():  # buffers are real
+    with torch.device(device), init_empty_weights():  # buffers are not on the meta device
         transformer = getattr(diffusers, name)(**arguments)
     fill(transformer, dtype, device, device, keep=transformer._keep_in_fp32_modules or ())
     config = default_lora_config(32, target_modules=rf"{BLOCKS}\..*{ATTENTION}")
@@ -191,7 +191,7 @@ def inputs_of(family: str, tiny: bool, batch: int, dtype: torch.dtype, device: s
 
 
 def measure(family: str, variant: str, args, device: str) -> tuple[float, float, float]:
-    """Milliseconds a sample of forward and of update, and the update's peak GiB."""
+    """Return ms per sample of forward and of update, and the update's peak GiB."""
     compiled, recompute, kernel, fused, _ = speed.VARIANTS[variant]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     transformer = transformer_of(family, args.tiny, dtype, device)

@@ -1,10 +1,10 @@
-"""How far the adapter's gradient on an FP8 base lies from that on a bf16 base, and what of it is backward's rounding.
+"""Compare the adapter's gradient on an FP8 base with that on a bf16 base, and separate the rounding in backward.
 
     python benchmarks/fp8_gradient.py            # Wan 2.1 1.3B at full size with random weights, one GPU
     python benchmarks/fp8_gradient.py --tiny     # the same code on a CPU
 
-The gradient is that of the difference of two videos' log-probs over three of four steps, by the adapter of speed.py.
-"bf16 backward" multiplies gradients that are not rounded with the rounded weights in bf16.
+The gradient is of the difference of two videos' log-probs over three of four steps, for the adapter of speed.py.
+"bf16 backward" multiplies unrounded gradients by the rounded weights in bf16.
 """
 
 import argparse

@@ -1,15 +1,15 @@
-"""Does a policy learn as much on an FP8 base as on a bf16 one? GRPO on tiny-wan, adapters judged on the bf16 base.
+"""Compare learning on an FP8 base and on a bf16 base: GRPO on tiny-wan, with adapters evaluated on the bf16 base.
 
     python benchmarks/fp8_learning.py --output_dir outputs/fp8_learning            # five seeds each, on a GPU
     python benchmarks/fp8_learning.py --device cpu --seeds 0 1 --prompts 8 --max_steps 2 --use_cpu     # a trial
 
 The runs are those of recipes/shapemotion_grpo.yaml (the verifier as reward) under bf16 autocast, seeds 0 to 4, which
-differ in `base_precision` alone. Each adapter is then loaded by diffusers into the bf16 model and sampled there, in 4
-steps without guidance and in 20 under guidance 3, on the same prompts and noise; `correct` of the verifier.
+differ only in `base_precision`. diffusers then loads each adapter into the bf16 model and samples it in 4 steps
+without guidance and in 20 steps with guidance 3, on the same prompts and noise, scored by the verifier's `correct`.
 
-The main comparison, written down before any run: `correct` on held_out in 4 steps without guidance, FP8 minus bf16,
-paired by seed, with the 95 % t-interval over seeds. Beside it the same for the untrained model sampled in FP8 and in
-bf16, with the interval over prompts: FP8's own error.
+The main comparison was fixed before any run: `correct` on held_out in 4 steps without guidance, FP8 minus bf16, paired
+by seed, with the 95 % t-interval over seeds. For reference, the table shows the same for the untrained model sampled
+in FP8 and in bf16, with the interval over prompts, which is the error of FP8 itself.
 """
 
 import argparse
@@ -27,7 +27,7 @@ PRECISIONS = {"bf16": [], "fp8": ["--base_precision", "fp8"]}
 
 
 def interval(values: np.ndarray) -> str:
-    """Mean +- half of the 95 % t-interval."""
+    """Return the mean +- half of the 95 % t-interval."""
     if len(values) < 2:
         return f"{values.mean():+.3f}"
     half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=128, help="a split")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--batch", type=int, default=128, help="videos sampled at once")
-    args, extra = parser.parse_known_args()  # what is left goes to every run
+    args, extra = parser.parse_known_args()  # the remaining arguments go to every run
     folders = {(name, seed): args.output_dir / f"{name}-{seed}" for name in PRECISIONS for seed in args.seeds}
     runs = {
         key: start("quick-start's", key[1], folder, ["--bf16", "true", *PRECISIONS[key[0]], *extra])

@@ -1,14 +1,14 @@
-"""Seconds a step and peak GPU memory of every method on a Wan 2.1 1.3B with random weights, 8 videos a step.
+"""Measure seconds per step and peak GPU memory of every method on Wan 2.1 1.3B with random weights, 8 videos per step.
 
     python benchmarks/method_speed.py                       # the table of docs/methods.md, one GPU
     python benchmarks/method_speed.py --tiny                # the same code path on a CPU in a minute
     python benchmarks/method_speed.py --methods grpo nft
 
-Each method follows recipes/wan21_1.3b_METHOD.yaml, in a process of its own, but samples 16 steps as GRPO's does, so
-that only what is trained differs: GRPO a window of two steps, the forward-process methods four noise levels, and what
-each compares the policy with. Flow-DPPO uses each rollout twice. `backprop` is reward backpropagation through the last
-step, of one video at a time, on `temporal_smoothness`, with two latent frames decoded. Seconds of an optimizer step,
-in parts: mean of those after the first two.
+Each method runs recipes/wan21_1.3b_METHOD.yaml in a separate process, but samples 16 steps as GRPO does, so that only
+training differs: GRPO trains a window of two steps, the forward-process methods four noise levels, and each has its
+reference policies. Flow-DPPO uses each rollout twice. `backprop` is reward backpropagation through the last step, one
+video at a time, on `temporal_smoothness`, with two latent frames decoded. Times are seconds per optimizer step by
+part, means of the steps after the first two.
 """
 
 import argparse
@@ -37,13 +37,13 @@ BACKPROP = {"per_device_train_batch_size": 1, "decode_frames": 2, "learning_rate
 
 
 def settings_of(method: str) -> tuple[dict, int]:
-    """What the method's recipe says to the trainer, and the rank of its adapter."""
+    """Return the trainer settings of the method's recipe, and the rank of its adapter."""
     recipe = yaml.safe_load((RECIPES / f"wan21_1.3b_{method}.yaml").read_text(encoding="utf-8"))
     return {name: value for name, value in recipe.items() if name not in OWN}, recipe["lora_r"]
 
 
 def measure(method: str, steps: int, tiny: bool) -> dict[str, float]:
-    """Seconds by part, their sum, and peak GiB."""
+    """Return seconds by part, their sum, and peak GiB."""
     backprop = method == "backprop"
     settings, rank = settings_of("grpo" if backprop else method)
     if backprop:
@@ -89,7 +89,7 @@ def measure(method: str, steps: int, tiny: bool) -> dict[str, float]:
     rows = [row for row in trainer.state.log_history if "step_time" in row][2:]
     found = {part: fmean(row.get(f"seconds/{part}", 0.0) for row in rows) for part in PARTS}
     found["step"] = sum(found.values())
-    found["rollout"] += found.pop("sampling")  # what backpropagation calls it
+    found["rollout"] += found.pop("sampling")  # backpropagation's name for it
     found["GiB"] = float("nan") if tiny else torch.cuda.max_memory_allocated() / 2**30
     return found
 
@@ -98,7 +98,7 @@ def main() -> None:
     names = [*METHODS, "backprop"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", choices=names, default=names)
-    parser.add_argument("--steps", type=int, default=6, help="the first two are not counted")
+    parser.add_argument("--steps", type=int, default=6, help="steps to run; the first two are not counted")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to try the code")
     args = parser.parse_args()
     print("| method | step | rollout | decode | rewards | update | idle | peak GiB |\n|" + "---|" * 8, flush=True)
@@ -106,7 +106,7 @@ def main() -> None:
         for method in args.methods:
             try:
                 found = pool.submit(measure, method, args.steps, args.tiny).result()
-            except Exception as error:  # the others are worth having
+            except Exception as error:  # continue with the other methods
                 print(f"{method} failed: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
                 continue
             columns = [f"{found[name]:.2f}" for name in ("step", "rollout", "decode", "rewards", "update", "idle")]

@@ -1,13 +1,13 @@
-"""Write docs/models.md, which pipelines of diffusers can be trained, from the results of the replay-parity suite.
+"""Write docs/models.md, the list of supported diffusers pipelines, from the results of the replay-parity suite.
 
     python benchmarks/models_table.py --run                        # runs the suite, then writes docs/models.md
     python benchmarks/models_table.py                              # from the results in outputs/replay_parity
     python benchmarks/models_table.py --output outputs/models.md   # somewhere else
 
 Each family of tests/tiny_pipelines is a real pipeline of diffusers with tiny random weights. The suite samples it with
-a LoRA, replays the rollout whole and in part, with guidance and without, with activation checkpointing and without, by
-every transition that fits, and compares the log-probs. This command fails if a family has no result, an incomplete
-one, or one that breaks the rule. The notes beside the numbers are in models_notes.yaml.
+a LoRA, replays the rollout whole and in part, with and without guidance, with and without activation checkpointing,
+for every transition that fits, and compares the log-probs. This command fails if a family's result is missing,
+incomplete or breaks the rule. Text besides the numbers comes from models_notes.yaml.
 """
 
 import argparse
@@ -46,7 +46,7 @@ the video, and the audio's state at a later step is unknown.
 
 
 def read_results(folder: Path = RESULTS) -> list[dict]:
-    """Return the rows of the suite; if two files have the same case, the row of the later file."""
+    """Read rows of the suite; if two files have the same case, the later file wins."""
     found = {}
     for file in sorted(folder.glob("*.json"), key=os.path.getmtime):
         for row in json.loads(file.read_text(encoding="utf-8")):
@@ -55,7 +55,7 @@ def read_results(folder: Path = RESULTS) -> list[dict]:
 
 
 def complaints(rows: list[dict], families: list[str], tolerance: dict[str, float], notes: dict) -> list[str]:
-    """Return what is wrong with the results, one line for each fault."""
+    """Return the problems that prevent writing the table, one line each."""
     found = []
     for family in families:
         own = [row for row in rows if row["family"] == family]

@@ -1,7 +1,7 @@
-"""How closely plans and divergences agree with other solvers and closed forms: a table of docs/results/ot.md.
+"""Compare plans and divergences with other solvers and closed forms: a table of docs/results/ot.md.
 
 python benchmarks/ot_agreement.py                 # CPU
-python benchmarks/ot_agreement.py --device cuda   # the fused kernel where it serves
+python benchmarks/ot_agreement.py --device cuda   # with the fused kernel if it applies
 """
 
 import argparse

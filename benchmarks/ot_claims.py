@@ -1,7 +1,7 @@
-"""The numbers in the running text of docs/ot.md, and the time of a divergence to a large bank (docs/results/ot.md).
+"""Compute the numbers in the text of docs/ot.md, and time a divergence to a large bank (docs/results/ot.md).
 
 python benchmarks/ot_claims.py                                     # a few minutes on a CPU
-python benchmarks/ot_claims.py --bank 50000 --dimension 512        # the bank alone, on a GPU if there is one
+python benchmarks/ot_claims.py --bank 50000 --dimension 512        # only the bank, on a GPU if there is one
 """
 
 import argparse
@@ -71,7 +71,7 @@ def bank(points: int, dimension: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bank", type=int, default=0, help="points of a bank to time, and nothing else")
+    parser.add_argument("--bank", type=int, default=0, help="time only a bank with this many points")
     parser.add_argument("--dimension", type=int, default=512)
     args = parser.parse_args()
     warnings.simplefilter("ignore")

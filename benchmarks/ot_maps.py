@@ -1,4 +1,4 @@
-"""The tables of maps in docs/results/ot.md: every map against a known one, and on 2,000 points a side.
+"""Make the tables of maps in docs/results/ot.md: compare every map with a known one, also on 2,000 points per side.
 
     python benchmarks/ot_maps.py                          # closed forms and entropic, 20 minutes on two CPU cores
     python benchmarks/ot_maps.py --neural 80              # the neural ones, all at once in 80 s on one GPU
@@ -7,9 +7,9 @@
 Problems in 64 dimensions, with fresh points for each seed:
     gaussian   source N(m0, S0), T*(x) = m1 + A (x - m0): the linear map is exact
     nonlinear  source a mixture of six Gaussians, T* the gradient of a convex function: A x + b + sum of sigmoids
-    small      nonlinear, with 2,000 points a side where the others have 8,192
-L2-UVP is in per cent of T*'s variance (0 exact, 100 a constant) on 4,096 unseen points; the divergence is of mapped
-from unseen target points; recall@1 among 1,024. Means over seeds, [least, most].
+    small      nonlinear, with 2,000 points per side; the others have 8,192
+L2-UVP is in percent of T*'s variance (0 exact, 100 a constant) on 4,096 unseen points; the divergence is between
+mapped and unseen target points; recall@1 is among 1,024. Values are means over seeds, [min, max].
 """
 
 import argparse
@@ -84,7 +84,7 @@ NEURAL = {
 
 
 def barycentric(source: Tensor, target: Tensor):
-    """The plain entropic projection, for comparison: what the debiased map mends."""
+    """The plain entropic projection, for comparison: the bias that the debiased map removes."""
     inner = EntropicMap(linear=False).fit(source, target)
 
     def mapped(x: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Data:
         self.truth, self.unseen = problem.truth(self.test), problem.truth(problem.source(4096))
 
     def scores(self, map_) -> tuple[float, ...]:
-        """L2-UVP, cosine, divergence and recall@1."""
+        """Return L2-UVP, cosine, divergence and recall@1."""
         with torch.no_grad():
             mapped = map_(self.test).double()
             unseen, moved = (x.float().to(DEVICE) for x in (self.unseen, mapped))
@@ -117,7 +117,7 @@ class Data:
 
 
 def measure(task: tuple[str, str, int]) -> tuple[float, ...]:
-    """The scores and seconds of one map on one problem."""
+    """Return the scores and seconds of one map on one problem."""
     name, label, seed = task
     warnings.simplefilter("ignore")
     data = Data(name, seed)
@@ -134,7 +134,7 @@ def now() -> float:
 
 
 def train_together(tasks: list[tuple[str, str, int]], budget: float) -> list[tuple[float, ...]]:
-    """Train neural maps a step of each in turn, each on its own stream; the scores and seconds of each."""
+    """Train neural maps in turn, one step each, on separate streams; return the scores and seconds of each."""
     data = [Data(name, seed) for name, _, seed in tasks]
     streams = [torch.cuda.Stream() if DEVICE == "cuda" else None for _ in tasks]
 
@@ -161,7 +161,7 @@ def train_together(tasks: list[tuple[str, str, int]], budget: float) -> list[tup
 
 
 def limited(map_: NeuralMap, budget: float) -> NeuralMap:
-    """The steps that the budget of seconds allows, measured, so that the rate's cosine ends with the time."""
+    """Measure how many steps fit in the time budget, so that the cosine learning-rate schedule ends with it."""
     points = torch.randn(2000, D)
     probe = NeuralMap(skip=map_.skip)._fit_by_steps(points, points)
     for _ in range(10):

@@ -1,13 +1,13 @@
-"""Reward backpropagation on a LoRA of any text-to-video pipeline of diffusers.
+"""Train a LoRA of any text-to-video pipeline of diffusers by reward backpropagation.
 
     accelerate launch examples/backprop_t2v.py
     accelerate launch examples/backprop_t2v.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dataset prompts.txt \
         --reward_encoder openai/clip-vit-large-patch14 --rewards cosine --height 240 --width 416 --num_frames 33 \
         --decode_frames 2 --output_dir outputs/wan
 
-Without --config and --model it follows recipes/shapemotion_backprop.yaml: the embedded tiny-wan on ShapeMotion and the
-optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. Rewards must be differentiable.
-`pisces-rl train --method backprop` is the same.
+Rewards must be differentiable. Without --config and --model, the script uses recipes/shapemotion_backprop.yaml: the
+built-in tiny-wan on ShapeMotion with the optimal-transport rewards of the built-in tiny-vtm, offline, on a CPU or GPU.
+`pisces-rl train --method backprop` is equivalent.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Convert the official checkpoint of InternVideo2 stage 2 (1B) once, to a folder that every reward loads.
+"""Convert the official checkpoint of InternVideo2 stage 2 (1B) once, to a folder that any reward can load.
 
     python examples/convert_internvideo2.py --checkpoint InternVideo2-stage2_1b-224p-f4.pt --output ./internvideo2
     python examples/fit_ot_map.py --encoder ./internvideo2 --dataset clips.jsonl --output_dir outputs/map
 
-The pickle is read with `weights_only`, so that it can run no code, and written as safetensors in fp16 beside the
-tokenizer of BERT (from the Hub, or a folder). Weights that are missing, unknown or of another shape are an error.
+The pickle is read with `weights_only`, so it cannot run code. The weights are saved as safetensors in fp16, together
+with BERT's tokenizer (from the Hub or a folder). Missing or unknown weights and wrong shapes are errors.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pisces_rl.rewards.encoders.internvideo2 import InternVideo2, InternVideo2Config
 
-WRAPPERS = ("module", "model", "state_dict")  # under which training code keeps the weights
+WRAPPERS = ("module", "model", "state_dict")  # keys under which training code stores the weights
 
 
 def convert(
@@ -37,11 +37,13 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="the official .pt file")
     parser.add_argument("--output", required=True, help="folder of the converted model")
     parser.add_argument("--tokenizer", default="google-bert/bert-large-uncased", help="Hub id or folder")
-    parser.add_argument("--num_frames", type=int, default=8, help="frames a video; positions in time are interpolated")
+    parser.add_argument(
+        "--num_frames", type=int, default=8, help="frames per video; temporal positions are interpolated"
+    )
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     convert(args.checkpoint, args.output, tokenizer, InternVideo2Config(num_frames=args.num_frames))
-    print(f"the model is in {args.output}: load_encoder({args.output!r})")
+    print(f"wrote {args.output}; load it with load_encoder({args.output!r})")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""GRPO with a loss of your own: a subclass overrides `policy_loss`.
+"""GRPO with a custom loss: a subclass overrides `policy_loss`.
 
     accelerate launch examples/custom_loss.py
 
-`policy_loss` is given one denoising step of a few videos and returns a loss for each, and which shares of them a clip
-left out. Here a penalty keeps the ratio near 1 in place of the clip (Simple Policy Optimization, arXiv 2401.16025).
+`policy_loss` receives one denoising step of a few videos and returns a loss per video and the clipped shares. Here, a
+penalty replaces the clip to keep the ratio near 1 (Simple Policy Optimization, arXiv 2401.16025).
 """
 
 from datasets import Dataset
@@ -15,7 +15,7 @@ class PenaltyTrainer(VideoGRPOTrainer):
     def policy_loss(self, step, log_ratio, advantage, samples):
         ratio = log_ratio.exp()
         loss = -advantage * ratio + advantage.abs() * (ratio - 1).square() / (2 * self.args.epsilon)
-        nothing = log_ratio.new_zeros(())  # is left out: what is logged as clip_ratio
+        nothing = log_ratio.new_zeros(())  # nothing is clipped; logged as clip_ratio
         return loss, nothing, nothing
 
 

@@ -1,4 +1,4 @@
-"""Train on a reward of your own: any function of prompts and videos.
+"""Train on a custom reward: any function of prompts and videos.
 
 accelerate launch examples/custom_reward.py
 """
@@ -9,7 +9,7 @@ from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 
 
 def redness(prompts, videos, **columns):
-    """Red above the other channels, per video; `videos` is (B, F, 3, H, W) in [0, 1]."""
+    """Return red minus the mean of the other channels per video; `videos` is (B, F, 3, H, W) in [0, 1]."""
     red, green, blue = videos.mean(dim=(1, 3, 4)).unbind(1)
     return (red - (green + blue) / 2).tolist()
 

@@ -1,4 +1,4 @@
-r"""Memory of a recipe on each GPU, without weights, without a GPU and without downloading a model.
+r"""Estimate a recipe's memory per GPU, without weights, a GPU or a model download.
 
     python examples/estimate_memory.py --config recipes/wan21_1.3b_grpo.yaml
     python examples/estimate_memory.py --config recipes/wan21_14b_grpo.yaml --gpu_gib 40 --sharding fsdp2 \
@@ -7,9 +7,9 @@ r"""Memory of a recipe on each GPU, without weights, without a GPU and without d
         --width 416 --num_frames 33 --decode_frames 2
     python examples/estimate_memory.py --table              # every recipe of recipes/architectures.json
 
---method is one of train_t2v.py's, where nothing names one grpo; other arguments are those of the script that trains by
-it. A model of recipes/architectures.json is built from there; of any other one, a folder or a Hub id, the
-configuration files are read. bf16 is on, as on a GPU, unless --bf16 false. `pisces-rl estimate` is the same.
+--method takes the methods of train_t2v.py (default grpo); other arguments are those of training. Models in
+recipes/architectures.json are built from that file; for any other folder or Hub id, the configuration files are read.
+bf16 is on, as on a GPU, unless you pass --bf16 false. `pisces-rl estimate` is equivalent.
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""Ask rewards what they measure: on clips with one thing wrong, by how much, and what must change nothing.
+"""Test what rewards measure: whether they detect single corruptions, and how strongly.
 
     python examples/evaluate_rewards.py                                             # the four rewards of tiny-vtm
     python examples/evaluate_rewards.py --dataset clips.jsonl --encoder ./internvideo2 --ot_map outputs/map
     python examples/evaluate_rewards.py --rewards my_rewards.py:score
 
-Without a data set it asks about ShapeMotion, where every attribute can be broken alone. A data set has the columns
-`video` (a path) and `caption`: there, another video of the set and corruptions of pixels and of time take their place.
-Videos of one size are asked about as they are, others are scaled and cut to the encoder's frame.
-Writes rewards.md, the reward against each corruption's strength (strength.png) and plans by word (plans.png).
-`pisces-rl evaluate` is the same.
+Without a data set, it uses ShapeMotion, where each attribute can be corrupted alone. A data set needs the columns
+`video` (a path) and `caption`; its corruptions are another video of the set and changes to pixels and time. Videos are
+scored as they are if all have the same size; otherwise they are scaled and cropped to the encoder's resolution.
+Writes rewards.md, reward against corruption strength (strength.png) and transport plans by word (plans.png).
+`pisces-rl evaluate` is equivalent.
 """
 
 import sys

@@ -1,10 +1,10 @@
-r"""A trained adapter for another program: other layouts of the same LoRA, or the base with it merged in.
+r"""Export a trained adapter for another program: the same LoRA in other layouts, or merged into the base model.
 
     python examples/export_adapter.py outputs/run outputs/run --format comfyui
     python examples/export_adapter.py outputs/run exported --format peft --dtype fp32
     python examples/export_adapter.py outputs/run merged --format merged --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers
 
-Which file is for what: docs/export.md. `pisces-rl export` is the same.
+docs/export.md explains the files. `pisces-rl export` is equivalent.
 """
 
 import argparse

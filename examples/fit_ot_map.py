@@ -4,15 +4,15 @@
     accelerate launch examples/fit_ot_map.py --encoder ./internvideo2 --dataset clips.jsonl --output_dir outputs/map \
         --maps entropic neural
 
-A data set has the columns `video` (in a file a path, beside it or absolute; else the videos themselves) and `caption`;
-rows with only one of them make it unpaired. Features are cached in output_dir/features, so a call that was broken off
-goes on where it was, and a larger max_samples adds to them; each GPU decodes and encodes its share. Every map is
-scored on pairs that it was not fitted on; the best one, or the kind that --save names, is saved in output_dir, with a
-bank of real videos' features for the divergence:
+A data set needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
+the file; in other data sets, it holds the videos. Rows with only one of the two make the data set unpaired. Features
+are cached in output_dir/features: an interrupted call resumes there, and a larger max_samples adds to them. Each GPU
+decodes and encodes its share. Every map is scored on held-out pairs. The best map, or the kind that --save names, is
+saved in output_dir with a bank of real-video features for the divergence:
 
     load_reward("ot_quality", encoder="./internvideo2", ot_map="outputs/map")
 
-`pisces-rl fit-map` is the same.
+`pisces-rl fit-map` is equivalent.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""GRPO on a LoRA of any text-to-video, image-to-video or text-to-image pipeline of diffusers.
+"""Train a LoRA of any text-to-video, image-to-video or text-to-image pipeline of diffusers by GRPO.
 
     accelerate launch examples/grpo_t2v.py --config recipes/shapemotion_grpo.yaml
     accelerate launch examples/grpo_t2v.py --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers --dataset prompts.txt \
@@ -7,11 +7,11 @@
         --rewards my_rewards.py:score --height 480 --width 832 --num_frames 33 --output_dir outputs/wan-i2v
     accelerate launch examples/grpo_t2v.py --continue_from outputs/shapemotion_ot --output_dir outputs/further
 
-The third trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file beside it}. The last
-trains a saved adapter further.
-Without --config and --model it follows recipes/shapemotion_ot.yaml: the embedded tiny-wan on ShapeMotion, trained on
-the optimal-transport rewards of the embedded tiny-vtm; offline, on a CPU or a GPU. `pisces-rl train --method grpo` is
-the same.
+The third command trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file in the same
+folder}. The last one continues from a saved adapter.
+Without --config and --model, the script uses recipes/shapemotion_ot.yaml: the built-in tiny-wan on ShapeMotion with
+the optimal-transport rewards of the built-in tiny-vtm, offline, on a CPU or GPU. `pisces-rl train --method grpo` is
+equivalent, except for the default recipe.
 """
 
 import sys

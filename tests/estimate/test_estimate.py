@@ -310,7 +310,7 @@ def test_fsdp2_shares_the_denoiser():
 
 
 def test_a_network_that_looks_at_numbers():
-    with pytest.raises(ValueError, match="HunyuanVideo15Pipeline: one of its networks branches on numbers"):
+    with pytest.raises(ValueError, match="HunyuanVideo15Pipeline: one of its networks branches on values"):
         peaks("hunyuan15")
 
 

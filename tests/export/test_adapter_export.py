@@ -410,11 +410,15 @@ def test_mochis_original_names_are_those_of_its_own_lora_layers(tmp_path):
 
 def test_unknown_words_are_refused_with_those_known(tmp_path):
     trained("wan", tmp_path)
-    with pytest.raises(ValueError, match=r"format='kohya' is unknown; known are diffusers, peft, comfyui, original\."):
+    with pytest.raises(
+        ValueError, match=r"format='kohya' is unknown; expected one of diffusers, peft, comfyui, original\."
+    ):
         export_adapter(tmp_path, tmp_path / "out", "kohya")
-    with pytest.raises(ValueError, match=r"dtype='fp8' is unknown; known are bf16, fp16, fp32\."):
+    with pytest.raises(ValueError, match=r"dtype='fp8' is unknown; expected one of bf16, fp16, fp32\."):
         export_adapter(tmp_path, tmp_path / "out", dtype="fp8")
-    with pytest.raises(ValueError, match="model='flux' is no family .* known are wan, hunyuan_video, ltx, ltx2"):
+    with pytest.raises(
+        ValueError, match="model='flux' is not a known family; known families are wan, hunyuan_video, ltx, ltx2"
+    ):
         export_adapter(tmp_path, tmp_path / "out", "comfyui", model="flux")
     with pytest.raises(ValueError, match="output='.*' is a file, but must be a folder"):
         export_adapter(tmp_path, tmp_path / "lora.safetensors", "comfyui")
@@ -445,7 +449,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         export_adapter(tmp_path / "wan", tmp_path / "out", "comfyui", model="ltx")
     with pytest.raises(ValueError, match="does not fit transformer of this model: it adapts 'blocks.0.attn1.to_k'"):
         export_adapter(tmp_path / "wan", tmp_path / "out", "comfyui", model=BUILD["ltx"]())
-    with pytest.raises(ValueError, match="model='AllegroTransformer3DModel' is no family whose names are known"):
+    with pytest.raises(ValueError, match="model='AllegroTransformer3DModel' is not a known family"):
         export_adapter(tmp_path / "allegro", tmp_path / "out", "original")
 
 
@@ -453,9 +457,9 @@ def test_an_adapter_without_a_note_needs_the_model(tmp_path):
     trained("wan", tmp_path / "run")
     file = tmp_path / "run" / "pytorch_lora_weights.safetensors"
     save_file(load_file(file), file)  # without metadata, as others save it
-    with pytest.raises(ValueError, match="does not note which model it adapts, so say so"):
+    with pytest.raises(ValueError, match="does not record which model it adapts; set model="):
         export_adapter(tmp_path / "run", tmp_path / "out", "comfyui")
-    with pytest.raises(ValueError, match="'blocks.0.attn1.to_k', whose name in ComfyUI is not known for the family"):
+    with pytest.raises(ValueError, match="'blocks.0.attn1.to_k', which has no known name in ComfyUI for the family"):
         export_adapter(tmp_path / "run", tmp_path / "out", "comfyui", model="mochi")
     for model in ("wan", "WanTransformer3DModel", BUILD["wan"](), BUILD["wan"]().transformer):
         export_adapter(tmp_path / "run", tmp_path / "out", "comfyui", model=model)

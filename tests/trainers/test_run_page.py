@@ -124,7 +124,11 @@ def test_a_folder_that_is_no_run(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    for name, message in (("missing", "is no folder"), ("empty", "no run's folder"), ("other", "no run's folder")):
+    for name, message in (
+        ("missing", "not a folder"),
+        ("empty", "not a run's folder"),
+        ("other", "not a run's folder"),
+    ):
         with pytest.raises(ValueError, match=message):
             read_run(tmp_path / name)
         with pytest.raises(SystemExit, match=message):

@@ -168,7 +168,7 @@ def test_hostile_texts_are_text(opened, run):
     assert titles(tab)[len(PLAIN) :] == HOSTILE and tab.locator("img").count() == 0
     long = tab.locator(".card").last
     height = long.bounding_box()["height"]
-    long.get_by_role("button", name="whole prompt").click()
+    long.get_by_role("button", name="full prompt").click()
     assert long.bounding_box()["height"] > height + 200
     arabic = tab.locator(".card h3").nth(len(PLAIN) + 3)
     assert arabic.evaluate("(one) => getComputedStyle(one).direction") == "rtl"
@@ -234,8 +234,8 @@ def test_several_runs_side_by_side(opened, tmp_path):
     of_first = titles(tab)
     tab.get_by_role("combobox", name="Sort and filter by run", exact=True).select_option(label="b")
     assert titles(tab) != of_first
-    tab.get_by_label("also defaults").check()
-    tab.get_by_label("only what differs").check()
+    tab.get_by_label("include defaults").check()
+    tab.get_by_label("only differences").check()
     assert tab.locator("#setting-table tbody tr").all_inner_texts() == ["output_dir\ta #1\tb"]
 
 
@@ -260,6 +260,6 @@ def test_a_run_that_lacks_a_part_has_a_page(opened, tmp_path, lacks):
     if lacks == "everything":
         (folder / "run.json").unlink()
     tab = opened(write_page([folder]), wait=False)
-    count = {"videos": "3 of 3 prompts; none has a video."}.get(lacks, "No evaluation or sample yet.")
+    count = {"videos": "3 of 3 prompts; none has a video."}.get(lacks, "No evaluations or samples yet.")
     assert tab.locator("#count").inner_text() == count
     assert tab.locator(".chart").count() == {"videos": 7, "evaluations": 4, "everything": 0}[lacks]

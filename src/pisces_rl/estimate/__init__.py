@@ -1,4 +1,4 @@
-"""Memory of a run before it is started: counted on fake tensors, without weights and without a GPU."""
+"""Estimate a run's memory before it starts, on fake tensors, without weights or a GPU."""
 
 from .memory import Held, MemoryEstimate, estimate_memory
 from .weightless import weightless_pipeline

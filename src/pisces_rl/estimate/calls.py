@@ -1,7 +1,7 @@
-"""What a pipeline hands to its networks: their calls, recorded by a session around networks of no weights.
+"""Record the calls that a pipeline makes to its networks, which have no weights.
 
-The pipeline is the real one, with real (small) latents, so that token counts, guidance, masks and the experts of each
-step are its own. A network's call is run on fake tensors once for each set of shapes; the pipeline gets zeros.
+The pipeline and its (small) latents are real, so token counts, guidance, masks and the expert of each step are exact.
+A network's call runs on fake tensors once per set of shapes; the pipeline receives zeros.
 """
 
 import contextlib
@@ -19,12 +19,13 @@ from .networks import Call, Networks, bytes_of
 
 
 class Recording(DifferentiableSampling):
-    """A deterministic sample of some videos, up to its first decode.
+    """Deterministic sampling of some videos, up to the first decode.
 
     Attributes:
-        steps: for each different kind of denoising step the calls of denoisers that it makes.
-        vae: the first call of vae.decode; None where the pipeline has no vae.
-        latent_bytes: of one video's latents, in fp32. prompt_bytes: of what is remembered of a prompt.
+        steps: the denoiser calls of each distinct kind of denoising step.
+        vae: the first call of vae.decode; None if the pipeline has no VAE.
+        latent_bytes: bytes of one video's latents in fp32.
+        prompt_bytes: bytes cached per prompt.
     """
 
     def __init__(self, networks: Networks, videos: int):
@@ -68,7 +69,7 @@ class Recording(DifferentiableSampling):
 
 
 def shapes_of(value) -> str:
-    """Shapes and dtypes of the tensors in a structure, and its other leaves."""
+    """Return the shapes and dtypes of the tensors in a structure, and its other leaves."""
     return repr([(tuple(v.shape), v.dtype) if isinstance(v, Tensor) else v for v in tree_leaves(value)])
 
 

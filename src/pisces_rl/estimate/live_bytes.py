@@ -1,4 +1,4 @@
-"""Bytes that live at the same time: a count of what an allocator would hold, kept while operators run."""
+"""Count the bytes that an allocator would hold at the same time while operators run."""
 
 import weakref
 
@@ -9,8 +9,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-BLOCK = 512  # torch's CUDA allocator rounds up to it
-# What CUDA's autocast computes in fp32 and the CPU's does not (torch's list of autocast operators).
+BLOCK = 512  # torch's CUDA allocator rounds sizes up to a multiple
+# Functions that autocast computes in fp32 on CUDA but not on the CPU (torch's list of autocast operators).
 FP32_UNDER_AUTOCAST = {
     F.layer_norm,
     F.group_norm,
@@ -29,13 +29,13 @@ FP32_UNDER_AUTOCAST = {
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside, every tensor that an operator makes is counted until its storage is freed.
+    """Context that counts every tensor that an operator creates until its storage is freed.
 
-    Views count once with their base. On fake tensors nothing is computed, and the count is that of real ones.
+    A view and its base count once. Fake tensors give the same count as real ones, without computation.
 
     Attributes:
-        live: bytes alive now, of tensors made or held since this count began.
-        peak: the most that were alive at once.
+        live: bytes now alive of tensors created or held since the count began.
+        peak: maximum of `live`.
     """
 
     def __init__(self):
@@ -43,13 +43,13 @@ class LiveBytes(TorchDispatchMode):
         self.live, self.peak, self._known = 0, 0, {}
 
     def hold(self, *tensors) -> None:
-        """Count tensors that were made before."""
+        """Count tensors that already exist."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
 
     def leave_out(self, *tensors) -> None:
-        """Do not count tensors that were made before, not even where an operator returns them."""
+        """Exclude tensors that already exist from the count, even if an operator returns them."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, Tensor):
                 self._count(tensor, rounded=0)
@@ -76,15 +76,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 class AsOnCUDA(TorchFunctionMode):
-    """Inside, operators of the CPU keep what CUDA's keep: attention never makes its scores, norms under autocast
-    are fp32. A mask hides nothing (Mochi takes the text's real tokens out of its padding)."""
+    """Context in which CPU operators allocate what CUDA's do: attention never materializes its scores, and norms under
+    autocast are fp32. Masks hide nothing (Mochi selects the text's real tokens by its mask)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         cast = torch.is_autocast_enabled("cpu")
         if function is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if function is torch.nonzero and not kwargs.get("as_tuple"):  # which numbers are not 0 is not known here: all
+        if function is torch.nonzero and not kwargs.get(
+            "as_tuple"
+        ):  # fake tensors have no values: assume that none is 0
             return torch.zeros((args[0].numel(), args[0].ndim), dtype=torch.long)
         if cast and function in FP32_UNDER_AUTOCAST:
             args, kwargs = tree_map(_to_fp32, (args, kwargs))
@@ -105,7 +107,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What a fused kernel keeps: query, key, value, output and one number a query."""
+    """Attention with the memory of a fused kernel: query, key, value, output and one number per query."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
     if enable_gqa:

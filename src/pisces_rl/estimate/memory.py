@@ -1,4 +1,4 @@
-"""How much memory a run takes on each GPU: counted on fake tensors, without weights and without a GPU."""
+"""Estimate a run's memory per GPU on fake tensors, without weights or a GPU."""
 
 import contextlib
 import copy
@@ -27,21 +27,21 @@ MEASURE = "Measure a run of a few steps instead (torch.cuda.max_memory_allocated
 
 @dataclass(frozen=True)
 class Held:
-    """What a method holds on a device beside the model, what is trained of it, and the optimizer's states.
+    """What a method holds on a device besides the model, its trained weights and the optimizer states.
 
     Attributes:
-        sampled: videos of one call of the pipeline.
-        trained: videos whose predictions carry a graph at the same time.
-        prompts: different ones of `uses` micro-batches.
-        rollout: videos that are sampled before they are trained on; 0: they are not kept.
-        latents: how many are kept of each of these, in fp32.
-        predictions: of other policies, in fp32, beside the graph, for each trained video.
-        followers: further copies of what is trained.
-        drawn_by_follower: whether one of them samples; the trained weights, for which it then stands in, wait in a
-            copy.
-        graphs: denoising steps whose graphs live at the same time.
-        decoder: whether the graph goes on through it; "checkpointed": it is computed again in backward.
-        decode_frames: of how many latent frames; None: all.
+        sampled: videos per call of the pipeline.
+        trained: videos whose predictions have a graph at the same time.
+        prompts: distinct prompts in `uses` micro-batches.
+        uses: see `prompts`.
+        rollout: videos that are sampled before training on them; 0: they are not kept.
+        latents: latents kept of each of these videos, in fp32.
+        predictions: predictions of other policies per trained video, in fp32, besides the graph.
+        followers: additional copies of the trained weights.
+        drawn_by_follower: whether a follower samples; a copy of the trained weights is kept meanwhile.
+        graphs: denoising steps whose graphs are alive at the same time.
+        decoder: not None if the graph includes the decoder; "checkpointed": it is recomputed in backward.
+        decode_frames: latent frames that are decoded; None: all.
     """
 
     sampled: int
@@ -63,11 +63,11 @@ class MemoryEstimate:
     """Bytes on one GPU.
 
     Attributes:
-        resident: {what: bytes} that is there from the first optimizer step on; weights under their component's name.
-        phases: {"sampling", "decoding", "update": {what: bytes}} that a phase holds besides at its peak; and "text"
-            where text encoders are offloaded. Reward backpropagation decodes in its update.
+        resident: {what: bytes} held from the first optimizer step on; weights under their component's name.
+        phases: {"sampling", "decoding", "update": {what: bytes}} held in addition at each phase's peak; also "text" if
+            text encoders are offloaded. Reward backpropagation decodes in its update.
         blocks: {denoiser: bytes of each repeated block}.
-        details: the numbers behind it: videos at a time, rows of a denoiser's call, trainable parameters.
+        details: numbers behind the estimate: videos at a time, rows of a denoiser's call, trainable parameters.
     """
 
     resident: dict[str, int]
@@ -77,7 +77,7 @@ class MemoryEstimate:
 
     @property
     def peaks(self) -> dict[str, int]:
-        """{phase: bytes at its peak, with what is resident}."""
+        """{phase: bytes at its peak, including the resident ones}."""
         always = sum(self.resident.values())
         return {name: always + sum(parts.values()) for name, parts in self.phases.items()}
 
@@ -86,12 +86,12 @@ class MemoryEstimate:
         return max(self.peaks.values())
 
     def fsdp2(self, num_processes: int) -> "MemoryEstimate":
-        """The same with the denoisers sharded by their blocks over several GPUs, and with them, where they are trained
-        whole, their gradients, averages and optimizer states; everything else stays whole.
+        """Return the estimate with the denoisers sharded by block over several GPUs. If all their weights are trained,
+        their gradients, averages and optimizer states are sharded too; everything else is replicated.
 
-        While a denoiser runs, what is in none of its blocks is gathered, and three blocks' bytes: the block that runs,
-        the next one, and the message that brings it. Gradients are whole of what is in none of the blocks, and of two
-        blocks: one, and the message that reduces it.
+        While a denoiser runs, its parameters outside the blocks are gathered, plus three blocks: the running block,
+        the next one, and the message that gathers it. Unsharded gradients are those outside the blocks, plus two
+        blocks: one block, and the message that reduces it.
         """
         if num_processes < 2:
             raise ValueError(f"num_processes={num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
@@ -99,7 +99,7 @@ class MemoryEstimate:
         phases = {name: dict(parts) for name, parts in self.phases.items()}
         for name, blocks in self.blocks.items():
             if name not in resident:
-                raise ValueError("offload: denoisers that are sharded cannot be offloaded; leave 'denoiser' out.")
+                raise ValueError("offload: sharded denoisers cannot be offloaded; remove 'denoiser'.")
             outside, block = self.resident[name] - sum(blocks), max(blocks, default=0)
             gathered, gradients = max(gathered, outside + 3 * block), max(gradients, outside + 2 * block)
             resident[name] = -(-self.resident[name] // num_processes)
@@ -112,22 +112,21 @@ class MemoryEstimate:
 
 
 def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None = None) -> MemoryEstimate:
-    """Memory that the trainer of `args` takes on each GPU, with this model and peft_config.
+    """Estimate the memory per GPU of the trainer of `args`, with this model and peft_config.
 
-    Networks, guidance, recomputation, offloading and the adapter are the run's own; their operators run on fake
-    tensors, and what lives at the same time is added up. Not counted: rewards, evaluation, auxiliary losses, the
-    CUDA context, workspaces of kernels, and what the allocator loses to fragmentation. Where blocks are compiled,
-    temporaries are counted as if no two operators were fused. Prompts are as long as they may be.
+    Networks, guidance, recomputation, offloading and the adapter are those of the run; their operators run on fake
+    tensors, and the bytes alive at the same time are summed. Not counted: rewards, evaluation, auxiliary losses, the
+    CUDA context, kernel workspaces and fragmentation of the allocator. For compiled blocks, temporaries are counted
+    as if no operators were fused. Prompts have the maximum length.
 
     Args:
-        pipeline: with weights or without (`weightless_pipeline`); it is not changed.
-        args: the config of any trainer, whose `held` says what the method holds; its bf16 is the autocast's, the
-            weights' dtype is the pipeline's.
-        peft_config: as the trainer's. With "full" the denoisers' own weights are the fp32 ones that are trained, and
-            there is no "adapter".
+        pipeline: with or without weights (`weightless_pipeline`); it is not changed.
+        args: the config of any trainer, whose `held` lists what the method holds. Its bf16 sets the autocast; the
+            pipeline sets the weights' dtype.
+        peft_config: as for the trainer. With "full", all denoiser weights are trained in fp32, without "adapter".
 
     Raises:
-        ValueError: a network branches on numbers in a tensor, or each video comes with an image.
+        ValueError: a network branches on values of a tensor, or each video needs an image.
         PolicyError: the pipeline cannot be a policy, or torch_compile is on and it has no blocks to compile.
     """
     args = copy.copy(args)
@@ -137,7 +136,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
         images = ["image"]
     if images:
         raise ValueError(
-            f"{type(pipeline).__name__} takes {images} with each video, which are not known here. {MEASURE}"
+            f"{type(pipeline).__name__} takes {images} with each video, whose size is unknown here. {MEASURE}"
         )
     with silenced_warnings(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*autocast.*|.*does not support gradient checkpointing")
@@ -145,8 +144,8 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
             return _estimate(Networks(pipeline, args, peft_config), args)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"{type(pipeline).__name__}: one of its networks branches on numbers in a tensor ({error}; "
-                f"HunyuanVideo 1.5 asks whether image embeddings are all 0), and here tensors have none. {MEASURE}"
+                f"{type(pipeline).__name__}: one of its networks branches on values of a tensor ({error}; "
+                f"HunyuanVideo 1.5 checks whether image embeddings are all 0), but fake tensors have none. {MEASURE}"
             ) from error
 
 
@@ -176,7 +175,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
         update["predictions of other policies"] = held.predictions * trained.latent_bytes * held.trained
     sampling["denoiser"] = max(sampling_peak(networks, step) for step in sampled.steps)
     update["activations and gradients"] = max(update_peak(networks, trained, step, held) for step in trained.steps)
-    if held.followers:  # or the trained weights' copy, while a follower stands in for them
+    if held.followers:  # or the copy of the trained weights while a follower samples
         compared = weights + max(sampling_peak(networks, step) for step in trained.steps)
         update["activations and gradients"] = max(update["activations and gradients"], compared)
 
@@ -204,7 +203,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
 
 
 def remembered_prompts(args) -> int:
-    """How many prompts a process remembers at the end of a run; the most where the data set says how long it is."""
+    """Return how many prompts a process caches by the end of a run, or the maximum if max_steps is not set."""
     if args.max_steps < 1:
         return REMEMBERED_PROMPTS
     held, micro_batches = args.held(), args.max_steps * args.gradient_accumulation_steps
@@ -212,7 +211,7 @@ def remembered_prompts(args) -> int:
 
 
 def sampling_peak(networks: Networks, step: list[Call]) -> int:
-    """Bytes at the peak of one denoising step without gradients, without weights; step: of `Recording.steps`."""
+    """Return peak bytes, without weights, of one denoising step (an item of `Recording.steps`) without gradients."""
     with torch.no_grad(), networks.counting(step) as count:
         kept = [networks.run(*call) for call in step]
     del kept
@@ -220,11 +219,10 @@ def sampling_peak(networks: Networks, step: list[Call]) -> int:
 
 
 def update_peak(networks: Networks, trained: Recording, step: list[Call], held: Held) -> int:
-    """Bytes at the peak of as many steps with a graph as live at once, and its backward, gradients of the adapter
-    among them.
+    """Return peak bytes of `held.graphs` steps with a graph and their backward, including the adapter's gradients.
 
-    A step of a denoiser without an adapter has no backward. All weights' gradients are as large as the weights: there
-    each is added to those of earlier steps, which are left out, and is gone before the next one comes.
+    A step of a denoiser without an adapter has no backward. If all weights are trained, each gradient is added to
+    those of earlier steps, which are not counted here, and freed before the next one is computed.
     """
     calls, decoder = step * held.graphs, contextlib.nullcontext()
     if held.decoder is not None:
@@ -244,7 +242,7 @@ def update_peak(networks: Networks, trained: Recording, step: list[Call], held: 
         losses = [t.float().square().mean() for t in tensors(outputs) if t.requires_grad]
         del outputs
         if losses:
-            # loss.backward() is itself what AsOnCUDA sees, and would run without it while blocks are computed again
+            # AsOnCUDA would intercept loss.backward() and be inactive while blocks are recomputed
             Variable._execution_engine.run_backward(
                 tuple(losses),
                 tuple(map(torch.ones_like, losses)),
@@ -261,7 +259,7 @@ def update_peak(networks: Networks, trained: Recording, step: list[Call], held: 
 
 
 def decoding_peak(networks: Networks, sampled: Recording) -> tuple[int, int]:
-    """Bytes at the peak of decoding, the videos in fp32 included, and of one such video."""
+    """Return peak bytes of decoding, including the fp32 videos, and bytes of one such video."""
     if sampled.vae is None:
         return 0, 0
     with torch.no_grad(), networks.counting(sampled.vae) as count:

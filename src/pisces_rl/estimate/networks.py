@@ -1,4 +1,4 @@
-"""A pipeline's networks as a run has them: adapters on the denoisers, blocks recomputed, all on fake tensors."""
+"""A pipeline's networks as in a run, on fake tensors: with adapters on the denoisers and recomputed blocks."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ from ..policy.fast.execution import repeated_blocks
 from .live_bytes import AsOnCUDA, LiveBytes
 from .weightless import replaced_tensors
 
-Call = tuple[str, tuple, dict]  # a component, args and kwargs of its forward, or of the VAE's decode; fake tensors
+Call = tuple[str, tuple, dict]  # component, args and kwargs of its forward or of the VAE's decode; fake tensors
 
 
 class Networks:
@@ -23,14 +23,15 @@ class Networks:
 
     Args:
         pipeline: any text-to-video pipeline of diffusers; it is not changed, and its weights are not read.
-        args: a config of a trainer.
-        peft_config: of the adapter, or "full".
+        args: a trainer's config.
+        peft_config: the adapter's config, or "full".
 
     Attributes:
         weights: {component: bytes of its parameters and buffers}, before adapters.
         blocks: {denoiser: bytes of each repeated block}, before adapters.
-        adapter: trainable parameters by name. full: whether they are the denoisers' own.
-        policy: of a copy of the pipeline around these networks.
+        adapter: trainable parameters by name.
+        full: whether these are all weights of the denoisers.
+        policy: the policy of a copy of the pipeline with these networks.
     """
 
     def __init__(self, pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None):
@@ -43,7 +44,9 @@ class Networks:
         }
         for name, module in modules.items():
             setattr(pipeline, name, module)
-        self.policy = VideoPolicy(pipeline, **args.policy_settings())  # checks them, and sets how the VAE decodes
+        self.policy = VideoPolicy(
+            pipeline, **args.policy_settings()
+        )  # checks the settings and sets how the VAE decodes
         denoisers = dict(self.policy.denoiser.items())
         for module in modules.values():
             module.requires_grad_(False).eval()
@@ -58,7 +61,7 @@ class Networks:
         }
         continued = read_adapter(args.continue_from) if args.continue_from else None
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # its values: none here
+            warnings.filterwarnings("ignore", message=".*copying from a non-meta parameter")  # there are no values
             if not self.full:
                 add_lora(denoisers, peft_config, args.lora_denoisers, continued)
         with self.mode:
@@ -67,14 +70,14 @@ class Networks:
             setattr(pipeline, name, module)
         self.denoisers = {name: self.modules[name] for name in denoisers}
         self.policy.denoiser.update(self.denoisers)
-        if args.torch_compile:  # the same blocks, recomputed alike, without a compiler
+        if args.torch_compile:  # the same blocks and recomputation, without a compiler
             self.policy.compile_blocks(args.recompute if args.gradient_checkpointing else "nothing", backend=None)
         elif args.gradient_checkpointing:
             self.policy.activation_checkpointing_enable()
         self.adapter = lora_parameters(self.denoisers)
 
     def fake(self, value):
-        """A structure with fake tensors in place of real ones."""
+        """Replace the real tensors in a structure by fake ones."""
 
         def one(leaf):
             real = isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor)
@@ -83,7 +86,7 @@ class Networks:
         return tree_map(one, value)
 
     def run(self, name: str, args: tuple, kwargs: dict):
-        """What a call returns, on fake tensors; that of a denoiser under autocast."""
+        """Run a call on fake tensors; denoisers run under autocast."""
         dtype, module = self.policy.autocast_dtype, self.modules[name]
         autocast = torch.autocast(
             "cpu", dtype or torch.bfloat16, cache_enabled=False, enabled=dtype is not None and name in self.denoisers
@@ -92,7 +95,7 @@ class Networks:
             return (module.decode if name == "vae" else module)(*args, **kwargs)
 
     def counting(self, inputs) -> LiveBytes:
-        """A count that leaves out the weights and begins with `inputs`."""
+        """Return a count that excludes the weights and includes `inputs`."""
         count = LiveBytes()
         for module in self.modules.values():
             count.leave_out([*module.parameters(), *module.buffers()])
@@ -101,5 +104,5 @@ class Networks:
 
 
 def bytes_of(values) -> int:
-    """Bytes of tensors; one that is there twice counts once."""
+    """Return the total bytes of tensors; duplicates count once."""
     return sum(t.numel() * t.element_size() for t in {id(t): t for t in values}.values())

@@ -1,4 +1,4 @@
-"""Pipelines without weights: real classes whose parameters have a shape and a dtype, and no numbers."""
+"""Pipelines without weights: real classes whose parameters have shapes and dtypes but no values."""
 
 import contextlib
 import copy
@@ -20,17 +20,17 @@ NO_WEIGHTS = "a model folder or Hub id of diffusers with a model_index.json, or 
 
 
 def weightless_pipeline(model: str, dtype: torch.dtype, architectures: dict | None = None) -> DiffusionPipeline:
-    """A pipeline on the meta device, as `from_pretrained(model, dtype=dtype)` would load it.
+    """Build a pipeline on the meta device, as `from_pretrained(model, dtype=dtype)` would load it.
 
-    Only configuration files are read; of a Hub id nothing else is downloaded. Tokenizers are replaced by one of bytes.
+    Only configuration files are read, or downloaded from the Hub. Tokenizers are replaced by a byte tokenizer.
 
     Args:
-        model: a folder, an embedded model's name or a Hub id.
-        dtype: of the weights; modules that a class keeps in fp32 stay so.
-        architectures: {model: {"pipeline": class, component: {"class": class, its settings}}}, looked into first.
+        model: a folder, a built-in model's name or a Hub id.
+        dtype: dtype of the weights; modules that a class keeps in fp32 stay in fp32.
+        architectures: {model: {"pipeline": class, component: {"class": class, its settings}}}, searched first.
 
     Raises:
-        ValueError: there are no such configuration files.
+        ValueError: the configuration files do not exist.
     """
     if architectures and model in architectures:
         index = dict(architectures[model])
@@ -92,7 +92,7 @@ def _component(cls: str, settings, dtype: torch.dtype):
         config = settings if not isinstance(settings, dict) else cls.config_class(**settings)
         with torch.device("meta"):
             module = cls(config)
-        keep = ()  # bf16 keeps only what transformers calls strict; no text encoder of a video pipeline has any
+        keep = ()  # in bf16, transformers keeps only its "strict" modules; no video text encoder has any
     for name, parameter in module.named_parameters():
         if not any(part in name.split(".") for part in keep):
             parameter.data = parameter.data.to(dtype)
@@ -100,7 +100,7 @@ def _component(cls: str, settings, dtype: torch.dtype):
 
 
 def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes that pads to `length`: embeddings get the length that any prompt's have."""
+    """Return a byte tokenizer that pads to `length`, so that embeddings have the length of any prompt's."""
     vocabulary = {t: i for i, t in enumerate(["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -111,7 +111,7 @@ def byte_tokenizer(length: int) -> PreTrainedTokenizerFast:
 
 
 def replaced_tensors(module: nn.Module, device: str) -> nn.Module:
-    """A copy of a module with new tensors of the same shapes, strides and dtypes; their numbers are not copied."""
+    """Copy a module with new tensors of the same shapes, strides and dtypes, without their values."""
     new = {id(t): _like(t, device) for t in [*module.parameters(), *module.buffers()]}
     return copy.deepcopy(module, new)
 
@@ -123,7 +123,7 @@ def _like(tensor: Tensor, device: str) -> Tensor:
 
 @contextlib.contextmanager
 def silenced_warnings() -> Iterator[None]:
-    """Without the warnings of diffusers and transformers that speak of weights."""
+    """Silence warnings of diffusers and transformers about weights."""
     before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()

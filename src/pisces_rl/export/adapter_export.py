@@ -1,4 +1,4 @@
-"""`export_adapter`: a saved adapter in the layout and under the names that another program reads."""
+"""`export_adapter`: write a saved adapter in the layout and with the names that another program reads."""
 
 import json
 import os
@@ -35,45 +35,45 @@ def export_adapter(
     r"""Write a saved LoRA adapter for another program.
 
     A module's weight W (out, in) becomes W + s B A, with A (r, in), B (out, r) and s = alpha / r, or alpha / sqrt(r)
-    where it is rank-stabilised. "comfyui" and "original" files hold A and s B. Where the original keeps several
-    projections of diffusers in one weight, for instance HunyuanVideo its q, k and v, their LoRAs become one of the
-    summed rank with a block-diagonal B:
+    if it is rank-stabilized. "comfyui" and "original" files hold A and s B. If the original keeps several projections
+    of diffusers in one weight, as HunyuanVideo does q, k and v, their LoRAs become one with the summed rank and a
+    block-diagonal B:
 
         [W_q; W_k; W_v] + diag(s_q B_q, s_k B_k, s_v B_v) [A_q; A_k; A_v]
 
     which is exact. Rows of projections without a LoRA are zero.
 
-    "comfyui" files of Wan, CogVideoX and Mochi also hold `X.alpha` = r, a scalar in fp32: readers that scale by
-    alpha / r and readers that know no alpha add the same. HunyuanVideo, LTX and LTX-2, and Wan's layers outside its
-    blocks, have none, since diffusers would refuse the file; nor have "original" files, whose readers add B A alone.
+    "comfyui" files of Wan, CogVideoX and Mochi also hold `X.alpha` = r, a scalar in fp32, so that readers with and
+    without alpha / r scaling add the same. Files of HunyuanVideo, LTX and LTX-2, and Wan's layers outside its blocks,
+    have no alpha, since diffusers would refuse it. "original" files have none either: their readers add B A.
 
     Args:
-        folder: what a trainer, `pipe.save_lora_weights` or peft saved; a safetensors file of diffusers' layout, or a
-            Hub id.
-        output: a folder. It may be `folder`, except for the layout that is there already.
+        folder: a folder saved by a trainer, `pipe.save_lora_weights` or peft; a safetensors file in diffusers' layout;
+            or a Hub id.
+        output: a folder. It may be `folder`, but not in the layout that `folder` already has.
         format: "diffusers": pytorch_lora_weights.safetensors, with a second expert (Wan 2.2) in transformer_2/.
             "peft": adapter_model.safetensors and adapter_config.json in a subfolder for each denoiser.
-            "comfyui": comfyui_lora.safetensors, for ComfyUI's LoRA nodes. "original": original_lora.safetensors, by
-            the names of the published checkpoint. Wan 2.2's two experts have a file each,
+            "comfyui": comfyui_lora.safetensors, for ComfyUI's LoRA nodes. "original": original_lora.safetensors, with
+            the names of the published checkpoint. Wan 2.2's two experts get one file each,
             ..._high_noise.safetensors and ..._low_noise.safetensors.
-        dtype: of A and B: "bf16", "fp16" or "fp32".
-        model: that was adapted: its pipeline or denoiser, by which the adapter is checked, or the name of its family
-            (`FAMILIES`) or of its class in diffusers. None takes the class that the adapter's file notes.
+        dtype: number format of A and B: "bf16", "fp16" or "fp32".
+        model: the adapted model: its pipeline or denoiser, to check the adapter against, or the name of its family
+            (`FAMILIES`) or diffusers class. None uses the class recorded in the adapter's file.
 
     Returns:
-        The files written. Where `output` is the folder of a run, its model card lists them.
+        The files written. If `output` is a run's folder, its model card lists them.
 
     Raises:
-        ValueError: unknown format, dtype or family; no adapter, one of another model, or a DoRA; a module whose name
-            in the other format is not known; a value that fp16 cannot hold; or `output` holds the adapter itself.
+        ValueError: the format, dtype or family is unknown; there is no adapter, or it is for another model or a DoRA;
+            a module has no known name in the other format; fp16 cannot hold a value; or `output` holds the adapter.
     """
     if format not in FORMATS:
-        raise ValueError(f"format={format!r} is unknown; known are {', '.join(FORMATS)}.")
+        raise ValueError(f"format={format!r} is unknown; expected one of {', '.join(FORMATS)}.")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} is unknown; known are {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype={dtype!r} is unknown; expected one of {', '.join(DTYPES)}.")
     output = Path(output).expanduser()
     if output.suffix == ".safetensors" or output.is_file():
-        raise ValueError(f"output={str(output)!r} is a file, but must be a folder; the files' names are fixed.")
+        raise ValueError(f"output={str(output)!r} is a file; give a folder: the file names are fixed.")
     adapter = read_adapter(folder, "folder")
     adapter, denoisers = fitting(adapter, model)
     if format in ("comfyui", "original"):
@@ -106,8 +106,8 @@ def export_adapter(
 
 
 def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Module]]:
-    """The adapter by names of denoisers, and those that `model`, a pipeline or a denoiser, has of them; a ValueError
-    where they do not fit."""
+    """Return the adapter keyed by denoiser name, and the matching denoisers of `model`, a pipeline or a denoiser;
+    raise a ValueError if they do not fit."""
     if isinstance(model, DiffusionPipeline):
         names = [
             name
@@ -117,7 +117,7 @@ def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Mo
         adapter = adapter.on(names, None)
         denoisers = {name: getattr(model, name) for name in adapter.states}
     else:
-        if "" in adapter.states:  # a folder of peft, which does not say which denoiser it adapts
+        if "" in adapter.states:  # a peft folder does not name the denoiser
             adapter = adapter.on(["transformer"], None)
         denoisers = dict.fromkeys(adapter.states, model) if isinstance(model, nn.Module) else {}
     for name, denoiser in denoisers.items():
@@ -126,14 +126,14 @@ def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Mo
 
 
 def _layout_files(adapter: SavedAdapter, format: str) -> dict[str, tuple[dict[str, Tensor], dict]]:
-    """{path: (tensors, config)} of diffusers' or peft's layout."""
+    """Return {path: (tensors, config)} in diffusers' or peft's layout."""
     files = {}
     for name, state in adapter.states.items():
         config = config_dict(adapter.configs[name])
         if format == "peft":
             files[f"{name}/adapter_model.safetensors"] = state, config
             continue
-        second = name == "transformer_2"  # which diffusers loads from a file that is written as if for the first
+        second = name == "transformer_2"  # diffusers loads it from a file with the first one's keys
         key = "transformer" if second else name
         tensors, options = files.setdefault(f"{name}/{LORA_FILE}" if second else LORA_FILE, ({}, {}))
         tensors |= {f"{key}.{module}": tensor for module, tensor in state.items()}
@@ -142,7 +142,7 @@ def _layout_files(adapter: SavedAdapter, format: str) -> dict[str, tuple[dict[st
 
 
 def _original_files(adapter: SavedAdapter, format: str, model, denoisers: dict[str, nn.Module]) -> dict:
-    """{path: (tensors, None)} of the names of the original or of ComfyUI."""
+    """Return {path: (tensors, None)} with the names of the original or of ComfyUI."""
     experts = "transformer_2" in adapter.states or getattr(model, "transformer_2", None) is not None
     files = {}
     for name in adapter.states:
@@ -153,7 +153,7 @@ def _original_files(adapter: SavedAdapter, format: str, model, denoisers: dict[s
 
 
 def _family(adapter: SavedAdapter, name: str, model, denoiser: nn.Module | None) -> str:
-    """The name of the family of a denoiser; a ValueError where it is not known, or the file notes another."""
+    """Return a denoiser's family name; raise a ValueError if it is unknown or the file records another."""
     by_class = {cls: family for family, content in FAMILIES.items() for cls in content.classes}
     noted = (adapter.configs[name].auto_mapping or {}).get("base_model_class")
     if denoiser is not None:
@@ -164,27 +164,29 @@ def _family(adapter: SavedAdapter, name: str, model, denoiser: nn.Module | None)
     family = given if given in FAMILIES else by_class.get(given)
     if family is None:
         why = (
-            f"model={given!r} is no family whose names are known"
+            f"model={given!r} is not a known family"
             if given is not None
-            else (f"folder={adapter.source!r} does not note which model it adapts, so say so (model=)")
+            else (f"folder={adapter.source!r} does not record which model it adapts; set model=")
         )
-        raise ValueError(f"{why}; known are {', '.join(FAMILIES)}, and formats 'diffusers' and 'peft' hold any.")
+        raise ValueError(
+            f"{why}; known families are {', '.join(FAMILIES)}; the formats 'diffusers' and 'peft' work for any model."
+        )
     if noted is not None and by_class.get(noted) != family:
         raise ValueError(f"folder={adapter.source!r} adapts a {noted}, which is not of the family {family!r}.")
     return family
 
 
 def original_state(adapter: SavedAdapter, name: str, family: str, comfyui: bool) -> dict[str, Tensor]:
-    """A denoiser's LoRA by the names of the original's weights, or of ComfyUI's, in fp32; see `export_adapter`."""
+    """Return a denoiser's LoRA with the original's or ComfyUI's weight names, in fp32; see `export_adapter`."""
     content = FAMILIES[family]
     parts: dict[str, list[tuple[str, Part]]] = {}
     for module in sorted(adapter.configs[name].target_modules):
         part = content.part(module, comfyui)
         if part is None:
             raise ValueError(
-                f"folder={adapter.source!r} adapts {module!r}, whose name in "
-                f"{'ComfyUI' if comfyui else 'the original'} is not known for the family {family!r}: use format "
-                "'diffusers' or merge it into the base (merge_adapter), unless it is of another model."
+                f"folder={adapter.source!r} adapts {module!r}, which has no known name in "
+                f"{'ComfyUI' if comfyui else 'the original'} for the family {family!r}: check the "
+                "family, use format 'diffusers' or merge the adapter into the base (merge_adapter)."
             )
         parts.setdefault(part.module, []).append((module, part))
     prefix, suffix = ("diffusion_model.", ".weight") if comfyui else ("", content.weight)
@@ -198,7 +200,7 @@ def original_state(adapter: SavedAdapter, name: str, family: str, comfyui: bool)
 
 
 def _fused(adapter: SavedAdapter, name: str, fused: list[tuple[str, Part]]) -> tuple[Tensor, Tensor]:
-    """One LoRA (A, B) of an original weight, of those of diffusers' modules that are parts of its rows."""
+    """Combine the LoRAs of diffusers' modules that are rows of one original weight into one LoRA (A, B)."""
     state, downs, ups = adapter.states[name], [], []
     for module, part in sorted(fused, key=lambda pair: pair[1].chunks):
         up = adapter.scale(name, module) * state[f"{module}.lora_B.weight"]
@@ -210,14 +212,14 @@ def _fused(adapter: SavedAdapter, name: str, fused: list[tuple[str, Part]]) -> t
     sizes = {(down.shape[1], up.shape[0]) for down, up in zip(downs, ups)}
     if len(sizes) > 1:
         raise ValueError(
-            f"folder={adapter.source!r}: {', '.join(m for m, _ in fused)} are of other sizes than one "
-            "projection of the original; it is of another model."
+            f"folder={adapter.source!r}: {', '.join(m for m, _ in fused)} do not have the sizes of one "
+            "projection of the original; the adapter is for another model."
         )
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 
 def _cast(tensor: Tensor, dtype: str, key: str) -> Tensor:
-    if key.endswith(".alpha"):  # bf16 holds not every rank above 256
+    if key.endswith(".alpha"):  # bf16 cannot represent every rank above 256
         return tensor
     cast = tensor.to(DTYPES[dtype]).contiguous()
     if not torch.isfinite(cast).all():

@@ -1,4 +1,4 @@
-"""`merge_adapter`: the base model's weights with a saved adapter added, as a component that diffusers loads."""
+"""`merge_adapter`: add a saved adapter to the base model's weights, as a component that diffusers loads."""
 
 import os
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from .adapter_export import fitting
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did to one denoiser.
+    """Result of a merge for one denoiser.
 
     Attributes:
-        modules: that have the adapter.
-        weights: numbers in their weights.
-        changed: those of them that are others than before; a small change of a bf16 weight rounds to none.
+        modules: the number of adapted modules.
+        weights: the number of values in their weights.
+        changed: how many of these values changed; in bf16, a small change can round to none.
     """
 
     modules: int
@@ -35,22 +35,22 @@ def merge_adapter(
 ) -> dict[str, Merged]:
     r"""Add a saved LoRA adapter to the weights of its base model, in place: W becomes W + s B A.
 
-    The sum is in fp32 and then rounded to W's dtype. All denoisers that the adapter has are merged, both experts of
-    Wan 2.2 among them, which `pipe.fuse_lora()` does not do.
+    The sum is computed in fp32 and rounded to W's dtype. All adapted denoisers are merged, including both experts of
+    Wan 2.2, which `pipe.fuse_lora()` does not do.
 
     Args:
-        model: a pipeline, or its denoiser; without adapters.
-        folder: of the adapter, see `export_adapter`.
-        output: a folder, in which each merged denoiser is saved as a subfolder of its name, which
-            `WanTransformer3DModel.from_pretrained(output, subfolder="transformer")` loads; another than the adapter's,
-            where the merged files would stand for it. None saves nothing.
+        model: a pipeline or its denoiser, without adapters.
+        folder: the adapter, see `export_adapter`.
+        output: a folder to save each merged denoiser to, in a subfolder with its name, for
+            `WanTransformer3DModel.from_pretrained(output, subfolder="transformer")`. It must not be the adapter's
+            folder. None saves nothing.
 
     Returns:
         {denoiser: what changed}.
 
     Raises:
-        ValueError: there is no adapter, or it is of another model, or a DoRA; the model carries adapters, or weights
-            that are quantised or stored in 8 bits; `output` is the adapter's folder. Then no weight has changed.
+        ValueError: there is no adapter, or it is for another model or a DoRA; the model has adapters, or weights that
+            are quantized or stored in 8 bits; or `output` is the adapter's folder. No weight is changed then.
     """
     adapter = read_adapter(folder, "folder")
     if len(adapter.states) > 1 and not isinstance(model, DiffusionPipeline):
@@ -62,16 +62,16 @@ def merge_adapter(
         home = (source.parent if source.is_file() else source).resolve()
         if home in {place.resolve() for place in (output, *(output / name for name in denoisers))}:
             raise ValueError(
-                f"output={str(output)!r} is the adapter's own folder, where the merged weights would stand beside it "
-                "and be taken for what was trained; choose another folder."
+                f"output={str(output)!r} is the adapter's folder, where the merged weights would be loaded as fully "
+                "trained weights; choose another folder."
             )
     for name, denoiser in denoisers.items():
         for module in adapter.configs[name].target_modules:
             weight = denoiser.get_submodule(module).weight
             if not weight.is_floating_point() or weight.dtype.itemsize == 1 or type(weight) is not nn.Parameter:
                 raise ValueError(
-                    f"{module} of {name} is a {type(weight).__name__} of {weight.dtype}, to which nothing can be "
-                    "added; load the model in bfloat16 or float32."
+                    f"{module} of {name} is a {type(weight).__name__} of {weight.dtype}, which cannot be merged "
+                    "into; load the model in bfloat16 or float32."
                 )
     merged = {}
     for name, denoiser in denoisers.items():

@@ -1,8 +1,8 @@
-"""What diffusers' modules are called in the checkpoints that models were published in, and in ComfyUI.
+"""Names of diffusers' modules in the models' published checkpoints and in ComfyUI.
 
-diffusers splits some of the original's projections (q, k and v of one weight) and orders some rows otherwise. `Part`
-says which rows of the original weight a module of diffusers is. Sources: diffusers' converters of checkpoints
-(loaders/single_file_utils.py, and convert_cogvideox_to_diffusers.py of its repository), and ComfyUI's models and
+diffusers splits some of the original's projections (q, k and v of one weight) and orders some rows differently. `Part`
+records which rows of the original weight a diffusers module is. Sources: diffusers' checkpoint converters
+(loaders/single_file_utils.py, and convert_cogvideox_to_diffusers.py in its repository), and ComfyUI's models and
 comfy/lora.py.
 """
 
@@ -15,9 +15,9 @@ FORMATS = ("diffusers", "peft", "comfyui", "original")
 
 @dataclass(frozen=True)
 class Part:
-    """Which rows of an original weight a module's weight is.
+    """The rows of an original weight that a module's weight consists of.
 
-    The original's rows are `of` equal chunks. The module's are `len(chunks)` equal chunks, and its i-th is the
+    The original's rows form `of` equal chunks, the module's form `len(chunks)`; the module's i-th chunk is the
     original's `chunks[i]`-th.
     """
 
@@ -28,8 +28,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Names:
-    """Modules of diffusers (a regular expression that matches all of the name) and where they are in the original (a
-    replacement)."""
+    """Names of diffusers modules (a regular expression for the full name) and the original's (its replacement)."""
 
     pattern: str
     original: str
@@ -57,7 +56,7 @@ class Family:
     alpha: str | None = None
 
     def part(self, module: str, comfyui: bool) -> Part | None:
-        """Where a module of diffusers is in the original, or in ComfyUI; None where that is not known."""
+        """Return the part of the original, or of ComfyUI's model, that a diffusers module is; None if unknown."""
         for names in self.comfyui if comfyui and self.comfyui is not None else self.original:
             found = re.fullmatch(names.pattern, module)
             if found:
@@ -66,7 +65,7 @@ class Family:
 
 
 def _qkv(pattern: str, original: str) -> tuple[Names, ...]:
-    """q, k and v, "Q" in the pattern, that are one projection in the original."""
+    """Return the names of q, k and v ("Q" in the pattern), which are one projection in the original."""
     return tuple(Names(pattern.replace("Q", letter), original, (i,), 3) for i, letter in enumerate("qkv"))
 
 

@@ -1,4 +1,4 @@
-"""The page of a run: its folder as plain JSON, and that as one HTML file without network or framework."""
+"""A run's page: read its folder as plain JSON and write one HTML file that needs no network or framework."""
 
 from .html_page import page, write_page
 from .read_run import read_run

@@ -1,5 +1,5 @@
 "use strict";
-// What both halves of the page use, and its curves, tables and bars. A user's text is only ever a text node.
+// Shared helpers, and the page's curves, tables and bars. User text is only ever inserted as a text node.
 
 const runs = JSON.parse(document.getElementById("data").textContent).runs;
 const several = runs.length > 1;
@@ -37,7 +37,7 @@ const signed = (value) => value === null ? "–" : (value > 0 ? "+" : value < 0 
 const difference = (a, b) => a === null || a === undefined || b === null || b === undefined ? null : b - a;
 const direction = (value) => value > 0 ? "better" : value < 0 ? "worse" : "";
 
-// Names of runs, told apart where two folders have one name.
+// Labels of runs, numbered if several folders have the same name.
 runs.forEach((run, i) => {
   run.label = runs.filter((other) => other.name === run.name).length > 1 ? `${run.name} (${i + 1})` : run.name;
 });
@@ -64,7 +64,7 @@ function table(head, rows, caption = null) {
   return element("div", {class: "scroll", tabIndex: 0, role: "region", "aria-label": caption || "table"}, made);
 }
 
-function later(title, fill) {  // a part that is drawn once it is opened
+function later(title, fill) {  // a section that is filled when it is first opened
   const made = element("details", {}, element("summary", {text: title}));
   made.addEventListener("toggle", () => { if (made.open && made.children.length === 1) made.append(...fill()); });
   return made;
@@ -94,10 +94,10 @@ function showScores(place, beforeOf, afterOf) {
   const main = tables(true), rest = tables(false);
   place.replaceChildren();
   if (!main.length && !rest.length) {
-    place.append(element("p", {class: "empty", text: "No evaluation yet."}));
+    place.append(element("p", {class: "empty", text: "No evaluations yet."}));
     return;
   }
-  place.append(element("p", {class: "hint", text: "Means over the prompts of each set. Intervals are those of report.json, where it is of these two steps; coloured where clear of 0."}),
+  place.append(element("p", {class: "hint", text: "Means over the prompts of each set. Intervals are from report.json, if it compares these two steps; colored if they exclude 0."}),
     element("div", {class: "tables"}, ...main));
   if (rest.length) place.append(later("Other scores", () => [element("div", {class: "tables"}, ...tables(false))]));
 }
@@ -188,7 +188,7 @@ function logged(name) {
   return runs.map((run, i) => ({label: run.label, points: run.curves[name] || [], colour: colour(i), dash: ""})).filter((line) => line.points.length);
 }
 
-function evaluated(score) {  // a line for each set; of several runs, colours tell runs and dashes sets
+function evaluated(score) {  // one line per set; with several runs, color shows the run and dashes show the set
   const sets = [...new Set(runs.flatMap((run) => run.evaluations.flatMap((one) => Object.keys(one.sets))))];
   return runs.flatMap((run, i) => sets.map((set, j) => ({
     label: several ? `${run.label}, ${set}` : set, colour: colour(several ? i : j), dash: several ? DASHES[j % DASHES.length] : "",
@@ -223,7 +223,7 @@ function showCurves(place, weight) {
   };
   const rest = scores.filter((score) => !isMain(score));
   folded("Evaluation: other scores", () => rest.map((score) => chart(score, evaluated(score), 0)), rest.length);
-  folded("Training: everything else that was logged", () => plain([...left]), left.size);
+  folded("Training: other logged values", () => plain([...left]), left.size);
   folded("Seconds", () => plain(timed), timed.length);
   if (!place.children.length) place.append(element("p", {class: "empty", text: "Nothing was logged yet."}));
 }
@@ -238,7 +238,7 @@ function showTime(place) {
   const parts = [...inner, ...(known.includes("idle") ? ["idle"] : [])];
   for (const run of runs) {
     if (several) place.append(element("h3", {text: run.label}));
-    if (!run.time) { place.append(element("p", {class: "empty", text: "No seconds were logged."})); continue; }
+    if (!run.time) { place.append(element("p", {class: "empty", text: "No times were logged."})); continue; }
     const {steps, parts: seconds} = run.time;
     const total = parts.reduce((sum, name) => sum + (seconds[name] || 0), 0);
     const share = (name) => (seconds[name] || 0) / total;
@@ -253,9 +253,9 @@ function showTime(place) {
       .filter(([key]) => seconds[key] !== undefined)
       .map(([key, label]) => [{text: label, tag: "th", class: key === label ? "text" : "text inner"}, {text: shown(seconds[key] / steps), class: "n"}, {text: `${(100 * seconds[key] / total).toFixed(1)} %`, class: "n"}]));
     rows.push([{text: "step", tag: "th"}, {text: shown(total / steps), class: "n"}, {text: "100 %", class: "n"}]);
-    for (const name of apart.filter((name) => seconds[name] !== undefined)) rows.push([{text: `apart: ${name}`, tag: "th"}, {text: `${shown(seconds[name], 1)} in all`, class: "n"}, ""]);
+    for (const name of apart.filter((name) => seconds[name] !== undefined)) rows.push([{text: `apart: ${name}`, tag: "th"}, {text: `${shown(seconds[name], 1)} in total`, class: "n"}, ""]);
     place.append(bar, legend(parts.map((name, i) => ({label: name, colour: name === "idle" ? "var(--track)" : colour(i)}))),
-      table(["part", {text: "seconds a step", class: "n"}, {text: "share", class: "n"}], rows, `mean of ${steps} steps`));
+      table(["part", {text: "seconds per step", class: "n"}, {text: "share", class: "n"}], rows, `mean of ${steps} steps`));
   }
 }
 
@@ -271,8 +271,8 @@ function showCorrelations(place) {
     }));
     place.append(made);
   }
-  if (!any) place.append(element("p", {class: "empty", text: "These need an evaluation with two rewards or judges. “–” stands for fewer than three prompts, or a score that is constant."}));
-  else place.append(element("p", {class: "hint", text: "“–”: fewer than three prompts have both, or one is constant."}));
+  if (!any) place.append(element("p", {class: "empty", text: "Correlations need an evaluation with at least two rewards or judges."}));
+  else place.append(element("p", {class: "hint", text: "“–”: fewer than three prompts have both scores, or one is constant."}));
 }
 
 function showSettings(place, text, onlyDifferent, all) {
@@ -292,7 +292,7 @@ function address(run, path) {
   if (run.base === null || run.embedded[path]) return run.embedded[path] || null;
   try {
     return run.base + path.split("/").map(encodeURIComponent).join("/");
-  } catch { return null; }  // no text of Unicode
+  } catch { return null; }  // not valid Unicode
 }
 
 function showFiles(place) {
@@ -308,7 +308,7 @@ function showFiles(place) {
       const target = address({...run, embedded: {}}, path), link = target === null ? text : element("a", {href: target, text});
       return element("li", {}, link, element("span", {class: "faint", text: bytes}));
     }));
-    if (run.base === null) place.append(element("p", {class: "hint", text: "This page was made to be sent alone, so it links to no file of the run."}));
+    if (run.base === null) place.append(element("p", {class: "hint", text: "This page was made for sharing as one file, so it has no links to the run's files."}));
     for (const [group, files] of [...groups].sort(([a], [b]) => a < b ? -1 : 1)) {
       if (group === "") place.append(list(files)); else place.append(later(`${group} (${files.length})`, () => [list(files)]));
     }

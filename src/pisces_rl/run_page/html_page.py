@@ -1,4 +1,4 @@
-"""Runs as one HTML file: data as JSON that no text of a user can leave, a style, a script, nothing from elsewhere."""
+"""Write runs as one HTML file with JSON data, style and script inline; user text cannot escape the data."""
 
 import base64
 import hashlib
@@ -17,11 +17,14 @@ MARK = '<meta name="generator" content="pisces-rl report">'
 
 
 def page(runs: Sequence[dict]) -> str:
-    """The page of runs as `read_run` returns them, each with "base", the address of its folder, relative or "" ("base"
-    None: nothing is linked), and "embedded", {path: data URI}.
+    """Return the HTML page of runs.
 
-    The data is ASCII JSON with <, > and & as \\uXXXX: no text inside it ends the element. The script puts text into
-    the page by textContent only, and the page's policy runs no other script.
+    The data is ASCII JSON with <, > and & as \\uXXXX, so no text in it can end its element. The script inserts text
+    only by textContent, and the page's content security policy allows no other script.
+
+    Args:
+        runs: as `read_run` returns them, each with "base", the address of its folder (relative or "", or None for no
+            links), and "embedded", {path: data URI}.
     """
     parts = files(__package__)
     template, style, script = (
@@ -43,34 +46,35 @@ def page(runs: Sequence[dict]) -> str:
         "DATA": data,
         "SCRIPT": script,
     }
-    pieces = template.split("%%")  # one pass: what is put in is not searched again
+    pieces = template.split("%%")  # one pass: inserted text is not searched for markers
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
 
 
 def write_page(
     folders: Sequence[str | os.PathLike], output: str | os.PathLike | None = None, one_file: bool = False
 ) -> Path:
-    """Write the page of one run or of several side by side; it appears whole or not at all.
+    """Write the page of one run, or of several side by side, atomically.
 
     Args:
-        folders: output_dir of each run. output: the file; None is report.html in the only folder.
-        one_file: the videos of the first and the last evaluation are in the file, which then can be sent alone;
-            otherwise videos and files are linked, relative to it.
+        folders: the output_dir of each run.
+        output: the file to write; None: report.html in the folder of a single run.
+        one_file: True embeds the videos of the first and last evaluation, so that the file can be shared alone; False
+            links videos and files by relative paths.
 
     Returns:
         The file's path.
 
     Raises:
-        ValueError: a folder holds no run; output is missing for several runs; it exists and is no page of this kind.
+        ValueError: a folder holds no run; output is None for several runs, or exists and is not a run's page.
     """
     if output is None and len(folders) != 1:
-        raise ValueError(f"{len(folders)} runs and no output: name the file, output='comparison.html'.")
+        raise ValueError(f"output is not set for {len(folders)} runs; set it, for example output='comparison.html'.")
     output = Path(folders[0], PAGE_FILE) if output is None else Path(output)
     if output.is_dir():
-        raise ValueError(f"output={str(output)!r} is a folder: name a file, {str(output / PAGE_FILE)!r}.")
+        raise ValueError(f"output={str(output)!r} is a folder; give a file, such as {str(output / PAGE_FILE)!r}.")
     runs = [read_run(folder) for folder in folders]
     if output.exists() and MARK.encode() not in output.read_bytes()[:2_000]:
-        raise ValueError(f"output={str(output)!r} exists and is no page of runs: it stays. Name another file.")
+        raise ValueError(f"output={str(output)!r} exists and is not a run's page, so it is kept. Give another file.")
     for run, folder in zip(runs, folders):
         run["base"] = None if one_file else _address(folder, output)
         run["embedded"] = _embedded(run, Path(folder)) if one_file else {}
@@ -83,7 +87,7 @@ def write_page(
 
 
 def _address(folder: str | os.PathLike, output: Path) -> str:
-    """Of a folder, as seen from a page."""
+    """Return a folder's address relative to the page."""
     folder, parent = Path(folder).resolve(), output.resolve().parent
     try:
         path = Path(os.path.relpath(folder, parent)).as_posix()

@@ -1,5 +1,5 @@
 
-// --- which evaluations are before and after -------------------------------------------------------------------------
+// --- choice of the evaluations before and after ---------------------------------------------------------------------
 
 const PAGE_SIZE = several ? 8 : 12;
 const PLAYED = "▶ Play all", PAUSED = "❚❚ Pause";
@@ -20,7 +20,7 @@ function options(select, entries) {
   if (entries.some(([key]) => key === value)) select.value = value;
 }
 
-// --- rows: a prompt with what each run made of it -------------------------------------------------------------------
+// --- rows: a prompt with the results of each run --------------------------------------------------------------------
 
 function rowsOf() {
   const rows = new Map();
@@ -30,7 +30,7 @@ function rowsOf() {
       for (const [set, part] of Object.entries(evaluation ? evaluation.sets : {})) {
         const seen = new Map();
         run.prompts[part.prompts].forEach((prompt, row) => {
-          const count = seen.get(prompt) || 0;  // a set may have a prompt twice
+          const count = seen.get(prompt) || 0;  // a set may repeat a prompt
           seen.set(prompt, count + 1);
           const key = JSON.stringify([set, prompt, count]);
           if (!rows.has(key)) rows.set(key, {set, prompt, row, order: rows.size, runs: runs.map(() => ({}))});
@@ -70,7 +70,7 @@ function filtered() {
       && (change === "any" || moved !== null && (change === "same" ? moved === 0 : change === "better" ? moved > 0 : moved < 0));
   }).sort((a, b) => {
     const x = key(a), y = key(b);
-    if (x === null || y === null) return (x === null) - (y === null) || a.order - b.order;  // without a score: last
+    if (x === null || y === null) return (x === null) - (y === null) || a.order - b.order;  // rows without a score go last
     return x < y ? -sign : x > y ? sign : a.order - b.order;
   });
 }
@@ -94,11 +94,11 @@ function card(row) {
   const made = element("article", {class: "card"}), title = element("h3", {text: row.prompt || "(empty prompt)", dir: "auto"});
   made.append(title);
   if (row.prompt.length > 160 || row.prompt.split("\n").length > 3) {
-    const all = element("button", {type: "button", class: "text-button", text: "whole prompt", "aria-expanded": "false"});
+    const all = element("button", {type: "button", class: "text-button", text: "full prompt", "aria-expanded": "false"});
     title.classList.add("short");
     all.addEventListener("click", () => {
       const short = title.classList.toggle("short");
-      all.textContent = short ? "whole prompt" : "less";
+      all.textContent = short ? "full prompt" : "less";
       all.setAttribute("aria-expanded", String(!short));
     });
     made.append(all);
@@ -130,13 +130,13 @@ function showCards() {
   const found = filtered(), some = found.slice(0, limit);
   player.clear();
   byId("cards").replaceChildren(...some.map(card));
-  byId("count").textContent = !rows.length ? "No evaluation or sample yet." :
-    `${found.length} of ${rows.length} prompts` + (some.length < found.length ? `, the first ${some.length} are shown` : "")
+  byId("count").textContent = !rows.length ? "No evaluations or samples yet." :
+    `${found.length} of ${rows.length} prompts` + (some.length < found.length ? `, showing the first ${some.length}` : "")
     + (rows.some(hasVideo) ? `; ${found.filter(hasVideo).length} with video.` : "; none has a video.");
   byId("more").hidden = some.length === found.length;
 }
 
-// --- players: one clock moves all of them ---------------------------------------------------------------------------
+// --- players: all follow one clock ----------------------------------------------------------------------------------
 
 const player = {
   time: 0, duration: 0, playing: false, last: 0, checked: 0, near: new Set(),
@@ -160,11 +160,11 @@ const player = {
   enter(video) { if (!video.getAttribute("src")) video.src = video.dataset.source; this.near.add(video); this.follow(video); },
   leave(video) { video.pause(); this.near.delete(video); },
 
-  follow(video) {  // a video takes the clock's time, and runs while the clock does
+  follow(video) {  // set a video to the clock's time; play it while the clock runs
     if (video.readyState < 1) return;
     const end = Math.max(0, video.duration - 0.001), time = Math.min(this.time, end);
     const runs = this.playing && this.time < end;
-    if (!runs) video.pause();  // before its time is set: one that still plays leaves it again
+    if (!runs) video.pause();  // pause before setting the time: a playing video would move past it
     if (Math.abs(video.currentTime - time) > (runs ? 0.12 : 1e-5)) video.currentTime = time;
     video.playbackRate = this.speed();
     if (runs && video.paused) video.play().catch(() => {});
@@ -174,7 +174,7 @@ const player = {
     this.time += Math.min(0.25, (now - this.last) / 1000) * this.speed();
     this.last = now;
     if (this.duration && this.time >= this.duration) {
-      if (calm.matches) { this.time = this.duration - this.frame; this.set(false); return; }  // once, not again and again
+      if (calm.matches) { this.time = this.duration - this.frame; this.set(false); return; }  // play once, do not loop
       this.time = 0;
       this.near.forEach((video) => this.follow(video));
     } else if (now - this.checked > 200) {
@@ -220,7 +220,7 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-// --- the page is filled ---------------------------------------------------------------------------------------------
+// --- fill the page ----------------------------------------------------------------------------------------------------
 
 function showEvaluations() {
   rows = rowsOf();

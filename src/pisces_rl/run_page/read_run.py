@@ -1,4 +1,4 @@
-"""A run's folder as plain JSON: what its page shows. It needs no trainer, and reads a run that still goes on, too."""
+"""Read a run's folder as plain JSON for its page. Needs no trainer, and also reads runs that are still in progress."""
 
 import json
 import math
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from ..run_files import LIST, listed, own_checkpoints
 
-#: The trainer writes it beside its page: {"trainer", "model", "fps", "settings", "given": settings that differ from
-#: their defaults, "state": {"global_step", "max_steps", "log_history"}}.
+#: The trainer writes this file next to its page: {"trainer", "model", "fps", "settings", "given": settings that differ
+#: from their defaults, "state": {"global_step", "max_steps", "log_history"}}.
 RUN_FILE = "run.json"
 PAGE_FILE = "report.html"
-MOST_POINTS = 1_500  # of a curve
-MOST_EVALUATIONS = 40  # whose scores of each prompt the page holds; of the others it holds the means
-APART = ("evaluation", "saving")  # parts of the time line that do not belong to a step
+MOST_POINTS = 1_500  # per curve
+MOST_EVALUATIONS = 40  # with scores per prompt in the page; the others have only means
+APART = ("evaluation", "saving")  # parts of the timeline outside the steps
 _KNOWN = ("README.md", "model_card.md", "report.json", "report.md", "pytorch_lora_weights.safetensors")
 
 
 def read_run(folder: str | os.PathLike) -> dict:
-    """What a run's folder holds, as JSON of finite numbers; what cannot be read is left out and named in "notes".
+    """Read a run's folder as JSON with finite numbers; unreadable files are skipped and listed in "notes".
 
     Returns:
         {"name", "trainer", "model", "step", "max_steps", "fps", "settings": {name: text},
@@ -31,19 +31,19 @@ def read_run(folder: str | os.PathLike) -> dict:
         "files": [[path, bytes or None], ...], "notes": [text, ...]}; paths are relative to the folder.
 
     Raises:
-        ValueError: the folder does not exist, or holds nothing of a run.
+        ValueError: the folder does not exist, or is not a run's folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"{str(folder)!r} is no folder: pass the output_dir of a run.")
+        raise ValueError(f"{str(folder)!r} is not a folder; give a run's output_dir.")
     notes: list[str] = []
     about, present = _about(folder, notes), listed(folder) or {}
     evaluations, prompts = _evaluations(folder, present, notes)
     comparison = _json(folder, "report.json", notes, "comparison") if present.get("report.json", True) else None
     if not (about or evaluations or comparison or (folder / LIST).is_file()):
         raise ValueError(
-            f"{str(folder)!r} is no run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
-            "samples/step_* or checkpoint-* of a run. Pass the output_dir of a run."
+            f"{str(folder)!r} is not a run's folder: it has no {LIST}, {RUN_FILE}, evaluations/, "
+            "samples/step_* or checkpoint-*. Give a run's output_dir."
         )
     state = _dict(about.get("state"))
     history = [row for row in _list(state.get("log_history")) if isinstance(row, dict)]
@@ -72,7 +72,7 @@ def read_run(folder: str | os.PathLike) -> dict:
 
 
 def correlation(a: list, b: list) -> float | None:
-    """Pearson's r over the pairs in which both are numbers; None for fewer than 3 pairs or where one is constant."""
+    """Return Pearson's r over pairs without None; None for fewer than 3 pairs or if one side is constant."""
     pairs = [(x, y) for x, y in zip(a, b) if x is not None and y is not None]
     if len(pairs) < 3:
         return None
@@ -83,7 +83,7 @@ def correlation(a: list, b: list) -> float | None:
 
 
 def _about(folder: Path, notes: list[str]) -> dict:
-    """run.json; of a folder without it, what its last checkpoint says."""
+    """Return run.json or, if the folder has none, the equivalent from its last checkpoint."""
     about = _json(folder, RUN_FILE, notes, "state")
     if about is not None:
         return about
@@ -91,15 +91,15 @@ def _about(folder: Path, notes: list[str]) -> dict:
         state = _json(folder, f"{checkpoint.name}/trainer_state.json", notes, "log_history")
         policy = _json(folder, f"{checkpoint.name}/policy.json", notes)
         if state is not None and policy is not None:
-            notes.append(f"Curves and settings are those of {checkpoint.name}: the folder has no {RUN_FILE}.")
+            notes.append(f"Curves and settings are from {checkpoint.name}: the folder has no {RUN_FILE}.")
             settings = _dict(policy.get("settings")) | _dict(policy.get("objective"))
             return {name: policy.get(name) for name in ("trainer", "model")} | {"settings": settings, "state": state}
     return {}
 
 
 def _evaluations(folder: Path, present: dict[str, bool], notes: list[str]) -> tuple[list[dict], list[list[str]]]:
-    """Evaluations in order of their steps, and the lists of prompts that they share. A step with samples only is one
-    of these samples. What the list of the run's files says is of an earlier state of it is left out."""
+    """Return evaluations sorted by step, and the lists of prompts they share. A step that has only samples becomes an
+    evaluation of these samples. Files that the run's file list marks as outdated are skipped."""
     found: dict[int, dict] = {}
 
     def paths(pattern: str) -> list[Path]:
@@ -150,7 +150,7 @@ def _scored(folder: Path, step: int, name: str, part: dict, lists: list[list[str
 
 
 def _thin(evaluations: list[dict]) -> None:
-    """Of evaluations beyond MOST_EVALUATIONS, evenly spread, only means stay."""
+    """Keep the scores of MOST_EVALUATIONS evenly spread evaluations; keep only the means of the others."""
     last = len(evaluations) - 1
     kept = {round(i * last / (MOST_EVALUATIONS - 1)) for i in range(MOST_EVALUATIONS)}
     for index, evaluation in enumerate(evaluations):
@@ -175,7 +175,7 @@ def _fewer(points: list) -> list:
 
 
 def _time(history: list[dict]) -> dict | None:
-    """Seconds of each part over the whole log, by what `Timeline.read` logged as seconds/PART."""
+    """Sum the seconds of each part, which `Timeline.read` logs as seconds/PART, over the log."""
     parts: dict[str, float] = {}
     steps = 0
     for row in history:
@@ -188,7 +188,7 @@ def _time(history: list[dict]) -> dict | None:
 
 
 def _correlations(evaluation: dict) -> dict:
-    """Of each set, r between every two rewards and judges over its prompts."""
+    """Return r between every two rewards and judges over the prompts of each set."""
     sets = {}
     for name, part in evaluation["sets"].items():
         scores = [score for score in part["scores"] if score.startswith(("rewards/", "judges/"))]
@@ -200,7 +200,7 @@ def _correlations(evaluation: dict) -> dict:
 
 
 def _files(folder: Path) -> list[list]:
-    """[path, bytes] of the present run's files, without the page itself; a folder has no size."""
+    """Return [path, bytes] of the current run's files except the page; bytes is None for folders."""
     paths = listed(folder)
     if paths is None:
         patterns = ("evaluations/step_*.json", "samples/**/*.*", "checkpoint-*", "runs/*/events.out.tfevents.*")
@@ -211,13 +211,13 @@ def _files(folder: Path) -> list[list]:
         if current and path != PAGE_FILE and _within(folder, path):
             try:
                 files.append([path, None if (folder / path).is_dir() else (folder / path).stat().st_size])
-            except OSError:  # removed since
+            except OSError:  # removed meanwhile
                 continue
     return files
 
 
 def _json(folder: Path, path: str, notes: list[str], *keys: str) -> dict | None:
-    """A file's object, if it has these keys; None where there is no file, or, with a note, no such object in it."""
+    """Return a file's object if it has these keys; None if there is no file or, with a note, no such object."""
     try:
         content = json.loads((folder / path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -226,33 +226,33 @@ def _json(folder: Path, path: str, notes: list[str], *keys: str) -> dict | None:
         notes.append(f"{path} could not be read: it is incomplete or not JSON.")
         return None
     if not isinstance(content, dict) or not content.keys() >= set(keys):
-        notes.append(f"{path} is not a file of a run: it lacks {', '.join(keys) or 'an object'}.")
+        notes.append(f"{path} is not a run's file: it lacks {', '.join(keys) or 'an object'}.")
         return None
     return content
 
 
 def _within(folder: Path, path: str) -> bool:
-    """A set's name is the user's: "../x" must not lead out of the folder."""
+    """Return whether a path stays in the folder; a set's name is user input and could be "../x"."""
     return (folder / path).resolve().is_relative_to(folder.resolve())
 
 
 def _number(value) -> float | int | None:
     if isinstance(value, bool):
         return int(value)
-    if isinstance(value, int) and abs(value) > 2**53:  # no number of a browser
+    if isinstance(value, int) and abs(value) > 2**53:  # JavaScript numbers cannot represent it
         return None
     return _short(value) if isinstance(value, (int, float)) else None
 
 
 def _short(value: float | None) -> float | int | None:
-    """Six digits are what a page needs; None for what is not finite."""
+    """Round to six digits, which is enough for a page; return None for values that are not finite."""
     if value is None or not math.isfinite(value):
         return None
     return value if isinstance(value, int) else float(f"{value:.6g}")
 
 
 def _plain(content):
-    """JSON in which what is no finite number is None."""
+    """Replace non-finite numbers in JSON by None."""
     if isinstance(content, dict):
         return {str(key): _plain(value) for key, value in content.items()}
     if isinstance(content, list):

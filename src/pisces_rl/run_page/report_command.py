@@ -1,4 +1,4 @@
-"""`pisces-rl report A [B ...]`: the page of a run, or of several side by side."""
+"""`pisces-rl report A [B ...]`: write the page of one run, or of several side by side."""
 
 import argparse
 from pathlib import Path
@@ -7,17 +7,17 @@ from .html_page import write_page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, help="Each a run's output_dir, finished or not.")
+    parser.add_argument("runs", nargs="+", type=Path, help="The output_dir of each run, finished or not.")
     parser.add_argument(
         "--output",
         type=Path,
-        help="File to write; unset: report.html in the run's folder, of "
-        "several runs comparison.html in the current one.",
+        help="File to write; unset: report.html in the run's folder, or, for several runs, comparison.html in the "
+        "current folder.",
     )
     parser.add_argument(
         "--one_file",
         action="store_true",
-        help="Put the videos of the first and last evaluation into the file, to send it alone.",
+        help="Embed the videos of the first and last evaluation, so that the file can be shared alone.",
     )
 
 

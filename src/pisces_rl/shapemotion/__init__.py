@@ -1,8 +1,8 @@
-"""ShapeMotion: a captioned video world in which the truth is known.
+"""ShapeMotion: synthetic captioned videos with known ground truth.
 
-Flat shapes that move on a plain background; prompts of 41 words; a verifier that reads a clip back from its pixels
-and scores it against its prompt along the dimensions of VBench that have an exact counterpart here. For tests, for the
-first command of the README, and for asking of any other reward whether it is right.
+Flat shapes move on a plain background; prompts use 41 words; a verifier reads a clip back from its pixels and scores
+it against its prompt on the dimensions of VBench that have an exact counterpart here. Used in tests, in the README's
+first command, and to check other rewards.
 
     from pisces_rl.shapemotion import load_prompts, parse, render, shapemotion_reward, verify
 
@@ -11,14 +11,14 @@ first command of the README, and for asking of any other reward whether it is ri
     verify(videos, prompts["prompt"][:8]).summary()                   # {"correct": 1.0, ...}
     shapemotion_reward(prompts=prompts["prompt"][:8], videos=videos)  # a reward for the trainers
 
-| file | says |
+| file | content |
 |---|---|
 | grammar.py | words, `Scene`, `Scene.prompt()`, `parse` |
 | specs.py, layout.py, renderer.py | scenes as tensors, legal positions, pixels; on any device |
-| splits.py, dataset.py | what is trained, what is held out, prompts as a dataset |
+| splits.py, dataset.py | training and held-out prompts, prompts as a dataset |
 | segmentation.py, tracks.py, quality.py, verifier.py | pixels -> colors -> objects -> scores |
 | rewards.py | the verifier as reward functions |
-| corruptions.py | clips with one thing wrong |
+| corruptions.py | clips with a single corruption |
 """
 
 from .clip_quality import QUALITY

@@ -1,8 +1,7 @@
-"""How clean a clip is, whatever its prompt: five dimensions in [0, 1], and whether anything moves.
+"""Quality of a clip, independent of its prompt: five dimensions in [0, 1], and whether anything moves.
 
-A clip that stands still is perfectly clean: frozen clips have quality 1. So `quality` alone rewards freezing, and
-`dynamic_degree`, which is no virtue in itself (prompts may ask for stillness), is reported and not averaged in.
-Reward quality together with alignment, as `shapemotion_product` does.
+A frozen clip has quality 1, so `quality` alone rewards freezing. `dynamic_degree` is reported but not part of the
+mean, since prompts may ask for stillness. Use quality together with alignment, as `shapemotion_product` does.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from .segmentation import Segmentation, dilate
 from .tracks import Tracks
 
-#: What `quality` is the mean of.
+#: The dimensions that `quality` averages.
 QUALITY = (
     "subject_consistency",
     "background_consistency",
@@ -24,10 +23,10 @@ QUALITY = (
 
 
 def quality_dimensions(seg: Segmentation, tracks: Tracks) -> dict[str, np.ndarray]:
-    """The dimensions of `QUALITY` and `dynamic_degree`, each (B,) in [0, 1]; 1 is good, or moving.
+    """Compute the dimensions of `QUALITY` and `dynamic_degree`, each (B,) in [0, 1]; 1 means good, or moving.
 
-    - subject_consistency: objects keep their color and their size from frame to frame, and stay.
-    - background_consistency: one color all over.
+    - subject_consistency: objects keep their color and size from frame to frame and do not vanish.
+    - background_consistency: the background has one color.
     - temporal_flickering: the background does not change from frame to frame.
     - motion_smoothness: centroids do not accelerate; a mean second difference of 1.2 units a frame is 0.
     - imaging_quality: pixels are mixtures of the background and one color, and edges are about one unit wide.

@@ -1,7 +1,7 @@
-"""Clips that break one thing, to test what verifiers and learned rewards see.
+"""Clips with a single corruption, to test verifiers and learned rewards.
 
-`SCENE_CORRUPTIONS` change what a prompt says, and the changed scene is rendered; `VIDEO_CORRUPTIONS` change pixels.
-`corrupt(name, scenes)` does either, and says which scenes it applies to: the speed of "a circle" cannot be wrong.
+`SCENE_CORRUPTIONS` change the scene of a prompt before it is rendered; `VIDEO_CORRUPTIONS` change pixels.
+`corrupt(name, scenes)` applies either kind and returns the scenes it applies to: "a circle" has no speed to change.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _with_first(scene: Scene, **changes) -> Scene:
 
 
 def _with_all(scene: Scene, attribute: str, change: Callable) -> Scene | None:
-    """Change an attribute in every group that names it; None where none does."""
+    """Change an attribute in every group that names it; return None if none does."""
     if not any(getattr(group, attribute) for group in scene.groups):
         return None
     groups = [g if getattr(g, attribute) is None else replace(g, **{attribute: change(g)}) for g in scene.groups]
@@ -83,7 +83,7 @@ def _missing_object(scene: Scene, rng: random.Random) -> Scene | None:
     return Scene(scene.groups[:1], None, scene.background) if scene.relation else None
 
 
-#: name -> f(scene, rng) -> the changed scene, or None where it does not apply
+#: name -> f(scene, rng) -> the changed scene, or None if it does not apply
 SCENE_CORRUPTIONS: dict[str, Callable[[Scene, random.Random], Scene | None]] = {
     "wrong_color": _wrong_color,
     "wrong_shape": _wrong_shape,
@@ -116,21 +116,21 @@ def _shuffled_frames(videos: torch.Tensor, generator: torch.Generator) -> torch.
 
 
 def _noise(videos: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Of standard deviation .2, on blocks of half a unit (one pixel at 64)."""
+    """Add noise of standard deviation .2 on blocks of half a unit (one pixel at 64)."""
     size = (*videos.shape[:3], 2 * UNITS, 2 * UNITS)
     noise = F.interpolate(torch.randn(size, generator=generator).flatten(0, 1), videos.shape[-2:])
     return (videos + 0.2 * noise.view(videos.shape)).clamp(0, 1)
 
 
 def _blur(videos: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """A box of about two and a half units (five pixels at 64)."""
+    """Blur with a box of about two and a half units (five pixels at 64)."""
     side = round(1.25 * videos.shape[-1] / UNITS - 0.5)
     frames = F.pad(videos.flatten(0, 1), (side,) * 4, mode="replicate")
     return F.avg_pool2d(frames, 2 * side + 1, 1).view(videos.shape)
 
 
 def _jitter(videos: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Each frame is shifted by -1, 0 or 1 unit in x and in y; what leaves on one side is replaced by the border."""
+    """Shift each frame by -1, 0 or 1 unit in x and in y; the gap is filled with the border."""
     unit = videos.shape[-1] // UNITS
     wide = F.pad(videos.flatten(0, 1), (unit,) * 4, mode="replicate").view(*videos.shape[:3], *[34 * unit] * 2)
     out = torch.empty_like(videos)
@@ -162,17 +162,17 @@ VIDEO_CORRUPTIONS: dict[str, Callable[[torch.Tensor, torch.Generator], torch.Ten
     "vanish_half": _vanish_half,
     "uniform_noise": _uniform_noise,
 }
-#: The corruptions of time, which only show in scenes that say how something moves.
+#: Corruptions of time, which are visible only in scenes that name a motion.
 _OF_TIME = ("frozen", "time_reversed", "shuffled_frames")
 
 
 def corrupt(name: str, scenes: Sequence[Scene], seed: int = 0, size: int = 64) -> tuple[list[int], torch.Tensor]:
-    """Render scenes with one thing wrong.
+    """Render scenes with a single corruption.
 
     Args:
         name: a key of `SCENE_CORRUPTIONS` or `VIDEO_CORRUPTIONS`.
-        scenes: what the prompts say.
-        seed: of the change and of the rendering.
+        scenes: the scenes of the prompts.
+        seed: seed of the change and of the rendering.
         size: height and width in pixels, a multiple of 32.
 
     Returns:
@@ -180,7 +180,7 @@ def corrupt(name: str, scenes: Sequence[Scene], seed: int = 0, size: int = 64) -
         clips that contradict them.
 
     Raises:
-        ValueError: an unknown name, or no scene that it applies to.
+        ValueError: the name is unknown, or the corruption applies to no scene.
     """
     if name in SCENE_CORRUPTIONS:
         rng = random.Random(seed)
@@ -191,7 +191,9 @@ def corrupt(name: str, scenes: Sequence[Scene], seed: int = 0, size: int = 64) -
         raise ValueError(f"name={name!r}; allowed: {', '.join([*SCENE_CORRUPTIONS, *VIDEO_CORRUPTIONS])}.")
     rows = [i for i, scene in enumerate(changed) if scene is not None]
     if not rows:
-        raise ValueError(f"name={name!r} applies to none of the {len(scenes)} scenes; allowed: scenes that name it.")
+        raise ValueError(
+            f"name={name!r} applies to none of the {len(scenes)} scenes; give scenes that name this attribute."
+        )
     layout, legal = search_layout(
         SceneSpecs.from_scenes([changed[i] for i in rows]), torch.Generator().manual_seed(seed)
     )

@@ -34,14 +34,14 @@ def load_prompts(split: str, n: int, seed: int = 0, families: Sequence[str] | No
 
     Args:
         split: one of `SPLITS`: "train", "test_seen", "test_color_shape", "test_shape_motion", "test_both".
-        n: how many, at least 1. Prompts may repeat: there are only four of the kind "a circle".
-        seed: of the draw.
-        families: names of `FAMILIES` that the split has; None draws from all of them alike.
+        n: number of prompts, at least 1. Prompts may repeat: there are only four of the kind "a circle".
+        seed: seed of the draw.
+        families: names of `FAMILIES` that the split has; None draws uniformly from all of them.
 
     Returns:
-        A dataset with the column `prompt`, and what the prompt says: `split`, `family`, the lists `shapes`, `counts`,
-        `sizes`, `colors`, `motions`, `speeds` with one entry for each group, `relation` and `background`. None says
-        that the prompt is silent.
+        A dataset with the column `prompt` and its content: `split`, `family`, the lists `shapes`, `counts`, `sizes`,
+        `colors`, `motions`, `speeds` with one entry per group, `relation` and `background`. None means that the
+        prompt does not name the attribute.
 
     Raises:
         ValueError: an unknown split or family (the nearest name is suggested), or n below 1.
@@ -51,10 +51,14 @@ def load_prompts(split: str, n: int, seed: int = 0, families: Sequence[str] | No
 
 
 class Clips(torch.utils.data.Dataset):
-    """Captioned clips that are drawn when they are asked for: rows {"prompt", "video" (F, 3, size, size) in [0, 1]}.
+    """Captioned clips rendered on access: rows {"prompt", "video" (F, 3, size, size) in [0, 1]}.
 
     Args:
-        split, n, seed: as in `load_prompts`, whose scenes these are. size, num_frames: of a clip.
+        split: as in `load_prompts`, which draws the same scenes.
+        n: as in `load_prompts`.
+        seed: as in `load_prompts`.
+        size: height and width of a clip in pixels.
+        num_frames: frames per clip.
     """
 
     def __init__(self, split: str, n: int, seed: int = 0, size: int = 64, num_frames: int = 17):

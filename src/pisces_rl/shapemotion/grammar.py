@@ -1,12 +1,12 @@
-"""The language of ShapeMotion: its words, its scenes, and the way from a scene to a prompt and back.
+"""The grammar of ShapeMotion: words, scenes, and conversion between scenes and prompts.
 
     PROMPT   := GROUP [RELATION GROUP] ["on a" BACKGROUND "background"]
     GROUP    := ("a" | "two" | "three") [SIZE] [COLOR] SHAPE [MOTION]
     MOTION   := "staying still" | "growing" | "shrinking" | "moving" ("left" | "right" | "up" | "down") [SPEED]
     RELATION := "and" | "to the left of" | "to the right of" | "above" | "below"
 
-Two groups name two different colors: pixels alone then say which object is which, and the verifier is exact.
-What a prompt leaves open (`None` in a `Group` or `Scene`) is drawn by the renderer and not judged by the verifier.
+Two groups name two different colors, so that pixels identify the objects and the verifier is exact. Attributes that a
+prompt does not name (`None` in a `Group` or `Scene`) are drawn at random by the renderer and ignored by the verifier.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RELATIONS = ("and", "to the left of", "to the right of", "above", "below")
 COUNT_WORDS = ("a", "two", "three")
 PLURALS = ("circles", "squares", "triangles", "crosses")
 
-#: Compositions that no training prompt names and no training clip shows; each single word is trained.
+#: Compositions that appear in no training prompt or clip; each single word does.
 HELD_OUT_COLOR_SHAPE = frozenset({("red", "triangle"), ("green", "cross"), ("blue", "circle"), ("yellow", "square")})
 HELD_OUT_SHAPE_MOTION = frozenset(
     {("circle", "moving up"), ("square", "moving left"), ("triangle", "moving right"), ("cross", "moving down")}
@@ -36,16 +36,18 @@ VOCABULARY = ("<pad>", "</s>", "<unk>", *sorted({w for p in _PHRASES for w in p.
 
 @dataclass(frozen=True)
 class Group:
-    """One to three alike objects.
+    """One to three identical objects.
 
     Args:
         shape: one of `SHAPES`.
         count: 1, 2 or 3.
-        size, color, motion, speed: one of `SIZES`, `COLORS`, `MOTIONS`, `SPEEDS`, or None where the prompt is
-            silent. A speed needs a motion that moves.
+        size: one of `SIZES`, or None if the prompt does not name it; the same holds for the other attributes.
+        color: one of `COLORS`, or None.
+        motion: one of `MOTIONS`, or None.
+        speed: one of `SPEEDS`, or None. A speed needs a "moving" motion.
 
     Raises:
-        ValueError: a value that the grammar does not have.
+        ValueError: a value is not in the grammar.
     """
 
     shape: str
@@ -64,12 +66,12 @@ class Group:
         _check("speed", self.speed, (*SPEEDS, None))
         if self.speed and not (self.motion or "").startswith("moving"):
             raise ValueError(
-                f"speed={self.speed!r} needs a motion that moves, and motion is {self.motion!r}: drop the speed or "
+                f"speed={self.speed!r} needs a motion that moves, but motion is {self.motion!r}: drop the speed or "
                 "choose one of 'moving left', 'moving right', 'moving up', 'moving down'."
             )
 
     def phrase(self) -> str:
-        """The words of this group, such as "two small red crosses moving left slowly"."""
+        """Return the words of this group, such as "two small red crosses moving left slowly"."""
         noun = self.shape if self.count == 1 else PLURALS[SHAPES.index(self.shape)]
         words = (COUNT_WORDS[self.count - 1], self.size, self.color, noun, self.motion, self.speed)
         return " ".join(word for word in words if word)
@@ -77,15 +79,15 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says: one or two groups, how they lie to each other, and the background.
+    """The content of a prompt: one or two groups, their relation, and the background.
 
     Args:
-        groups: one `Group`, or two that name two different colors.
-        relation: where the first group lies as seen from the second, one of `RELATIONS`; None with one group.
-        background: one of `BACKGROUNDS`, or None where the prompt is silent.
+        groups: one `Group`, or two with different colors.
+        relation: position of the first group relative to the second, one of `RELATIONS`; None with one group.
+        background: one of `BACKGROUNDS`, or None if the prompt does not name it.
 
     Raises:
-        ValueError: groups, relation or background that the grammar does not have.
+        ValueError: groups, relation or background are not in the grammar.
     """
 
     groups: tuple[Group, ...]
@@ -108,23 +110,23 @@ class Scene:
             )
 
     def prompt(self) -> str:
-        """The text of this scene; `parse(scene.prompt()) == scene`."""
+        """Return the text of this scene; `parse(scene.prompt()) == scene`."""
         text = f" {self.relation} ".join(group.phrase() for group in self.groups)
         return text + (f" on a {self.background} background" if self.background else "")
 
 
 def held_out(scene: Scene) -> tuple[bool, bool]:
-    """Whether `scene` names a held-out pair of color and shape, and one of shape and motion."""
+    """Return whether `scene` names a held-out pair of color and shape, and one of shape and motion."""
     color_shape = any((group.color, group.shape) in HELD_OUT_COLOR_SHAPE for group in scene.groups)
     shape_motion = any((group.shape, group.motion) in HELD_OUT_SHAPE_MOTION for group in scene.groups)
     return color_shape, shape_motion
 
 
 def parse(prompt: str) -> Scene:
-    """Read a prompt back into its scene. Case and spacing do not matter, as in the tokenizer.
+    """Parse a prompt into its scene, ignoring case and spacing as the tokenizer does.
 
     Raises:
-        ValueError: the prompt is empty or outside the grammar; the message names the prompt and the word.
+        ValueError: the prompt is empty or not in the grammar; the message names the prompt and the word.
     """
     return _Reader(prompt).scene()
 
@@ -135,7 +137,7 @@ class _Reader:
     def __init__(self, prompt: str):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"prompt={prompt!r} is empty or no text; allowed: a sentence such as 'a red circle moving left'."
+                f"prompt={prompt!r} is empty or not text; allowed: a sentence such as 'a red circle moving left'."
             )
         self.prompt, self.words, self.at = prompt, prompt.lower().split(), 0
 

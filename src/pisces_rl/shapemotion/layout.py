@@ -1,8 +1,8 @@
-"""Where the objects of a scene are: what the prompt leaves open is drawn, positions are drawn until they are legal.
+"""Lay out the objects of scenes: draw the attributes that a prompt does not name, and positions until they are legal.
 
-Lengths are in units, 32 to the width of the frame, whatever its pixels; unit 0 is the centre of the first of 32
-columns. Time runs from 0 to 16 over a clip, whatever its frames, so a speed of 0.9 units per 1/16 clip is 0.9 units a
-frame in a clip of 17.
+Lengths are in units: a frame is 32 units wide at any resolution, and unit 0 is the center of the first of 32 columns.
+Time runs from 0 to 16 over a clip with any number of frames, so a speed of 0.9 units per 1/16 clip is 0.9 units per
+frame in a clip of 17 frames.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ RADII = (2.8, 4.8)  # small, large: radius of the circle of equal area
 SPEED_OF_WORD = (0.35, 0.9)  # slowly, quickly
 GROWTH = 1.8  # last radius over first radius of a growing shape, and its inverse for a shrinking one
 DIRECTIONS = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (0, 0), (0, 0))  # of `MOTIONS`; y points down
-REACH = (1.0, 1.2533, 1.5551, 1.2533)  # of `SHAPES`: radius of the circle around the shape, over its radius
+REACH = (1.0, 1.2533, 1.5551, 1.2533)  # of `SHAPES`: radius of the circumscribed circle over the shape's radius
 
 _GROWING, _SHRINKING = 5, 6
 _CANDIDATES = 64  # positions tried per round
-_ROUNDS = 200  # the rare scene that hardly fits needs many; only it pays for them
-_ROWS = 4096  # scenes laid out at once, for memory
+_ROUNDS = 200  # only rare scenes that barely fit need many
+_ROWS = 4096  # scenes laid out at once, to limit memory
 
 
 @dataclass
 class Layout:
-    """N clips of at most K objects, ready to be drawn at any size and number of frames.
+    """N clips of at most K objects, for rendering at any size and number of frames.
 
     Attributes:
         present: (N, K) bool.
         shape, color: (N, K) indices into `SHAPES` and `COLORS`.
         motion: (N, K) index into `MOTIONS`.
-        radius, growth: (N, K) first radius in units, and last over first.
-        start, velocity: (N, K, 2) first centre (x, y), and units per 1/16 clip.
+        radius: (N, K) first radius in units.
+        growth: (N, K) last radius over first.
+        start: (N, K, 2) first center (x, y).
+        velocity: (N, K, 2) in units per 1/16 clip.
         background: (N,) index into `BACKGROUNDS`.
     """
 
@@ -80,9 +82,9 @@ class Layout:
 
 
 def lay_out(specs: SceneSpecs, generator: torch.Generator | None = None) -> Layout:
-    """One legal layout for each scene: inside the frame, no overlap, the relation true from first to last frame.
+    """Return a legal layout per scene: inside the frame, no overlap, and the relation holds in all frames.
 
-    A drawn attribute never completes a held-out pair.
+    Randomly drawn attributes never form a held-out pair.
 
     Raises:
         ValueError: a scene has no legal layout; the message names its prompt.
@@ -98,7 +100,7 @@ def lay_out(specs: SceneSpecs, generator: torch.Generator | None = None) -> Layo
 
 
 def search_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -> tuple[Layout, torch.Tensor]:
-    """`try_layout` until every scene has a legal layout or has used its rounds: the layouts, and (N,) bool, legal."""
+    """Repeat `try_layout` until all scenes have a legal layout or the rounds run out; return layouts, (N,) legal."""
     parts = []
     for first in range(0, len(specs), _ROWS):
         chunk = specs[first : first + _ROWS]
@@ -114,7 +116,7 @@ def search_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -
 
 
 def try_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -> tuple[Layout, torch.Tensor]:
-    """One round of rejection sampling: the layouts, and (N,) bool, whether a legal one was found."""
+    """Run one round of rejection sampling; return the layouts, and (N,) bool, whether a legal one was found."""
     layout, group = _fill(specs, generator)
     present, slots = layout.present, layout.present.shape[1]
     lowest, highest = _reach(layout)
@@ -138,7 +140,7 @@ def try_layout(specs: SceneSpecs, generator: torch.Generator | None = None) -> t
 
 
 def _fill(specs: SceneSpecs, generator: torch.Generator | None) -> tuple[Layout, torch.Tensor]:
-    """Draw what the prompts leave open. The layouts without positions, and (N, K) the group of each object."""
+    """Draw attributes that prompts do not name; return layouts without positions, and (N, K) each object's group."""
     n, device = len(specs), specs.shape.device
 
     def uniform(low, high, *shape):
@@ -150,16 +152,18 @@ def _fill(specs: SceneSpecs, generator: torch.Generator | None) -> tuple[Layout,
     shape = specs.shape.clamp(min=0)
     color = choose(~HELD_OUT_COLORS_OF_SHAPE.to(device)[shape])
     color = torch.where(specs.color < 0, color, specs.color)
-    plain = torch.arange(7, device=device) < _GROWING  # an unsaid motion never changes the size
+    plain = torch.arange(7, device=device) < _GROWING  # a motion that is not named never changes the size
     motion = choose(~HELD_OUT_MOTIONS_OF_SHAPE.to(device)[shape] & plain)
     motion = torch.where(specs.motion < 0, motion, specs.motion)
     growing, shrinking = motion == _GROWING, motion == _SHRINKING
 
     total = specs.count.sum(1)
     size = torch.where(specs.size < 0, choose(torch.ones(n, 2, 2, dtype=torch.bool, device=device)), specs.size)
-    size = torch.where((specs.size < 0) & (total > 2)[:, None], 0, size)  # crowds are small unless told
+    size = torch.where(
+        (specs.size < 0) & (total > 2)[:, None], 0, size
+    )  # three or more objects are small unless a size is named
     radius = torch.tensor(RADII, device=device)[size] * uniform(0.92, 1.08, n, 2)
-    # a shape that changes its size goes between the two sizes, or over or under the one that is asked
+    # a growing or shrinking shape goes between the two sizes, or beyond the size that is named
     radius = torch.where((growing | shrinking) & (specs.size < 0), 2.6, radius)
     radius = torch.where((growing | shrinking) & (specs.size >= 0), radius * GROWTH**-0.5, radius)
     radius = torch.where(shrinking, radius * GROWTH, radius)
@@ -186,7 +190,7 @@ def _fill(specs: SceneSpecs, generator: torch.Generator | None) -> tuple[Layout,
 
 
 def _reach(layout: Layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, K, 2) lowest and highest start at which an object stays inside the frame for the whole clip."""
+    """Return (N, K, 2) lowest and highest start at which an object stays inside the frame for the whole clip."""
     around = torch.tensor(REACH, device=layout.shape.device)[layout.shape]
     room = (layout.radius * layout.growth.clamp(min=1) * around)[..., None] + 0.3
     way = layout.velocity * DURATION
@@ -198,7 +202,7 @@ def _instants(device) -> torch.Tensor:
 
 
 def _apart(layout: Layout, starts: torch.Tensor) -> torch.Tensor:
-    """(N, C) bool: no two objects come closer than one unit, measured between the circles around them."""
+    """Return (N, C) bool: no two objects come closer than one unit, measured between their circumscribed circles."""
     t = _instants(starts.device)
     reach = torch.tensor(REACH, device=starts.device)[layout.shape]
     reach = (layout.radius * reach)[..., None] * (1 + (layout.growth[..., None] - 1) * t / DURATION)  # (N, K, t)
@@ -213,7 +217,7 @@ def _apart(layout: Layout, starts: torch.Tensor) -> torch.Tensor:
 
 
 def _related(relation: torch.Tensor, layout: Layout, group: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """(N, C) bool: the relation holds clearly, at every instant, for each object of the first and of the second."""
+    """Return (N, C) bool: the relation holds clearly, at all times, between all objects of both groups."""
     t = _instants(starts.device)
     good = torch.ones(starts.shape[:2], dtype=torch.bool, device=starts.device)
     horizontal = ((relation == 1) | (relation == 2))[:, None, None]

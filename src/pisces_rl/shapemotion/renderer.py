@@ -1,8 +1,8 @@
-"""From scenes to pixels: flat shapes with anti-aliased edges on a plain background, on any device.
+"""Render scenes to pixels: flat shapes with anti-aliased edges on a plain background, on any device.
 
     videos = render([parse("a red circle moving left")], seed=0)          # (1, 17, 3, 64, 64)
 
-and for a bank of training clips, without a list of scenes in between:
+and for a bank of training clips, without a list of scenes:
 
     specs, layout = sample_layouts(4096, "train", generator=torch.Generator("cuda"))
     videos, prompts = render_layout(layout), [scene.prompt() for scene in specs.scenes()]
@@ -32,7 +32,7 @@ COLOR_RGB = torch.tensor(
 )
 BACKGROUND_RGB = torch.tensor([[0.02, 0.02, 0.02], [0.5, 0.5, 0.5], [0.98, 0.98, 0.98]])
 
-# all shapes of one radius have the area of the circle of that radius
+# a shape has the area of the circle with its radius
 _SQUARE = math.sqrt(math.pi) / 2  # half a side
 _TRIANGLE = math.sqrt(math.pi / (3 * math.sqrt(3)))  # radius of the inscribed circle
 _CROSS = 1.189  # half the length of an arm, three times half its width
@@ -40,12 +40,13 @@ _ROWS = 8  # clips drawn at once on a CPU, for its caches
 
 
 def coverage(shape: str, dx: torch.Tensor, dy: torch.Tensor, radius: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """How much of each pixel one shape covers, in [0, 1]; linear across the edge, over one pixel.
+    """Return each pixel's coverage by one shape, in [0, 1]; it is linear across the edge, over one pixel.
 
     Args:
         shape: one of `SHAPES`.
-        dx, dy: pixel centre minus shape centre in units, broadcastable, usually (..., 1, W) and (..., H, 1).
-        radius: that of the circle of equal area, in units, broadcastable.
+        dx: pixel center minus shape center in x, in units, broadcastable, usually (..., 1, W).
+        dy: the same in y, usually (..., H, 1).
+        radius: radius of the circle of equal area, in units, broadcastable.
         scale: pixels per unit.
     """
 
@@ -72,20 +73,20 @@ def render(
     num_frames: int = 17,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """Draw one clip for each scene.
+    """Render one clip per scene.
 
     Args:
         scenes: B scenes.
-        seed: decides what the scenes leave open, and the positions; B and the device are part of the draw.
+        seed: seed of unnamed attributes and positions; the result also depends on B and the device.
         size: height and width in pixels, a multiple of 32.
-        num_frames: frames of a clip, at least 4. The motion of a whole clip is the same whatever their number.
-        device: where to draw.
+        num_frames: frames per clip, at least 4. It does not change the motion over the whole clip.
+        device: the device to render on.
 
     Returns:
         (B, num_frames, 3, size, size) float32 in [0, 1].
 
     Raises:
-        ValueError: no scenes, a size or number of frames that is not allowed, or a scene that has no legal layout.
+        ValueError: there are no scenes, size or num_frames is not allowed, or a scene has no legal layout.
     """
     if not len(scenes):
         raise ValueError("scenes is empty; allowed: one Scene or more, such as [parse('a red circle')].")
@@ -94,10 +95,10 @@ def render(
 
 
 def render_layout(layout: Layout, size: int = 64, num_frames: int = 17) -> torch.Tensor:
-    """Draw N layouts on their own device: (N, num_frames, 3, size, size) float32 in [0, 1].
+    """Render N layouts on their device: (N, num_frames, 3, size, size) float32 in [0, 1].
 
     Raises:
-        ValueError: a size or number of frames that is not allowed.
+        ValueError: size or num_frames is not allowed.
     """
     if size < UNITS or size % UNITS:
         raise ValueError(f"size={size!r}; allowed: multiples of {UNITS} from {UNITS}, such as 64.")

@@ -1,8 +1,8 @@
-"""Which pixel has which color: each pixel is read as a mixture of the background and one color of the palette.
+"""Segment pixels by color: each pixel is modeled as a mixture of the background and one color of the palette.
 
-With b the measured background and c_k a color, a pixel v is explained as b + alpha (c_k - b): alpha is its
-least-squares value in [0, 1.15], the residual what is left, and the best k the color. A pixel belongs to the color
-when alpha > .5 and the residual is < .35 (RGB distance). Everything happens on a grid of 32 x 32 units.
+With the measured background b and color c_k, a pixel v is modeled as b + alpha (c_k - b), where alpha is the
+least-squares value in [0, 1.15]. The k with the smallest residual is the color. A pixel belongs to the color if
+alpha > .5 and the residual is < .35 (RGB distance). All computations are on a grid of 32 x 32 units.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Segmentation:
     Attributes:
         pixels: (B, 3, F, 32, 32) colors.
         background: (B, 3) the median color of the frame's border.
-        color: (B, F, 32, 32) int8, index into `COLORS`, -1 for background and for what is no color.
+        color: (B, F, 32, 32) int8, index into `COLORS`, -1 for the background and for other colors.
         opacity: (B, F, 32, 32) alpha of the best color, at most 1.
         residual: (B, F, 32, 32) distance to the nearest mixture.
         distance: (B, F, 32, 32) distance to the background.
@@ -38,22 +38,22 @@ class Segmentation:
 
 
 def pool(videos: torch.Tensor) -> torch.Tensor:
-    """(B, F, 3, H, W) of any float type and device -> (B, 3, F, 32, 32) float32 on the CPU, clamped to [0, 1]."""
+    """Pool (B, F, 3, H, W) of any float type and device to (B, 3, F, 32, 32) float32 on the CPU, clamped to [0, 1]."""
     factor = videos.shape[-1] // UNITS
     videos = videos.float()
     if factor > 1:
-        # rows first: their sum reads memory in order, and is five times as fast as avg_pool2d
+        # rows first: this reads memory in order and is five times as fast as avg_pool2d
         rows = reduce(torch.add, (videos[..., i::factor, :] for i in range(factor)))
         videos = reduce(torch.add, (rows[..., i::factor] for i in range(factor))) / factor**2
     return videos.cpu().clamp(0, 1).transpose(1, 2).contiguous()
 
 
 def segment(pixels: torch.Tensor) -> Segmentation:
-    """Read the pooled pixels of `pool`."""
+    """Segment the pooled pixels of `pool`."""
     background = _border(pixels).median(-1).values
     offset = (pixels - background[..., None, None, None]).flatten(2)
     distance2 = offset.square().sum(1)
-    # one color at a time, with a running minimum: six at once leave the caches, and torch.min with indices is slow
+    # one color at a time with a running minimum: six at once exceed the caches, and torch.min with indices is slow
     least, opacity = torch.full_like(distance2, torch.inf), torch.zeros_like(distance2)
     color = torch.zeros_like(distance2, dtype=torch.int8)
     for k, rgb in enumerate(COLOR_RGB):
@@ -61,7 +61,7 @@ def segment(pixels: torch.Tensor) -> Segmentation:
         length2 = axis.square().sum(-1, keepdim=True).clamp(min=1e-6)
         dot = (axis[:, None] @ offset)[:, 0]
         alpha = (dot / length2).clamp_(0, 1.15)
-        residual2 = (alpha * length2).sub_(dot, alpha=2).mul_(alpha)  # but for distance2, which all have in common
+        residual2 = (alpha * length2).sub_(dot, alpha=2).mul_(alpha)  # without distance2, which is common to all
         closer = residual2 < least
         least, opacity = torch.minimum(residual2, least), torch.where(closer, alpha, opacity)
         color.masked_fill_(closer, k)
@@ -85,7 +85,7 @@ def nearest_background(background: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def dilate(mask: torch.Tensor) -> torch.Tensor:
-    """(..., H, W) bool: each True grows to its 3 x 3 neighbours."""
+    """Dilate a (..., H, W) bool mask by 3 x 3."""
     grown = mask.clone()
     grown[..., 1:, :] |= mask[..., :-1, :]
     grown[..., :-1, :] |= mask[..., 1:, :]

@@ -1,4 +1,4 @@
-"""A batch of scenes as integer tensors, on any device: what sampling and layout compute with."""
+"""A batch of scenes as integer tensors on any device, for sampling and layout."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from .grammar import (
     Scene,
 )
 
-#: (4 shapes, 6 colors) and (4 shapes, 7 motions): True where training must never see the pair.
+#: (4 shapes, 6 colors) and (4 shapes, 7 motions): True for pairs that training must never see.
 HELD_OUT_COLORS_OF_SHAPE = torch.tensor([[(c, s) in HELD_OUT_COLOR_SHAPE for c in COLORS] for s in SHAPES])
 HELD_OUT_MOTIONS_OF_SHAPE = torch.tensor([[(s, m) in HELD_OUT_SHAPE_MOTION for m in MOTIONS] for s in SHAPES])
 
 
 @dataclass
 class SceneSpecs:
-    """N scenes; every field is an int64 tensor on one device and -1 says "the prompt is silent".
+    """N scenes; all fields are int64 tensors on one device, and -1 means that the prompt does not name the attribute.
 
     Attributes:
-        shape, size, color, motion, speed: (N, 2), indices into `SHAPES`, `SIZES`, ... of grammar.py, one column a
-            group. `shape` is -1 where there is no second group.
-        count: (N, 2), objects in the group: 1 to 3, and 0 where there is no second group.
+        shape, size, color, motion, speed: (N, 2), indices into `SHAPES`, `SIZES`, ... in grammar.py, one column per
+            group. `shape` is -1 if there is no second group.
+        count: (N, 2), objects in the group: 1 to 3, or 0 if there is no second group.
         relation: (N,), index into `RELATIONS`, -1 with one group.
         background: (N,), index into `BACKGROUNDS`.
     """
@@ -67,7 +67,7 @@ class SceneSpecs:
 
     @staticmethod
     def from_scenes(scenes: Sequence[Scene], device="cpu") -> SceneSpecs:
-        """The tensors of a list of scenes."""
+        """Convert a list of scenes to tensors."""
         none = (-1, 0, -1, -1, -1, -1)
         rows = [[_group_row(g) for g in scene.groups] + [none] * (2 - len(scene.groups)) for scene in scenes]
         table = torch.tensor(rows, dtype=torch.long, device=device).reshape(-1, 2, 6).unbind(-1)
@@ -76,7 +76,7 @@ class SceneSpecs:
         return SceneSpecs(*table, relation, background)
 
     def scenes(self) -> list[Scene]:
-        """The scenes of these tensors; the inverse of `from_scenes`."""
+        """Convert the tensors to scenes; the inverse of `from_scenes`."""
         columns = (self.shape, self.count, self.size, self.color, self.motion, self.speed)
         rows = torch.stack(columns, -1).tolist()
         return [
@@ -85,7 +85,7 @@ class SceneSpecs:
         ]
 
     def held_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(N,) and (N,) bool: a held-out pair of color and shape is named, one of shape and motion is named."""
+        """Return two (N,) bool: whether a held-out pair of color and shape, or of shape and motion, is named."""
         shape = self.shape.clamp(min=0)
         colors, motions = HELD_OUT_COLORS_OF_SHAPE.to(shape.device), HELD_OUT_MOTIONS_OF_SHAPE.to(shape.device)
         color_shape = colors[shape, self.color.clamp(min=0)] & (self.color >= 0)
@@ -93,7 +93,7 @@ class SceneSpecs:
         return color_shape.any(1), shape_motion.any(1)
 
     def hash(self) -> torch.Tensor:
-        """(N,) int64 in [0, 2**32): a hash of the scene, so of the prompt's text. The same on every device."""
+        """(N,) int64 in [0, 2**32): a hash of the scene, and so of the prompt, equal on all devices."""
         code = (self.relation + 1) * 4 + self.background + 1
         for g in range(2):
             for value, radix in (

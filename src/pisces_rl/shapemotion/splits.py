@@ -1,4 +1,4 @@
-"""Which prompts are trained and which are only tested, and how they are drawn.
+"""Training and test splits of prompts, and how they are drawn.
 
 | split | its prompts |
 |---|---|
@@ -8,14 +8,14 @@
 | `test_shape_motion` | a held-out pair of shape and motion (a circle moving up), none of color and shape |
 | `test_both` | both |
 
-So every split is disjoint from every other. The four prompts that name a shape and nothing else ("a circle") are too
-few to divide: they are all `train`, and `test_seen` has no family `object_class`.
+All splits are disjoint. The four prompts that name only a shape ("a circle") are too few to divide: all are in
+`train`, and `test_seen` has no family `object_class`.
 
-The shipped tiny-wan was pre-trained by a sketch that did not know the hash: to its pre-training, `test_seen` prompts
-are like any other, and they are unseen by the RL run. The held-out pairs it has never met, in words or in pixels.
+The shipped tiny-wan was pretrained before the hash existed, so its pretraining includes prompts of `test_seen`; only
+RL runs never see them. Its pretraining never saw the held-out pairs, in words or in pixels.
 
-A family is what a prompt is about, one for each dimension of the verifier, and `full`, which has nearly all at once.
-Scenes are drawn by a uniform family, then uniform words of it, again until the split is right and a layout is legal.
+A family is the subject of a prompt: one per dimension of the verifier, and `full`, which combines nearly all. Scenes
+are drawn with a uniform family, then uniform words, and redrawn until the split is right and a layout is legal.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _TEST_SEEN_ONE_IN = 3
 
 
 def split_of(scene: Scene) -> str:
-    """The split that a scene belongs to, by its prompt alone."""
+    """Return the split of a scene, which depends only on its prompt."""
     return list(SPLITS)[int(split_index(SceneSpecs.from_scenes([scene])))]
 
 
 def family_of(scene: Scene) -> str:
-    """What a scene is about: the family that would draw it, or the nearest one."""
+    """Return the family that would draw a scene, or the nearest one."""
     group = scene.groups[0]
     if len(scene.groups) == 2:
         if scene.background or any(g.size or g.motion or g.count > 1 for g in scene.groups):
@@ -119,7 +119,7 @@ def sample_layouts(
     layout, legal = try_layout(specs, generator)
     layout = layout.with_slots(3)
     legal &= split_index(specs) == index
-    # a rejected scene is drawn again in its own family, so that rejection does not change how families are mixed
+    # redraw a rejected scene in the same family, so that rejection does not change the mix of families
     while len(rows := (~legal).nonzero()[:, 0]):
         proposed = _propose(family[rows], generator)
         inside = split_index(proposed) == index
@@ -133,7 +133,7 @@ def sample_layouts(
 
 
 def check_split(split: str, families: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The families to draw from.
+    """Return the families to draw from.
 
     Raises:
         ValueError: an unknown split, or a family that the split does not have.
@@ -160,7 +160,7 @@ def _nearest(name: str, names: Sequence[str]) -> str:
 
 
 def split_index(specs: SceneSpecs) -> torch.Tensor:
-    """(N,) index into `SPLITS`."""
+    """Return (N,) indices into `SPLITS`."""
     color_shape, shape_motion = specs.held_out()
     bare = (specs.color < 0) & (specs.size < 0) & (specs.motion < 0)
     bare = bare[:, 0] & (specs.count[:, 0] == 1) & (specs.shape[:, 1] < 0) & (specs.background < 0)
@@ -169,7 +169,7 @@ def split_index(specs: SceneSpecs) -> torch.Tensor:
 
 
 def _propose(family: torch.Tensor, generator: torch.Generator | None) -> SceneSpecs:
-    """Scenes of any split, uniform words for what each family says. family: (N,) index into `FAMILIES`."""
+    """Draw scenes of any split with uniform words for each family's attributes; family: (N,) index into `FAMILIES`."""
     n, device = len(family), family.device
 
     def choose(number, *shape):
@@ -181,7 +181,7 @@ def _propose(family: torch.Tensor, generator: torch.Generator | None) -> SceneSp
     two, full = says("multiple_objects", "spatial_relationship", "full"), says("full")
     none = torch.full((n,), -1, device=device)
 
-    def column(first, second):  # (n, 2): a value for each group, and -1 for the group that is not there
+    def column(first, second):  # (n, 2): a value per group, -1 for a missing group
         return torch.stack([first, torch.where(two, second, -1)], 1)
 
     color = choose(6)

@@ -1,6 +1,6 @@
-"""What each color does over time: how large, where, in how many pieces, of which shape. Prompt-free.
+"""Track each color over time: size, position, number of pieces and shape, independent of the prompt.
 
-A track is one color in one clip. Alike objects share a track: they have one color, and move as one.
+A track is one color in one clip. Identical objects share a track: they have one color and move together.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from .layout import DURATION, UNITS
 from .renderer import COLOR_RGB, coverage
 from .segmentation import Segmentation, dilate
 
-MIN_AREA = 6  # more units than this in a frame make a color present there
-MIN_PIECE = 5  # units of the smallest piece that counts as an object
+MIN_AREA = 6  # a color is present in a frame if it covers more units than this
+MIN_PIECE = 5  # size in units of the smallest piece that counts as an object
 _NEIGHBOURS = np.array([[[0] * 3] * 3, [[0, 1, 0], [1, 1, 1], [0, 1, 0]], [[0] * 3] * 3])  # none between frames
 
 
@@ -27,15 +27,16 @@ class Tracks:
     """N tracks of F frames, numpy; row N of every array is the empty track, for "not found".
 
     Attributes:
-        clip, color: (N + 1,) where it is; -1 for the empty track.
-        of: (B, 6) the track of a color in a clip, N where there is none.
+        clip: (N + 1,) index of the clip; -1 for the empty track.
+        color: (N + 1,) index of the color; -1 for the empty track.
+        of: (B, 6) the track of a color in a clip, N if there is none.
         pixels: (B, 6, F) units of each color, before any threshold.
         present: (N + 1, F) bool.
         area: (N + 1, F) soft area in square units, of all pieces.
         x, y: (N + 1, F) centroid weighted by coverage, units.
         pieces: (N + 1, F) number of connected pieces of at least `MIN_PIECE` units.
         shape: (N + 1, S, 4) in S sampled frames, the share of pieces that look like each of `SHAPES`.
-        tint: (N + 1, F, 3) mean color of the covered pixels, NaN where there are too few.
+        tint: (N + 1, F, 3) mean color of the covered pixels, NaN if there are too few.
     """
 
     clip: np.ndarray
@@ -52,7 +53,7 @@ class Tracks:
 
     @property
     def presence(self) -> np.ndarray:
-        """(N + 1,) share of the frames in which the track is there."""
+        """Return (N + 1,) share of the frames in which the track is present."""
         return self.present.mean(1)
 
     @property
@@ -62,7 +63,7 @@ class Tracks:
 
     @property
     def radius(self) -> np.ndarray:
-        """(N + 1,) median radius of one object in units, 0 where it is never there."""
+        """Return (N + 1,) median radius of one object in units, 0 if it is never present."""
         return np.sqrt(_median(self.area, self.present) / self.objects / math.pi)
 
     def velocity(self) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +71,13 @@ class Tracks:
         return _line(self.x, self.present)[1], _line(self.y, self.present)[1]
 
     def steadiness(self) -> np.ndarray:
-        """(N + 1,) share of the centroid's variance that the velocity explains: 1 for a motion, 0 for a wobble."""
+        """Return (N + 1,) share of the centroid's variance explained by velocity: 1 for a motion, 0 for a wobble."""
         explained = sum(v**2 for v in self.velocity()) * _variance(_times(self.present), self.present)
         total = _variance(self.x, self.present) + _variance(self.y, self.present)
         return explained / np.maximum(total, 1e-6)
 
     def growth(self) -> np.ndarray:
-        """(N + 1,) last radius over first radius, by least squares; 1 where it is not there."""
+        """Return (N + 1,) last radius over first radius by least squares; 1 if the track is not present."""
         first, slope = _line(np.sqrt(self.area / self.objects[:, None] / math.pi), self.present)
         return 1 + slope * DURATION / np.maximum(first, 0.5)
 
@@ -90,7 +91,7 @@ def track(seg: Segmentation) -> Tracks:
     of = np.full((clips, len(COLORS)), len(clip))
     of[clip, color] = np.arange(len(clip))
 
-    # only the pixels in and next to a mask have coverage: a few hundred of 17,408 in a clip
+    # only pixels in and next to a mask have coverage: a few hundred of a clip's 17,408
     mask = seg.color[clip] == torch.from_numpy(color)[:, None, None, None]
     where = np.flatnonzero(dilate(mask).numpy())
     t, cell, place = where // (frames * UNITS**2), where // UNITS**2, where % UNITS**2
@@ -130,7 +131,7 @@ def track(seg: Segmentation) -> Tracks:
 
 
 def _pieces(mask: torch.Tensor, soft: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Connected pieces of (N, F, 32, 32) masks: (N, F) how many, and (N, S, 4) which shapes they look like."""
+    """Count connected pieces of (N, F, 32, 32) masks: (N, F) number, and (N, S, 4) shares by shape."""
     n, frames = mask.shape[:2]
     step = max(1, frames // 6)
     sampled = -(-frames // step)

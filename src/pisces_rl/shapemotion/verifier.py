@@ -1,9 +1,9 @@
-"""The truth about a clip, from its pixels and its prompt alone.
+"""Score a clip exactly, from only its pixels and its prompt.
 
     result = verify(videos, ["a red circle moving left"])
     result.correct, result.alignment, result.alignment_dimensions["motion"]
 
-Alignment dimensions are in [0, 1] and NaN where the prompt does not ask; with two groups they are the mean of both.
+Alignment dimensions are in [0, 1], or NaN if the prompt does not ask for them; with two groups, they are averaged.
 
 | dimension | asked by | measured |
 |---|---|---|
@@ -18,11 +18,11 @@ Alignment dimensions are in [0, 1] and NaN where the prompt does not ask; with t
 | scene | a background | color of the frame's border |
 | no_extra_objects | every prompt | share of frames without a color that no group accounts for |
 
-A group is read from the objects of its color. Where its color is missing, or unsaid, it is read from the color left
-over that shows its shape best: a circle of the wrong color costs the color, not shape, count and motion too.
+A group is matched to the objects of its color. If its color is missing or not named, it is matched to the remaining
+color that shows its shape best, so a circle of the wrong color fails only in color, not in shape, count and motion.
 
-`alignment` is the mean of the asked dimensions, `quality` that of `QUALITY` in quality.py, and `correct` says that
-each asked dimension of each group reaches its threshold in `PASS`.
+`alignment` is the mean of the dimensions asked for, `quality` the mean of `QUALITY` in quality.py, and `correct` is
+true if each of these dimensions of each group reaches its threshold in `PASS`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .segmentation import nearest_background, pool, segment
 from .specs import SceneSpecs
 from .tracks import MIN_AREA, Tracks, track
 
-#: The score from which a dimension passes. Shares of frames need three quarters, so that what vanishes half-way fails.
+#: The score at which a dimension passes. Shares of frames need .75, so that an object that vanishes halfway fails.
 PASS = {
     "object_class": 0.75,
     "color": 0.75,
@@ -55,8 +55,8 @@ PASS = {
 }
 ALIGNMENT = tuple(PASS)
 
-_FOUND = 0.25  # share of frames from which a color counts as there, and its group is read from it
-_CLIPS = 16  # verified at once, for the caches of a CPU
+_FOUND = 0.25  # a color is present, and matched to its group, from this share of frames
+_CLIPS = 16  # verified at once, to fit a CPU's caches
 _GROWING, _SHRINKING = 5, 6
 
 
@@ -65,7 +65,7 @@ class Verification:
     """Scores of B clips, numpy float64.
 
     Attributes:
-        alignment_dimensions: name of `ALIGNMENT` -> (B,), NaN where the prompt does not ask.
+        alignment_dimensions: name of `ALIGNMENT` -> (B,), NaN if the prompt does not ask for it.
         quality_dimensions: name of `QUALITY`, or "dynamic_degree" -> (B,).
         alignment: (B,) mean of the asked alignment dimensions.
         quality: (B,) mean of `QUALITY`; without dynamic_degree, see quality.py.
@@ -82,7 +82,7 @@ class Verification:
         return len(self.correct)
 
     def summary(self) -> dict[str, float]:
-        """Means over the clips; of a dimension, over the clips whose prompt asks it, and absent where none does."""
+        """Return means over the clips. A dimension's mean is over the clips that ask for it, absent if none do."""
         out = {"correct": self.correct.mean(), "alignment": self.alignment.mean(), "quality": self.quality.mean()}
         for name, values in {**self.alignment_dimensions, **self.quality_dimensions}.items():
             if not np.isnan(values).all():
@@ -92,15 +92,15 @@ class Verification:
 
 @torch.no_grad()
 def verify(videos: torch.Tensor, prompts: Sequence[str]) -> Verification:
-    """Score clips against their prompts. Each clip is scored by itself.
+    """Score clips against their prompts, each clip independently.
 
     Args:
         videos: (B, F, 3, H, H) float of any type and device, in [0, 1]; F at least 4, H a multiple of 32.
         prompts: B texts of the grammar.
 
     Raises:
-        ValueError: videos of another shape or type, not finite or not in [0, 1]; another number of prompts; a prompt
-            that is empty or outside the grammar.
+        ValueError: videos have another shape or type, or are not finite or not in [0, 1]; the number of prompts does
+            not match; or a prompt is empty or not in the grammar.
     """
     _check(videos, prompts)
     specs = SceneSpecs.from_scenes([parse(prompt) for prompt in prompts])
@@ -133,7 +133,7 @@ def _verify(videos: torch.Tensor, specs: SceneSpecs) -> Verification:
 
 
 def _bind(tracks: Tracks, specs: SceneSpecs) -> np.ndarray:
-    """(B, 2) the track that each group is read from; the empty track where nothing is left."""
+    """Return (B, 2) the track that each group is matched to; the empty track if none remains."""
     empty = len(tracks.clip) - 1
     likeness = tracks.shape.mean(1)
     clips = np.arange(len(specs))[:, None]
@@ -149,7 +149,7 @@ def _bind(tracks: Tracks, specs: SceneSpecs) -> np.ndarray:
 
 
 def _alignment(tracks: Tracks, specs: SceneSpecs, bound: np.ndarray) -> dict[str, np.ndarray]:
-    """Each dimension but `scene`: (B, 2) for what is asked of groups, (B, 1) for what is asked of clips."""
+    """Compute all dimensions but `scene`: (B, 2) for those of groups, (B, 1) for those of clips."""
     there, pair = specs.shape >= 0, specs.shape[:, 1] >= 0
     clips = np.arange(len(specs))
     presence, present = tracks.presence[bound], tracks.present[bound]
@@ -159,7 +159,7 @@ def _alignment(tracks: Tracks, specs: SceneSpecs, bound: np.ndarray) -> dict[str
 
     shown = np.take_along_axis(tracks.shape[bound], np.maximum(specs.shape, 0)[..., None, None], -1)[..., 0]
     own = tracks.of[clips[:, None], specs.color]
-    # the color itself, not what the group was read from in its place
+    # the named color itself, not the substitute that the group was matched to
     color = np.where(specs.color >= 0, tracks.presence[own], 0)
     count = (tracks.pieces[bound] == specs.count[..., None]).mean(-1)
 
@@ -173,7 +173,7 @@ def _alignment(tracks: Tracks, specs: SceneSpecs, bound: np.ndarray) -> dict[str
     dx, dy = (np.diff(c[bound], axis=1)[:, 0] for c in (tracks.x, tracks.y))
     holds = _relation(specs.relation, dx, dy) & present.all(1)
 
-    accounted = np.zeros((len(specs), 1 + tracks.of.shape[1]), bool)  # the last column takes what is no color
+    accounted = np.zeros((len(specs), 1 + tracks.of.shape[1]), bool)  # the last column is for index -1
     accounted[clips[:, None], specs.color] = True
     accounted[clips[:, None], tracks.color[bound]] = True
     extra = ((tracks.pixels > MIN_AREA) & ~accounted[:, :-1, None]).any(1)
@@ -193,8 +193,8 @@ def _alignment(tracks: Tracks, specs: SceneSpecs, bound: np.ndarray) -> dict[str
 def _motion(
     motion: np.ndarray, vx: np.ndarray, vy: np.ndarray, steadiness: np.ndarray, growth: np.ndarray
 ) -> np.ndarray:
-    """How well a velocity (units per 1/16 clip), its steadiness and a growth of the radius do what `MOTIONS[motion]`
-    says."""
+    """Score how well a velocity (units per 1/16 clip), its steadiness and the radius' growth match
+    `MOTIONS[motion]`."""
     direction = np.array(DIRECTIONS)[np.maximum(motion, 0)]
     speed, along = np.hypot(vx, vy), vx * direction[..., 0] + vy * direction[..., 1]
     moving = _ramp(along, 0.08, 0.25) * _ramp(along / (speed + 1e-6), 0.6, 0.9) * _ramp(steadiness, 0.2, 0.5)
@@ -241,11 +241,13 @@ def _check(videos: torch.Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"videos has dtype {videos.dtype}; {allowed}: divide bytes by 255.")
     if isinstance(prompts, str) or len(prompts) != len(videos):
         what = "one text" if isinstance(prompts, str) else f"{len(prompts)} texts"
-        raise ValueError(f"prompts is {what} for {len(videos)} videos; allowed: a list with one text for each video.")
+        raise ValueError(f"prompts is {what} for {len(videos)} videos; allowed: a list with one text per video.")
     if not len(videos):
         raise ValueError(f"videos holds no clip; {allowed} with B >= 1.")
     low, high = (float(x) for x in videos.aminmax())
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ValueError(f"videos has values that are not finite; {allowed}. Look at the policy: it has diverged.")
+        raise ValueError(f"videos has values that are not finite; {allowed}. Check whether the policy has diverged.")
     if low < -0.01 or high > 1.01:
-        raise ValueError(f"videos has values from {low:.3g} to {high:.3g}; {allowed}: rescale them, (x + 1) / 2 say.")
+        raise ValueError(
+            f"videos has values from {low:.3g} to {high:.3g}; {allowed}: rescale them, for example by (x + 1) / 2."
+        )

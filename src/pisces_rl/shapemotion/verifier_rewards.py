@@ -1,9 +1,9 @@
 """The verifier as rewards: plain callables for `reward_funcs` and `judge_funcs`.
 
 Each is called `f(prompts=..., videos=..., trainer_state=, log_extra=, log_metric=, **columns)` and returns B floats.
-Each records, where the trainer offers it, every dimension of every sample (`log_extra`, None where the prompt does not
-ask) and the batch's mean `correct`, `alignment` and `quality` (`log_metric`), all under "shapemotion/".
-Several of them on one batch cost one verification.
+If the trainer offers them, each logs every dimension of every sample (`log_extra`, None if the prompt does not ask for
+it) and the batch's mean `correct`, `alignment` and `quality` (`log_metric`), all under "shapemotion/". Several of
+these rewards on one batch cost one verification.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def shapemotion_alignment(
     log_metric: LogMetric = None,
     **columns,
 ) -> list[float]:
-    """Mean of the dimensions that the prompt asks, in [0, 1]."""
+    """Return the mean of the dimensions that the prompt asks for, in [0, 1]."""
     return _score(prompts, videos, log_extra, log_metric).alignment.tolist()
 
 
@@ -69,7 +69,7 @@ def shapemotion_correct(
     log_metric: LogMetric = None,
     **columns,
 ) -> list[float]:
-    """1 where every asked dimension passes, else 0."""
+    """Return 1 if every dimension asked for passes, else 0."""
     return _score(prompts, videos, log_extra, log_metric).correct.astype(float).tolist()
 
 
@@ -81,7 +81,7 @@ def shapemotion_reward(
     log_metric: LogMetric = None,
     **columns,
 ) -> list[float]:
-    """correct + alignment x quality, in [0, 2]: the goal, and a slope towards it."""
+    """Return correct + alignment x quality, in [0, 2]: the goal plus a dense signal towards it."""
     result = _score(prompts, videos, log_extra, log_metric)
     return (result.correct + result.alignment * result.quality).tolist()
 
@@ -98,8 +98,8 @@ def _score(prompts: Sequence[str], videos: torch.Tensor, log_extra: LogExtra, lo
 
 
 def _verify_once(prompts: Sequence[str], videos: torch.Tensor) -> Verification:
-    """`verify`, remembered for the latest tensor. Its version counter tells writes in place; inference tensors have
-    none, and are verified each time."""
+    """Call `verify`, cached for the latest tensor. The version counter detects in-place writes; inference tensors have
+    no counter and are verified each time."""
     global _latest
     if not isinstance(videos, torch.Tensor) or videos.is_inference():
         return verify(videos, prompts)
