@@ -501,7 +501,7 @@ def body(count: int = 1, size: int = 8) -> bytes:
 def test_what_a_server_refuses(server):
     for name, data, token, code, why in (
         ("brightness", body(), "another", 401, "token is missing or wrong"),
-        ("dark", body(), TOKEN, 404, "there are: bri"),
+        ("dark", body(), TOKEN, 404, "available: bri"),
         ("brightness", body(size=512), TOKEN, 413, "raise its --max_mb"),
         ("brightness", b"x", TOKEN, 400, "not a safetensors"),
         ("brightness", wire.save({"request": torch.zeros(3)}), TOKEN, 400, "not a safetensors file with a JSON"),
