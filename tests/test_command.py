@@ -178,7 +178,7 @@ def test_env_prints_the_versions(capsys):
 
 @pytest.mark.slow
 def test_train_and_sample(tmp_path):
-    """By the program itself: what it prints where stderr is no terminal, too."""
+    """Run the program itself; also with a stderr that is not a terminal."""
     env = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-m", "pisces_rl"]
     run = tmp_path / "run"

@@ -305,7 +305,7 @@ def pages() -> list[str]:
 
 @pytest.mark.parametrize("page", pages())
 def test_pages_mention_only_files_that_exist(page):
-    """Paths in backticks and relative links. `outputs/` is what a run leaves, so it is not looked for."""
+    """Paths in backticks and relative links. `outputs/` holds what a run writes, so it is skipped."""
     text = (ROOT / page).read_text()
     prose = re.sub(r"```.*?```", "", text, flags=re.S)
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "outputs"}

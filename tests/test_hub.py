@@ -97,7 +97,7 @@ def test_card_shows_settings_scores_and_samples(run_folder):
 
 
 def test_card_cites_what_was_used():
-    """The library's own paper, then those that were given, each once, as BibTeX; no method by its name alone."""
+    """The library's paper, then the given ones, each once, as BibTeX; no method by name only."""
     text = card(papers=[*PAPERS[1:], ("2010.02502", "Denoising Diffusion Implicit Models"), *PAPERS[1:]])
     entries = re.findall(r"@(\w+)\{([\w.]+),\n((?:  \w+ = \{.*\},?\n)+)\}", text.split("## Citation")[1])
     assert [(kind, key) for kind, key, _ in entries] == [

@@ -1,4 +1,4 @@
-"""benchmarks/real_check.py: its small run on a CPU, and random weights that are what they say."""
+"""benchmarks/real_check.py: its small run on a CPU, and the sizes of its random weights."""
 
 import subprocess
 import sys

@@ -423,7 +423,7 @@ def compiled(folder) -> dict:
 
 
 def unlike_rewards(folder) -> dict:
-    """A reward that says other things on each process; those that share a video must follow one of them."""
+    """A reward that differs between processes; processes that share a video must all use one of the values."""
 
     def moody(prompts, videos, **columns):
         return tiny_runs.brightness(prompts, videos) * (-1) ** (RANK % SHARED)

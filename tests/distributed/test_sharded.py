@@ -173,7 +173,7 @@ def on_gpus(tmp_path_factory) -> Path:
 @TWO_GPUS
 @pytest.mark.parametrize("name", ON_GPUS)
 def test_two_gpus_equal_one(on_gpus, name):
-    """But for the rounding of fp32, a hundredth of what was learned at most."""
+    """Equal up to fp32 rounding, at most a hundredth of what was learned."""
     assert_equal_ranks(on_gpus, name)
     one, two = one_process(name)["weights"], load_file(on_gpus / f"{name}_0.safetensors")
     learned = tiny_runs.largest_difference(one, start(full=name.startswith("full")))

@@ -1,4 +1,4 @@
-"""Evaluating rewards: one that is right, one that knows nothing, one that sees its batch; and the script."""
+"""Evaluating a correct reward, an uninformed one and one that depends on its batch; and the script."""
 
 import json
 from pathlib import Path
@@ -118,7 +118,7 @@ def test_rewards_may_be_async_or_abstain(clips):
     expected = evaluate_reward(brightness, judged)
     assert 0 < len(rows) < 12 and waited.accuracy == plain.accuracy
     assert plain.peak_mib is None and "peak" not in str(plain) and "nan" not in str(abstains)
-    for name in ("frozen", "blur"):  # those that are drawn differ with the number of clips
+    for name in ("frozen", "blur"):  # the ones that are drawn depend on the number of clips
         assert abstains.accuracy[name] == expected.accuracy[name] and abstains.falls[name] == expected.falls[name]
         assert abstains.curves[name] == pytest.approx(expected.curves[name])
     assert abstains.invariance == plain.invariance

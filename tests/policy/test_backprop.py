@@ -109,7 +109,7 @@ def test_the_gradient_in_a_random_direction_is_the_finite_difference(family, las
     how = {"last_steps": last_steps}
     if last_steps == 1:
         how["renoise"] = policy.final_latents(PROMPTS, noise_seeds=[1, 2]), (5, 6)
-    # By which the videos move: above fp32's rounding, below what is no longer a straight line.
+    # The step of the finite difference: above fp32's rounding, and small enough to be linear.
     size = {STEPS: 0.4, 1: 1.6}[last_steps] if family == "tiny-wan" else 0.05
     generator, start = torch.Generator().manual_seed(1), [p.detach().clone() for p in parameters.values()]
     direction = [torch.randn(p.shape, generator=generator) for p in parameters.values()]

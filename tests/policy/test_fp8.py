@@ -188,7 +188,7 @@ def test_the_operators_pass_opcheck():
 
 
 def test_the_kernels_are_the_plain_forms(tmp_path):
-    """But for the last step of e4m3."""
+    """Equal up to the last digit of e4m3."""
     check(
         """
         import sys

@@ -200,7 +200,7 @@ def test_each_prompt_is_encoded_once_outside_a_batch(wan):
 
 
 def test_empty_negative_prompts_are_encoded_once(monkeypatch):
-    """HunyuanVideo 1.5 asks for them by prompt=None and a batch_size, by which it reshapes what it encodes."""
+    """HunyuanVideo 1.5 requests them with prompt=None and a batch_size, and reshapes the encodings by it."""
     pipe = quiet(BUILD["hunyuan15"]())
     p = VideoPolicy(pipe, num_inference_steps=3, pipeline_kwargs=CALLS["hunyuan15"] | GUIDANCE["hunyuan15"][0])
     calls, original = [], p.prompt_memo.encode_prompt

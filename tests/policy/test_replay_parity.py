@@ -139,7 +139,7 @@ def test_log_prob_is_the_gaussian_density_of_the_recorded_states(family):
 
 @pytest.mark.parametrize("family", BUILD)
 def test_deterministic_sampling_is_the_unmodified_pipeline(family):
-    """With no stochastic step the policy draws what the pipeline draws by itself, and leaves it as it was.
+    """Without a stochastic step the policy draws what the pipeline alone draws, and leaves the pipeline unchanged.
 
     By itself with the schedule a policy uses, and one prompt at a time, which is all that some pipelines take.
     """

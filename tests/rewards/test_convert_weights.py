@@ -43,7 +43,7 @@ def tiny(tmp_path, monkeypatch):
 
 
 def scores(reward: str, source, tmp_path) -> torch.Tensor:
-    """Of a scorer with weights from a file or a folder; None: from where it looks by itself."""
+    """For a scorer with weights from a file or a folder; None: from its default place."""
     given = {} if source is None else {PICKLED[reward]: source}
     options = {
         "aesthetic": dict(clip=tiny_tower(), frames=2),
@@ -93,7 +93,7 @@ def test_the_last_checkpoint_counts_converted_or_not(tiny, tmp_path):
 
 
 def test_a_legacy_pickle_is_read(tiny, tmp_path):
-    """The layout of torch before 1.6, which is no zip archive."""
+    """The layout of torch before 1.6, which is not a zip archive."""
     state = torch.load(tiny["image_reward"], weights_only=True)
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     written = convert_weights("image_reward", tmp_path / "old.pt", tmp_path / "new" / "weights.safetensors")
@@ -102,7 +102,7 @@ def test_a_legacy_pickle_is_read(tiny, tmp_path):
 
 
 class Program:
-    """A pickle that writes a file where it is opened."""
+    """A pickle that writes a file when it is opened."""
 
     def __init__(self, path):
         self.path = path

@@ -38,7 +38,7 @@ def cached(encoder, rows, folder, source="random clips", **options):
 
 
 def lazily(rows, decoded):
-    """The same samples, with functions as videos; `decoded` collects the rows of those that were called."""
+    """The same samples with functions as videos; `decoded` collects the rows whose function was called."""
 
     def later(row, video):
         return lambda: decoded.append(row) or video

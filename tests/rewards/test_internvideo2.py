@@ -32,7 +32,7 @@ POOLING = [
 ATTENTION = both("self.query", "self.key", "self.value", "output.dense", "output.LayerNorm")
 LAYER = [*(f"attention.{x}" for x in ATTENTION), *both("intermediate.dense", "output.dense", "output.LayerNorm")]
 EMBEDDINGS = [f"{x}_embeddings.weight" for x in ("word", "position", "token_type")] + both("LayerNorm")
-OFFICIAL = [  # of two blocks, and three layers of which the last two attend to the video
+OFFICIAL = [  # two blocks, and three layers; the last two attend to the video
     "vision_encoder.cls_token",
     "vision_encoder.pos_embed",
     *both("vision_encoder.patch_embed.proj"),

@@ -32,7 +32,7 @@ def noised(clip: torch.Tensor, noise: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("shift", [1, 2, 4, 8, 16])
 def test_a_moved_texture_has_its_flow(shift):
-    """In pixels of a frame whose shorter side has 256: twice those of 128."""
+    """In pixels of a frame whose shorter side is 256: twice as many as at 128."""
     measured = MotionFlow(video_fps=8).magnitudes(moving(shift))
     assert measured.shape == (4,) and measured == pytest.approx(2 * shift, rel=0.05)
 

@@ -25,7 +25,7 @@ def pickscore(name="pickscore") -> PickScore:
 
 @pytest.mark.parametrize("make", [pickscore, test_video_align.reward])
 def test_weights_of_scorers_wait_on_the_cpu_after_a_panels_backward(make, monkeypatch):
-    """Those of the first are back before the second works, and nothing is left when the next batch is sampled."""
+    """The first scorer's are back before the second works, and none are left when the next batch is sampled."""
     places = []
     first, second = make(name="a"), make(name="b")
     for i, scorer in enumerate((first, second)):

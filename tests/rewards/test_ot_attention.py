@@ -214,7 +214,7 @@ def test_drawings(videos):
     pieces, positions, drawings = reward.draw(PROMPTS[:2], videos[:2])
     assert [d.layer for d in drawings] == list(encoder.fused_layers) and pieces[0][1:3] == ["a", "red"]
     assert drawings[0].plan.shape == drawings[0].attention.shape == (2, 2, 7, len(positions))
-    assert reward.attention.drawings == []  # the user's list is no other's
+    assert reward.attention.drawings == []  # the user's list is not shared
     reward(PROMPTS, videos)
     assert len(reward.attention.drawings) == len(drawings)
 

@@ -52,7 +52,7 @@ def inputs(judge, images, text):
 
 
 class Endpoint(ServedApp):
-    """The protocol with log-probabilities of a judge's model, and deeds as those of `served_app`."""
+    """The protocol with log-probabilities of a judge's model, and faults like those of `served_app`."""
 
     def __init__(self, judge, key=None, sees=True, wait=0.0):
         self.judge, self.key, self.sees, self.wait = judge, key, sees, wait
@@ -148,7 +148,7 @@ def test_scores_are_those_of_the_local_judge(local):
 
 
 def test_what_is_sent(local):
-    """JPEG is what PIL writes at that quality, mp4 what `mp4_bytes` writes; with few frames a video has all."""
+    """JPEG as PIL writes it at that quality, mp4 as `mp4_bytes` writes it; a short video sends all its frames."""
     with Endpoint(local) as endpoint:
         frames = spread_frames(VIDEOS, 4)
         clips = [load_video(mp4_bytes(clip.float() / 255, 8, min_size=0)) for clip in frames]

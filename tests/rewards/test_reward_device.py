@@ -47,7 +47,7 @@ def test_values_and_gradients_are_those_of_the_videos_device(device):
         for a, b in zip(first, second):
             assert b.device == home.device
             assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
-            if device != "cpu":  # the same kernels, some of which sum in no fixed order
+            if device != "cpu":  # the same kernels; some sum in an unspecified order
                 torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
 
 

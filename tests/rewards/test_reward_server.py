@@ -697,7 +697,7 @@ def until(condition) -> None:
 
 @pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again(tmp_path):
-    """In the middle of a run, whose weights are those of a run without the loss."""
+    """In the middle of a run; its weights equal those of a run without the interruption."""
     first = Serving(tmp_path, token=None)
     port = int(first.url.rsplit(":", 1)[1])
     started = []

@@ -1,4 +1,4 @@
-"""A reward that does not return ends with its name; one that cannot be interrupted ends the process."""
+"""A reward that does not return raises an error with its name; if it cannot be interrupted, the process ends."""
 
 import asyncio
 import io

@@ -19,7 +19,7 @@ WAYS = ("ends", "raises", "is interrupted")
 
 
 def collect_and_end(way: str, store: Path, rank: int) -> None:
-    """gloo's worker has 2,000 tensors to let go of, and gets the interpreter only where this thread waits."""
+    """gloo's worker has 2,000 tensors to free, and gets the interpreter only while this thread waits."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
     )

@@ -98,7 +98,7 @@ def with_rslora(folder):
 
 
 def with_dropout(folder):
-    """How it was trained is no part of what it is."""
+    """Training settings are not part of an adapter's identity."""
     pipe = adapted()
     pipe.transformer.peft_config["default"].lora_dropout = 0.1
     save_lora(pipe, folder)
@@ -171,7 +171,7 @@ def test_experts(only, tmp_path):
 
 
 def test_the_hub(saved, tmp_path, monkeypatch):
-    """A Hub id that is in the cache; then one that is not, without a network."""
+    """A Hub id that is in the cache; then, without a network, one that is not."""
     cache = tmp_path / "models--you--style"
     shutil.copytree(saved, cache / "snapshots" / "abc")
     (cache / "refs").mkdir()

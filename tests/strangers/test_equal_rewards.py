@@ -86,7 +86,7 @@ def test_equal_rewards_with_a_hole_and_in_half_precision(mode):
 
 
 def test_equal_rewards_in_running_statistics():
-    """Of a prompt that is known, of one that is new, and where the buffer has forgotten the first."""
+    """A known prompt, a new one, and one whose first reward the buffer has dropped."""
     for value in EQUAL:
         statistics = PromptStatistics(buffer_size=16, min_count=12)
         for _ in range(3):
@@ -158,7 +158,7 @@ def test_a_resume_inside_a_rollout(tmp_path):
 
 @pytest.mark.parametrize("change", [{"seed": 7}, {"num_inference_steps": 4}, {"other_prompts": True}])
 def test_a_changed_run_resumed_inside_a_rollout_scores_it_anew(tmp_path, change):
-    """The advantages of other videos were taken over, in silence."""
+    """The advantages of other videos were silently reused."""
     settings, calls = {"max_steps": 4, "num_iterations": 2, "per_prompt_stat_tracking": True}, []
 
     def counted(prompts, videos, **columns):

@@ -207,7 +207,7 @@ def test_two_trainers_of_one_folder_in_a_notebook(tmp_path):
 
 
 def test_a_notebook_evaluates_before_it_trains(tmp_path):
-    """What `evaluate()` wrote before `train()` belongs to the run, and is what it is compared with."""
+    """What `evaluate()` wrote before `train()` belongs to the run and is its baseline."""
     trainer(tmp_path, eval_dataset=prompts(3), max_steps=1).train()
     made = trainer(tmp_path, eval_dataset=prompts(2), max_steps=1, eval_on_start=False)
     made.evaluate()
@@ -510,7 +510,7 @@ def test_two_machines_that_both_save(tmp_path):
 
 
 def test_a_foreign_file_list_moves_nothing_outside_the_folder(tmp_path):
-    """run_files.json comes with a downloaded folder: an entry that leads out of it is no file of the run."""
+    """run_files.json comes with a downloaded folder: an entry that points outside it is not a file of the run."""
     folder = tmp_path / "run"
     folder.mkdir()
     (tmp_path / "precious.txt").write_text("mine", encoding="utf-8")

@@ -36,7 +36,7 @@ def test_a_format_that_leaves_the_prompt_out(tmp_path):
 
 @pytest.mark.parametrize("format", ["torch", "numpy", "pandas"])
 def test_a_formatted_data_set(tmp_path, format):
-    """datasets #6370, tensor formats and Trainer: texts stay texts, numbers come in the format that was asked for."""
+    """datasets #6370, tensor formats and Trainer: texts stay texts, numbers come in the requested format."""
     got = columns_of(tmp_path, prompts(3, n=[1, 2, 3]).with_format(format))
     assert [int(value) for value in got["n"]] == [1] * 4
 

@@ -172,7 +172,7 @@ def test_a_reward_that_changes_the_working_directory(tmp_path, monkeypatch):
 
 
 def test_a_home_folder(tmp_path, monkeypatch):
-    """transformers #10628, expanduser path in Trainer: '~/run' is no folder named '~'."""
+    """transformers #10628, expanduser path in Trainer: '~/run' does not mean a folder named '~'."""
     monkeypatch.setenv("HOME", str(tmp_path))
     assert trainer("~/run").args.output_dir == str(tmp_path / "run")
 

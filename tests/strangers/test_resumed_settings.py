@@ -105,7 +105,7 @@ def test_unchanged_settings_report_nothing(tmp_path):
 
 
 def test_the_best_model_restarts_every_average(tmp_path):
-    """What load_best_model_at_end loads is what a second train() averages from."""
+    """A second train() starts its average from what load_best_model_at_end loaded."""
     made = trainer(
         tmp_path,
         max_steps=2,

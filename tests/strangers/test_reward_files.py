@@ -150,7 +150,7 @@ def test_a_file_that_raises_shows_where(tmp_path):
     ],
 )
 def test_a_missing_function_lists_those_there_are(tmp_path, ending, message):
-    """Of the file itself: neither what it imports, nor classes, nor what begins with an underscore."""
+    """Only functions of the file itself: no imports, no classes, no names with a leading underscore."""
     path = write(
         tmp_path / "rewards.py",
         "import functools\nfrom math import sqrt\nVALUE = 3\nclass Kind: pass\n"

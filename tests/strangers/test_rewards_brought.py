@@ -223,7 +223,7 @@ class Held:
 
 @pytest.mark.parametrize("wrap", [timed, wrapped_properly, Timed, functools.partial, Wrapper])
 def test_what_is_set_on_a_wrapper_counts(wrap):
-    """`wrapper.compares_videos = True`, `partial.__name__ = "sharp"`: the reward inside was asked alone."""
+    """`wrapper.compares_videos = True`, `partial.__name__ = "sharp"`: only the wrapped reward was read."""
     held = Scorer() if wrap is Wrapper else Held()
     if wrap is Wrapper:
         held.compares_videos, held.differentiable, held.offload = True, True, None
@@ -270,7 +270,7 @@ def test_a_list_of_modules_is_several_rewards():
 
 
 def test_a_type_error_inside_a_reward_is_not_hidden():
-    """A wrapper is asked what it takes before the call, so no call is made twice and no error is taken for another."""
+    """A wrapper's arguments are read before the call, so no call is made twice and no error is misread."""
     calls = []
 
     def broken(prompts, videos):
@@ -404,7 +404,7 @@ def test_every_metric_of_a_run_is_a_reserved_name(tmp_path):
 
 
 def test_two_rewards_of_one_recorded_name():
-    """The second's values replaced the first's; the same values under one name are no collision."""
+    """The second's values replaced the first's; equal values under one name are not a collision."""
 
     def other(prompts, log_extra, log_metric):
         return recording("x", 2.0)(prompts, None, log_extra, log_metric)
@@ -592,7 +592,7 @@ def settings_of_a_call() -> tuple[list[dict], list]:
 
 
 def test_a_reward_sees_the_same_settings_with_overlap():
-    """A thread begins without the default device and the autocast of the one that trains."""
+    """A new thread lacks the default device and the autocast of the training thread."""
     with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
         (alone, rewards), (beside, others) = settings_of_a_call(), settings_of_a_call()
         RewardPanel(rewards)(list(PROMPTS), VIDEOS, {})

@@ -212,7 +212,7 @@ def test_frames_of_a_constant_rate_are_spread_by_number(tmp_path, name):
 
 
 def test_memory_is_that_of_the_frames_that_are_kept(tmp_path):
-    """Two frames of a film were asked for; all were decoded into memory."""
+    """Two frames of a film were requested; all were decoded into memory."""
     path = write(tmp_path / "film.mp4", levels(24, 256, 256) * 4, pix_fmt="yuv420p")
     tracemalloc.start()
     media.load_video(path, frames=2)
@@ -222,7 +222,7 @@ def test_memory_is_that_of_the_frames_that_are_kept(tmp_path):
 
 
 def test_a_stream_that_changes_its_size(tmp_path):
-    """A call over a bad line was recorded in two sizes: frames come in the first one's."""
+    """A video call over a bad connection was recorded in two sizes: all frames come in the first."""
     parts = [
         write(tmp_path / f"{i}.ts", levels(2, size, size), pix_fmt="yuv420p", times=[2 * i, 2 * i + 1])
         for i, size in enumerate((64, 32))
@@ -231,7 +231,7 @@ def test_a_stream_that_changes_its_size(tmp_path):
     assert media.load_video(tmp_path / "call.ts").shape == (4, 3, 64, 64)
 
 
-# --- what is no video, or a broken one ---
+# --- files that are not videos, or are broken ---
 
 
 def add_cover(container, then) -> None:

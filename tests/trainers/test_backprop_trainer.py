@@ -145,6 +145,15 @@ def test_rewards_scaled_by_their_spread(tmp_path):
     assert (made.reward_std > 0).all() and torch.equal(made._scale(), made.reward_std.clamp_min(1e-4))
 
 
+def test_the_spread_is_a_running_average_over_optimizer_steps(tmp_path):
+    made = trainer(tmp_path, [bright, red], scale_rewards="std", reward_std_decay=0.25)
+    first, second = torch.randn(2, 8, 2, generator=torch.Generator().manual_seed(0))
+    for values in (first, second):
+        made._seen = list(values.split(4))  # two micro-batches
+        made._measure_spread()
+    torch.testing.assert_close(made.reward_std, 0.25 * first.std(0) + 0.75 * second.std(0))
+
+
 def test_the_step_with_scaled_rewards_is_the_gradient_of_their_scaled_sum(tmp_path):
     seen = tiny_runs.Gradients()
     made = trainer(tmp_path, [bright, red], callbacks=[seen], max_steps=1, scale_rewards="std")

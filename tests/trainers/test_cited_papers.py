@@ -57,7 +57,7 @@ def test_grpo_cites_the_paper_of_its_weights_of_steps(weighting, paper, tmp_path
 
 
 def test_a_subclass_cites_its_own_paper(tmp_path):
-    """A user's method on top of GRPO sets `papers`; one that is the transition's, too, is cited once."""
+    """A custom method on top of GRPO sets `papers`; a paper that the transition also lists is cited once."""
 
     class Mine(tiny_runs.VideoGRPOTrainer):
         papers = (Paper("2611.00001", "Mine"), *TRANSITIONS["cps"].papers)

@@ -9,7 +9,7 @@ from tiny_runs import config, largest_difference, logged, trainer, weights
 
 @pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one(tmp_path):
-    # by SGD: Adam divides a gradient of rounding by itself
+    # with SGD: Adam would divide a gradient of pure rounding by itself
     sgd = dict(alive=True, gradient_checkpointing=True, optim="sgd", learning_rate=1.0)
     plain = trainer(tmp_path / "plain", **sgd)
     start = weights(plain)

@@ -210,7 +210,7 @@ def test_neither_rewards_nor_pairs(tmp_path):
     ids=["same", "no-video", "none"],
 )
 def test_a_bad_clip_found_while_reading_names_the_prompt_and_takes_no_step(tmp_path, pairs, shared, change, message):
-    """A transform gives the videos, so nothing is known of them before they are read."""
+    """A transform returns the videos, so they cannot be checked before they are read."""
 
     def transform(batch):
         rows = [change(dict(zip(batch, values))) for values in zip(*batch.values())]

@@ -303,10 +303,10 @@ DIVISIONS = {
     "4x2": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
     "rollout-in-parts": {"per_device_train_batch_size": 8, "rollout_batch_size": 3},
 }
-STRONG = {
-    "nft": {"beta": 0.3, "mixture": 0.5},
-    "awm": {"beta": 0.3},
-    "rvm": {"beta": 0.3},
+STRONG = {  # no weight is the default, so that none can be ignored
+    "nft": {"beta": 0.3, "mixture": 0.5, "contrast": 1.0},
+    "awm": {"beta": 0.3, "power": 0.7, "average_weight": 0.5},
+    "rvm": {"beta": 0.3, "reward_scale": 0.3},
     "flow_dpo": {"beta": 50.0, "sft_weight": 0.1},
 }
 
@@ -346,7 +346,7 @@ def test_a_run_s_gradient_is_that_of_the_whole_batch(tmp_path, name, division):
         assert scale > 0, name
         assert float((ours[name] - expected).abs().max()) <= 1e-4 * scale + 1e-9, name
     assert all(logged(made, f"grad_norm/step_{step}")[0] > 0 for step in range(3))
-    if by_hand.name != "rvm":  # whose value is that of the step, not of the regressions
+    if by_hand.name != "rvm":  # its value is that of the step, not of the regressions
         assert logged(made, "loss")[0] == pytest.approx(by_hand.loss, rel=1e-4)
     ((_, samples),) = made.scored.parts
     assert samples.steps == [] and samples.states == {} and samples.videos is None  # only clean latents are kept
@@ -361,6 +361,7 @@ def test_some_levels_of_another_schedule(tmp_path):
         for row in made.state.log_history[:3]
     ]
     assert all(len(levels) == 2 and levels[-1] < 8 for levels in trained) and len({*map(tuple, trained)}) > 1
+    assert max(levels[-1] for levels in trained) > 2  # sampling has only three steps
 
 
 def test_awm_evaluates_the_old_policy_only_after_an_update(tmp_path):
@@ -383,6 +384,13 @@ def test_awm_evaluates_the_old_policy_only_after_an_update(tmp_path):
 
 
 # --- what samples, and what follows ----------------------------------------------------------------------------------
+
+
+def test_decays_grow_from_their_start_to_their_limit(tmp_path):
+    nft = trainer(tmp_path, method="nft", old_decay_rate=0.1, old_decay_max=0.25, old_decay_start=2)
+    assert [nft.followers["old"].decay(n) for n in range(7)] == pytest.approx([0, 0, 0, 0.1, 0.2, 0.25, 0.25])
+    awm = trainer(tmp_path, method="awm", average_decay_rate=0.1, average_decay_max=0.25)
+    assert [awm.followers["average"].decay(n) for n in range(5)] == pytest.approx([0, 0.1, 0.2, 0.25, 0.25])
 
 
 def test_the_old_policy_samples_and_lags(tmp_path):
@@ -422,7 +430,7 @@ def test_awm_compares_with_the_policy_that_drew_the_rollout(tmp_path):
 
 @pytest.mark.parametrize("name", ["nft", "flow_dpo"])
 def test_a_group_of_equal_rewards_gets_no_step(tmp_path, name):
-    """Beside one that differs: its gradient is half of what that group alone gives, its videos count."""
+    """Next to a group that differs: the gradient is half of that group's alone, since all videos count."""
 
     def of_clip_0(prompts, videos, **columns):
         return [v if p == "clip 0" else 0.0 for p, v in zip(prompts, brightness(prompts, videos).tolist())]

@@ -319,7 +319,7 @@ def test_a_run_uploads_components_and_card(tmp_path):
 
 
 def test_gradients_travel_in_messages_of_limited_size(monkeypatch):
-    """In order, each in one; one that is larger alone."""
+    """In order, each in one bucket; a larger one alone."""
     monkeypatch.setattr(gradients, "MESSAGE", 10)
     parts = [torch.zeros(size) for size in (4, 6, 1, 30, 2, 3)]
     assert [[len(g) for g in message] for message in gradients._messages(parts)] == [[4, 6], [1], [30], [2, 3]]

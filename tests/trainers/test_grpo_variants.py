@@ -300,7 +300,7 @@ def test_without_an_advantage_only_the_anchor_pulls(tmp_path, method, space):
 
 
 def test_the_example_of_a_custom_loss_runs(tmp_path):
-    """Its loss is what trains: the gradient differs from GRPO's once the ratio is no longer 1."""
+    """Its loss trains instead of GRPO's: nothing is clipped, and the loss rises once the ratio is no longer 1."""
     example = runpy.run_path(str(EXAMPLES / "custom_loss.py"))["PenaltyTrainer"]
     made = example(pipeline(), brightness, config(tmp_path, num_iterations=2, epsilon=1e-4), prompts())
     enliven(made)

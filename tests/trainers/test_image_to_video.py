@@ -66,7 +66,7 @@ def ti2v():
 
 
 def test_the_given_frame_adds_no_gradient(tmp_path):
-    """Neither its prediction nor its target is in the loss: what they are changes no gradient."""
+    """Neither its prediction nor its target is in the loss: changing them changes no gradient."""
     settings = {
         "per_device_train_batch_size": 2,
         "num_generations": 2,

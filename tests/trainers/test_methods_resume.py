@@ -109,7 +109,7 @@ def test_the_trained_weights_are_saved_once(tmp_path):
 
 
 def test_nft_s_adapter_reloads_in_plain_diffusers(tmp_path):
-    """The best model at the end, which is the first here, and the average is what is evaluated and saved."""
+    """The best model at the end, here the first; the average is evaluated and saved."""
 
     def falls(prompts, videos, trainer_state, **columns):
         return tiny_runs.brightness(prompts, videos) / 1e3 - trainer_state.global_step

@@ -25,7 +25,7 @@ def moved(folder, **settings) -> list[float]:
     return [largest_difference(a, b) for a, b in zip(kept.steps, kept.steps[1:])]
 
 
-# One that replays, one that noises, one that takes pairs; the others follow one of them.
+# One method that replays, one that noises, one that takes pairs; the others follow one of them.
 OFTEN = [
     method if method in ("grpo", "nft", "flow_dpo") else pytest.param(method, marks=pytest.mark.slow)
     for method in METHODS

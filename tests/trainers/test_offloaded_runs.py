@@ -1,4 +1,4 @@
-"""Whole runs with everything offloaded: the same adapter to the bit, and nothing is moved but by the policy."""
+"""Whole runs with everything offloaded: the same adapter to the bit, and only the policy moves weights."""
 
 import pytest
 import test_backprop_trainer as backprop

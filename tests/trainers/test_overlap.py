@@ -219,7 +219,7 @@ def test_a_run_is_the_same(tmp_path):
 
 
 def test_scoring_and_sampling_meet(tmp_path):
-    """A reward of the first part waits for the denoiser to work on the next: in turn that would never be."""
+    """A reward of the first part waits until the denoiser works on the next; without overlap it would wait forever."""
     calls, met = [], []
 
     def waits(prompts, videos, **columns):

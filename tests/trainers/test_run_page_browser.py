@@ -71,7 +71,7 @@ def until(tab, condition: str, seconds: float = 15) -> None:
 
 
 def picture(target) -> np.ndarray:
-    """(H, W, 3) of what is on the screen."""
+    """The screen's pixels, (H, W, 3)."""
     return np.asarray(Image.open(io.BytesIO(target.screenshot())).convert("RGB"), dtype=float)
 
 
