@@ -1,4 +1,4 @@
-"""docs/models.md, from the results of the replay-parity suite: which pipelines of diffusers are policies.
+"""Write docs/models.md, which pipelines of diffusers can be trained, from the results of the replay-parity suite.
 
     python benchmarks/models_table.py --run                        # runs the suite, then writes docs/models.md
     python benchmarks/models_table.py                              # from the results in outputs/replay_parity
@@ -6,8 +6,8 @@
 
 Each family of tests/tiny_pipelines is a real pipeline of diffusers with tiny random weights. The suite samples it with
 a LoRA, replays the rollout whole and in part, with guidance and without, with activation checkpointing and without, by
-every transition that fits, and compares the log-probs. This command fails where a family has no result, an incomplete
-one, or one that breaks the rule; what it says besides numbers is in models_notes.yaml.
+every transition that fits, and compares the log-probs. This command fails if a family has no result, an incomplete
+one, or one that breaks the rule. The notes beside the numbers are in models_notes.yaml.
 """
 
 import argparse
@@ -26,27 +26,27 @@ CONDITIONS = {(guided, checkpointed) for guided in (False, True) for checkpointe
 INTRODUCTION = """\
 # Models
 
-Which text-to-video pipelines of diffusers are policies. No code knows a model: a pipeline works if it keeps the rules
-of [how it works](../README.md#how-it-works), and one that breaks a rule gets an error that says which. Each row was
-measured on the pipeline's real classes with tiny random weights, on a CPU in fp32: a LoRA is added, videos are
-sampled, and the log-probs are computed again with gradients, for the whole batch and for a part of it, with guidance
-and without, with activation checkpointing and without, by every transition listed.
+This page lists the text-to-video pipelines of diffusers that can be trained. No trainer is written for one model: a
+pipeline works if it keeps the rules of [how it works](../README.md#how-it-works), and otherwise the error says which
+rule it breaks. Each row was measured on the pipeline's real classes with tiny random weights, on a CPU in fp32: add a
+LoRA, sample videos, and compute the log-probs again with gradients, for the whole batch and for a part of it, with
+guidance and without, with activation checkpointing and without, by every transition listed.
 
 - whole, part: the largest |log p(replay) - log p(sampling)| of the whole batch and of one video of it.
 - adapters: tensors of the default LoRA; each got a gradient.
-- LoRA: `diffusers`, saved so that `pipe.load_lora_weights` reads it; `peft`, the pipeline has no LoRA loader, and
-  `PeftModel.from_pretrained` reads it (the model card has the lines).
+- LoRA: `diffusers`: `pipe.load_lora_weights` reads the saved file. `peft`: the pipeline has no LoRA loader, and
+  `PeftModel.from_pretrained` reads the file (the model card has the lines).
 
 GRPO, Flash-GRPO and Flow-DPPO need these log-probs ([methods.md](methods.md)). `nft`, `awm`, `rvm` and `flow_dpo`
 start the pipeline at any noise level instead, which every family of the table but `ltx2` allows:
-`tests/trainers/test_nft_families.py` takes an optimizer step of NFT on each; AWM, RVM and Flow-DPO ask the policy the
-same and were not run on each. LTX-2 is refused once its pipeline is loaded: it denoises audio beside the video, and
-the audio's state at a later step is not known.
+`tests/trainers/test_nft_families.py` takes an optimizer step of NFT on each. AWM, RVM and Flow-DPO make the same calls
+of the policy and were not run on each family. LTX-2 is refused once its pipeline is loaded: it denoises audio beside
+the video, and the audio's state at a later step is unknown.
 """
 
 
 def read_results(folder: Path = RESULTS) -> list[dict]:
-    """Rows of the suite; of two of the same case the later file's."""
+    """Return the rows of the suite; if two files have the same case, the row of the later file."""
     found = {}
     for file in sorted(folder.glob("*.json"), key=os.path.getmtime):
         for row in json.loads(file.read_text(encoding="utf-8")):
@@ -55,7 +55,7 @@ def read_results(folder: Path = RESULTS) -> list[dict]:
 
 
 def complaints(rows: list[dict], families: list[str], tolerance: dict[str, float], notes: dict) -> list[str]:
-    """What keeps the table from being written, a line each."""
+    """Return what is wrong with the results, one line for each fault."""
     found = []
     for family in families:
         own = [row for row in rows if row["family"] == family]
@@ -70,7 +70,7 @@ def complaints(rows: list[dict], families: list[str], tolerance: dict[str, float
             if row["whole_batch"] != 0 or not row["slice"] <= allowed or row["with_gradient"] < row["adapter_tensors"]:
                 found.append(f"{family} breaks the rule (whole 0, part <= {allowed:g}, all gradients): {row}")
     strangers = sorted(notes["families"].keys() - set(families))
-    return found + [f"{NOTES.name} speaks of {name!r}, which is no family." for name in strangers]
+    return found + [f"{NOTES.name} has a note on {name!r}, which is not a family." for name in strangers]
 
 
 def table(rows: list[dict], families: list[str], notes: dict) -> str:
@@ -96,7 +96,7 @@ def table(rows: list[dict], families: list[str], notes: dict) -> str:
             note,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["\n## Not\n", "| pipeline | the rule it breaks |", "|---|---|"]
+    lines += ["\n## Refused\n", "| pipeline | the rule it breaks |", "|---|---|"]
     lines += [f"| `{name}` | {why.strip()} |" for name, why in sorted(notes["refused"].items())]
     lines.append("\nWritten by `python benchmarks/models_table.py --run`.")
     return "\n".join(lines) + "\n"
@@ -104,7 +104,7 @@ def table(rows: list[dict], families: list[str], notes: dict) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", action="store_true", help="run the suite first, from no results")
+    parser.add_argument("--run", action="store_true", help="delete old results and run the suite first")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "models.md")
     options = parser.parse_args(arguments)
     if options.run:
@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows, notes = read_results(), yaml.safe_load(NOTES.read_text(encoding="utf-8"))
     wrong = complaints(rows, list(BUILD), SLICE_TOLERANCE, notes)
     if wrong:
-        sys.exit("docs/models.md is not written:\n" + "\n".join(wrong))
+        sys.exit("docs/models.md was not written:\n" + "\n".join(wrong))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(table(rows, list(BUILD), notes), encoding="utf-8")
     print(options.output.read_text(encoding="utf-8"))

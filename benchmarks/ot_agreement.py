@@ -1,4 +1,4 @@
-"""How closely plans and divergences agree with other solvers and closed forms: a table of docs/ot.md.
+"""How closely plans and divergences agree with other solvers and closed forms: a table of docs/results/ot.md.
 
 python benchmarks/ot_agreement.py                 # CPU
 python benchmarks/ot_agreement.py --device cuda   # the fused kernel where it serves

@@ -1,4 +1,4 @@
-"""The numbers in the running text of docs/ot.md, and the time of a divergence to a large bank.
+"""The numbers in the running text of docs/ot.md, and the time of a divergence to a large bank (docs/results/ot.md).
 
 python benchmarks/ot_claims.py                                     # a few minutes on a CPU
 python benchmarks/ot_claims.py --bank 50000 --dimension 512        # the bank alone, on a GPU if there is one

@@ -1,4 +1,4 @@
-"""The table of maps in docs/ot.md: every map against a known one, and on 2,000 points a side.
+"""The tables of maps in docs/results/ot.md: every map against a known one, and on 2,000 points a side.
 
     python benchmarks/ot_maps.py                          # closed forms and entropic, 20 minutes on two CPU cores
     python benchmarks/ot_maps.py --neural 80              # the neural ones, all at once in 80 s on one GPU

@@ -1,4 +1,4 @@
-"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': tables of docs/ot.md.
+"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': tables of docs/results/ot.md.
 
     python benchmarks/ot_speed.py                    # on the GPU if there is one
     python benchmarks/ot_speed.py --shapes 8x32x513 --device cpu --threads 1 --solvers ours POT

@@ -1,4 +1,4 @@
-"""docs/models.md cannot be written from results that are missing, partial or wrong."""
+"""docs/models.md is not written from results that are missing, partial or wrong."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def rows(family: str, **changed) -> list[dict]:
     ]
 
 
-def test_a_table_of_whole_results(models_table):
+def test_a_table_of_complete_results(models_table):
     notes = {"families": {"b": "Only so."}, "refused": {"OtherPipeline": "No scheduler."}}
     given = rows("a") + rows("b", transition="ddim", slice=2e-7)
     assert models_table.complaints(given, ["a", "b"], {}, notes) == []
@@ -59,19 +59,19 @@ def test_a_table_of_whole_results(models_table):
         (rows("a", with_gradient=7), "a breaks the rule"),
     ],
 )
-def test_results_that_are_refused(models_table, given, message):
+def test_faulty_results_are_reported(models_table, given, message):
     assert message in "\n".join(models_table.complaints(given, ["a"], {}, {"families": {}, "refused": {}}))
 
 
-def test_notes_are_of_families_and_pipelines_that_exist(models_table):
+def test_notes_name_existing_families_and_pipelines(models_table):
     notes = yaml.safe_load(models_table.NOTES.read_text())
     assert set(notes["families"]) <= set(BUILD)
-    assert "no family" in models_table.complaints([], [], {}, {"families": {"gone": ""}, "refused": {}})[0]
+    assert "not a family" in models_table.complaints([], [], {}, {"families": {"gone": ""}, "refused": {}})[0]
     for name in notes["refused"]:
         assert hasattr(diffusers, name), name
 
 
-def test_the_later_result_counts(models_table, tmp_path):
+def test_the_later_result_wins(models_table, tmp_path):
     import json
     import os
 
@@ -82,7 +82,7 @@ def test_the_later_result_counts(models_table, tmp_path):
     assert {row["slice"] for row in models_table.read_results(tmp_path)} == {1e-7}
 
 
-def test_the_page_names_every_family():
+def test_the_page_lists_every_family():
     page = (ROOT / "docs" / "models.md").read_text()
     missing = [family for family in BUILD if f"| {family} | `" not in page]
     assert not missing, f"docs/models.md lacks {missing}: python benchmarks/models_table.py --run"

@@ -1,6 +1,6 @@
 """pisces_rl: reinforcement-learning post-training of text-to-video diffusion models, in TRL's idiom.
 
-Any text-to-video pipeline of diffusers is a policy, any callable is a reward, LoRA adapters come out.
+Any diffusers text-to-video pipeline is a policy, any callable is a reward, and the result is a LoRA adapter.
 """
 
 import importlib
@@ -47,7 +47,7 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
-    """Load submodules on first use: importing the package costs nothing."""
+    """Load submodules on first use, so that importing the package is cheap."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

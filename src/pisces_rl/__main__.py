@@ -1,4 +1,4 @@
-"""`python -m pisces_rl`, and `accelerate launch -m pisces_rl`: the program `pisces-rl`."""
+"""Run the `pisces-rl` program as `python -m pisces_rl` or `accelerate launch -m pisces_rl`."""
 
 from .command import main
 

@@ -1,4 +1,4 @@
-"""The program `pisces-rl`: one table of its subcommands, each a module that is imported when it is called."""
+"""The `pisces-rl` program: a table of subcommands, each a module that is imported only when it is called."""
 
 import argparse
 import difflib
@@ -17,15 +17,15 @@ EPILOG = """
 pisces-rl COMMAND --help lists a command's options.
 
 train, evaluate, fit-map and estimate take --config FILE.yaml; the command line
-overrides the file. On several processes: pisces-rl train --num_processes N, or
---accelerate_config FILE (fit-map and vbench, too); accelerate launch -m
-pisces_rl train ... is the same.
+overrides the file. To use several processes: pisces-rl train --num_processes N,
+or --accelerate_config FILE (also for fit-map and vbench); accelerate launch -m
+pisces_rl train ... is equivalent.
 
-Exit status: 0; 1 on an error, 2 on a wrong command line, 130 on Ctrl-C."""
+Exit status: 0; 1 on an error, 2 on an invalid command line, 130 on Ctrl-C."""
 
 
 def by_options(module: ModuleType, prog: str, purpose: str, arguments: list[str]) -> None:
-    """Of a module with `add_arguments(parser)` and `main(args)`."""
+    """Run a module that has `add_arguments(parser)` and `main(args)`."""
     parser = CommandParser(
         prog=prog,
         description=f"{purpose[0].upper()}{purpose[1:]}.",
@@ -37,30 +37,30 @@ def by_options(module: ModuleType, prog: str, purpose: str, arguments: list[str]
 
 
 def by_settings(module: ModuleType, prog: str, purpose: str, arguments: list[str]) -> None:
-    """Of a module with `main(arguments, prog)`, which reads dataclasses by `cli.parse_arguments`."""
+    """Run a module whose `main(arguments, prog)` reads dataclasses with `cli.parse_arguments`."""
     module.main(arguments, prog)
 
 
-#: Subcommand: (purpose, module of this package, how its command line is read). A new one is one line here.
+#: Subcommand: (purpose, module in this package, function that runs it). A new subcommand is one line here.
 COMMANDS: dict[str, tuple[str, str, Callable]] = {
     "train": ("train by --method grpo, nft, awm, rvm, backprop, ...", "cli.train_command", by_settings),
-    "sample": ("videos of a model before and after training", "cli.sample_command", by_options),
-    "evaluate": ("ask rewards what they measure", "cli.evaluate_command", by_settings),
+    "sample": ("sample videos before and after training", "cli.sample_command", by_options),
+    "evaluate": ("test what rewards measure", "cli.evaluate_command", by_settings),
     "fit-map": ("fit the transport map of the reward ot_quality", "cli.fit_map_command", by_settings),
-    "estimate": ("memory of a run, without weights or a GPU", "cli.estimate_command", by_settings),
-    "export": ("an adapter for ComfyUI or PEFT, or merged", "cli.export_command", by_options),
-    "serve": ("rewards of this machine for trainers elsewhere", "rewards.server.serve", by_options),
-    "vbench": ("videos for VBench's runner, and its results", "evaluation.vbench.vbench_command", by_options),
-    "convert": ("a reward's published pickle as safetensors", "rewards.scorers.convert_weights", by_options),
-    "report": ("one page of a run, or of several side by side", "run_page.report_command", by_options),
-    "env": ("versions of this machine, for a bug report", "cli.env_command", by_options),
-    "completion": ("a shell's completion of this program", "cli.completion_command", by_options),
+    "estimate": ("estimate a run's memory, without weights or a GPU", "cli.estimate_command", by_settings),
+    "export": ("export an adapter for ComfyUI or PEFT, or merge it", "cli.export_command", by_options),
+    "serve": ("serve this machine's rewards to trainers elsewhere", "rewards.server.serve", by_options),
+    "vbench": ("sample videos for VBench, or read its results", "evaluation.vbench.vbench_command", by_options),
+    "convert": ("convert a reward's pickle to safetensors", "rewards.scorers.convert_weights", by_options),
+    "report": ("write one page on a run, or on several side by side", "run_page.report_command", by_options),
+    "env": ("print version information for a bug report", "cli.env_command", by_options),
+    "completion": ("print a shell completion script", "cli.completion_command", by_options),
 }
-LAUNCHED = ("train", "fit-map", "vbench")  # whose work processes share: --accelerate_config, --num_processes
+LAUNCHED = ("train", "fit-map", "vbench")  # can use several processes: --accelerate_config, --num_processes
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors name the nearest known words."""
+    """An ArgumentParser whose errors suggest the nearest known words."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **{"allow_abbrev": False} | options)
@@ -77,7 +77,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def _words(parser: argparse.ArgumentParser, options: bool) -> list[str]:
-    """Options of a parser and its subparsers, or else whatever it lets choose from."""
+    """Return the options of a parser and its subparsers, or else their choices."""
     words = []
     for action in parser._actions:
         words += action.option_strings if options else [str(choice) for choice in action.choices or ()]
@@ -87,7 +87,7 @@ def _words(parser: argparse.ArgumentParser, options: bool) -> list[str]:
 
 
 def command_parser() -> CommandParser:
-    """Of what stands before the subcommand, and of its name."""
+    """Return the parser of the program's options and the subcommand's name."""
     parser = CommandParser(
         prog="pisces-rl",
         description="Reinforcement-learning post-training of text-to-video diffusion models.",
@@ -96,9 +96,7 @@ def command_parser() -> CommandParser:
         usage="pisces-rl [--version] [--traceback] COMMAND ...",
     )
     parser.add_argument("--version", action="version", version=f"pisces_rl {__version__}")
-    parser.add_argument(
-        "--traceback", action="store_true", help=f"Show where an error comes from, as {TRACEBACK}=1 does."
-    )
+    parser.add_argument("--traceback", action="store_true", help=f"Show an error's traceback, as {TRACEBACK}=1 does.")
     commands = parser.add_subparsers(
         dest="command", required=True, title="commands", metavar="COMMAND", parser_class=argparse.ArgumentParser
     )
@@ -111,8 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the program.
 
     Raises:
-        SystemExit: 1 with a sentence on a user's mistake (ValueError, OSError or ImportError), 2 on a wrong command
-            line, 130 on Ctrl-C. Other errors pass, with their traceback.
+        SystemExit: 1 with a message on a user error (ValueError, OSError or ImportError), 2 on an invalid command
+            line, 130 on Ctrl-C. Other errors propagate with their traceback.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     named = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
@@ -134,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(name: str, prog: str, arguments: list[str]) -> None:
-    """A subcommand, in this process or in those that accelerate starts."""
+    """Run a subcommand, in this process or in processes that accelerate starts."""
     purpose, module, read = COMMANDS[name]
     if name in LAUNCHED:
         from .cli.accelerate_launch import launch, launched
@@ -142,7 +140,7 @@ def run(name: str, prog: str, arguments: list[str]) -> None:
         if launched(arguments):
             launch(name, arguments)
             return
-    if name not in ("convert", "env", "completion"):
+    if name not in ("convert", "env", "completion") and {"-h", "--help"}.isdisjoint(arguments):
         from .cli.quiet import quiet
 
         quiet()
@@ -150,7 +148,7 @@ def run(name: str, prog: str, arguments: list[str]) -> None:
 
 
 def sentence(error: Exception) -> str:
-    """What went wrong and, where the error is not one of this package's, how to see where it came from."""
+    """Return the error's message and, if another package raised it, how to see its traceback."""
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     foreign = not frames[-1].startswith("pisces_rl")
     text, kind = str(error) or type(error).__name__, type(error).__name__

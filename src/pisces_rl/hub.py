@@ -1,6 +1,6 @@
-"""The model card of a trained adapter or of denoisers that were trained whole, and its upload to the Hub.
+"""Write the model card of an adapter or of fully trained denoisers, and upload both to the Hub.
 
-TRL's own card speaks of text generation and loads a language model, so this one is ours.
+TRL's card describes text generation and loads a language model, so this package has its own.
 """
 
 import fnmatch
@@ -19,7 +19,7 @@ from .markdown import code, escape, one_line, target
 from .run_files import CARD_MARK, OTHER_CARD, README, described
 
 LORA = "pytorch_lora_weights.safetensors"
-#: What `push_adapter` uploads, as globs under the folder: never a checkpoint, an optimizer state or an event file.
+#: Globs under the folder of what `push_adapter` uploads: never a checkpoint, an optimizer state or an event file.
 PATTERNS = (
     README,
     LORA,
@@ -35,7 +35,7 @@ PATTERNS = (
     "original_lora*.safetensors",
 )
 _ADAPTERS = PATTERNS[1:4]
-#: And, where the folder's run has listed them: denoisers that were trained whole.
+#: Also uploaded, if the folder's run has listed them: fully trained denoisers.
 COMPONENTS = (
     "*/diffusion_pytorch_model*.safetensors",
     "*/diffusion_pytorch_model.safetensors.index.json",
@@ -75,35 +75,35 @@ def model_card(
     papers: Sequence[tuple[str, str]] = (),
     components: Mapping[str, str] | None = None,
 ) -> str:
-    """The README.md of an adapter, or of components that were trained whole: how to load it with plain diffusers, how
-    it was trained, what changed.
+    """Return the README.md of an adapter or of fully trained components: how to load it with plain diffusers, how it
+    was trained, and what changed.
 
     Args:
-        base_model: Hub id, folder or embedded name of the model that was trained. A folder is shown by its last name
-            only, since a card goes out to others.
+        base_model: Hub id, folder or embedded name of the model that was trained. Of a folder only the last name is
+            shown, since a card may be published.
         trainer: name of the method, for instance "Video GRPO".
         pipeline_class: name of the diffusers class, for instance "WanPipeline".
-        settings: of training, shown as a table in this order.
-        comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as report.json has
-            it; None leaves the table out.
-        folder: where the run was saved. Pictures and videos under its `samples/` are shown by their relative paths,
-            and its layout decides how the snippet loads the adapter. None shows none.
-        repo_id: where the adapter will be, for the snippet; None writes a placeholder.
-        call: further arguments of the pipeline's call for the snippet, for instance {"height": 64}.
-        guider_scale: guidance_scale where it belongs to the pipeline's guider and not to its call.
-        tags: further tags, those of the method among them.
-        images: arguments of the pipeline's call that take an image, as image-to-video's do.
-        still: whether the pipeline makes images, not videos.
-        dtype: of torch, in which the snippet loads the model.
+        settings: training settings, shown as a table in this order.
+        comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as in report.json;
+            None leaves the table out.
+        folder: where the run was saved. Pictures and videos under its `samples/` are shown by relative path, and its
+            layout decides how the snippet loads the adapter. None shows none.
+        repo_id: repository that will hold the adapter, for the snippet; None writes a placeholder.
+        call: more arguments of the pipeline's call for the snippet, for instance {"height": 64}.
+        guider_scale: guidance_scale, if the pipeline's guider takes it and its call does not.
+        tags: more tags, including those of the method.
+        images: arguments of the pipeline's call that take an image, as in image-to-video.
+        still: whether the pipeline makes images instead of videos.
+        dtype: torch dtype in which the snippet loads the model.
         fps: frames per second of the file that the snippet writes.
-        vae_tiling: whether the VAE decodes in tiles, which changes frames a little.
-        files: what of the folder the card may speak of, as relative paths; None is what the folder's run wrote
-            (run_files.json), or where that is not known, what is named like it.
-        papers: (arXiv id, title) of each source of the method, which the card cites after this library's own.
-        components: {component: its class} of those that were trained whole and saved in subfolders; none: an adapter.
+        vae_tiling: whether the VAE decodes in tiles, which changes frames slightly.
+        files: files in the folder that the card may mention, as relative paths; None means those that the run wrote
+            (run_files.json) or, without that list, those that `PATTERNS` matches.
+        papers: (arXiv id, title) of each source of the method; the card cites them after this library's paper.
+        components: {component: class} of the fully trained components, saved in subfolders; empty for an adapter.
 
     Returns:
-        Markdown whose YAML front matter the Hub reads.
+        Markdown with YAML front matter for the Hub.
     """
     folder = Path(folder) if folder is not None else None
     name = _shown_name(base_model)
@@ -161,7 +161,7 @@ def model_card(
 
 
 def describe_exports(folder: str | Path) -> None:
-    """Write into the model card of a folder's run, where there is one, which other formats the folder holds."""
+    """Update the model card of a folder's run, if there is one, with a list of the folder's other formats."""
     folder = Path(folder)
     section = _exports([path.relative_to(folder).as_posix() for path in _uploaded(folder)])
     for name in (README, OTHER_CARD):
@@ -174,7 +174,7 @@ def describe_exports(folder: str | Path) -> None:
 
 
 def _exports(files: Sequence[str]) -> str:
-    """The section of a card on what `export_adapter` has written beside the adapter."""
+    """Return the card's section on files that `export_adapter` wrote beside the adapter."""
     programs = {"comfyui": "ComfyUI, in `models/loras/`", "original": "programs that read the original checkpoint"}
     rows = [
         f"| {code(path)} | {program} |"
@@ -200,43 +200,45 @@ def push_adapter(
     allow_patterns: Sequence[str] | None = None,
     endpoint: str | None = None,
 ) -> str:
-    """Upload an adapter, or components that were trained whole, with model card and samples, in one commit, and return
-    the repository's address.
+    """Upload an adapter or fully trained components, with model card and samples, in one commit.
 
     Args:
         folder: where the trainer saved.
-        repo_id: "name" or "namespace/name"; made if it does not exist.
-        private: whether a new repository is private; None leaves it to the account's default.
-        token: of the Hub; None takes the one that is logged in.
-        commit_message: of the commit.
-        revision: branch, made if it does not exist; None is the main one.
-        allow_patterns: globs under the folder; None is `PATTERNS`, and of those files only what the folder's run wrote
-            (run_files.json, where there is one, and then `COMPONENTS`, too). Checkpoints (`checkpoint-*`), earlier
-            runs (`earlier-*`) and hidden files stay behind in any case.
-        endpoint: of another Hub; None takes HF_ENDPOINT or the public one.
+        repo_id: "name" or "namespace/name"; created if it does not exist.
+        private: whether a new repository is private; None uses the account's default.
+        token: Hub token; None uses the one that is logged in.
+        commit_message: message of the commit.
+        revision: branch, created if it does not exist; None means the main branch.
+        allow_patterns: globs under the folder. None means `PATTERNS`; if the folder has a run_files.json, then also
+            `COMPONENTS`, and only files that the run wrote. Checkpoints (`checkpoint-*`), earlier runs (`earlier-*`)
+            and hidden files are never uploaded.
+        endpoint: address of another Hub; None uses HF_ENDPOINT or the public one.
+
+    Returns:
+        The repository's address.
 
     Raises:
-        ValueError: the folder holds no adapter, or repo_id is no valid name. Nothing was sent.
-        RuntimeError: the Hub refused, or could not be reached. The files are still in the folder; the message says so.
+        ValueError: the folder holds no adapter, or repo_id is not a valid name. Nothing was sent.
+        RuntimeError: the Hub refused or could not be reached. The files are still in the folder; the message says so.
     """
     folder = Path(folder)
     files = _uploaded(folder, allow_patterns)
     if not any(path.match(pattern) for path in _uploaded(folder) for pattern in (*_ADAPTERS, COMPONENTS[0])):
         raise ValueError(
-            f"folder={str(folder)!r} holds no adapter: neither pytorch_lora_weights.safetensors nor "
-            "*/adapter_model.safetensors that its run wrote, nor a trained component. Give the output_dir of a run "
-            "that has saved (trainer.save_model())."
+            f"folder={str(folder)!r} holds no adapter: its run wrote neither pytorch_lora_weights.safetensors nor "
+            "*/adapter_model.safetensors nor a trained component. Pass the output_dir of a run that has saved its "
+            "model (trainer.save_model())."
         )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"repo_id={repo_id!r} is no name of a repository; allowed: 'name' or 'you/name'. {error}"
+            f"repo_id={repo_id!r} is not a repository name; allowed: 'name' or 'you/name'. {error}"
         ) from None
     names = {path: path.relative_to(folder).as_posix() for path in files}
     if folder / OTHER_CARD in names and OTHER_CARD in (described(folder) or ()):
         names = {path: name for path, name in names.items() if name != README} | {folder / OTHER_CARD: README}
-    elif allow_patterns is None:  # nothing says that it is ours
+    elif allow_patterns is None:  # nothing shows that it is ours
         names.pop(folder / OTHER_CARD, None)
     api = HfApi(endpoint=endpoint, token=token)
     try:
@@ -249,7 +251,7 @@ def push_adapter(
             commit_message=commit_message or "Upload adapter",
             revision=revision,
         )
-    except Exception as error:  # the Hub's client has no common base class, and every failure needs the same word
+    except Exception as error:  # the client's errors share no base class, and each gets the same advice
         status = getattr(getattr(error, "response", None), "status_code", None)
         said = " ".join(str(error).split())
         raise RuntimeError(
@@ -264,7 +266,7 @@ def push_adapter(
 def _reason(status: int | None) -> str:
     known = {
         401: "401: no valid token; log in with `hf auth login`, or set hub_token",
-        403: "403: the token may not write there; use one with write access, or a namespace of yours",
+        403: "403: the token may not write there; use one with write access, or your own namespace",
         404: "404: not found, or hidden from this token",
         409: "409: the repository changed meanwhile",
         429: "429: too many requests; wait a while",
@@ -275,7 +277,7 @@ def _reason(status: int | None) -> str:
 
 
 def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]:
-    """Files that match one of the globs and are neither hidden nor in a checkpoint or an earlier run; without globs
+    """Return the files that match a glob and are neither hidden nor in a checkpoint or an earlier run; without globs,
     those of `PATTERNS` and `COMPONENTS` that the folder's run wrote."""
     found, written = set(), described(folder) if patterns is None else None
     if patterns is None:
@@ -289,12 +291,12 @@ def _uploaded(folder: Path, patterns: Sequence[str] | None = None) -> list[Path]
 
 
 def _string(text: str) -> str:
-    """A Python string in double quotes."""
+    """Return a Python string literal in double quotes."""
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def _is_plain(value) -> bool:
-    """Whether its repr is Python."""
+    """Return whether the value's repr is Python code."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
@@ -353,7 +355,7 @@ def _snippet(
         pass  # the pipeline has them already
     elif not experts:
         lines.append(f"pipe.load_lora_weights({own})")
-    else:  # named, since diffusers would guess
+    else:  # name the file, since diffusers would guess
         if together:
             lines.append(f'pipe.load_lora_weights({own}, weight_name="{LORA}")')
         for name in experts:
@@ -378,7 +380,7 @@ def _snippet(
 
 
 def _videos(folder: Path | None, files: Sequence[str]) -> list[tuple[str, str]]:
-    """(relative path, prompt) of a few videos of the last evaluation among the files."""
+    """Return (relative path, prompt) of a few videos of the last evaluation in `files`."""
     videos = sorted(fnmatch.filter(files, "samples/step_*/*.mp4"))
     shown = []
     for path in [path for path in videos if path.split("/")[1] == videos[-1].split("/")[1]][:_SHOWN_VIDEOS]:
@@ -403,7 +405,7 @@ def _evaluation(comparison: dict[str, dict[str, dict]]) -> str:
 
 
 def _citations(papers: Sequence[tuple[str, str]]) -> str:
-    """BibTeX of this library's source, then of the methods', each once."""
+    """Return BibTeX of this library's paper, then of the methods' papers, each once."""
     cited = {"PISCES, whose optimal-transport rewards this library is built around": [_PISCES]}
     if papers:
         cited["The sources of the training method"] = [_bibtex(*paper) for paper in dict.fromkeys(papers)]
@@ -411,7 +413,7 @@ def _citations(papers: Sequence[tuple[str, str]]) -> str:
 
 
 def _bibtex(arxiv: str, title: str) -> str:
-    """An entry for a paper; arXiv numbers begin with the year and month."""
+    """Return a BibTeX entry; arXiv numbers begin with the year and month."""
     return (
         f"@misc{{arxiv{arxiv},\n  title = {{{{{title}}}}},\n  year = {{20{arxiv[:2]}}},\n"
         f"  eprint = {{{arxiv}}},\n  archivePrefix = {{arXiv}}\n}}"

@@ -1,4 +1,4 @@
-"""Files of prompts as tables: lines, CSV, JSON."""
+"""Read prompt files (lines, CSV, JSON) as tables."""
 
 import codecs
 import csv
@@ -12,15 +12,16 @@ import pandas
 from datasets import Dataset
 
 PROMPT_FILES = (".txt", ".csv", ".json", ".jsonl")
-_LINE_END = re.compile(r"\r\n?|\n")  # splitlines would cut at U+2028 and others, too
+_LINE_END = re.compile(r"\r\n?|\n")  # splitlines would also cut at U+2028 and others
 _SPACE = re.compile(r"\s*")
 _SAVE_AS = "Save the file as UTF-8, for instance with `iconv -f CP1252 -t UTF-8` or `iconv -f UTF-16LE -t UTF-8`."
 
 
 def read_prompt_file(source: str, column: str) -> Dataset:
-    """The table in a file of PROMPT_FILES; lines of a .txt and lists of strings are its column `column`.
+    """Read a file of a type in PROMPT_FILES; lines of a .txt and lists of strings become the column `column`.
 
-    Raises ValueError for a file that is missing or cannot be read; the message names the file, the line and the fix.
+    Raises:
+        ValueError: the file is missing or cannot be read; the message names the file, the line and the fix.
     """
     if not os.path.isfile(source):
         raise ValueError(f"dataset={source!r}: no such file.")
@@ -45,8 +46,8 @@ def _text(source: str) -> str:
         raise ValueError(f"dataset={source!r} line {line}: byte {byte} is not {encoding}. {_SAVE_AS}") from error
     if "\0" in text:
         line = _line(text[: text.index("\0")])
-        raise ValueError(f"dataset={source!r} line {line}: a NUL character is in no UTF-8 text. {_SAVE_AS}")
-    return text.replace("\ufeff", "")  # byte order marks: of files that were joined, in the middle, too
+        raise ValueError(f"dataset={source!r} line {line}: UTF-8 text has no NUL characters. {_SAVE_AS}")
+    return text.replace("\ufeff", "")  # byte order marks; joined files also have them in the middle
 
 
 def _line(before: str) -> int:
@@ -67,13 +68,13 @@ def _csv(source: str, text: str, column: str) -> Dataset:
     fix = "Put a text with commas or line ends in double quotes, and write a quote inside it twice."
     try:
         table = pandas.read_csv(io.StringIO(text), sep=separator)
-    except ValueError as error:  # pandas' ParserError is one
+    except ValueError as error:  # includes pandas' ParserError
         raise ValueError(f"dataset={source!r} could not be read as csv: {str(error).strip()}. {fix}") from error
-    if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first field for a row's name
+    if not isinstance(table.index, pandas.RangeIndex):  # pandas took the first field for the row's name
         raise ValueError(f"dataset={source!r} could not be read as csv: rows have more fields than the header. {fix}")
     table.columns = [str(name).strip() for name in table.columns]
     columns = {name: [None if pandas.isna(value) else value for value in table[name].tolist()] for name in table}
-    if column in header:  # as they are written: "null" or "7" may be prompts
+    if column in header:  # as written: "null" or "7" may be a prompt
         texts = pandas.read_csv(
             io.StringIO(text), sep=separator, usecols=[header.index(column)], dtype=str, keep_default_na=False
         )
@@ -89,7 +90,7 @@ def _json(source: str, text: str, column: str) -> Dataset:
         except json.JSONDecodeError as error:
             raise ValueError(
                 f"dataset={source!r} could not be read as json: line {_line(text[: error.pos])}: "
-                f"{error.msg}. A .jsonl holds one object a line, strings in double quotes."
+                f"{error.msg}. A .jsonl file has one object per line, with strings in double quotes."
             ) from error
         values += value if isinstance(value, list) else [value]
         at = _SPACE.match(text, at).end()
@@ -97,7 +98,7 @@ def _json(source: str, text: str, column: str) -> Dataset:
         columns = values[0]  # an object of lists
         lengths = {name: len(own) if isinstance(own, list) else None for name, own in columns.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"dataset={source!r}: its lists differ in length: {lengths}; give one value a row.")
+            raise ValueError(f"dataset={source!r}: its lists differ in length: {lengths}; give one value per row.")
     elif values and all(isinstance(value, str) for value in values):
         columns = {column: values}
     else:
@@ -105,24 +106,24 @@ def _json(source: str, text: str, column: str) -> Dataset:
             if not isinstance(value, dict):
                 raise ValueError(
                     f"dataset={source!r} row {row} is {value!r}; every row must be an object such as "
-                    f'{{"{column}": "a red circle"}}, or all of them strings.'
+                    f'{{"{column}": "a red circle"}}, or every row a string.'
                 )
         columns = {name: [row.get(name) for row in values] for name in {name: None for row in values for name in row}}
     return _table(source, column, columns or {column: []})
 
 
 def _table(source: str, column: str, columns: dict[str, list]) -> Dataset:
-    """The columns as a data set, with a text in each row of `column`."""
+    """Return the columns as a data set; every row of `column` must hold text."""
     for row, prompt in enumerate(columns.get(column, ())):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
-                f"dataset={source!r} row {row}: {column} is {prompt!r}; every row needs a text. Write "
-                "one, or remove the row."
+                f"dataset={source!r} row {row}: {column} is {prompt!r}; every row needs text. Add it, or remove "
+                "the row."
             )
     for name, values in columns.items():
         try:
             Dataset.from_dict({name: values})
-        except (ValueError, TypeError) as error:  # Arrow's errors are of these kinds
+        except (ValueError, TypeError) as error:  # Arrow's errors are subclasses of these
             raise ValueError(
                 f"dataset={source!r}: column {name!r} cannot be stored ({error}); give all its rows one "
                 "type, or leave it out."

@@ -1,4 +1,4 @@
-"""Which files of a folder its run wrote: run_files.json. Whatever is not listed there belongs to the user."""
+"""Record in run_files.json which files of a folder its run wrote. All other files belong to the user."""
 
 import json
 import os
@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from .whole_files import write_json
 
 LIST = "run_files.json"
-README, OTHER_CARD = "README.md", "model_card.md"  # the second where the user's own README is in the first's place
-CARD_MARK = "by reinforcement learning with pisces_rl"  # a sentence of our cards; a README without it is the user's
+README, OTHER_CARD = "README.md", "model_card.md"  # the second if README.md is the user's
+CARD_MARK = "by reinforcement learning with pisces_rl"  # in all our cards; a README without it is the user's
 ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
 _KNOWN = re.compile(
     r"trace_rank[0-9]+\.json|evaluations/step_[0-9]{6,}\.json|samples/before_after_.*\.(png|captions\.txt)"
@@ -22,8 +22,8 @@ _STEP = re.compile(r"(?:checkpoint-|evaluations/step_|samples/(?:step|rollout|ot
 
 
 def listed(folder: str | os.PathLike) -> dict[str, bool] | None:
-    """{relative path: whether it is of the present state of the folder's run} of the listed files that exist; None
-    where the folder has no list."""
+    """Return {relative path: whether it describes the run's current state} for the listed files that exist; None if
+    the folder has no list."""
     folder, content = Path(folder), _read(Path(folder))
     if content is None:
         return None
@@ -31,20 +31,20 @@ def listed(folder: str | os.PathLike) -> dict[str, bool] | None:
 
 
 def described(folder: str | os.PathLike) -> list[str] | None:
-    """Files of the folder's present run, as relative paths; None where the folder has no list."""
+    """Return relative paths of the files that describe the run's current state; None if the folder has no list."""
     files = listed(folder)
     return None if files is None else [path for path, current in files.items() if current]
 
 
 def add_listed(folder: str | os.PathLike, paths: Iterable[str]) -> None:
-    """Add files to the list of a folder's run, as of its present state; does nothing where the folder has no list."""
+    """Add files to a folder's list, as describing the run's current state; do nothing if the folder has no list."""
     content = _read(Path(folder))
     if content is not None:
         _write(Path(folder), content["run"], content["files"] | dict.fromkeys(paths, True))
 
 
 def own_checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
-    """{step: folder} of what this package saved, in order: exactly checkpoint-STEP, with a policy.json in it."""
+    """Return {step: folder} of this package's checkpoints, in order: named checkpoint-STEP and holding policy.json."""
     found = {}
     for path in Path(folder).glob("checkpoint-*"):
         number = re.fullmatch(r"checkpoint-(0|[1-9][0-9]*)", path.name)
@@ -56,12 +56,13 @@ def own_checkpoints(folder: str | os.PathLike) -> dict[int, Path]:
 class RunFiles:
     """The files that a run writes into a folder, and those it finds there.
 
-    `claim` lists a file before it is written and moves what is in its place, unless this run wrote it, to
-    `earlier-N`. `begin` moves all that an earlier run wrote; `resume` takes it over. A folder of an older version,
-    without a list, is known by the names and contents of its files. One process of a folder uses it.
+    `claim` lists a file before it is written; a file already in its place moves to `earlier-N`, unless this run wrote
+    it. `begin` moves all files of an earlier run; `resume` takes them over. In a folder of an older version, which has
+    no list, files are recognised by name and content. Only one process may use a folder.
 
     Args:
-        folder: of the run. components: names of the pipeline's components, for which subfolders of adapters are named.
+        folder: the run's folder.
+        components: names of the pipeline's components; adapters may lie in subfolders of these names.
     """
 
     def __init__(self, folder: str | os.PathLike, components: Iterable[str] = ()):
@@ -70,13 +71,13 @@ class RunFiles:
         self._clear()
 
     def _clear(self) -> None:
-        self.own: dict[str, bool] = {}  # path: whether it is of the present state of the run
+        self.own: dict[str, bool] = {}  # path: whether it describes the run's current state
         self.begun, self.aside = False, None
 
     def begin(self) -> Path | None:
-        """A run begins: move an earlier one's files away; returns where they are, None where there were none.
+        """Begin a run: move an earlier run's files away and return the folder that holds them, or None.
 
-        What this object wrote before its first run stays, and so does a README.md that the user has put in the place
+        Files that this object wrote before its first run stay, and so does a README.md that the user wrote in place
         of our card.
         """
         if self.begun:
@@ -92,7 +93,7 @@ class RunFiles:
         return aside
 
     def resume(self, step: int) -> None:
-        """A run goes on from its checkpoint of `step`: its files are this run's; later ones do not describe it."""
+        """Resume from the checkpoint at `step`: take over the folder's files; only those up to `step` are current."""
         content, on_disk = _read(self.folder), self._on_disk()
         self._clear()
         self.run, self.begun = self.run if content is None else content["run"], True
@@ -102,7 +103,7 @@ class RunFiles:
         self._write()
 
     def claim(self, *paths: str) -> None:
-        """List files that will be written; what is in their place and not this run's moves to earlier-N."""
+        """List files before they are written; a file in their place that is not this run's moves to earlier-N."""
         self._leave_to_others()
         parents = {str(parent) for path in paths for parent in PurePosixPath(path).parents}
         blocked = [path for path in parents if self._exists(path) and not (self.folder / path).is_dir()]
@@ -110,27 +111,27 @@ class RunFiles:
         self.add(*paths)
 
     def add(self, *paths: str) -> None:
-        """List what this run has written."""
+        """List files that this run has written."""
         if not all(map(self.own.get, paths)):
             self.own |= dict.fromkeys(paths, True)
             self._write()
 
     def claim_adapter(self, paths: Iterable[str]) -> None:
-        """`claim`, and move away other adapters at the places where loaders look for one."""
+        """`claim` an adapter's files, and move away other adapters that a loader would find."""
         paths = list(paths)
         self._set_aside([path for path in self._adapters() if path not in paths])
         self.claim(*paths)
 
     def claim_card(self) -> Path:
-        """`claim` for the model card: README.md, or model_card.md where README.md is the user's own."""
+        """`claim` the model card and return its path: README.md, or model_card.md if README.md is the user's."""
         name = OTHER_CARD if self._exists(README) and not self._is_our_card() else README
         self.claim(name)
-        if name == README and self.own.get(OTHER_CARD):  # the user has removed that README
+        if name == README and self.own.get(OTHER_CARD):  # the user has removed their README
             (self.folder / OTHER_CARD).unlink(missing_ok=True)
         return self.folder / name
 
     def current(self) -> list[str]:
-        """Files that describe the present state of this run, and exist."""
+        """Return the existing files that describe this run's current state."""
         self._leave_to_others()
         return [path for path, current in self.own.items() if current and self._exists(path)]
 
@@ -138,7 +139,7 @@ class RunFiles:
         return os.path.lexists(self.folder / path)
 
     def _leave_to_others(self) -> None:
-        """Where another run has taken the folder over, nothing in it is this run's any more."""
+        """Forget this run's files if another run has taken over the folder."""
         content = _read(self.folder)
         if self.own and content is not None and content["run"] != self.run:
             self._clear()
@@ -164,7 +165,7 @@ class RunFiles:
         on_disk, moved = self._on_disk(), _read(self.aside) or {"run": self.run, "files": {}}
         for path in found:
             (self.aside / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(self.folder / path, self.aside / path)  # which may lie on another disk
+            shutil.move(self.folder / path, self.aside / path)  # may be on another disk
             if path in on_disk:
                 moved["files"][path] = on_disk[path]
             for parent in [self.folder / parent for parent in list(PurePosixPath(path).parents)[:-1]]:
@@ -183,7 +184,7 @@ class RunFiles:
         return [name for name in names if self._exists(name)]
 
     def _known_names(self) -> list[str]:
-        """What a version that kept no list has left."""
+        """Return the files that an older version, which kept no list, may have left."""
         folder = self.folder
         known = [path.name for path in own_checkpoints(folder).values()]
         known += [README, *self._adapters()] if self._is_our_card() else []  # saved together
@@ -203,7 +204,7 @@ def _is_our_report(path: Path) -> bool:
 
 
 def _read(folder: Path) -> dict | None:
-    """The list, without entries that lead out of the folder; None where there is none, or another file of its name."""
+    """Return the list, without paths that leave the folder; None if it is missing or the file is not ours."""
     try:
         content = json.loads((folder / LIST).read_text(encoding="utf-8"))
         files = {

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic file writes: a file appears whole or not at all."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def atomically(path: str | Path, write: Callable) -> Path:
-    """Write through a temporary file beside `path`, which then takes its place; nothing is left after a failure."""
+    """Write to a temporary file beside `path`, then move it to `path`; a failure leaves nothing behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
@@ -26,6 +26,6 @@ def atomically(path: str | Path, write: Callable) -> Path:
 
 
 def write_json(path: str | Path, content, indent: int | None = None) -> Path:
-    """Content as JSON, in UTF-8."""
+    """Write content as JSON, in UTF-8."""
     text = json.dumps(content, indent=indent) + "\n"
     return atomically(path, lambda file: file.write(text.encode("utf-8")))

@@ -321,7 +321,7 @@ def test_images_are_not_known(family):
 
 
 def test_no_blocks_no_compilation():
-    with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
+    with pytest.raises(PolicyError, match="UNet3DConditionModel lists no repeated blocks.*leave torch_compile off"):
         peaks("t2v_sd", torch_compile=True)
 
 

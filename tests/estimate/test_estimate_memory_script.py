@@ -1,5 +1,6 @@
 """`pisces-rl estimate`: what it prints, and what it refuses."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,17 +86,22 @@ def test_tells_what_nft_takes(script, capsys):
     "arguments, message",
     [
         (["--method", "sft"], "--method 'sft' must be one of grpo, .*, backprop"),
-        (["--sharding", "zero3"], "sharding='zero3' must be 'none' or 'fsdp2'"),
-        (["--num_processes", "2"], "num_processes=2: without sharding every GPU takes what one takes"),
-        (["--sharding", "fsdp2"], "num_processes=1: fsdp2 needs at least 2"),
-        (["--table"], "Write --table alone"),
-        (["--table=true"], "Write --table alone"),
-        (["--model", "no-such-folder"], "model='no-such-folder' must be a model folder or Hub id"),
+        (["--sharding", "zero3"], "invalid choice: 'zero3' .choose from '?none'?, '?fsdp2"),
+        (["--num_processes", "2"], "--num_processes 2: without sharding every GPU needs as much memory as one"),
+        (["--sharding", "fsdp2"], "--num_processes 1: fsdp2 needs at least 2"),
+        (["--table"], "--table takes no other arguments"),
+        (["--table=true"], "--table takes no other arguments"),
     ],
 )
-def test_refuses(script, arguments, message):
-    with pytest.raises(SystemExit, match=message):
+def test_an_invalid_command_line(script, capsys, arguments, message):
+    with pytest.raises(SystemExit) as ended:
         script(*TINY, *arguments)
+    assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_an_unknown_model(script):
+    with pytest.raises(SystemExit, match="model='no-such-folder' must be a model folder or Hub id"):
+        script(*TINY, "--model", "no-such-folder")
 
 
 @pytest.mark.slow

@@ -171,7 +171,7 @@ def test_the_script_asks_the_rewards_that_an_encoder_has(script, tmp_path, capsy
     table = script.run(*options)
     assert table.startswith("## cosine\n") and table.count("##") == 1
     told = capsys.readouterr().out
-    assert "ot_semantic is left out: matcher: clip@" in told and "ot_quality is left out: ot_map: none is" in told
+    assert "ot_semantic is skipped: matcher: clip@" in told and "ot_quality is skipped: ot_map: no map is" in told
     monkeypatch.setattr(script, "read_clips", lambda *args: pytest.fail("clips were read"))
     for wrong, message in (
         (["--rewards", "cosine", "matching"], "no matching head"),

@@ -204,7 +204,7 @@ def test_base_and_trained_start_from_the_same_noise(base, tmp_path):
     assert torch.equal(frames(tmp_path / "zero"), frames(folder))
     assert exported(tmp_path / "trained", suite, adapter=saved_lora(tmp_path / "lora1", False)) == 5
     assert not torch.equal(frames(tmp_path / "trained"), frames(folder))
-    with pytest.raises(ValueError, match="holds videos of other settings: adapter="):
+    with pytest.raises(ValueError, match="holds videos with other settings: adapter="):
         exported(tmp_path / "trained", suite)
     with pytest.raises(ValueError, match=r"^adapter=.* holds no adapter"):
         exported(tmp_path / "none", suite, adapter=tmp_path)

@@ -425,7 +425,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="folder='.*empty' holds no adapter"):
         export_adapter(tmp_path / "empty", tmp_path / "out")
-    with pytest.raises(ValueError, match="folder='./no/such/folder' is neither a folder or file that exists"):
+    with pytest.raises(ValueError, match="folder='./no/such/folder' is neither an existing folder or file"):
         export_adapter("./no/such/folder", tmp_path / "out")
 
 

@@ -96,7 +96,7 @@ def test_padding_of_any_value_and_an_empty_group():
 
 
 def test_a_bank_short_of_its_tolerance_says_so():
-    with pytest.warns(ConvergenceWarning, match="the bank's own term"):
+    with pytest.warns(ConvergenceWarning, match="the bank's self term"):
         bank = BankDivergence(points(50), blur=2.0, tolerance=1e-12, max_iterations=2)
     assert math.isfinite(bank.self_value)
 
@@ -150,7 +150,7 @@ def test_bad_groups():
     bank = BankDivergence(points(10), blur=1.0)
     with pytest.raises(ValueError, match="x: expected"):
         bank(points(4, d=3))
-    with pytest.raises(ValueError, match="x: NaN"):
+    with pytest.raises(ValueError, match="x: a point of positive weight is NaN"):
         bank(points(4) * float("nan"))
     with pytest.raises(ValueError, match="group_size=11"):
         bank.calibrate(points(10), 11)

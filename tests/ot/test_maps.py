@@ -22,6 +22,7 @@ from pisces_rl.ot.maps import (
     fit_best,
 )
 from pisces_rl.ot.maps.closed_form import bures_matrix, shrunk_covariance
+from pisces_rl.ot.maps.fit_best import advise
 from pisces_rl.ot.metrics import l2_uvp
 
 TINY = dict(hidden=16, steps=12, inner_steps=2, batch_size=32, evaluate_every=4, device="cpu")
@@ -322,11 +323,42 @@ def test_fit_best_returns_the_winner_with_its_table(clouds):
     x, y = clouds
     best = fit_best(x, y, paired=True, encoder="e")
     names = [row["map"] for row in best.table]
-    assert set(names) == {"identity", "mean_shift", "linear", "entropic"} and best.map.kind == names[0]
+    kinds = {"identity", "mean_shift", "regressed", "linear", "entropic"}
+    assert set(names) == kinds and best.map.kind == names[0]
     values = [row["divergence"].value for row in best.table]
     assert values == sorted(values) and names[-1] == "identity"
     assert [m.kind for m in best.maps] == names and best.map.encoder == "e" and "held_out" in best.map.report
-    assert str(best).count("\n") == 5 and "recall@10" in str(best)
+    assert str(best).count("\n") == 6 and "recall@10" in str(best)
+
+
+@pytest.mark.parametrize(
+    ("raw", "linear", "says", "advised"),
+    [
+        (5, 1, "Transport pays here: use the linear map", "linear"),
+        (1, 5, "Transport does not pay here: use the raw cosine", "identity"),
+        (2, 2, "Transport does not pay here: use the raw cosine", "identity"),
+    ],
+)
+def test_the_advice_follows_held_out_retrieval(raw, linear, says, advised):
+    ranks = [(kind(), torch.full((100,), rank)) for kind, rank in ((IdentityMap, raw), (LinearMap, linear))]
+    sentence, map_ = advise([*ranks, (ShuffledMap(), torch.ones(100))])
+    gain = 1 / linear - 1 / raw
+    assert sentence.startswith(says) and map_.kind == advised
+    assert f"on 50 held-out pairs, linear minus identity: {gain:+.4f}" in sentence
+
+
+def test_pairs_of_the_second_half_judge_the_winner_of_the_first():
+    lucky = torch.tensor([1, 9] * 50)  # best on the pairs that choose, worst on those that compare
+    sentence, map_ = advise([(IdentityMap(), torch.full((100,), 2)), (LinearMap(), lucky)])
+    assert map_.kind == "identity" and "-0.3889" in sentence
+
+
+def test_a_rotation_is_beyond_unpaired_transport():
+    x = torch.randn(400, 6, generator=torch.Generator().manual_seed(0))
+    rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
+    paired, unpaired = (fit_best(x, x @ rotation, paired=flag) for flag in (True, False))
+    assert "use the regressed map, without transport" in paired.advice and paired.advised.kind == "regressed"
+    assert "Without pairs" in unpaired.advice and unpaired.advised is unpaired.map
 
 
 def test_a_map_that_loses_to_linear_says_so(clouds):

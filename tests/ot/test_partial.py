@@ -202,7 +202,7 @@ def test_the_published_iteration_is_unbalanced_transport_with_counting_reference
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(mass=1.2), "mass: more than"),
+        (dict(mass=1.2), "mass: exceeds"),
         (dict(mass=0.0), "mass=0.0"),
         (dict(mass=torch.tensor([0.5, -0.1])), "mass: expected > 0"),
         (dict(mass=torch.tensor([0.5, 0.1, 0.2])), r"mass: expected a number or \(2,\)"),

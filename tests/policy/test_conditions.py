@@ -75,7 +75,7 @@ def test_the_first_latent_frame_of_ltx_is_the_image_s():
         ({"picture": [1, 2]}, "takes no argument 'picture'"),
         ({"num_frames": [5, 9]}, "takes no argument 'num_frames' that may differ"),
         ({"generator": [1, 2]}, "takes no argument 'generator' that may differ"),
-        ({"guidance_scale": [1.0, 2.0]}, "'guidance_scale' is among pipeline_kwargs"),
+        ({"guidance_scale": [1.0, 2.0]}, "'guidance_scale' is also in pipeline_kwargs"),
         ({"image": CONDITIONS["wan_i2v"]["image"][:1]}, "'image' has 1 values for 2 prompts"),
     ],
 )

@@ -90,10 +90,14 @@ def test_a_compiled_decoder_decodes_the_same(monkeypatch):
 @pytest.mark.parametrize(
     "family, how, message",
     [
-        ("hunyuan", {"vae_chunk_frames": 2}, "AutoencoderKLHunyuanVideo .* cannot do so, only AutoencoderKLWan"),
+        (
+            "hunyuan",
+            {"vae_chunk_frames": 2},
+            "AutoencoderKLHunyuanVideo .* does not support it, only AutoencoderKLWan",
+        ),
         ("wan", {"vae_chunk_frames": 0}, "vae_chunk_frames=0"),
         ("wan", {"vae_compile": True}, "needs vae_chunk_frames"),
-        ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither goes with vae_tiling"),
+        ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither works with vae_tiling"),
     ],
 )
 def test_chunks_that_cannot_be(family, how, message):
@@ -144,7 +148,7 @@ def test_the_pipeline_is_as_it_was_after_a_sample():
         (
             "easyanimate",
             {"vae_slicing": True},
-            "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline cannot",
+            "vae_slicing=True, but AutoencoderKLMagvit of EasyAnimatePipeline does not",
         ),
     ],
 )
@@ -156,5 +160,7 @@ def test_what_cannot_be_is_said(family, settings, message):
 def test_a_vae_without_tiles():
     pipe = quiet(BUILD["t2v_sd"]())
     pipe.vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,))
-    with pytest.raises(PolicyError, match="vae_tiling=True, but AutoencoderKLTemporalDecoder .* cannot do so; leave"):
+    with pytest.raises(
+        PolicyError, match="vae_tiling=True, but AutoencoderKLTemporalDecoder .* does not support it; leave"
+    ):
         VideoPolicy(pipe, num_inference_steps=2, pipeline_kwargs=CALLS["t2v_sd"], vae_tiling=True)

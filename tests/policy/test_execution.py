@@ -108,7 +108,7 @@ def test_families_compile(family):
 
 def test_a_denoiser_without_repeated_blocks_says_so():
     policy, _ = build("t2v_sd")
-    with pytest.raises(PolicyError, match="UNet3DConditionModel names no blocks.*leave torch_compile off"):
+    with pytest.raises(PolicyError, match="UNet3DConditionModel lists no repeated blocks.*leave torch_compile off"):
         policy.compile_blocks()
 
 

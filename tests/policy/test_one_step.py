@@ -76,7 +76,7 @@ def test_guidance_for_this_once(family):
 def test_bad_arguments():
     policy = build("wan")
     clean = policy.final_latents(PROMPTS, noise_seeds=[1, 2])
-    with pytest.raises(ValueError, match="step=3 is not a step"):
+    with pytest.raises(ValueError, match="step=3 must be from 0 to"):
         predict(policy, noise_seeds=[1, 2], step=3, clean=clean)
     with pytest.raises(ValueError, match="no clean latents"):
         predict(policy, noise_seeds=[1, 2], step=1)

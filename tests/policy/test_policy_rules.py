@@ -230,7 +230,9 @@ def test_a_guider_has_the_scale_of_the_call_and_then_its_own():
     assert torch.equal(videos[0], videos[1]) and not torch.allclose(videos[0], videos[2], atol=1e-4)
     assert pipe.guider.guidance_scale == 6.0
     pipe.guider = Unguided()
-    with pytest.raises(PolicyError, match="guidance_scale=1.0: the guider .*Unguided, has none"):
+    with pytest.raises(
+        PolicyError, match="guidance_scale=1.0: this pipeline's guider, .*Unguided, has no guidance_scale"
+    ):
         one.sample(["a"], noise_seeds=[0])
 
 

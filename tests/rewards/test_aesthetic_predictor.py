@@ -122,7 +122,7 @@ def test_its_gradient_is_the_finite_difference():
 def test_weights_of_another_model_are_refused_by_name(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"there is no .*; convert .* with `pisces-rl convert aesthetic sac"):
         load_head(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match="clip: its features have 10 numbers, the head reads 768"):
+    with pytest.raises(ValueError, match="clip: its features have 10 numbers, but the head expects 768"):
         AestheticPredictor(tiny_tower(10), head())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "siglip"}')

@@ -123,8 +123,8 @@ def test_what_is_no_pickle_of_the_scorers_weights_is_refused(reward, tiny, tmp_p
         (state | {"extra.weight": torch.zeros(1)}, "extra.weight is unknown"),
         (state | {first: torch.zeros(2, 3, 4)}, rf"{first} has shape \(2, 3, 4\), not"),
         ({first: Program(tmp_path / "ran")}, "is not a pickle of tensors alone"),
-        ({"state_dict": state}, "is a pickle, but not of tensors by name"),
-        ([1, 2], "is a pickle, but not of tensors by name"),
+        ({"state_dict": state}, "is a pickle, but does not hold tensors by name"),
+        ([1, 2], "is a pickle, but does not hold tensors by name"),
     ]
     for content, message in cases:
         torch.save(content, file)
@@ -143,10 +143,10 @@ def test_errors_are_sentences(tiny, tmp_path, capsys):
     before = there.read_bytes()
     for arguments, message in [
         (["image_rewrd", file], "reward 'image_rewrd' has no weights .* pickle; did you mean 'image_reward'"),
-        (["pickscore", file], "reward 'pickscore' has no weights .* Those that have: aesthetic, image_reward, vid"),
-        (["image_reward", tmp_path / "none.pt"], "file: there is no .*none.pt; give the published pickle"),
+        (["pickscore", file], "reward 'pickscore' has no weights .* These have: aesthetic, image_reward, vid"),
+        (["image_reward", tmp_path / "none.pt"], "file: there is no .*none.pt; pass the published pickle"),
         (["image_reward", there], "there.safetensors is a safetensors file already"),
-        (["image_reward", file, "--output", there], "output: .*there.safetensors is there already; remove it, or"),
+        (["image_reward", file, "--output", there], "output: .*there.safetensors exists already; remove it, or"),
         (["image_reward", file, "--output", tmp_path / "a.pt"], "output: .*a.pt must be a file that ends with .safet"),
         (["aesthetic", file], "ImageReward.pt does not hold .* head: layers.0.weight is missing"),
     ]:

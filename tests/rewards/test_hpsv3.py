@@ -108,12 +108,12 @@ def test_the_published_file_is_loaded_in_either_layout(tmp_path, flat):
 
 def test_what_is_not_here_is_said(tmp_path):
     config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is another 'qwen2_vl': .* that of HPSv3's base \(Qwen2-VL-7B\)"):
+    with pytest.raises(ValueError, match=r"is a different 'qwen2_vl': .* HPSv3's base \(Qwen2-VL-7B\) has"):
         load_reward("hpsv3", model=tmp_path, base=tmp_path, template=TEMPLATE)
     with pytest.raises(ValueError, match="holds no HPSv3.safetensors"):
         load_hpsv3(tmp_path, config(), torch.float32)
     with pytest.raises(
-        ValueError, match="there is no .*; the authors' file is fetched with `curl .*data_collator_qwen.py`"
+        ValueError, match="there is no .*; fetch the authors' file with `curl .*data_collator_qwen.py`"
     ):
         load_reward("hpsv3", template=tmp_path / "none.py")
     theirs = (

@@ -121,5 +121,5 @@ def test_the_published_layout_is_loaded_and_others_are_refused(tmp_path):
     torch.save(state, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match="blip.visual_encoder.cls_token is missing"):
         load_image_reward(tmp_path, *TINY, torch.float32)
-    with pytest.raises(ValueError, match="holds no ImageReward.pt"):
+    with pytest.raises(ValueError, match="holds neither ImageReward.pt"):
         load_image_reward(tmp_path / "..", *TINY, torch.float32)

@@ -231,7 +231,7 @@ def test_bad_settings():
         (dict(temporal=math.inf), "temporal=inf"),
         (dict(reg=math.inf), "reg=inf"),
         (dict(heads=[True]), r"heads=\[True\]"),
-        (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has none"),
+        (dict(floor=1e-6), "floor=1e-06: the arithmetic fusion has no floor"),
         (dict(heads=3), "heads=3"),
         (dict(heads=[]), r"heads=\[\]"),
         (dict(heads=[-1]), r"heads=\[-1\]"),
@@ -283,7 +283,7 @@ def test_quality_is_the_cosine_with_the_mapped_text(videos):
     torch.testing.assert_close(OTQualityReward(encoder, ot_map)(PROMPTS, videos), mapped, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="ot_map: it is bound to the encoder 'other', not to 'clip'"):
         OTQualityReward(encoder, LinearMap(encoder="other"))
-    with pytest.raises(ValueError, match="bank: a divergence weight needs"):
+    with pytest.raises(ValueError, match="bank: a divergence_weight needs"):
         OTQualityReward(encoder, divergence_weight=1.0)
     with pytest.raises(ValueError, match="at least one must differ from 0"):
         OTQualityReward(encoder, cosine_weight=0.0)

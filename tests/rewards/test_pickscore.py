@@ -125,7 +125,7 @@ def test_its_gradient_is_the_finite_difference():
 def test_weights_of_another_model_are_refused_by_name(tmp_path, monkeypatch):
     model = tiny_clip()
     model.save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match=r"is another 'clip': its projection_dim is 10, that of PickScore .* 1024"):
+    with pytest.raises(ValueError, match=r"is a different 'clip': its projection_dim is 10, PickScore .* has 1024"):
         load_reward("pickscore", model=tmp_path / "clip")
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')

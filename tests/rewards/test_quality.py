@@ -24,7 +24,7 @@ VIDEOS = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
         (PROMPTS, VIDEOS[:1], ValueError, "got 2 prompts for 1 videos"),
         (PROMPTS, VIDEOS[0], ValueError, r"videos: expected a tensor \(B, F, 3, H, W\)"),
         (PROMPTS, VIDEOS.movedim(2, -1), ValueError, r"got \(2, 5, 16, 16, 3\)"),
-        ([], VIDEOS[:0], ValueError, "no axis empty"),
+        ([], VIDEOS[:0], ValueError, "with no empty axis"),
     ],
 )
 def test_what_is_not_prompts_and_videos_is_refused(prompts, videos, error, message):
@@ -43,9 +43,9 @@ def test_settings_without_effect_are_refused():
         OTQualityReward(encoder, bank=bank)
     with pytest.raises(ValueError, match="blur: it has no effect without a divergence_weight"):
         OTQualityReward(encoder, blur=0.1)
-    with pytest.raises(ValueError, match="blur: the bank, a BankDivergence, has its own"):
+    with pytest.raises(ValueError, match="blur: the bank, a BankDivergence, already sets it"):
         OTQualityReward(encoder, bank=BankDivergence(bank, blur=0.2), divergence_weight=1.0, blur=0.1)
-    with pytest.raises(ValueError, match="solver: the bank, a BankDivergence, has its own"):
+    with pytest.raises(ValueError, match="solver: the bank, a BankDivergence, already sets it"):
         OTQualityReward(encoder, bank=BankDivergence(bank, blur=0.2), divergence_weight=1.0, solver="native")
     with pytest.raises(ValueError, match="solver: it has no effect without a divergence_weight"):
         OTQualityReward(encoder, solver="geomloss")

@@ -239,7 +239,7 @@ def test_a_digit_in_a_text(local):
             assert table.values.item() == 0.75 and table.metrics["vlm_judge_logprobs"] == [0.0], text
         for text in ("4/10", "4.5", "45", "3 objects are", "3-year-old", "7", "good", "", None, "From 1 to 5: 4"):
             endpoint.deeds = [{"message": {"content": text}}] * 2
-            why = f"2 tries, the last: the answer {text!r} is none of"
+            why = f"2 tries, the last: the answer {text!r} is not one of"
             with pytest.raises(RewardError, match=re.escape(why)):
                 ask(reward, prompts=PROMPTS[:1], videos=VIDEOS[:1])
 
@@ -295,12 +295,12 @@ def test_retry_after_is_honoured(local, retry_after):
         (status(400), "status 400: this is 400."),
         (half, "2 tries, the last: RemoteProtocolError"),
         (stall, "2 tries, the last: no answer within 0.5 s .time_limit"),
-        (garbage, "the answer is no chat completion .*<html>"),
-        ({"message": None}, "the answer is no chat completion"),
-        ({"logprobs": None}, "the answer holds no log-probabilities"),
-        (logprobs(("1", None)), "the answer holds no log-probabilities"),
-        (logprobs(("4", float("nan"))), "the answer holds nan as the log-probability of '4'"),
-        (logprobs(("4", 1.0)), "the answer holds 1.0 as the log-probability"),
+        (garbage, "the answer is not a chat completion .*<html>"),
+        ({"message": None}, "the answer is not a chat completion"),
+        ({"logprobs": None}, "the answer contains no log-probabilities"),
+        (logprobs(("1", None)), "the answer contains no log-probabilities"),
+        (logprobs(("4", float("nan"))), "the answer gives nan as the log-probability of '4'"),
+        (logprobs(("4", 1.0)), "the answer gives 1.0 as the log-probability"),
         (logprobs(("1", -float("inf"))), "2 tries, the last: none of .* is among the 1 likeliest first tokens"),
         (no_digit, r"2 tries, the last: none of \[1, 2, 3, 4, 5\] is among the 2 likeliest .* answer: 'yes', 'no'"),
     ],
@@ -321,7 +321,7 @@ def test_a_reward_timeout_names_url_prompt_and_the_last_failure(local):
         with pytest.raises(
             RewardError,
             match=rf"\(reward_timeout\).* It asked for model .*, prompt '{PROMPTS[0]}', "
-            f".* failure was that of {endpoint.url}: no answer within 0.4 s",
+            f".* last failure: {endpoint.url}: no answer within 0.4 s",
         ):
             panel(PROMPTS, VIDEOS, {})
 
@@ -370,13 +370,17 @@ def test_what_is_wrong_is_found_before_a_run(local):
             (lambda: judge(closed.url, api_key="sk-wrong"), [], r"key: Incorrect API key provided: Bearer \*\*\*"),
             (lambda: judge(api_key="sk-wrong\u2026"), [], "characters that a header cannot carry"),
             (lambda: judge(model="tests/tiny-lava"), [], "no such model; did you mean 'tests/tiny-llava'"),
-            (lambda: judge(plain.url[:-3]), [], "no OpenAI-compatible endpoint .*404.*; expected http://host:port/v1"),
-            (lambda: judge(), [without_logprobs], "holds no log-probabilities. Start .* or set logprobs=False"),
+            (
+                lambda: judge(plain.url[:-3]),
+                [],
+                "not an OpenAI-compatible endpoint .*404.*; expected http://host:port/v1",
+            ),
+            (lambda: judge(), [without_logprobs], "contains no log-probabilities. Use .* or set logprobs=False"),
             (lambda: judge(), [status(400)], "it answers text, but not with 8 images: status 400"),
             (lambda: judge(), [status(400)] * 2, "it does not answer: status 400"),
-            (lambda: judge(), [garbage] * 2, "it does not answer: the answer is no chat completion"),
-            (lambda: judge(blind.url), [], "it leaves images out: as many prompt tokens with them as without"),
-            (lambda: judge(blind.url, send="mp4"), [], "it leaves video out: .* or send images"),
+            (lambda: judge(), [garbage] * 2, "it does not answer: the answer is not a chat completion"),
+            (lambda: judge(blind.url), [], "it ignores images: the prompt has as many tokens with them as without"),
+            (lambda: judge(blind.url, send="mp4"), [], "it ignores video: .* or send images"),
         ):
             plain.deeds = deeds
             with pytest.raises(ValueError, match=why) as error:
@@ -393,7 +397,7 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
     "name, why",
     [
         ("vlm+http://127.0.0.1:9/v1", "expected vlm.http://host:port/v1.model=ID"),
-        ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; there are model, question"),
+        ("vlm+http://127.0.0.1:9/v1?model=a&colour=1", "unknown setting 'colour'; available: model, question"),
         (
             "vlm+http://127.0.0.1:9/v1?model=a&api_key=sk-wrong",
             "'api_key'; .* environment variable PISCES_VLM_API_KEY",
@@ -417,7 +421,7 @@ def test_a_dead_url_is_found_before_the_model_is_loaded(tmp_path):
         ("vlm+http://127.0.0.1:9/v1?model=a&extra_body=[1]", "extra_body=.1. must be"),
         (
             f"vlm+http://127.0.0.1:9/v1?model=a&question={PROMPT}&question={PROMPT}",
-            "expected files of different names",
+            "expected files with different names",
         ),
     ],
 )
@@ -434,8 +438,13 @@ def test_wrong_settings(name, why):
         (PROMPTS[:2], lambda x: x, ValueError, "2 prompts for 3 videos"),
         (PROMPTS, lambda x: x * 255, ValueError, "video 0 has values from"),
         (PROMPTS, lambda x: x.index_fill(0, torch.tensor(1), torch.nan), ValueError, "video 1 has values from nan"),
-        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' holds '<image>', a token of chat models"),
-        (["a", "a", "<|im_end|>"], lambda x: x, ValueError, "holds '<|im_end|>'"),
+        (
+            ["a", "a <image> b", "a"],
+            lambda x: x,
+            ValueError,
+            "'a <image> b' contains '<image>', a token of chat models",
+        ),
+        (["a", "a", "<|im_end|>"], lambda x: x, ValueError, "contains '<|im_end|>'"),
     ],
 )
 def test_bad_inputs_are_named(local, prompts, change, error, message):
@@ -504,14 +513,14 @@ def test_transformers_serve(serve, local, monkeypatch):
     table = ask(f"vlm+{serve}?model={MODEL}&frames=4&logprobs=false")
     assert table.values[:, 0].tolist() == expected and table.metrics["vlm_judge_logprobs"] == [0.0]
     for settings, why in (
-        ({}, "holds no log-probabilities. Start a server that gives them .* or set logprobs=False"),
+        ({}, "contains no log-probabilities. Use a server that returns them .* or set logprobs=False"),
         ({"model": "tests/tiny-lava"}, "no such model; did you mean 'tests/tiny-llava'"),
         (
             {
                 "model": LANGUAGE_MODEL,
                 "logprobs": False,
             },
-            "it leaves images out",
+            "it ignores images",
         ),
         ({"send": "mp4", "logprobs": False, "retries": 1}, "it answers text, but not with 1 video: .*status 500"),
     ):

@@ -20,7 +20,7 @@ def test_the_shipped_map_is_for_tiny_vtm_however_it_is_given():
 
 
 def test_the_shipped_map_is_for_no_other():
-    with pytest.raises(ValueError, match="ot_map: none is shipped for tiny-vtm, only for tiny-vtm@.*; fit one with"):
+    with pytest.raises(ValueError, match="ot_map: no map is shipped for tiny-vtm, only for tiny-vtm@.*; fit one with"):
         load_reward("ot_quality", encoder=build("tiny_vtm"))
 
 
@@ -51,7 +51,7 @@ def test_settings_are_looked_at_before_the_encoder_is_loaded(monkeypatch, tmp_pa
     for name in ("ot_semantic?solver=pot", "ot_quality?solver=pot&divergence_weight=1"):
         with pytest.raises(ValueError, match="solver='pot': expected one of native, geomloss"):
             load_reward(name, encoder="elsewhere")
-    with pytest.raises(ValueError, match="solver='geomloss': it has no partial plans, only unbalanced and balanced"):
+    with pytest.raises(ValueError, match="solver='geomloss': no partial plans, only unbalanced and balanced"):
         load_reward("ot_semantic", encoder="elsewhere", attention={"plan": "partial", "solver": "geomloss"})
     with pytest.raises(FileNotFoundError, match="holds no map"):
         load_reward("ot_quality", encoder="elsewhere", ot_map=tmp_path)
@@ -129,12 +129,12 @@ class Kept:
     ("name", "message"),
     [
         ("motion_flow?fps=8", "'motion_flow' does not use fps; it takes video_fps, threshold"),
-        ("motion_flow?video_fps=fast", "'motion_flow': video_fps='fast' must be like 16.0"),
+        ("motion_flow?video_fps=fast", "'motion_flow': video_fps='fast' must have the type of its default, 16.0"),
         ("motion_flow?video_fps", r"'motion_flow': expected motion_flow\?option=value&option=value, got 'video_fps'"),
         ("motion_flow?video_fps=0", "video_fps=0, threshold=6.0: both must be above 0"),
-        ("video_align?weights=1,x,1", "'video_align': weights='1,x,1' must be like "),
-        ("hpsv3?frames=2.5", "'hpsv3': frames='2.5' must be like 4"),
-        ("motion_flow?threshold=inf", "'motion_flow': threshold='inf' must be like 6.0"),
+        ("video_align?weights=1,x,1", "'video_align': weights='1,x,1' must have the type of its default"),
+        ("hpsv3?frames=2.5", "'hpsv3': frames='2.5' must have the type of its default, 4"),
+        ("motion_flow?threshold=inf", "'motion_flow': threshold='inf' must have the type of its default, 6.0"),
         ("cosine?plan=full", "'cosine' does not use plan; it takes"),
         ("motion_flo?video_fps=8", "'motion_flo.video_fps=8' is unknown; did you mean 'motion_flow'"),
     ],

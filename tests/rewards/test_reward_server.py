@@ -267,7 +267,7 @@ def test_mp4_files_are_not_decoded_beyond_what_a_request_says():
     black = wire.ScoreRequest(["x"], torch.zeros(1, 30, 3, 64, 65), {}, None)
     packed = wire.pack_request(black, "mp4")
     assert len(packed) < 10_000 and torch.equal(wire.unpack_request(packed).videos, black.videos)
-    with pytest.raises(wire.TooLarge, match="has 1497600 bytes, and this server takes 1000000"):
+    with pytest.raises(wire.TooLarge, match="has 1497600 bytes, but this server accepts 1000000"):
         wire.unpack_request(packed, 1_000_000)
     for size, why in (
         (b"[2, 64, 65]", "frame 3 of 64 x 66; expected 2 frames"),
@@ -332,7 +332,7 @@ def test_a_reward_timeout_names_url_prompt_and_the_last_failure(time_limit, why)
         with pytest.raises(
             RewardError,
             match=rf"'bright' did not return within 1.5 s \(reward_timeout\).* It asked "
-            f"for 3 videos, .* 'first'; .* failure was that of {faulty.url}: {why}",
+            f"for 3 videos, .* 'first'; .* last failure: {faulty.url}: {why}",
         ):
             panel(PROMPTS, VIDEOS, {})
 
@@ -389,8 +389,8 @@ def test_a_dead_server_is_an_error():
         ({"values": [1.0, "2", 1.0]}, "'2' for video 1"),
         ({"values": [True, 1.0, 1.0]}, "True for video 0"),
         ({"protocol": 2}, "version 2 of the protocol, this client 1"),
-        ({"reward": "dark"}, "is of reward 'dark'"),
-        ({"identity": "5678"}, "other weights"),
+        ({"reward": "dark"}, "is from reward 'dark'"),
+        ({"identity": "5678"}, "weights have changed"),
         ({"extras": {"x": [1]}}, "extras are not lists of 3"),
         ({"metrics": {"x": "1"}}, "metrics are not lists"),
     ],
@@ -487,7 +487,7 @@ def test_other_servers():
         RemoteReward(other.url, "bright")
     with Faulty() as a, Faulty(identity="5678") as b, pytest.raises(ValueError, match="serve different rewards"):
         RemoteReward([a.url, b.url], "bright")
-    with Faulty(health={"rewards": None}) as other, pytest.raises(ValueError, match="is no reward server"):
+    with Faulty(health={"rewards": None}) as other, pytest.raises(ValueError, match="is not a reward server"):
         RemoteReward(other.url, "bright")
 
 
@@ -503,8 +503,8 @@ def test_what_a_server_refuses(server):
         ("brightness", body(), "another", 401, "token is missing or wrong"),
         ("dark", body(), TOKEN, 404, "there are: bri"),
         ("brightness", body(size=512), TOKEN, 413, "raise its --max_mb"),
-        ("brightness", b"x", TOKEN, 400, "no safetensors"),
-        ("brightness", wire.save({"request": torch.zeros(3)}), TOKEN, 400, "no safetensors file with a JSON"),
+        ("brightness", b"x", TOKEN, 400, "not a safetensors"),
+        ("brightness", wire.save({"request": torch.zeros(3)}), TOKEN, 400, "not a safetensors file with a JSON"),
         ("brightness", body().replace(b'"protocol": 1', b'"protocol": 9'), TOKEN, 400, "client speaks version 9"),
         ("brightness", body().replace(b'"x"', b"123"), TOKEN, 400, "expected a list of strings"),
         ("nan", body(), TOKEN, 500, "returned nan for sample 0"),
@@ -626,8 +626,8 @@ def test_progress_is_told(monkeypatch, capsys):
         now[0] += pause
         post(count)
     assert capsys.readouterr().err.splitlines() == [
-        "8 videos scored, 0.2 a second; requests inside: 1",
-        "15 videos scored, 0.15 a second; requests inside: 1",
+        "8 videos scored, 0.2 per second; requests in the server: 1",
+        "15 videos scored, 0.15 per second; requests in the server: 1",
     ]
     assert served.scored == 15
     queue.stop()
@@ -636,7 +636,7 @@ def test_progress_is_told(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "options, why",
     [
-        (["--host", "0.0.0.0"], "give a --token_file"),
+        (["--host", "0.0.0.0"], "pass a --token_file"),
         (["--max_batch", "0"], "--max_batch 0 must be at least 1"),
         (["--token_file", "nowhere"], "cannot be read"),
         (["--port", "99999"], "must be 0 to 65535"),
@@ -658,7 +658,7 @@ def test_a_reward_without_its_package_and_a_name_with_a_slash(monkeypatch, tmp_p
     with pytest.raises(SystemExit, match=r"serve: reward 'ocr' reads text .* pip install 'pisces_rl\[ocr\]'"):
         command.main(["serve", "--rewards", "ocr"])
     (tmp_path / "slashed.py").write_text("def reward(prompts): ...\n\nreward.__name__ = 'a/b'\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="serve: reward 'a/b': a name that is served .* may hold no '/'"):
+    with pytest.raises(SystemExit, match="serve: reward 'a/b': the name of a served reward .* may not contain '/'"):
         command.main(["serve", "--rewards", f"{tmp_path / 'slashed.py'}:reward"])
 
 
@@ -681,7 +681,7 @@ def test_a_full_queue_and_a_signal(server):
     assert full.status_code == 503 and full.headers["retry-after"] == "1" and "queue of 2" in full.json()["error"]
     server.process.send_signal(signal.SIGTERM)
     threads[1].join(20)  # has not been begun with
-    assert answers[2].status_code == 503 and "stops" in answers[2].json()["error"] and server.process.poll() is None
+    assert answers[2].status_code == 503 and "stopping" in answers[2].json()["error"] and server.process.poll() is None
     (server.folder / "go").touch()
     threads[0].join(20)
     assert answers[1].status_code == 200 and answers[1].json()["values"] == [1.0]

@@ -54,7 +54,7 @@ def test_the_shipped_map_is_bound_to_the_shipped_encoder():
     folder = asset_path("tiny-vtm", CARD) / "map"
     with pytest.raises(ValueError, match=r"ot_map: it is bound to the encoder 'tiny-vtm@"):
         load_reward("ot_quality", encoder="tiny-vtm-judge", ot_map=folder)
-    with pytest.raises(ValueError, match="ot_map: none is shipped"):
+    with pytest.raises(ValueError, match="ot_map: no map is shipped"):
         load_reward("ot_quality", encoder="tiny-vtm-judge")
     assert TransportMap.load(folder).report["held_out"]["divergence"][0] < 0.01
 

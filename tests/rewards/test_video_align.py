@@ -175,9 +175,9 @@ def test_the_published_layout_is_loaded_and_lora_added(tmp_path):
 
 def test_weights_of_another_model_are_refused_by_name(tmp_path):
     config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is another 'qwen2_vl': its .*hidden_size is 16, that of VideoAlign's base"):
+    with pytest.raises(ValueError, match=r"is a different 'qwen2_vl': its .*hidden_size is 16, VideoAlign's base"):
         load_reward("video_align", model=tmp_path, base=tmp_path, template=TEMPLATE)
-    with pytest.raises(ValueError, match=r"holds no checkpoint-\*/model.pth, .* VideoAlign"):
+    with pytest.raises(ValueError, match=r"holds neither checkpoint-\*/model.pth nor .* VideoAlign"):
         load_video_align(tmp_path, config(), torch.float32)
     (tmp_path / "checkpoint-7").mkdir()
     state = {name.replace(".base_layer", ""): tensor for name, tensor in published_state().items()}
@@ -207,12 +207,12 @@ def test_what_is_not_here_is_said_with_the_command(tmp_path, monkeypatch):
 def test_bad_inputs_are_named():
     for template in ("{text_prompt}", TEMPLATE.replace("MQ", "VQ"), TEMPLATE + "<|TA_reward|>"):
         with pytest.raises(
-            ValueError, match="template: it must hold {text_prompt} and, once each, in order, <|VQ_rew"
+            ValueError, match="template: it must contain {text_prompt} and once each, in order, <|VQ_rew"
         ):
             VideoAlign(model(video_align.head(16)), tokenizer(), template)
     with pytest.raises(ValueError, match="needs at least 2 frames, got 1"):
         reward()(PROMPTS, videos(2, 1))
-    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' holds '<\|video_pad\|>', a token of video_align"):
+    with pytest.raises(ValueError, match=r"'a <\|video_pad\|>' contains '<\|video_pad\|>', a special token of video"):
         reward()([f"a {VIDEO}", "b"], videos())
     with pytest.raises(ValueError, match="video_fps=0"):
         reward(video_fps=0)

@@ -44,10 +44,10 @@ def test_it_is_a_reward(judge, videos):
     [
         ("abc", lambda x: x, TypeError, "prompts: expected a list of strings"),
         (PROMPTS[:2], lambda x: x, ValueError, "2 prompts for 3 videos"),
-        ([], lambda x: x[:0], ValueError, "no axis empty"),
+        ([], lambda x: x[:0], ValueError, "with no empty axis"),
         (PROMPTS, lambda x: x * 255, ValueError, "video 0 has values from"),
         (PROMPTS, lambda x: x.index_fill(0, torch.tensor(1), torch.nan), ValueError, "video 1 has values from nan"),
-        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' holds '<image>', a token of the judge"),
+        (["a", "a <image> b", "a"], lambda x: x, ValueError, "'a <image> b' contains '<image>', a special token of"),
     ],
 )
 def test_bad_inputs_are_named(judge, videos, prompts, change, error, message):
@@ -74,5 +74,5 @@ def test_bad_settings(judge, tmp_path):
     with pytest.raises(ValueError, match="processor: a model object"):
         VLMJudge(judge.model)
     (tmp_path / "question.txt").write_text("How good?")
-    with pytest.raises(ValueError, match="question: .* does not say"):
+    with pytest.raises(ValueError, match="question: .* does not contain"):
         VLMJudge(judge.model, judge.processor, question=tmp_path / "question.txt")

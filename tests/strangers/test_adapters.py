@@ -113,7 +113,7 @@ def test_a_pipeline_with_a_lora_is_refused_unchanged(bring, tmp_path):
     """Someone trains the pipeline they have been generating with."""
     pipe = bring(tmp_path)
     before = snapshot(pipe)
-    with pytest.raises(ValueError, match=r"carries the adapter .*'style'.* already.*continue_from") as raised:
+    with pytest.raises(ValueError, match=r"already has the adapter .*'style'.*continue_from") as raised:
         trainer(tmp_path / "run", model=pipe)
     assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
     fix = {wrapped: "merge_and_unload", in_text_encoder: "save: load the pipeline again"}.get(bring, "unload_lora")
@@ -158,7 +158,7 @@ def test_no_advice_that_cannot_be_followed(component):
     """A LoRA that peft put into Latte, or into a text encoder: neither has a method that fuses it."""
     pipe = quiet(BUILD["latte"]())
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "q"]), pipe.components[component], "style")
-    with pytest.raises(ValueError, match=f"{component} carries .* save: load the pipeline again. [^`]*$"):
+    with pytest.raises(ValueError, match=f"{component} already has .* save: load the pipeline again. [^`]*$"):
         check_no_adapters({component: pipe.components[component]})
 
 
@@ -220,7 +220,7 @@ def test_two_trainers_on_one_pipeline(settings, tmp_path, fresh_run):
     first = trainer(tmp_path / "first", model=pipe, max_steps=1, **settings)
     if not first.policy.compiled:  # the blocks are replaced already
         first.train()
-    with pytest.raises(ValueError, match="transformer carries the adapter 'default' already"):
+    with pytest.raises(ValueError, match="transformer already has the adapter 'default'"):
         trainer(tmp_path / "second", model=pipe)
     pipe.unload_lora_weights()
     own, classes = one_step(tmp_path / "second", pipe)

@@ -307,13 +307,13 @@ def of_a_newer_peft(tensors, options):
         (kohya, "layout of kohya or ComfyUI. Let diffusers convert it"),
         (comfyui, "tensors of 'diffusion_model'.*Let diffusers convert it"),
         (dora, "is a DoRA .*fuse_lora"),
-        (bias, "lora_B.bias' is no weight of lora_A or lora_B.*fuse_lora"),
+        (bias, "lora_B.bias' is not a weight of lora_A or lora_B.*fuse_lora"),
         (text_encoder, "tensors of 'text_encoder'"),
         (broken, "holds NaN"),
         (half, "do not belong together"),
         (pissa, "init_lora_weights='pissa'"),
-        (of_another_rank, "says rank 8 .*tensors have 4"),
-        (of_a_newer_peft, "use_wonder=True, which this peft does not know"),
+        (of_another_rank, "says rank 8 .*tensors have rank 4"),
+        (of_a_newer_peft, "use_wonder=True, which the installed peft does not know"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -342,7 +342,7 @@ def test_the_advice_to_convert_works(tmp_path):
 
 def test_a_loha_of_peft(tmp_path):
     get_peft_model(quiet(BUILD["wan"]()).transformer, LoHaConfig(target_modules=["to_q"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="hada.*is no weight of lora_A or lora_B"):
+    with pytest.raises(ValueError, match="hada.*is not a weight of lora_A or lora_B"):
         read_adapter(tmp_path)
 
 
@@ -366,7 +366,7 @@ def test_a_config_that_agrees_with_the_file(saved, tmp_path):
 
 
 def test_an_adapter_of_another_model(saved):
-    with pytest.raises(ValueError, match="does not fit transformer of this model: it adapts 'blocks.*Give the model"):
+    with pytest.raises(ValueError, match="does not fit transformer of this model: it adapts 'blocks.*Use the model"):
         add_lora({"transformer": quiet(BUILD["latte"]()).transformer}, start=read_adapter(saved))
     with pytest.raises(ValueError, match=r"adapts \['transformer'\], but this pipeline's denoisers are \['unet'\]"):
         add_lora({"unet": quiet(BUILD["latte"]()).transformer}, start=read_adapter(saved))
@@ -374,12 +374,14 @@ def test_an_adapter_of_another_model(saved):
 
 def test_nothing_to_continue_from(saved, tmp_path):
     """A typing error, an empty folder, another file in it, and the run's own folder."""
-    with pytest.raises(ValueError, match="neither a folder or file that exists, nor a Hub id"):
+    with pytest.raises(ValueError, match="neither an existing folder or file, nor a Hub id"):
         read_adapter("./no/such/folder/here")
     with pytest.raises(ValueError, match="holds no adapter: no pytorch_lora_weights.safetensors"):
         read_adapter(tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ValueError, match=r"It holds \['x.safetensors'\]: name the file itself"):
+    with pytest.raises(
+        ValueError, match=r"It holds \['x.safetensors'\]: if one of them is in diffusers' layout, name that file"
+    ):
         read_adapter(tmp_path)
     with pytest.raises(ValueError, match="could not be read"):
         read_adapter(tmp_path / "x.safetensors")

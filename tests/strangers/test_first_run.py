@@ -21,7 +21,7 @@ from pisces_rl.trainers.base.watch.plan import step_plan
 
 MODULES = [importlib.import_module(f"pisces_rl.cli.{name}") for _, name, _ in pkgutil.iter_modules(cli.__path__)]
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB = re.compile(r'"[A-Z][\w-]*/[\w.-]+"')  # a model that cannot be downloaded here
 FOUR = Dataset.from_dict({"prompt": ["a red circle", "a blue square", "a green triangle", "a red cross"]})
 

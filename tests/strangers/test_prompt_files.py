@@ -50,7 +50,7 @@ def test_encodings_that_must_be_guessed(tmp_path, name, encoding, message):
 
 def test_nul_characters(tmp_path):
     """A binary file with the suffix of a text."""
-    refused(tmp_path, "a.txt", b"ok\na\0b\n", "line 2: a NUL character")
+    refused(tmp_path, "a.txt", b"ok\na\0b\n", "line 2: UTF-8 text has no NUL characters")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
@@ -93,7 +93,7 @@ def test_prompts_of_a_csv_are_texts(tmp_path):
         ("prompt,n\na cat, running,1\n", "more fields than the header"),
         ("prompt,n\na,1\na cat, running,2\n", "line 3.*double quotes"),
         ('prompt,n\n"a,1\nb,2\n', "EOF inside string.*double quotes"),
-        ("prompt,n\na,1\n,2\n", "row 1: prompt is ''; every row needs a text"),
+        ("prompt,n\na,1\n,2\n", "row 1: prompt is ''; every row needs text"),
         ("prompt,prompt\na,b\n", "more than one column 'prompt'"),
         ("Prompt,n\na,1\n", r"has columns \['Prompt', 'n'\] but none named 'prompt'.*--dataset_column"),
         ("text;n\na;1\n", "none named 'prompt'.*--dataset_column"),
@@ -138,7 +138,7 @@ def test_json_of_strings_and_rows_that_lack_a_column(tmp_path):
     [
         ('{"prompt": "a"}\n{"prompt": "b"\n{"prompt": "c"}', "line 3: Expecting"),
         ("{'prompt': 'a'}", "line 1: .*double quotes"),
-        ('{"prompt": "a"}\n{"n": 1}', "row 1: prompt is None; every row needs a text"),
+        ('{"prompt": "a"}\n{"n": 1}', "row 1: prompt is None; every row needs text"),
         ('{"prompt": "a"}\n{"prompt": 3}', "row 1: prompt is 3"),
         ('{"prompt": " "}', "row 0: prompt is ' '"),
         ('{"prompt": "a"}\n"b"', "row 1 is 'b'; every row must be an object"),

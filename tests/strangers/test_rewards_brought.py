@@ -288,7 +288,7 @@ def test_a_wrapper_that_hides_what_it_takes_is_told_what_to_do():
     def passes_on(prompts, videos, **kwargs):
         return two(prompts, videos, **kwargs)
 
-    with pytest.raises(RewardError, match=r"unexpected keyword argument .* functools.wraps .* take \*\*columns"):
+    with pytest.raises(RewardError, match=r"unexpected keyword argument .* functools.wraps .* add \*\*columns"):
         ask(passes_on)
 
 
@@ -317,7 +317,7 @@ def test_names_that_meet_by_numbering():
         return [0.0] * len(prompts)
 
     third.__name__ = "lambda_1"
-    with pytest.raises(ValueError, match="cannot be told apart"):
+    with pytest.raises(ValueError, match="logged under the same name"):
         RewardPanel([lambda prompts: [0.0], lambda prompts: [1.0], third])
 
 

@@ -205,14 +205,14 @@ def test_the_policy_says_how_it_samples(wan):
     [
         (
             UniPCMultistepScheduler.from_config(FlowMatchEulerDiscreteScheduler(shift=3.0).config),
-            "WanPipeline is a flow-matching pipeline, and its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True",
+            "WanPipeline is a flow-matching pipeline, but its UniPC.*prediction_type='epsilon'.*use_flow_sigmas=True",
         ),
         (UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas=True and prediction_type='epsilon'"),
         (
             DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
             "use_flow_sigmas=False and .*flow_prediction",
         ),
-        (UniPCMultistepScheduler(flow_shift=None, **FLOW), "flow_shift=None, from which"),
+        (UniPCMultistepScheduler(flow_shift=None, **FLOW), "flow_shift=None, so it cannot make a schedule"),
         (DDIMScheduler(clip_sample=False), "its DDIMScheduler is not set .*FlowMatchEulerDiscreteScheduler"),
         (EulerDiscreteScheduler(), "its EulerDiscreteScheduler is not set"),
     ],
@@ -228,5 +228,5 @@ def test_times_that_are_no_steps(scheduler):
     """Runge-Kutta's extra times, or a schedule that runs from data to noise."""
     pipe = quiet(BUILD["t2v_sd"]())
     pipe.scheduler = scheduler
-    with pytest.raises(PolicyError, match="times for 4 steps.*are not one for each step"):
+    with pytest.raises(PolicyError, match="timesteps for 4 steps.*are not one per step"):
         VideoPolicy(pipe, num_inference_steps=4, pipeline_kwargs=CALLS["t2v_sd"]).sample(["a"], noise_seeds=[0])

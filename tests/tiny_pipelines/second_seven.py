@@ -250,6 +250,6 @@ GUIDANCE["ltx2"] = (
 
 REFUSES = {
     ("allegro", "a part of the frames"): "Allegro: 6",
-    ("cosmos", "backpropagation"): "into numpy",
+    ("cosmos", "backpropagation"): "to numpy",
     ("ltx2", "a later start"): "with a copy of its scheduler",
 }

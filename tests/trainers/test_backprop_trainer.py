@@ -216,7 +216,7 @@ def test_rewards_without_gradients(tmp_path):
         return bright(prompts, videos)
 
     later.differentiable = True
-    with pytest.raises(ValueError, match=r"rewards \['later'\] are async: .* with def, or .* VideoGRPOTrainer"):
+    with pytest.raises(ValueError, match=r"rewards \['later'\] are async, .* with def instead of .* VideoGRPOTrainer"):
         trainer(tmp_path, [bright, later])
     with pytest.raises(ValueError, match=r"rewards \['brightness'\] are not differentiable.*VideoGRPOTrainer"):
         trainer(tmp_path, [bright, tiny_runs.brightness])
@@ -234,9 +234,9 @@ def test_rewards_without_gradients(tmp_path):
         raise KeyError("weights")
 
     for func, message in (
-        (cut, "without a graph"),
-        (listed, "returned a list without a graph"),
-        (steep, "gradient that is NaN"),
+        (cut, "not connected to the videos"),
+        (listed, "returned a list that is not connected"),
+        (steep, "has a NaN or infinite gradient"),
         (raises, "'raises' raised KeyError"),
     ):
         func.differentiable = True

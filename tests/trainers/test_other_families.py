@@ -85,7 +85,7 @@ def test_backpropagation_through_the_frozen_expert_is_refused(tmp_path):
             gradient_checkpointing=False,
         ),
     )
-    with pytest.raises(PolicyError, match=r"not trained. Train the one that they call \(lora_denoisers\)"):
+    with pytest.raises(PolicyError, match=r"not trained. Train the denoiser that they call \(lora_denoisers\)"):
         made.train()
 
 

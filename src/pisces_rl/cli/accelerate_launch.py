@@ -1,33 +1,32 @@
-"""A subcommand on several processes, by accelerate's launcher, as TRL's program does it."""
+"""Run a subcommand on several processes with accelerate's launcher, as TRL's program does."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import RECIPES
+from . import RECIPES, usage_error
 
-#: What `accelerate launch` takes beside its file; any of these starts processes. Other options stand in the file.
+#: Options passed on to `accelerate launch`; any of them starts processes. Other options belong in the config file.
 _OPTIONS = ("num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "gpu_ids")
 FILES = RECIPES / "accelerate"
 
 
 def launched(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for processes."""
+    """Return whether a command line asks for several processes."""
     options = {f"--{option}" for option in ("accelerate_config", *_OPTIONS)}
     return any(argument.split("=")[0] in options for argument in arguments)
 
 
 def launch(name: str, arguments: Sequence[str]) -> None:
-    """`accelerate launch --config_file FILE [--num_processes N ...] -m pisces_rl NAME ...`.
+    """Run `accelerate launch --config_file FILE [--num_processes N ...] -m pisces_rl NAME ...`.
 
     Args:
-        name: of the subcommand.
-        arguments: its command line, with `--accelerate_config FILE`, a file or the name of one in recipes/accelerate,
-            or with `--num_processes N`.
+        name: the subcommand.
+        arguments: its command line, with `--accelerate_config FILE` (a path, or a name in recipes/accelerate) or
+            `--num_processes N`.
 
     Raises:
-        ValueError: there is no such file.
-        SystemExit: a process failed; it has said why.
+        SystemExit: the file does not exist (status 2), or a process failed after it printed its error (status 1).
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -39,7 +38,7 @@ def launch(name: str, arguments: Sequence[str]) -> None:
     given, rest = parser.parse_known_args(arguments)
     options = [f"--{option}={value}" for option in _OPTIONS if (value := getattr(given, option)) is not None]
     if given.accelerate_config is not None:
-        options.insert(0, f"--config_file={config_file(given.accelerate_config)}")
+        options.insert(0, f"--config_file={config_file(given.accelerate_config, parser.prog)}")
     args = launch_command_parser().parse_args(["--quiet", *options, "-m", "pisces_rl", name, *rest])
     try:
         launch_command(args)
@@ -48,11 +47,11 @@ def launch(name: str, arguments: Sequence[str]) -> None:
         raise SystemExit(f"pisces-rl {name}: process {rank} ended with status {failure.exitcode}.") from error
 
 
-def config_file(name: str) -> Path:
-    """A file of accelerate's, or that of this name in recipes/accelerate."""
+def config_file(name: str, prog: str) -> Path:
+    """Return the path of an accelerate config: `name` itself, or the file of that name in recipes/accelerate."""
     for path in (Path(name), FILES / f"{name}.yaml"):
         if path.is_file():
             return path
     names = ", ".join(sorted(path.stem for path in FILES.glob("*.yaml")))
     known = f", and it is none of {names}" if names else ""
-    raise ValueError(f"--accelerate_config {name}: there is no such file{known}.")
+    usage_error(f"--accelerate_config {name}: no such file{known}.", prog)

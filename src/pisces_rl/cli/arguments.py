@@ -1,4 +1,4 @@
-"""What the commands share: arguments from YAML and the command line, prompts and rewards by name."""
+"""Code that the commands share: arguments from YAML and the command line, prompts and rewards by name."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from ..prompt_files import PROMPT_FILES, read_prompt_file
 
 
 def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, prog: str | None = None) -> tuple:
-    """Dataclasses from `--config file.yaml` and command-line overrides, the command line first.
+    """Parse dataclasses from `--config file.yaml` and the command line, which overrides the file.
 
     Args:
         dataclasses: one or more dataclass types; no two may share a field.
@@ -24,13 +24,14 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
         prog: the program's name in its help and errors; None takes `sys.argv`.
 
     Returns:
-        One instance each.
+        One instance of each dataclass.
 
     Raises:
-        SystemExit: an argument or a key of the YAML file is unknown; the message names the nearest known one.
+        SystemExit: an argument or YAML key is invalid (status 2); if it is unknown, the message names the nearest one.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclasses, prog=prog, allow_abbrev=False)  # an abbreviation is a typo that trains
+    usage = "%(prog)s [--config FILE] [OPTIONS]"  # not hundreds of options before each error
+    parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)  # do not train with a typo
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
     path = _config_path(arguments)
@@ -58,7 +59,7 @@ def _config_path(arguments: list[str]) -> str | None:
 
 def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
     if not os.path.isfile(path):
-        parser.error(f"--config {path}: no such file; recipes lie in recipes/.")
+        parser.error(f"--config {path}: no such file; the recipes are in recipes/.")
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -69,12 +70,12 @@ def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
 
 
 def _as_arguments(parser: HfArgumentParser, path: str, settings: dict) -> list[str]:
-    """The settings of a file as a command line, so that both are converted and checked alike."""
+    """Convert a file's settings to a command line, so that both are checked by the same code."""
     actions = {action.dest: action for action in parser._actions}
     arguments = []
     for key, value in settings.items():
         action = actions[key]
-        if value is None or value == []:  # no command line says these
+        if value is None or value == []:  # a command line cannot express these
             parser.set_defaults(**{key: value})
             action.required = False
         elif isinstance(value, list):
@@ -98,33 +99,33 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def load_prompt_dataset(
     source: str, split: str = "train", column: str = "prompt", images: Sequence[str] = ("image",)
 ) -> Dataset:
-    """Prompts by name: a .txt (one prompt a line), .csv, .json or .jsonl file, or a data set's Hub id or folder.
+    """Load prompts from a .txt (one per line), .csv, .json or .jsonl file, or from a data set's Hub id or folder.
 
-    Files are UTF-8, or UTF-16 with a byte order mark. Of a .txt, blank lines and spaces around a line are dropped. A
-    .csv is separated by commas, semicolons or tabs. A .json or .jsonl holds objects, one after the other or in a list,
-    an object of lists, or strings. Prompts that occur twice are kept twice.
+    Files are UTF-8, or UTF-16 with a byte order mark. In a .txt, blank lines and surrounding spaces are dropped. A
+    .csv is separated by commas, semicolons or tabs. A .json or .jsonl holds a sequence or list of objects, an object
+    of lists, or strings. Duplicate prompts are kept.
 
     Args:
         source: a path or a Hub id.
-        split: split of a Hub data set.
+        split: the split of a Hub data set.
         column: the column that holds the text; it is renamed to `prompt`.
-        images: columns of a file's table that may hold paths of images; relative ones are looked for beside the file.
+        images: columns that may hold image paths; relative paths are resolved against the file's folder.
 
     Raises:
-        ValueError: the file is missing or empty, cannot be read, has no such column, or has a row without a prompt.
+        ValueError: the file is missing, empty or unreadable, lacks the column, or has a row without a prompt.
     """
     if Path(source).suffix.lower() in PROMPT_FILES:
         dataset = _beside(read_prompt_file(source, column), Path(source).parent, images)
     else:
         try:
             dataset = load_dataset(source, split=split)
-        except Exception as error:  # datasets raises many kinds; each means the same to the user
+        except Exception as error:  # datasets raises many types; all mean the same to the user
             raise ValueError(
                 f"dataset={source!r} is neither a .txt, .csv, .json or .jsonl file nor a data set that could be "
                 f"loaded (split {split!r}): {error}"
             ) from error
     if len(dataset) == 0:
-        raise ValueError(f"dataset={source!r} holds no prompt; it needs at least one.")
+        raise ValueError(f"dataset={source!r} holds no prompts; it needs at least one.")
     if column not in dataset.column_names:
         raise ValueError(
             f"dataset={source!r} has columns {dataset.column_names} but none named {column!r}; name the text column "
@@ -140,7 +141,7 @@ def load_prompt_dataset(
 
 
 def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
-    """Relative paths of files in the folder with the folder; whatever else the columns hold stays."""
+    """Prefix relative paths of files in the folder with the folder; leave all other values as they are."""
     for name in columns:
         if name in dataset.column_names and dataset.features[name] == Value("string"):
             found = [str(folder / p) if p and (folder / p).is_file() else p for p in dataset[name]]
@@ -149,8 +150,8 @@ def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
 
 
 def load_reward_function(name: str, **options) -> Callable:
-    """`pisces_rl.rewards.load_reward`, whose options concern those of its `REWARDS` and no function; scorers have no
-    encoder, and OCR and optical flow nothing to offload."""
+    """Call `pisces_rl.rewards.load_reward` with the options that apply to the reward: functions take none of them,
+    scorers have no encoder, and OCR and optical flow have nothing to offload."""
     from pisces_rl.rewards import ENCODER_REWARDS, load_reward
     from pisces_rl.rewards.loading import is_known
 

@@ -1,4 +1,4 @@
-"""`pisces-rl env`: what a bug report needs to know of a machine."""
+"""`pisces-rl env`: print the versions and hardware that a bug report needs."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Versions, platform and GPUs, by name."""
+    """Return versions, platform and GPUs by name."""
     import torch
 
     found = {"pisces_rl": __version__, "platform": platform.platform(), "python": platform.python_version()}

@@ -1,7 +1,7 @@
-"""`pisces-rl estimate`: memory of a run on each GPU, without weights, without a GPU and without downloading a model.
+"""`pisces-rl estimate`: estimate a run's memory per GPU, without weights, a GPU or a model download.
 
-A model of recipes/architectures.json is built from there; of any other one, a folder or a Hub id, the configuration
-files are read. bf16 is on, as on a GPU, unless --bf16 false.
+Models in recipes/architectures.json are built from that file; for any other folder or Hub id, the configuration files
+are read. bf16 is on, as on a GPU, unless you pass --bf16 false.
 """
 
 import json
@@ -16,7 +16,7 @@ from rich.table import Table
 from pisces_rl import assets
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
-from . import RECIPES
+from . import RECIPES, usage_error
 from .arguments import parse_arguments
 from .train_command import TRAINERS, MethodArguments, method_of
 from .training_inputs import lora_config
@@ -27,16 +27,22 @@ GIB = 2**30
 
 @dataclass
 class EstimateArguments:
-    gpu_gib: float | None = field(default=None, metadata={"help": "Memory of a GPU; says whether the run fits."})
-    num_processes: int = field(default=1, metadata={"help": "GPUs that share weights."})
-    sharding: str = field(
-        default="none", metadata={"help": "none: every GPU holds all weights; fsdp2: denoisers are sharded."}
+    gpu_gib: float | None = field(
+        default=None, metadata={"help": "Memory of a GPU in GiB; prints whether the run fits."}
     )
-    table: bool = field(default=False, metadata={"help": "Print one line for each recipe, and nothing else."})
+    num_processes: int = field(default=1, metadata={"help": "Number of GPUs that share the weights."})
+    sharding: str = field(
+        default="none",
+        metadata={
+            "choices": ["none", "fsdp2"],
+            "help": "none: every GPU holds all weights; fsdp2: the denoisers are sharded.",
+        },
+    )
+    table: bool = field(default=False, metadata={"help": "Print only a table with one line per recipe."})
 
 
 def architectures() -> dict:
-    """Configurations by model; an installed package has none, and reads those of the model's folder or Hub id."""
+    """Return configurations by model. An installed package has none and reads the model's folder or Hub id instead."""
     return json.loads(ARCHITECTURES.read_text(encoding="utf-8")) if ARCHITECTURES.is_file() else {}
 
 
@@ -51,8 +57,8 @@ def estimated(script: MethodArguments, config) -> MemoryEstimate:
 
 
 def parsed(arguments: Sequence[str], prog: str | None = None) -> tuple:
-    """(EstimateArguments, MethodArguments, config) of the command line for a run on a GPU, wherever it is parsed."""
-    method = method_of(arguments, unnamed="grpo")
+    """Parse (EstimateArguments, MethodArguments, config) for a run on a GPU, even on a machine without one."""
+    method = method_of(arguments, unnamed="grpo", prog=prog)
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
     return parse_arguments(
         EstimateArguments,
@@ -75,7 +81,7 @@ def write(estimate: MemoryEstimate, console: Console) -> None:
     table.add_row("peak", *(f"{peak / GIB:.1f}" for peak in estimate.peaks.values()))
     console.print(table)
     console.print(", ".join(f"{name} {value:,}" for name, value in estimate.details.items()))
-    console.print("Not counted: rewards, evaluation, the CUDA context, workspaces of kernels, fragmentation.")
+    console.print("Not counted: rewards, evaluation, the CUDA context, kernel workspaces, fragmentation.")
 
 
 def markdown_line(path: Path) -> str:
@@ -93,7 +99,7 @@ def markdown_line(path: Path) -> str:
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
     own, script, config = parsed(arguments, prog)
     if own.table and len(arguments) > 1:
-        raise SystemExit("Write --table alone: it prints every recipe as it is.")
+        usage_error("--table takes no other arguments: it prints every recipe as it is.", prog)
     if own.table:
         print(
             "| recipe | frames x height x width | micro-batch | sampling / decoding / update | one GPU | "
@@ -104,15 +110,14 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
             if any(f"model: {model}\n" in path.read_text(encoding="utf-8") for model in architectures()):
                 print(markdown_line(path), flush=True)
         return
-    if own.sharding not in ("none", "fsdp2"):
-        raise SystemExit(f"sharding={own.sharding!r} must be 'none' or 'fsdp2'.")
     if own.sharding == "none" and own.num_processes != 1:
-        raise SystemExit(
-            f"num_processes={own.num_processes}: without sharding every GPU takes what one takes; leave "
-            "it out, or set --sharding fsdp2."
+        usage_error(
+            f"--num_processes {own.num_processes}: without sharding every GPU needs as much memory as one; leave it "
+            "out, or set --sharding fsdp2.",
+            prog,
         )
     if own.sharding == "fsdp2" and own.num_processes < 2:
-        raise SystemExit(f"num_processes={own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.")
+        usage_error(f"--num_processes {own.num_processes}: fsdp2 needs at least 2 GPUs to share weights.", prog)
     try:
         estimate = estimated(script, config)
         if own.sharding == "fsdp2":

@@ -1,9 +1,9 @@
-"""`pisces-rl evaluate`: what rewards measure: clips with one thing wrong, by how much, and what must change nothing.
+"""`pisces-rl evaluate`: test what rewards measure: whether they detect single corruptions, and how strongly.
 
-Without a data set it asks about ShapeMotion, where every attribute can be broken alone. A data set has the columns
-`video` (a path) and `caption`: there, another video of the set and corruptions of pixels and of time take their place.
-Videos of one size are asked about as they are, others are scaled and cut to the encoder's frame.
-Writes rewards.md, the reward against each corruption's strength (strength.png) and plans by word (plans.png).
+Without a data set, it uses ShapeMotion, where each attribute can be corrupted alone. A data set needs the columns
+`video` (a path) and `caption`; its corruptions are another video of the set and changes to pixels and time. Videos are
+scored as they are if all have the same size; otherwise they are scaled and cropped to the encoder's resolution.
+Writes rewards.md, reward against corruption strength (strength.png) and transport plans by word (plans.png).
 """
 
 import json
@@ -19,6 +19,7 @@ from pisces_rl.evaluation import CleanClips, evaluate_reward, plan_inside_object
 from pisces_rl.evaluation.reward_checks import STRENGTHS
 from pisces_rl.markdown import escape
 from pisces_rl.media import load_video
+from pisces_rl.ot.plans import SOLVERS
 from pisces_rl.rewards import ENCODER_REWARDS, OTSemanticReward
 
 from .arguments import load_reward_function, parse_arguments
@@ -31,23 +32,25 @@ class EvaluationArguments:
     rewards: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: those of "
-            "ENCODER_REWARDS that the encoder has."
+            "help": "Names in pisces_rl.rewards.REWARDS, file.py:function or package.module:function. Unset: the "
+            "ENCODER_REWARDS that the encoder supports."
         },
     )
-    encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
-    ot_map: str | None = field(default=None, metadata={"help": "Folder that fit_ot_map.py wrote."})
+    encoder: str = field(default="tiny-vtm", metadata={"help": "Built-in encoder, folder or Hub id."})
+    ot_map: str | None = field(default=None, metadata={"help": "Folder written by pisces-rl fit-map."})
     ot_attention: str | None = field(
         default=None,
-        metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
+        metadata={"help": 'OTAttention settings for ot_semantic as JSON, for example {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
-        default=None, metadata={"help": "What solves the plans of ot_semantic: native or geomloss. Unset: native."}
+        default=None, metadata={"choices": list(SOLVERS), "help": "Solver of the plans of ot_semantic. Unset: native."}
     )
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
-    split: str = field(default="test_seen", metadata={"help": "Split of shapemotion."})
-    n: int = field(default=128, metadata={"help": "Clips, at most; they and their corruptions are held in memory."})
-    output_dir: str = field(default="outputs/reward_evaluation", metadata={"help": "Folder of tables and pictures."})
+    split: str = field(default="test_seen", metadata={"help": "ShapeMotion split."})
+    n: int = field(
+        default=128, metadata={"help": "Maximum number of clips; they and their corruptions are held in memory."}
+    )
+    output_dir: str = field(default="outputs/reward_evaluation", metadata={"help": "Folder for tables and images."})
 
 
 def read_clips(args: EvaluationArguments, frames: int, size: tuple[int, int]) -> CleanClips:
@@ -67,7 +70,7 @@ def read_clips(args: EvaluationArguments, frames: int, size: tuple[int, int]) ->
 
 
 def middle(video: Tensor, size: tuple[int, int]) -> Tensor:
-    """A video (F, 3, H, W) scaled until it covers `size`, and what of it is in the middle."""
+    """Scale a video (F, 3, H, W) until it covers `size`, then crop its center."""
     scale = max(side / own for side, own in zip(size, video.shape[-2:]))
     scaled = [round(own * scale) for own in video.shape[-2:]]
     video = torch.nn.functional.interpolate(video, scaled, mode="bicubic", antialias=True).clamp(0, 1)
@@ -76,7 +79,7 @@ def middle(video: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
-    """Those asked for, or else all that the encoder has; why another is left out is printed."""
+    """Load the requested rewards, or else all that the encoder supports; print why the others are skipped."""
     attention = None if args.ot_attention is None else json.loads(args.ot_attention)
     semantic = {"attention": attention, "solver": args.ot_solver}
     options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": semantic}
@@ -88,12 +91,12 @@ def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
         except ValueError as error:
             if args.rewards or any(own.values()):
                 raise
-            print(f"{name} is left out: {error}")
+            print(f"{name} is skipped: {error}")
     return rewards
 
 
 def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """One chart a reward: its mean, from worst to best, against the strength of each corruption."""
+    """Draw one chart per reward: its mean, scaled from lowest to highest, against the strength of each corruption."""
     width, height, pad = 420, 260, 40
     picture = Image.new("RGB", (width * len(curves), height + 170), "white")
     pen = ImageDraw.Draw(picture)
@@ -114,7 +117,7 @@ def draw_curves(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 @torch.no_grad()
 def draw_plans(reward: OTSemanticReward, clips: CleanClips, path: Path, prompts: int = 3, scale: int = 64) -> None:
-    """For a few prompts, each word's row of the last layer's plan over the video tokens; mean of heads."""
+    """Draw each word's row of the last layer's plan over the video tokens for a few prompts, averaged over heads."""
     pieces, positions, drawings = reward.draw(clips.prompts[:prompts], clips.videos[:prompts])
     words = reward.encoder.encode_text(clips.prompts[:prompts]).words.cpu()
     placed = positions.isfinite().all(1)
@@ -137,7 +140,7 @@ def draw_plans(reward: OTSemanticReward, clips: CleanClips, path: Path, prompts:
 
 
 def table_of_shares(shares: dict[str, dict]) -> str:
-    """A row for plan, attention, fused attention and tokens, a column for each place they may lie on."""
+    """Return a Markdown table: rows for plan, attention, fused attention and tokens; a column per place."""
     lines = [f"| weight of color and noun on | {' | '.join(shares)} |", "|---" * (len(shares) + 1) + "|"]
     for name in next(iter(shares.values())):
         lines.append(f"| {name} | {' | '.join(str(share[name]) for share in shares.values())} |")
@@ -166,4 +169,4 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
         print(section, flush=True)
         (output / "rewards.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
         draw_curves(curves, output / "strength.png")
-    print(f"written to {output}")
+    print(f"wrote {output}")

@@ -1,19 +1,23 @@
-"""`pisces-rl export`: a trained adapter for another program, or the base with it merged in; see docs/export.md."""
+"""`pisces-rl export`: convert a trained adapter for another program, or merge it into the base; see docs/export.md."""
 
 import argparse
 
+from . import usage_error
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from pisces_rl.export import DTYPES, FAMILIES, FORMATS
+    from pisces_rl.export import FAMILIES, FORMATS
 
-    parser.add_argument("folder", help="Of the adapter: a run's output_dir, or a Hub id.")
-    parser.add_argument("output", help="Folder to write to; it may be the run's.")
+    parser.add_argument("folder", help="The adapter: a run's output_dir, or a Hub id.")
+    parser.add_argument("output", help="Folder to write to; may be the run's folder.")
     parser.add_argument("--format", default="diffusers", choices=[*FORMATS, "merged"])
-    parser.add_argument("--dtype", default="bf16", choices=list(DTYPES), help="Of the files.")
+    parser.add_argument(
+        "--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="Number format of the files."
+    )
     parser.add_argument(
         "--model",
-        help=f"merged: the base model, a folder or Hub id. Otherwise one of {', '.join(FAMILIES)}, where the adapter "
-        "does not note its model.",
+        help=f"With --format merged: the base model, a folder or Hub id. Otherwise one of {', '.join(FAMILIES)}, "
+        "needed if the adapter does not record its model.",
     )
 
 
@@ -26,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
             print(path)
         return
     if args.model is None:
-        raise ValueError("--format merged needs --model, the base model.")
+        usage_error("--format merged needs --model, the base model.")
     pipeline = load_pipeline(args.model, DTYPES[args.dtype])
     for name, merged in merge_adapter(pipeline, args.folder, args.output).items():
         print(

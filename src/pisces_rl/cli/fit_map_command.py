@@ -1,10 +1,10 @@
-"""`pisces-rl fit-map`: a transport map from text embeddings to embeddings of real videos, for the quality reward.
+"""`pisces-rl fit-map`: fit a transport map from text embeddings to embeddings of real videos, for the quality reward.
 
-A data set has the columns `video` (in a file a path, beside it or absolute; else the videos themselves) and `caption`;
-rows with only one of them make it unpaired. Features are cached in output_dir/features, so a call that was broken off
-goes on where it was, and a larger max_samples adds to them; each GPU decodes and encodes its share. Every map is
-scored on pairs that it was not fitted on; the best one, or the kind that --save names, is saved in output_dir, with a
-bank of real videos' features for the divergence.
+A data set needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
+the file; in other data sets, it holds the videos. Rows with only one of the two make the data set unpaired. Features
+are cached in output_dir/features: an interrupted call resumes there, and a larger max_samples adds to them. Each GPU
+decodes and encodes its share. Every map is scored on held-out pairs, which also tell whether transport pays or
+the raw cosine is as good. The map that --save names is saved in output_dir with a bank of real-video features.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from pisces_rl.rewards.features import Video
 from pisces_rl.rewards.loading import BANK
 from pisces_rl.shapemotion import render_layout, sample_layouts
 
+from . import usage_error
 from .arguments import parse_arguments
 
 MAPS = {
@@ -43,28 +44,36 @@ FILES = {".csv": "csv", ".json": "json", ".jsonl": "json"}
 
 @dataclass
 class FitArguments:
-    encoder: str = field(default="tiny-vtm", metadata={"help": "Embedded encoder, folder or Hub id."})
+    encoder: str = field(default="tiny-vtm", metadata={"help": "Built-in encoder, folder or Hub id."})
     dataset: str = field(
         default="shapemotion",
         metadata={"help": "shapemotion, a Hub data set, a folder, or a .csv, .json or .jsonl file."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set, or of shapemotion."})
-    video_column: str = field(default="video", metadata={"help": "Column with the videos, or their paths."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the data set or of shapemotion."})
+    video_column: str = field(default="video", metadata={"help": "Column with the videos or their paths."})
     caption_column: str = field(default="caption", metadata={"help": "Column with the captions."})
-    max_samples: int = field(default=8192, metadata={"help": "Samples that are read, at most."})
+    max_samples: int = field(default=8192, metadata={"help": "Maximum number of samples to read."})
     maps: list[str] = field(
         default_factory=lambda: ["entropic"],
-        metadata={"help": f"Besides identity, mean_shift and linear: {', '.join(MAPS)}."},
+        metadata={"choices": list(MAPS), "help": "Maps to fit besides identity, mean_shift and linear."},
     )
-    save: str = field(default="best", metadata={"help": "Kind of the map to save: best, or one of those fitted."})
-    bank_size: int = field(default=2048, metadata={"help": "Real videos whose features are kept for the divergence."})
+    save: str = field(
+        default="advised",
+        metadata={
+            "help": "Map to save: advised (by retrieval on held-out pairs; without pairs, as best), best (smallest "
+            "held-out divergence), or the kind of a fitted map."
+        },
+    )
+    bank_size: int = field(
+        default=2048, metadata={"help": "Number of real videos whose features are kept for the divergence."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Videos encoded at once."})
-    seed: int = field(default=0, metadata={"help": "Of the held-out pairs and of the maps."})
-    output_dir: str = field(default="outputs/ot_map", metadata={"help": "Folder of the map and of cached features."})
+    seed: int = field(default=0, metadata={"help": "Seed of the held-out pairs and of the maps."})
+    output_dir: str = field(default="outputs/ot_map", metadata={"help": "Folder for the map and the cached features."})
 
 
 def source(args: FitArguments) -> str:
-    """What tells the samples from others, but for their number: more of them begin with the same ones."""
+    """Identify the samples, without their number: a larger max_samples extends the same sequence."""
     if args.dataset == "shapemotion":
         return f"shapemotion, split {args.dataset_split}, seed {args.seed}"
     path, columns = Path(args.dataset), f"columns {args.video_column} and {args.caption_column}"
@@ -74,7 +83,7 @@ def source(args: FitArguments) -> str:
 
 
 def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str | None]]:
-    """Videos, as functions that decode one, and captions."""
+    """Yield (function that decodes the video, caption) per sample; None if the sample lacks one."""
     if args.dataset == "shapemotion":
         for first in range(0, args.max_samples, 64):
             generator = torch.Generator().manual_seed(args.seed * 1_000_003 + first)
@@ -88,7 +97,7 @@ def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str
     else:
         rows = load_dataset(args.dataset, split=args.dataset_split, streaming=True)
         if args.video_column in (rows.column_names or ()):
-            rows = rows.cast_column(args.video_column, VideoFeature(decode=False))  # PyAV decodes, where it is needed
+            rows = rows.cast_column(args.video_column, VideoFeature(decode=False))  # PyAV decodes on demand
     for row in rows.take(args.max_samples):
         video, caption = row.get(args.video_column), row.get(args.caption_column)
         if video is None and caption is None:
@@ -97,7 +106,7 @@ def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str
 
 
 def read_video(video: str | dict, folder: Path, frames: int) -> Tensor:
-    """Of a path beside a file, or of a data set's `Video`: its bytes, or where they lie (on the Hub, too)."""
+    """Read a video from a path relative to `folder`, or a data set's `Video`: its bytes, or a local or Hub path."""
     if isinstance(video, str):
         return load_video(folder / video, frames)
     if video["bytes"] is not None:
@@ -108,15 +117,12 @@ def read_video(video: str | dict, folder: Path, frames: int) -> Tensor:
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
     (args,) = parse_arguments(FitArguments, arguments=arguments, prog=prog)
-    unknown = set(args.maps) - set(MAPS)
-    if unknown:
-        raise ValueError(f"maps: {', '.join(sorted(unknown))}: expected some of {', '.join(MAPS)}.")
     state, output = PartialState(), Path(args.output_dir)
     encoder = load_encoder(args.encoder, device=state.device)
     maps = [MAPS[name](seed=args.seed, encoder=encoder.name) for name in args.maps]
-    kinds = [*BASELINES, *(map_.kind for map_ in maps)]
-    if args.save not in ("best", *kinds):
-        raise ValueError(f"save={args.save!r}: expected best or one of those fitted: {', '.join(kinds)}.")
+    kinds = [*BASELINES, "regressed", *(map_.kind for map_ in maps)]
+    if args.save not in ("advised", "best", *kinds):
+        usage_error(f"--save {args.save!r} must be advised, best or one of the fitted maps: {', '.join(kinds)}.", prog)
     found = cache_features(
         encoder,
         samples(args, encoder.num_frames),
@@ -126,13 +132,14 @@ def main(arguments: Sequence[str], prog: str | None = None) -> None:
     )
     if not state.is_main_process:
         return
-    if "regressed" in args.maps and not found.paired:
+    if "regressed" in (*args.maps, args.save) and not found.paired:
         raise ValueError("maps: regressed needs pairs of a video and a caption, and these samples are not all pairs.")
     text, video = found.text, found.video
     best = fit_best(text, video, maps=maps, paired=found.paired, seed=args.seed, encoder=encoder.name)
-    saved = next(map_ for map_ in best.maps if args.save in ("best", map_.kind))
+    named = (map_ for map_ in best.maps if args.save in ("best", map_.kind))
+    saved = best.advised if args.save == "advised" else next(named)
     saved.save(output)
     rows = torch.randperm(len(video), generator=torch.Generator().manual_seed(args.seed))[: args.bank_size]
     save_file({"bank": video[rows].half()}, output / BANK)
-    (output / "maps.md").write_text(f"{best}\n", encoding="utf-8")
-    print(f"{best}\n{len(text)} texts and {len(video)} videos; the {saved.kind} map is in {output}.")
+    (output / "maps.md").write_text(f"{best}\n\n{best.advice}\n", encoding="utf-8")
+    print(f"{best}\n\n{best.advice}\n{len(text)} texts and {len(video)} videos; the {saved.kind} map is in {output}.")

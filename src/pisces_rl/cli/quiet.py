@@ -1,20 +1,20 @@
-"""What a log has no use for, turned off by the programs, never by importing the package."""
+"""Turn off output that logs do not need. Programs call this; importing the package does not."""
 
 import logging
 import sys
 import warnings
 
-_ACCELERATOR = ("Setting accelerator to", "Setting ds_accelerator to")  # how DeepSpeed greets whoever imports it
+_ACCELERATOR = ("Setting accelerator to", "Setting ds_accelerator to")  # what DeepSpeed logs on import
 
 
-def _says_more(record: logging.LogRecord) -> bool:
+def _is_no_greeting(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(_ACCELERATOR)
 
 
 def quiet() -> None:
-    """Silence DeepSpeed's greeting and PyTorch's warning on pin_memory without a GPU; where stderr is no terminal, the
-    bars of loading, too. Call it before any work."""
-    logging.getLogger("DeepSpeed").addFilter(_says_more)
+    """Silence DeepSpeed's greeting and PyTorch's pin_memory warning without a GPU and, if stderr is not a terminal,
+    loading progress bars. Call it before any work."""
+    logging.getLogger("DeepSpeed").addFilter(_is_no_greeting)
     warnings.filterwarnings("ignore", ".*pin_memory.*", UserWarning)
     if sys.stderr.isatty():
         return

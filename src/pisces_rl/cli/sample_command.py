@@ -1,24 +1,24 @@
-"""`pisces-rl sample`: videos of a model before and after training, from the same prompts and noise."""
+"""`pisces-rl sample`: sample videos before and after training, from the same prompts and noise."""
 
 import argparse
 from pathlib import Path
 
 from pisces_rl.evaluation.sampling_arguments import add_sampling_arguments, sampling_call
 
-SHEET_VIDEOS = 24  # a picture of more is too large to look at
+SHEET_VIDEOS = 24  # a sheet of more is too large to view
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="A prompt; may be given several times.")
+    prompts.add_argument("--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
     prompts.add_argument("--prompts", metavar="FILE", help="A .txt, .csv, .json or .jsonl file, or a Hub data set.")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Folder of the videos.")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Folder for the videos.")
     add_sampling_arguments(parser)
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write `before/000.mp4`, ... and, with an adapter, `after/000.mp4`, ...; a sheet of both, `before_after.png` (or
-    `before.png`), shows the first 24. Row i of both starts from the noise of seed `--seed` + i."""
+    """Write `before/000.mp4`, ... and, with an adapter, `after/000.mp4`, ..., and a sheet of the first 24 videos,
+    `before_after.png` (or `before.png`). Video i starts from the noise of seed `--seed` + i in both."""
     import torch
 
     from pisces_rl.evaluation.sampling_policy import add_trained, sampling_policy
@@ -26,8 +26,6 @@ def main(args: argparse.Namespace) -> None:
 
     from .arguments import load_prompt_dataset
 
-    if args.batch_size < 1:
-        raise ValueError(f"--batch_size {args.batch_size} must be at least 1.")
     check_mp4(args.fps)
     prompts = list(args.prompt or load_prompt_dataset(args.prompts)["prompt"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

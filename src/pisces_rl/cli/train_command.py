@@ -1,10 +1,9 @@
-"""`pisces-rl train`: any method on a LoRA, or all weights, of any text-to-video, image-to-video or text-to-image
-pipeline of diffusers.
+"""`pisces-rl train`: train a LoRA or all weights of any text-to-video, image-to-video or text-to-image pipeline of
+diffusers, by any method.
 
---method decides which settings there are. A recipe may name the method. Each line of a `.jsonl` of pairs is {"prompt":
-..., "chosen": a video file beside it, "rejected": another}: Flow-DPO then learns from these pairs, without rewards;
-those of a recipe are not loaded, its settings of rollouts do not count, and --rewards is refused. To other methods
-these columns mean nothing.
+--method, or the recipe's `method`, selects the settings. Flow-DPO can learn from pairs without rewards: each line of
+the `.jsonl` file is {"prompt": ..., "chosen": a video file in the same folder, "rejected": another}. It then ignores a
+recipe's rewards and rollout settings and refuses --rewards. Other methods ignore these columns.
 """
 
 import argparse
@@ -19,23 +18,31 @@ from pisces_rl.trainers import METHODS, RewardBackpropConfig, RewardBackpropTrai
 from pisces_rl.trainers.base.data.pairs import SIDES
 from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
-from . import RECIPES
+from . import RECIPES, usage_error
 from .arguments import nearest, parse_arguments
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
-#: Every trainer and its settings, by name: the methods that train on rollouts, and reward backpropagation.
+#: Every trainer and its config class, by name: the methods that train on rollouts, and reward backpropagation.
 TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 
 
 @dataclass
 class MethodArguments(ScriptArguments):
-    method: str = field(default="rvm", metadata={"help": f"One of {', '.join(TRAINERS)}."})
+    method: str = field(
+        default="rvm", metadata={"choices": list(TRAINERS), "help": "Training method; it selects the other settings."}
+    )
 
 
-def method_of(argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None) -> str:
-    """The method that the command line or its recipe names; it decides which settings there are.
+def method_of(
+    argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None, prog: str | None = None
+) -> str:
+    """Return the method that the command line or its recipe names; it selects the config class.
 
-    Args: unnamed: what a recipe is for that names none; None refuses it.
+    Args:
+        argv: the command line without the program's name.
+        methods: the names that are allowed.
+        unnamed: the method to use if the recipe names none; None makes a recipe without a method an error.
+        prog: the program's name in errors.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--method")
@@ -45,25 +52,25 @@ def method_of(argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: s
     if method is None and known.config is not None and known.config.is_file():
         method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
         if method is None:
-            raise SystemExit(f"{known.config} names no method; add --method, one of {', '.join(methods)}.")
+            usage_error(f"{known.config} names no method; add --method, one of {', '.join(methods)}.", prog)
     method = method or unnamed or MethodArguments.method
     if method not in methods:
-        raise SystemExit(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}")
+        usage_error(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}", prog)
     return method
 
 
-def with_recipe(arguments: Sequence[str], recipe: Path) -> list[str]:
-    """The command line, with the default recipe where it names neither a recipe nor a model."""
+def with_recipe(arguments: Sequence[str], recipe: Path, prog: str | None = None) -> list[str]:
+    """Return the command line, with the default recipe added if it names neither a recipe nor a model."""
     given = {argument.split("=")[0] for argument in arguments}
     default = [] if given & {"--config", "--model", "-h", "--help"} else ["--config", str(recipe)]
     if default and not recipe.is_file():
-        raise SystemExit("Give --config, a recipe, or --model; the default recipes lie in the source tree only.")
+        usage_error("give --config RECIPE or --model; only a source tree has the default recipes.", prog)
     return [*default, *arguments]
 
 
 def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, arguments: Sequence[str]) -> None:
-    """Where Flow-DPO has pairs, leave out a recipe's rewards and settings of rollouts; the trainer refuses what the
-    command line asks for of these."""
+    """If Flow-DPO has pairs, drop a recipe's rewards and rollout settings; the trainer refuses any that the command
+    line sets."""
     if method != "flow_dpo" or set(SIDES).isdisjoint(dataset.column_names):
         return
     asked = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
@@ -74,12 +81,13 @@ def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, ar
 
 
 def train(method: str, script: ScriptArguments, config, arguments: Sequence[str] = ()) -> VideoPolicyTrainer:
-    """Train and save as the settings say.
+    """Train and save the model.
 
     Args:
         method: one of `TRAINERS`.
-        script, config: from the command line, `config` of the method's class.
-        arguments: that command line, which tells a recipe's settings from the user's.
+        script: parsed from the command line.
+        config: parsed from the command line, an instance of the method's config class.
+        arguments: that command line, to distinguish a recipe's settings from the user's.
     """
     files = [*(config.image_columns or ["image"]), *(SIDES if method == "flow_dpo" else ())]
     train_dataset, eval_dataset = load_datasets(script, config.seed, files)
@@ -100,13 +108,13 @@ def train(method: str, script: ScriptArguments, config, arguments: Sequence[str]
 
 
 def train_by(method: str, arguments: Sequence[str], recipe: Path) -> None:
-    """Train by one method, which the command line does not name."""
+    """Train by a fixed method; the command line has no --method."""
     script, config = parse_arguments(ScriptArguments, TRAINERS[method][1], arguments=with_recipe(arguments, recipe))
     train(method, script, config, arguments)
 
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
-    method = method_of(arguments)
-    given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml")
+    method = method_of(arguments, prog=prog)
+    given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml", prog)
     script, config = parse_arguments(MethodArguments, TRAINERS[method][1], arguments=given, prog=prog)
     train(method, script, config, arguments)

@@ -1,4 +1,4 @@
-"""What training takes from its command line: model, prompts, rewards, adapter and auxiliary losses."""
+"""Training's inputs from the command line: model, prompts, rewards, adapter and auxiliary losses."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
-from pisces_rl.ot.plans import check_solver
+from pisces_rl.ot.plans import SOLVERS, check_solver
 from pisces_rl.policy import FULL, default_lora_config
 from pisces_rl.shapemotion import Clips, load_prompts
 from pisces_rl.trainers import AuxiliaryLoss, ConsistencyDistillation
@@ -24,72 +24,82 @@ class ScriptArguments:
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     dataset_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
-    eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts a set; 0 evaluates on none."})
+    eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts per set; 0 turns evaluation off."})
     rewards: list[str] = field(
         default_factory=lambda: ["ot_quality", "ot_semantic"],
         metadata={
-            "help": "Rewards to train on: known names (of pisces_rl.rewards.REWARDS, too, with options behind "
-            "them: motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
+            "help": "Rewards to train on: known names (those in pisces_rl.rewards.REWARDS accept options, as in "
+            "motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
             "http://host:port/NAME or a vision-language judge's "
             "vlm+http://host:port/v1?model=ID."
         },
     )
     judges: list[str] = field(
-        default_factory=list, metadata={"help": "Rewards that are only measured, on the held-out prompts."}
+        default_factory=list, metadata={"help": "Rewards that are only evaluated, on the held-out prompts."}
     )
     reward_encoder: str = field(
         default="tiny-vtm", metadata={"help": "Encoder of the rewards ot_quality, ot_semantic, cosine and matching."}
     )
     ot_map: str | None = field(
-        default=None, metadata={"help": "Folder that fit_ot_map.py wrote, for ot_quality. Unset: tiny-vtm's."}
+        default=None,
+        metadata={"help": "Folder written by pisces-rl fit-map, for ot_quality. Unset: the map of tiny-vtm."},
     )
     divergence_weight: float = field(
-        default=0.0, metadata={"help": "Of ot_quality's credit of the divergence to the bank beside the map."}
+        default=0.0,
+        metadata={"help": "Weight in ot_quality of the credit for the divergence to the bank saved with the map."},
     )
     ot_attention: str | None = field(
         default=None,
-        metadata={"help": 'Settings of OTAttention for ot_semantic as JSON, for instance {"plan": "partial"}.'},
+        metadata={"help": 'OTAttention settings for ot_semantic as JSON, for example {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
-        default=None, metadata={"help": "What solves plans and the divergence: native or geomloss. Unset: native."}
+        default=None,
+        metadata={"choices": list(SOLVERS), "help": "Solver of plans and of the divergence. Unset: native."},
     )
     reward_offload: str | None = field(
-        default=None, metadata={"help": "Where that encoder works, for instance cuda; its weights wait on the CPU."}
+        default=None,
+        metadata={
+            "help": "Device the encoder runs on, such as cuda, while its weights stay on the CPU between calls."
+        },
     )
     train: str = field(
         default="lora",
         metadata={
-            "help": "lora: an adapter; full: all weights of the denoisers in fp32, which want a lower "
-            "--learning_rate; --lora_r and the like, as a recipe sets them, then say nothing."
+            "choices": ["lora", FULL],
+            "help": "lora: train an adapter; full: train all denoiser weights in fp32, which needs a lower "
+            "--learning_rate and ignores --lora_r and the other LoRA settings.",
         },
     )
     lora_r: int | None = field(
-        default=None, metadata={"help": "Rank of the adapter. Unset: 16, or that of --continue_from."}
+        default=None, metadata={"help": "Rank of the adapter. Unset: 16, or the rank of --continue_from."}
     )
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the adapter. Unset: the rank."})
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to adapt. Unset: attention and feed-forward projections."}
     )
     consistency_weight: float = field(
-        default=0.0, metadata={"help": "Weight of consistency distillation on captioned videos beside the rewards."}
+        default=0.0,
+        metadata={"help": "Weight of consistency distillation on captioned videos, added to the rewards' loss."},
     )
-    consistency_steps: int = field(default=16, metadata={"help": "Steps of the schedule whose ODE is distilled."})
+    consistency_steps: int = field(
+        default=16, metadata={"help": "Number of steps of the schedule whose ODE is distilled."}
+    )
     consistency_guidance: float | None = field(
         default=None,
-        metadata={"help": "guidance_scale of that ODE, so that its guidance is distilled, too. Unset: the policy's."},
+        metadata={"help": "guidance_scale of that ODE, which distills the guidance too. Unset: the policy's."},
     )
     consistency_decay: float = field(
-        default=0.95, metadata={"help": "Decay of the adapter's moving average that gives the targets."}
+        default=0.95, metadata={"help": "Decay of the adapter's moving average, which computes the targets."}
     )
     consistency_batch_size: int | None = field(
-        default=None, metadata={"help": "Videos a micro-batch. Unset: per_device_train_batch_size."}
+        default=None, metadata={"help": "Videos per micro-batch. Unset: per_device_train_batch_size."}
     )
 
 
 def load_datasets(
     script: ScriptArguments, seed: int, images: list[str] | None = None
 ) -> tuple[Dataset, dict[str, Dataset] | None]:
-    """Training prompts, with their images in the columns of that name, and held-out sets."""
+    """Load the training prompts, with images from the columns `images`, and the held-out sets."""
     count = script.eval_prompts
     if script.dataset == "shapemotion":
         train = load_prompts("train", n=2048, seed=seed)
@@ -106,16 +116,16 @@ def load_datasets(
     prompts = load_prompt_dataset(script.dataset, script.dataset_split, script.dataset_column, images)
     if not count or len(prompts) < 2 * count:
         if count:
-            print(f"{len(prompts)} prompts are too few to evaluate on {count}, so none is: lower --eval_prompts.")
+            print(f"No evaluation: {len(prompts)} prompts are too few to hold out {count}; lower --eval_prompts.")
         return prompts, None
     parts = prompts.train_test_split(test_size=count, seed=seed)
     return parts["train"], {"held_out": parts["test"]}
 
 
 def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = False) -> Dataset:
-    """ShapeMotion prompts without a directed relation ("above", "to the left of"), or only such.
+    """Return ShapeMotion prompts without a directed relation ("above", "to the left of"), or only prompts with one.
 
-    tiny-wan knows the axis of a relation but not which object comes first, so these prompts are measured apart.
+    tiny-wan knows the axis of a relation but not the order of its objects, so these prompts are evaluated separately.
     """
     prompts = load_prompts(split, n=8 * count + 64, seed=seed)
     keep = [row for row, relation in enumerate(prompts["relation"]) if (relation not in (None, "and")) == directed]
@@ -140,10 +150,8 @@ def load_rewards(script: ScriptArguments, names: list[str], device: torch.device
 
 
 def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
-    """The adapter's settings; None where those of the saved adapter to continue from are meant; or "full"."""
+    """Return the adapter's settings, None to use those of the saved adapter in continue_from, or "full"."""
     given = script.lora_r, script.lora_alpha, script.lora_target_modules
-    if script.train not in ("lora", FULL):
-        raise SystemExit(f"--train {script.train!r} must be lora or {FULL}.")
     if script.train == FULL:
         return FULL
     if config.continue_from and given == (None, None, None):
@@ -152,7 +160,8 @@ def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
 
 
 def load_auxiliary_losses(script: ScriptArguments, config, train_dataset: Dataset) -> list[AuxiliaryLoss]:
-    """Consistency distillation, where it has a weight, on ShapeMotion's clips or the videos of the column `video`."""
+    """Return consistency distillation if its weight is set, on ShapeMotion's clips or the videos in column `video`."""
+
     if not script.consistency_weight:
         return []
     videos = train_dataset

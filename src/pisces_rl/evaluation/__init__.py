@@ -1,4 +1,4 @@
-"""Asking rewards and policies what they are worth."""
+"""Evaluation of rewards and policies."""
 
 import importlib
 
@@ -7,7 +7,7 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str):
-    """`pisces-rl` imports this package for its commands: what needs torch is loaded on first use."""
+    """Load functions that need torch on first use: `pisces-rl` imports this package for its commands."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Does a reward measure what it claims? Clips with one thing wrong, by how much, and what must change nothing."""
+"""Test whether a reward detects single corruptions and their strength, and is invariant to batching and padding."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ BATCH = 64
 
 @dataclass
 class CleanClips:
-    """Prompts, videos (B, F, 3, H, W) in [0, 1] that show them, and for ShapeMotion the scenes and their layout."""
+    """Prompts with matching videos (B, F, 3, H, W) in [0, 1] and, for ShapeMotion, the scenes and their layout."""
 
     prompts: list[str]
     videos: Tensor
@@ -46,16 +46,16 @@ class CleanClips:
 
     @cached_property
     def pairs(self) -> dict[str, tuple[list[int], Tensor]]:
-        """By corruption: the rows that it applies to, and their broken clips.
+        """Return {corruption: (the rows it applies to, their corrupted clips)}.
 
-        Without scenes: another clip of the set, and the corruptions of pixels and of time.
+        Without scenes, the corruptions are another clip of the set and changes to pixels and time.
         """
         if self.scenes:
             pairs = {}
             for name in (*SCENE_CORRUPTIONS, *VIDEO_CORRUPTIONS):
                 try:
                     pairs[name] = corrupt(name, self.scenes)
-                except ValueError:  # no scene names it
+                except ValueError:  # it applies to no scene
                     continue
             return pairs
         rows = list(range(len(self.videos)))
@@ -66,18 +66,16 @@ class CleanClips:
 
 @dataclass
 class RewardReport:
-    """What `evaluate_reward` found.
+    """Results of `evaluate_reward`. Clips for which the reward returned None are excluded.
 
     Attributes:
-        accuracy: by corruption, how often the clean clip of a prompt scores above the broken one; ties count half.
-        falls: by corruption of pixels, minus Spearman's correlation of its strength with the reward, mean over clips.
-        curves: by corruption of pixels, the mean reward at each of `STRENGTHS`.
-        invariance: the largest change of a reward with its batch-mates, and with a longer prompt in the batch.
-        alignment: of a reward with a map: mutual-kNN (k = 10), Spearman of pairwise distances, recall at 1, 5, 10.
-        milliseconds: a video.
-        peak_mib: of GPU memory, None on a CPU.
-
-    Clips where the reward returned None have no part in any of them.
+        accuracy: by corruption, how often a prompt's clean clip scores above the corrupted one; ties count half.
+        falls: by pixel corruption, minus Spearman's correlation of its strength with the reward, averaged over clips.
+        curves: by pixel corruption, the mean reward at each of `STRENGTHS`.
+        invariance: the largest change of a reward with other clips, and with a longer prompt, in the batch.
+        alignment: for rewards with a map, mutual-kNN (k = 10), Spearman of pairwise distances, recall at 1, 5, 10.
+        milliseconds: time per video.
+        peak_mib: peak GPU memory; None on a CPU.
     """
 
     accuracy: dict[str, Estimate]
@@ -94,21 +92,28 @@ class RewardReport:
         lines += ["", "| measure | value |", "|---|---|"]
         lines += [f"| {name} | {value} |" for name, value in self.alignment.items()]
         lines += [f"| largest change with {name} | {value:.1e} |" for name, value in self.invariance.items()]
-        lines += [f"| ms a video | {self.milliseconds:.2f} |"]
+        lines += [f"| ms per video | {self.milliseconds:.2f} |"]
         lines += [] if self.peak_mib is None else [f"| peak MiB | {self.peak_mib:.0f} |"]
         return "\n".join(lines)
 
 
 @torch.no_grad()
 def evaluate_reward(reward: Callable, clips: CleanClips, device: str | torch.device = "cpu") -> RewardReport:
-    """Ask a reward (`pisces_rl.rewards.contract`) about clips whose truth is known. Intervals: bootstrap of clips.
+    """Evaluate a reward (`pisces_rl.rewards.contract`) on clips with known content; intervals bootstrap over clips.
 
-    Raises ValueError if it returned None for every clip, RewardError if it failed.
+    Args:
+        reward: the reward.
+        clips: the clean clips.
+        device: the device that the videos are passed on.
+
+    Raises:
+        ValueError: the reward returned None for every clip.
+        RewardError: the reward failed.
     """
     panel = RewardPanel(reward)
 
     def ask(prompts: Sequence[str], videos: Tensor) -> Tensor:
-        """(n,), NaN where the reward does not apply."""
+        """Return the rewards (n,), NaN for those that are None."""
         parts = [
             panel(list(prompts[i : i + BATCH]), videos[i : i + BATCH].to(device), {}).values[:, 0]
             for i in range(0, len(prompts), BATCH)
@@ -118,7 +123,7 @@ def evaluate_reward(reward: Callable, clips: CleanClips, device: str | torch.dev
     cuda = torch.device(device).type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    ask(clips.prompts[:BATCH], clips.videos[:BATCH])  # what the first call compiles or loads is not its speed
+    ask(clips.prompts[:BATCH], clips.videos[:BATCH])  # warm up: exclude compilation and loading from the timing
     start = time.perf_counter()
     clean = ask(clips.prompts, clips.videos)
     milliseconds = (time.perf_counter() - start) * 1000 / len(clean)
@@ -145,7 +150,7 @@ def evaluate_reward(reward: Callable, clips: CleanClips, device: str | torch.dev
 
 
 def _fall(rewards: list[float]) -> float:
-    """-Spearman(strength, reward); a reward that does not move has 0."""
+    """Return -Spearman(strength, reward), or 0 for a constant reward."""
     return 0.0 if max(rewards) == min(rewards) else -float(spearmanr(STRENGTHS, rewards).statistic)
 
 
@@ -162,13 +167,13 @@ def _invariance(ask: Callable, clips: CleanClips, count: int = 8) -> dict[str, f
 
 
 def _change(one: Tensor, other: Tensor) -> float:
-    """The largest; infinite where only one of them is a number, none where neither is."""
+    """Return the largest absolute change: infinite if only one value is NaN, 0 if both are."""
     alike = one.isnan() & other.isnan()
     return float((one - other).abs().nan_to_num(torch.inf).masked_fill(alike, 0).max())
 
 
 def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
-    """Of text features, mapped if the reward has a map, with those of the videos that show them."""
+    """Return the alignment of text features, mapped if the reward has a map, with features of the matching videos."""
     encoder = getattr(reward, "encoder", None)
     if encoder is None or not hasattr(reward, "ot_map") or len(clips.prompts) < 40:
         return {}
@@ -186,15 +191,25 @@ def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
 
 @torch.no_grad()
 def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estimate]]:
-    """Where the color and the noun of an object look: the share of their weight that lies on video tokens with that
-    object, of the plan, of the attention before and after fusion, and of the tokens themselves (what a word that knows
-    nothing would have). A token has an object if any of the frames that it is cut from shows it there.
+    """Measure where an object's color and noun attend: the share of their weight on video tokens that show the object.
 
-    For ShapeMotion's clips and an `OTSemanticReward` with plans: "one object" in clips of one group, "its own of two"
-    and "the other of two" in clips of two. Mean over fused layers, heads, words and groups.
+    Shares are computed for the plan, for the attention before and after fusion, and for the tokens themselves (the
+    share of uniform attention). A token shows an object if any of its frames does at that place. Places are "one
+    object" for clips with one group, and "its own of two" and "the other of two" for clips with two. Values are means
+    over fused layers, heads, words and groups.
+
+    Args:
+        reward: an `OTSemanticReward` with plans.
+        clips: clips of ShapeMotion.
+
+    Returns:
+        {place: {"plan", "attention", "fused" or "tokens": share}}.
+
+    Raises:
+        ValueError: the clips have no scenes, or the reward has no plans.
     """
     if not clips.scenes or getattr(reward, "attention", None) is None:
-        raise ValueError("clips, reward: expected ShapeMotion's clips, and a reward with plans.")
+        raise ValueError("clips, reward: expected ShapeMotion clips and a reward with plans.")
     shares: dict[str, dict[str, list[Tensor]]] = {}
     for groups in (1, 2):
         rows = [i for i, scene in enumerate(clips.scenes) if len(scene.groups) == groups]
@@ -220,7 +235,7 @@ def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estima
 
 
 def _by_place(share: Tensor) -> dict[str, Tensor]:
-    """(B,) of what words of a group have on tokens of a group (B, groups, groups)."""
+    """Split shares (B, groups of the words, groups of the tokens) by place, each (B,)."""
     if share.shape[1] == 1:
         return {"one object": share[:, 0, 0]}
     return {
@@ -230,7 +245,7 @@ def _by_place(share: Tensor) -> dict[str, Tensor]:
 
 
 def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
-    """For each group of a prompt, which of its pieces are the group's color and noun, with which its name ends."""
+    """For each group of a prompt, mark the pieces that are the group's color or noun; the noun ends a group's name."""
     nouns = (*SHAPES, *PLURALS)
     owner = [sum(piece in nouns for piece in pieces[:i]) for i in range(len(pieces))]
     named = [piece in nouns or piece in COLORS for piece in pieces]
@@ -238,7 +253,8 @@ def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
 
 
 def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
-    """(B, F, groups, H, W): pixels of each group of objects."""
+    """Return masks (B, F, groups, H, W) of the pixels of each group of objects."""
+
     layout = clips.layout[rows]
     first = torch.tensor([clips.scenes[i].groups[0].count for i in rows])[:, None]
     slot = torch.arange(layout.present.shape[1])

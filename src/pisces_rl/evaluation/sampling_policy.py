@@ -1,4 +1,4 @@
-"""A model, before or after training, to sample from: `pisces-rl sample` and `pisces-rl vbench export`."""
+"""Models before and after training, for sampling: `pisces-rl sample` and `pisces-rl vbench export`."""
 
 import hashlib
 import os
@@ -12,21 +12,22 @@ from pisces_rl.policy import VideoPolicy, add_lora, check_no_adapters, read_adap
 from pisces_rl.policy.full.component_files import load_components
 from pisces_rl.trainers import load_pipeline
 
-_STEPS = 16  # as of the trainers' configs, where neither the user nor an embedded model says how many
+_STEPS = 16  # the trainers' default, if neither the user nor a built-in model sets it
 
 
 def sampling_policy(
     model: str | DiffusionPipeline, *, num_inference_steps: int | None, call: dict | None, bf16: bool
 ) -> tuple[VideoPolicy, dict]:
-    """The base model as a policy on the CPU, and its settings: model, num_inference_steps, call, bf16.
+    """Load the base model as a policy on the CPU; return it and its settings: model, num_inference_steps, call, bf16.
 
     Args:
-        model: a pipeline, or its name as of `load_pipeline`. A pipeline must carry no adapter.
-        num_inference_steps, call: of the pipeline's call; what is unset is as in training.
-        bf16: weights and autocast in bfloat16, else fp32.
+        model: a pipeline without an adapter, or a name that `load_pipeline` accepts.
+        num_inference_steps: denoising steps; None uses the training default.
+        call: other arguments of the pipeline's call; those that are unset default to those of training.
+        bf16: True for weights and autocast in bfloat16, False for fp32.
 
     Raises:
-        ValueError: no such model, or one that carries an adapter.
+        ValueError: the model does not exist, or the pipeline has an adapter.
     """
     pipeline = load_pipeline(model, torch.bfloat16 if bf16 else torch.float32)
     name = model if isinstance(model, str) else pipeline.name_or_path or type(pipeline).__name__
@@ -41,7 +42,7 @@ def sampling_policy(
 
 
 def add_trained(policy: VideoPolicy, source: str | os.PathLike) -> str:
-    """Put a saved LoRA, or components that were trained whole, into the policy; returns a digest of the weights."""
+    """Load a saved LoRA, or fully trained components, into the policy; return a digest of the weights."""
     folder = Path(source).expanduser()
     files = {name: sorted(folder.glob(f"{name}/diffusion_pytorch_model*.safetensors")) for name in policy.denoiser}
     whole = [name for name, found in files.items() if found]

@@ -1,7 +1,20 @@
-"""A saved adapter for other programs: other layouts and names of the same LoRA, or the base with it merged in."""
+"""Export a saved adapter for other programs: the same LoRA in other layouts, or merged into the base model."""
 
-from .adapter_export import DTYPES, FORMATS, export_adapter
-from .merging import Merged, merge_adapter
-from .original_names import FAMILIES, Family
+import importlib
 
-__all__ = ["DTYPES", "FAMILIES", "FORMATS", "Family", "Merged", "export_adapter", "merge_adapter"]
+from .original_names import FAMILIES, FORMATS, Family
+
+_HOME = {
+    "DTYPES": "adapter_export",
+    "Merged": "merging",
+    "export_adapter": "adapter_export",
+    "merge_adapter": "merging",
+}
+__all__ = ["FAMILIES", "FORMATS", "Family", *_HOME]
+
+
+def __getattr__(name: str):
+    """Load what needs torch on first use: `pisces-rl export --help` imports this package."""
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

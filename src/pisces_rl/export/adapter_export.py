@@ -17,10 +17,9 @@ from ..policy.lora.saved_adapter import LORA_FILE
 from ..policy.pipeline.offload import kind_of
 from ..run_files import add_listed
 from ..whole_files import atomically
-from .original_names import FAMILIES, Part
+from .original_names import FAMILIES, FORMATS, Part
 
-#: What `export_adapter` writes, and of which numbers.
-FORMATS = ("diffusers", "peft", "comfyui", "original")
+#: The number formats that `export_adapter` writes.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _EXPERTS = {"transformer": "_high_noise", "transformer_2": "_low_noise"}  # of Wan 2.2
 

@@ -9,6 +9,9 @@ comfy/lora.py.
 import re
 from dataclasses import dataclass
 
+#: The layouts that `export_adapter` writes; "comfyui" and "original" use the names below.
+FORMATS = ("diffusers", "peft", "comfyui", "original")
+
 
 @dataclass(frozen=True)
 class Part:

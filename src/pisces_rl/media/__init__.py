@@ -1,7 +1,7 @@
-"""Videos as files to look at: mp4, GIF, contact sheets, and animated images for TensorBoard.
+"""Read videos, and write them for viewing: mp4, GIF, contact sheets, and animated images for TensorBoard.
 
-A video is a float tensor (F, 3, H, W) in [0, 1], a batch (B, F, 3, H, W). Values outside [0, 1] are clipped, values
-that are not finite are an error. Files appear whole or not at all.
+A video is a float tensor (F, 3, H, W) in [0, 1], a batch (B, F, 3, H, W). Values outside [0, 1] are clipped;
+non-finite values are an error. Files appear whole or not at all.
 """
 
 from .encoding import add_gif, check_mp4, gif_bytes, gif_summary, mp4_bytes, save_gif, save_video

@@ -1,4 +1,4 @@
-"""Captions as lines that this machine's fonts can show."""
+"""Break captions into lines that this machine's fonts can show."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from PIL import ImageFont
 
 FONT_SIZE = 15
 MAX_LINES = 12
-# beside Pillow's own, which is Latin: fonts of many scripts, the smaller first
+# besides Pillow's own Latin font: fonts with many scripts, the smaller ones first
 _FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -37,7 +37,7 @@ _FONTS = (
 
 @functools.cache
 def fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
-    """Pillow's own font, then those of _FONTS that lie in the folders where systems keep fonts."""
+    """Return Pillow's own font, then those of _FONTS found in the usual font folders."""
     data = [
         os.environ.get("XDG_DATA_HOME") or "~/.local/share",
         *(os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share").split(":"),
@@ -53,26 +53,29 @@ def fonts() -> tuple[ImageFont.FreeTypeFont, ...]:
     opened = [ImageFont.load_default(FONT_SIZE)]
     for name in _FONTS:
         if name in found:
-            with contextlib.suppress(OSError):  # a broken font is none
+            with contextlib.suppress(OSError):  # skip a broken font
                 opened.append(ImageFont.truetype(found[name], FONT_SIZE))
     return tuple(opened)
 
 
 @functools.lru_cache(65536)
 def shows(number: int, character: str) -> bool:
-    """Whether the font of that number has a glyph for a character: another than that for what is no character."""
+    """Return whether font `number` has a glyph for a character, other than the one for an undefined character."""
     font = fonts()[number]
     (mask, offset), (none, no_offset) = (font.getmask2(c) for c in (character, "\U0010ffff"))
     return character.isspace() or (mask.size, offset, bytes(mask)) != (none.size, no_offset, bytes(none))
 
 
 def wrapped(text: str, width: float, max_lines: int = MAX_LINES) -> tuple[list[str], ImageFont.FreeTypeFont, bool]:
-    """Lines of a caption no wider than `width` pixels, the font that shows most of it, and whether this is all of it.
+    """Break a caption into lines no wider than `width` pixels, in the font that shows most of its characters.
 
-    Of what that font lacks, letters with accents lose them; a symbol is named, and other letters are counted by their
-    script. What is beyond `max_lines` gives way to an ellipsis.
+    Characters that the font lacks are replaced: letters lose their accents, symbols become their names, and other
+    letters become a count and their script. Text beyond `max_lines` becomes an ellipsis.
+
+    Returns:
+        The lines, the font, and whether the lines show all of the caption.
     """
-    limit = int(max_lines * width)  # more characters cannot fit: none is narrower than a pixel, or few are
+    limit = int(max_lines * width)  # more characters cannot fit: hardly any is narrower than a pixel
     text, whole = _clean(text[:limit]), len(text) <= limit
     missing = [{c for c in set(text) if not shows(number, c)} for number in range(len(fonts()))]
     number = min(range(len(fonts())), key=lambda n: sum(map(text.count, missing[n])))
@@ -92,14 +95,14 @@ def wrapped(text: str, width: float, max_lines: int = MAX_LINES) -> tuple[list[s
 
 
 def _clean(text: str) -> str:
-    """Without line ends, control characters, and marks of direction and of variants, which draw boxes."""
+    """Remove line ends, control characters, and direction and variation marks, which fonts draw as boxes."""
     instead = {"Cc": " ", "Zl": " ", "Zp": " ", "Cs": "\ufffd", "Cf": ""}
     kept = (instead.get(unicodedata.category(c), c) for c in text if not "\ufe00" <= c <= "\ufe0f")
     return " ".join(unicodedata.normalize("NFC", "".join(kept)).split())
 
 
 def _plain(character: str, number: int) -> str:
-    """The letter without its accents, a hyphen for a dash; the character where the font lacks these, too."""
+    """Return a letter without its accents or a hyphen for a dash; the character itself if the font lacks that too."""
     if unicodedata.category(character) == "Pd":
         return "-"
     letters = "".join(c for c in unicodedata.normalize("NFKD", character) if not unicodedata.combining(c))
@@ -107,7 +110,7 @@ def _plain(character: str, number: int) -> str:
 
 
 def _named(text: str, missing: set[str]) -> str:
-    """The runs of what is missing as words: "[12 CJK characters]", "[grinning cat face]"."""
+    """Replace runs of missing characters by words: "[12 CJK characters]", "[grinning cat face]"."""
     parts = []
     kinds = {c: "symbol" if unicodedata.category(c)[0] == "S" else "text" for c in missing}
     for kind, run in groupby(text, kinds.get):
@@ -124,7 +127,7 @@ def _named(text: str, missing: set[str]) -> str:
 
 
 def _lines(text: str, font, width: float) -> Iterator[str]:
-    """Lines of whole words where these fit; a word that alone is wider is cut."""
+    """Yield lines of whole words; a word wider than a line is cut."""
     line = ""
     for word in text.split():
         longer = f"{line} {word}".strip()
@@ -141,8 +144,8 @@ def _lines(text: str, font, width: float) -> Iterator[str]:
 
 
 def _fitting(word: str, font, width: float) -> str:
-    """The beginning of a word that is no wider than `width`, one character at least; marks stay with their letter."""
-    start = word[: max(1, int(width))]  # a look at more would make long words quadratic
+    """Return the start of a word that fits in `width`, at least one character; marks stay with their letter."""
+    start = word[: max(1, int(width))]  # measuring all of a long word each time would take quadratic time
     low, high = 1, len(start)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""Pictures as PIL images."""
+"""Load pictures as PIL images."""
 
 import os
 
@@ -9,12 +9,13 @@ from torch import Tensor
 
 
 def load_image(given) -> Image.Image:
-    """An RGB picture from a PIL image, a path, or a tensor (3, H, W) in [0, 1] or of whole numbers up to 255.
+    """Return an RGB picture from a PIL image, a path, or a tensor (3, H, W) in [0, 1] or of whole numbers up to 255.
 
-    Pictures are turned as their EXIF data says; transparent parts become black; 16 bits become 8; of an animation the
-    first frame is taken.
+    EXIF orientation is applied; transparent parts become black; 16 bits become 8; of an animation the first frame is
+    used.
 
-    Raises ValueError for anything else, and for a file that is no picture or a broken one.
+    Raises:
+        ValueError: `given` is anything else, or a file that is not a picture or is broken.
     """
     if isinstance(given, Image.Image):
         return _rgb(given)
@@ -24,17 +25,19 @@ def load_image(given) -> Image.Image:
                 return _rgb(opened)
         except Image.DecompressionBombError as error:
             raise ValueError(f"{given}: the picture is too large ({error}); scale it down first.") from error
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow says SyntaxError of a broken PNG
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG
             raise ValueError(f"{given}: cannot be read as an image ({error}).") from error
     if isinstance(given, (Tensor, np.ndarray, list)):
         try:
             pixels = torch.as_tensor(given)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"expected an image, got a {type(given).__name__}, no tensor ({error}).") from error
+            raise ValueError(
+                f"expected an image, got a {type(given).__name__} that is not a tensor ({error})."
+            ) from error
         if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.numel():
             raise ValueError(f"expected an image tensor (3, H, W), got {tuple(pixels.shape)}.")
         pixels = pixels.float() * 255 if pixels.is_floating_point() else pixels.float()
-        if not 0 <= float(pixels.min()) <= float(pixels.max()) <= 255:  # NaN is neither
+        if not 0 <= float(pixels.min()) <= float(pixels.max()) <= 255:  # also true for NaN
             low, high = float(pixels.min()) / 255, float(pixels.max()) / 255
             raise ValueError(f"expected an image tensor in [0, 1] (or whole numbers up to 255), got {low} to {high}.")
         return Image.fromarray(pixels.round().byte().permute(1, 2, 0).cpu().numpy())

@@ -1,4 +1,4 @@
-"""Videos as checked uint8 arrays, channels last."""
+"""Convert videos to uint8 arrays, channels last."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pixels(name: str, video: Tensor, ndim: int) -> np.ndarray:
-    """A checked video as uint8, channels last."""
+    """Check a video, and return it as uint8, channels last."""
     shape = {4: "(F, 3, H, W)", 5: "(B, F, 3, H, W)"}[ndim]
     if not isinstance(video, Tensor):
         raise ValueError(f"{name} is a {type(video).__name__}; allowed: a float tensor {shape} in [0, 1].")
@@ -25,6 +25,6 @@ def pixels(name: str, video: Tensor, ndim: int) -> np.ndarray:
 
 
 def enlarge(frames: np.ndarray, min_size: int) -> np.ndarray:
-    """The shorter side at least `min_size`, by a whole factor and nearest neighbour; 0 keeps the size."""
+    """Enlarge the shorter side to at least `min_size` by an integer factor, nearest neighbour; 0 keeps the size."""
     factor = math.ceil(min_size / min(frames.shape[-3:-1])) if min_size else 1
     return frames if factor <= 1 else frames.repeat(factor, axis=-3).repeat(factor, axis=-2)

@@ -1,4 +1,4 @@
-"""Video files as tensors."""
+"""Load video files as tensors."""
 
 import io
 import os
@@ -16,22 +16,22 @@ from torch import Tensor
 def load_video(
     path: str | Path | bytes, frames: int | None = None, shape: tuple[int, int, int] | None = None
 ) -> Tensor:
-    """A video file as (F, 3, H, W) float in [0, 1], as a player shows it.
+    """Load a video file as (F, 3, H, W) float in [0, 1], as a player shows it.
 
-    Rotations and mirrorings of the header are applied; pixels that are not square are resampled in width; transparent
-    parts become black; an interlaced frame keeps its upper field, and the lines between are interpolated. The file's
-    colour matrix and range are used. HDR is not tone-mapped, and the alpha channel of VP8 and VP9 is not read. Cover
-    art is skipped; a picture is a video of one frame.
+    Rotation and mirroring in the header are applied; non-square pixels are resampled in width; transparent parts
+    become black; an interlaced frame keeps its upper field, and the lines between are interpolated. The file's colour
+    matrix and range are used. HDR is not tone-mapped, and the alpha channel of VP8 and VP9 is not read. Cover art is
+    skipped; a picture is a video of one frame.
 
     Args:
-        path: of the file, or the file's bytes.
-        frames: keep this many, the nearest to instants that are evenly spread in time from the first frame to the
-            last, so a frame that stands long may be kept more than once; memory holds only these. A video that has no
-            more keeps all, and None keeps all, whatever their times.
-        shape: (F, H, W) that the file must have; of a file from others, nothing beyond it is kept in memory.
+        path: the file's path, or its bytes.
+        frames: keep this many frames, those nearest to instants spread evenly in time from the first frame to the
+            last; a frame shown for long may be kept more than once. Memory holds only these. A video with no more
+            frames than this keeps all of them, as does None.
+        shape: (F, H, W) that the file must have; memory never holds more than that, whatever the file contains.
 
     Raises:
-        ValueError: the file is no video, has no frames, or breaks off in the middle; frames below 1; another shape.
+        ValueError: the file is not a video, has no frames, or is truncated; frames is below 1; the shape differs.
     """
     if frames is not None and frames < 1:
         raise ValueError(f"frames={frames!r} must be at least 1, or None for all.")
@@ -41,7 +41,7 @@ def load_video(
     count = 0
     try:
         chosen = None
-        if frames is not None:  # a first pass for the times: headers do not tell them, and are often wrong
+        if frames is not None:  # a first pass for the times: headers lack them or are often wrong
             times = []
             for frame, _ in _decoded(path):
                 times.append(frame.pts)
@@ -79,14 +79,14 @@ def _other_shape(name: str | Path, what: str, size: tuple[int, int], shape: tupl
 
 
 class _NoVideo(Exception):
-    """A media file of other things."""
+    """A media file without a video."""
 
 
 def _decoded(path: str | Path | bytes) -> Iterator[tuple[av.VideoFrame, float]]:
-    """The frames of the first stream that is no cover art, and the width of a pixel over its height."""
+    """Yield the frames of the first stream that is not cover art, each with a pixel's width over its height."""
     if isinstance(path, bytes):
         source = io.BytesIO(path)
-    else:  # a file's name with a colon must not be taken for a protocol
+    else:  # FFmpeg would read a name with a colon as a protocol
         source = f"file:{path}" if os.path.isfile(path) else str(path)
     with av.open(source) as container:
         streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
@@ -99,18 +99,18 @@ def _decoded(path: str | Path | bytes) -> Iterator[tuple[av.VideoFrame, float]]:
 
 
 def _spread(times: Sequence[int | None], count: int) -> list[int]:
-    """Which frames are nearest to `count` instants from the first time to the last; by number where times are bad."""
+    """Return the frames nearest to `count` instants from the first time to the last; by index if times are invalid."""
     if len(times) <= count:
         return list(range(len(times)))
     if None in times or (np.diff(times) <= 0).any():
         times = range(len(times))
     instants = np.linspace(times[0], times[-1], count)
-    # decimals: what the interpolation loses must not decide where an instant lies half-way
+    # round to 6 decimals first: interpolation error must not decide which of two equally near frames is taken
     return np.interp(instants, times, np.arange(len(times))).round(6).round().astype(int).tolist()
 
 
 def _shown(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
-    """A decoded frame as a player shows it, (H, W, 3) uint8."""
+    """Return a decoded frame as a player shows it, (H, W, 3) uint8."""
     transparent = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     image = frame.to_ndarray(format="rgba" if transparent else "rgb24", width=width, height=height)
     if transparent:
@@ -126,7 +126,7 @@ def _shown(frame: av.VideoFrame, width: int, height: int) -> np.ndarray:
 
 
 def _turned(image: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """By the display matrix, which takes column p and row q to column a p + c q and row b p + d q; quarter turns."""
+    """Apply a display matrix, which maps column p, row q to column a p + c q, row b p + d q; quarter turns only."""
     a, b, _, c, d = (int(entry) for entry in matrix[:5])
     if abs(b) > abs(a):
         image, a, d = image.swapaxes(0, 1), c, b

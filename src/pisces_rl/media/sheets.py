@@ -25,26 +25,26 @@ def contact_sheet(
     columns: int | None = None,
     min_size: int = 128,
 ) -> Path:
-    """Write a picture with one strip of frames for each video, under its caption.
+    """Write a picture with one strip of frames per video, under its caption.
 
     Args:
         videos: (B, F, 3, H, W) float in [0, 1].
-        captions: B texts, wrapped to the strip's width. A font of this machine that shows them is taken; where none
-            does (install Noto Sans CJK, for instance), or a text has more than 12 lines, the picture says so, and all
+        captions: B texts, wrapped to the strip's width, in an installed font that can show them. If there is none
+            (install Noto Sans CJK, for instance), or a text has more than 12 lines, the picture says so, and all
             captions are written beside it, to NAME.captions.txt.
-        path: of the picture; its suffix decides the format (.png).
-        scores: B numbers or texts, shown beside the captions; None shows none.
-        frames: how many of the F frames are shown, evenly spaced, the first and the last among them.
-        columns: strips side by side. None: 2 for more than 4 videos, else 1.
-        min_size: the shorter side of a shown frame, in pixels, at least; enlarged by a whole factor. A frame wider
+        path: the picture to write; its suffix decides the format (.png).
+        scores: B numbers or texts, shown beside the strips; None shows none.
+        frames: how many of the F frames to show, evenly spaced, including the first and the last.
+        columns: strips side by side; None means 2 for more than 4 videos, else 1.
+        min_size: enlarge the shorter side of a frame to at least this many pixels, by an integer factor. A frame wider
             than 512 pixels is shrunk to that.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: videos of another shape or dtype, or with values that are not finite; captions or scores that are
-            not one for each video; frames or columns below 1.
+        ValueError: videos have another shape or dtype, or non-finite values; captions or scores are not one per
+            video; frames or columns is below 1.
     """
     clips = pixels("videos", videos, 5)
     _check_length("captions", captions, len(clips))
@@ -72,21 +72,24 @@ def before_after_sheet(
     columns: int | None = None,
     min_size: int = 96,
 ) -> Path:
-    """Write a picture with two strips for each prompt: before training above, after training below.
+    """Write a picture with two strips per prompt: before training above, after training below.
 
     Args:
-        before, after: (B, F, 3, H, W) float in [0, 1], row i of both from one prompt and one noise.
+        before: (B, F, 3, H, W) float in [0, 1].
+        after: same shape as `before`; row i of both comes from the same prompt and noise.
         captions: B prompts.
-        path: of the picture.
-        before_scores, after_scores: B numbers each, shown beside the strips; the later one is green where it is the
-            higher and red where it is the lower. None shows none.
-        frames, columns, min_size: as in `contact_sheet`.
+        path: the picture to write.
+        before_scores: B numbers, shown beside the strips; None shows none.
+        after_scores: B numbers, shown green if higher than before and red if lower; None shows none.
+        frames: as in `contact_sheet`.
+        columns: as in `contact_sheet`.
+        min_size: as in `contact_sheet`.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: as `contact_sheet`, and where before and after differ in shape.
+        ValueError: as in `contact_sheet`, and if before and after differ in shape.
     """
     first, second = pixels("before", before, 5), pixels("after", after, 5)
     if first.shape != second.shape:
@@ -103,7 +106,7 @@ def before_after_sheet(
     cells = []
     for i, caption in enumerate(captions):
         old, new = scores[0][i], scores[1][i]
-        color = _INK  # where one is missing or NaN, too
+        color = _INK  # also if a score is missing or NaN
         if old is not None and new is not None:
             color = _BETTER if new > old else _WORSE if new < old else _INK
         rows = [
@@ -115,7 +118,7 @@ def before_after_sheet(
 
 
 class _Text:
-    """Lines in the font that shows most of them; `whole` where that and MAX_LINES are enough."""
+    """Lines of a text, in the font that shows most of it; `whole` says whether they show all of it."""
 
     def __init__(self, text: str, width: float, max_lines: int = MAX_LINES):
         self.lines, self.font, self.whole = wrapped(text, width, max_lines)
@@ -126,7 +129,7 @@ class _Text:
 
 
 class _Row:
-    """One strip with a label before it and a score after it."""
+    """One strip, with a label to its left and a score to its right."""
 
     def __init__(self, label: str, strip: Image.Image, score: _Text, color: str):
         self.label, self.strip, self.score, self.color = label, strip, score, color
@@ -140,7 +143,7 @@ class _Cell:
 
 
 def _strip(clip: np.ndarray, frames: int, min_size: int) -> Image.Image:
-    """(F, H, W, 3) uint8 -> evenly spaced frames side by side."""
+    """Return evenly spaced frames of a clip (F, H, W, 3), uint8, side by side."""
     if frames < 1:
         raise ValueError(f"frames={frames!r} must be at least 1.")
     picked = np.linspace(0, len(clip) - 1, min(frames, len(clip))).round().astype(int)
@@ -156,22 +159,24 @@ def _strip(clip: np.ndarray, frames: int, min_size: int) -> Image.Image:
 
 
 def _save_sheet(cells: list[_Cell], columns: int, path: str | Path) -> Path:
-    """The picture, and where it does not show all of a caption, all captions beside it."""
+    """Save the picture; if it does not show every caption in full, save all captions beside it."""
     path = Path(path)
     captions = path.with_suffix(".captions.txt")
     sheet, whole = _sheet(cells, columns, captions.name)
     path = _save_image(sheet, path)
     if not whole:
         text = "".join(f"{i}: {cell.caption}\n" for i, cell in enumerate(cells, 1))
-        atomically(captions, lambda file: file.write(text.encode(errors="replace")))  # half of a pair has no UTF-8
+        atomically(captions, lambda file: file.write(text.encode(errors="replace")))  # a lone surrogate has no UTF-8
     return path
 
 
 def _sheet(cells: list[_Cell], columns: int, captions: str) -> tuple[Image.Image, bool]:
-    """Cells of equal strips in a grid, on paper, and whether they show all of their captions.
+    """Draw cells in a grid; return the picture and whether it shows every caption in full.
 
     Args:
-        captions: name of the file to look into where a cell does not.
+        cells: with strips of equal size.
+        columns: cells side by side.
+        captions: name of the file that holds the captions in full, for a note under a shortened caption.
     """
     font = fonts()[0]
     line = FONT_SIZE + 5
@@ -226,18 +231,18 @@ def _show(score: float | str | None) -> "_Text":
     if isinstance(score, str):
         return _Text(score, 320, max_lines=1)
     score = float(score)
-    plain = score == 0 or 0.005 <= abs(score) < 1e6  # NaN and infinity are not
+    plain = score == 0 or 0.005 <= abs(score) < 1e6  # false for NaN and infinity
     return _Text(f"{score:.2f}" if plain else f"{score:.3g}", 320)
 
 
 def _check_length(name: str, values: Sequence, wanted: int) -> None:
     if isinstance(values, str) or len(values) != wanted:
-        raise ValueError(f"{name} holds {len(values)} entries for {wanted} videos: give one for each.")
+        raise ValueError(f"{name} holds {len(values)} entries for {wanted} videos: give one per video.")
 
 
 def _save_image(image: Image.Image, path: str | Path) -> Path:
     formats = Image.registered_extensions()
     suffix = Path(path).suffix.lower()
     if suffix not in formats:
-        raise ValueError(f"path={str(path)!r} has no suffix of a picture format; allowed: for instance .png.")
+        raise ValueError(f"path={str(path)!r} has no suffix of a picture format; use one such as .png.")
     return atomically(path, lambda file: image.save(file, formats[suffix]))

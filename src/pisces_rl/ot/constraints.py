@@ -1,12 +1,13 @@
-"""What the marginals of a plan must satisfy: one class a kind.
+"""Constraints on the marginals of a plan, one class per kind.
 
 A plan is P_ij = alpha_i beta_j exp((f_i + g_j + l - C_ij) / eps) for reference weights alpha and beta. Block ascent
-of the dual sets one potential after the other; in units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
+of the dual updates one potential at a time. In units of eps, with r_i = sum_j beta_j exp((g_j + l - C_ij) / eps),
 
     f_i / eps = step(log(a_i / alpha_i) - log r_i)
 
-and `update`, all that differs between kinds, gives the new f_i / eps less a `rest` from that candidate less the same
-rest, so that a large rest costs no digits. `residual` is the L1 distance of a marginal from what optimality asks.
+`update` is all that differs between kinds. It maps the candidate, minus an offset `rest`, to the new f_i / eps minus
+the same offset, so that a large offset costs no precision. `residual` is the L1 distance of a marginal from its
+optimality condition.
 """
 
 from dataclasses import dataclass
@@ -51,14 +52,15 @@ class Penalised:
         return (marginal - weights * (-scaled * (eps / self.rho)).exp()).abs().sum(1)
 
     def translation(self, a: Tensor, x: Tensor, b: Tensor, y: Tensor, eps: float) -> Tensor:
-        """(B, 1): the t that makes (x + t, y - t) best. The plan stays; without it large rho converges slowly.
+        """Return the t (B, 1) that makes (x + t, y - t) optimal. The plan is unchanged, but large rho needs it to
+        converge quickly.
 
         Source: Sejourne et al. (arXiv 2201.00730), section 3.
         """
         share = eps / self.rho
         of_a = (a.double().log() - share * x.double()).logsumexp(1, keepdim=True)
         of_b = (b.double().log() - share * y.double()).logsumexp(1, keepdim=True)
-        step = (of_a - of_b) / (2 * share)  # a small difference over a small share: fp64
+        step = (of_a - of_b) / (2 * share)  # fp64: a small difference over a small share
         return torch.where(step.isfinite(), step, 0.0).to(x)
 
     def dual(self, weights: Tensor, potential: Tensor) -> Tensor:
@@ -67,12 +69,12 @@ class Penalised:
 
 @dataclass(frozen=True)
 class Bounded:
-    """P 1 <= a, P^T 1 <= b and sum P = mass, (B,): f <= 0, and a row with f < 0 meets its bound."""
+    """P 1 <= a, P^T 1 <= b and sum P = mass, (B,): f <= 0, and a row with f < 0 attains its bound."""
 
     mass: Tensor
 
     def __getitem__(self, rows: Tensor) -> "Bounded":
-        """For some of the problems."""
+        """Select some of the problems."""
         return Bounded(self.mass[rows])
 
     def update(self, candidate: Tensor, rest: Tensor, eps: float) -> Tensor:

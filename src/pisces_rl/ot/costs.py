@@ -1,4 +1,4 @@
-"""Costs between two batches of points, in fp32 (fp64 stays fp64), differentiable."""
+"""Costs between two batches of points, differentiable, in fp32 (fp64 inputs stay fp64)."""
 
 import contextlib
 
@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-EPS = 1e-12  # shorter vectors count as zero
+EPS = 1e-12  # vectors shorter than this count as zero
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.baddbmm.default, _aten.linear.default}
 
 
 class _InDoublePrecision(TorchDispatchMode):
-    """Inside, and in this thread only, products of fp32 tensors are computed in fp64 and rounded."""
+    """A mode, for this thread only, that computes products of fp32 tensors in fp64 and rounds the result."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in _PRODUCTS or args[0].dtype != torch.float32:
@@ -23,10 +23,10 @@ class _InDoublePrecision(TorchDispatchMode):
 
 @contextlib.contextmanager
 def exact_products(device: torch.device):
-    """No autocast, no TF32 or bf16 in products.
+    """Disable autocast and avoid TF32 and bf16 in matrix products.
 
-    Torch keeps the precision of products for all threads at once: to change it here would change what the denoiser
-    computes beside a reward. So where it is reduced, products go through fp64 instead.
+    Torch's precision setting applies to all threads, so changing it here would change what the denoiser computes at
+    the same time. If the setting is reduced, products run in fp64 instead.
     """
     backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
     reduced = backend.fp32_precision in ("tf32", "bf16")
@@ -35,15 +35,15 @@ def exact_products(device: torch.device):
 
 
 def as_float(x: Tensor) -> Tensor:
-    """float64 as it is, anything else as float32."""
+    """Return float64 unchanged and anything else as float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def squared_cost(x: Tensor, y: Tensor) -> Tensor:
-    """C_ij = |x_i - y_j|^2 / 2, (..., N, M) for points (..., N, D) and (..., M, D): geomloss's cost for p = 2.
+    """Return C_ij = |x_i - y_j|^2 / 2, (..., N, M), for points (..., N, D) and (..., M, D): geomloss's cost for p = 2.
 
-    Computed from inner products, after both sets are centred on the mean of y, and clamped at 0: exact to about 1e-6
-    of the largest squared norm.
+    Computed from inner products after centring both sets on the mean of y, and clamped at 0: exact to about 1e-6 of
+    the largest squared norm.
     """
     with exact_products(x.device):
         x, y = as_float(x), as_float(y)
@@ -54,14 +54,14 @@ def squared_cost(x: Tensor, y: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors (..., D) of length 1; a zero vector stays zero and gets no gradient (`normalize` alone: some 1e12)."""
+    """Scale vectors (..., D) to length 1. A zero vector stays zero with no gradient (`normalize` gives about 1e12)."""
     zero = x.norm(dim=-1, keepdim=True) < EPS
     return torch.nn.functional.normalize(x, dim=-1, eps=EPS).masked_fill(zero, 0.0)
 
 
 def cosine_cost(x: Tensor, y: Tensor) -> Tensor:
-    """C_ij = 1 - cos(x_i, y_j), (..., N, M); a zero vector is at right angles to all. Equal to `squared_cost` of unit
-    vectors."""
+    """Return C_ij = 1 - cos(x_i, y_j), (..., N, M); a zero vector is orthogonal to all others. Equals `squared_cost`
+    of unit vectors."""
     with exact_products(x.device):
         x, y = as_float(x), as_float(y)
         return 1 - unit(x) @ unit(y).transpose(-1, -2)

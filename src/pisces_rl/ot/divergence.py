@@ -1,4 +1,4 @@
-"""The debiased Sinkhorn divergence of groups of points from a fixed bank, with each point's share of it."""
+"""Debiased Sinkhorn divergence between groups of points and a fixed bank, with each point's share of it."""
 
 import warnings
 
@@ -10,40 +10,41 @@ from pisces_rl.ot.costs import as_float, squared_cost
 from pisces_rl.ot.plans import ConvergenceWarning, TransportPlan, check_positive, check_solver, transport_plan
 from pisces_rl.ot.solver import full_precision
 
-CHUNK_CELLS = 2**26  # costs that the bank's own term holds at once: 256 MiB in fp32
+CHUNK_CELLS = 2**26  # costs held at once for the bank's self term: 256 MiB in fp32
 
 
 class BankDivergence:
     """S(x, bank) = OT(x, bank) - OT(x, x) / 2 - OT(bank, bank) / 2 + eps (|a| - 1)^2 / 2 for groups x of points.
 
-    The last term is 0 but for penalised groups whose weights a do not sum to the bank's 1.
+    The last term is 0 except for penalised groups whose weights a do not sum to the bank's 1.
 
-    OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (rho = reach^2 if
-    penalised),
-    solved to its tolerance: no annealing schedule and no diameter enter, so the same group has the same divergence in
-    any batch. Equal to geomloss's `SamplesLoss(p=2, blur=, reach=, debias=True)` as its `scaling` approaches 1.
+    OT is the entropic value of `transport_plan` for the cost |x - y|^2 / 2 at eps = blur^2 (and rho = reach^2 if
+    penalised), solved to its tolerance. It uses no annealing schedule and no diameter, so a group has the same
+    divergence in any batch. Equals geomloss's `SamplesLoss(p=2, blur=, reach=, debias=True)` as its `scaling`
+    approaches 1.
 
     OT(bank, bank) is solved once, on creation, in chunks of rows: memory grows with the bank, not with its square.
 
-    A group of n points is at a distance from the bank even if it was drawn from it, the larger the smaller n is.
-    `calibrate` measures that floor and `relative` divides by it.
+    Even a group drawn from the bank has a positive divergence, larger for smaller groups. `calibrate` measures that
+    floor and `relative` divides by it.
 
     Args:
         bank: (M, D), without gradients.
-        weights: (M,), of total 1; unset: uniform.
-        blur: length > 0 below which points are not told apart, in units of the points.
-        reach: length above which mass is rather created than moved; None: all mass is moved.
+        weights: (M,), normalised to total 1; default: uniform.
+        blur: length > 0, in units of the points, below which points are not distinguished.
+        reach: length beyond which mass is created or destroyed rather than moved; None: all mass is moved.
         tolerance: L1 marginal error of every term.
-        max_iterations: of every term.
-        solver: of every term, "native" or "geomloss". For the bank's own term geomloss holds some five matrices of
-            costs (M, M), or with pykeops none above 5,000 points; without it, what does not fit is a ValueError.
+        max_iterations: limit for every term.
+        solver: for every term, "native" or "geomloss". For the bank's self term geomloss holds about five (M, M) cost
+            matrices, or with pykeops none above 5,000 points; without it, a bank that does not fit is a ValueError.
 
-    `self_error` is the marginal error of the bank's own term; one above the tolerance is a `ConvergenceWarning`.
+    `self_error` is the marginal error of the bank's self term; if it exceeds the tolerance, a `ConvergenceWarning` is
+    issued.
 
     Source: Feydy et al. 2019 (arXiv 1810.08278); Sejourne et al. 2019 (arXiv 1910.12958) for `reach`.
     """
 
-    identifying = ("bank", "weights", "settings")  # and what is computed of them differs in last bits by device
+    identifying = ("bank", "weights", "settings")  # quantities derived from these differ in the last bits by device
 
     def __init__(
         self,
@@ -83,10 +84,11 @@ class BankDivergence:
         self.floor: dict[int, tuple[float, float]] = {}
 
     def __call__(self, x: Tensor, a: Tensor | None = None) -> Tensor:
-        """(B,) for groups x (B, n, D), or a scalar for (n, D); differentiable with respect to x.
+        """Return S, (B,) for groups x (B, n, D) or a scalar for (n, D), differentiable with respect to x.
 
         Args:
-            a: (B, n) or (n,), weights of the points; zero is padding. Unset: uniform.
+            x: (B, n, D) or (n, D), the points.
+            a: (B, n) or (n,), weights of the points; zero is padding. Default: uniform.
         """
         groups, a, batched = self._groups(x, a)
         value = self._value(a, *self._plans(groups, a))
@@ -98,10 +100,10 @@ class BankDivergence:
         return torch.where(mass > 0, value, 0.0)
 
     def per_sample(self, x: Tensor, a: Tensor | None = None) -> Tensor:
-        """(B, n) or (n,): F_i, the divergence's first variation dS / da_i at each point.
+        """Return F_i, (B, n) or (n,): the divergence's first variation dS / da_i at each point.
 
-        Balanced, F = f_xy - f_xx, given up to a constant, which makes the mean of F, weighted by a, equal to S.
-        Penalised, F = (rho + eps) (exp(-f_xx / rho) - exp(-f_xy / rho)).
+        Balanced: F = f_xy - f_xx, which is defined up to a constant, chosen so that the a-weighted mean of F equals S.
+        Penalised: F = (rho + eps) (exp(-f_xx / rho) - exp(-f_xy / rho)).
         """
         groups, a, batched = self._groups(x.detach(), a)
         across, within = self._plans(groups, a)
@@ -116,7 +118,7 @@ class BankDivergence:
         return credit if batched else credit[0]
 
     def calibrate(self, real: Tensor, group_size: int, draws: int = 64, seed: int = 0) -> tuple[float, float]:
-        """Mean and deviation of S over random groups of real points, (n, D), that are not in the bank; kept."""
+        """Return and store mean and deviation of S over random groups of real points (n, D) outside the bank."""
         if not 1 <= group_size <= len(real):
             raise ValueError(f"group_size={group_size}: expected 1 to {len(real)}, the number of real points.")
         generator = torch.Generator().manual_seed(seed)
@@ -127,7 +129,7 @@ class BankDivergence:
         return self.floor[group_size]
 
     def relative(self, x: Tensor) -> Tensor:
-        """S(x) over the mean S of equally many real points: 1 is as close to the bank as real points are."""
+        """Return S(x) over the mean S of equally many real points: 1 means as close to the bank as real points are."""
         size = x.shape[-2]
         if size not in self.floor:
             raise RuntimeError(f"relative: no floor for groups of {size}; call calibrate(real, {size}) first.")
@@ -144,8 +146,8 @@ class BankDivergence:
         a = a.to(groups).reshape(groups.shape[:2])
         real = (a > 0)[..., None]
         if not bool((groups.isfinite() | ~real).all()):
-            raise ValueError("x: NaN or infinite points of positive weight.")
-        # padding may hold anything, so it is put where it cannot widen the cost
+            raise ValueError("x: a point of positive weight is NaN or infinite.")
+        # padding may hold anything, so move it to where it cannot widen the range of costs
         return torch.where(real, groups, self.bank.mean(0)), a, x.ndim == 3
 
     def _plans(self, groups: Tensor, a: Tensor) -> tuple[TransportPlan, TransportPlan]:
@@ -153,14 +155,14 @@ class BankDivergence:
         return across, transport_plan(squared_cost(groups, groups), a, a, **self.settings)
 
     def _solve_bank(self) -> tuple[Tensor, Tensor, float]:
-        """Potential (M,), value and marginal error of OT(bank, bank)."""
+        """Return the potential (M,), value and marginal error of OT(bank, bank)."""
         reg, rho = self.settings["reg"], self.settings["reach"]
         with full_precision(self.bank.device):
             native = self.settings["solver"] == "native"
             h, new, error = self._iterate_bank() if native else self._bank_by_geomloss()
             if not error <= self.settings["tolerance"]:
                 warnings.warn(
-                    f"the bank's own term misses the marginal error of {self.settings['tolerance']:g}: {error:.1e} "
+                    f"the bank's self term misses the marginal error of {self.settings['tolerance']:g}: {error:.1e} "
                     f"after {self.settings['max_iterations']} iterations; raise blur or max_iterations.",
                     ConvergenceWarning,
                     stacklevel=3,
@@ -173,11 +175,11 @@ class BankDivergence:
         return h, value - reg * (moved - 1), error
 
     def _iterate_bank(self) -> tuple[Tensor, Tensor, float]:
-        """Potential, its softmin and its marginal error, by the symmetric iteration from 0.
+        """Return the potential, its softmin and its marginal error, by the symmetric iteration from 0.
 
-        Between a set and itself it needs no annealing: near the solution, softmin turns an error e of h into -k e with
-        k in [0, 1], a factor each for some directions. A whole step removes what has k = 0 (between far points, at a
-        large blur), an averaged one what has k = 1 (a constant, near points), so they take turns.
+        Between a set and itself no annealing is needed. Near the solution, softmin maps an error e of h to -k e, with
+        k in [0, 1] depending on the direction. A full step removes errors with k = 0 (distant points, large blur), an
+        averaged step those with k = 1 (constants, close points), so the two alternate.
         """
         rho = self.settings["reach"]
         damping = 1.0 if rho is None else rho / (rho + self.settings["reg"])
@@ -191,7 +193,7 @@ class BankDivergence:
         return last, new, error
 
     def _bank_by_geomloss(self) -> tuple[Tensor, Tensor, float]:
-        """The same by geomloss, which begins again with twice the iterations until they are enough."""
+        """Do the same with geomloss, which restarts with twice the iterations until they suffice."""
         reg, rho, iterations = self.settings["reg"], self.settings["reach"], 6
         backend = geomloss_solver.backend_for(self.bank)
         while True:
@@ -203,14 +205,14 @@ class BankDivergence:
             iterations *= 2
 
     def _bank_error(self, h: Tensor, costs: Tensor | None = None) -> tuple[Tensor, float]:
-        """The softmin of h, and the L1 distance of its plan's marginal from what optimality asks."""
+        """Return the softmin of h, and the L1 distance of its plan's marginal from the optimality condition."""
         reg, rho = self.settings["reg"], self.settings["reach"]
         new = self._softmin(h, costs)
         target = 1.0 if rho is None else (-h / rho).exp()
         return new, float((self.weights * (((h - new) / reg).exp() - target).abs()).sum())
 
     def _softmin(self, h: Tensor, costs: Tensor | None) -> Tensor:
-        """-eps LSE_j(log b_j + (h_j - C_ij) / eps) of every point of the bank; without costs, some rows at a time."""
+        """Return -eps LSE_j(log b_j + (h_j - C_ij) / eps) for every bank point; in chunks of rows if costs is None."""
         eps, rows = self.settings["reg"], max(1, CHUNK_CELLS // len(self.bank))
         shift = (self.weights.log() + h / eps)[None]
         chunks = (squared_cost(x, self.bank) for x in self.bank.split(rows)) if costs is None else (costs,)

@@ -1,15 +1,14 @@
-"""Plans on a CUDA device: one kernel launch for a whole batch, in Triton.
+"""Plans on a CUDA device: one Triton kernel launch for a whole batch.
 
-A program solves one problem. An iteration is one pass over its costs, tile by tile of columns with all rows at once.
-The kernel entries of the present potentials, k_ij = a_i exp((f_i + g_j - C_ij) / eps), give the column update g_j -=
-eps log sum_i k_ij; the entries so corrected are the plan's, and their row sums r_i are both the error and the next
-row update, f_i += eps (log a_i - log r_i). So costs are read once an iteration, the plan is written once, nothing
-waits for the host, and each problem stops by its own error.
+Each program solves one problem. An iteration is one pass over its costs, in tiles of columns that span all rows. The
+kernel entries for the current potentials, k_ij = a_i exp((f_i + g_j - C_ij) / eps), give the column update g_j -=
+eps log sum_i k_ij. The entries corrected by it form the plan, and their row sums r_i give both the error and the next
+row update, f_i += eps (log a_i - log r_i). So costs are read once per iteration, the plan is written once, the host
+never waits, and each problem stops by its own error.
 
-It serves where the numbers allow: fp32, product reference, at most `MAX_ROWS` rows or columns. Whatever it could not
-solve, because its costs span too many eps to converge in `MAX_ITERATIONS` without annealing or because its input is
-bad, has an error above the tolerance or NaN, and goes to the solver of solver.py, which anneals and says what is
-wrong.
+The kernel handles fp32, product reference, and at most `MAX_ROWS` rows or columns. A problem that it cannot solve
+(bad input, or costs that span too many eps to converge in `MAX_ITERATIONS` without annealing) has an error that is NaN
+or above the tolerance. It then goes to solver.py, which anneals and reports what is wrong.
 """
 
 import torch
@@ -25,11 +24,11 @@ except ImportError:  # CPU builds of torch come without it
 
 MAX_ROWS = 128
 MAX_ITERATIONS = 100
-TILE = 8192  # costs that a program works on at a time, sixteen a thread
+TILE = 8192  # costs that a program processes at a time, sixteen per thread
 
 
 def serves(cost: Tensor, tolerance: float) -> bool:
-    """Whether the kernel can try this batch."""
+    """Return whether the kernel can try this batch."""
     return (
         triton is not None
         and cost.device.type == "cuda"
@@ -42,14 +41,14 @@ def serves(cost: Tensor, tolerance: float) -> bool:
 def solve(
     cost: Tensor, a: Tensor, b: Tensor, reg: float, constraint: Constraint, tolerance: float, max_iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """plan (B, N, M), value (B,), error (B,), iterations (B,), f (B, N) and g (B, M) in units of cost."""
+    """Return plan (B, N, M), value, error, iterations (B,), and f (B, N), g (B, M) in units of cost."""
     batch, rows, columns = cost.shape
     plan = torch.empty(batch, rows, columns, device=cost.device, dtype=cost.dtype)
     f, g = cost.new_empty(batch, rows), cost.new_empty(batch, columns)
     value, error = cost.new_empty(2, batch)
     iterations = torch.empty(batch, device=cost.device, dtype=torch.long)
     ours, theirs = (a, f, 1), (b, g, 2)
-    if rows > columns:  # the kernel's rows are the shorter axis
+    if rows > columns:  # the kernel's rows must be the shorter axis
         ours, theirs = theirs, ours
     (first, x, n_axis), (second, y, m_axis) = ours, theirs
     block_n = max(16, triton.next_power_of_2(x.shape[1]))
@@ -97,7 +96,7 @@ if triton is not None:
 
     @triton.jit
     def _tile(cost, i, start, n, m, cost_n, cost_m, valid_a, BLOCK_M: tl.constexpr):
-        """Costs of a tile of columns; infinite in rows without weight and past the last column."""
+        """Load the costs of a tile of columns; infinite in rows without weight and past the last column."""
         j = start + tl.arange(0, BLOCK_M)
         at = i[:, None] * cost_n + j[None, :] * cost_m
         return tl.load(cost + at, mask=valid_a[:, None] & (j < m)[None, :], other=float("inf"))
@@ -149,7 +148,7 @@ if triton is not None:
         mass_a = tl.sum(weight_a, 0)
         bad = tl.sum(tl.where((weight_a >= 0) & (weight_a < float("inf")), 0.0, 1.0), 0)
 
-        # the first row update, f_i = -LSE_j(log b_j - C_ij / eps), with a running maximum a cell of the tile
+        # first row update, f_i = -LSE_j(log b_j - C_ij / eps), with a running maximum per cell of the tile
         high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         wrong = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -180,7 +179,7 @@ if triton is not None:
         balance = 0.0
         shift = 0.0
         mass = 0.0
-        if KIND == 0:  # masses that differ by rounding are made equal
+        if KIND == 0:  # equalise masses that differ by rounding
             bad += tl.where(empty | (tl.abs(mass_a - mass_b) <= 1e-4 * tl.maximum(mass_a, mass_b)), 0.0, 1.0)
             balance = tl.log(tl.where(empty, 1.0, mass_a / mass_b))
         if KIND == 2:
@@ -198,7 +197,7 @@ if triton is not None:
         error = tl.where(bad > 0, float("nan"), tl.where(empty, 0.0, 1e30))
         moved = 0.0
         dual_b = 0.0
-        t = 0.0  # to be taken from g, since it was added to f
+        t = 0.0  # still to be subtracted from g after being added to f
         while (iteration < max_iterations) & (error > tolerance):
             shares = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
             duals = tl.zeros((BLOCK_M,), tl.float32)
@@ -207,7 +206,7 @@ if triton is not None:
             for start in range(0, m, BLOCK_M):
                 j = start + tl.arange(0, BLOCK_M)
                 c = ahead
-                ahead = _tile(cost, i, start + BLOCK_M, n, m, cost_n, cost_m, valid_a, BLOCK_M)  # under way meanwhile
+                ahead = _tile(cost, i, start + BLOCK_M, n, m, cost_n, cost_m, valid_a, BLOCK_M)  # prefetch
                 weight_b = tl.load(b + j * b_m, mask=j < m, other=0.0)
                 valid_b = weight_b > 0
                 old = tl.load(g_out + j, mask=j < m, other=0.0) - t
@@ -218,7 +217,7 @@ if triton is not None:
                 g = tl.where(valid_b, g, 0.0)
                 tl.store(g_out + j, g, mask=j < m)
                 scale = tl.where(valid_b, weight_b * tl.exp(g - old + balance), 0.0)
-                shares += tl.where(valid_b[None, :], k * scale[None, :], 0.0)  # a cost without weight may be NaN
+                shares += tl.where(valid_b[None, :], k * scale[None, :], 0.0)  # a cost with zero weight may be NaN
                 if KIND == 1:
                     duals += weight_b * (1 - tl.exp(-g * reg_over_rho))
                 else:
@@ -244,7 +243,7 @@ if triton is not None:
                     f = new
                 else:
                     f = damping * (f + step)
-                if KIND == 1:  # the best (f + t, g - t), see Penalised.translation
+                if KIND == 1:  # the optimal (f + t, g - t), see Penalised.translation
                     of_a = tl.sum(tl.where(rows, weight_a * tl.exp(-f * reg_over_rho), 0.0), 0)
                     t = tl.log(of_a / (mass_b - dual_b)) / (2 * reg_over_rho)
                     t = tl.where(tl.abs(t) < float("inf"), t, 0.0)
@@ -260,7 +259,7 @@ if triton is not None:
             g = tl.load(g_out + j, mask=(j < m) & valid_b, other=0.0)
             p = tl.exp(factor[:, None] + ((g + log_b)[None, :] - c * inverse_reg))
             p = tl.where(valid_a[:, None] & valid_b[None, :], p, 0.0)
-            tl.debug_barrier()  # every thread has read g
+            tl.debug_barrier()  # wait until every thread has read g
             tl.store(g_out + j, reg * g, mask=j < m)
             tl.store(plan + i[:, None] * plan_n + j[None, :] * plan_m, p, mask=(i < n)[:, None] & (j < m)[None, :])
 

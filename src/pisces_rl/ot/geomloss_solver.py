@@ -1,14 +1,15 @@
-"""geomloss (Feydy et al. 2019, arXiv 1810.08278) as the solver under a plan and under a bank's own term.
+"""geomloss (Feydy et al. 2019, arXiv 1810.08278) as the solver for plans and for a bank's self term.
 
-Both go through `geomloss.SamplesLoss`: plans by its batched "tensorized" loop, to which `cost=` hands the matrix of
-costs, a bank by the loop that its size asks for. Its own schedule, from a diameter down to the blur, never stays at
-the final eps, so that its error falls only like one over the number of iterations, and `geomloss.ot.solve_batch` has
-no other. So iterations run in blocks at one eps: a diameter just above the blur, and a scaling just below 1.
+Both go through `geomloss.SamplesLoss`: plans use its batched "tensorized" loop, with the cost matrix passed through
+`cost=`; a bank uses the loop that its size requires. geomloss's default schedule, from a diameter down to the blur,
+never stays at the final eps, so its error falls only like one over the number of iterations, and
+`geomloss.ot.solve_batch` has the same schedule. Iterations therefore run in blocks at one eps: a diameter just above
+the blur, and a scaling just below 1.
 
-A block of plans starts where the last one ended, which geomloss has no argument for: with f = f0 + f', g = g0 + g',
-the problem for f', g' is one of the same kind, of cost C - (1 + eps / rho) (f0 + g0) and weights a exp(-f0 / rho),
-b exp(-g0 / rho); balanced, rho is infinite. Only gradients are not geomloss's: they are those of the envelope
-theorem, as everywhere here; its own are off by a factor where marginals are penalised.
+Each block of plans starts where the last one ended, for which geomloss has no argument. Instead, with f = f0 + f' and
+g = g0 + g', the problem for f', g' has the same form, with cost C - (1 + eps / rho) (f0 + g0) and weights
+a exp(-f0 / rho), b exp(-g0 / rho); if balanced, rho is infinite. Only the gradients do not come from geomloss: they
+follow from the envelope theorem, as for the native solver; geomloss's are off by a factor if marginals are penalised.
 """
 
 import importlib.util
@@ -22,11 +23,11 @@ from pisces_rl.ot.constraints import Bounded, Constraint, Penalised
 from pisces_rl.ot.costs import squared_cost
 from pisces_rl.ot.solver import STAGE_FACTOR, STAGE_ITERATIONS, Solution, Start
 
-DRIFT = 1e-9  # how far, relatively, the blur moves in a block of iterations at one eps
+DRIFT = 1e-9  # relative change of the blur within a block of iterations at one eps
 FIRST_BLOCK = 10
-FORBIDDEN = 200.0  # a cell that costs so many eps too much has no mass in any precision
-TENSORIZED_CELLS = 5000**2  # geomloss's own limit
-COPIES = 5  # of a matrix of costs, that the tensorized loop holds at its peak
+FORBIDDEN = 200.0  # a cell whose cost is this many eps too high has no mass in any precision
+TENSORIZED_CELLS = 5000**2  # geomloss's limit
+COPIES = 5  # cost matrices that the tensorized loop holds at its peak
 
 
 def solve(
@@ -43,14 +44,14 @@ def solve(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """As `solver.solve`, of balanced and penalised plans that all need the same number of annealing stages."""
+    """Like `solver.solve`, for balanced and penalised plans that all need the same number of annealing stages."""
     if isinstance(constraint, Bounded):
         raise ValueError(
-            "solver='geomloss': it has no plan of a bounded mass; use solver='native', dummy_point_transport_plan, or "
-            "transport_plan(reach=)."
+            "solver='geomloss' cannot solve plans of a bounded mass; use solver='native', dummy_point_transport_plan, "
+            "or transport_plan(reach=)."
         )
     rho = constraint.rho if isinstance(constraint, Penalised) else math.inf
-    exact = cost.double()  # offsets and their sums in fp64: where costs span many eps, fp32 would lose what counts
+    exact = cost.double()  # offsets and sums in fp64: if costs span many eps, fp32 loses the significant digits
     f = torch.where(a > 0, (begin.f0 + begin.l0).double(), 0.0)
     g = torch.where(b > 0, begin.g0.double(), 0.0)
     active = ((a > 0).any(1) & (b > 0).any(1))[:, None]
@@ -60,7 +61,7 @@ def solve(
         rest = exact - (1 + reg / rho) * (f[:, :, None] + g[:, None, :])
         high = torch.where(rest.isfinite(), rest, 0.0).amax((1, 2), keepdim=True)
         rest = torch.where(rest.isfinite(), rest, 2 * high.clamp_min(0) + FORBIDDEN * reg).to(cost)
-        if stages:  # the first block, annealed as the native solver's
+        if stages:  # the first block, annealed like the native solver
             block, start, scaling = 0, reg * STAGE_FACTOR**stages, STAGE_FACTOR ** (-1 / STAGE_ITERATIONS)
             stages = 0
         else:
@@ -92,8 +93,8 @@ def solve(
 def _iterate(
     cost: Tensor, a: Tensor, b: Tensor, reg: float, rho: float, start: float, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """geomloss's potentials (B, N), (B, M) for costs (B, N, M), eps going from `start` to `reg`."""
-    rows, columns = cost.new_zeros(*a.shape, 1), cost.new_zeros(*b.shape, 1)  # in place of points
+    """Return geomloss's potentials (B, N), (B, M) for costs (B, N, M), with eps going from `start` to `reg`."""
+    rows, columns = cost.new_zeros(*a.shape, 1), cost.new_zeros(*b.shape, 1)  # placeholders for points
     transposed = cost.mT.contiguous()
     loss = _loss(
         p=1,
@@ -104,26 +105,26 @@ def _iterate(
         backend="tensorized",
         cost=lambda first, _: cost if first.data_ptr() == rows.data_ptr() else transposed,
     )
-    with torch.no_grad():  # it leaves gradients enabled
+    with torch.no_grad():  # geomloss leaves gradients enabled
         return loss(a, rows, b, columns)
 
 
 def _loss(**settings):
-    from geomloss import SamplesLoss  # tries to import, and so to compile, KeOps
+    from geomloss import SamplesLoss  # slow: tries to import and thus compile KeOps
 
     return SamplesLoss("sinkhorn", debias=False, potentials=True, **settings)
 
 
 def _at_one_eps(reg: float, iterations: int) -> tuple[float, float]:
-    """The first eps and the scaling that reach `reg` in the given iterations, from (1 + DRIFT) * `reg`."""
-    # both ends count
+    """Return the first eps and the scaling that reach `reg` in `iterations` steps from (1 + DRIFT) * `reg`."""
+    # geomloss runs both end points, hence the 2
     return reg * (1 + DRIFT), (1 + DRIFT) ** (-1 / max(1, iterations - 2))
 
 
 def self_potential(
     points: Tensor, weights: Tensor, reg: float, rho: float | None, iterations: int, backend: str
 ) -> Tensor:
-    """(M,): h of OT between points (M, D) with weights (M,) and themselves, for |x - y|^2 / 2, from h = 0."""
+    """Return h, (M,), of OT between points (M, D) with weights (M,) and themselves, for |x - y|^2 / 2, from h = 0."""
     start, scaling = _at_one_eps(reg, iterations)
     points = points - points.mean(0)
     loss = _loss(
@@ -141,7 +142,7 @@ def self_potential(
 
 
 def backend_for(points: Tensor) -> str:
-    """ "tensorized" where the costs of points (M, D) fit, else "online", which needs KeOps."""
+    """Return "tensorized" if the costs of points (M, D) fit into memory, else "online", which needs KeOps."""
     cells = len(points) ** 2
     if importlib.util.find_spec("pykeops") is not None:
         return "tensorized" if cells <= TENSORIZED_CELLS else "online"
@@ -153,8 +154,8 @@ def backend_for(points: Tensor) -> str:
         free = psutil.virtual_memory().available
     if cells > TENSORIZED_CELLS and needed > free:
         raise ValueError(
-            f"solver='geomloss': {len(points)} points need {needed / 1e9:.0f} GB for "
-            f"their costs, {free / 1e9:.0f} GB are free: pip install pykeops, or use solver='native'; neither holds "
-            "them all."
+            f"solver='geomloss': the costs of {len(points)} points need {needed / 1e9:.0f} GB, but only "
+            f"{free / 1e9:.0f} GB are free; pip install pykeops, or use solver='native', neither of which holds them "
+            "all at once."
         )
     return "tensorized"

@@ -1,4 +1,5 @@
-"""How good a map is: against a known map, against the target's distribution, and by what it keeps of neighbourhoods.
+"""Measures of a map's quality: error against a known map, distance to the target distribution, and how well it
+preserves neighbourhoods.
 
 Each returns an `Estimate` with a 95 % bootstrap interval over points.
 """
@@ -26,19 +27,19 @@ class Estimate(NamedTuple):
 
 
 def l2_uvp(mapped: Tensor, truth: Tensor, seed: int = 0) -> Estimate:
-    """100 E|T(x) - T*(x)|^2 / Var T*(x), per cent: 0 is T*, 100 the best constant. (n, D) each, paired.
+    """Return 100 E|T(x) - T*(x)|^2 / Var T*(x) in per cent: 0 for T*, 100 for the best constant. (n, D) each, paired.
 
     Source: Korotin et al. 2021 (arXiv 2106.01954).
     """
     mapped, truth = _paired(mapped, truth)
     variance = truth.var(0, unbiased=False).sum()
     if not variance > 0:
-        raise ValueError("truth: the points do not vary, so there is nothing to compare an error with.")
+        raise ValueError("truth: all points are equal, so the error has no variance to be compared with.")
     return bootstrap(lambda error: 100 * error.mean(0) / variance, (mapped - truth).square().sum(1), seed)
 
 
 def displacement_cosine(x: Tensor, mapped: Tensor, truth: Tensor, seed: int = 0) -> Estimate:
-    """Cosine of the displacements T(x) - x and T*(x) - x in L2 of the source: 1 is the right direction."""
+    """Return the cosine of the displacements T(x) - x and T*(x) - x in L2 of the source: 1 is the right direction."""
     x, mapped = _paired(x, mapped)
     _, truth = _paired(x, truth)
     ours, true = mapped - x, truth - x
@@ -47,7 +48,7 @@ def displacement_cosine(x: Tensor, mapped: Tensor, truth: Tensor, seed: int = 0)
 
 
 def divergence_from(mapped: Tensor, target: Tensor, *, blur: float, seed: int = 0) -> Estimate:
-    """Debiased Sinkhorn divergence of mapped points (n, D) from target points (m, D) that no map was fitted on.
+    """Return the debiased Sinkhorn divergence of mapped points (n, D) from held-out target points (m, D).
 
     The interval resamples the first variation: S = mean F + mean G over both sets, to first order.
     """
@@ -57,7 +58,7 @@ def divergence_from(mapped: Tensor, target: Tensor, *, blur: float, seed: int = 
         value = float(bank(mapped))
         of_mapped = bank.per_sample(mapped)
         of_target = BankDivergence(mapped, blur=blur, tolerance=1e-4).per_sample(bank.bank)
-    # each averages to S; what they spread is added as that of independent sets
+    # each averages to S; their deviations add as those of independent sets
     first = bootstrap(lambda f: f.mean(0), of_mapped.double().cpu(), seed)
     second = bootstrap(lambda f: f.mean(0), of_target.double().cpu(), seed + 1)
     low = ((first.value - first.low) ** 2 + (second.value - second.low) ** 2) ** 0.5
@@ -66,7 +67,7 @@ def divergence_from(mapped: Tensor, target: Tensor, *, blur: float, seed: int = 
 
 
 def mutual_knn(x: Tensor, y: Tensor, k: int = 10, seed: int = 0) -> Estimate:
-    """Mean share of the k nearest neighbours that each point has in common in both spaces; (n, D), (n, E), paired.
+    """Return the mean share of k nearest neighbours that a point has in both spaces; (n, D), (n, E), paired.
 
     Source: Huh et al. 2024 (arXiv 2405.07987); the PISCES paper's measure with k = 10.
     """
@@ -77,9 +78,9 @@ def mutual_knn(x: Tensor, y: Tensor, k: int = 10, seed: int = 0) -> Estimate:
 
 
 def distance_spearman(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
-    """Spearman correlation of the pairwise distances within x and within y; (n, D), (n, E), paired.
+    """Return the Spearman correlation between pairwise distances in x and in y; (n, D), (n, E), paired.
 
-    The interval is a jackknife over 20 blocks of points: resampling with repeats would add distances of 0.
+    The interval is a jackknife over 20 blocks of points: resampling with replacement would add distances of 0.
     """
     if len(x) != len(y) or len(x) < 40:
         raise ValueError(f"x, y: expected 40 or more paired points, got {len(x)} and {len(y)}.")
@@ -95,31 +96,36 @@ def distance_spearman(x: Tensor, y: Tensor, seed: int = 0) -> Estimate:
 def paired_recall(
     mapped: Tensor, target: Tensor, ks: tuple[int, ...] = (1, 5, 10), seed: int = 0
 ) -> dict[int, Estimate]:
-    """Share of mapped points whose own target is among the k most similar (cosine) of all targets; (n, D), paired."""
+    """Return the share of mapped points whose target is among the k most cosine-similar targets; (n, D), paired."""
+    ranks = paired_ranks(mapped, target)
+    return {k: bootstrap(lambda hit: hit.mean(0), (ranks <= k).double(), seed) for k in ks}
+
+
+def paired_ranks(mapped: Tensor, target: Tensor) -> Tensor:
+    """Return the rank (n,) of each mapped point's target among all targets by cosine, from 1; ties count half."""
     mapped, target = _paired(mapped, target)
     similarity = torch.nn.functional.normalize(mapped, dim=1) @ torch.nn.functional.normalize(target, dim=1).T
     own = similarity.diagonal()[:, None]
-    rank = (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2  # ties count half
-    return {k: bootstrap(lambda hit: hit.mean(0), (rank < k).double(), seed) for k in ks}
+    return 1 + (similarity > own).sum(1) + ((similarity == own).sum(1) - 1) / 2
 
 
 def default_blur(target: Tensor) -> float:
-    """A blur at which eps is half the mean cost |y - y'|^2 / 2 between points of the target (n, D).
+    """Return a blur at which eps is half the mean cost |y - y'|^2 / 2 between points of the target (n, D).
 
-    Much smaller ones mislead in high dimension: at a twentieth, among 2,048 points of a Gaussian in 64 dimensions,
-    points collapsed to the mean come out nearer to the target than points of the target itself (19.9 against 30.3;
-    at a half, 0.54 against 0.10), since few points of a sample have a neighbour within the blur.
+    Much smaller blurs mislead in high dimension, since few sample points have a neighbour within the blur. With 2,048
+    points of a Gaussian in 64 dimensions and eps a twentieth of the mean cost, points collapsed to the mean seem
+    closer to the target than points of the target itself (19.9 against 30.3; at a half, 0.54 against 0.10).
     """
     blur = float((0.5 * target.detach().double().var(0, unbiased=False).sum()).sqrt())
     if not blur > 0:
-        raise ValueError("target: expected finite points that are not all one; give a blur instead.")
+        raise ValueError("target: expected finite points that are not all equal; pass a blur instead.")
     return blur
 
 
 def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0) -> Estimate:
-    """`statistic` of rows (n, ...) and the percentile interval over resampled rows; it reduces axis 0.
+    """Return `statistic` of rows (n, ...) with the percentile interval over resampled rows.
 
-    It is called with rows (n, ...) and with (n, RESAMPLES, ...).
+    `statistic` must reduce axis 0; it is called with rows (n, ...) and with (n, RESAMPLES, ...).
     """
     rows = rows.double().cpu()
     generator = torch.Generator().manual_seed(seed)
@@ -131,18 +137,18 @@ def bootstrap(statistic: Callable[[Tensor], Tensor], rows: Tensor, seed: int = 0
 
 
 def _points(x: Tensor) -> Tensor:
-    """Finite points (n, D) in fp64 on the CPU."""
+    """Return finite points (n, D) in fp64 on the CPU."""
     if x.ndim != 2 or not x.isfinite().all():
         raise ValueError(
-            f"expected finite points (n, D), got {tuple(x.shape)}, of them NaN or infinite: "
-            f"{int((~x.isfinite()).sum())}."
+            f"expected finite points (n, D), got {tuple(x.shape)} with {int((~x.isfinite()).sum())} NaN or infinite "
+            "values."
         )
     return x.detach().double().cpu()
 
 
 def _paired(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if x.ndim != 2 or x.shape != y.shape:
-        raise ValueError(f"expected paired points of one shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise ValueError(f"expected paired points of equal shape (n, D), got {tuple(x.shape)} and {tuple(y.shape)}.")
     return _points(x), _points(y)
 
 
@@ -155,4 +161,4 @@ def _neighbours(x: Tensor, k: int) -> Tensor:
 def _spearman(x: Tensor, y: Tensor) -> float:
     above = torch.triu_indices(*x.shape, offset=1)
     ranks = [torch.from_numpy(rankdata(d[above[0], above[1]].numpy())) for d in (x, y)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])  # NaN where all distances are one
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])  # NaN if all distances are equal

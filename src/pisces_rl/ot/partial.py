@@ -1,6 +1,6 @@
-"""Transport of a part of the mass: two problems that deserve the name, and the iteration that the PISCES paper prints.
+"""Transport of part of the mass: two well-defined problems, and the iteration that the PISCES paper prints.
 
-The three differ at any finite reg, and none is an approximation of another: see docs/ot.md for how far apart they are.
+The three differ at any finite reg, and none approximates another; docs/ot.md measures how far apart they are.
 """
 
 import math
@@ -24,13 +24,15 @@ from pisces_rl.ot.plans import (
 from pisces_rl.ot.solver import full_precision
 
 REFERENCES = ("product", "uniform")
-WHOLE = 1e-6  # a mass that lacks less than this share of both sides is all of it
+WHOLE = 1e-6  # a mass within this relative distance of both sides' masses counts as all of it
 
 
 @dataclass(frozen=True)
 class PiscesPlan:
-    """What the published iteration came to: plan (B, N, M), iterations (B,), and change (B,), the last step of log u,
-    below the tolerance where it stopped by itself. Without B where the cost had none."""
+    """Result of the published iteration: plan (B, N, M), iterations (B,), and change (B,), the last step of log u.
+
+    A converged iteration has a change below the tolerance. Without a batch axis if the cost had none.
+    """
 
     plan: Tensor
     iterations: Tensor
@@ -53,16 +55,16 @@ def partial_transport_plan(
 
         min_P <P, C> + reg KL(P | R)    with P 1 <= a, P^T 1 <= b, sum P = mass
 
-    by block ascent of its dual in f <= 0, g <= 0 and the multiplier l of the mass, which is Dykstra's algorithm in the
-    log domain. P_ij = R_ij exp((f_i + g_j + l - C_ij) / reg); `potential_a` holds f + l. Where the mass is all of both
-    sides', the problem is the balanced one and solved as such; a little below that the ascent is slow (mass .99 takes
-    some 300 iterations where .9 takes 40). Other arguments, errors and warnings as `transport_plan`.
+    Solved by block ascent of its dual in f <= 0, g <= 0 and the multiplier l of the mass, which is Dykstra's algorithm
+    in the log domain. P_ij = R_ij exp((f_i + g_j + l - C_ij) / reg); `potential_a` holds f + l. If `mass` is all of
+    both sides' mass, the problem is balanced and solved as such. Slightly below that the ascent is slow: mass .99
+    takes about 300 iterations, .9 takes 40. Other arguments, errors and warnings as in `transport_plan`.
 
     Args:
         mass: a number or (B,), at most min(|a|, |b|), in units of the weights.
-        reference: R. "product": a b^T. "uniform": 1 on every cell with positive weights, as POT's
-            `entropic_partial_wasserstein` solves.
-        solver: "native"; "geomloss" solves only a mass that is all of both sides', any other is a ValueError.
+        reference: R. "product": a b^T. "uniform": 1 on every cell with positive weights, as in POT's
+            `entropic_partial_wasserstein`.
+        solver: "native". "geomloss" solves only a mass that is all of both sides'; any other raises a ValueError.
 
     Source: Benamou et al. 2015 (arXiv 1412.5154), section 5.
     """
@@ -110,17 +112,17 @@ def dummy_point_transport_plan(
     max_iterations: int = 5000,
     solver: str = "native",
 ) -> TransportPlan:
-    """Partial transport through one dummy point a side: balanced entropic transport of the extended problem.
+    """Partial transport through one dummy point per side: balanced entropic transport of the extended problem.
 
-    The dummy row has weight |b| - mass, the dummy column |a| - mass, both at cost 0 to every point; dummy to dummy is
-    forbidden, so `mass` moves between real points, to within the tolerance times the total weight:
+    The dummy row has weight |b| - mass, the dummy column |a| - mass. Both cost 0 to every real point, and mass cannot
+    move from dummy to dummy, so `mass` moves between real points, to within the tolerance times the total weight:
 
         min_P <P, C> + reg KL(P' | a' b'^T)    with P' 1 = a', P'^T 1 = b', P the real block of P'
 
-    The entropy also counts what each point leaves to the dummy, which `partial_transport_plan` leaves free; at reg ->
-    0 both solve the same problem. `plan`, potentials and gradient are of the real block, the value is the extended
-    problem's. Arguments as `partial_transport_plan`, with either `solver`. Source: Chapel et al. 2020 (arXiv
-    2002.08276) for the extension.
+    The entropy also counts what each point sends to the dummy, which `partial_transport_plan` does not count; as reg
+    -> 0 both solve the same problem. `plan`, potentials and gradient belong to the real block, the value to the
+    extended problem. Arguments as in `partial_transport_plan`, with either `solver`. Source of the extension: Chapel
+    et al. 2020 (arXiv 2002.08276).
     """
     check_positive(reg=reg, tolerance=tolerance)
     check_count(max_iterations=max_iterations)
@@ -153,16 +155,16 @@ def pisces_plan(
     max_iterations: int = 200,
     tolerance: float = 1e-3,
 ) -> PiscesPlan:
-    """The iteration that the PISCES paper prints for its partial transport: for fidelity.
+    """The partial-transport iteration exactly as the PISCES paper prints it, for reproduction.
 
         log u <- mass (log a - LSE_j(-C / reg + log v)),   log v <- mass (log b - LSE_i(-C / reg + log u)),
         P = u exp(-C / reg) v
 
-    from log v = 0, until log u moves by less than the tolerance. It does NOT transport the mass `mass`: what it
-    solves is KL-unbalanced transport with counting reference and penalties rho = reg mass / (1 - mass), whose total
-    mass can exceed 1; at mass 1 it is Sinkhorn's iteration. Neither marginals nor total are guaranteed.
-    Row-normalised it equals the row-normalised `transport_plan(reach=rho)` of product reference. Weights and errors
-    as `transport_plan`; without gradients. Source: arXiv 2602.01624, section 4.2.
+    It starts from log v = 0 and stops once log u moves by less than the tolerance. It does NOT transport the mass
+    `mass`: it solves KL-unbalanced transport with counting reference and penalties rho = reg mass / (1 - mass), whose
+    total mass can exceed 1; at mass 1 it is Sinkhorn's iteration. Neither the marginals nor the total are guaranteed.
+    After row normalisation it equals the row-normalised `transport_plan(reach=rho)` with product reference. Weights
+    and errors as in `transport_plan`; no gradients. Source: arXiv 2602.01624, section 4.2.
     """
     check_positive(reg=reg, tolerance=tolerance, mass=mass)
     check_count(max_iterations=max_iterations)
@@ -201,7 +203,7 @@ def pisces_plan(
 
 
 def _mass(batch: Masked, mass: float | Tensor) -> Tensor:
-    """(B,), 0 for empty problems; adds flags of its own."""
+    """Return the mass as (B,), 0 for empty problems; adds the checks on `mass` to `batch.flags`."""
     count = batch.cost.shape[0]
     if isinstance(mass, Tensor):
         if mass.ndim > 1 or mass.numel() not in (1, count):
@@ -213,7 +215,7 @@ def _mass(batch: Masked, mass: float | Tensor) -> Tensor:
     most = torch.minimum(batch.a.sum(1), batch.b.sum(1))
     live = ~batch.empty
     batch.flags["mass: expected > 0."] = (live & ~(mass > 0)).any()
-    batch.flags["mass: more than min(|a|, |b|), the mass that the marginals allow."] = (
+    batch.flags["mass: exceeds min(|a|, |b|), the most that the marginals allow."] = (
         live & (mass > most * (1 + 1e-6))
     ).any()
     return torch.where(live, torch.minimum(mass, most), 0.0)

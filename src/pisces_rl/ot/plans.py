@@ -1,7 +1,7 @@
-"""Entropic transport plans between weighted points, batched: balanced, KL-unbalanced, and of partial mass.
+"""Entropic transport plans between weighted points, batched: balanced, KL-unbalanced and partial.
 
-Throughout, B problems of N x M cells: cost C (B, N, M), weights a (B, N) and b (B, M) that are >= 0. A weight of zero
-is padding: its row or column of the cost may hold anything, and changes nothing. KL(P | R) = sum P log(P / R) - P + R.
+Throughout there are B problems of N x M cells: cost C (B, N, M) and weights a (B, N), b (B, M) >= 0. A zero weight is
+padding: its row or column of the cost may hold anything and changes nothing. KL(P | R) = sum P log(P / R) - P + R.
 """
 
 import math
@@ -19,10 +19,10 @@ from pisces_rl.ot.solver import Start, annealing_stages, full_precision, solve
 
 SOLVERS = {"native": solve, "geomloss": geomloss_solver.solve}
 BAD_COST = "cost: NaN or infinite where both weights are positive."
-MASS_TOLERANCE = 1e-4  # relative difference of the two masses that a balanced problem may have
-HALF_TOLERANCE = 1e-2  # the same for weights that came in fp16 or bf16
-FAR = 64.0  # a smallest cost of more reg than this is subtracted before anything is divided by reg
-RESOLUTION = {torch.float32: 1e5, torch.float64: 1e12}  # largest range of costs / reg whose exponents mean anything
+MASS_TOLERANCE = 1e-4  # allowed relative difference between the two masses of a balanced problem
+HALF_TOLERANCE = 1e-2  # the same for fp16 or bf16 weights
+FAR = 64.0  # if the smallest cost exceeds this many reg, it is subtracted before anything is divided by reg
+RESOLUTION = {torch.float32: 1e5, torch.float64: 1e12}  # largest meaningful (range of costs) / reg
 
 
 class ConvergenceWarning(UserWarning):
@@ -36,12 +36,11 @@ class TransportPlan:
     Attributes:
         plan: (B, N, M), P_ij, without gradients.
         value: (B,), the dual value in units of cost; its gradient with respect to the cost is the plan.
-        marginal_error: (B,), L1 distance of both marginals from what optimality asks, as a share of max(|a|, |b|).
-        iterations: (B,), updates of both potentials at the final `reg`, counted from the start of the last solver
-            tried.
+        marginal_error: (B,), L1 distance of both marginals from their optimality condition, relative to max(|a|, |b|).
+        iterations: (B,), updates of both potentials at the final `reg`, counted for the last solver that was tried.
         potential_a: (B, N), f in units of cost; 0 at zero weights.
         potential_b: (B, M), g in units of cost; 0 at zero weights.
-        tolerance: the marginal error that was asked for.
+        tolerance: the requested marginal error.
     """
 
     plan: Tensor
@@ -58,7 +57,7 @@ class TransportPlan:
 
 
 class _DualValue(torch.autograd.Function):
-    """A value that was computed from the cost, with the plan as its gradient (envelope theorem)."""
+    """A value computed from the cost, with the plan as its gradient (envelope theorem)."""
 
     @staticmethod
     def forward(ctx, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
@@ -88,24 +87,29 @@ def transport_plan(
         min_P <P, C> + reg KL(P | a b^T)                                      with P 1 = a, P^T 1 = b      (reach None)
         min_P <P, C> + reg KL(P | a b^T) + reach KL(P 1 | a) + reach KL(P^T 1 | b)
 
-    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual one, `<a, f> + <b, g> - reg (|P| - |a| |b|)` if
-    balanced; for probability weights that is `<a, f> + <b, g>`. Computed in fp32 (fp64 for an fp64 cost) with autocast
-    and TF32 off; each problem is iterated until its own error is below the tolerance.
+    P_ij = a_i b_j exp((f_i + g_j - C_ij) / reg). The value is the dual value: in the balanced case `<a, f> + <b, g> -
+    reg (|P| - |a| |b|)`, which for probability weights is `<a, f> + <b, g>`. Computed in fp32 (fp64 for an fp64 cost)
+    with autocast and TF32 off. Each problem iterates until its own error is below the tolerance.
 
     Args:
         cost: (B, N, M) or (N, M), finite where both weights are positive.
-        a: (B, N), or (N,) for all problems alike; unset: uniform, of total 1. A problem with no weight at all in a or
-            in b (an empty prompt) has a zero plan.
-        b: (B, M), or (M,) for all problems alike; unset: uniform, of total 1.
+        a: (B, N), or (N,) shared by all problems; default: uniform with total 1. A problem with no weight at all in a
+            or b (an empty prompt) has a zero plan.
+        b: (B, M), or (M,) shared by all problems; default: uniform with total 1.
         reg: entropic regularisation eps > 0, in units of cost.
-        reach: strength rho > 0 of the marginal penalties, in units of cost (geomloss's `reach` for p = 2 is its root).
-        tolerance: L1 marginal error to stop at, as a share of max(|a|, |b|).
-        max_iterations: at the final reg.
-        solver: "native", or "geomloss", which takes several times as long to the same plan.
+        reach: strength rho > 0 of the marginal penalties, in units of cost (for p = 2, the square of geomloss's
+            `reach`).
+        tolerance: L1 marginal error at which to stop, relative to max(|a|, |b|).
+        max_iterations: limit at the final reg.
+        solver: "native", or "geomloss", which takes several times as long to reach the same plan.
 
-    Raises ValueError for what is not a transport problem. Warns (`ConvergenceWarning`) of plans short of the
-    tolerance. Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv
-    1810.08278).
+    Raises:
+        ValueError: the input is not a transport problem.
+
+    Warns:
+        ConvergenceWarning: a plan misses the tolerance.
+
+    Source: Cuturi 2013 (arXiv 1306.0895), Chizat et al. 2018 (arXiv 1607.05816), Feydy et al. 2019 (arXiv 1810.08278).
     """
     check_positive(reg=reg, tolerance=tolerance)
     check_count(max_iterations=max_iterations)
@@ -118,7 +122,7 @@ def transport_plan(
 
 
 def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
-    """`<C, P>` with the plan held fixed, (B,): its gradient is the plan's, but its value lacks the entropy.
+    """Return `<C, P>` (B,) with the plan held fixed. Its gradient is the plan; its value lacks the entropy.
 
     The derivative of `<C, P(C)>` itself also has a term through P; this function leaves it out on purpose.
     """
@@ -127,14 +131,14 @@ def transport_cost(cost: Tensor, plan: Tensor) -> Tensor:
 
 @dataclass
 class _Problems:
-    """Inputs of the right shapes: cost (B, N, M) with its gradient history, a (B, N), b (B, M)."""
+    """Inputs of checked shapes: cost (B, N, M) with its gradient history, a (B, N), b (B, M)."""
 
     cost: Tensor
     a: Tensor
     b: Tensor
     batched: bool
     slack: float = MASS_TOLERANCE
-    uniform: bool = False  # both weights are our own
+    uniform: bool = False  # both weights are the uniform default
 
     @staticmethod
     def of(cost: Tensor, a: Tensor | None, b: Tensor | None) -> "_Problems":
@@ -151,19 +155,19 @@ class _Problems:
     def solve(
         self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
     ) -> TransportPlan:
-        """With product reference: the fused kernel where it serves, the general solver for what it leaves."""
+        """Solve with product reference: the fused kernel where it applies, the general solver for the rest."""
         return self.finish(*self.fields(reg, constraint, tolerance, max_iterations, solver), tolerance)
 
     def fields(
         self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
     ) -> list[Tensor]:
-        """Those of `TransportPlan`."""
+        """Return the fields of `TransportPlan`."""
         if solver != "native" or not fused.serves(self.cost, tolerance):
             return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, solver, stacklevel=5)
         with full_precision(self.cost.device):
             cost = self.cost.detach()
             fields = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
-            left = ~(fields[2].cpu() <= tolerance)  # the one wait
+            left = ~(fields[2].cpu() <= tolerance)  # the only synchronisation
             if left.any():
                 left = left.nonzero()[:, 0].to(cost.device)
                 rest = _Problems(cost[left], self.a[left], self.b[left], True, self.slack)
@@ -187,10 +191,9 @@ class _Problems:
 
 @dataclass
 class Masked:
-    """Problems with infinite costs where there is no cell, their reference weights, and what may be wrong with them.
+    """Problems whose missing cells have infinite cost, with reference weights and pending input checks.
 
-    empty: (B,), no cell at all. full: no cell is missing. flags: messages of errors with bools on the device, read
-    once.
+    empty: (B,), no cell at all. full: no cell is missing. flags: error messages with bools on the device, read once.
     """
 
     cost: Tensor
@@ -223,7 +226,7 @@ class Masked:
         return Masked(*parts, self.full, {}, self.slack)
 
     def check(self, *extra: Tensor) -> list[float]:
-        """Raise the first error that was flagged; the values of further scalars, read in the same wait."""
+        """Raise the first flagged error; return the values of the `extra` scalars, read in the same wait."""
         values = torch.stack([*(flag.to(self.a) for flag in self.flags.values()), *extra]).tolist()
         for text, wrong in zip(self.flags, values):
             if wrong:
@@ -240,9 +243,9 @@ def solve_checked(
     solver: str,
     stacklevel: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `TransportPlan` by one of `SOLVERS`, for any reference and any pattern of cells.
+    """Return the fields of `TransportPlan` from one of `SOLVERS`, for any reference and any pattern of cells.
 
-    `stacklevel` is of the warning: how far above is the caller who asked.
+    `stacklevel` makes the warning point at the user's call.
     """
     with full_precision(problems.cost.device):
         fields, converged = _solve_checked(problems, reg, constraint, tolerance, max_iterations, solver)
@@ -263,19 +266,19 @@ def _solve_checked(
     cost, a, b, live = problems.cost, problems.a, problems.b, ~problems.empty
     if isinstance(constraint, Balanced):
         of_a, of_b = a.sum(1), b.sum(1)
-        text = "a, b: a balanced plan needs equal masses; pass reach=, or plan a partial mass."
-        if problems.flags:  # else the weights are our own
+        text = "a, b: a balanced plan needs equal masses; pass reach=, or use partial_transport_plan."
+        if problems.flags:  # otherwise the weights are the uniform default
             gap = (of_a - of_b).abs() > problems.slack * torch.maximum(of_a, of_b)
             problems.flags[text] = (gap & live).any()
-        b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # equal but for rounding: make them exactly equal
+        b = b * torch.where(live, of_a / of_b, 1.0)[:, None]  # remove the rounding difference between the masses
     begin = Start.of(cost, constraint, reg, problems.full)
     problems.flags.setdefault(BAD_COST, ~begin.span.isfinite().all())
     own_stages = annealing_stages(begin.span, reg, constraint)
     extremes = own_stages.amax(), own_stages.amin(), begin.span.amax() / reg, begin.l0.abs().amax() / reg
     stages, fewest, ratio, distance = problems.check(*extremes)
     check_resolution(ratio, reg, cost.dtype)
-    # those that anneal apart from those that need not, so that neither changes the other; geomloss has one schedule
-    # for all of a batch
+    # Solve problems that anneal apart from those that do not, so that neither group changes the other. geomloss has
+    # one schedule per batch, so there each number of stages is a group.
     if stages != fewest and (solver == "geomloss" or not fewest):
         kinds = own_stages if solver == "geomloss" else own_stages > 0
         parts = [(kinds == kind).nonzero()[:, 0] for kind in kinds.unique()]
@@ -317,7 +320,7 @@ def _scaled_alone(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, ...] | None:
-    """The fields of balanced problems without padding whose kernel holds as it is; None if that does not suffice."""
+    """Solve balanced problems without padding on a fixed kernel; None if one kernel is not enough."""
     kernel = torch.add((low / reg)[:, :, None], cost, alpha=-1 / reg).exp_()
     scaled = scale(kernel, a, b, alpha, beta, tolerance, max_iterations, full=True)
     if bool(scaled.active.any()):

@@ -1,4 +1,4 @@
-"""Balanced problems as matrix scaling, without logarithms, on one kernel; and the over-relaxation of Sinkhorn."""
+"""Balanced problems as matrix scaling on one kernel, without logarithms; and over-relaxation of Sinkhorn."""
 
 import math
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-REBUILD = 30.0  # absorb once a rest exceeds this many eps
+REBUILD = 30.0  # absorb once x, y or z exceeds this
 SCALING_ITERATIONS = 40
-CHECK_FACTOR = 1.2  # matrix scaling is looked at after 1, 2, ..., 6, 7, 8, 9, 10, 12, 14, 16, 19, ... iterations
+CHECK_FACTOR = 1.2  # matrix scaling checks its error after 1, 2, ..., 6, 7, 8, 9, 10, 12, 14, 16, 19, ... iterations
 RELAX_EVERY = 20
 RELAX_LIMIT = 0.9995
 
 
 def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
-    """The over-relaxation w of balanced iterations from the error's rate of decrease q under the present w.
+    """Return the next over-relaxation w of balanced iterations, given the error's decay rate q under the current w.
 
-    Near the solution Sinkhorn's iteration is block Gauss-Seidel, so with t its own rate (Young 1954)
-    (q + w - 1)^2 = q w^2 t, and the best w is 2 / (1 + sqrt(1 - t)). An error that grows brings w nearer to 1. Source:
+    Near the solution Sinkhorn's iteration is block Gauss-Seidel, so its plain rate t satisfies (Young 1954)
+    (q + w - 1)^2 = q w^2 t, and the best w is 2 / (1 + sqrt(1 - t)). If the error grows, w moves towards 1. Source:
     Thibault et al. (arXiv 1711.01851), Lehmann et al. (arXiv 2012.12562).
     """
     own = (rate + relaxation - 1).square() / (rate * relaxation.square()).clamp_min(1e-12)
@@ -30,7 +30,7 @@ def relax(relaxation: Tensor, rate: Tensor) -> Tensor:
 
 @dataclass
 class Scaled:
-    """q (B, N), w (B, M); which are not converged, error, iterations (B,); iterations that were made."""
+    """q (B, N), w (B, M); active (not converged), error, iterations (B,); done: iterations performed."""
 
     q: Tensor
     w: Tensor
@@ -43,12 +43,12 @@ class Scaled:
 def scale(
     kernel: Tensor, a: Tensor, b: Tensor, q: Tensor, w: Tensor, tolerance: float, count: int, full: bool = False
 ) -> Scaled:
-    """Balanced problems as matrix scaling, q = a / (K w), w = b / (K^T q), up to `count` iterations.
+    """Solve balanced problems by matrix scaling, q = a / (K w), w = b / (K^T q), in up to `count` iterations.
 
-    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, each problem by its own r. q is looked
-    at before its w: its products are there already. A problem that is done is put aside and scaled on with the
-    others, as an empty one is from the beginning. It ends early where scalings leave what one kernel can hold. full:
-    there is no padding.
+    From `SCALING_ITERATIONS` on both are over-relaxed, q' = q (a / (q K w))^r, with one r per problem. The error is
+    checked after updating q and before w, since its products are already available then. The result of a converged
+    problem is saved while the batch continues; empty problems count as converged from the start. Scaling stops early
+    once the scalings exceed what one kernel can hold. full: there is no padding.
     """
     tiny = torch.finfo(kernel.dtype).tiny
     total = a.sum(1).clamp_min(tiny)

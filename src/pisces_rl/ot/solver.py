@@ -1,18 +1,18 @@
-"""The batched solver under every plan: Sinkhorn's iteration on an absorbed kernel, with annealing where eps is small.
+"""The batched solver behind every plan: Sinkhorn's iteration on an absorbed kernel, with annealing if eps is small.
 
 Potentials are f = f0 + eps x, g = g0 + eps y, l = l0 + eps z. The offsets f0, g0, l0 are absorbed into the kernel
 K_ij = exp((f0_i + g0_j + l0 - C_ij) / eps), so that x, y, z stay near 0 (Schmitzer, arXiv 1610.06519). An iteration is
 two batched matrix-vector products:
 
-    x = update(log(a / alpha) - log(K (beta e^y)) - z),   y likewise with K^T,   z so that a given mass is right
+    x = update(log(a / alpha) - log(K (beta e^y)) - z),   y likewise with K^T,   z fixes the total to a given mass
 
-Where the costs, less their c-transform, span more than `TRANSFORMED_RANGE` eps (under a bound, which allows no
-c-transform, `EXP_RANGE`), the kernel would underflow: those problems are annealed, eps 4^k, ..., 4 eps, eps, each
-stage beginning with iterations in the log domain.
+If the costs minus their c-transform span more than `TRANSFORMED_RANGE` eps, the kernel would underflow. (Under a bound
+no c-transform is allowed and the limit is `EXP_RANGE`.) Those problems are annealed: eps 4^k, ..., 4 eps, eps, and
+each stage begins with iterations in the log domain.
 
-Balanced problems whose kernel holds as it is need no logarithms: `scaling.scale`. Every problem of a batch runs its
-own schedule and stops by its own error, so what it shares a batch with does not change its result. Errors are read
-after every few iterations; one read is one wait for the device.
+Balanced problems whose kernel does not underflow need no logarithms: `scaling.scale`. Every problem of a batch follows
+its own schedule and stops by its own error, so the rest of the batch does not change its result. Errors are read only
+every few iterations, because each read waits for the device.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from pisces_rl.ot.constraints import Balanced, Bounded, Constraint, Penalised
 from pisces_rl.ot.costs import exact_products
 from pisces_rl.ot.scaling import REBUILD, RELAX_EVERY, SCALING_ITERATIONS, relax, scale
 
-EXP_RANGE = 60.0  # e^-60 times any weight that matters is far above the smallest float
-#: After the c-transform each row and column has a cell of reduced cost 0, so that far cells may underflow unharmed.
+EXP_RANGE = 60.0  # e^-60 times any relevant weight is far above the smallest float
+#: After the c-transform each row and column has a cell of reduced cost 0, so distant cells may underflow harmlessly.
 TRANSFORMED_RANGE = 120.0
 STAGE_FACTOR = 4.0
 STAGE_ITERATIONS = 6
@@ -37,7 +37,7 @@ BLOCK = 5
 
 @dataclass
 class Solution:
-    """plan (B, N, M); f (B, N), g (B, M), shift (B,) in units of cost; error, iterations (B,); all converged?"""
+    """plan (B, N, M); f (B, N), g (B, M), shift (B,) in units of cost; error, iterations (B,); have all converged?"""
 
     plan: Tensor
     f: Tensor
@@ -50,14 +50,14 @@ class Solution:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """`exact_products` without gradients."""
+    """Apply `exact_products` without gradients."""
     with exact_products(device), torch.no_grad():
         yield
 
 
 @dataclass
 class _Problem:
-    cost: Tensor  # (B, N, M), inf where there is no cell
+    cost: Tensor  # (B, N, M), inf for missing cells
     a: Tensor
     b: Tensor
     alpha: Tensor  # reference weights
@@ -87,7 +87,7 @@ class _Problem:
 
 @dataclass
 class _State:
-    f0: Tensor  # offsets are fp64: where costs span many eps, fp32 would lose the digits that count
+    f0: Tensor  # offsets are fp64: if costs span many eps, fp32 would lose the significant digits
     g0: Tensor
     l0: Tensor  # (B, 1)
     x: Tensor
@@ -95,10 +95,10 @@ class _State:
     z: Tensor  # (B, 1)
     precise: bool  # build kernels in fp64
     flat: bool  # g0 and l0 are 0
-    base: Tensor  # (B, 1): part of f and of g that is in neither offset, since the costs were lowered by the sum
+    base: Tensor  # (B, 1): part of f and g that is in neither offset, because their sum was subtracted from the costs
 
     def absorb(self, eps: float, which: Tensor | None = None) -> None:
-        """Move the rests into the offsets, of all problems or of those in `which`, (B, 1) bool."""
+        """Move x, y, z into the offsets for all problems, or for those in `which`, (B, 1) bool."""
         self.flat = False
         for offset, rest in (("f0", "x"), ("g0", "y"), ("l0", "z")):
             old, change = getattr(self, offset), getattr(self, rest)
@@ -114,7 +114,7 @@ class _State:
         return exponent if self.flat else exponent.add_(((self.g0 + self.l0) / eps).to(cost)[:, None, :])
 
     def rows(self, eps: float) -> Tensor:
-        """f / eps without the rest x, (B, N)."""
+        """Return f / eps without x, (B, N)."""
         return ((self.f0 + self.base) / eps).to(self.x)
 
     def columns(self, eps: float) -> Tensor:
@@ -122,14 +122,14 @@ class _State:
 
 
 def _times(kernel: Tensor, weights: Tensor) -> Tensor:
-    """(B, N): K w. On a CPU torch.bmm of a matrix and a column is six times slower than of the row and K^T."""
+    """Return K w, (B, N). On a CPU, torch.bmm with a column is six times slower than with a row and K^T."""
     if kernel.device.type == "cpu":
         return torch.bmm(weights[:, None, :], kernel.mT)[:, 0, :]
     return torch.bmm(kernel, weights[:, :, None])[:, :, 0]
 
 
 def _log_rows(problem: _Problem, kernel: Tensor, y: Tensor, log_domain: bool) -> Tensor:
-    """(B, N): log sum_j beta_j K_ij e^{y_j}; the kernel is given as its exponent in the log domain."""
+    """Return log sum_j beta_j K_ij e^{y_j}, (B, N); in the log domain `kernel` holds its exponent."""
     if log_domain:
         return (kernel + (problem.log_beta + y)[:, None, :]).logsumexp(2).clamp_min(-1e30)
     return _times(kernel, problem.beta * y.exp()).clamp_min_(problem.tiny).log_()
@@ -151,7 +151,7 @@ def _iterate(
     log_domain: bool,
     relaxation: Tensor | float = 1.0,
 ) -> None:
-    """One update of each potential of the active problems, (B, 1) bool."""
+    """Update each potential of the active problems, (B, 1) bool, once."""
     update = problem.constraint.update
     candidate = problem.ratio_a - _log_rows(problem, kernel, state.y, log_domain)
     x = update(candidate - state.z, state.rows(eps), eps)
@@ -171,7 +171,7 @@ def _iterate(
 
 
 def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: float) -> Tensor:
-    """(B,): L1 distance of both marginals from what optimality asks, as a share of the mass."""
+    """Return the L1 distance of both marginals from their optimality condition, (B,), relative to the mass."""
     rows = problem.alpha * (state.x + state.z + _log_rows(problem, kernel, state.y, False)).exp()
     columns = problem.beta * (state.y + state.z + _log_columns(problem, kernel, state.x, False)).exp()
     constraint = problem.constraint
@@ -184,10 +184,10 @@ def _residual(problem: _Problem, kernel: Tensor, state: _State, eps: float) -> T
 
 @dataclass
 class Start:
-    """Offsets f0 (B, N), g0 (B, M), l0 (B, 1), and (B,) the span of the reduced costs C - f0 - g0 - l0 >= 0.
+    """Offsets f0 (B, N), g0 (B, M), l0 (B, 1), and the span (B,) of the reduced costs C - f0 - g0 - l0 >= 0.
 
-    Where the c-transform is needed to keep the kernel from underflow (and allowed: not under a bound), each row and
-    each column keeps a cell of reduced cost 0; else each problem's smallest cost is the offset.
+    If the c-transform is needed to keep the kernel from underflow (and allowed: not under a bound), each row and each
+    column keeps a cell of reduced cost 0. Otherwise the offset is each problem's smallest cost.
     """
 
     f0: Tensor
@@ -198,7 +198,7 @@ class Start:
 
     @staticmethod
     def of(cost: Tensor, constraint: Constraint, reg: float, full: bool) -> "Start":
-        """full: there is a cell everywhere; a cost that is not finite then makes the span not finite."""
+        """Build the offsets. full: no cell is missing; a non-finite cost then makes the span non-finite."""
         f0, g0 = torch.zeros_like(cost[:, :, 0]), torch.zeros_like(cost[:, 0])
         low = _finite(cost.amin((1, 2)), full)
         high = (cost if full else torch.where(cost.isfinite(), cost, -math.inf)).amax((1, 2))
@@ -211,7 +211,7 @@ class Start:
         g0 = _finite(reduced.amin(1), full)
         reduced -= g0[:, None, :]
         reduced = (reduced if full else torch.where(reduced.isfinite(), reduced, 0.0)).amax((1, 2))
-        own = needed[:, None]  # each by its own need, whatever it shares a batch with
+        own = needed[:, None]  # decided per problem, independent of the batch
         f0, g0, l0 = torch.where(own, f0, 0.0), torch.where(own, g0, 0.0), torch.where(own, 0.0, low[:, None])
         return Start(f0, g0, l0, torch.where(needed, reduced, span), flat=False)
 
@@ -234,12 +234,12 @@ def solve(
     tolerance: float,
     max_iterations: int,
 ) -> Solution:
-    """Solve B problems; `stages` is the largest number of annealing stages that any of them needs, `far` whether
-    smallest costs are many eps from 0."""
+    """Solve B problems. `stages` is the largest number of annealing stages that any of them needs; `far` says whether
+    the smallest costs are many eps away from 0."""
     bounded = isinstance(constraint, Bounded)
     base = torch.zeros_like(begin.l0, dtype=torch.float64)
     if stages == 0 and far:
-        # exact where costs are alike; their quotients by eps, taken one by one, would not be
+        # exact if costs are similar, whereas dividing each by eps first would round
         cost, base = cost - begin.l0[:, :, None], begin.l0.double()
         begin = replace(begin, l0=torch.zeros_like(begin.l0))
     problem = _Problem(cost, a, b, alpha, beta, constraint)
@@ -248,7 +248,7 @@ def solve(
     flat = begin.flat and stages == 0 and not bounded
     half = torch.zeros_like(base) if bounded else base / 2
     state = _State(*offsets, *rests, precise=stages > 0, flat=flat, base=half)
-    if not bounded:  # only bounded plans have a multiplier of the mass
+    if not bounded:  # only bounded plans have a multiplier for the mass
         state.f0, state.l0 = state.f0 + state.l0, torch.zeros_like(state.l0)
     own_stages = annealing_stages(begin.span, reg, constraint)[:, None]
     for stage in range(stages, 0, -1):
@@ -265,14 +265,14 @@ def solve(
 
 
 def annealing_stages(span: Tensor, reg: float, constraint: Constraint) -> Tensor:
-    """(B,): how often eps starts a factor of `STAGE_FACTOR` higher, 0 where the kernel does not underflow at `reg`."""
+    """Return by how many factors of `STAGE_FACTOR` eps starts higher, (B,); 0 if the kernel holds at `reg`."""
     limit = EXP_RANGE if isinstance(constraint, Bounded) else TRANSFORMED_RANGE
     stages = (span / (reg * EXP_RANGE / STAGE_FACTOR)).clamp_min(1).log() / math.log(STAGE_FACTOR)
     return torch.where(span > limit * reg, stages.ceil(), torch.zeros_like(stages))
 
 
 def _stage(problem: _Problem, state: _State, eps: float, active: Tensor, iterations: int) -> None:
-    """Iterations at one eps: the first in the log domain, which brings every row and column within reach."""
+    """Iterate at one eps, starting in the log domain, which brings every row and column into range."""
     kernel = state.exponent(problem.cost, eps)
     for _ in range(1 if iterations else 2):
         _iterate(problem, kernel, state, eps, active, log_domain=True)

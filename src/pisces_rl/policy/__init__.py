@@ -1,9 +1,9 @@
 """Any diffusers text-to-video pipeline as a stochastic policy.
 
-What: `VideoPolicy(pipeline).sample(...)` gives videos, states and log-probs; `.replay(...)` gives the log-probs again
-with gradients. Why: no code per model, so nothing of the model can be re-implemented wrongly. How: the pipeline's own
-`__call__` runs both times; only its scheduler's step is ours. Gotcha: outside these two calls the pipeline is exactly
-what the user passed in.
+What: `VideoPolicy(pipeline).sample(...)` returns videos, states and log-probs; `.replay(...)` computes the log-probs
+again, with gradients. Why: there is no code per model, so no part of a model can be re-implemented wrongly. How: both
+run the pipeline's own `__call__`; only its scheduler's step is replaced. Gotcha: outside these two calls the pipeline
+is exactly what the user passed in.
 """
 
 from .full.full_weights import FULL, FullWeights, exchanged

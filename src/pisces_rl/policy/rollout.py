@@ -1,4 +1,4 @@
-"""What a policy remembers of its samples: enough to score them again or to noise them anew, and no more."""
+"""The record of a policy's samples: what it takes to score them again or to add new noise to them, and no more."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,21 +9,21 @@ from torch import Tensor
 
 @dataclass
 class Rollout:
-    """B videos: sampled ones with the states of their trained denoising steps, or given ones by their latents.
+    """B videos: sampled, with the states of their trained denoising steps, or given as latents.
 
     Attributes:
         prompts: B prompts.
-        noise_seeds: B seeds of the start noise, from which the pipeline draws it again at replay.
-        videos: (B, F, 3, H, W) fp32 in [0, 1]; None where decoding was not asked for.
+        noise_seeds: B seeds of the start noise, which the pipeline draws again at replay.
+        videos: (B, F, 3, H, W) fp32 in [0, 1]; None if they were not decoded.
         steps: indices of the K trained denoising steps, ascending.
         states: {i: (B * rows_per_video, ...)} latents in the pipeline's layout, fp32, for every trained step i and
             the state after it, i + 1.
         means: {i: as states} mean of each trained transition under the sampling policy.
         log_probs: (B, K) fp32, log p of each trained transition under the sampling policy.
         rows_per_video: rows of `states` that belong to one video.
-        followed: {(k, i): (B * n, ...)} fp32 state that enters trained step i of what the pipeline moves with its
-            k-th copy of the scheduler (the audio of LTX-2). It follows the ODE, but from the videos' states.
-        conditions: {argument of the pipeline's call: B values}, what each video is conditioned on besides its prompt.
+        followed: {(k, i): (B * n, ...)} fp32 state, before trained step i, of what the pipeline denoises with its
+            k-th copy of the scheduler (LTX-2's audio). It follows the ODE, but depends on the videos' states.
+        conditions: {argument of the pipeline's call: B values} that each video is conditioned on besides its prompt.
         clean: (B * rows_per_video, ...) fp32 latents after the last step, before decoding.
     """
 
@@ -43,27 +43,27 @@ class Rollout:
         return len(self.prompts)
 
     def state_rows(self, rows: Sequence[int]) -> list[int]:
-        """Rows of `states` and `means` that hold the videos `rows`."""
+        """Return the rows of `states` and `means` that belong to the videos `rows`."""
         n = self.rows_per_video
         return [row * n + k for row in rows for k in range(n)]
 
     def mean_rows(self, index: int, rows: Sequence[int]) -> Tensor:
-        """Means of the transition of step `index` of the videos `rows`."""
+        """Return the rows of `means[index]` that belong to the videos `rows`."""
         return self.means[index][self.state_rows(rows)]
 
     def clean_rows(self, rows: Sequence[int]) -> Tensor:
-        """Rows of `clean` that belong to the videos `rows`."""
+        """Return the rows of `clean` that belong to the videos `rows`."""
         if self.clean is None:
-            raise ValueError("this Rollout has no clean latents; give it some, or predict from a `state`.")
+            raise ValueError("this Rollout has no clean latents; set `clean`, or predict from a `state`.")
         return self.clean.unflatten(0, (len(self), -1))[list(rows)].flatten(0, 1)
 
     def followed_rows(self, key: tuple[int, int], rows: Sequence[int]) -> Tensor:
-        """Rows of `followed[key]` that belong to the videos `rows`."""
+        """Return the rows of `followed[key]` that belong to the videos `rows`."""
         return self.followed[key].unflatten(0, (len(self), -1))[list(rows)].flatten(0, 1)
 
     @staticmethod
     def cat(rollouts: Sequence["Rollout"]) -> "Rollout":
-        """One rollout of all rows, in order; all parts must have the same trained steps."""
+        """Join rollouts into one, in order; all must have the same trained steps and conditions."""
         first = rollouts[0]
         if any(r.steps != first.steps for r in rollouts):
             raise ValueError(f"rollouts with different steps cannot be joined: {[r.steps for r in rollouts]}.")

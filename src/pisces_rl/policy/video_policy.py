@@ -1,10 +1,10 @@
 """An unmodified diffusers pipeline as a stochastic policy, by teacher-forced replay.
 
-Sampling runs the pipeline's own `__call__`; its scheduler hands every step to a transition kernel, which draws x' and
+Sampling runs the pipeline's own `__call__`; its scheduler passes every step to a transition kernel, which draws x' and
 scores it. Replay runs the same `__call__` again from the same start noise, on any rows of the batch: at each trained
-step the kernel scores the RECORDED x' under the new prediction and hands the log-probability to a visitor, which may
-call backward at once, so that one step's graph lives at a time. Guidance, expert boundaries, dynamic shifts and dtypes
-are the pipeline's own in both passes, hence equal by construction. No code here knows a model.
+step the kernel scores the RECORDED x' under the new prediction and passes the log-probability to a visitor, which may
+call backward at once, so that only one step's graph exists at a time. Guidance, expert boundaries, dynamic shifts and
+dtypes are the pipeline's own in both passes, hence equal by construction. No code here is specific to a model.
 """
 
 import contextlib
@@ -41,31 +41,31 @@ from .sharded.sharding import largest_over_ranks, shard, share_tokens
 
 
 class VideoPolicy(nn.Module):
-    """A text-to-video pipeline of diffusers as a policy: `sample` and `replay`.
+    """A diffusers text-to-video pipeline as a policy: `sample` and `replay`.
 
-    An image-to-video pipeline takes its images as `conditions`, {argument of its call: a value for each video}; the
-    pipeline is then called once a video. A text-to-image pipeline makes videos of one frame.
+    An image-to-video pipeline takes its images as `conditions`, {argument of its call: one value per video}; the
+    pipeline is then called once per video. A text-to-image pipeline makes videos of one frame.
 
     Args:
         pipeline: any such `DiffusionPipeline` with one scheduler step per denoising step.
-        transition: name in `TRANSITIONS`; None takes `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
+        transition: name in `TRANSITIONS`; None means `flow_sde` for flow matching, `ancestral` for EDM and `ddim`
             otherwise.
-        noise_level: the kernel's noise (a or eta); None takes the value of the kernel's authors.
-        num_inference_steps: denoising steps N.
-        sde_window_size: how many consecutive steps are stochastic and trained; the others are ODE steps. None
+        noise_level: the kernel's noise (a or eta); None means the value of the kernel's authors.
+        num_inference_steps: number N of denoising steps.
+        sde_window_size: number of consecutive steps that are stochastic and trained; the others are ODE steps. None
             makes all steps but the last stochastic.
-        sde_window_range: (low, high), the steps [low, high) in which a window may lie; None is all but the last.
-        pipeline_kwargs: further arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
+        sde_window_range: (low, high), the steps [low, high) in which a window may lie; None means all but the last.
+        pipeline_kwargs: more arguments of the pipeline's call, e.g. height, width, num_frames, guidance_scale.
         autocast_dtype: dtype of torch.autocast around the denoiser, in both passes; None is off.
         attention_kernel: name in `ATTENTION_KERNELS`, preferred by the denoiser in both passes; None: torch's choice.
-        vae_dtype: of the VAE while it decodes, see `decoder.set_decoder`.
+        vae_dtype: dtype of the VAE, see `decoder.set_decoder`.
         vae_slicing: decode one video at a time.
-        vae_tiling: decode parts of a frame at a time.
-        vae_chunk_frames: latent frames that Wan's decoder takes a call.
+        vae_tiling: decode each frame in tiles.
+        vae_chunk_frames: number of latent frames that Wan's decoder takes per call.
         vae_compile: compile that decoder.
 
     Raises:
-        PolicyError: the pipeline breaks a rule a policy must keep, or a setting does not fit it.
+        PolicyError: the pipeline breaks a rule for policies, or a setting does not fit it.
     """
 
     def __init__(
@@ -104,12 +104,12 @@ class VideoPolicy(nn.Module):
         self.attention_kernel = attention_kernel
         self.compiled = False
         self.mesh: DeviceMesh | None = None  # of the ranks that share the denoisers' weights
-        self._comparisons: list[Comparison] = []  # of replays whose states nobody has looked at yet
+        self._comparisons: list[Comparison] = []  # of replays whose states are not checked yet
         self.shares_tokens = False  # with other ranks, which sample the same videos
         unmasked = not any(takes_mask(module) for module in self.denoiser.values())
         encoders = [c for name, c in pipeline.components.items() if kind_of(name) == "text_encoder"]
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
-        self.skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows a video -> output on meta, its videos
+        self.skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows per video -> output on meta, its videos
         self._codec: LatentCodec | None = None
         self.record = contextlib.nullcontext
         self.vae_dtype = vae_dtype
@@ -128,31 +128,31 @@ class VideoPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the denoisers run."""
+        """The device that the denoisers run on."""
         if self.mesh is not None:
             return torch.device(self.mesh.device_type)
         return device_of(next(iter(self.denoiser.values())))
 
     @property
     def sampler(self) -> str:
-        """Which sampler draws the videos, in words: its order, steps and grid."""
+        """A description of the sampler that draws the videos: its order, steps and grid."""
         return sampler_of(self.scheduler, self.num_inference_steps)
 
     def place(self, device: torch.device | str, offload: Sequence[str] = ()) -> None:
-        """Move the pipeline to a device; the kinds of components in `offload` are there only while they are used, and
-        in the host's memory otherwise, see `offload.place`. After adapters were added."""
+        """Move the pipeline to a device; components of the kinds in `offload` stay in host memory except while they
+        are used, see `offload.place`. Call this after adding adapters."""
         place(self.pipeline, device, offload)
 
     def train(self, mode: bool = True):
-        """Stays in eval mode: dropout would make the replay differ from the sampling pass."""
+        """Stay in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Checkpoint activations in every denoiser, as diffusers does it; transformers' Trainer calls this by name.
+        """Checkpoint activations in every denoiser, as diffusers does; transformers' Trainer calls this by name.
 
-        A class that cannot (UNet3DConditionModel) warns and goes on.
+        A denoiser class without support for it (UNet3DConditionModel) only warns.
         """
         as_it_is = None, {}, {"use_reentrant": False}
         if activation_checkpointing_kwargs not in as_it_is or every_n_layers != 1 or offload:
@@ -161,7 +161,7 @@ class VideoPolicy(nn.Module):
                 f"every_n_layers={every_n_layers}, offload={offload}; leave gradient_checkpointing_kwargs unset."
             )
         if self.compiled:
-            return  # the blocks compute again what `compile_blocks` was told
+            return  # the compiled blocks recompute what `compile_blocks` was told to
         for name, module in self.denoiser.items():
             if module._supports_gradient_checkpointing:
                 module.enable_gradient_checkpointing(checkpointed(lambda: self.attention_kernel))
@@ -173,36 +173,36 @@ class VideoPolicy(nn.Module):
                 )
 
     def set_base_precision(self, precision: str | None) -> None:
-        """With "fp8", store the frozen projections of attention and feed-forward in FP8, see `fast/fp8.py`.
+        """With "fp8", store the frozen attention and feed-forward projections in FP8, see `fast/fp8.py`.
 
-        Before `compile_blocks`, `shard` and `place`. Sampling, replay and a reference without the adapter then all
-        compute with them. Reload the pipeline to undo it, and to fuse an adapter.
+        Call this before `compile_blocks`, `shard` and `place`. Sampling, replay and a reference without the adapter
+        then all use these weights. To undo it, or to fuse an adapter, reload the pipeline.
 
         Raises:
-            ValueError: another precision than None or "fp8", or the denoisers' device computes no FP8 products.
-            PolicyError: there are no such projections, or none of widths that FP8 takes; blocks are compiled or
-                sharded already; an adapter reads its base's weights (DoRA).
+            ValueError: precision is neither None nor "fp8", or the denoisers' device computes no FP8 products.
+            PolicyError: there are no such projections, or none of a width that FP8 supports; blocks are already
+                compiled or sharded; an adapter reads its base's weights (DoRA).
         """
         if precision not in (None, "fp8"):
             raise ValueError(f"base_precision={precision!r} must be 'fp8', or unset.")
         if precision is None:
             return
         if self.compiled or self.mesh is not None:
-            raise PolicyError("base_precision='fp8': set it before blocks are compiled and weights are sharded.")
+            raise PolicyError("base_precision='fp8': set it before compiling blocks and sharding weights.")
         count = 0
         for module in self.denoiser.values():
             check_device(device_of(module))
             layers = [m for n, m in module.named_modules() if re.fullmatch(PRODUCTS, n.removesuffix(".base_layer"))]
             if any(getattr(layer, "lora_variant", None) for layer in layers):
-                raise PolicyError("base_precision='fp8': DoRA reads the base's weights; use a plain LoRA or unset it.")
+                raise PolicyError("base_precision='fp8': DoRA reads the base weights; use a plain LoRA or unset it.")
             for layer in filter(serves_fp8, layers):
                 quantise(layer)
             save_numbers(module)
             count += sum(isinstance(layer, FP8Linear) for layer in layers)
         if not count:
             raise PolicyError(
-                "base_precision='fp8': the denoisers have no frozen linear projections of attention or "
-                "feed-forward whose widths are multiples of 16; unset it."
+                "base_precision='fp8': the denoisers have no frozen linear attention or feed-forward projections "
+                "whose widths are multiples of 16; unset it."
             )
 
     def compile_blocks(
@@ -210,7 +210,7 @@ class VideoPolicy(nn.Module):
     ) -> None:
         """Compile the denoisers' repeated blocks, see `execution.compile_blocks`, and fuse their products.
 
-        Before anything else runs them, and after adapters were added. Sampling and update then run the same graphs.
+        Call this after adding adapters and before running the denoisers. Sampling and update then run the same graphs.
         """
         for module in self.denoiser.values():
             fuse_products(module)
@@ -218,41 +218,41 @@ class VideoPolicy(nn.Module):
         self.compiled = True
 
     def shard(self, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
-        """Share the denoisers' weights among ranks, all but adapters, see `sharding.shard`; after adapters were added.
+        """Shard the denoisers' weights, except adapters, over ranks, see `sharding.shard`. Add adapters first.
 
-        From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
+        From then on all ranks must make the same calls to this policy at the same time, with equal numbers of videos.
         """
         for module in self.denoiser.values():
             shard(module, mesh, reshard_after_forward=reshard_after_forward, cpu_offload=cpu_offload)
         self.mesh = mesh
 
     def share_tokens(self, mesh: DeviceMesh) -> None:
-        """Split each video's tokens over ranks, see `sharding.share_tokens`; these must make the same calls."""
+        """Split each video's tokens over ranks, see `sharding.share_tokens`; these ranks must make the same calls."""
         if self.compiled:
             raise PolicyError(
-                "context_parallel: blocks whose tokens are split cannot be compiled; leave it 1, or torch_compile off."
+                "context_parallel: blocks with split tokens cannot be compiled; leave it at 1, or torch_compile off."
             )
         for module in self.denoiser.values():
             share_tokens(module, mesh)
         self.shares_tokens = True
 
     def agreed(self, number: int) -> int:
-        """A number of denoiser calls that is the same on all ranks where they must make the same."""
+        """Return the largest `number` of the ranks that share weights, so that all call denoisers equally often."""
         return number if self.mesh is None else largest_over_ranks(number, self.mesh)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """The same by its older name, which transformers before 5.18 call."""
+        """Call `activation_checkpointing_enable`; transformers before 5.18 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def record_with(self, record: Callable[[str], contextlib.AbstractContextManager]) -> None:
-        """Enter record("text") where the pipeline encodes prompts, record("decode") where its VAE decodes."""
+        """Enter record("text") while the pipeline encodes prompts and record("decode") while its VAE decodes."""
         self.record = self.prompt_memo.record = record
 
     def draw_window(self, seed: int) -> list[int]:
-        """The trained steps of one rollout; a random position where a window is smaller than its range."""
+        """Return the trained steps of one rollout; a window smaller than its range gets a random position."""
         low, high = self.sde_window_range
         if low == high:
-            raise PolicyError("num_inference_steps=1: GRPO needs at least 2 steps, the last is deterministic.")
+            raise PolicyError("num_inference_steps=1: GRPO needs at least 2 steps, since the last is deterministic.")
         if self.sde_window_size is None:
             return list(range(low, high))
         starts = high - low - self.sde_window_size + 1
@@ -261,7 +261,9 @@ class VideoPolicy(nn.Module):
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # a caller's would leave tensors, in the memo too, that backward cannot use
+    @torch.inference_mode(
+        False
+    )  # a caller's inference mode would leave tensors, also in the memo, that backward cannot use
     @torch.no_grad()
     def sample(
         self,
@@ -273,21 +275,21 @@ class VideoPolicy(nn.Module):
         output_type: str = "pt",
         conditions: Conditions | None = None,
     ) -> Rollout:
-        """Sample one video a prompt.
+        """Sample one video per prompt.
 
-        All randomness of a video comes from its own two seeds, so that neither its batch-mates nor the number of
-        processes change it.
+        All randomness of a video comes from its own two seeds, so neither its batch-mates nor the number of processes
+        change it.
 
         Args:
             prompts: B prompts.
             noise_seeds: B seeds of the start noise; equal seeds start from equal noise.
-            step_seeds: B seeds of the transitions' noise; needed with `steps`.
+            step_seeds: B seeds of the transitions' noise; required with `steps`.
             steps: the stochastic steps to record; empty for deterministic sampling.
             output_type: "pt" for videos, "latent" to skip decoding.
             conditions: {argument of the pipeline's call: B values}, e.g. {"image": B images}.
         """
         if steps and step_seeds is None:
-            raise ValueError("step_seeds must be given when steps are stochastic: one integer a prompt.")
+            raise ValueError("step_seeds must be given if steps are stochastic: one integer per prompt.")
         conditions = self._checked_conditions(conditions, len(prompts))
         parts = []
         for rows in calls(len(prompts), conditions):
@@ -314,11 +316,11 @@ class VideoPolicy(nn.Module):
         Args:
             rollout: what `sample` returned.
             rows: indices of videos in the rollout.
-            visitor: called once per trained step, in order; it may call backward. Where videos are conditioned, once
-                per video and trained step: `ReplayStep.rows` says of which.
+            visitor: called once per trained step, in order; it may call backward. If videos are conditioned, it is
+                called once per video and trained step; `ReplayStep.rows` names the video.
             grad: build graphs at the trained steps.
-            wait: for the device, to see that the replay reached the recorded states; False leaves that to
-                `check_replays`, and the next replay begins while the device is busy with this one.
+            wait: wait for the device and check that the replay reached the recorded states; False leaves the check to
+                `check_replays`, so that the next replay can start while the device still runs this one.
         """
         rows = list(rows)
         for part in calls(len(rows), rollout.conditions):
@@ -331,10 +333,10 @@ class VideoPolicy(nn.Module):
             self.check_replays()
 
     def check_replays(self) -> None:
-        """Of the replays that nobody waited for.
+        """Check pending replays, those with `wait=False`.
 
         Raises:
-            PolicyError: one of them reached other states than the recorded ones.
+            PolicyError: a replay reached states that differ from the recorded ones.
         """
         comparisons, self._comparisons = self._comparisons, []
         for comparison in comparisons:
@@ -345,7 +347,7 @@ class VideoPolicy(nn.Module):
     def final_latents(
         self, prompts: Sequence[str], *, noise_seeds: Sequence[int], conditions: Conditions | None = None
     ) -> Tensor:
-        """The latents of deterministic samples before decoding, in the scheduler's layout, without gradients."""
+        """Return deterministic samples' latents before decoding, in the scheduler's layout, without gradients."""
 
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
             run_until_left(session, seeds, "latent")
@@ -368,32 +370,32 @@ class VideoPolicy(nn.Module):
         checkpoint_decoder: bool = True,
         conditions: Conditions | None = None,
     ) -> Tensor:
-        """Deterministic samples whose gradient reaches the denoiser's weights through the last steps and the decoder.
+        """Sample deterministically, with gradients through the last steps and the decoder to the denoiser's weights.
 
-        The state that enters the first of these steps is a constant. The videos are those of `sample` without steps.
+        The state that enters the first of these steps is a constant. The videos equal those of `sample` without steps.
 
         Args:
             prompts: B prompts.
             noise_seeds: B seeds of the start noise.
-            last_steps: how many of the last denoising steps carry gradients.
-            jump_at: in place of `last_steps`, this one step carries gradients, and its prediction x0^ of the clean
-                latents is what is decoded; later steps are skipped.
-            renoise: (latents of `final_latents`, B seeds): the last step starts from them with fresh noise at its own
-                level, for low-variance gradients (DRaFT-LV, arXiv 2309.17400); needs last_steps=1.
-            part: decode a part of the latent frames only; None: all.
-            checkpoint_decoder: compute the decoder's activations again in backward instead of keeping them.
+            last_steps: number of last denoising steps that carry gradients.
+            jump_at: instead of the last steps, only this step carries gradients; its prediction x0^ of the clean
+                latents is decoded, and later steps are skipped.
+            renoise: (latents of `final_latents`, B seeds): start the last step from these latents with fresh noise at
+                its level, for low-variance gradients (DRaFT-LV, arXiv 2309.17400); needs last_steps=1.
+            part: decode only a part of the latent frames; None decodes all.
+            checkpoint_decoder: recompute the decoder's activations in backward instead of keeping them.
             conditions: as in `sample`.
 
         Returns:
-            (B, F, 3, H, W) fp32 in [0, 1] with gradients; F is shorter with `part` where clips are decoded whole.
+            (B, F, 3, H, W) fp32 in [0, 1] with gradients; with `part`, F is smaller if the decoder takes whole clips.
         """
         steps = self.num_inference_steps
         if not 1 <= last_steps <= steps:
             raise ValueError(f"last_steps={last_steps} must lie between 1 and num_inference_steps={steps}.")
         if jump_at is not None and not 0 <= jump_at < steps:
-            raise ValueError(f"jump_at={jump_at} is not a step of num_inference_steps={steps}.")
+            raise ValueError(f"jump_at={jump_at} must be from 0 to {steps - 1} (num_inference_steps - 1).")
         if renoise is not None and (jump_at is not None or last_steps != 1):
-            raise ValueError("renoise starts the last step anew; it needs last_steps=1 and jump_at=None.")
+            raise ValueError("renoise restarts the last step; it needs last_steps=1 and jump_at=None.")
         start = steps - last_steps if jump_at is None else jump_at
 
         def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
@@ -406,7 +408,7 @@ class VideoPolicy(nn.Module):
         return torch.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
     def latent_codec(self, conditions: Conditions | None = None) -> LatentCodec:
-        """Between videos and the latents of this pipeline at its present size; found once, see `LatentCodec.of`."""
+        """Return the codec between videos and latents at the pipeline's size; computed once, see `LatentCodec.of`."""
         if self._codec is None:
             self._codec = LatentCodec.of(self, conditions=conditions)
         return self._codec
@@ -422,19 +424,19 @@ class VideoPolicy(nn.Module):
         grad: bool = False,
         **overrides,
     ) -> Prediction:
-        """What the model makes of noised videos at one step of the schedule.
+        """Return the model's prediction from noised videos at one step of the schedule.
 
-        The videos' clean latents are brought to the step's noise level with fresh noise. At step 0 they give way to
-        the pipeline's own start noise.
+        The videos' clean latents get fresh noise at the step's level. Step 0 uses the pipeline's own start noise
+        instead.
 
         Args:
-            rollout: what `sample` returned, or given videos: prompts, `clean`, and conditions where they have some.
+            rollout: what `sample` returned, or given videos: prompts, `clean`, and conditions if they have any.
             rows: indices of B videos in the rollout.
             noise_seeds: B seeds of the noise.
-            step: its index.
-            state: latents of the B videos that enter the step, in place of noised ones.
+            step: index of the step.
+            state: latents of the B videos that enter the step, instead of noised ones.
             grad: build a graph.
-            overrides: arguments of the pipeline's call for this once, e.g. guidance_scale, num_inference_steps.
+            overrides: arguments of the pipeline's call, for this call only, e.g. guidance_scale, num_inference_steps.
         """
         rows = list(rows)
         given = rollout.clean_rows(rows) if state is None and step else state
@@ -453,8 +455,8 @@ class VideoPolicy(nn.Module):
         return Prediction.cat(self._each_call(session_of, one_call, noise_seeds, conditions))
 
     def given_frames(self, conditions: Conditions | None) -> int:
-        """How many latent frames at a video's beginning are a condition's, which the model is given and whatever it
-        predicts there is thrown away (Wan 2.2 TI2V with an image: one)."""
+        """Return how many latent frames at a video's start come from a condition, so that the model's prediction for
+        them is discarded (Wan 2.2 TI2V with an image: one)."""
         image = any(name.endswith("image") for name in conditions or {})
         return int(image and bool(getattr(self.pipeline.config, "expand_timesteps", False)))
 
@@ -467,7 +469,7 @@ class VideoPolicy(nn.Module):
     def _each_call(
         self, session_of: Callable, one_call: Callable, noise_seeds: Sequence[int], conditions: Conditions | None
     ) -> list:
-        """What `one_call(session, seeds)` returns for the videos of each call, with `session_of(rows)`."""
+        """Return `one_call(session_of(rows), seeds)` for the videos `rows` of each call of the pipeline."""
         conditions = self._checked_conditions(conditions, len(noise_seeds))
         results = []
         for rows in calls(len(noise_seeds), conditions):
@@ -478,5 +480,5 @@ class VideoPolicy(nn.Module):
 
 
 def _of(latents: Tensor, rows: Sequence[int], count: int) -> Tensor:
-    """The latents of the videos `rows` among those of `count` videos."""
+    """Return the latents of the videos `rows`, given those of `count` videos."""
     return latents.unflatten(0, (count, -1))[list(rows)].flatten(0, 1)

@@ -36,7 +36,7 @@ __all__ = [
 
 
 def __getattr__(name: str):
-    """What needs transformers is loaded on first use."""
+    """Import on first use what needs transformers."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,6 @@
-"""Cross-attention whose weights a reward may change, for any model behind transformers' attention interface.
+"""Cross-attention whose weights a reward may change, for any model that uses transformers' attention interface.
 
-A layer calls `fused_attention`; where its `fusion` changes it, the fusion gives its weights.
+A layer calls `fused_attention`. If its `fusion` changes the layer, the fusion computes the attention weights.
 """
 
 from typing import Protocol
@@ -16,10 +16,10 @@ NAME = "pisces_rl_fused"
 
 
 class Fusion(Protocol):
-    """How attention is changed, bound to a batch of texts and videos."""
+    """A change to attention, bound to a batch of texts and videos."""
 
     def changes(self, layer: int) -> bool:
-        """Whether it changes this layer at all."""
+        """Return whether it changes this layer at all."""
 
     def __call__(
         self,
@@ -31,8 +31,8 @@ class Fusion(Protocol):
         mask: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        """The attention's weights (B, H, N, M), in `dtype`, of query (B, H, N, d), key (B, H, M, d), their logits =
-        scaling query key^T, and what the layer would add to these."""
+        """Return attention weights (B, H, N, M) in `dtype` for query (B, H, N, d), key (B, H, M, d), their logits =
+        scaling query key^T, and the mask that the layer would add to the logits."""
 
 
 def fused_attention(
@@ -46,7 +46,7 @@ def fused_attention(
     fusion: Fusion | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """The attention of query (B, H, N, d) to key and value (B, H, M, d), as (B, N, H, d)."""
+    """Return the attention of query (B, H, N, d) to key and value (B, H, M, d), as (B, N, H, d)."""
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if fusion is None or not fusion.changes(module.layer_idx):
         return sdpa_attention_forward(
@@ -62,7 +62,7 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, fused_attention)
 
 
 def route(module: nn.Module) -> None:
-    """Send one attention module through `fused_attention`, whatever its model's other layers do."""
+    """Route one attention module through `fused_attention`, leaving its model's other layers alone."""
     config = module.config.__class__.from_dict(module.config.to_dict())
     config._attn_implementation = NAME
     module.config = config

@@ -1,23 +1,27 @@
-"""The reward contract: any callable that maps prompts and videos to numbers.
+"""The reward contract: a reward is any callable that maps prompts and videos to numbers.
 
     def reward(prompts, videos, trainer_state=None, log_extra=None, log_metric=None, **columns):
         return [float(...) for video in videos]
 
-`prompts` is a list of B strings, `videos` a float32 tensor (B, F, 3, H, W) in [0, 1], every further column of the data
-set a list of B values. The callable returns B numbers (list, NumPy array or tensor); None where it does not apply. It
-may be `async def`. `log_extra(name, values)` records B per-sample values, `log_metric(name, value)` one scalar. A
-reward with the attribute `differentiable = True` returns a tensor that carries gradients to `videos`; one with
-`compares_videos = True` is always given a whole rollout of a process, because a value depends on the other videos. One
-with an attribute `offload` holds weights: where it is set to a device, the reward works there, and they lie on the CPU
-between calls, or, where a call leaves a graph, until the panel's backward pass. One with a method `to` is moved by it
-where the run has a `reward_device`. An async one may say in an attribute `unanswered` what it waited for when it was
-cancelled, for the error of a `reward_timeout`. These attributes and `__name__` may be set on a wrapper or a partial:
-the outermost one counts.
+`prompts` is a list of B strings and `videos` a float32 tensor (B, F, 3, H, W) in [0, 1]. Every other column of the
+data set arrives as a list of B values. The callable returns B numbers (list, NumPy array or tensor), with None for
+samples to which the reward does not apply. It may be `async def`. `log_extra(name, values)` records B per-sample
+values, `log_metric(name, value)` one scalar.
 
-A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel puts it into evaluation mode and leaves
-it on its device. The list of prompts, a column's list, and the lists and dicts in it are copied for each reward; what
-lies deeper, and `videos`, are shared, and a reward that writes into `videos` is an error. Two rewards may not record
-different values under one name; what a reward NAME, of which a panel has several, records as NAME_x is NAME_i_x there.
+Optional attributes. They and `__name__` may also be set on a wrapper or a partial; the outermost one wins.
+
+- `differentiable = True`: the reward returns a tensor that carries gradients to `videos`.
+- `compares_videos = True`: a value depends on the other videos, so each call gets a process's whole rollout.
+- `offload`: the reward holds weights. If it is set to a device, the reward computes there and keeps its weights on the
+  CPU between calls; after a call that leaves a graph, they stay on the device until the panel's backward pass.
+- `to`: a method that moves the reward to the run's `reward_device`, if the run has one.
+- `unanswered`: for an async reward that was cancelled, what it was waiting for; shown in the `reward_timeout` error.
+
+A `torch.nn.Module` with `forward(prompts, videos, ...)` is a reward. A panel sets it to evaluation mode and leaves it
+on its device. Each reward gets copies of the list of prompts, of each column's list, and of the lists and dicts in it.
+Anything nested deeper, and `videos`, is shared; a reward that writes into `videos` is an error. Two rewards may not
+record different values under one name. If a panel has several rewards called NAME, what the i-th of them records as
+NAME_x is stored as NAME_i_x.
 """
 
 import inspect
@@ -30,47 +34,47 @@ from torch import Tensor, nn
 
 from .signature import layers, parameters_of
 
-OVERSHOOT = 0.1  # how far beyond [0, 1] a pixel may lie: decoders overshoot, and 0..255 or -1..1 must not pass
+OVERSHOOT = 0.1  # tolerance outside [0, 1]: decoders overshoot slightly, while 0..255 or -1..1 must be rejected
 
 RewardFunc = Callable[..., Sequence[float | None] | Tensor]
 
 
 class RewardError(RuntimeError):
-    """A reward failed; the message names the reward, the prompt and the mend. The run's checkpoints are whole."""
+    """A reward failed. The message names the reward, the prompt and the fix. The run's checkpoints are intact."""
 
 
 def is_differentiable(func: RewardFunc) -> bool:
-    """Whether a reward says that it carries gradients to its videos."""
-    return bool(_said(func, "differentiable", False))
+    """Return whether a reward declares that it carries gradients to its videos."""
+    return bool(_attribute(func, "differentiable", False))
 
 
 def offload(func: RewardFunc, device: torch.device | str) -> None:
-    """A reward's attribute `offload`, if it has one that is None, becomes `device`, in what it wraps as well."""
-    if _said(func, "offload", device) is None:
+    """Set `offload` to `device` on every layer of a reward where it is None, if the outermost one is None."""
+    if _attribute(func, "offload", device) is None:
         for layer in layers(func):
             if getattr(layer, "offload", device) is None:
                 layer.offload = device
 
 
 def move(func: RewardFunc, device: torch.device | str) -> None:
-    """What a reward holds goes to `device` and works there: every layer of it that has a method `to`."""
+    """Move a reward to `device`: call `to` on every layer that has it."""
     for layer in layers(func):
         if callable(getattr(layer, "to", None)):
             layer.to(device)
 
 
 def compares_videos(func: RewardFunc) -> bool:
-    """Whether a reward says that a video's value depends on the others of its call."""
-    return bool(_said(func, "compares_videos", False))
+    """Return whether a reward declares that a video's value depends on the other videos of the call."""
+    return bool(_attribute(func, "compares_videos", False))
 
 
 def unanswered(func: RewardFunc) -> str:
-    """What a reward that was cancelled says that it waited for; "" where it says nothing."""
-    return _said(func, "unanswered", "")
+    """Return what a cancelled reward says it was waiting for, or ""."""
+    return _attribute(func, "unanswered", "")
 
 
 def is_async(func: RewardFunc) -> bool:
-    """Whether a reward, or what it wraps, is `async def`, itself, its `__call__` or its `forward`."""
+    """Return whether a reward or anything it wraps is `async def`: the function, its `__call__` or its `forward`."""
     for layer in layers(func):
         call = layer.forward if isinstance(layer, nn.Module) else type(layer).__call__
         if inspect.iscoroutinefunction(layer) or inspect.iscoroutinefunction(call):
@@ -79,11 +83,11 @@ def is_async(func: RewardFunc) -> bool:
 
 
 def reward_name(func: RewardFunc) -> str:
-    """The name under which a reward is logged: the one set on it or on a wrapper, else its function's or class's."""
+    """Return the name a reward is logged under: one set on it or on a wrapper, else its function's or class's name."""
     *wrappers, func = layers(func)
     for wrapper in wrappers:
         name, code = getattr(wrapper, "__name__", None), getattr(wrapper, "__code__", None)
-        if name not in (None, "<lambda>", code and code.co_name):  # a user set it, `def` did not
+        if name not in (None, "<lambda>", code and code.co_name):  # set by the user, not by `def`
             return name
     if isinstance(func, torch.jit.ScriptModule):
         return func.original_name
@@ -93,13 +97,13 @@ def reward_name(func: RewardFunc) -> str:
     return name
 
 
-def _said(func: RewardFunc, attribute: str, default: object) -> object:
-    """An attribute of a reward: the outermost one, of wrappers, partials and what they wrap."""
+def _attribute(func: RewardFunc, attribute: str, default: object) -> object:
+    """Return an attribute from the outermost layer (wrapper, partial or wrapped function) that has it."""
     return next((getattr(layer, attribute) for layer in layers(func) if hasattr(layer, attribute)), default)
 
 
 def check_reward(func: RewardFunc) -> None:
-    """Raise a ValueError for what cannot be a reward: not callable, a class, or without a readable signature."""
+    """Raise a ValueError if `func` is not callable, is a class, or has no readable signature."""
     if not callable(func):
         raise ValueError(
             f"reward {func!r} is not callable; pass functions f(prompts, videos, **columns) -> list of floats."
@@ -113,20 +117,20 @@ def check_reward(func: RewardFunc) -> None:
         parameters_of(func)
     except ValueError as error:
         raise ValueError(
-            f"reward {func!r} does not say which arguments it takes ({error}); call it from a function of your own, "
+            f"reward {func!r} does not say which arguments it takes ({error}); wrap it in a function of your own, "
             "f(prompts, videos, **columns)."
         ) from error
 
 
 def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
-    """That there are B prompts for B videos (B, F, 3, H, W); for rewards that compute on both.
+    """Check that there are B prompts for B videos (B, F, 3, H, W), for rewards that use both.
 
     Raises:
-        TypeError: prompts is one string or no sequence of strings; videos is no tensor (a NumPy array, a list).
-        ValueError: another shape, an empty axis, or more of one than of the other.
+        TypeError: `prompts` is a single string or not a sequence of strings, or `videos` is not a tensor.
+        ValueError: `videos` has another shape or an empty axis, or the numbers of prompts and videos differ.
     """
     if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence):
-        raise TypeError(f"prompts: expected a list of strings, one per video, got {prompts!r}; put it into a list.")
+        raise TypeError(f"prompts: expected a list of strings, one per video, got {prompts!r}; wrap it in a list.")
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise TypeError(f"prompts: expected a list of strings, got {prompt!r} as prompt {row}.")
@@ -136,13 +140,13 @@ def check_inputs(prompts: Sequence[str], videos: Tensor) -> None:
             "torch.from_numpy, a list with torch.stack."
         )
     if videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
-        raise ValueError(f"videos: expected a tensor (B, F, 3, H, W), no axis empty, got {tuple(videos.shape)}.")
+        raise ValueError(f"videos: expected a tensor (B, F, 3, H, W) with no empty axis, got {tuple(videos.shape)}.")
     if len(prompts) != len(videos):
         raise ValueError(f"prompts: expected one per video, got {len(prompts)} prompts for {len(videos)} videos.")
 
 
 def check_pixels(videos: Tensor) -> None:
-    """A ValueError that names the first video with pixels further than `OVERSHOOT` outside [0, 1], or NaN."""
+    """Raise a ValueError naming the first video with NaN or with pixels more than `OVERSHOOT` outside [0, 1]."""
     low, high = videos.detach().flatten(1).aminmax(dim=1)
     fine = (low >= -OVERSHOOT) & (high <= 1 + OVERSHOOT)  # False for NaN
     if not bool(fine.all()):
@@ -154,18 +158,18 @@ def check_pixels(videos: Tensor) -> None:
 
 
 def check_prompts(prompts: Sequence[str], special: Sequence[str], owner: str) -> None:
-    """A ValueError for a prompt with a special token of a reward's model (an image's place, an end of turn), naming
-    both: it would be read as one."""
+    """Raise a ValueError if a prompt contains a special token of a reward's model (image placeholder, end of turn),
+    which the model would interpret as such."""
     for prompt in prompts:
         if held := [token for token in special if token in prompt]:
-            raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of {owner}; leave it out.")
+            raise ValueError(f"prompts: {prompt!r} contains {held[0]!r}, a special token of {owner}; remove it.")
 
 
 def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
-    """A reward's return value as (B,) fp32 on the CPU, NaN where it returned None.
+    """Return a reward's values as (B,) fp32 on the CPU, NaN for None.
 
     Raises:
-        RewardError: not B numbers, or a value that is NaN or infinite.
+        RewardError: there are not B numbers, or a value is NaN or infinite.
     """
     given = type(values).__name__
     try:
@@ -192,6 +196,6 @@ def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
         if value is not None and not numbers[row].isfinite():
             raise RewardError(
                 f"reward {name!r} returned {value} for sample {row}, prompt {prompts[row]!r}. Training stops before "
-                "it learns from that; return None where the reward does not apply, and mend the reward otherwise."
+                "it learns from that. Return None if the reward does not apply to a sample; otherwise fix the reward."
             )
     return numbers

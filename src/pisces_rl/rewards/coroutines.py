@@ -1,4 +1,4 @@
-"""Coroutines that run in a thread of their own while the caller works on."""
+"""Run coroutines in a separate thread while the caller continues."""
 
 import asyncio
 import contextvars
@@ -10,15 +10,15 @@ from .thread_settings import with_settings_of_this_thread
 
 
 class Coroutines:
-    """An event loop in a daemon thread, begun by the first `start`: a notebook's thread has a running loop already.
+    """An event loop in a daemon thread, started by the first `start`: a notebook's thread has a running loop already.
 
         with Coroutines() as coroutines:
             future = coroutines.start(coroutine)
             ...
             value = future.result()
 
-    They have the settings and context variables that the thread which made the object had then. Leaving the block by
-    an error cancels what has not ended, and does not wait for a coroutine that blocks its thread.
+    Coroutines run with the settings and context variables that the creating thread had on construction. Leaving the
+    block through an exception cancels unfinished coroutines without waiting for one that blocks its thread.
     """
 
     def __init__(self):
@@ -31,7 +31,7 @@ class Coroutines:
 
     def __exit__(self, kind, error, traceback) -> None:
         if self._thread is not None:
-            self._loop.call_soon_threadsafe(self._ended.set)  # then asyncio.run cancels what is left
+            self._loop.call_soon_threadsafe(self._ended.set)  # asyncio.run then cancels what is left
             if kind is None:
                 self._thread.join()
 

@@ -1,4 +1,4 @@
-"""What rewards that are one video-text encoder's share."""
+"""Common part of rewards that use one video-text encoder."""
 
 import torch
 
@@ -7,14 +7,14 @@ from pisces_rl.rewards.offloaded_model import set_offload
 
 
 class EncoderReward:
-    """A differentiable reward whose weights are those of `encoder`."""
+    """A differentiable reward whose only weights are those of `encoder`."""
 
     differentiable = True
     encoder: VideoTextEncoder
 
     @property
     def offload(self) -> str | torch.device | None:
-        """The encoder's, see `VideoTextEncoder`."""
+        """The encoder's `offload`, see `VideoTextEncoder`."""
         return self.encoder.offload
 
     @offload.setter
@@ -23,7 +23,8 @@ class EncoderReward:
         self.encoder.offload = device
 
     def to(self, device: str | torch.device):
-        """Work on `device`, with weights that stay there, or wait as before; itself, as modules have it."""
+        """Compute on `device` from now on, with the weights there or, if offloading, on the CPU between calls; return
+        self, as modules do."""
         if self.encoder.offload is None:
             self.encoder.to(device)
         else:

@@ -1,4 +1,4 @@
-"""Each video encoded once per encoder, however many rewards look at it; and which weights stay for a backward pass."""
+"""Encode each video once per encoder for all rewards, and keep weights in place for a pending backward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:  # they need transformers, which takes seconds, and a panel may have no encoder
+if TYPE_CHECKING:  # these imports need transformers, which takes seconds, and a panel may have no encoder
     from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, VideoTextEncoder
 
 MICRO_BATCH = 16
@@ -19,7 +19,7 @@ _scope: contextvars.ContextVar[_Encodings | None] = contextvars.ContextVar("enco
 
 
 class _Encodings:
-    """What has been encoded in one call of a panel. Inputs are kept, so that their identity stays theirs."""
+    """What has been encoded in one call of a panel. Inputs are kept so that their ids are not reused."""
 
     def __init__(self):
         self.known: dict[tuple, tuple] = {}
@@ -27,19 +27,20 @@ class _Encodings:
         self.left: list[nn.Module] = []
 
     def backward_done(self) -> None:
-        """Weights that wait for a reward's backward pass and for no other's go to the CPU."""
+        """Move to the CPU the weights that waited for a reward's backward pass."""
         while self.left:
             self.left.pop().to("cpu")
 
 
 @contextlib.contextmanager
 def shared_encodings(backward: bool = False) -> Iterator[_Encodings]:
-    """Inside, features are computed once for each encoder and input. Afterwards, encoders and models with `offload` go
-    back to the CPU, unless a graph is left that needs their weights: until a call without one they stay where they
-    work. Inside another such block it does nothing.
+    """Within the block, compute features once per encoder and input.
+
+    Afterwards encoders with `offload` return to the CPU, unless a graph that needs their weights is left: then they
+    stay on their device until a call without one. A nested block does nothing.
 
     Args:
-        backward: the block has a backward pass of its own, and leaves no graph.
+        backward: the block runs its own backward pass, and leaves no graph.
     """
     if _scope.get() is not None:
         yield _scope.get()
@@ -59,20 +60,20 @@ def shared_encodings(backward: bool = False) -> Iterator[_Encodings]:
 
 
 def leave_for_backward(model: nn.Module) -> None:
-    """A model's weights stay where they work for a graph that is left; they go to the CPU after the backward pass of a
-    `shared_encodings` block that has one."""
+    """Keep a model's weights on its device for a graph that is left; they move to the CPU after the backward pass of
+    the enclosing `shared_encodings` block, if it has one."""
     if (scope := _scope.get()) is not None:
         scope.left.append(model)
 
 
 def text_features(encoder: VideoTextEncoder, prompts: Sequence[str]) -> TextFeatures:
-    """Of all prompts, each distinct one encoded once."""
+    """Return the features of all prompts; each distinct prompt is encoded once."""
     key = (id(encoder), tuple(prompts), torch.is_grad_enabled())
     return _once(encoder, key, prompts, lambda: _distinct(encoder, list(prompts)))
 
 
 def video_features(encoder: VideoTextEncoder, videos: Tensor, micro_batch: int = MICRO_BATCH) -> VideoFeatures:
-    """Of all videos, `micro_batch` at a time."""
+    """Return the features of all videos, encoded `micro_batch` at a time."""
 
     def encode() -> VideoFeatures:
         parts = [encoder.encode_video(part) for part in videos.split(micro_batch)]

@@ -1,4 +1,4 @@
-"""Pooled features of many videos and texts, computed once and kept on disk: what maps are fitted on."""
+"""Compute pooled features of many videos and texts once and cache them on disk, for fitting maps."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from pisces_rl.rewards.encoders.encoder import VideoTextEncoder
 from pisces_rl.whole_files import atomically, write_json
 
 CARD = "features.json"
-SHARD = 1024  # samples a file
+SHARD = 1024  # samples per file
 
-Video = Tensor | Callable[[], Tensor]  # (F, 3, H, W) in [0, 1], or what decodes it
+Video = Tensor | Callable[[], Tensor]  # (F, 3, H, W) in [0, 1], or a function that decodes it
 
 
 @dataclass
 class Features:
-    """text (n, D), video (m, D), in fp32 on the CPU; text_rows (n,), video_rows (m,): numbers of their samples."""
+    """text (n, D), video (m, D), fp32 on the CPU; text_rows (n,), video_rows (m,): the samples' numbers."""
 
     text: Tensor
     video: Tensor
@@ -34,7 +34,7 @@ class Features:
 
     @property
     def paired(self) -> bool:
-        """Every sample had both, so that row i of both belong together."""
+        """Whether every sample had both a text and a video, so that row i of both belong together."""
         return torch.equal(self.text_rows, self.video_rows)
 
 
@@ -48,20 +48,23 @@ def cache_features(
     batch_size: int = 32,
     progress: bool = True,
 ) -> Features:
-    """The samples' features, from disk as far as they are there.
+    """Return the samples' features, reading from disk what is already there.
 
-    The samples are read in order, and only those that are not yet on disk are decoded and encoded, so a call that was
-    broken off goes on where it was, and more samples of the same source add to what is there: give them in the same
-    order; fewer leave it there. Of several processes (accelerate's) each encodes every so many-th sample, and all
-    return all features.
+    Samples are read in order, and only those not yet on disk are decoded and encoded. So an interrupted call resumes
+    where it stopped, and a call with more samples of the same source adds to the folder; pass them in the same order.
+    A call with fewer samples leaves the rest in place. Several processes (accelerate's) encode every n-th sample each,
+    and all return all features.
 
     Args:
+        encoder: the encoder.
         samples: pairs of a video (F, 3, H, W) in [0, 1], a function that returns it, or None, and a caption or None.
         folder: for the features of this encoder and this source.
         source: what the samples are and how they were drawn.
-        batch_size: videos of one size encoded at once.
+        batch_size: videos of equal size encoded at once.
+        progress: show a progress bar on the main process.
 
-    Raises ValueError for a folder of another encoder or source, and if there is not one text or not one video.
+    Raises:
+        ValueError: the folder belongs to another encoder or source, or there is no text or no video at all.
     """
     state, folder = PartialState(), Path(folder)
     card = {"encoder": encoder.name, "source": source, "processes": state.num_processes, "shard": SHARD}
@@ -88,7 +91,7 @@ def cache_features(
 
 
 def load_features(folder: str | Path, samples: float = math.inf) -> Features:
-    """What `cache_features` left there of the first so many samples, in their order."""
+    """Load what `cache_features` stored for the first `samples` samples, in order."""
     folder = Path(folder)
     processes = json.loads((folder / CARD).read_text(encoding="utf-8"))["processes"]
     files = [path for process in range(processes) for path in sorted(folder.glob(f"{process}-*.safetensors"))]
@@ -96,7 +99,7 @@ def load_features(folder: str | Path, samples: float = math.inf) -> Features:
     found = {}
     for name in ("text", "video"):
         if not any((shard[f"{name}_rows"] < samples).any() for shard in shards):
-            raise ValueError(f"samples: {folder} has the features of no {name}.")
+            raise ValueError(f"samples: {folder} holds no {name} features.")
         rows, order = torch.cat([shard[f"{name}_rows"] for shard in shards]).sort()
         kept = int((rows < samples).sum())
         found |= {name: torch.cat([shard[name] for shard in shards])[order[:kept]], f"{name}_rows": rows[:kept]}
@@ -127,7 +130,7 @@ def _chunks(samples: Iterable, size: int) -> Iterator[list]:
 
 
 def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, hidden: bool) -> dict[str, Tensor]:
-    """Features of rows, videos and texts, and the rows that they belong to."""
+    """Encode a shard; return features of texts and videos, and the rows that they belong to."""
     texts = [(row, text) for row, _, text in shard if text is not None]
     encode = {"text": encoder.encode_text, "video": lambda videos: encoder.encode_video(torch.stack(videos))}
     out = {}
@@ -141,7 +144,7 @@ def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, hidden: boo
 
 
 def _videos(shard: list, batch_size: int, hidden: bool) -> Iterator[list[tuple[int, Tensor]]]:
-    """Batches of rows and videos of one size, each decoded when its turn comes; at most two batches wait in all."""
+    """Yield batches of rows and videos of equal size, decoding each video when needed; at most two batches wait."""
     groups: dict[tuple, list] = {}
     title = f"features from sample {shard[0][0]}"
     for row, video, _ in tqdm(shard, desc=title, unit="sample", leave=False, disable=hidden):

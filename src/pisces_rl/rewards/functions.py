@@ -1,4 +1,4 @@
-"""Functions in files and modules, by name: file.py:function or package.module:function."""
+"""Load functions from files and modules by name: file.py:function or package.module:function."""
 
 import ast
 import difflib
@@ -16,17 +16,18 @@ from types import ModuleType
 
 
 def load_function(name: str, known: Sequence[str] = ()) -> Callable:
-    """The function file.py:function or package.module:function.
+    """Load the function file.py:function or package.module:function.
 
     Args:
-        known: names that the caller knows besides, for the message.
+        name: the function.
+        known: other names that the caller accepts, for the error message.
 
     Raises:
-        ValueError: there is no such file, module or function; the message lists those there are. What the file itself
-            raises passes through, with its file and line.
+        ValueError: there is no such file, module or function; the message lists what there is. Exceptions of the file
+            itself pass through, with their file and line.
     """
     location, _, attribute = name.rpartition(":")
-    if name.endswith(".py"):  # the colon, if any, is of the path
+    if name.endswith(".py"):  # any colon belongs to the path
         location, attribute = name, ""
     if location.endswith(".py"):
         module = _module_of_file(name, Path(location).expanduser())
@@ -35,7 +36,7 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable:
             module = importlib.import_module(location)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{location}.".startswith(f"{error.name}."):
-                raise  # something that the module itself imports
+                raise  # the module itself imports something that is missing
             raise ValueError(
                 f"reward {name!r}: there is no module {error.name!r}; is it installed, or on PYTHONPATH?"
             ) from error
@@ -43,7 +44,7 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable:
         near = difflib.get_close_matches(name, known, n=3)
         advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
         raise ValueError(
-            f"reward {name!r} is unknown{advice} Known: {', '.join(known)}; your own is named file.py:function or "
+            f"reward {name!r} is unknown{advice} Known: {', '.join(known)}; name a custom one file.py:function or "
             "package.module:function."
         )
     if not attribute or not callable(getattr(module, attribute, None)):
@@ -51,12 +52,12 @@ def load_function(name: str, known: Sequence[str] = ()) -> Callable:
         asked = f"{location} has no function {attribute!r}" if attribute else f"name a function, {location}:FUNCTION"
         near = difflib.get_close_matches(attribute, there.split(", "), n=1)
         advice = f"; did you mean {near[0]!r}?" if near else "."
-        raise ValueError(f"reward {name!r}: {asked}{advice} There are: {there or 'none'}.")
+        raise ValueError(f"reward {name!r}: {asked}{advice} Available: {there or 'none'}.")
     return getattr(module, attribute)
 
 
 def _is_function(name: str, value: object, module: str) -> bool:
-    """Whether it is a public function, or another callable that is no class, of the module's own package."""
+    """Return whether it is a public function, or another callable but not a class, of the module's package."""
     if name.startswith("_") or not callable(value) or inspect.isclass(value):
         return False
     own = value.__module__ if inspect.isfunction(value) else type(value).__module__
@@ -64,12 +65,12 @@ def _is_function(name: str, value: object, module: str) -> bool:
 
 
 def _module_of_file(name: str, path: Path) -> ModuleType:
-    """The module of a file, loaded once for each content: dataclasses and pickle find it in sys.modules, where files
-    of one stem have different names. Its folder, and then that of the file it links to, are the last places where
-    Python looks for what it imports."""
+    """Load a file as a module, once per content. It is registered in sys.modules, where dataclasses and pickle look it
+    up, under a name that differs for files with the same stem. The file's folder, and the folder of the file it links
+    to, are appended to sys.path for its imports."""
     if not path.is_file():
         raise ValueError(f"reward {name!r}: no file {str(path)!r}.")
-    path = path.parent.resolve() / path.name  # a file of the Hub's cache links to one without a suffix
+    path = path.parent.resolve() / path.name  # files in the Hub's cache link to blobs without a suffix
     folders = list(dict.fromkeys((path.parent, path.resolve().parent)))
     content = path.read_bytes()
     digest = hashlib.sha256(str(path).encode() + content).hexdigest()[:12]
@@ -77,7 +78,7 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     if own in sys.modules:
         return sys.modules[own]
     sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
-    importlib.invalidate_caches()  # the files may be as old as this process
+    importlib.invalidate_caches()  # neighbouring files may be newer than the import caches
     _check_neighbours(name, path, folders, content)
     spec = importlib.util.spec_from_file_location(own, path, loader=_SourceLoader(own, str(path)))
     module = sys.modules[own] = importlib.util.module_from_spec(spec)
@@ -90,14 +91,14 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
 
 
 class _SourceLoader(SourceFileLoader):
-    """Compiles what the file holds now: a bytecode file counts as current after an edit that keeps second and size."""
+    """A loader without bytecode, which would count as current after an edit within a second at equal size."""
 
     def get_code(self, fullname: str):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes) -> None:
-    """A ValueError where the file imports a module that lies beside it, but Python would take another of that name."""
+    """Raise a ValueError if the file imports a module that lies beside it, but Python would find another one."""
     tree = ast.parse(content, filename=str(path))
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -109,8 +110,8 @@ def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes
                 continue
             if (taken := _file_of(top)) not in [str(p.resolve()) for p in beside]:
                 raise ValueError(
-                    f"reward {name!r}: it imports {top!r}, which lies beside it as {beside[0]}, but Python takes "
-                    f"{taken}; rename the one beside it."
+                    f"reward {name!r}: it imports {top!r}, which lies beside it as {beside[0]}, but Python would "
+                    f"import {taken}; rename the one beside it."
                 )
 
 

@@ -1,8 +1,8 @@
-"""The costs and the fusion of ot_attention.py on a CUDA device, a kernel launch each, in Triton.
+"""Costs and fusion of ot_attention.py on a CUDA device, one Triton kernel launch each.
 
-A program does one head of one video: all its words at once, tile by tile of video tokens. Sums and extremes are kept
-a cell of the tile and reduced once a pass. What it computes is what `BoundOTAttention.cost`, and `.fuse` with the
-softmax after it, compute without it, in some hundred launches a layer.
+A program handles one head of one video: all its words at once, in tiles of video tokens. Sums and extremes are kept
+per cell of the tile and reduced once per pass. The kernels compute the same as `BoundOTAttention.cost`, and as `.fuse`
+with the softmax after it, which need about a hundred launches per layer.
 """
 
 import torch
@@ -15,11 +15,11 @@ except ImportError:  # CPU builds of torch come without it
     triton = None
 
 MAX_WORDS = 128
-TILE = 8192  # cells that a program works on at a time, sixteen a thread
+TILE = 8192  # cells that a program processes at a time, sixteen per thread
 
 
 def serves(logits: Tensor) -> bool:
-    """Whether the kernels take this layer's logits (B, H, N, M)."""
+    """Return whether the kernels support this layer's logits (B, H, N, M)."""
     return (
         triton is not None
         and logits.device.type == "cuda"
@@ -47,10 +47,11 @@ def costs(
     temporal: float,
     spatial: float,
 ) -> Tensor:
-    """(B, H, N, M), or (B, 1, N, M) without temporal and spatial terms, from queries (B, H, N, d), keys (B, H, M, d)
-    and logits (B, H, N, M), over words (B, N) and columns (M,), for tokens of frames (M,) and places (M, 2).
+    """Return costs (B, H, N, M), or (B, 1, N, M) without temporal and spatial terms, from queries (B, H, N, d), keys
+    (B, H, M, d) and logits (B, H, N, M), for words (B, N) and columns (M,), with tokens at frames (M,) and places
+    (M, 2).
 
-    The inner product of all heads' queries and keys side by side is the sum of the heads' logits / scaling.
+    The inner product of queries and keys with all heads concatenated is the sum of the heads' logits / scaling.
     """
     products = logits.sum(1)
     lengths = (torch.linalg.vector_norm(z, dim=(1, 3), dtype=torch.float32) for z in (query, key))
@@ -79,7 +80,7 @@ def costs(
 
 
 def fuse(kind: str, logits: Tensor, plan: Tensor, words: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """The fused attention's weights (B, H, N, M) from logits and plans (B, H or 1, N, M)."""
+    """Return the fused attention's weights (B, H, N, M) from logits and plans (B, H or 1, N, M)."""
     grid, options = _grid(logits.shape)
     plan = plan.expand_as(logits)
     out = torch.empty(logits.shape, device=logits.device, dtype=dtype)
@@ -102,7 +103,7 @@ if triton is not None:
 
     @triton.jit
     def _unit(x, low, high):
-        """x by its range, 0 if that is nothing, or x no number."""
+        """Scale x by its range; 0 if the range is empty or x is NaN."""
         scaled = (x - low) / tl.maximum(high - low, 1e-12)
         return tl.where(high > low, tl.where(scaled == scaled, scaled, 0.0), 0.0)
 
@@ -116,7 +117,7 @@ if triton is not None:
 
     @triton.jit
     def _distances(x, y, at_x, at_y):
-        """From (N,) points to (M,) points of the plane."""
+        """Return distances from (N,) points to (M,) points in the plane."""
         along, across = x[:, None] - at_x[None, :], y[:, None] - at_y[None, :]
         return tl.sqrt(along * along + across * across)
 
@@ -153,7 +154,7 @@ if triton is not None:
         logits += problem * n * m
         out += problem * n * m
 
-        # where each word looks in the plan's tokens, by a softmax, and the range of the cosines
+        # where each word attends to among the plan's tokens, by a softmax, and the range of the cosines
         low = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
         high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
         top = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
@@ -228,7 +229,7 @@ if triton is not None:
 
         low_c = float("inf")
         high_c = float("-inf")
-        for step in range(2):  # the range of the sum, then the sum by its range
+        for step in range(2):  # first find the range of the sum, then scale the sum by it
             low = tl.full((BLOCK_N, BLOCK_M), float("inf"), tl.float32)
             high = tl.full((BLOCK_N, BLOCK_M), float("-inf"), tl.float32)
             for start in range(0, m, BLOCK_M):
@@ -285,7 +286,7 @@ if triton is not None:
         plan += video * plan_b + (problem % heads) * plan_h
         out += problem * n * m
 
-        # log sum exp over all tokens, and over the plan's; what each word moves
+        # log sum exp over all tokens and over the plan's tokens; the mass that each word moves
         high = tl.full((BLOCK_N, BLOCK_M), -3e38, tl.float32)
         high_plan = tl.full((BLOCK_N, BLOCK_M), -3e38, tl.float32)
         shares = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)

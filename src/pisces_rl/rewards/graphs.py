@@ -1,4 +1,4 @@
-"""Functions of CUDA tensors that are called often with the same shapes, as CUDA graphs: many launches become one."""
+"""Run functions of CUDA tensors that are called often with the same shapes as CUDA graphs: one launch for many."""
 
 import threading
 from collections import OrderedDict
@@ -7,18 +7,18 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-MOST = 16  # graphs that are kept
+MOST = 16  # largest number of graphs kept
 _graphs: OrderedDict = OrderedDict()
 
 
 class _Graph:
-    """A recorded call, and the tensors that it reads and writes."""
+    """A captured call, and the tensors that it reads and writes."""
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor]):
         with torch.inference_mode(False), torch.no_grad():
             self.inputs = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
             torch._foreach_copy_(self.inputs, list(tensors))
-            function(*self.inputs)  # whatever a first call compiles must not be recorded
+            function(*self.inputs)  # compilation on the first call must not be captured
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
@@ -33,14 +33,16 @@ class _Graph:
 def by_graph(
     key: Hashable, function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor
 ) -> tuple[Tensor, ...] | None:
-    """function(*tensors), without gradients, from a CUDA graph; None at the first call with a key and these shapes,
-    and outside the main thread (recording waits for the whole device, which another thread may be using).
+    """Run function(*tensors), without gradients, as a CUDA graph. Return None on the first call with a key and these
+    shapes, and outside the main thread (capture waits for the whole device, which another thread may be using).
 
     Args:
-        key: what the function does beside its tensors. function: must not wait for the device.
+        key: identifies what the function does besides its tensors.
+        function: must not wait for the device.
+        tensors: its arguments.
 
     Returns:
-        Tensors that the next call with the key overwrites.
+        Tensors that the next call with the same key overwrites.
     """
     if threading.current_thread() is not threading.main_thread():
         return None

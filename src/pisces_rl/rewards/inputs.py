@@ -1,4 +1,4 @@
-"""What a reward is given is its own, or stays as it is: what the next one sees, and what is saved, never changes."""
+"""Isolate rewards from each other: no reward can change what the next one sees or what is saved."""
 
 import copy
 
@@ -11,23 +11,23 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def own_lists(columns: dict[str, list]) -> dict[str, list]:
-    """Columns that a reward may change without another one seeing it: their lists, and a row's own list or dict.
+    """Copy columns so that a reward may change them without affecting others: their lists, and a list or dict per row.
 
-    What lies deeper (a list in a row's list), arrays and tensors are shared: copying an image that is stored as nested
-    lists would take longer than most rewards.
+    Anything nested deeper (a list in a row's list), arrays and tensors are shared: copying an image that is stored as
+    nested lists would take longer than most rewards.
     """
-    return {name: [_own(value) for value in values] for name, values in columns.items()}
+    return {name: [_copied(value) for value in values] for name, values in columns.items()}
 
 
-def _own(value):
+def _copied(value):
     return copy.copy(value) if type(value) in (list, dict) else value
 
 
 class Untouched:
-    """Tells whether anything writes into `videos`, without a copy of them.
+    """A check for writes into `videos` that needs no copy of them.
 
-    The bits are added up over rows and over columns, in integers, so that any order of the sum gives the same: about
-    twice the time of a mean. A tensor's version counter would not do: it misses what is written through NumPy, and
+    The bits are summed as integers over rows and over columns, so the order of summation does not matter; this takes
+    about twice the time of a mean. A tensor's version counter would not do: it misses writes through NumPy, and
     inference tensors have none.
     """
 
@@ -41,9 +41,9 @@ class Untouched:
         return [bits.sum(dim, dtype=bits.dtype) for dim in (-1, -2)] if bits.ndim > 1 else [bits.clone()]
 
     def check(self, *names: str) -> None:
-        """A RewardError that names the rewards where something has been written since the start."""
+        """Raise a RewardError naming the given rewards if the videos have changed since construction."""
         if not all(map(torch.equal, self.before, self._sums())):
             raise RewardError(
                 f"reward {' or '.join(map(repr, names))} wrote into `videos`, which the next reward and the saved "
-                "samples would see; give it a copy: videos.clone(), or 255 * videos instead of videos.mul_(255)."
+                "samples would see; use a copy: videos.clone(), or 255 * videos instead of videos.mul_(255)."
             )

@@ -1,5 +1,5 @@
-"""Rewards by name: the optimal-transport rewards, with what is shipped as their defaults, and the same rewards without
-OT; scorers that others trained; functions of this package; functions in files and modules."""
+"""Load rewards by name: optimal-transport rewards with the shipped defaults, the same rewards without OT, published
+scorers, functions of this package, and functions in files and modules."""
 
 import importlib
 import inspect
@@ -29,21 +29,21 @@ from pisces_rl.rewards.server.remote import remote_reward
 DEFAULT_ENCODER = "tiny-vtm"
 BANK = "bank.safetensors"
 ENCODER_REWARDS = {
-    "ot_quality": "cosine of the video with its text's image under a transport map",
+    "ot_quality": "cosine between the video's embedding and the text's, mapped by a transport map",
     "ot_semantic": "matching probability with attention fused with transport plans",
     "cosine": "ot_quality without a map",
     "matching": "ot_semantic without plans",
 }
 SCORERS = {
-    "pickscore": "PickScore: people's choices between images of a prompt",
-    "aesthetic": "LAION's aesthetic predictor on CLIP-L/14, without the prompt",
-    "ocr": "the share of the prompt's quoted text that can be read, by RapidOCR",
+    "pickscore": "PickScore: human preferences between images for a prompt",
+    "aesthetic": "LAION's aesthetic predictor on CLIP-L/14; ignores the prompt",
+    "ocr": "the share of the prompt's quoted text that RapidOCR can read",
     "video_align": "VideoAlign: visual quality, motion quality and text alignment, by Qwen2-VL-2B",
-    "hpsv3": "HPSv3: people's choices between images of a prompt, by Qwen2-VL-7B",
-    "image_reward": "ImageReward: people's choices between images of a prompt, by BLIP",
+    "hpsv3": "HPSv3: human preferences between images for a prompt, by Qwen2-VL-7B",
+    "image_reward": "ImageReward: human preferences between images for a prompt, by BLIP",
     "unified_reward": "UnifiedReward 2.0: alignment, physics and style, written by Qwen2.5-VL",
     "video_score2": "VideoScore2: visual quality, text alignment and physical consistency, written by Qwen2.5-VL-7B",
-    "motion_flow": "optical flow up to a threshold, a guard against videos that freeze, without a model",
+    "motion_flow": "optical flow up to a threshold, without a model: a guard against frozen videos",
 }
 REWARDS = ENCODER_REWARDS | SCORERS
 _SCORER_CLASSES = {
@@ -58,7 +58,7 @@ _SCORER_CLASSES = {
     "motion_flow": "motion_flow:MotionFlow",
 }
 
-_WORLD = "pisces_rl.shapemotion:"  # a module like a user's: imported by name, where it is asked for
+_WORLD = "pisces_rl.shapemotion:"  # treated like a user's module: imported by name on first use
 FUNCTIONS = {
     f"shapemotion_{score}": f"{_WORLD}shapemotion_{score}"
     for score in ("reward", "correct", "alignment", "quality", "product")
@@ -75,29 +75,29 @@ def load_reward(
     device: str | None = None,
     **options,
 ) -> Callable:
-    """A reward by name; rewards of one encoder's name share one encoder.
+    """Load a reward by name. Rewards that name the same encoder share it.
 
     Args:
-        name: one of `REWARDS`, with options behind a question mark if any, "video_align?video_fps=8&weights=1,0,1",
-            which win over those that are given beside it; or of `FUNCTIONS`, or file.py:function, or
-            package.module:function, or the http://host:port/NAME of a server (`server.remote.remote_reward`), or the
-            vlm+http://host:port/v1?model=ID of a vision-language judge (`remote_vlm_judge`), which take no options
-            here. "ot_quality" is the published cosine; a `divergence_weight` adds the credit of the divergence to the
-            bank that lies with the map.
-        encoder: the name of an embedded encoder, a folder or a Hub id, or an encoder; of `ENCODER_REWARDS` only.
-        ot_map: of "ot_quality", a folder that `examples/fit_ot_map.py` wrote; unset: the one shipped for tiny-vtm.
-        attention: of "ot_semantic", or its arguments; unset: `OTAttention()`.
-        offload: the device, such as "cuda", on which the encoder works while its weights lie on the CPU between
-            calls; unset: it stays on the device it is loaded to. A call that leaves a graph leaves the weights there.
-        device: where it works, for instance "cuda:1"; unset: CUDA if there is one.
-        options: of `OTQualityReward` or `OTSemanticReward` (`solver="geomloss"`), or of the class of one of `SCORERS`.
+        name: one of `REWARDS`, optionally with options after a question mark, "video_align?video_fps=8&weights=1,0,1",
+            which override the keyword arguments; or one of `FUNCTIONS`, file.py:function, package.module:function,
+            http://host:port/NAME of a server (`server.remote.remote_reward`), or vlm+http://host:port/v1?model=ID of a
+            vision-language judge (`remote_vlm_judge`), none of which take options here. "ot_quality" is the published
+            cosine; `divergence_weight` adds the credit of the divergence to the bank stored with the map.
+        encoder: the name of an embedded encoder, a folder, a Hub id, or an encoder; only for `ENCODER_REWARDS`.
+        ot_map: for "ot_quality", a folder written by `examples/fit_ot_map.py`; default: the one shipped for tiny-vtm.
+        attention: for "ot_semantic", an `OTAttention` or its arguments; default: `OTAttention()`.
+        offload: the device, such as "cuda", on which the encoder computes while its weights stay on the CPU between
+            calls; default: it stays on its device. A call that leaves a graph leaves the weights on the device.
+        device: where the reward computes, for instance "cuda:1"; default: CUDA if available.
+        options: for `OTQualityReward` or `OTSemanticReward` (`solver="geomloss"`), or for the class of a scorer.
 
-    Raises ValueError for an unknown name, for options that the reward does not use, for a map of another encoder, and
-    for a scorer whose weights or package are not here.
+    Raises:
+        ValueError: the name is unknown, the reward does not use an option, the map belongs to another encoder, or a
+            scorer's weights or package are missing.
     """
     if is_known(name) and "?" in name:
         given = {"encoder": encoder, "ot_map": ot_map, "attention": attention, "offload": offload, "device": device}
-        name, behind = _queried(name)
+        name, behind = _split_options(name)
         return load_reward(name, **given | options | behind)
     if name in SCORERS:
         given = {"encoder": None if encoder == DEFAULT_ENCODER else encoder, "ot_map": ot_map, "attention": attention}
@@ -116,7 +116,7 @@ def load_reward(
             function = load_function(FUNCTIONS.get(name, name), [*REWARDS, *FUNCTIONS])
         if options or (encoder, ot_map, attention, offload) != (DEFAULT_ENCODER, None, None, None):
             raise ValueError(f"reward {masked(name)!r} is a function: it takes no options; {', '.join(REWARDS)} do.")
-        return _placed(function, device)
+        return _moved(function, device)
     parts = {"ot_map": ot_map, "attention": attention}
     without = {"cosine": ("ot_map",), "matching": ("attention", "solver")}.get(name, ())
     left_out = {"encoder", "matcher", "name", *without}
@@ -135,20 +135,20 @@ def load_reward(
     model = shared_encoder(encoder, offload, device)
     if name == "ot_quality" and ot_map is None and options["ot_map"].encoder != model.name:
         raise ValueError(
-            f"ot_map: none is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
+            f"ot_map: no map is shipped for {model.name}, only for {options['ot_map'].encoder}; fit one with "
             "examples/fit_ot_map.py."
         )
-    return _placed(_kind(name)(model, name=name, **options), device)
+    return _moved(_kind(name)(model, name=name, **options), device)
 
 
 def is_known(name: str) -> bool:
-    """Whether it names one of `REWARDS`, with or without options behind it."""
+    """Return whether `name` is one of `REWARDS`, with or without options after it."""
     return name.partition("?")[0] in REWARDS
 
 
-def _queried(name: str) -> tuple[str, dict]:
-    """The reward's name and the options behind it: of the type of their default, numbers where that is None and they
-    are some; lists with commas."""
+def _split_options(name: str) -> tuple[str, dict]:
+    """Split a name into the reward and its options. An option gets the type of its default; if the default is None,
+    text that reads as a number becomes one. Commas make lists."""
     name, _, query = name.partition("?")
     try:
         options = dict(parse_qsl(query.replace("+", "%2B"), keep_blank_values=True, strict_parsing=True))
@@ -165,13 +165,13 @@ def _queried(name: str) -> tuple[str, dict]:
             tuple: isinstance(value, list) and all(type(number) in (int, float) for number in value),
         }
         if not fine.get(type(default), True):
-            raise ValueError(f"reward {name!r}: {option}={text!r} must be like {default!r}, its default.")
+            raise ValueError(f"reward {name!r}: {option}={text!r} must have the type of its default, {default!r}.")
         options[option] = value
     return name, options
 
 
 def _read(text: str):
-    """A number, an object of JSON (arguments of `OTAttention`), a list where there are commas, or the text itself."""
+    """Parse a number, a JSON object (arguments of `OTAttention`) or a comma-separated list, else return the text."""
     for read in (json.loads if text.startswith("{") else int, float):
         try:
             value = read(text)
@@ -181,7 +181,7 @@ def _read(text: str):
     return [_read(part) for part in text.split(",")] if "," in text else text
 
 
-def _placed(reward: Callable, device: str | None) -> Callable:
+def _moved(reward: Callable, device: str | None) -> Callable:
     if device is not None:
         move(reward, device)
     return reward
@@ -192,13 +192,13 @@ def _kind(name: str) -> type[OTQualityReward] | type[OTSemanticReward]:
 
 
 def _scorer(name: str) -> type:
-    """The class of one of `SCORERS`, imported on first use: some need packages that others do not."""
+    """Import the class of one of `SCORERS` on first use: some scorers need extra packages."""
     module, _, kind = _SCORER_CLASSES[name].partition(":")
     return getattr(importlib.import_module(f"pisces_rl.rewards.scorers.{module}"), kind)
 
 
 def _check_used(name: str, kind: type, given: list[str], left_out: set[str | None]) -> None:
-    """That a reward uses the options that it is given."""
+    """Raise a ValueError if the reward does not use one of the given options."""
     takes = [option for option in inspect.signature(kind).parameters if option not in left_out]
     unused = sorted(set(given) - set(takes))
     if unused:

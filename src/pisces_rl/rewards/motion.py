@@ -1,16 +1,16 @@
-"""Honest simple rewards: they measure what their name says, and nothing else."""
+"""Simple rewards that measure exactly what their names say."""
 
 from torch import Tensor
 
 
 def temporal_smoothness(videos: Tensor, **kwargs) -> Tensor:
-    """1 - mean |x_{t+1} - 2 x_t + x_{t-1}|: how little the pixels accelerate. 1 for a still or steadily fading clip.
+    """Return 1 - mean |x_{t+1} - 2 x_t + x_{t-1}|, 1 for a still or steadily fading clip.
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1], F >= 3.
 
     Returns:
-        (B,) in [-1, 1], differentiable. A frozen clip scores highest: use it beside a reward that asks for content.
+        (B,) in [-1, 1], differentiable. A frozen clip scores highest: combine it with a reward that asks for content.
     """
     if videos.shape[1] < 3:
         raise ValueError(f"videos have {videos.shape[1]} frames; temporal_smoothness needs at least 3.")
@@ -19,13 +19,13 @@ def temporal_smoothness(videos: Tensor, **kwargs) -> Tensor:
 
 
 def motion_amount(videos: Tensor, **kwargs) -> Tensor:
-    """Mean |x_{t+1} - x_t|: how much the pixels change from frame to frame. 0 for a frozen clip.
+    """Return mean |x_{t+1} - x_t|: how much the pixels change between frames. 0 for a frozen clip.
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1], F >= 2.
 
     Returns:
-        (B,) in [0, 1], differentiable. Noise scores high: use it beside `temporal_smoothness`.
+        (B,) in [0, 1], differentiable. Noise scores high: combine it with `temporal_smoothness`.
     """
     if videos.shape[1] < 2:
         raise ValueError(f"videos have {videos.shape[1]} frame; motion_amount needs at least 2.")
@@ -33,7 +33,7 @@ def motion_amount(videos: Tensor, **kwargs) -> Tensor:
 
 
 def exposure(videos: Tensor, **kwargs) -> Tensor:
-    """1 - 2 |mean brightness - 1/2|: 1 for a clip of medium brightness, 0 for black or white.
+    """Return 1 - 2 |mean brightness - 1/2|: 1 for a clip of medium brightness, 0 for black or white.
 
     Args:
         videos: (B, F, 3, H, W) in [0, 1].

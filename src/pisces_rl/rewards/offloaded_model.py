@@ -1,4 +1,4 @@
-"""A reward whose model waits in the host's memory between calls."""
+"""A reward whose model stays in host memory between calls."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,13 +9,13 @@ from pisces_rl.rewards.encodings import leave_for_backward
 
 
 class OffloadedModel:
-    """For rewards with an attribute `model`, which they use inside `working`."""
+    """Mixin for rewards with an attribute `model` that they use inside `working`."""
 
     _offload: str | torch.device | None = None
 
     @property
     def offload(self) -> str | torch.device | None:
-        """Where the model works while its weights lie on the CPU between calls; None: they stay where it works."""
+        """The device the model computes on while its weights stay on the CPU between calls; None: no offloading."""
         return self._offload
 
     @offload.setter
@@ -24,7 +24,8 @@ class OffloadedModel:
         self._offload = device
 
     def to(self, device: str | torch.device):
-        """Work on `device`, with weights that stay there, or wait as before; itself, as modules have it."""
+        """Compute on `device` from now on, with the weights there or, if offloading, on the CPU between calls; return
+        self, as modules do."""
         if self._offload is None:
             self.model.to(device)
         else:
@@ -33,11 +34,11 @@ class OffloadedModel:
 
     @contextlib.contextmanager
     def working(self, graph: bool = False) -> Iterator[None]:
-        """Inside, the weights are where the model works; afterwards they go back to the CPU if it offloads.
+        """Within the block, keep the weights on the model's device; afterwards they return to the CPU if it offloads.
 
         Args:
-            graph: a graph is left that needs them: then they go back after a panel's backward pass, or, without a
-                panel that has one, after the next call without a graph.
+            graph: the block leaves a graph that needs the weights. They then return after a panel's backward pass or,
+                without such a panel, after the next call without a graph.
         """
         if self._offload is None:
             yield
@@ -55,8 +56,7 @@ class OffloadedModel:
 
 
 def set_offload(model, before: str | torch.device | None, after: str | torch.device | None) -> None:
-    """The weights go where a new value of `offload` has them: to the CPU; or back to the device where the model worked
-    if it no longer offloads."""
+    """Move weights after `offload` changed: to the CPU, or back to the model's device if it no longer offloads."""
     if after is not None:
         model.to("cpu")
     elif before is not None:
@@ -64,5 +64,5 @@ def set_offload(model, before: str | torch.device | None, after: str | torch.dev
 
 
 def first_device(device: str | torch.device | None, offload: str | torch.device | None) -> str | torch.device:
-    """Where a model is loaded to: `device` if given, else CUDA if there is one and the model does not offload."""
+    """Return where to load a model: `device` if given, else CUDA if available and the model does not offload."""
     return device or ("cuda" if torch.cuda.is_available() and offload is None else "cpu")

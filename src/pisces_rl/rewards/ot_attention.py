@@ -1,14 +1,14 @@
-"""Cross-attention fused with a transport plan between words and video tokens: the inside of the semantic reward.
+"""Cross-attention fused with a transport plan between words and video tokens: the core of the semantic reward.
 
-For one layer, with A (B, H, N, M) the attention of H heads, y_i and x_j the projected queries and keys with all heads
-side by side, t_j and s_j the frame and the place of video token j:
+For one layer, let A (B, H, N, M) be the attention of H heads, y_i and x_j the projected queries and keys with all
+heads concatenated, t_j and s_j the frame and the spatial position of video token j:
 
     C_ij = [1 - cos(y_i, x_j)] + gamma |tau_i - t_j| + eta |pi_i - s_j|
     tau_i = sum_k A_ik t_k,  pi_i = sum_k A_ik s_k
 
-Each term is brought to [0, 1] by its range in the plan, then C is (`normalise`). Words that are padding or special
-tokens, and video tokens without a place, have no part in the plan and keep their attention; tau and pi are of
-attention over the video tokens in the plan, of sum 1. Source: arXiv 2602.01624, section 4.2.
+Each term is scaled to [0, 1] by its range within the plan, and then C as a whole (`normalise`). Padding and special
+tokens of the text, and video tokens without a position, are excluded from the plan and keep their attention. tau and
+pi use attention renormalised to sum 1 over the video tokens in the plan. Source: arXiv 2602.01624, section 4.2.
 """
 
 import math
@@ -28,12 +28,12 @@ from pisces_rl.rewards.graphs import by_graph
 
 PLANS = ("paper", "partial", "unbalanced", "balanced")
 FUSIONS = ("log", "arithmetic", "gated")
-LAUNCH_BOUND = 2**20  # cells of a layer up to which its kernels take less time than their launches
+LAUNCH_BOUND = 2**20  # layers with at most this many cells spend less time in kernels than launching them
 
 
 @dataclass
 class Drawing:
-    """One layer's attention (B, H, N, M) before, after, and its plan, for pictures."""
+    """One layer's attention (B, H, N, M) before and after fusion, and its plan, for pictures."""
 
     layer: int
     attention: Tensor
@@ -46,28 +46,28 @@ class OTAttention:
     """A fusion for `pisces_rl.rewards.attention`: bound to a batch by `bind`, called by each cross-attention layer.
 
     Attributes:
-        plan: "unbalanced" penalises marginals with rho = reg mass / (1 - mass): in the log fusion the published plan,
-            and solved in a few iterations; "partial" moves exactly the share `mass` of the words' weight, which takes
-            twenty times as many; "balanced" moves all; "paper" is the published iteration.
-        fusion: "log": A~ proportional to A P along each row, over the video tokens of the plan, which together keep
-            the attention that they had. In it the scale of P's rows cancels: a word cannot stay unmatched.
-            "gated": the same, then times the share of its weight that the word moves, N sum_j P_ij, at most 1.
-            "arithmetic": (A + N P) / 2, whose rows sum to less than 1 where a word moves less than its weight.
+        plan: "unbalanced" penalises marginals with rho = reg mass / (1 - mass): in the log fusion this is the
+            published plan, solved in a few iterations. "partial" moves exactly the share `mass` of the words' weight,
+            which takes twenty times as many. "balanced" moves all. "paper" is the published iteration.
+        fusion: "log": A~ proportional to A P along each row, over the video tokens of the plan, which keep their total
+            attention. The scale of P's rows cancels, so a word cannot stay unmatched.
+            "gated": the same, times the share of its weight that the word moves, N sum_j P_ij, at most 1.
+            "arithmetic": (A + N P) / 2, whose rows sum to less than 1 if a word moves less than its weight.
         mass: m in (0, 1].
-        reg: eps, in the cost's units.
+        reg: eps, in units of the cost.
         temporal: gamma.
         spatial: eta.
-        normalise: bring each term and C to [0, 1]. False: t and s count as they are, in frames and in patches.
-        layers: those that are fused, as the model counts them; None: all.
-        heads: those that are fused, as the model counts them; None: all.
-        floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: the plain product. Not in "arithmetic".
-        class_tokens: give video tokens without a place a part in the plan, as frame -1 and with the mean place.
+        normalise: scale each term and C to [0, 1]. False: t and s stay in frames and patches.
+        layers: layers to fuse, as the model numbers them; None: all.
+        heads: heads to fuse, as the model numbers them; None: all.
+        floor: e in A~ proportional to (A + e)(P + e), P with rows of sum 1; 0: plain product. Not in "arithmetic".
+        class_tokens: include video tokens without a position in the plan, as frame -1 at the mean position.
         solver: "native", or "geomloss" for unbalanced and balanced plans, see docs/ot.md.
         tolerance: of the plans' marginals.
-        drawings: a list that each call is appended to, or None.
+        drawings: a list to which each call appends a `Drawing`, or None.
 
-    The plan is a constant to gradients. Published: plan "paper", fusion "log", floor 1e-6, class_tokens True; in its
-    first release plan "partial", fusion "arithmetic", temporal 0.1, normalise False, class_tokens True.
+    Gradients treat the plan as a constant. Published settings: plan "paper", fusion "log", floor 1e-6, class_tokens
+    True; in the first release plan "partial", fusion "arithmetic", temporal 0.1, normalise False, class_tokens True.
     """
 
     plan: str = "unbalanced"
@@ -91,7 +91,7 @@ class OTAttention:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
         check_solver(self.solver)
         if self.solver != "native" and self.plan not in ("unbalanced", "balanced"):
-            raise ValueError(f"solver={self.solver!r}: it has no {self.plan} plans, only unbalanced and balanced.")
+            raise ValueError(f"solver={self.solver!r}: no {self.plan} plans, only unbalanced and balanced ones.")
         if not 0 < self.mass <= 1 or (self.mass == 1 and self.plan == "unbalanced"):
             raise ValueError(f"mass={self.mass!r}: expected a share in (0, 1], below 1 for unbalanced plans.")
         if not (self.reg > 0 and math.isfinite(self.reg)):
@@ -103,9 +103,11 @@ class OTAttention:
         if not isinstance(self.normalise, bool):
             raise ValueError(f"normalise={self.normalise!r}: expected True or False.")
         if self.floor and self.fusion == "arithmetic":
-            raise ValueError(f"floor={self.floor!r}: the arithmetic fusion has none; choose 'log' or 'gated', or 0.")
+            raise ValueError(
+                f"floor={self.floor!r}: the arithmetic fusion has no floor; choose 'log' or 'gated', or 0."
+            )
         for name, value in (("layers", self.layers), ("heads", self.heads)):
-            if value is not None and not _is_numbers(value):
+            if value is not None and not _is_list_of_numbers(value):
                 raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")
 
     @property
@@ -114,7 +116,7 @@ class OTAttention:
         return self.reg * self.mass / (1 - self.mass) if self.plan == "unbalanced" else None
 
     def bind(self, words: Tensor, positions: Tensor, layers: Sequence[int] | None = None) -> "BoundOTAttention":
-        """For texts whose words are marked (B, N) and videos with tokens at positions (M, 3); at most in `layers`."""
+        """Bind to texts with words marked in (B, N) and video tokens at positions (M, 3); fuse at most `layers`."""
         return BoundOTAttention(self, words, positions, layers)
 
 
@@ -127,7 +129,7 @@ class BoundOTAttention:
     repeated: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)  # weights by heads
 
     def changes(self, layer: int) -> bool:
-        """Whether this layer's attention is fused at all."""
+        """Return whether this layer's attention is fused at all."""
         return all(layers is None or layer in layers for layers in (self.settings.layers, self.layers))
 
     def __call__(
@@ -140,7 +142,7 @@ class BoundOTAttention:
         mask: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The weights (B, H, N, M) of one layer: softmax(logits + bias + mask) times each word's gate."""
+        """Return the weights (B, H, N, M) of one layer: softmax(logits + bias + mask) times each word's gate."""
         settings, dtype = self.settings, dtype or logits.dtype
         plain = not settings.floor and settings.heads is None and settings.drawings is None and mask is None
         plain = plain and not logits.requires_grad and fused.serves(logits)
@@ -168,7 +170,7 @@ class BoundOTAttention:
     def _by_graph(
         self, query: Tensor, key: Tensor, logits: Tensor, scaling: float, dtype: torch.dtype
     ) -> Tensor | None:
-        """The weights from one launch; None where that is not possible, or a plan does not reach its tolerance."""
+        """Compute the weights in one launch; None if that is not possible or a plan misses its tolerance."""
         s = self.settings
         served = fused_plans.serves(logits[0], s.tolerance)
         if not s.normalise or s.solver != "native" or s.plan not in ("unbalanced", "balanced") or not served:
@@ -201,13 +203,13 @@ class BoundOTAttention:
 
     @cached_property
     def columns(self) -> Tensor:
-        """(M,): video tokens that have a part in the plan."""
+        """(M,): True for video tokens that are part of the plan."""
         placed = self.positions.isfinite().all(1)
         return torch.ones_like(placed) if self.settings.class_tokens else placed
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor]:
-        """Frames (M,) and places (M, 2); tokens without one are frame -1, in the middle."""
+        """Frames (M,) and spatial positions (M, 2); tokens without one get frame -1 and the mean position."""
         placed = self.positions.isfinite().all(1)
         middle = self.positions[placed].mean(0)
         return (
@@ -217,19 +219,19 @@ class BoundOTAttention:
 
     @cached_property
     def weights(self) -> tuple[Tensor, Tensor]:
-        """(B, N), (B, M): the words of a text have weight 1 together, as have the video tokens."""
+        """(B, N), (B, M): the words of a text have total weight 1, and so do the video tokens."""
         a = self.words.to(self.positions) / self.words.sum(1, keepdim=True).clamp_min(1)
         b = self.columns.to(a) / self.columns.sum()
         return a, b.expand(len(a), -1)
 
     def weights_of(self, heads: int) -> tuple[Tensor, Tensor]:
-        """The weights once a head, (B heads, N) and (B heads, M)."""
+        """Repeat the weights for each head, (B heads, N) and (B heads, M)."""
         if heads not in self.repeated:
             self.repeated[heads] = tuple(weights.repeat_interleave(heads, 0) for weights in self.weights)
         return self.repeated[heads]
 
     def cost(self, query: Tensor, key: Tensor, logits: Tensor, scaling: float) -> Tensor:
-        """(B, H, N, M) over words and `columns`, 0 outside; (B, 1, N, M) if nothing in it differs by head."""
+        """Return costs (B, H, N, M) over words and `columns`, 0 outside; (B, 1, N, M) if they do not vary by head."""
         settings = self.settings
         alike = not settings.temporal and not settings.spatial
         frame, place = (z.to(logits) for z in self.places)
@@ -264,8 +266,8 @@ class BoundOTAttention:
         return scaled(cost, cells)
 
     def solve(self, cost: Tensor) -> Tensor:
-        """Plans of the shape of the costs, all problems of the layer in one batch. A text without words has a zero
-        plan."""
+        """Solve all problems of the layer in one batch; return plans in the shape of the costs. A text without words
+        has a zero plan."""
         s, heads = self.settings, cost.shape[1]
         a, b = self.weights_of(heads)
         cost = cost.flatten(0, 1)
@@ -279,7 +281,7 @@ class BoundOTAttention:
         return plan.unflatten(0, (-1, heads))
 
     def fuse(self, logits: Tensor, plan: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What to add to the logits, and the gate."""
+        """Return what to add to the logits, and the gate."""
         s, columns, tiny = self.settings, self.columns, torch.finfo(logits.dtype).tiny
         cells = self.words[:, None, :, None] & columns
         log_attention = logits.log_softmax(-1)
@@ -302,11 +304,11 @@ class BoundOTAttention:
         bias = torch.where(cells, log_fused - log_attention + before - after, 0.0)
         if s.fusion == "log":
             return bias, None
-        share = (moved * count)[..., 0].clamp_max(1)  # of the word's weight, 1 where all of it is moved
+        share = (moved * count)[..., 0].clamp_max(1)  # share of the word's weight that is moved
         return bias, torch.where(self.words[:, None], share, 1.0).expand(logits.shape[:3])
 
 
-def _is_numbers(value) -> bool:
+def _is_list_of_numbers(value) -> bool:
     if not isinstance(value, Sequence) or not value:
         return False
     return all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)
@@ -321,7 +323,7 @@ def _inside(x: Tensor, cells: Tensor) -> Tensor:
 
 
 def _to_unit_range(x: Tensor, cells: Tensor) -> Tensor:
-    """Each plan's cells to [0, 1] by their range, 0 where they are all alike; 0 outside."""
+    """Scale each plan's cells to [0, 1] by their range; 0 if they are all equal, and outside the plan."""
     low = x.masked_fill(~cells, torch.inf).amin((-1, -2), keepdim=True)
     high = x.masked_fill(~cells, -torch.inf).amax((-1, -2), keepdim=True)
     scaled = (x - low) / (high - low).clamp_min(1e-12)

@@ -1,4 +1,4 @@
-"""Several rewards asked together."""
+"""A panel of rewards that are called together."""
 
 import asyncio
 import contextlib
@@ -33,20 +33,20 @@ from .time_limit import time_limit
 
 
 class RewardPanel:
-    """Calls every reward on a batch; async rewards start first and run beside the others. Rewards that share an
-    encoder have it encode each video once.
+    """A set of rewards, all called on each batch. Async rewards start first and run alongside the others. Rewards that
+    share an encoder encode each video once.
 
     Args:
-        funcs: a reward or a list of them: callables, see `pisces_rl.rewards.contract`, or names for `load_reward`.
-        timeout: seconds that a reward may take for a batch, see `time_limit`; 0: as long as it likes.
-        device: where they work, with the videos and their gradients sent there and back; None: where each one is.
+        funcs: a reward or a list of them: callables (see `pisces_rl.rewards.contract`) or names for `load_reward`.
+        timeout: seconds that a reward may take for a batch, see `time_limit`; 0 means no limit.
+        device: where the rewards compute; videos and gradients are copied there and back. None: each stays in place.
 
     Attributes:
-        record: record("rewards/NAME") is entered while a reward is called.
+        record: `record("rewards/NAME")` is entered while a reward is called.
 
     Raises:
-        ValueError: an element cannot be a reward, or no reward has its name. `RewardError` on calls, naming the reward
-            that failed, took too long or wrote into the videos.
+        ValueError: an element cannot be a reward, or no reward has its name. Calls raise `RewardError`, which names
+            the reward that failed, took too long or wrote into the videos.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class RewardPanel:
         names = [reward_name(func) for func in self.funcs]
         self.names = [name if names.count(name) == 1 else f"{name}_{i}" for i, name in enumerate(names)]
         if len(set(self.names)) < len(names):
-            raise ValueError(f"rewards named {names} cannot be told apart; give them other names (__name__).")
+            raise ValueError(f"rewards named {names} would be logged under the same name; set other names (__name__).")
         for module in [layer for func in self.funcs for layer in layers(func)]:
             if isinstance(module, nn.Module):
                 module.eval()
@@ -70,7 +70,7 @@ class RewardPanel:
         return len(self.funcs)
 
     def only(self, places: Sequence[int]) -> "RewardPanel":
-        """A panel of some of the rewards, under their names here."""
+        """Return a panel of some of the rewards, with the names they have here."""
         panel = copy.copy(self)
         panel.funcs, panel.names = [self.funcs[i] for i in places], [self.names[i] for i in places]
         return panel
@@ -82,7 +82,7 @@ class RewardPanel:
         videos = videos.to(self.device)
         tables: list[RewardTable] = [None] * len(self)
         pending, guard = {}, Untouched(videos)
-        order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # those first, to run meanwhile
+        order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # async first: they run meanwhile
         with Coroutines() as coroutines:
             with shared_encodings():
                 for i in order:
@@ -97,8 +97,8 @@ class RewardPanel:
                         guard.check(name, *(self.names[k] for k in pending))
                     tables[i].seconds[name] = time.perf_counter() - start
             for i, future in pending.items():
-                name, too_slow = self.names[i], self._too_slow(*(self.names[k] for k in pending))
-                # One that blocks its thread does not time out by itself; the others are ended before.
+                name, too_slow = self.names[i], self._timeout_message(*(self.names[k] for k in pending))
+                # wait_for cannot end a reward that blocks its thread; all others end a second before this limit.
                 with self.record(f"rewards/{name}"), time_limit(self.timeout and self.timeout + 1, too_slow):
                     values, tables[i].seconds[name] = future.result()
                     tables[i].values[:, 0] = checked_values(name, values, prompts)
@@ -109,31 +109,33 @@ class RewardPanel:
         return RewardTable.side_by_side(tables, [[i] for i in range(len(self))])
 
     def offload(self, device: torch.device | str) -> None:
-        """Rewards that hold weights work on `device` (the panel's own, if it has one), and these lie on the CPU
-        between calls (`contract.offload`)."""
+        """Set `offload` on rewards that hold weights (`contract.offload`): they compute on `device`, or on the panel's
+        device if it has one, and keep their weights on the CPU between calls."""
         for func in self.funcs:
             offload(func, device if self.device is None else self.device)
 
     def check_differentiable(self) -> None:
-        """A ValueError that names the rewards which do not say that they carry gradients, or are async."""
+        """Raise a ValueError naming the rewards that do not declare gradients, or that are async."""
         without = [name for name, func in zip(self.names, self.funcs) if not is_differentiable(func)]
         if without:
             raise ValueError(
-                f"rewards {without} are not differentiable (they have no attribute differentiable = True), so no "
-                "gradient can be propagated back; train on them with VideoGRPOTrainer, which needs values only."
+                f"rewards {without} are not differentiable (no attribute differentiable = True), so gradients cannot "
+                "flow back to the videos; train on them with VideoGRPOTrainer, which needs only their values."
             )
         waiting = [name for name, func in zip(self.names, self.funcs) if is_async(func)]
         if waiting:
             raise ValueError(
-                f"rewards {waiting} are async: gradients come from rewards that are computed at once; write them "
-                "with def, or train on them with VideoGRPOTrainer."
+                f"rewards {waiting} are async, but only synchronous rewards can return gradients; define them with "
+                "def instead of async def, or train on them with VideoGRPOTrainer."
             )
 
     @torch.enable_grad()
     def with_gradients(
         self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
     ) -> tuple[RewardTable, list[Tensor]]:
-        """The table, and for each reward the gradient of its sum over samples with respect to the videos, like them.
+        """Return the table and, per reward, the gradient of its sum over samples with respect to the videos.
+
+        Each gradient has the shape of the videos.
 
         Raises:
             RewardError: a reward failed, returned no tensor with a graph, or its gradient is not finite.
@@ -150,19 +152,19 @@ class RewardPanel:
                     guard.check(name)
                     if not isinstance(values, Tensor) or not values.requires_grad:
                         raise RewardError(
-                            f"reward {name!r} says differentiable = True, but returned a {type(values).__name__} "
-                            "without a graph to the videos: leave out .detach(), .item(), torch.no_grad, or use "
+                            f"reward {name!r} declares differentiable = True, but returned a {type(values).__name__} "
+                            "that is not connected to the videos: remove .detach(), .item() or torch.no_grad, or use "
                             "VideoGRPOTrainer."
                         )
-                    with _named(name):  # rewards of one encoder share a part of their graphs
+                    with _named(name):  # rewards that share an encoder share part of their graphs
                         (gradient,) = torch.autograd.grad(values.sum(), videos, retain_graph=i + 1 < len(self))
                     bad = (~gradient.flatten(1).isfinite().all(1)).nonzero()[:, 0].tolist()
                     if bad:
                         raise RewardError(
-                            f"reward {name!r} has a gradient that is NaN or infinite for sample {bad[0]}, prompt "
+                            f"reward {name!r} has a NaN or infinite gradient for sample {bad[0]}, prompt "
                             f"{prompts[bad[0]]!r}. Training stops before it learns from that."
                         )
-                del values  # and with it a graph that holds the weights
+                del values  # frees the graph, which holds the weights
                 encodings.backward_done()
                 gradients.append(gradient.to(home))
                 table.seconds[name] = time.perf_counter() - start
@@ -171,10 +173,10 @@ class RewardPanel:
     def _offer(
         self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state, width: int
     ) -> tuple[RewardTable, Callable[[str], dict]]:
-        """An empty table of `width` rewards, and for a reward's name the arguments that it may take; what it records
-        goes to the table."""
+        """Return an empty table of `width` rewards and a function that maps a reward's name to the arguments on offer;
+        what the reward logs goes into the table."""
         if taken := sorted(set(OFFERED) & set(columns)):
-            raise ValueError(f"columns {taken} have names of arguments that every reward is offered; rename them.")
+            raise ValueError(f"columns {taken} clash with arguments that every reward is offered; rename them.")
         table = RewardTable(torch.full((len(prompts), width), torch.nan, device="cpu"))
 
         own_names = dict(zip(self.names, map(reward_name, self.funcs)))
@@ -219,33 +221,33 @@ class RewardPanel:
             return func(*positional, **named)
 
     def _limited(self, *names: str) -> contextlib.AbstractContextManager:
-        return time_limit(self.timeout, self._too_slow(*names))
+        return time_limit(self.timeout, self._timeout_message(*names))
 
-    def _too_slow(self, *names: str) -> str:
+    def _timeout_message(self, *names: str) -> str:
         rank = f" on rank {get_rank()}" if is_available() and is_initialized() else ""
         return (
             f"reward {' or '.join(map(repr, names))} did not return within {self.timeout:g} s (reward_timeout){rank}. "
-            "Nothing is lost: mend the reward or raise reward_timeout, and resume from the last checkpoint."
+            "Nothing is lost: fix the reward or raise reward_timeout, and resume from the last checkpoint."
         )
 
     async def _awaited(self, name: str, awaitable: Awaitable, func: RewardFunc) -> tuple[object, float]:
-        """What it returns, and its seconds."""
+        """Return the awaited value and the seconds it took."""
         start = time.perf_counter()
         with _named(name):
             try:
                 return await asyncio.wait_for(awaitable, self.timeout or None), time.perf_counter() - start
             except asyncio.TimeoutError as error:
                 if not self.timeout or time.perf_counter() - start < self.timeout:
-                    raise  # of the reward itself
-                raise RewardError(f"{self._too_slow(name)} {unanswered(func)}".rstrip()) from error
+                    raise  # a timeout inside the reward itself
+                raise RewardError(f"{self._timeout_message(name)} {unanswered(func)}".rstrip()) from error
 
 
 def _as_list(funcs) -> list:
-    """One reward or several; a `torch.nn.ModuleList` is several."""
+    """Return a list of rewards from one or several; a `torch.nn.ModuleList` counts as several."""
     if isinstance(funcs, (Mapping, Set, nn.ModuleDict)):
         raise ValueError(
-            f"reward_funcs or judge_funcs is a {type(funcs).__name__}; pass a list: the order is that of "
-            "reward_weights, and a reward is logged under its __name__."
+            f"reward_funcs or judge_funcs is a {type(funcs).__name__}; pass a list in the order of reward_weights. "
+            "Each reward is logged under its __name__."
         )
     one = isinstance(funcs, str) or callable(funcs) or not isinstance(funcs, Iterable)
     if isinstance(funcs, nn.ModuleList) or not one:
@@ -254,8 +256,7 @@ def _as_list(funcs) -> list:
 
 
 def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
-    """Rewards on `device`, those that are given by name loaded; what cannot be a reward is found before weights are
-    loaded."""
+    """Load rewards given by name and move all to `device`. Invalid entries are rejected before any weights load."""
     if any(isinstance(func, str) for func in funcs):
         from .loading import is_known, load_reward  # needs transformers
 
@@ -271,7 +272,7 @@ def _loaded(funcs: list, device: torch.device | str | None) -> list[RewardFunc]:
 
 
 class _named:
-    """Turns whatever a reward raises into a RewardError that names it."""
+    """A context manager that turns any exception of a reward into a RewardError naming it."""
 
     def __init__(self, name: str):
         self.name = name
@@ -290,7 +291,7 @@ class _named:
                 )
             )
             raise RewardError(
-                f"reward {self.name!r} raised {kind.__name__}: {error}.{advice} Nothing is lost: mend the reward and "
+                f"reward {self.name!r} raised {kind.__name__}: {error}.{advice} Nothing is lost: fix the reward and "
                 "resume from the last checkpoint."
             ) from error
         return False

@@ -1,4 +1,4 @@
-"""The distributional reward: is the video where real videos of such a text are?"""
+"""The distributional reward: is the video close to real videos for its text?"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +17,20 @@ from pisces_rl.rewards.encodings import MICRO_BATCH, shared_encodings, text_feat
 
 
 class OTQualityReward(EncoderReward):
-    """How near a video's embedding x is to that of real videos.
+    """How close a video's embedding x is to those of real videos.
 
         R_q = cosine_weight cos(T(y), x) - divergence_weight F(x)
 
-    y is the text's embedding, T a map of text embeddings onto those of real videos. F(x) is the video's share of the
-    debiased Sinkhorn divergence between all videos of the call and a bank of real ones (`BankDivergence.per_sample`);
-    it asks whether the videos together look real, and does not look at the prompts.
+    y is the text's embedding and T a map from text embeddings to those of real videos. F(x) is the video's share of
+    the debiased Sinkhorn divergence between all videos of the call and a bank of real ones
+    (`BankDivergence.per_sample`); it asks whether the videos as a set look real, and ignores the prompts.
 
     Args:
-        encoder: whose pooled features are compared, or its name, folder or Hub id.
+        encoder: its pooled features are compared; an encoder, or its name, folder or Hub id.
         ot_map: T, bound to this encoder; None: the identity, the raw cosine.
-        bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; needed for a divergence weight.
-        cosine_weight: of the cosine's term; 0 leaves it out.
-        divergence_weight: of the divergence's term; 0 leaves it out.
+        bank: (M, D), pooled features of real videos, or a `BankDivergence` of them; required by `divergence_weight`.
+        cosine_weight: of the cosine term; 0 disables it.
+        divergence_weight: of the divergence term; 0 disables it.
         blur: of the bank's divergence; None: `pisces_rl.ot.metrics.default_blur` of the bank.
         solver: of the bank's divergence, "native" or "geomloss"; None: `BankDivergence`'s default.
         micro_batch: videos encoded at once.
@@ -61,12 +61,12 @@ class OTQualityReward(EncoderReward):
         if not (cosine_weight or divergence_weight):
             raise ValueError("cosine_weight, divergence_weight: at least one must differ from 0.")
         if divergence_weight and bank is None:
-            raise ValueError("bank: a divergence weight needs the features of real videos.")
+            raise ValueError("bank: a divergence_weight needs the features of real videos.")
         for setting, value in (("bank", bank), ("blur", blur), ("solver", solver)):
             if value is not None and not divergence_weight:
                 raise ValueError(f"{setting}: it has no effect without a divergence_weight.")
             if setting != "bank" and value is not None and isinstance(bank, BankDivergence):
-                raise ValueError(f"{setting}: the bank, a BankDivergence, has its own.")
+                raise ValueError(f"{setting}: the bank, a BankDivergence, already sets it.")
         self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
         self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
         self.compares_videos = bool(divergence_weight)
@@ -93,7 +93,8 @@ class OTQualityReward(EncoderReward):
         return reward.to(videos.device)
 
     def _credit(self, x: Tensor) -> Tensor:
-        """(B,): each video's share of the divergence, with B times the divergence's gradient; on the bank's device."""
+        """Return each video's share of the divergence, (B,), on the bank's device; its gradient is that of B times the
+        divergence."""
         x = x.to(self.bank.bank.device)
         credit = self.bank.per_sample(x)
         if not (torch.is_grad_enabled() and x.requires_grad):

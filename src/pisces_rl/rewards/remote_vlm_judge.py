@@ -1,4 +1,4 @@
-"""A vision-language model behind an OpenAI-compatible endpoint that is asked for a score: a reward over HTTP."""
+"""A reward over HTTP: ask a vision-language model behind an OpenAI-compatible endpoint for a score."""
 
 import asyncio
 import base64
@@ -25,11 +25,11 @@ KEY = "PISCES_VLM_API_KEY"  # environment variable
 CHAT = "/chat/completions"
 SENT_AS = ("png", "jpeg", "mp4")
 TRY_AGAIN = (408, 429, 500, 502, 503, 504)
-LONGEST_ANSWER = 16  # tokens, where the digit is read from text
-SPACE = " \t\n\u2581\u0120"  # with that of SentencePiece and of byte-level BPE
-# What models take for an image's place or the end of a turn, and not for text.
+LONGEST_ANSWER = 16  # tokens, if the digit is read from text
+SPACE = " \t\n\u2581\u0120"  # includes the space symbols of SentencePiece and of byte-level BPE
+# Strings that models treat as an image placeholder or the end of a turn instead of as text.
 CONTROL = re.compile(r"<\|[^\s|<>]+\|>|<(?:/?s|bos|eos|pad|unk|image|video|(?:start|end)_of_turn)>|\[(?:/?INST|IMG)\]")
-# One digit, alone or out of so many, perhaps after "Score:"; then the answer ends or a mark introduces more.
+# One digit, alone or as "4/5" or "4 out of 5", perhaps after "Score:". The answer ends there, or punctuation follows.
 DIGIT = re.compile(
     r"\W*(?:(?:score|rating|answer)(?:\s+is)?\W+)?(?P<digit>\d)(?:\s*(?:/|out of)\s*(?P<most>\d+))?(?![.,]?\d)"
     r"\s*(?:$|[^\w\s/-]|\n)",
@@ -45,38 +45,38 @@ class RemoteVLMJudge:
         r = sum_q w_q (E_q - k_min) / (k_max - k_min) / sum_q w_q,   E_q = sum_k k p_q(k) / sum_k p_q(k)
 
     in [0, 1], over questions q and digits k among `scores`; p_q(k) is the probability of the answer's first token,
-    white space aside, from the endpoint's log-probabilities. A digit that is not among the `top_logprobs` likeliest
+    ignoring white space, from the endpoint's log-probabilities. A digit that is not among the `top_logprobs` likeliest
     tokens counts as 0. With logprobs=False, E_q is the digit in the text of a greedy answer. Each question's score is
-    recorded as NAME_QUESTION, by the name of its file, and 1 or 0 as the metric NAME_logprobs.
+    recorded as NAME_QUESTION, where QUESTION is the name of its file, and the metric NAME_logprobs is 1 or 0.
 
-    A try that failed is made again as `RetryingClient` does, for the statuses 408, 429, 500, 502, 503 and 504, and for
-    an answer without a digit, since answers of one batch may differ from those of another. Anything else, and the last
-    of them, is a RewardError with rank, url, prompt and the last error. A failure is never a value.
+    A failed try is repeated as in `RetryingClient`, for the statuses 408, 429, 500, 502, 503 and 504, and for an
+    answer without a digit, since answers may vary with the server's batch. Any other failure, and the last of these,
+    is a RewardError with rank, url, prompt and the last error. A failure never becomes a value.
 
     Args:
         url: of the endpoint, http://host:port/v1.
-        model: its id there.
-        question: file whose text is asked, with {prompt} where the video's prompt belongs, or several of them.
-        weights: of the questions; unset: all 1.
-        scores: the answers, digits, ascending.
-        frames: per video, evenly spread; all that it has if fewer.
+        model: its id on the endpoint.
+        question: file with the text to ask, with {prompt} where the video's prompt goes; or a list of such files.
+        weights: of the questions; default: all 1.
+        scores: the possible answers, ascending digits.
+        frames: per video, evenly spaced; all frames if there are fewer.
         send: frames as "png" or "jpeg" images, or as one "mp4" video.
         quality: of JPEG, 1 to 100.
         fps: of the mp4.
         logprobs: "required", or False to read the digit from text.
-        top_logprobs: so many are asked for.
-        max_concurrency: requests at once.
-        requests_per_minute: begun, tries included. Both of each process.
-        time_limit: seconds of one try.
+        top_logprobs: number of log-probabilities to request per token.
+        max_concurrency: largest number of concurrent requests per process.
+        requests_per_minute: requests started per minute and process, retries included.
+        time_limit: seconds for one try.
         retries: tries after the first one.
         name: under which it is logged.
-        api_key: unset: the environment variable PISCES_VLM_API_KEY, if any. It is not written anywhere.
-        extra_body: further fields of a request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
+        api_key: default: the environment variable PISCES_VLM_API_KEY, if set. It is never written anywhere.
+        extra_body: more fields for each request, such as {"chat_template_kwargs": {"enable_thinking": False}}.
 
     Raises:
-        ValueError: an argument is wrong; no endpoint answers at the url, or it refuses the key, has no such model,
-            gives no log-probabilities, or takes no such images or video; on a call, what `VLMJudge` refuses, and a
-            prompt with what looks like a special token (`<|im_end|>`, `<image>`): the model's are not known here.
+        ValueError: an argument is wrong; no endpoint answers at the url, or it refuses the key, lacks the model, gives
+            no log-probabilities, or accepts no such images or video. On a call: whatever `VLMJudge` refuses, and a
+            prompt with what looks like a special token (`<|im_end|>`, `<image>`), since the model's are unknown here.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class RemoteVLMJudge:
         files = question if isinstance(question, (list, tuple)) else [question]
         self.questions = {Path(str(file)).stem: read_question(file) for file in files}
         if not files or len(self.questions) < len(files):
-            raise ValueError(f"question={[str(file) for file in files]}: expected files of different names.")
+            raise ValueError(f"question={[str(file) for file in files]}: expected files with different names.")
         self.weights = [1.0] * len(files) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(files) or not all(0 < weight < math.inf for weight in self.weights):
             raise ValueError(f"weights={weights!r}: expected a positive number for each of {len(files)} questions.")
@@ -150,8 +150,8 @@ class RemoteVLMJudge:
         check_pixels(videos)
         for prompt in prompts:
             if held := CONTROL.search(prompt):
-                raise ValueError(f"prompts: {prompt!r} holds {held[0]!r}, a token of chat models; leave it out.")
-        clips = spread_frames(videos.detach(), self.frames)  # here, on the stream of this thread
+                raise ValueError(f"prompts: {prompt!r} contains {held[0]!r}, a token of chat models; remove it.")
+        clips = spread_frames(videos.detach(), self.frames)  # in this thread, to stay on its CUDA stream
         rows = await asyncio.gather(*(self._video(prompt, clip) for prompt, clip in zip(prompts, clips)))
         if log_extra is not None:
             for question, values in zip(self.questions, zip(*rows)):
@@ -165,8 +165,8 @@ class RemoteVLMJudge:
         return self._client.unanswered
 
     async def _video(self, prompt: str, clip: Tensor) -> list[float]:
-        """The score of each question."""
-        shown = await asyncio.to_thread(self._shown, clip)
+        """Return the score of each question."""
+        shown = await asyncio.to_thread(self._encoded_frames, clip)
         return await asyncio.gather(*(self._ask(prompt, name, shown) for name in self.questions))
 
     async def _ask(self, prompt: str, question: str, shown: list[dict]) -> float:
@@ -179,8 +179,8 @@ class RemoteVLMJudge:
 
     # --- a request ---
 
-    def _shown(self, clip: Tensor) -> list[dict]:
-        """Frames (f, 3, H, W) in bytes as parts of a message."""
+    def _encoded_frames(self, clip: Tensor) -> list[dict]:
+        """Encode frames (f, 3, H, W), bytes, as parts of a chat message."""
         if self.send == "mp4":
             return [_part("video", "mp4", mp4_bytes(clip.float() / 255, self.fps, min_size=0))]
         parts = []
@@ -215,11 +215,11 @@ class RemoteVLMJudge:
         except (KeyError, IndexError, TypeError, ValueError):
             first = []
         if not first:
-            raise ValueError("the answer holds no log-probabilities.")
+            raise ValueError("the answer contains no log-probabilities.")
         logs: dict[str, list[float]] = {str(score): [] for score in self.scores}
         for token, log in first:
-            if not log < 0.01:  # NaN is not
-                raise ValueError(f"the answer holds {log} as the log-probability of {token!r}.")
+            if not log < 0.01:  # also catches NaN
+                raise ValueError(f"the answer gives {log} as the log-probability of {token!r}.")
             logs.get(token.strip(SPACE), []).append(log)
         largest = max((log for own in logs.values() for log in own), default=-math.inf)
         if largest == -math.inf:
@@ -233,7 +233,7 @@ class RemoteVLMJudge:
     def _digit(self, text: str | None) -> int:
         found = DIGIT.match(text) if isinstance(text, str) else None
         if not found or int(found["digit"]) not in self.scores or found["most"] not in (None, str(self.scores[-1])):
-            raise TryAgain(f"the answer {text!r} is none of {self.scores}.")
+            raise TryAgain(f"the answer {text!r} is not one of {self.scores}.")
         return int(found["digit"])
 
     # --- before a run ---
@@ -242,27 +242,29 @@ class RemoteVLMJudge:
         try:
             response = self._client.get(self.url, "/models")
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
-            raise self._wrong(f"no server answers ({type(error).__name__}: {error}); see that it runs.") from error
+            raise self._endpoint_error(
+                f"no server answers ({type(error).__name__}: {error}); check that it runs."
+            ) from error
         if response.status_code in (401, 403):
-            raise self._wrong(
+            raise self._endpoint_error(
                 f"it refuses the key: {self._client.error_in(response)} Set api_key, or the environment "
                 f"variable {KEY}."
             )
         try:
             listed = [one["id"] for one in response.raise_for_status().json()["data"]]
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise self._wrong(
-                f"no OpenAI-compatible endpoint (GET {self.url}/models: {error!r}); expected http://host:port/v1."
+            raise self._endpoint_error(
+                f"not an OpenAI-compatible endpoint (GET {self.url}/models: {error!r}); expected http://host:port/v1."
             ) from error
-        if listed and self.model not in listed:  # `transformers serve` of a folder lists none
+        if listed and self.model not in listed:  # `transformers serve` lists nothing for a folder
             near = difflib.get_close_matches(self.model, listed, n=3)
             advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-            raise self._wrong(f"it has no such model{advice} There: {', '.join(listed)}.")
+            raise self._endpoint_error(f"it has no such model{advice} Available: {', '.join(listed)}.")
 
     def _check_answers(self) -> None:
-        """Gray frames, as many as a video has, are asked about, and once more without them: a server that leaves out
-        what its model cannot see reads as many tokens either way."""
-        shown = self._shown(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
+        """Ask about as many gray frames as a video has, and once without frames: a server that drops what its model
+        cannot see counts the same number of prompt tokens both times."""
+        shown = self._encoded_frames(torch.full((self.frames, 3, 64, 64), 128, dtype=torch.uint8))
         what = "video" if self.send == "mp4" else "images"
         text = f"Answer with the digit {self.scores[0]} and nothing else."
         try:
@@ -271,25 +273,25 @@ class RemoteVLMJudge:
             text_alone = error.status is not None and self._answers_text(text)
             why = f"it answers text, but not with {len(shown)} {what}" if text_alone else "it does not answer"
             more = " Lower top_logprobs, or set logprobs=False." * (self.logprobs and "logprob" in str(error))
-            raise self._wrong(f"{why}: {error}{more}") from error
+            raise self._endpoint_error(f"{why}: {error}{more}") from error
         if self.logprobs:
             try:
                 self._expected(seen[0])
             except TryAgain:
-                pass  # that gray frames get no digit says nothing of videos
+                pass  # an answer without a digit for gray frames says nothing about videos
             except ValueError as error:
-                raise self._wrong(
-                    f"{error} Start a server that gives them (vLLM, SGLang), or set logprobs=False, "
+                raise self._endpoint_error(
+                    f"{error} Use a server that returns them (vLLM, SGLang), or set logprobs=False, "
                     "which reads the digit from the text."
                 ) from error
         if seen[1] is not None and seen[1] == self._try([], text)[1]:
-            raise self._wrong(
-                f"it leaves {what} out: as many prompt tokens with them as without. Serve a "
-                f"model that takes them{', or send images' * (self.send == 'mp4')}."
+            raise self._endpoint_error(
+                f"it ignores {what}: the prompt has as many tokens with them as without. Serve a "
+                f"model that accepts them{', or send images' * (self.send == 'mp4')}."
             )
 
     def _try(self, shown: list[dict], text: str) -> tuple[dict, int | None]:
-        """A choice, and the prompt's number of tokens if the server says it."""
+        """Return a choice, and the prompt's number of tokens if the server reports it."""
         return self._client.ask_before_a_run(
             self.url,
             CHAT,
@@ -301,15 +303,17 @@ class RemoteVLMJudge:
         with contextlib.suppress(Failed):
             return bool(self._try([], text))
 
-    def _wrong(self, why: str) -> ValueError:
+    def _endpoint_error(self, why: str) -> ValueError:
         return ValueError(f"reward {self.__name__!r}, model {self.model!r} of {self.url}: {why}")
 
 
 def remote_vlm_judge(name: str) -> RemoteVLMJudge:
-    """The judge "vlm+http://host:port/v1?model=ID". Settings of `RemoteVLMJudge` may follow: "&frames=4&send=jpeg";
-    files as "&question=a.txt&question=b.txt&weights=1,2"; "&scores=0,1"; "&logprobs=false"; `extra_body` as JSON.
+    """Create the judge of "vlm+http://host:port/v1?model=ID". Settings of `RemoteVLMJudge` may follow:
+    "&frames=4&send=jpeg"; several questions as "&question=a.txt&question=b.txt&weights=1,2"; "&scores=0,1";
+    "&logprobs=false"; `extra_body` as JSON.
 
-    Raises ValueError: see `RemoteVLMJudge`; no model, or an unknown setting. The key is never one: it would be logged.
+    Raises ValueError as `RemoteVLMJudge` does, and for a missing model or an unknown setting. The key is not a
+    setting, because names are logged.
     """
     known = {
         "model": str,
@@ -349,10 +353,10 @@ def _part(kind: str, form: str, data: bytes) -> dict:
 
 
 def _choice(body: bytes) -> dict:
-    """The first choice of a chat completion."""
+    """Return the first choice of a chat completion."""
     try:
         choice = json.loads(body)["choices"][0]
         choice["message"].get("content")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"the answer is no chat completion ({error!r}): {body[:200]!r}.") from error
+        raise ValueError(f"the answer is not a chat completion ({error!r}): {body[:200]!r}.") from error
     return choice

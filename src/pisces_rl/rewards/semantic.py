@@ -1,4 +1,4 @@
-"""The token-level reward: does the matching model, its attention fused with transport plans, call it a match?"""
+"""The token-level reward: P(match) of a matching model whose attention is fused with transport plans."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,9 +22,9 @@ class OTSemanticReward(EncoderReward):
 
     Args:
         matcher: an encoder with a matching head, or its name, folder or Hub id.
-        attention: how attention is fused, an `OTAttention`; None: not at all, the plain matching probability. Of the
-            matcher's layers it changes `fused_layers`: plans of the last one cannot reach the match.
-        solver: of the plans, in place of the attention's; None: as the attention has it.
+        attention: an `OTAttention`, how to fuse; None: no fusion, the plain matching probability. Only the matcher's
+            `fused_layers` are changed: plans in the last layer cannot reach the match.
+        solver: of the plans, overriding the attention's; None: keep it.
         micro_batch: videos matched at once.
         name: under which it is logged.
 
@@ -52,14 +52,14 @@ class OTSemanticReward(EncoderReward):
         unknown -= set(matcher.cross_layers)
         if unknown:
             raise ValueError(
-                f"attention: layers {sorted(unknown)} of {matcher.name} do not attend to the video; those that do: "
+                f"attention: layers {sorted(unknown)} of {matcher.name} do not attend to the video; these do: "
                 f"{list(matcher.cross_layers)}."
             )
         asked = matcher.cross_layers if attention is None or attention.layers is None else attention.layers
         if attention is not None and not set(asked) & set(matcher.fused_layers):
             raise ValueError(
                 f"attention: plans in layers {list(asked)} cannot reach the match of {matcher.name}, whose head reads "
-                f"the class token; those that can: {list(matcher.fused_layers)}."
+                f"the class token; plans in these can: {list(matcher.fused_layers)}."
             )
         most = matcher.cross_heads
         if attention is not None and (beyond := [head for head in attention.heads or () if head >= most]):
@@ -73,7 +73,7 @@ class OTSemanticReward(EncoderReward):
         return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)
 
     def logits(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
-        """(B, 2) of "differs" and "matches"."""
+        """Return (B, 2) logits for "differs" and "matches"."""
         check_inputs(prompts, videos)
         with shared_encodings():
             text = text_features(self.encoder, prompts)
@@ -87,10 +87,10 @@ class OTSemanticReward(EncoderReward):
 
     @torch.no_grad()
     def draw(self, prompts: Sequence[str], videos: Tensor) -> tuple[list[list[str]], Tensor, list[Drawing]]:
-        """The pieces of each prompt, the video tokens' positions (M, 3), and each fused layer's attention and plan."""
+        """Return each prompt's tokens as text, the video tokens' positions (M, 3), and a `Drawing` per fused layer."""
         check_inputs(prompts, videos)
         if self.attention is None:
-            raise ValueError("attention: there are no plans to draw without one.")
+            raise ValueError("attention: without it there are no plans to draw.")
         attention = replace(self.attention, drawings=[])
         with shared_encodings():
             text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)

@@ -1,4 +1,4 @@
-"""Which of the arguments that are offered a reward takes."""
+"""Which of the offered arguments a reward takes."""
 
 import functools
 import inspect
@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-#: What every reward is offered beside the columns of the data set; no column may have such a name.
+#: Arguments offered to every reward besides the columns of the data set; no column may have one of these names.
 OFFERED = ("prompts", "videos", "trainer_state", "log_extra", "log_metric")
 Parameters = Mapping[str, inspect.Parameter]
 
 
 def arguments(func: Callable, offered: dict) -> tuple[list, dict]:
-    """The offered arguments that a callable takes, by position where it takes them only so; with **kwargs, all."""
+    """Return the offered arguments that a callable takes: by position if positional-only; with **kwargs, all."""
     parameters = parameters_of(func)
     by_position = [name for name, p in parameters.items() if p.kind is inspect.Parameter.POSITIONAL_ONLY]
     while by_position and not set(by_position) <= set(offered):
-        by_position.pop()  # it has a default, or Python names what is missing
+        by_position.pop()  # either it has a default, or Python will name the missing argument
     named = offered if _takes_any(parameters) else parameters
     return [offered[name] for name in by_position], {
         name: offered[name] for name in named if name in offered and name not in by_position
@@ -25,11 +25,11 @@ def arguments(func: Callable, offered: dict) -> tuple[list, dict]:
 
 
 def parameters_of(func: Callable) -> Parameters:
-    """The parameters of a reward: of a module those of its `forward`, of a partial those that it leaves open, of a
-    wrapper without `functools.wraps` those of what it wraps.
+    """Return the parameters of a reward: of a module, those of its `forward`; of a partial, those left unbound; of a
+    wrapper without `functools.wraps`, those of the wrapped callable.
 
     Raises:
-        ValueError: a callable without a signature, such as a built-in function.
+        ValueError: the callable has no signature, such as a built-in function.
     """
     if isinstance(func, functools.partial):
         left = parameters_of(func.func)
@@ -41,7 +41,7 @@ def parameters_of(func: Callable) -> Parameters:
 
 
 def layers(func: Callable) -> Iterator[Callable]:
-    """A callable, and what it wraps, from the outside in: a partial's function, what a decorator was given."""
+    """Yield a callable and what it wraps, from the outside in: partials, decorated functions, wrappers."""
     while func is not None:
         yield func
         if isinstance(func, functools.partial):
@@ -65,9 +65,12 @@ def _names_inputs(parameters: Parameters) -> bool:
 
 
 def _wrapped(func: Callable) -> Callable | None:
-    """What a callable wraps that takes *args and **kwargs: the one callable that it holds (in its closure, its
-    attributes, its child modules) which takes `prompts` or `videos`. Found without a call, since a call that failed
-    might have done half of its work. A reward with **kwargs alone reads from them, and may hold a scorer besides."""
+    """Return what a callable with *args and **kwargs wraps, or None.
+
+    It is the only callable taking `prompts` or `videos` that it holds in its closure, attributes or child modules.
+    Nothing is called to find it, since a failing call could have side effects. A reward with **kwargs but no *args
+    is not a wrapper: it reads its inputs from them, and may hold a scorer too.
+    """
     if isinstance(func, functools.partial):
         return None
     try:
@@ -86,12 +89,12 @@ def _takes_inputs(held: object) -> bool:
         return False
     try:
         return _names_inputs(parameters_of(held))
-    except (ValueError, RecursionError):  # no signature; holds itself
+    except (ValueError, RecursionError):  # it has no signature, or holds itself
         return False
 
 
 def held_by(func: Callable) -> list:
-    """What a wrapper holds: the closure of its code, and a module's children or an object's attributes."""
+    """Return what a wrapper holds: the closure of its code, and a module's children or an object's attributes."""
     if isinstance(func, nn.Module):
         code, attributes = getattr(func.forward, "__func__", None), func.children()
     elif inspect.isfunction(func):

@@ -1,4 +1,4 @@
-"""What rewards returned and recorded for a batch."""
+"""Values and records of rewards for a batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,8 +15,8 @@ class RewardTable:
 
     Attributes:
         values: (B, number of rewards) fp32 on the CPU, NaN where a reward does not apply.
-        extras: {name: B values} per-sample values the rewards recorded.
-        metrics: {name: scalars} the rewards recorded.
+        extras: {name: B values} per-sample values that rewards recorded.
+        metrics: {name: scalars} that rewards recorded.
         seconds: {reward: wall-clock seconds}.
         recorded_by: {name of an extra or a metric: the reward that recorded it}.
     """
@@ -29,7 +29,7 @@ class RewardTable:
 
     @staticmethod
     def stack(parts: Sequence["RewardTable"]) -> "RewardTable":
-        """One table of all samples, of the tables of some each; an extra that a part lacks is None there."""
+        """Stack tables of different samples; an extra that a part lacks is None for its samples."""
         table = RewardTable(torch.cat([part.values for part in parts]))
         for name in dict.fromkeys(name for part in parts for name in part.extras):
             table.extras[name] = [v for part in parts for v in part.extras.get(name, [None] * len(part.values))]
@@ -41,15 +41,15 @@ class RewardTable:
         return table
 
     def rows(self, places: Sequence[int]) -> "RewardTable":
-        """The samples at these places, in this order."""
+        """Return the samples at these places, in this order."""
         extras = {name: [values[place] for place in places] for name, values in self.extras.items()}
         return replace(self, values=self.values[list(places)], extras=extras)
 
     @staticmethod
     def side_by_side(tables: Sequence["RewardTable"], places: Sequence[Sequence[int]]) -> "RewardTable":
-        """One table of all rewards; the columns of `tables[k]` are at `places[k]`.
+        """Join tables of different rewards; the columns of `tables[k]` go to `places[k]`.
 
-        Raises RewardError where rewards of two tables recorded different values under one name.
+        Raises RewardError if rewards of two tables recorded different values under one name.
         """
         width = sum(len(own) for own in places)
         joined = RewardTable(torch.full((len(tables[0].values), width), torch.nan, device="cpu"))
@@ -63,9 +63,9 @@ class RewardTable:
         return joined
 
     def claim(self, reward: str, name: str, kind: str, values: list) -> None:
-        """That `reward` may record `values` under `name` in `kind`: another may have recorded only the same.
+        """Check that `reward` may record `values` under `name`: any other reward must have recorded the same.
 
-        Raises RewardError that names both.
+        Raises RewardError naming both rewards.
         """
         owner = self.recorded_by.setdefault(name, reward)
         known = getattr(self, kind).get(name, [])[: len(values)]
@@ -81,4 +81,4 @@ class RewardTable:
 
 
 def _equal(x: object, y: object) -> bool:
-    return x is y or bool(x == y) or (x != x and y != y)  # NaN is NaN
+    return x is y or bool(x == y) or (x != x and y != y)  # NaN equals NaN

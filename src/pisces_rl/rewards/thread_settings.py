@@ -1,4 +1,4 @@
-"""Settings that torch and Python keep for each thread, handed to another one."""
+"""Pass per-thread settings of torch and Python to another thread."""
 
 import contextlib
 import contextvars
@@ -8,11 +8,11 @@ import torch
 
 
 def with_settings_of_this_thread(function: Callable) -> Callable:
-    """The function, to be called once in another thread, with what this thread has now: default device, autocast,
-    gradient mode, context variables, and on a GPU the current device and stream.
+    """Wrap a function so that another thread can call it, once, with this thread's current settings: default device,
+    autocast, gradient mode, context variables, and on a GPU the current device and stream.
 
-    What torch keeps for the whole process (precision of fp32 products, attention kernels, default dtype,
-    deterministic algorithms, cuDNN's choices) both threads have anyway.
+    Process-wide settings of torch (precision of fp32 products, attention kernels, default dtype, deterministic
+    algorithms, cuDNN's choices) apply in both threads anyway.
     """
     context, grad = contextvars.copy_context(), torch.is_grad_enabled()
     device = torch.get_default_device()
@@ -23,7 +23,7 @@ def with_settings_of_this_thread(function: Callable) -> Callable:
     def call(*args):
         with contextlib.ExitStack() as settings:
             settings.enter_context(torch.set_grad_enabled(grad))
-            if device.type != "cpu":  # a device context watches every call
+            if device.type != "cpu":  # a device context intercepts every call, so avoid it if possible
                 settings.enter_context(device)
             for kind, dtype, enabled in casts:
                 if enabled:

@@ -1,4 +1,4 @@
-"""A limit on the time that a call may take, which ends the process where the call cannot be interrupted."""
+"""A time limit on a call, which ends the process if the call cannot be interrupted."""
 
 import _thread
 import contextlib
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 
 from .contract import RewardError
 
-GRACE = 10.0  # seconds that an interrupted call has to end
+GRACE = 10.0  # seconds for an interrupted call to end
 
 
 @contextlib.contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
-    """A RewardError with the message where the block takes longer than that; 0: no limit.
+    """Raise a RewardError with `message` if the block takes longer than `seconds`; 0: no limit.
 
-    The main thread is interrupted, as by Ctrl-C. A call that does not end by that (it waits inside C code, or for a
-    thread of its own) cannot be left, so after GRACE seconds the process ends, with the message on stderr: the other
-    ranks would wait for it.
+    The main thread is interrupted as by Ctrl-C. If that does not end the call (it waits inside C code, or runs in
+    another thread), the process prints the message to stderr and exits after GRACE seconds, since other ranks would
+    wait for it forever.
     """
     if not seconds:
         yield
@@ -34,11 +34,11 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
                 return
             late = True
             stack = "".join(traceback.format_stack(sys._current_frames().get(guarded))[-6:])
-            print(f"{message} It is here:\n{stack}", file=sys.stderr, flush=True)
+            print(f"{message} Its stack:\n{stack}", file=sys.stderr, flush=True)
             if guarded == threading.main_thread().ident:
                 if sys.platform == "win32":
                     _thread.interrupt_main()
-                else:  # a signal wakes what waits for a lock, which interrupt_main leaves asleep
+                else:  # unlike interrupt_main, a signal also wakes a thread that waits for a lock
                     signal.pthread_kill(guarded, signal.SIGINT)
         if not ended.wait(GRACE):
             print(f"{message} It cannot be interrupted, so this process ends.", file=sys.stderr, flush=True)
@@ -46,7 +46,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
 
     in_main = threading.current_thread() is threading.main_thread()
     ignored = in_main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    if ignored:  # by a shell that started the process in the background
+    if ignored:  # a shell that starts a process in the background makes it ignore SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
     timer = threading.Timer(seconds, expire)
     timer.daemon = True
@@ -55,7 +55,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         try:
             yield
         finally:
-            with lock:  # expire may hold it, and interrupt this wait in the place of the block
+            with lock:  # expire may hold the lock, and interrupt this wait instead of the block
                 ended.set()
     except KeyboardInterrupt:
         if not late:

@@ -1,4 +1,4 @@
-"""A vision-language model that is asked for a score: a reward for real videos, through transformers."""
+"""A reward for real videos: ask a vision-language model for a score, through transformers."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -17,28 +17,29 @@ PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt
 
 
 class VLMJudge(OffloadedModel):
-    """The score that a chat model gives a video and its prompt, as an expectation over its answer's first token.
+    """The score that a chat model gives a video and its prompt, as an expectation over the first token of its answer.
 
         r = (sum_k k p(k) - k_min) / (k_max - k_min),   p(k) the model's probability of the digit k among `scores`
 
-    in [0, 1]; no text is sampled, so a video's score is always the same. The video is shown as images, its frames in
-    order, which every chat model with several images understands. VideoAlign (arXiv 2501.13918) asks such a model.
+    in [0, 1]. No text is sampled, so a video's score is always the same. The frames are shown as images in order,
+    which every chat model that accepts several images understands. VideoAlign (arXiv 2501.13918) also uses one.
 
     Args:
-        model: a chat model that `AutoModelForImageTextToText` loads and that takes several images (Qwen2.5-VL, say),
-            or its Hub id or folder.
-        processor: the model's, with a chat template; unset for a name.
-        question: file whose text is asked, with {prompt} where the video's prompt belongs.
-        scores: the answers, digits of one token each, ascending.
-        frames: per video, evenly spread.
-        batch_size: videos asked at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        model: a chat model that `AutoModelForImageTextToText` loads and that accepts several images (Qwen2.5-VL, for
+            example), or its Hub id or folder.
+        processor: the model's, with a chat template; not needed for a model given by name.
+        question: file with the text to ask, with {prompt} where the video's prompt goes.
+        scores: the possible answers, ascending digits of one token each.
+        frames: per video, evenly spaced.
+        batch_size: videos per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         name: under which it is logged.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
+        offload: the device, such as "cuda", on which the model computes while its weights stay on the CPU between
+            calls.
 
-    Raises ValueError for pixels outside [0, 1] or NaN, naming the video, and for a prompt that holds one of the
-    model's special tokens (an image's place, an end of turn), naming both.
+    Raises ValueError for pixels that are NaN or outside [0, 1], naming the video, and for a prompt with one of the
+    model's special tokens (image placeholder, end of turn), naming both.
     """
 
     def __init__(
@@ -100,20 +101,20 @@ class VLMJudge(OffloadedModel):
 
 
 def read_question(file: str | Path) -> str:
-    """The text of a question. Raises ValueError where it does not say {prompt}."""
+    """Read the text of a question. Raises ValueError if it lacks {prompt}."""
     text = (file if hasattr(file, "read_text") else Path(file)).read_text(encoding="utf-8")
     if "{prompt}" not in text:
-        raise ValueError(f"question: {file} does not say {{prompt}}.")
+        raise ValueError(f"question: {file} does not contain {{prompt}}.")
     return text
 
 
 def spread_frames(videos: Tensor, count: int) -> Tensor:
-    """(B, F, 3, H, W) in [0, 1] -> `count` frames of each or all of them, evenly spread, as bytes on the CPU."""
+    """Return `count` evenly spaced frames (or all) of videos (B, F, 3, H, W) in [0, 1], as bytes on the CPU."""
     return (videos[:, spread(videos.shape[1], count)].clamp(0, 1) * 255).round().byte().cpu()
 
 
 def digit_tokens(tokenizer: PreTrainedTokenizerBase, scores: Sequence[int]) -> list[int]:
-    """The tokens of answers, two or more ascending numbers of one token each; else a ValueError."""
+    """Return the token ids of two or more ascending one-token numbers; raise a ValueError for anything else."""
     tokens = [tokenizer.encode(str(score), add_special_tokens=False) for score in scores]
     if (
         len(scores) < 2
@@ -125,10 +126,10 @@ def digit_tokens(tokenizer: PreTrainedTokenizerBase, scores: Sequence[int]) -> l
 
 
 def expected_digit(logits: Tensor, scores: Tensor) -> Tensor:
-    """sum_k scores_k p_k, p the softmax of logits (..., K) over the answers' tokens alone."""
+    """Return sum_k scores_k p_k, where p is the softmax of logits (..., K) over the answers' tokens alone."""
     return logits.softmax(-1) @ scores.to(logits)
 
 
 def to_image(frame: Tensor) -> Image.Image:
-    """(3, H, W) bytes."""
+    """Convert a frame (3, H, W), bytes, to an image."""
     return Image.fromarray(frame.permute(1, 2, 0).numpy())

@@ -1,8 +1,8 @@
-"""Transition kernels p(x' | x, prediction): pure functions that give (mean, std), and the Gaussian log-density.
+"""Transition kernels p(x' | x, prediction): pure functions that return (mean, std), and the Gaussian log-density.
 
-What: one function a kernel. Why: rollout and update call the same function, so that they cannot differ.
+What: one function per kernel. Why: rollout and update call the same function, so they cannot differ.
 How: `TRANSITIONS["flow_sde"].kernel(x, v, sigma, sigma_next, noise_level=0.7, ...)`. Gotcha: `noise_level` means a
-for `flow_sde` and `cps`, eta for `dance_sde`, `ddim` and `ancestral`; each has its own default.
+for `flow_sde` and `cps`, eta for `dance_sde`, `ddim` and `ancestral`; each kernel has its own default.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class Paper(NamedTuple):
 
 @dataclass(frozen=True)
 class Transition:
-    """A kernel, the family of schedules it fits, the noise level its authors use, and the papers it comes from."""
+    """A kernel, the schedule family it fits, its authors' noise level, and the papers it comes from."""
 
     kernel: Callable
     family: Literal["flow", "ddim", "edm"]

@@ -1,4 +1,4 @@
-"""Ancestral sampling of a variance-exploding schedule: x = x0 + sigma e, as EDM has it (arXiv 2206.00364)."""
+"""Ancestral sampling for a variance-exploding schedule, x = x0 + sigma e, as in EDM (arXiv 2206.00364)."""
 
 from torch import Tensor
 
@@ -11,8 +11,8 @@ def ancestral(
         std  = eta s' sqrt(1 - s'^2 / s^2)
         mean = x0^ + sqrt(s'^2 - std^2) (x - x0^) / s
 
-    With a = 1 / (1 + s^2) and x / sqrt(1 + s^2) for x it is `ddim` of a model that predicts x0; at eta 1 it is the
-    Euler ancestral step of k-diffusion, at 0 EDM's Euler step. The scale of the data plays no part in it.
+    With a = 1 / (1 + s^2) and x / sqrt(1 + s^2) in place of x, this is `ddim` for a model that predicts x0. At eta = 1
+    it is k-diffusion's Euler ancestral step, at eta = 0 EDM's Euler step. It does not depend on the data's scale.
 
     Args:
         x: current state, fp32.

@@ -17,8 +17,8 @@ def ddim(
         std  = eta sqrt( (1 - a') / (1 - a) (1 - a / a') )
         mean = sqrt(a') x0^ + sqrt(1 - a' - std^2) e^
 
-    with a the cumulative alpha; from epsilon: x0^ = (x - sqrt(1 - a) e) / sqrt(a); from v:
-    x0^ = sqrt(a) x - sqrt(1 - a) v, e^ = sqrt(a) v + sqrt(1 - a) x, which holds at a = 0 too (zero terminal SNR).
+    where a is the cumulative alpha. From epsilon: x0^ = (x - sqrt(1 - a) e) / sqrt(a). From v:
+    x0^ = sqrt(a) x - sqrt(1 - a) v, e^ = sqrt(a) v + sqrt(1 - a) x, which also holds at a = 0 (zero terminal SNR).
 
     Args:
         x: current state, fp32.

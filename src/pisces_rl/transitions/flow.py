@@ -1,6 +1,6 @@
 """Transition kernels of flow matching: stochastic samplers with the marginals of the probability-flow ODE.
 
-Notation: x_s = (1 - s) x0 + s e, v = e - x0, s the noise level sigma, dt = s' - s < 0. For a diffusion coefficient g,
+Notation: x_s = (1 - s) x0 + s e, v = e - x0, s the noise level sigma, dt = s' - s < 0. With diffusion coefficient g,
 
     mean = x (1 + g^2 dt / 2s) + v (1 + g^2 (1 - s) / 2s) dt,      std = g sqrt(-dt)
 
@@ -37,7 +37,7 @@ def flow_sde(
         sigma_next: scalar, 0 <= sigma_next < sigma.
         noise_level: a; the paper's value is 0.7.
         sigma_max: the schedule's second sigma. It bounds g at the first step, where 1 - s is 0; the minimum also
-            covers schedules that start a hair below 1 (UniPC: 0.99999899), where g would be about 700.
+            covers schedules that start slightly below 1 (UniPC: 0.99999899), where g would be about 700.
         sigma_min: unused; every flow kernel takes the same arguments.
 
     Returns:

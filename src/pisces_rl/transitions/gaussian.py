@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def log_prob(x_next: Tensor, mean: Tensor, std: Tensor | float, rows_per_video: int = 1) -> Tensor:
-    """Tempered log-density of `x_next` under N(mean, std^2), one value a video.
+    """Return the tempered log-density of `x_next` under N(mean, std^2), one value per video.
 
         log p = mean over non-batch dimensions of [ -(x' - m)^2 / (2 std^2) - log std - log(2 pi) / 2 ]
 
@@ -25,6 +25,6 @@ def log_prob(x_next: Tensor, mean: Tensor, std: Tensor | float, rows_per_video: 
     """
     std = torch.as_tensor(std, dtype=torch.float32)
     if std.ndim:
-        std = std.to(mean.device)  # a scalar stays on the CPU, where it waits for nothing
+        std = std.to(mean.device)  # a scalar stays on the CPU: no device synchronisation
     density = -((x_next.float() - mean.float()) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return density.flatten(1).mean(1).view(-1, rows_per_video).mean(1)

@@ -1,7 +1,7 @@
 """VBench (arXiv 2311.17982) and VBench-2.0 (arXiv 2503.21755) before and after training.
 
-`export` samples the videos of a prompt suite under the names that VBench's runner looks for; the runner scores them in
-an environment of its own; `read` compares its result files. The command is `pisces-rl vbench`.
+`export` samples the videos of a prompt suite under the file names that VBench's runner expects. The runner scores them
+in a separate environment. `read` compares its result files. The command is `pisces-rl vbench`.
 """
 
 import importlib
@@ -20,7 +20,7 @@ __all__ = list(_HOME)
 
 
 def __getattr__(name: str):
-    """What needs torch is loaded on first use."""
+    """Load functions that need torch on first use."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`pisces-rl vbench export|read`: what training did by VBench, whose runner lives in an environment of its own."""
+"""`pisces-rl vbench export|read`: VBench before and after training; its runner needs a separate environment."""
 
 import argparse
 from pathlib import Path
@@ -14,14 +14,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.set_defaults(run=run_export)
     add_sampling_arguments(own)
     own.add_argument("--suite", required=True, type=Path, help="VBench_full_info.json or VBench2_full_info.json.")
-    own.add_argument("--output_dir", required=True, type=Path, help="The videos go to its folder videos/.")
-    own.add_argument("--dimensions", nargs="+", help="Of the suite; unset: all.")
+    own.add_argument("--output_dir", required=True, type=Path, help="The videos go to its subfolder videos/.")
+    own.add_argument("--dimensions", nargs="+", help="Dimensions of the suite; unset: all.")
 
     own = commands.add_parser("read", help="compare the result files of VBench's runner", **style)
     own.set_defaults(run=run_read)
     for name in ("before", "after"):
-        own.add_argument(f"--{name}", required=True, type=Path, help="Folder of *_eval_results.json, or a file.")
-    own.add_argument("--output_dir", required=True, type=Path, help="Of the report; that of the run to show it there.")
+        own.add_argument(
+            f"--{name}", required=True, type=Path, help="Folder with *_eval_results.json, or one such file."
+        )
+    own.add_argument(
+        "--output_dir",
+        required=True,
+        type=Path,
+        help="Folder for the report; give the run's folder to add it to the run's report.",
+    )
 
 
 def run_export(args: argparse.Namespace) -> None:

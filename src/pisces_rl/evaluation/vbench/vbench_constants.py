@@ -1,7 +1,7 @@
-"""What VBench and VBench-2.0 publish: dimensions, samples a prompt, file names, ranges and weights.
+"""Constants of VBench and VBench-2.0: dimensions, samples per prompt, file names, ranges and weights.
 
-Source: github.com/Vchitect/VBench. Ranges and weights are those of scripts/constant.py and
-VBench-2.0/scripts/constant.py, totals those of cal_final_score.py beside them; samples and names are those of
+Source: github.com/Vchitect/VBench. Ranges and weights are from scripts/constant.py and
+VBench-2.0/scripts/constant.py, totals from cal_final_score.py in the same folders; samples and names are from
 prompts/README.md, VBench-2.0/prompts/README.md, vbench/__init__.py and VBench-2.0/vbench2/__init__.py.
 """
 
@@ -14,14 +14,17 @@ class Benchmark:
     """One of the two benchmarks.
 
     Attributes:
-        name, folder: for people, and of its reports.
-        samples: videos a prompt. more_samples: {dimension: videos of each of its prompts}.
-        name_length: how many characters of a prompt a file's name has; None: all.
-        by_dimension: whether the runner wants a folder a dimension.
-        groups: {group: {dimension: weight}}. group_weights: {group: weight in the total}.
-        ranges: {dimension: (min, max)} where a normalised score is not the score.
-        scales: {dimension: factor} from a video's result to the dimension's score, where it is not 1.
-        invalid: the result of a video that the runner leaves out of the mean.
+        name: the display name.
+        folder: the folder of its reports.
+        samples: videos per prompt.
+        more_samples: {dimension: videos per prompt}, if not `samples`.
+        name_length: how many characters of the prompt a file name keeps; None: all.
+        by_dimension: whether the runner expects one folder per dimension.
+        groups: {group: {dimension: weight}}.
+        group_weights: {group: weight in the total}.
+        ranges: {dimension: (min, max)} for dimensions whose score is normalized.
+        scales: {dimension: factor} from a video's result to the dimension's score, if not 1.
+        invalid: the result of a video that the runner excludes from the mean.
     """
 
     name: str
@@ -41,12 +44,12 @@ class Benchmark:
         return [dimension for group in self.groups.values() for dimension in group]
 
     def normalised(self, dimension: str, score: float) -> float:
-        """(score - min) / (max - min)."""
+        """Return (score - min) / (max - min)."""
         low, high = self.ranges.get(dimension, (0.0, 1.0))
         return (score - low) / (high - low)
 
     def totals(self) -> dict[str, dict[str, float]]:
-        """{group or "Total": {dimension: weight of its normalised score}}; the weights of each sum to 1."""
+        """Return {group or "Total": {dimension: weight of its normalized score}}; each set of weights sums to 1."""
         shares = {
             group: {d: weight / sum(own.values()) for d, weight in own.items()} for group, own in self.groups.items()
         }
@@ -100,7 +103,7 @@ VBENCH = Benchmark(
         "temporal_style": (0.0, 0.364),
         "overall_consistency": (0.0, 0.364),
     },
-    scales={"imaging_quality": 0.01},  # vbench/imaging_quality.py divides the mean alone by 100
+    scales={"imaging_quality": 0.01},  # vbench/imaging_quality.py divides only the mean by 100
 )
 
 VBENCH2 = Benchmark(
@@ -134,7 +137,7 @@ VBENCH2 = Benchmark(
 
 
 def benchmark_of(dimensions: Iterable[str], where: str) -> Benchmark:
-    """The benchmark that has these dimensions; a ValueError that names `where` if neither has all of them."""
+    """Return the benchmark that has all of these dimensions; raise a ValueError that names `where` if neither does."""
     dimensions = list(dict.fromkeys(dimensions))
     for benchmark in (VBENCH, VBENCH2):
         if dimensions and set(dimensions) <= set(benchmark.dimensions):
@@ -142,6 +145,6 @@ def benchmark_of(dimensions: Iterable[str], where: str) -> Benchmark:
     nearest = max((VBENCH, VBENCH2), key=lambda benchmark: len(set(dimensions) & set(benchmark.dimensions)))
     unknown = [dimension for dimension in dimensions if dimension not in nearest.dimensions]
     raise ValueError(
-        f"{where}: dimensions {unknown} are not {nearest.name}'s, which has {nearest.dimensions}. Give "
-        "a file of VBench or of VBench-2.0, not of both."
+        f"{where}: {nearest.name} has no dimensions {unknown}, only {nearest.dimensions}. Give "
+        "a file of either VBench or VBench-2.0, not of both."
     )

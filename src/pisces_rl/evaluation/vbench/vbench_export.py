@@ -1,4 +1,4 @@
-"""Sample the videos of a VBench suite into the files that its runner looks for; resumable, on many processes."""
+"""Sample the videos of a VBench suite into the files that its runner expects; resumable, on one or more processes."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ from ..sampling_policy import add_trained, sampling_policy
 from .vbench_suite import VIDEOS, SuiteVideo, read_suite
 
 SETTINGS = "export.json"
-_UNFINISHED = "unfinished"  # not among the videos: the runner would take a temporary file for one
+_UNFINISHED = "unfinished"  # outside videos/: the runner would score a temporary file
 
 
 def export(
@@ -37,27 +37,32 @@ def export(
     call: dict | None = None,
     bf16: bool | None = None,
 ) -> int:
-    """Write the suite's videos that are not there yet to `output_dir/videos`, see `read_suite` for their names.
+    """Write the suite's missing videos to `output_dir/videos`; `read_suite` explains their names.
 
-    Every process of `accelerate launch` takes its share of what is missing. A video's start noise has a seed of its
-    own, so that the base model and a trained one, exported with the same seed, start from the same noise. A file
-    appears whole or not at all; one that another program broke off is sampled again. `output_dir/export.json` holds
-    the settings and each file's seed.
+    Each process of `accelerate launch` samples a share of the missing videos. Each video's start noise has a separate
+    seed, so the base model and a trained one start from the same noise if exported with the same `seed`. Files are
+    written atomically; an incomplete file from another program is sampled again. `output_dir/export.json` holds the
+    settings and each file's seed.
 
     Args:
-        model: a pipeline, or its name as of `load_pipeline`. A pipeline must carry no adapter.
-        suite: JSON of VBench or VBench-2.0.
-        adapter: folder of a run, of a saved LoRA or of trained components; a LoRA's file or Hub id. None: the base.
-        dimensions: of the suite; None: all.
-        batch_size: videos a call of the pipeline.
-        num_inference_steps, call: of the pipeline's call; what is unset is as in training.
-        bf16: weights and autocast in bfloat16, else fp32; None: on a GPU.
+        model: a pipeline without an adapter, or a name that `load_pipeline` accepts.
+        suite: path of VBench's or VBench-2.0's JSON file.
+        output_dir: the folder to write to.
+        adapter: folder of a run, a saved LoRA or trained components, or a LoRA's file or Hub id; None: the base model.
+        dimensions: dimensions of the suite; None: all.
+        seed: seed of all noise.
+        batch_size: videos per call of the pipeline.
+        fps: frames per second of the files.
+        num_inference_steps: denoising steps; None uses the training default.
+        call: other arguments of the pipeline's call; those that are unset default to those of training.
+        bf16: True for weights and autocast in bfloat16, False for fp32; None: bfloat16 on a GPU only.
 
     Returns:
-        How many videos this process has sampled.
+        The number of videos that this process sampled.
 
     Raises:
-        ValueError: see `read_suite`; the folder holds videos of other settings; no such model or adapter.
+        ValueError: see `read_suite`; or the folder holds videos with other settings, or the model or adapter does not
+            exist.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} must be at least 1.")
@@ -77,17 +82,17 @@ def export(
         **made,
     }
     plan = [None, None]
-    if state.is_main_process:  # the other processes must neither look at files that are being written nor disagree
+    if state.is_main_process:  # only one process lists the files, so that all agree on what is missing
         try:
             _keep_settings(folder / SETTINGS, settings, videos)
             plan = [None, [video for video in videos if not all(is_whole_mp4(folder / path) for path in video.paths)]]
-        except (OSError, ValueError) as error:  # on all processes, which wait for the plan
+        except (OSError, ValueError) as error:  # raised on all processes below: they wait for the plan
             plan = [error, None]
     error, missing = broadcast_object_list(plan)
     if error is not None:
         raise error
     own = missing[state.process_index :: state.num_processes]
-    for start in tqdm(range(0, len(own), batch_size), unit="batch", disable=not state.is_main_process):
+    for start in tqdm(range(0, len(own), batch_size), unit="batch", disable=None if state.is_main_process else True):
         part = own[start : start + batch_size]
         clips = policy.sample([video.prompt for video in part], noise_seeds=[video.seed for video in part]).videos
         for video, clip in zip(part, clips):
@@ -101,8 +106,8 @@ def export(
 
 
 def is_whole_mp4(path: Path) -> bool:
-    """Whether a file's boxes (ISO/IEC 14496-12, 4.2) end where the file does, with the index and the frames among
-    them; a copy that was broken off is not."""
+    """Return whether a file's boxes (ISO/IEC 14496-12, 4.2) end at the file's end and include the index and the
+    frames; a truncated copy fails this check."""
     kinds, size = set(), path.stat().st_size if path.is_file() else 0
     with path.open("rb") if size else contextlib.nullcontext() as file:
         at = 0
@@ -127,7 +132,7 @@ def _write(folder: Path, path: str, data: bytes, process: int) -> None:
 
 
 def _keep_settings(path: Path, settings: dict, videos: Sequence[SuiteVideo]) -> None:
-    """Write them; a ValueError where the folder's videos were made with others."""
+    """Write the settings; raise a ValueError if the folder's videos were made with others."""
     settings = json.loads(json.dumps(settings, default=str))
     seeds = {file: video.seed for video in videos for file in video.paths}
     if path.exists():
@@ -135,7 +140,7 @@ def _keep_settings(path: Path, settings: dict, videos: Sequence[SuiteVideo]) -> 
             before = json.loads(path.read_text(encoding="utf-8"))
             seeds = before.pop("seeds") | seeds
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not what an export writes ({error}); give an empty output_dir.") from error
+            raise ValueError(f"{path} was not written by an export ({error}); give an empty output_dir.") from error
         other = [
             f"{key}={before.get(key)!r}, now {settings.get(key)!r}"
             for key in sorted({*before, *settings})
@@ -143,12 +148,12 @@ def _keep_settings(path: Path, settings: dict, videos: Sequence[SuiteVideo]) -> 
         ]
         if other:
             raise ValueError(
-                f"output_dir={str(path.parent)!r} holds videos of other settings: {'; '.join(other)}. "
+                f"output_dir={str(path.parent)!r} holds videos with other settings: {'; '.join(other)}. "
                 "Give another output_dir, or remove that folder."
             )
     elif (path.parent / VIDEOS).exists():
         raise ValueError(
-            f"output_dir={str(path.parent)!r} holds videos, but no {path.name} that says how they were "
-            "made. Give another output_dir."
+            f"output_dir={str(path.parent)!r} holds videos, but no {path.name} with their settings. "
+            "Give another output_dir."
         )
     write_json(path, settings | {"seeds": seeds}, indent=0)

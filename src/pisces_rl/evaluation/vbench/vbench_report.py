@@ -1,4 +1,4 @@
-"""A comparison of VBench results as files, and in the report and the card of a run."""
+"""Write a comparison of VBench results to files, and to a run's report and model card."""
 
 import os
 import re
@@ -9,11 +9,11 @@ from pisces_rl.whole_files import atomically, write_json
 
 from .vbench_constants import VBENCH, VBENCH2
 
-_PLACES = ("\n## Samples\n", "\n## Training\n")  # of the card; the section goes before the first
+_PLACES = ("\n## Samples\n", "\n## Training\n")  # headings in the card; the section goes before the first
 
 
 def markdown_results(comparison: dict) -> str:
-    """The comparison of `compare_results` as a table, totals first."""
+    """Return the comparison of `compare_results` as a Markdown table, totals first."""
     lines = ["| score | before | after | prompts | paired difference (95 %) |", "|---|---|---|---|---|"]
     for name, row in [*comparison["totals"].items(), *comparison["dimensions"].items()]:
         difference = (
@@ -24,8 +24,8 @@ def markdown_results(comparison: dict) -> str:
         lines.append(f"| {label} | {row['before']:.4f} | {row['after']:.4f} | {row['n']} | {difference} |")
     lines += [
         "",
-        f"{comparison['benchmark']}; before and after are the runner's means, totals have its normalisation "
-        "and weights; differences are of the prompts that both have, intervals are bootstrapped over prompts.",
+        f"{comparison['benchmark']}; before and after are the runner's means; totals use its normalization "
+        "and weights; differences are over the prompts in both; intervals are bootstrapped over prompts.",
     ]
     if comparison["left_out"]:
         lacking = "; ".join(f"{name} lacks {', '.join(own)}" for name, own in comparison["left_out"].items())
@@ -34,10 +34,10 @@ def markdown_results(comparison: dict) -> str:
 
 
 def write_comparison(comparison: dict, output_dir: str | os.PathLike) -> list[Path]:
-    """Write `vbench/report.json` and `vbench/report.md` (or `vbench2/`) in a folder.
+    """Write `vbench/report.json` and `vbench/report.md` (or `vbench2/...`) to a folder.
 
-    Where the folder is a run's, they are listed among its files, and the table becomes a section of the run's
-    report.md and of its model card, in the place of an earlier one.
+    If the folder is a run's, list them among its files and add the table as a section to the run's report.md and
+    model card; it replaces an earlier one.
 
     Returns:
         The files that were written or changed.

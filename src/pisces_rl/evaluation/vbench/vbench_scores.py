@@ -1,4 +1,4 @@
-"""Result files of VBench's runner, and two sets of them compared."""
+"""Read result files of VBench's runner, and compare two sets of them."""
 
 import json
 import math
@@ -21,8 +21,9 @@ class DimensionResult:
     """One dimension of one model.
 
     Attributes:
-        score: the runner's own mean. prompts: {prompt, as file names have it: mean of its videos' results}, on the
-            score's scale. file: it was read from.
+        score: the runner's mean.
+        prompts: {prompt as in the file names: mean of its videos' results}, on the score's scale.
+        file: the file it was read from.
     """
 
     score: float
@@ -31,17 +32,17 @@ class DimensionResult:
 
 
 def read_results(path: str | os.PathLike) -> tuple[Benchmark, dict[str, DimensionResult]]:
-    """What VBench's or VBench-2.0's runner has written, {dimension: result}.
+    """Read the results of VBench's or VBench-2.0's runner; return the benchmark and {dimension: result}.
 
-    Each file is {dimension: [mean, [{"video_path", "video_results"}, ...]]}. Videos that VBench-2.0 calls invalid (-1)
-    count in no mean; VBench's imaging quality has results from 0 to 100 and a mean from 0 to 1, or in version 0.1.0 to
-    100, and all become 0 to 1.
+    Each file is {dimension: [mean, [{"video_path", "video_results"}, ...]]}. Videos that VBench-2.0 marks as invalid
+    (-1) are excluded from all means. VBench's imaging quality has results from 0 to 100 and a mean from 0 to 1 (in
+    version 0.1.0, to 100); all are scaled to 0 to 1.
 
     Args:
         path: a file, or a folder with `*_eval_results.json` at any depth.
 
     Raises:
-        ValueError: there is none, one cannot be read or is of another form, or two have the same dimension.
+        ValueError: there is no result file, one is unreadable or malformed, or two have the same dimension.
     """
     path = Path(path)
     files = sorted(path.rglob(RESULTS)) if path.is_dir() else [path]
@@ -66,7 +67,7 @@ def _content(file: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as JSON: {error}. Run that dimension again.") from error
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{file} must hold {{dimension: [mean, results]}}; it is no result file of VBench.")
+        raise ValueError(f"{file} must hold {{dimension: [mean, results]}}; it is not a VBench result file.")
     return content
 
 
@@ -91,22 +92,28 @@ def _result(benchmark: Benchmark, dimension: str, content: list, file: Path) -> 
 def compare_results(
     before: str | os.PathLike, after: str | os.PathLike, resamples: int = 5000, confidence: float = 0.95
 ) -> dict:
-    """Two models' results on one benchmark.
+    """Compare two models' results on one benchmark.
 
-    A dimension's row is its two means as the runner gives them, and the difference of the prompts that both have, with
-    a bootstrap interval over prompts (`paired_bootstrap`). A group's score is the weighted mean of its dimensions'
-    normalised scores, (score - min) / (max - min), and the total is the weighted mean of the groups, as in VBench's
-    cal_final_score.py; a group or total of which a dimension is missing is left out, where that script counts 0. Their
-    intervals resample prompts, each with all its dimensions at once and within the prompts of the same dimensions, so
-    that prompts which several dimensions share are not counted as independent.
+    A dimension's row has the runner's two means and the difference over the prompts in both, with a bootstrap interval
+    over prompts (`paired_bootstrap`). A group's score is the weighted mean of its dimensions' normalized scores,
+    (score - min) / (max - min), and the total is the weighted mean of the groups, as in VBench's cal_final_score.py.
+    If a dimension is missing, its group and the total are omitted; that script counts it as 0. The intervals of groups
+    and totals resample each prompt with all its dimensions, among prompts with the same dimensions, so that prompts
+    shared by several dimensions are not counted as independent.
+
+    Args:
+        before: results of the model before training, see `read_results`.
+        after: results of the model after training.
+        resamples: bootstrap resamples.
+        confidence: of the intervals.
 
     Returns:
-        {"benchmark", "dimensions": {dimension: row}, "totals": {"Quality" ...: row}, "left_out": {total: dimensions
-        that it lacks}}; a row is {"before", "after", "n", "difference", "low", "high"}, where the last three are of n
-        paired prompts and None without any.
+        {"benchmark", "dimensions": {dimension: row}, "totals": {"Quality" ...: row}, "left_out": {total: missing
+        dimensions}}; a row is {"before", "after", "n", "difference", "low", "high"}, where the last three are over n
+        paired prompts and None if there are none.
 
     Raises:
-        ValueError: see `read_results`; the two are of different benchmarks, or share no dimension.
+        ValueError: see `read_results`; or the two are from different benchmarks, or share no dimension.
     """
     from pisces_rl.trainers.base.run.report import paired_bootstrap
 
@@ -153,8 +160,8 @@ def _weighted_bootstrap(
     confidence: float,
     seed: int = 0,
 ) -> dict:
-    """sum_d slope_d mean_p difference_dp, and its percentile interval over prompts p, resampled within the prompts
-    that have the same dimensions d, whose numbers therefore stay."""
+    """Return sum_d slope_d mean_p difference_dp and its percentile interval over prompts p. Prompts are resampled
+    within each set that has the same dimensions d, so the number of prompts per dimension is fixed."""
     if not all(differences[d] for d in slopes):
         return {"n": 0}
     parts: dict[str, float] = {}

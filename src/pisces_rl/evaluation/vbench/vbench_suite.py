@@ -1,4 +1,4 @@
-"""A prompt suite of VBench or VBench-2.0 as the videos that its runner looks for."""
+"""Read a prompt suite of VBench or VBench-2.0 as the list of videos that its runner expects."""
 
 import hashlib
 import json
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from .vbench_constants import Benchmark, benchmark_of
 
-VIDEOS = "videos"  # the runner takes its first entry's suffix for all: nothing else may lie in it
-_LONGEST_NAME = 255  # bytes, of Linux' and macOS' file systems
+VIDEOS = "videos"  # the runner applies the first entry's suffix to all: keep other files out
+_LONGEST_NAME = 255  # bytes, on Linux and macOS file systems
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,21 @@ class SuiteVideo:
 def read_suite(
     path: str | os.PathLike, dimensions: Sequence[str] | None = None, seed: int = 0
 ) -> tuple[Benchmark, list[SuiteVideo]]:
-    """The videos of a suite, each prompt's one after the other.
+    """Return the benchmark and the videos of a suite, grouped by prompt.
 
-    VBench: `videos/{prompt}-{index}.mp4`, 5 of each prompt, 25 where it is of temporal_flickering, whose static videos
-    are picked out afterwards. VBench-2.0: `videos/{dimension}/{first 180 characters}-{index}.mp4`, 3 of each prompt,
-    20 of those of Diversity. The seed is a hash of `seed`, prompt and index, so it depends on nothing else.
+    VBench: `videos/{prompt}-{index}.mp4`, 5 per prompt, or 25 for temporal_flickering, whose static videos are
+    selected later. VBench-2.0: `videos/{dimension}/{first 180 characters}-{index}.mp4`, 3 per prompt, or 20 for
+    Diversity. A video's seed is a hash of `seed`, prompt and index only.
 
     Args:
-        path: a JSON list of {"prompt_en", "dimension": [...], ...}, as VBench_full_info.json and
-            VBench2_full_info.json are.
-        dimensions: only prompts of these, with their samples; None: all of the suite.
-        seed: of all noise.
+        path: a JSON list of {"prompt_en", "dimension": [...], ...}, such as VBench_full_info.json or
+            VBench2_full_info.json.
+        dimensions: keep only prompts of these dimensions; None: all.
+        seed: seed of all noise.
 
     Raises:
-        ValueError: the file is no such list, or is of neither benchmark; a dimension is not in it; a prompt cannot be
-            in a file's name as the runner expects it, or two of VBench-2.0 would share one.
+        ValueError: the file is not such a list or fits neither benchmark; it lacks a dimension; a file system cannot
+            hold a prompt's file name, or two prompts of VBench-2.0 would share one.
     """
     entries = _entries(Path(path))
     benchmark = benchmark_of((d for _, own in entries for d in own), f"suite={str(path)!r}")
@@ -59,7 +59,7 @@ def read_suite(
                 if prompt_of.setdefault(file, prompt) != prompt:
                     raise ValueError(
                         f"suite={str(path)!r}: the prompts {prompt_of[file]!r} and {prompt!r} share "
-                        f"the file name {file!r}; leave one out."
+                        f"the file name {file!r}; remove one."
                     )
                 files = paths.setdefault((prompt, index), [])
                 if file not in files:
@@ -70,17 +70,17 @@ def read_suite(
 
 
 def _entries(path: Path) -> list[tuple[str, list[str]]]:
-    """(prompt, dimensions) of each entry."""
+    """Return (prompt, dimensions) of each entry."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"suite={str(path)!r} cannot be read as JSON: {error}. Give VBench_full_info.json of "
+            f"suite={str(path)!r} cannot be read as JSON: {error}. Give VBench_full_info.json from "
             "github.com/Vchitect/VBench."
         ) from error
     form = 'an object such as {"prompt_en": "a red apple", "dimension": ["color"]}'
     if not isinstance(content, list) or not content:
-        raise ValueError(f"suite={str(path)!r} must hold a list, each of whose entries is {form}.")
+        raise ValueError(f"suite={str(path)!r} must hold a list whose entries are each {form}.")
     found = []
     for row, entry in enumerate(content):
         prompt, own = (entry.get("prompt_en"), entry.get("dimension")) if isinstance(entry, dict) else (None, None)
@@ -104,8 +104,8 @@ def _name(benchmark: Benchmark, prompt: str, index: int, path: str | os.PathLike
         length = None
     if "/" in name or "\0" in name or length is None or length > _LONGEST_NAME:
         raise ValueError(
-            f"suite={str(path)!r}: {benchmark.name}'s runner looks for a file named {name!r}, which no file system "
-            f"can hold (at most {_LONGEST_NAME} bytes, no '/' or NUL). Reword that prompt, or leave it out."
+            f"suite={str(path)!r}: {benchmark.name}'s runner expects a file named {name!r}, which no file system "
+            f"can hold (at most {_LONGEST_NAME} bytes, no '/' or NUL). Reword or remove that prompt."
         )
     return name
 

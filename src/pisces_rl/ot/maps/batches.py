@@ -1,11 +1,11 @@
-"""Where the batches of a neural map come from: points in memory, or a stream larger than memory."""
+"""Batches for training a neural map: from points in memory, or from a stream larger than memory."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-SAMPLE = 16_384  # points of a stream that the linear skip is fitted on
+SAMPLE = 16_384  # points of a stream that the linear skip is fitted to
 
 
 class Batches:
@@ -14,9 +14,11 @@ class Batches:
     Args:
         name: of the side, for messages.
         data: points (n, D), or an iterable of (b, D).
-        batch: points a draw, of this rank.
-        map_: the map, which normalises what an iterable gives.
+        batch: points per draw on this rank.
+        map_: the map, which normalises the points of an iterable.
         seed: of the draws.
+        rank: of this process.
+        world: number of processes.
         width: D.
     """
 
@@ -31,10 +33,10 @@ class Batches:
             self.iterator, self.rest = iter(()), None
 
     def draw(self, batches: int) -> Tensor:
-        """(batches, batch, D)."""
+        """Return points (batches, batch, D)."""
         self.drawn += 1
         if isinstance(self.data, Tensor):
-            # seeded by its number, so that resuming needs no state of a generator
+            # seeded by the draw's number, so that resuming needs no generator state
             self.generator.manual_seed((self.seed * 1_000_003 + self.drawn) * 4099 + self.rank)
             shape = (batches, self.batch)
             return self.data[torch.randint(len(self.data), shape, generator=self.generator, device=self.data.device)]
@@ -43,7 +45,7 @@ class Batches:
         return self.map.normalised(points.float().to(self.map.device)).unflatten(0, (batches, self.batch))
 
     def skip(self, count: int, batches: int) -> None:
-        """What `count` draws of so many batches would take."""
+        """Skip what `count` draws of `batches` batches each would take."""
         if isinstance(self.data, Tensor):
             self.drawn = count
         else:
@@ -51,13 +53,13 @@ class Batches:
                 self._read(batches * self.batch * self.world)
 
     def first(self) -> Tensor:
-        """All points, or the first few of an iterable."""
+        """Return all points, or the first few of an iterable."""
         if isinstance(self.data, Tensor):
             return self.data
         return checked_batch(self.name, next(iter(self.data), None), self.width)[:16]
 
     def sample(self) -> Tensor:
-        """Points for a closed-form fit: all of a tensor, the first of a stream."""
+        """Return points for a closed-form fit: all of a tensor, the first of a stream."""
         if isinstance(self.data, Tensor):
             return self.data.double().cpu()
         points, count = [], 0
@@ -91,12 +93,12 @@ class WithoutFirst:
 
 
 def checked_batch(name: str, batch: Tensor | None, width: int | None = None) -> Tensor:
-    """A batch of an iterable, or what is wrong with it."""
+    """Return a batch of an iterable, or raise a ValueError saying what is wrong with it."""
     if batch is None:
         raise ValueError(f"{name}: the iterable has no points, or none besides the held-out ones.")
     right = isinstance(batch, Tensor) and batch.ndim == 2 and width in (None, batch.shape[1])
     if not right or not batch.isfinite().all():
         found = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
-        mend = " (a TensorDataset gives tuples: wrap it to give its tensor)" if isinstance(batch, list | tuple) else ""
-        raise ValueError(f"{name}: expected batches of finite points (b, {width or 'D'}), got {found}{mend}.")
+        fix = " (a TensorDataset yields tuples: wrap it to yield tensors)" if isinstance(batch, list | tuple) else ""
+        raise ValueError(f"{name}: expected batches of finite points (b, {width or 'D'}), got {found}{fix}.")
     return batch

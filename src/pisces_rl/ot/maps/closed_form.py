@@ -1,5 +1,5 @@
-"""The maps in closed form: identity, mean shift, the linear map between Gaussians, and controls for it: the same with
-its coordinates shuffled, and least squares over pairs."""
+"""Closed-form maps: identity, mean shift, the linear map between Gaussians, and two controls for it: its output with
+shuffled coordinates, and least squares over pairs."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from pisces_rl.ot.maps.transport_map import TransportMap
 
 
 class IdentityMap(TransportMap):
-    """T(x) = x: what any other map must beat."""
+    """T(x) = x: the baseline for every other map."""
 
     kind = "identity"
 
@@ -31,7 +31,7 @@ class LinearMap(TransportMap):
         T(x) = m_t + A (x - m_s),    A = S_s^-1/2 (S_s^1/2 S_t S_s^1/2)^1/2 S_s^-1/2
 
     Args:
-        shrinkage: s in S <- (1 - s) S + s (tr S / D) I. Unset: the share that Ledoit and Wolf estimate, for each side.
+        shrinkage: s in S <- (1 - s) S + s (tr S / D) I. Default: the Ledoit-Wolf estimate for each side.
 
     Source: Bures; Peyre and Cuturi, Computational Optimal Transport, remark 2.31; Ledoit and Wolf 2004.
     """
@@ -57,8 +57,9 @@ class LinearMap(TransportMap):
 
 
 class ShuffledMap(LinearMap):
-    """The linear map, its output's coordinates permuted: a control. Measures that compare the insides of two clouds
-    (mutual-kNN, distances) cannot tell it from the linear one, and a reward that uses it knows nothing."""
+    """The linear map with the coordinates of its output permuted: a control. Measures that only compare distances
+    within each cloud (mutual-kNN, distances) cannot distinguish it from the linear map, yet it destroys the
+    correspondence that a reward needs."""
 
     kind = "shuffled"
 
@@ -69,12 +70,12 @@ class ShuffledMap(LinearMap):
 
 
 class RegressedMap(TransportMap):
-    """T(x) = W x + b of least squares over pairs, with which transport is compared. It does not keep the spread.
+    """T(x) = W x + b by least squares over pairs: a comparison for transport. It does not preserve the spread.
 
     Args:
         ridge: r in min mean |W x + b - y|^2 + r tr(S_s) / D |W|^2.
 
-    `fit` needs as many targets as sources, row i of both belonging together.
+    `fit` needs as many targets as sources; row i of both belong together.
     """
 
     kind = "regressed"
@@ -102,9 +103,9 @@ class RegressedMap(TransportMap):
 
 
 def shrunk_covariance(x: Tensor, shrinkage: float | None = None) -> tuple[Tensor, float]:
-    """(D, D) covariance of points (n, D), shrunk towards a multiple of the identity, and the share of the identity.
+    """Return the (D, D) covariance of points (n, D), shrunk towards a multiple of the identity, and the shrinkage.
 
-    Unset: Ledoit and Wolf's share, the squared error of S over its squared distance from the identity's multiple.
+    Default: the Ledoit-Wolf shrinkage, the squared error of S over its squared distance from that multiple.
     """
     x = x - x.mean(0)
     n, d = x.shape
@@ -119,14 +120,14 @@ def shrunk_covariance(x: Tensor, shrinkage: float | None = None) -> tuple[Tensor
 
 
 def bures_matrix(source: Tensor, target: Tensor) -> Tensor:
-    """The symmetric A with A source A = target; directions in which the source has no variance are left at 0."""
+    """Return the symmetric A with A source A = target; directions without source variance are mapped to 0."""
     root, inverse = _roots(source)
     middle, _ = _roots(root @ target @ root)
     return inverse @ middle @ inverse
 
 
 def _roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Square root and pseudo-inverse square root of a positive semi-definite matrix."""
+    """Return square root and pseudo-inverse square root of a positive semi-definite matrix."""
     values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
     values = values.clamp_min(0).sqrt()
     small = values <= values.max() * 1e-7

@@ -1,4 +1,4 @@
-"""The debiased entropic map, on its own or on top of the linear one."""
+"""The debiased entropic map, alone or on top of the linear one."""
 
 import torch
 from torch import Tensor
@@ -12,20 +12,20 @@ CHUNK_CELLS = 2**26
 
 
 class EntropicMap(TransportMap):
-    """z + E[target | z] - E[source | z] under entropic plans, z being the point or its linear image.
+    """z + E[target | z] - E[source | z] under entropic plans, where z is the point or its linear image.
 
         T(x) = z + sum_j softmax_j((g_j - |z - y_j|^2 / 2) / eps) y_j
                  - sum_i softmax_i((h_i - |z - z_i|^2 / 2) / eps) z_i
 
-    with z = L(x) for the linear map L, potentials g of the plan from the z_i to the targets y_j and h of the plan of
-    the z_i with themselves. The second sum removes the pull to the mean that an entropic plan has: as eps ->
-    infinity, T is L and a mean shift, where the plain barycentric projection would be a constant.
+    with z = L(x) for the linear map L, potentials g of the plan from the z_i to the targets y_j, and h of the plan
+    from the z_i to themselves. The second sum removes the pull towards the mean of an entropic plan: as eps ->
+    infinity, T becomes L plus a mean shift, whereas the plain barycentric projection would become a constant.
 
     Args:
         reg: eps as a share of the mean cost.
-        linear: put it on top of `LinearMap`.
-        points_kept: points of each side that are kept; memory and time grow with their square.
-        seed: of the draw of these points.
+        linear: compose with `LinearMap`.
+        points_kept: points kept per side; memory and time of the fit grow with its square.
+        seed: for choosing these points.
         tolerance: L1 marginal error of the plans.
 
     Source: Pooladian and Niles-Weed 2021 (arXiv 2109.12004); the debiasing, Pooladian et al. 2022 (arXiv 2202.08919).
@@ -64,7 +64,7 @@ class EntropicMap(TransportMap):
         cost = squared_cost(z, y)
         eps = self.reg * float(cost.mean())
         if not eps > 0:
-            raise ValueError("target: all points of both sides are one point; no entropic map can be fitted.")
+            raise ValueError("target: all points of both sides coincide, so no entropic map can be fitted.")
         across = transport_plan(cost, reg=eps, tolerance=self.tolerance)
         within = transport_plan(squared_cost(z, z), reg=eps, tolerance=self.tolerance)
         g, h = across.potential_b, (within.potential_a + within.potential_b) / 2

@@ -1,4 +1,4 @@
-"""Neural optimal transport as the PISCES paper trains it, with guards that the paper does not have."""
+"""Neural optimal transport as trained in the PISCES paper, with additional guards."""
 
 import math
 import os
@@ -16,37 +16,37 @@ from pisces_rl.ot.maps.transport_map import TransportMap
 from pisces_rl.ot.plans import check_positive
 
 SKIPS = ("none", "linear")
-HELD_OUT = 1024  # points a side for early stopping, if none are given
+HELD_OUT = 1024  # points per side for early stopping, if none are given
 
 
 class NeuralMap(TransportMap):
     """A network T trained against a critic f:  sup_f inf_T  E_target f + E_source [ |x - T(x)|^2 - f(T(x)) ].
 
     One step: `inner_steps` of Adam on mean[|x - T(x)|^2 - f(T(x))], then one on mean f(T(x)) - mean f(y). T is Linear
-    D-hidden, ReLU, LayerNorm, hidden-hidden, ReLU, LayerNorm, hidden-D; f the same with one output. The defaults are
-    the published ones. The guards: with `skip="linear"` T is `LinearMap` plus the network, which starts at 0; the map
-    is a moving average of T; every `evaluate_every` steps its debiased Sinkhorn divergence from held-out target
-    points is measured, the best one is kept, and training ends after `patience` measures without a better one.
+    D-hidden, ReLU, LayerNorm, hidden-hidden, ReLU, LayerNorm, hidden-D; f is the same with one output. The defaults
+    are the published ones. The guards: with `skip="linear"` T is `LinearMap` plus the network, which starts at 0; the
+    map is a moving average of T; every `evaluate_every` steps its debiased Sinkhorn divergence from held-out target
+    points is measured, the best map is kept, and training ends after `patience` evaluations without improvement.
 
-    Under torch.distributed each rank draws its own share of every batch and gradients are averaged, so the effective
-    batch stays `batch_size`; ranks stay equal. On one GPU a step is replayed from a CUDA graph.
+    Under torch.distributed each rank draws its share of every batch and gradients are averaged, so the effective batch
+    stays `batch_size` and ranks stay equal. On one GPU steps are replayed from a CUDA graph.
 
     Args:
         hidden: width.
         skip: "none", as published, or "linear".
-        steps: of f, at most.
-        inner_steps: of T per step of f.
-        batch_size: points a side and step, over all ranks.
-        learning_rate: Adam's; it follows a cosine down to a twentieth.
+        steps: largest number of steps of f.
+        inner_steps: steps of T per step of f.
+        batch_size: points per side and step, over all ranks.
+        learning_rate: Adam's; it decays along a cosine to a twentieth.
         weight_decay: Adam's.
-        max_grad_norm: of T and of f.
+        max_grad_norm: for T and for f.
         ema_decay: of the moving average.
-        evaluate_every: steps.
-        patience: measures.
+        evaluate_every: steps between evaluations.
+        patience: evaluations without improvement before training ends.
         seed: of weights and batches.
-        device: unset, the process's CUDA device if there is one.
+        device: default: the process's CUDA device if available.
 
-    Source: arXiv 2602.01624, section 4.1, and the settings that its authors published; Korotin et al. 2023
+    Source: arXiv 2602.01624, section 4.1, with the settings published by its authors; Korotin et al. 2023
     (arXiv 2201.12220).
     """
 
@@ -121,23 +121,23 @@ class NeuralMap(TransportMap):
         folder: str | Path | None = None,
         progress: bool = True,
     ) -> "NeuralMap":
-        """Train; returns self.
+        """Train; return self.
 
         Args:
-            source: points (n, D), or for data larger than memory an iterable of (b, D) tensors that can be iterated
-                again and again in the same, shuffled, order (a DataLoader with a fixed seed, say).
-            target: points (m, D), or an iterable, likewise.
-            held_out: points of both sides to stop early by. Unset: up to a tenth, at most 1,024, are set apart.
-            folder: where the state of training is kept, at each evaluation; a later call with the same arguments goes
-                on from there to the same map.
-            progress: show a bar, on the first rank.
+            source: points (n, D). For data larger than memory, an iterable of (b, D) tensors that can be iterated
+                repeatedly in the same shuffled order, for instance a DataLoader with a fixed seed.
+            target: points (m, D), or such an iterable.
+            held_out: points of both sides for early stopping. Default: up to a tenth of each side, at most 1,024.
+            folder: where the training state is saved at each evaluation; a later call with the same arguments resumes
+                from there and yields the same map.
+            progress: show a progress bar on the first rank.
         """
         for _ in self._fit_by_steps(source, target, held_out, folder, progress):
             pass
         return self
 
     def _fit_by_steps(self, source, target, held_out=None, folder=None, progress=False) -> Iterator[int]:
-        """`fit`, yielding after each step."""
+        """Run `fit`, yielding after each step."""
         rank, world = (
             (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
         )
@@ -173,9 +173,9 @@ class NeuralMap(TransportMap):
         self.report = {"steps_done": training.step, "best_divergence": training.best, "curve": training.curve}
 
     def _split(self, name: str, data: Tensor | Iterable[Tensor], held: Tensor | None) -> tuple:
-        """The training data, and held-out points."""
+        """Return the training data and the held-out points, which are split off if not given."""
         if not isinstance(data, Tensor) and iter(data) is data:
-            raise ValueError(f"{name}: an iterator ends after one pass; pass an iterable, a DataLoader for instance.")
+            raise ValueError(f"{name}: an iterator ends after one pass; pass an iterable such as a DataLoader.")
         if held is not None:
             held = self.points(f"held_out {name}", held)
             return (self.points(name, data) if isinstance(data, Tensor) else data), held
@@ -203,7 +203,7 @@ class NeuralMap(TransportMap):
         return self.with_skip(network.to(x), self.tensors, x)
 
     def with_skip(self, network: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-        """T(x) of normalised points, by a network and, with skip="linear", the linear map in `tensors`."""
+        """Return T(x) of normalised points: the network plus, with skip="linear", the linear map in `tensors`."""
         if self.skip == "none":
             return network(x)
         mean_s, mean_t, matrix = (tensors[name].to(x) for name in ("source_mean", "target_mean", "matrix"))

@@ -1,4 +1,4 @@
-"""The training of a neural map: alternating steps of map and critic, measures, and a state that resumes."""
+"""Training of a neural map: alternating steps of map and critic, evaluation, and a resumable state."""
 
 import copy
 import hashlib
@@ -19,12 +19,12 @@ from pisces_rl.ot.maps.batches import Batches
 from pisces_rl.ot.maps.closed_form import LinearMap
 from pisces_rl.ot.metrics import default_blur
 
-WARM_UP = 3  # steps before a step is recorded as a CUDA graph
+WARM_UP = 3  # steps before one is captured as a CUDA graph
 STATE, PROGRESS = "training.safetensors", "training.json"
 
 
 def body(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    """The network of map and critic."""
+    """Return the network used for map and critic."""
     return nn.Sequential(
         nn.Linear(inputs, hidden),
         nn.ReLU(),
@@ -37,11 +37,16 @@ def body(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
 
 
 class Training:
-    """The state of one fit: networks, optimizers, moving average, and what has been measured.
+    """The state of one fit: networks, optimizers, moving average, and evaluations so far.
 
     Args:
-        map_: the `NeuralMap`, for its settings. source, target: (n, D) tensors or iterables of (b, D). held_source,
-            held_target: points that the moving average is measured on. rank, world: of the processes.
+        map_: the `NeuralMap`, for its settings.
+        source: (n, D) tensor or iterable of (b, D).
+        target: (m, D) tensor or iterable of (b, D).
+        held_source: points on which the moving average is evaluated.
+        held_target: points against which it is evaluated.
+        rank: of this process.
+        world: number of processes.
     """
 
     def __init__(self, map_, source, target, held_source: Tensor, held_target: Tensor, rank: int, world: int):
@@ -87,7 +92,7 @@ class Training:
         return self.map.with_skip(network, self.constants, x)
 
     def advance(self) -> None:
-        """`inner_steps` of the map, one of the critic, and the moving average."""
+        """Run `inner_steps` of the map and one of the critic, and update the moving average."""
         share = (1 + math.cos(math.pi * self.step / self.map.steps)) / 2
         for optimizer in self.optimizers:
             group, rate = optimizer.param_groups[0], self.map.learning_rate * (0.05 + 0.95 * share)
@@ -120,7 +125,7 @@ class Training:
         self._update(critic_optimizer, self.critic(moved).mean() - self.critic(targets[0]).mean())
 
     def _warm_up(self, sources: Tensor, targets: Tensor) -> None:
-        """A step on a side stream: what is made by the first steps must not be made while one is recorded."""
+        """Run a step on a side stream: what the first steps allocate must not be allocated during capture."""
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -154,7 +159,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Measure the moving average on held-out points, on the first rank for all; a map that broke ends training."""
+        """Measure the moving average on held-out points, on the first rank for all. A non-finite map ends training."""
         moved = self.transport(self.average, self.held_source)
         whole = bool(moved.isfinite().all())
         value = torch.tensor(float(self.divergence(moved)) if whole else math.inf, device=self.map.device)
@@ -197,7 +202,7 @@ class Training:
         tensors = {f"{a}/{b}": v.contiguous().clone() for a, part in self._modules().items() for b, v in part.items()}
         name = f"{self.step}.{STATE}"
         save_file(tensors, folder / name)
-        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
+        (folder / name).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by the owner only
         state = {
             "file": name,
             "step": self.step,
@@ -217,7 +222,7 @@ class Training:
         return of_map | {"processes": self.world, "data": self.data}
 
     def resume(self, folder: Path) -> None:
-        """Go on from a folder that `save` wrote; a folder without a state is where one will be written."""
+        """Resume from a folder that `save` wrote; do nothing if it holds no state yet."""
         if not (folder / PROGRESS).is_file():
             return
         try:
@@ -225,16 +230,16 @@ class Training:
             arguments = state["arguments"]
             tensors = load_file(folder / state["file"], device=str(self.map.device))
         except (KeyError, TypeError, OSError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
-            raise ValueError(f"folder: {folder} holds a training that is damaged ({error!r}).") from error
+            raise ValueError(f"folder: the training state in {folder} is damaged ({error!r}).") from error
         differ = [k for k, v in self.arguments().items() if arguments.get(k) != v]
         if differ:
             raise ValueError(
-                f"folder: {folder} holds a training with other {', '.join(differ)}; choose another folder."
+                f"folder: {folder} holds a training state with other {', '.join(differ)}; choose another folder."
             )
         try:
             self._restore(state, tensors)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"folder: {folder} holds a training that is damaged ({error!r}).") from error
+            raise ValueError(f"folder: the training state in {folder} is damaged ({error!r}).") from error
 
     def _restore(self, state: dict, tensors: dict[str, Tensor]) -> None:
         parts: dict[str, dict[str, Tensor]] = {}

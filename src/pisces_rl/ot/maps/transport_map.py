@@ -1,4 +1,4 @@
-"""What every map from one distribution of embeddings to another shares: checks, normalisation, a file."""
+"""Base class of maps between two distributions of embeddings: checks, normalisation, saving and loading."""
 
 import json
 import os
@@ -21,12 +21,12 @@ class TransportMap:
     """A map T with T#source close to target: `fit(source, target)`, then `T(x)`; `save(folder)`, `load(folder)`.
 
     Args:
-        encoder: name of the model whose embeddings the map is for; `load` refuses another.
-        normalise: "l2" brings inputs, in fitting and in use, to unit length first; "none" takes them as they are.
+        encoder: name of the model whose embeddings the map is for; `load` can refuse any other.
+        normalise: "l2" scales inputs to unit length, in fitting and in use; "none" leaves them as they are.
     """
 
     kind: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]] = ()  # attributes that a file keeps, besides encoder and normalise
+    settings: ClassVar[tuple[str, ...]] = ()  # attributes saved to file, besides encoder and normalise
     _kinds: ClassVar[dict[str, type["TransportMap"]]] = {}
 
     def __init__(self, *, encoder: str = "", normalise: str = "none"):
@@ -41,7 +41,7 @@ class TransportMap:
         TransportMap._kinds[cls.kind] = cls
 
     def fit(self, source: Tensor, target: Tensor) -> "TransportMap":
-        """From points (n, D) and (m, D), which need not be paired; returns self."""
+        """Fit to points (n, D) and (m, D), which need not be paired; return self."""
         source, target = self.points("source", source), self.points("target", target)
         if source.shape[1] != target.shape[1]:
             raise ValueError(f"target: expected points of {source.shape[1]} dimensions, got {target.shape[1]}.")
@@ -51,7 +51,7 @@ class TransportMap:
         return self
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D), differentiable with respect to x, in fp32 (fp64 for fp64)."""
+        """Map (..., D) to (..., D), differentiable with respect to x, in fp32 (fp64 for fp64)."""
         if not self.tensors:
             raise RuntimeError(f"this {type(self).__name__} is not fitted: call fit(source, target) or load one.")
         dimension = int(self.tensors["dimension"])
@@ -62,14 +62,14 @@ class TransportMap:
             return self._map(x.reshape(-1, dimension)).reshape(x.shape)
 
     def _fit(self, source: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """The map's tensors, from normalised fp64 points on the CPU."""
+        """Return the map's tensors, from normalised fp64 points on the CPU."""
         return {}
 
     def _map(self, x: Tensor) -> Tensor:
         return x
 
     def tensor(self, name: str, like: Tensor) -> Tensor:
-        """One of the map's tensors on the device and in the dtype of `like`."""
+        """Return one of the map's tensors on the device and in the dtype of `like`."""
         return self.tensors[name].to(like)
 
     def points(self, name: str, x: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class TransportMap:
         return self.normalised(x.detach().cpu().double())
 
     def normalised(self, x: Tensor) -> Tensor:
-        """Points (..., D) as `normalise` says."""
+        """Return points (..., D) normalised as `normalise` says."""
         return unit(x) if self.normalise == "l2" else x
 
     def save(self, folder: str | Path) -> None:
-        """map.safetensors (fp32) and map.json; the JSON is written last, so a killed save leaves no map that loads."""
+        """Write map.safetensors (fp32) and map.json. The JSON comes last, so an interrupted save leaves no map."""
         if not self.tensors:
             raise RuntimeError(f"this {type(self).__name__} is not fitted: there is nothing to save.")
         folder = Path(folder)
@@ -91,7 +91,7 @@ class TransportMap:
         (folder / CARD).unlink(missing_ok=True)
         tensors = {k: (v.float() if v.is_floating_point() else v).contiguous().cpu() for k, v in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by the owner only
         card = {
             "format": FORMAT,
             "kind": self.kind,
@@ -106,7 +106,7 @@ class TransportMap:
 
     @staticmethod
     def load(folder: str | Path, *, encoder: str | None = None) -> "TransportMap":
-        """The map in a folder, of whatever kind. `encoder`: the name that the map must be bound to."""
+        """Load the map in a folder, of any kind. `encoder`: the encoder name that the map must have."""
         folder = Path(folder)
         if not (folder / CARD).is_file() or not (folder / WEIGHTS).is_file():
             raise FileNotFoundError(f"{folder} holds no map: {CARD} and {WEIGHTS} are needed.")
@@ -119,7 +119,7 @@ class TransportMap:
         except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, UnicodeDecodeError) as error:
             raise ValueError(f"{folder}: the map is truncated or damaged ({error!r}).") from error
         if version != FORMAT or kind not in TransportMap._kinds:
-            raise ValueError(f"{folder}: a map of kind {kind!r}, format {version}, is not known.")
+            raise ValueError(f"{folder}: unknown map kind {kind!r} or format {version}.")
         if encoder is not None and own_encoder != encoder:
             raise ValueError(f"{folder}: encoder: the map is for {own_encoder!r}, not for {encoder!r}.")
         try:

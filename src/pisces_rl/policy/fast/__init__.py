@@ -1,1 +1,1 @@
-"""Optional speed: compiled blocks, fused products and kernels; each is checked equal to the plain computation."""
+"""Optional speed: compiled blocks, fused products and kernels; tests compare each with the plain computation."""

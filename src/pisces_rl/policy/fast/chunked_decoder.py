@@ -1,4 +1,4 @@
-"""Optional: a causal VAE decodes several latent frames at a time, compiled; see benchmarks/decoder_speed.py."""
+"""Optional: decode several latent frames at a time with a causal VAE, compiled; see benchmarks/decoder_speed.py."""
 
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
@@ -12,15 +12,17 @@ VARIANTS = 64  # graphs of one decoder: first, second, further and last chunk, f
 
 
 class ChunkedDecoder:
-    """`_decode` of a VAE whose decoder keeps the last frames of each convolution's input for the next call.
+    """Replaces `_decode` of a VAE whose decoder keeps the last frames of each convolution's input for the next call.
 
-    diffusers decodes one latent frame a call, since that takes least memory. The first frame stays alone, because it
-    is not upsampled in time; the others go `frames` at a time. Convolutions, norms and attention see the same values,
-    so only the kernels' rounding changes. Calls that need gradients are the VAE's own.
+    diffusers decodes one latent frame per call, which needs the least memory. Here the first frame is decoded alone,
+    because it is not upsampled in time, and the others `frames` at a time. Convolutions, norms and attention see the
+    same values, so only rounding changes. Calls that need gradients use the VAE's own method.
 
     Args:
-        frames: latent frames a call, 1 or more. compiled: whether `torch.compile` fuses what is between convolutions;
-            the first videos of each batch size wait for it.
+        vae: the VAE.
+        frames: latent frames per call, at least 1.
+        compiled: whether `torch.compile` fuses the operations between convolutions; it compiles anew at the first
+            videos of each batch size.
     """
 
     def __init__(self, vae: nn.Module, frames: int, compiled: bool):
@@ -50,7 +52,7 @@ class ChunkedDecoder:
 
 
 def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool) -> bool:
-    """Have a VAE decode so many latent frames at a time, or as it did; whether it can."""
+    """Make a VAE decode `frames` latent frames at a time, None: as before; return whether it supports that."""
     if vae is not None:
         vars(vae).pop("_decode", None)
     if frames is None:

@@ -1,8 +1,8 @@
-"""How a denoiser is run: its repeated blocks compiled, and what backward recomputes.
+"""Compile a denoiser's repeated blocks, and choose its attention kernel and what backward recomputes.
 
-Sampling and update must be the same computation to the last bit, but a compiler makes different kernels of a function
-with and without gradients. So a compiled block runs the graph with gradients in both: while sampling, its inputs are
-cut off and its output is detached, and what the graph would keep for backward is freed at once.
+Sampling and update must be bitwise the same computation, but a compiler generates different kernels for a function
+with and without gradients. So a compiled block runs the graph with gradients in both. While sampling, its inputs and
+output are detached, so that what the graph would keep for backward is freed immediately.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from ..schedule.scheduler import PolicyError
 
-#: Attention kernels by name, each with those that take over where it cannot serve (a mask, a head size, a device).
+#: Attention kernels by name, each with its fallbacks if it does not support a case (a mask, a head size, a device).
 ATTENTION_KERNELS = {
     "cudnn": (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
     "flash": (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH),
@@ -34,13 +34,13 @@ RECOMPUTE = ("nothing", "all_but_attention", "everything")
 
 
 def attention_kernel(name: str | None) -> contextlib.AbstractContextManager:
-    """Inside, scaled_dot_product_attention prefers the named kernel; None leaves the choice to torch."""
+    """Return a context in which scaled_dot_product_attention prefers the named kernel; None: torch chooses."""
     return contextlib.nullcontext() if name is None else sdpa_kernel(list(ATTENTION_KERNELS[name]), set_priority=True)
 
 
 def checkpointed(kernel: Callable[[], str | None]) -> Callable:
-    """What diffusers calls a block by under gradient checkpointing: backward computes it again by the same attention
-    kernel, which `kernel` names."""
+    """Return the function by which diffusers calls a block under gradient checkpointing; backward recomputes the block
+    with the same attention kernel, which `kernel` returns."""
 
     def call(block: nn.Module, *args):
         return checkpoint(
@@ -54,7 +54,7 @@ def checkpointed(kernel: Callable[[], str | None]) -> Callable:
 
 
 def repeated_blocks(denoiser: nn.Module) -> list[nn.Module]:
-    """The blocks a denoiser repeats, by diffusers' own lists of their classes."""
+    """Return the blocks that a denoiser repeats, according to diffusers' lists of their classes."""
     names = set(denoiser._repeated_blocks or denoiser._no_split_modules or ())
     return [module for module in denoiser.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
 
@@ -69,21 +69,23 @@ def compile_blocks(
     """Compile each repeated block of a denoiser; blocks of one class share their kernels.
 
     Args:
-        recompute: what backward computes again instead of keeping: "nothing"; "all_but_attention", everything that it
-            needs but the outputs of attention; "everything".
-        backend, mode: of `torch.compile`; backend None runs the same without a compiler (to count its memory).
+        denoiser: the denoiser.
+        recompute: what backward recomputes instead of keeping: "nothing"; "all_but_attention", everything except the
+            outputs of attention; "everything".
+        backend: of `torch.compile`; None runs the same without a compiler (to count its memory).
+        mode: of `torch.compile`.
 
     Returns:
         The number of blocks.
 
     Raises:
-        PolicyError: diffusers names no repeated blocks of this class.
+        PolicyError: diffusers lists no repeated blocks for this class.
     """
     blocks = repeated_blocks(denoiser)
     if not blocks:
         raise PolicyError(
-            f"{type(denoiser).__name__} names no blocks that it repeats (_repeated_blocks, _no_split_modules), so "
-            "there is nothing to compile block by block; leave torch_compile off."
+            f"{type(denoiser).__name__} lists no repeated blocks (_repeated_blocks, _no_split_modules), so there is "
+            "nothing to compile block by block; leave torch_compile off."
         )
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # batch sizes, adapters off
     run = _RUNS[recompute]
@@ -97,7 +99,7 @@ def compile_blocks(
 
 @contextlib.contextmanager
 def plain_blocks(module: nn.Module) -> Iterator[None]:
-    """Inside, the blocks of `compile_blocks` are not compiled."""
+    """Run the blocks of `compile_blocks` uncompiled while the context is open."""
     held = {
         block: vars(block)["forward"]
         for block in module.modules()
@@ -119,14 +121,14 @@ def uncompile_blocks(module: nn.Module) -> None:
 
 
 class CompiledBlock:
-    """A block's forward: one compiled graph, with gradients, for sampling and update alike."""
+    """A block's forward as one compiled graph with gradients, for both sampling and update."""
 
     def __init__(self, block: nn.Module, run, carried: set):
         self.block, self.run, self.carried = block, run, carried
 
     def __call__(self, *args, **kwargs):
         named = {**dict(enumerate(args)), **kwargs}
-        if not self.carried:  # which inputs are the previous block's outputs: those of an output's shape
+        if not self.carried:  # inputs with an output's shape are taken to be the previous block's outputs
             with torch.no_grad():
                 shapes = [
                     o.shape
@@ -153,7 +155,7 @@ class CompiledBlock:
         return output if grad else tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output)
 
 
-# The function of the class is handed in: dynamo does not look into classes that diffusers marks as allowed in a graph.
+# The class's function is an argument: dynamo does not look into classes that diffusers marks as allowed in a graph.
 
 
 def _run(forward: Callable, block: nn.Module, *args, **kwargs):
@@ -165,7 +167,7 @@ def _recompute(context, operator, *args, **kwargs) -> CheckpointPolicy:
 
 
 def _run_recomputed(forward: Callable, block: nn.Module, *args, **kwargs):
-    # By a policy: without one, torch 2.11 marks no operator inside an autograd.Function, and keeps its products.
+    # With a policy: without one, torch 2.11 marks no operator inside an autograd.Function, and keeps its products.
     contexts = functools.partial(create_selective_checkpoint_contexts, _recompute)
     return checkpoint(forward, block, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

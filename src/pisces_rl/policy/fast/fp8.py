@@ -1,19 +1,19 @@
 """Optional speed: products of a frozen base in FP8, the same in sampling, update and backward.
 
-A frozen weight W (N, K) is rounded once to e4m3, four bits of precision, with a power of two t_n for each row. The
-rows of an input are rounded alike, by the kernel that writes them where there is one (`modulated_norm`'s, a GELU's):
+A frozen weight W (N, K) is rounded once to e4m3, four bits of precision, with a power-of-two scale t_n per row. The
+rows of an input are rounded alike, if possible by the kernel that writes them (that of `modulated_norm` or a GELU):
 
     y_mn = s_m t_n sum_k x8_mk w8_nk + b_n + (u B^T)_mn,    u = x A^T,
 
-summed as cuBLAS does with fast accumulation, on a CPU in fp32; LoRA's part stays in the input's dtype, and its A and B
-get their gradients from x itself. Backward's product with the base is in FP8, too: the gradient, times t along the
+summed by cuBLAS with fast accumulation, or in fp32 on a CPU. LoRA's part stays in the input's dtype, and its A and B
+get their gradients from x itself. Backward's product with the base is also in FP8: the gradient, times t along the
 sum, is rounded by rows as x is,
 
     dL/dx_mk = r_m sum_n g8_mn w8_nk + (g B A)_mk,    r_m g8_mn ~ g_mn t_n.
 
-So the base takes one byte a weight, and no other graph samples than the one that is trained. Scales are powers of two:
-e4m3 has an exponent of its own, so another scale gains no precision, and what they multiply is exact. On a device
-without FP8 the products are computed in fp32 from the same rounded values (CPU) or refused (`check_device`).
+So the base takes one byte per weight, and sampling runs the same graph as training. Scales are powers of two: e4m3 has
+its own exponent, so other scales gain no precision, and multiplying by a power of two is exact. On a device without
+FP8 the products are computed in fp32 from the same rounded values (CPU) or refused (`check_device`).
 Format and scaling: Micikevicius et al., arXiv 2209.05433.
 """
 
@@ -37,15 +37,15 @@ from .fp8_kernels import (
 )
 from .kernels import modulated_norm_backward
 
-MULTIPLE = 16  # of the widths that FP8 products take
-CAPABILITY = (8, 9)  # the first of NVIDIA's with them
+MULTIPLE = 16  # FP8 products need widths that are multiples of this
+CAPABILITY = (8, 9)  # NVIDIA's first compute capability with FP8 products
 
 
 class FP8Linear(nn.Linear):
     """A frozen linear layer whose weight is stored in e4m3: bits (out, in) in `weight`, scales in `weight_scale`.
 
-    Bits are held as uint8, which no cast of a module and no library that looks for a dtype to compute in touches.
-    Scales stay fp32. On CUDA the product comes in bf16, whatever the dtype of x, and is cast.
+    Bits are held as uint8, so that no cast of the module changes them, and no library takes their dtype as the one to
+    compute in. Scales stay fp32. On CUDA the product is computed in bf16, whatever the dtype of x, and is cast.
     """
 
     def _apply(self, function, recurse: bool = True):
@@ -70,11 +70,11 @@ class FP8Linear(nn.Linear):
 
 
 def check_device(device: torch.device) -> None:
-    """A ValueError where a device computes no FP8 products."""
+    """Raise a ValueError if a device cannot compute FP8 products."""
     if device.type in ("cpu", "meta"):
         return
     if device.type != "cuda" or torch.version.cuda is None:
-        raise ValueError(f"base_precision='fp8' needs an NVIDIA GPU (or a CPU, for a trial), not {device}. Unset it.")
+        raise ValueError(f"base_precision='fp8' needs an NVIDIA GPU (or a CPU, for tests), not {device}. Unset it.")
     have = torch.cuda.get_device_capability(device)
     if have < CAPABILITY:
         raise ValueError(
@@ -83,12 +83,12 @@ def check_device(device: torch.device) -> None:
         )
 
 
-_SAVING = ContextVar("_SAVING", default=False)  # weights are saved as numbers
+_SAVING = ContextVar("_SAVING", default=False)  # whether weights are saved as numbers, not bits
 
 
 def save_numbers(denoiser: nn.Module) -> None:
-    """Let `denoiser.save_pretrained` write the numbers of FP8 weights, in bf16, which holds them; bits would be loaded
-    as numbers."""
+    """Make `denoiser.save_pretrained` write FP8 weights as numbers in bf16, which is exact; bits would be loaded as if
+    they were numbers."""
     save = type(denoiser).save_pretrained
 
     @functools.wraps(save)
@@ -104,7 +104,7 @@ def save_numbers(denoiser: nn.Module) -> None:
 
 @torch.no_grad()
 def quantise(layer: nn.Linear) -> None:
-    """Make a frozen linear layer an `FP8Linear`."""
+    """Convert a frozen linear layer to an `FP8Linear`, in place."""
     bits, scale = rounded_rows(layer.weight.data)
     layer.__class__ = FP8Linear
     layer.weight = nn.Parameter(bits.view(torch.uint8), requires_grad=False)
@@ -112,7 +112,7 @@ def quantise(layer: nn.Linear) -> None:
 
 
 def serves_fp8(layer: nn.Module) -> bool:
-    """Whether `quantise` takes a layer."""
+    """Return whether `quantise` supports a layer."""
     return (
         type(layer) is nn.Linear
         and not layer.weight.requires_grad
@@ -122,11 +122,11 @@ def serves_fp8(layer: nn.Module) -> bool:
 
 
 def dequantised(layer: FP8Linear) -> Tensor:
-    """The weight that a layer multiplies with, in fp32; bf16 holds it exactly."""
+    """Return a layer's weight as numbers in fp32; bf16 also holds them exactly."""
     return layer.weight.view(E4M3).float() * layer.weight_scale.float()[:, None]
 
 
-# --- what a block computes ---
+# --- functions of a block ---
 
 
 def _backward(
@@ -139,15 +139,26 @@ def _backward(
     b: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B from that of y, and from it times the weight's scales in e4m3."""
+    """Return the gradients of x, A and B.
+
+    Args:
+        grad: the gradient of y.
+        rounded: `grad` times the weight's scales in e4m3, with its row scales.
+        x: the input, None without LoRA.
+        u: x A^T, None without LoRA.
+        weight: the weight's bits.
+        a: A, None without LoRA.
+        b: B, None without LoRA.
+        dtype: of the gradient of x.
+    """
     grad_u = None if a is None else grad @ b
-    ones = torch.ones(weight.shape[1], device=weight.device)  # the scales are in the gradient
+    ones = torch.ones(weight.shape[1], device=weight.device)  # the rounded gradient includes the scales
     grad_x = scaled_product(*rounded, transposed(weight), ones, None, grad_u, None if a is None else a.T, dtype)
     return (grad_x, None, None) if a is None else (grad_x, grad_u.T @ x, grad.T @ u)
 
 
 class FP8Product(torch.autograd.Function):
-    """y (M, N) of x (M, K), a weight's bits and scales, a bias, A (R, K) and B (N, R)."""
+    """y (M, N) from x (M, K), a weight's bits and scales, a bias, A (R, K) and B (N, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, weight_scale: Tensor, bias, a: Tensor | None, b: Tensor | None):
@@ -164,7 +175,7 @@ class FP8Product(torch.autograd.Function):
 
 
 class FP8NormProduct(torch.autograd.Function):
-    """x' = x + gate * y and the `FP8Product` of its modulated norm, as `linear.NormProduct` takes them."""
+    """x' = x + gate * y and the `FP8Product` of its modulated norm; arguments as in `linear.NormProduct`."""
 
     @staticmethod
     def forward(
@@ -198,7 +209,7 @@ class FP8NormProduct(torch.autograd.Function):
 
 
 class FP8FeedForward(torch.autograd.Function):
-    """x' = x + gate * y and the feed-forward GELU(n W^T + b) V^T + c of its modulated norm n, with LoRAs or none.
+    """x' = x + gate * y and the feed-forward GELU(n W^T + b) V^T + c of its modulated norm n, with optional LoRAs.
 
     The GELU's output is rounded by the kernel that computes it, and so is its gradient.
     """
@@ -254,7 +265,7 @@ class FP8FeedForward(torch.autograd.Function):
 
 
 def _norm_backward(ctx, total: Tensor, grad_total: Tensor, grad_n: Tensor, gate: Tensor | None, scale: Tensor):
-    """The gradients of x and y."""
+    """Return the gradients of x and y."""
     grad_x, grad_y = modulated_norm_backward(total, grad_total, grad_n, gate, scale, ctx.eps)
     if ctx.y_dtype is None:
         return grad_x, None

@@ -1,7 +1,7 @@
-"""The passes of `fp8.py`: rounding by rows, alone or in the pass of a norm or a GELU, and the products.
+"""The kernels of `fp8.py`: rounding by rows, alone or in one pass with a norm or a GELU, and the products.
 
-Operators that a compiler leaves whole or, on a CUDA device, whose Triton kernels it launches itself (`operator`);
-elsewhere the same in plain torch.
+Each is an operator that a compiler does not split or, on a CUDA device, whose Triton kernels it launches itself
+(`operator`); elsewhere it computes the same in plain torch.
 """
 
 import torch
@@ -15,7 +15,7 @@ LARGEST = 448.0  # of e4m3
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, K) in e4m3, and their scales (M, 1): the least power of two by which a row fits."""
+    """Round rows of x (M, K) to e4m3; return them and their scales (M, 1), the least power of two that fits."""
     x = x.float()
     bits = (x.abs().amax(1, keepdim=True).clamp_min(1e-30) * (1 / LARGEST)).view(torch.int32)
     exponent = (bits + 0x7FFFFF) >> 23
@@ -28,14 +28,14 @@ def _outputs(rows: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _parts(width: int) -> dict[str, int]:
-    """The two blocks of a row, each of a power of two."""
+    """Return the sizes of a row's two blocks, both powers of two."""
     full = 1 << (width.bit_length() - 1)
     return dict(FULL=full, REST=1 << max(width - full - 1, 0).bit_length(), num_warps=min(max(full // 512, 1), 16))
 
 
 @operator(inline=always)
 def quantised(x: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Rows of x (M, K), times a factor (K,), in e4m3, and their scales (M, 1)."""
+    """Round rows of x (M, K), times a factor (K,), to e4m3; return them and their scales (M, 1)."""
     if not serves(x):
         return rounded_rows(x if factor is None else x.float() * factor)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -60,7 +60,7 @@ def quantised_norm(
     kept: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x' and n (B L, D) of `modulated_norm` in `dtype`, n empty unless `kept`; n in e4m3, and its scales."""
+    """Return x' and n (B L, D) of `modulated_norm` in `dtype`, n empty unless `kept`; n in e4m3 and its scales."""
     batch, length, width = x.shape
     if not serves(x):
         total, n = modulated_norm(x, y, gate, scale, shift, eps, None, dtype)
@@ -102,7 +102,7 @@ def _(x, y, gate, scale, shift, eps, kept, dtype):
 
 @operator(inline=always)
 def quantised_gelu(z: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """h = GELU(z), by its tanh approximation, (M, K), empty unless `kept`; h in e4m3, and its scales."""
+    """Return h = GELU(z) (M, K), in its tanh approximation, empty unless `kept`, then h in e4m3 and its scales."""
     if not serves(z):
         h = F.gelu(z, approximate="tanh")
         return h if kept else z.new_empty(0), *rounded_rows(h)
@@ -120,7 +120,7 @@ def _(z, kept):
 
 @operator(inline=always)
 def quantised_gelu_backward(grad: Tensor, z: Tensor, factor: Tensor, kept: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """g = grad GELU'(z), empty unless `kept`; g times a factor (K,) in e4m3, and its scales."""
+    """Return g = grad GELU'(z), empty unless `kept`, then g times a factor (K,) in e4m3 and its scales."""
     if not serves(z):
         g = torch.ops.aten.gelu_backward(grad, z, approximate="tanh")
         return g if kept else z.new_empty(0), *rounded_rows(g.float() * factor)
@@ -148,9 +148,9 @@ def scaled_product(
     b: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(M, N) = the product of `fp8.py` of q (M, K) and the bits of a weight (N, K), with u b^T where there is one."""
+    """Return the product (M, N) of `fp8.py` from q (M, K) and a weight's bits (N, K), plus u b^T if given."""
     factors = q, weight.view(E4M3).T, scale, weight_scale.float()[None]
-    if q.is_cuda and u is None and dtype == torch.bfloat16:  # no operator of ours: a compiler calls cuBLAS itself
+    if q.is_cuda and u is None and dtype == torch.bfloat16:  # not our operator, so that a compiler calls cuBLAS itself
         return torch._scaled_mm(*factors, bias, out_dtype=dtype, use_fast_accum=True)
     return product_with_lora(*factors, bias, u, None if b is None else b.T, dtype)
 
@@ -166,12 +166,12 @@ def product_with_lora(
     b: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(M, N) = scale weight_scale q weight + bias + u b of q (M, K) and weight (K, N) in e4m3."""
+    """Return scale weight_scale q weight + bias + u b, (M, N), from q (M, K) and weight (K, N) in e4m3."""
     if not q.is_cuda:
         y = (q.float() @ weight.float() * scale * weight_scale + (0 if bias is None else bias)).to(dtype)
     elif dtype == torch.bfloat16:
         y = torch._scaled_mm(q, weight, scale, weight_scale, bias, out_dtype=dtype, use_fast_accum=True)
-    else:  # products that are scaled by rows come in bf16
+    else:  # row-scaled products only come in bf16
         y = torch._scaled_mm(q, weight, scale, weight_scale, out_dtype=torch.bfloat16, use_fast_accum=True).to(dtype)
         y = y if bias is None else y + bias
     return y if u is None else y.addmm_(u, b)
@@ -184,7 +184,7 @@ def _(q, weight, scale, weight_scale, bias, u, b, dtype):
 
 @operator(inline=always)
 def transposed(weight: Tensor) -> Tensor:
-    """A weight's bits (N, K) as (K, N), contiguous: FP8 products take both factors along the sum."""
+    """Transpose a weight's bits (N, K) to contiguous (K, N): FP8 products read both factors along the sum."""
     if not serves(weight):
         return weight.T.contiguous()
     out = weight.new_empty(weight.shape[1], weight.shape[0])
@@ -203,21 +203,21 @@ if triton is not None:
 
     @triton.jit
     def _power(largest):
-        """The least power of two by which e4m3 holds a number, and its inverse."""
+        """Return the least power-of-two scale at which e4m3 holds a number, and its inverse."""
         bits = (tl.maximum(largest, 1e-30) * (1 / 448.0)).to(tl.int32, bitcast=True)
         exponent = (bits + 0x7FFFFF) >> 23
         return (exponent << 23).to(tl.float32, bitcast=True), ((254 - exponent) << 23).to(tl.float32, bitcast=True)
 
     @triton.jit
     def _round_row(x, at, inside, q, scales, row):
-        """Store a row in e4m3, and its scale."""
+        """Store a row in e4m3 and its scale."""
         scale, inverse = _power(tl.max(tl.abs(tl.where(inside, x, 0.0)), 0))
         tl.store(q + at, (x * inverse).to(q.dtype.element_ty), mask=inside)
         tl.store(scales + row, scale)
 
     @triton.jit
     def _round_parts(first, second, at, rest, inside, q, scales, row):
-        """`_round_row` of a row in two parts; the second is 0 where it is not `inside`."""
+        """Apply `_round_row` to a row in two parts; the second is 0 where not `inside`."""
         scale, inverse = _power(tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0)))
         tl.store(q + at, (first * inverse).to(q.dtype.element_ty))
         tl.store(q + rest, (second * inverse).to(q.dtype.element_ty), mask=inside)
@@ -244,8 +244,8 @@ if triton is not None:
         s = tl.sigmoid(inner)
         return s + z * s * (1 - s) * 1.5957691216057308 * (1 + 3 * 0.044715 * z * z)
 
-    # A row as two blocks, of which the first is full: 8,960 numbers are 8,192 and 768, where one block would be 16,384
-    # wide, and exponentials, not memory, would take the time.
+    # A row is two blocks, the first of them full: 8,960 numbers are 8,192 and 768. One block would be 16,384 wide, and
+    # exponentials, not memory, would dominate the time.
 
     @triton.jit
     def _quantised_gelu(z, h, q, scales, width, FULL: tl.constexpr, REST: tl.constexpr):

@@ -1,12 +1,13 @@
-"""A denoising block's passes over memory, each value read and written once: norms with what stands around them.
+"""Fused norms of a denoising block: each is computed with its neighbouring operations in one pass over memory.
 
-Two functions and their gradients, as operators that a compiler leaves whole. On a CUDA device a Triton kernel each, of
-which a program does one token; elsewhere the same in plain torch. Everything is computed in fp32 (fp64 for fp64).
+Two functions and their gradients, as operators that a compiler does not split. On a CUDA device each is a Triton
+kernel with one program per token; elsewhere it computes the same in plain torch. Everything is computed in fp32 (fp64
+for fp64).
 
     modulated_norm:   x' = x + gate * y,   n = (x' - mean) / sqrt(var + eps) * scale + shift
     rotated_heads:    q' = R(q / sqrt(mean(q^2) + eps) * w_q),   k' alike,   R a rotation of neighbouring pairs
 
-x' is rounded before its norm and q before its rotation, as the models of diffusers round them.
+x' is rounded before its norm and q before its rotation, as in diffusers' models.
 """
 
 import functools
@@ -20,21 +21,23 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 try:
     import triton
     import triton.language as tl
-except ImportError:  # CPU builds of torch come without it
+except ImportError:  # CPU builds of torch do not include it
     triton = None
 
 MAX_WIDTH = 16384
 
 
 def operator(function: Callable | None = None, *, inline: Callable[..., bool] | None = None) -> Callable:
-    """A function of tensors as an operator, which compilers leave whole.
+    """Register a function of tensors as an operator that compilers do not split.
 
-    `torch.library.custom_op` without its check that results alias no inputs: under torch 2.11 that takes .2 ms a call,
-    and an update then waits for its host.
+    This is `torch.library.custom_op` without its check that results alias no inputs: under torch 2.11 the check takes
+    .2 ms per call, and the GPU then waits for the host in an update.
 
     Args:
-        inline: of which arguments a compiled block launches the Triton kernels of `function` itself, on a CUDA device,
-            as it does for `torch.library.triton_op`. Python's dispatch and Triton's binding of arguments take longer.
+        function: the function; None returns a decorator.
+        inline: whether, for given arguments on a CUDA device, a compiled block launches the Triton kernels of
+            `function` itself, as for `torch.library.triton_op`. That avoids Python's dispatch and Triton's binding of
+            arguments, which take longer.
     """
     if function is None:
         return functools.partial(operator, inline=inline)
@@ -63,7 +66,7 @@ def always(*args) -> bool:
 
 
 def kernel(jitted):
-    """A Triton kernel; while a compiler traces its launch, what it can trace."""
+    """Return a Triton kernel, wrapped for tracing while a compiler traces its launch."""
     return torch.library.wrap_triton(jitted) if _TRACING.get() else jitted
 
 
@@ -71,13 +74,13 @@ _TRACING = ContextVar("_TRACING", default=False)
 
 
 def serves(x: Tensor) -> bool:
-    """Whether the kernels take tokens x (..., width)."""
+    """Return whether the kernels support tokens x (..., width)."""
     return triton is not None and x.device.type == "cuda" and x.dtype != torch.float64 and x.shape[-1] <= MAX_WIDTH
 
 
 def _wide(rows: int, width: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """(rows, width), each row beginning at a multiple of 128 bytes."""
-    # On a CPU products in bf16 read on behind a row's end, and make NaN of what is none.
+    """Return a new tensor (rows, width) whose rows begin at multiples of 128 bytes."""
+    # Zeros on a CPU: its bf16 products read past a row's end, where garbage would make results NaN.
     new = torch.empty if like.device.type == "cuda" else torch.zeros
     return new(rows, -(-width // 64) * 64, device=like.device, dtype=dtype)[:, :width]
 
@@ -97,12 +100,17 @@ def modulated_norm(
     a: Tensor | None,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """x' (B, L, D), empty without y, and [n, n a^T] (B L, D + R) in `dtype`.
+    """Return x' (B, L, D), empty without y, and [n, n a^T] (B L, D + R) in `dtype`.
 
     Args:
-        x, y: (B, L, D), contiguous.
-        gate, scale, shift: (B, D), fp32; a gate of None is 1.
-        a: (R, D) in `dtype`; None leaves n alone.
+        x: (B, L, D), contiguous.
+        y: (B, L, D), contiguous, or None.
+        gate: (B, D), fp32; None means 1.
+        scale: (B, D), fp32.
+        shift: (B, D), fp32.
+        eps: of the norm.
+        a: (R, D) in `dtype`; None returns n alone.
+        dtype: of the second result.
     """
     batch, length, width = x.shape
     total = torch.empty_like(x) if y is not None else x.new_empty(0)
@@ -146,7 +154,7 @@ def _(x, y, gate, scale, shift, eps, a, dtype):
 def modulated_norm_backward(
     x: Tensor, grad_x: Tensor, grad_n: Tensor, gate: Tensor | None, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and, where there is a gate, of y, from those of x' (B, L, D) and n (B L, D)."""
+    """Return the gradients of x and, if there is a gate, of y, from those of x' (B, L, D) and n (B L, D)."""
     batch, length, width = x.shape
     out_x = torch.empty_like(x)
     out_y = x.new_empty(0) if gate is None else torch.empty_like(x)
@@ -187,12 +195,16 @@ def _(x, grad_x, grad_n, gate, scale, eps):
 def rotated_heads(
     qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys (B, L, H, d), normed over all heads and rotated, in `dtype`.
+    """Return queries and keys (B, L, H, d), normed over all heads and rotated, in `dtype`.
 
     Args:
         qkv: (B, L, 3 H d).
-        weight_q, weight_k: (H d,).
-        cos, sin: (L, d), each angle's twice.
+        weight_q: (H d,).
+        weight_k: (H d,).
+        cos: (L, d), each angle's cosine twice.
+        sin: (L, d), each angle's sine twice.
+        eps: of the norms.
+        dtype: of the results.
     """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     q = qkv.new_empty(batch, length, width // cos.shape[1], cos.shape[1], dtype=dtype)
@@ -231,10 +243,20 @@ def rotated_heads_backward(
     eps: float,
     b: Tensor | None,
 ) -> Tensor:
-    """[g, g b] (B L, 3 H d + R) of the gradient g of qkv, from those of queries, keys and values (B, L, H, d).
+    """Return [g, g b] (B L, 3 H d + R), with g the gradient of qkv, from those of queries, keys and values
+    (B, L, H, d).
 
     Args:
-        b: (3 H d, R); None leaves g alone.
+        qkv: (B, L, 3 H d).
+        grad_q: (B, L, H, d).
+        grad_k: (B, L, H, d).
+        grad_v: (B, L, H, d).
+        weight_q: (H d,).
+        weight_k: (H d,).
+        cos: as in `rotated_heads`.
+        sin: as in `rotated_heads`.
+        eps: of the norms.
+        b: (3 H d, R); None returns g alone.
     """
     batch, length, width = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     joined = _wide(batch * length, 3 * width + (0 if b is None else b.shape[1]), qkv, qkv.dtype)
@@ -264,7 +286,7 @@ def _(qkv, grad_q, grad_k, grad_v, weight_q, weight_k, cos, sin, eps, b):
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring pairs of x (B, L, H, d) turned by the angles of cos and sin (L, d)."""
+    """Rotate neighbouring pairs of x (B, L, H, d) by the angles of cos and sin (L, d)."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[:, None, 0::2], sin[:, None, 1::2]
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -287,7 +309,7 @@ def _launch_heads(q: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 
 if triton is not None:
-    # `eps` is a constexpr: a compiled block hands other floats to a kernel in fp64, and sums would be in fp64, too.
+    # `eps` is a constexpr: a compiled block passes other floats to a kernel as fp64, and sums would also be fp64.
 
     @triton.jit
     def normed_row(
@@ -307,7 +329,7 @@ if triton is not None:
         d,
         inside,
     ):
-        """A row of n; that of x' is stored where there is a y."""
+        """Return a row of n; if there is a y, store the row of x'."""
         video = row // length
         factor = tl.load(scale + video * scale_stride + d, mask=inside, other=0.0)
         offset = tl.load(shift + video * shift_stride + d, mask=inside, other=0.0)

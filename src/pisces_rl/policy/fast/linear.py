@@ -4,14 +4,14 @@ peft computes y = x W^T + b + s (x A^T) B^T as three products and a sum. With u 
 
     y = [x, u] [W, s B]^T + b
 
-is one product of K = in + r, accumulated in fp32 like the product with W alone; no merged weight is rounded. Layers
-of one x, such as self attention's projections, become one product,
+is one product with K = in + r, accumulated in fp32 like the product with W alone; no merged weight is rounded. Layers
+with the same x, such as self attention's projections, become one product,
 
     [q, k, v] = [x, u_q, u_k, u_v] [[W_q, s B_q, 0, 0], [W_k, 0, s B_k, 0], [W_v, 0, 0, s B_v]]^T + b,
 
-and the gradient of x, too, is one: [g, g s B] [[W], [A]]. A GELU after a projection is computed as the product leaves
-its registers; backward computes its argument again. A norm before a projection writes [n, n A^T] at once, with the
-residual sum before it (`kernels.modulated_norm`). Only x, A and B get gradients: the rest is frozen.
+and so does the gradient of x: [g, g s B] [[W], [A]]. A GELU after a projection is computed in the product's epilogue;
+backward recomputes its argument. A norm before a projection, with the residual sum before it, writes [n, n A^T]
+directly (`kernels.modulated_norm`). Only x, A and B get gradients: everything else is frozen.
 """
 
 import torch
@@ -26,8 +26,8 @@ from .kernels import modulated_norm, modulated_norm_backward, operator
 
 @operator
 def gelu_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU(x W^T + b), by its tanh approximation; x (n, in), W (out, in). An operator of its own, since a compiler
-    would take product and activation apart again."""
+    """Return GELU(x W^T + b) in its tanh approximation; x (n, in), W (out, in). This is an operator, since a compiler
+    would split product and activation again."""
     if x.is_cuda:
         return torch._addmm_activation(bias, x, weight.T, use_gelu=True)  # cuBLAS's epilogue is the tanh form
     return F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -46,19 +46,19 @@ def linear(joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None
 def gelu_argument_gradient(
     grad: Tensor, joined: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor | None
 ) -> Tensor:
-    """From the gradient of GELU(z) that of z, computed again."""
+    """Return the gradient of z from that of GELU(z); z is recomputed."""
     return torch.ops.aten.gelu_backward(grad, linear(joined, weight, bias, b, False), approximate="tanh")
 
 
 def with_product(grad: Tensor, b: Tensor | None) -> Tensor:
-    """[g, g B], or g without an adapter."""
+    """Return [g, g B], or g without an adapter."""
     return grad if b is None else torch.cat([grad, grad @ b], 1)
 
 
 def linear_backward(
     grads: Tensor, joined: Tensor, weight: Tensor, a: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of x, A and B from [g, g B] and [x, x A^T]."""
+    """Return the gradients of x, A and B from [g, g B] and [x, x A^T]."""
     if a is None:
         return grads @ weight, None, None
     (grad, grad_u), (x, u) = (t.split([n, len(a)], 1) for t, n in zip((grads, joined), weight.shape))
@@ -66,7 +66,7 @@ def linear_backward(
 
 
 class Product(torch.autograd.Function):
-    """y = [x, x A^T] [W, B]^T + b, with a GELU where asked; x (n, in), W (out, in), A (R, in), B (out, R)."""
+    """y = [x, x A^T] [W, B]^T + b, with an optional GELU; x (n, in), W (out, in), A (R, in), B (out, R)."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor | None, b: Tensor | None, gelu: bool):
@@ -87,7 +87,7 @@ class Product(torch.autograd.Function):
 class NormProduct(torch.autograd.Function):
     """x' = x + gate * y and the `Product` of its modulated norm; x and y (B, L, in), gate, scale and shift (B, in).
 
-    Without y, x' is x, handed on so that its gradient is summed where the norm's is computed.
+    Without y, x' is x, passed through so that its gradient is added in the pass that computes the norm's.
     """
 
     @staticmethod
@@ -126,7 +126,7 @@ class NormProduct(torch.autograd.Function):
 
 
 def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """W, b, A and s B of layers side by side; of layers in FP8 a weight's bits and scales in place of W."""
+    """Return W, b, A and s B of layers side by side; for FP8 layers, the weight's bits and scales instead of W."""
     a = b = None
     bases = layers
     if isinstance(layers[0], Linear):
@@ -147,13 +147,13 @@ def gathered(layers: list[nn.Module], dtype: torch.dtype) -> tuple[Tensor | None
 
 
 def compute_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
-    """Of a product of x: autocast's, or `dtype`, by default its own."""
+    """Return the dtype of a product with x: autocast's if enabled, else `dtype`, by default that of x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype or x.dtype
 
 
 def product(x: Tensor, layers: list[nn.Module], gelu: bool = False) -> Tensor:
-    """[layer(x) for layer in layers] side by side, (..., sum of out); of layers that `are_one_product`."""
+    """Return [layer(x) for layer in layers] side by side, (..., sum of out), for layers that `are_one_product`."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         rows = x.flatten(0, -2).to(dtype)
@@ -175,7 +175,7 @@ def norm_product(
     layers: list[nn.Module],
     gelu: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """x' = x + gate * y and the `product` of its layer norm * scale + shift; x and y (B, L, D), the others (B, D)."""
+    """Return x' = x + gate * y and the `product` of its layer norm * scale + shift; x, y (B, L, D), others (B, D)."""
     dtype = compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         if is_fp8(layers):
@@ -196,7 +196,7 @@ def norm_feed_forward(
     up: nn.Module,
     rest: list[nn.Module],
 ) -> tuple[Tensor, Tensor]:
-    """`norm_product` with a GELU by the layer `up`, then the layers `rest`: in FP8 one function where they are one."""
+    """Return `norm_product` with the layer `up` and a GELU, then apply `rest`; in FP8 as one function if possible."""
     down = rest[-1]
     fp8 = len(rest) == 2 and isinstance(rest[0], nn.Dropout) and rest[0].p == 0
     if not (fp8 and is_fp8([up]) and are_one_product([down]) and is_fp8([down])):
@@ -213,18 +213,18 @@ def norm_feed_forward(
 
 
 def are_one_product(layers: list[nn.Module]) -> bool:
-    """Whether layers are all plain and frozen, or all LoRA layers that `is_one_product`."""
+    """Return whether layers are all plain and frozen, or all LoRA layers that are `is_one_product`."""
     plain = all(type(layer) in (nn.Linear, FP8Linear) and not layer.weight.requires_grad for layer in layers)
     return (plain or all(is_one_product(layer) for layer in layers)) and len({is_fp8([x]) for x in layers}) == 1
 
 
 def is_fp8(layers: list[nn.Module]) -> bool:
-    """Whether the base of layers that `are_one_product` is in FP8."""
+    """Return whether the base of layers that `are_one_product` is in FP8."""
     return isinstance(layers[0].get_base_layer() if isinstance(layers[0], Linear) else layers[0], FP8Linear)
 
 
 def is_one_product(layer: nn.Module) -> bool:
-    """Whether a LoRA layer has one adapter, on, not merged, and without dropout, DoRA or a bias of its own."""
+    """Return whether a LoRA layer has one adapter, active and not merged, without dropout, DoRA or a LoRA bias."""
     if type(layer) is not OneProductLinear or layer.disable_adapters or layer.merged:
         return False
     name = layer.active_adapters[0]
@@ -238,7 +238,7 @@ def is_one_product(layer: nn.Module) -> bool:
 
 
 class OneProductLinear(Linear):
-    """peft's LoRA layer, computed in one product."""
+    """peft's LoRA layer, computed as one product."""
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         if args or kwargs or not is_one_product(self):
@@ -247,7 +247,7 @@ class OneProductLinear(Linear):
 
 
 class OneProductGELU(GELU):
-    """diffusers' projection with a tanh GELU, computed in one product."""
+    """diffusers' projection with a tanh GELU, computed as one product."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if not are_one_product([self.proj]):

@@ -1,4 +1,4 @@
-"""A denoiser that computes its products and norms in fewer passes over memory, by linear.py and wan_block.py."""
+"""Make a denoiser compute its products and norms in fewer passes over memory, with linear.py and wan_block.py."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import nn
 from .linear import OneProductGELU, OneProductLinear
 from .wan_block import BLOCKS, PROCESSORS
 
-#: The classes of modules, and of their processors, each with the one that computes the same in fewer passes.
+#: {class of a module or processor: class that computes the same in fewer passes}.
 FUSED = {Linear: OneProductLinear, GELU: OneProductGELU, **BLOCKS, **PROCESSORS}
 PLAIN = {fused: plain for plain, fused in FUSED.items()}
 
@@ -30,9 +30,9 @@ def _parts(denoiser: nn.Module) -> Iterator[object]:
 
 
 def fuse_products(denoiser: nn.Module) -> int:
-    """Let a denoiser compute its LoRA layers, its projections with GELU and, in Wan, its blocks in fewer passes.
+    """Make a denoiser compute its LoRA layers, projections with GELU and, in Wan, its blocks in fewer passes.
 
-    Parameters, names and saved files stay as they were. Returns how many modules compute otherwise now.
+    Parameters, names and saved files stay the same. Returns the number of modules changed.
     """
     count = 0
     for part in _parts(denoiser):
@@ -51,7 +51,7 @@ def unfuse_products(denoiser: nn.Module) -> None:
 
 @contextlib.contextmanager
 def plain_products(denoiser: nn.Module) -> Iterator[None]:
-    """Inside, `fuse_products` is undone."""
+    """Undo `fuse_products` while the context is open."""
     fused = any(type(part) in PLAIN for part in _parts(denoiser))
     unfuse_products(denoiser)
     try:

@@ -1,7 +1,7 @@
-"""Wan's and SkyReels-V2's blocks in fewer passes over memory, by linear.py and kernels.py.
+"""Wan's and SkyReels-V2's blocks in fewer passes over memory, with linear.py and kernels.py.
 
-A block whose layers are not what is expected here (a dropout in an adapter, image tokens, a timestep a token) computes
-as diffusers wrote it.
+A block with unsupported layers or inputs (dropout in an adapter, image tokens, one timestep per token) runs diffusers'
+code.
 """
 
 import torch
@@ -27,7 +27,7 @@ from .linear import (
 
 
 class _RotatedHeads(torch.autograd.Function):
-    """Queries and keys, normed and rotated, and values (B, L, H, d), of [q, k, v] (B, L, 3 H d)."""
+    """Normed and rotated queries and keys, and values, (B, L, H, d), from [q, k, v] (B, L, 3 H d)."""
 
     @staticmethod
     def forward(ctx, qkv: Tensor, weight_q: Tensor, weight_k: Tensor, cos: Tensor, sin: Tensor, eps: float, dtype):
@@ -44,9 +44,9 @@ class _RotatedHeads(torch.autograd.Function):
 
 
 class _NormHeads(torch.autograd.Function):
-    """x, handed on, and the heads of the product of its modulated norm: `linear.NormProduct`, then `_RotatedHeads`.
+    """x, passed through, and the heads from the product of its modulated norm: `linear.NormProduct`, `_RotatedHeads`.
 
-    In one function, since the gradient of the product is then written beside its own product with B.
+    One function, so that backward writes the product's gradient g directly into [g, g B].
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class _NormHeads(torch.autograd.Function):
 
 
 def _norm_and_angles(attn: nn.Module, x: Tensor, dtype: torch.dtype, rotary: tuple[Tensor, Tensor]) -> tuple:
-    """What `_RotatedHeads` takes beside projections of this dtype, of x."""
+    """Return the arguments of `_RotatedHeads` after qkv, for projections of x in this dtype."""
     weights = attn.norm_q.weight, attn.norm_k.weight
     dtype = compute_dtype(x, torch.promote_types(dtype, weights[0].dtype))
     return *weights, *(angles.flatten(0, 2) for angles in rotary), attn.norm_q.eps, dtype
@@ -94,7 +94,7 @@ def _norm_and_angles(attn: nn.Module, x: Tensor, dtype: torch.dtype, rotary: tup
 def _norm_heads(
     x: Tensor, scale: Tensor, shift: Tensor, eps: float, attn: nn.Module, rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (B, L, D) and self attention's heads (B, L, H, d) of its layer norm * scale + shift, each (B, D)."""
+    """Return x (B, L, D) and self attention's heads (B, L, H, d) of its layer norm * scale + shift, each (B, D)."""
     dtype = compute_dtype(x)
     heads, layers = _norm_and_angles(attn, x, dtype, rotary), [attn.to_q, attn.to_k, attn.to_v]
     if is_fp8(layers):
@@ -105,7 +105,7 @@ def _norm_heads(
 
 
 def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of heads (B, L, H, d), in the dtype of v and before its output projection, (B, L, H d)."""
+    """Return attention over heads (B, L, H, d), in the dtype of v and before its output projection, (B, L, H d)."""
     processor = attn.processor
     x = dispatch_attention_fn(
         q,
@@ -121,7 +121,7 @@ def _self_attention(attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tens
 
 
 def _cross_attention(attn: nn.Module, q: Tensor, context: Tensor) -> Tensor:
-    """Attention of projected queries (B, L, H d) to a text's tokens, before its output projection."""
+    """Return attention of projected queries (B, L, H d) to a text's tokens, before its output projection."""
     layers = [attn.to_k, attn.to_v]
     k, v = product(context, layers).chunk(2, -1) if are_one_product(layers) else [f(context) for f in layers]
     q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
@@ -136,7 +136,7 @@ def _output(attn: nn.Module, x: Tensor) -> Tensor:
 
 
 def _rotates(attn: nn.Module, rotary) -> bool:
-    """Whether queries and keys are normed by frozen weights, and rotated by the same angles in all videos."""
+    """Return whether queries and keys are normed with frozen weights and rotated by the same angles in all videos."""
     weights = (attn.norm_q.weight, attn.norm_k.weight)
     return (
         isinstance(rotary, tuple)
@@ -146,7 +146,7 @@ def _rotates(attn: nn.Module, rotary) -> bool:
 
 
 class _OneProductAttention:
-    """Mixed into the attention processors of Wan and SkyReels-V2: self attention with one product, then rotated."""
+    """Mixin for the attention processors of Wan and SkyReels-V2: q, k and v as one product, normed and rotated."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         layers = [attn.to_q, attn.to_k, attn.to_v]
@@ -158,15 +158,15 @@ class _OneProductAttention:
 
 
 class OneProductWanProcessor(_OneProductAttention, WanAttnProcessor):
-    """Wan's."""
+    """Wan's attention processor with one product."""
 
 
 class OneProductSkyReelsProcessor(_OneProductAttention, SkyReelsV2AttnProcessor):
-    """SkyReels-V2's."""
+    """SkyReels-V2's attention processor with one product."""
 
 
 class _FewPassesBlock:
-    """Mixed into the blocks of Wan and SkyReels-V2: each norm in one pass with the residual sum before it."""
+    """Mixin for the blocks of Wan and SkyReels-V2: each norm in one pass with the residual sum before it."""
 
     def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, *mask):
         attn, cross, projection = self.attn1, self.attn2, self.ffn.net[0]
@@ -176,7 +176,7 @@ class _FewPassesBlock:
         ):
             return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb, *mask)
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table + temb.float()).unbind(1)
-        x = hidden_states.contiguous()  # SkyReels-V2 hands its first block a transposed view
+        x = hidden_states.contiguous()  # SkyReels-V2 passes its first block a transposed view
         x, *heads = _norm_heads(x, 1 + scale, shift, self.norm1.eps, attn, rotary_emb)
         y = _output(attn, _self_attention(attn, *heads, *(mask or (None,))))
         weight, bias = (p.float().expand(len(temb), -1) for p in (self.norm2.weight, self.norm2.bias))
@@ -186,7 +186,8 @@ class _FewPassesBlock:
         return (x.float() + y.float() * c_gate[:, None]).type_as(x)
 
     def _is_usual(self, temb: Tensor) -> bool:
-        """One timestep a video, a norm before cross attention, no image tokens, everything around products frozen."""
+        """Return whether the block is supported: one timestep per video, a norm before cross attention, no image
+        tokens, and nothing trained outside the products."""
         return (
             temb.ndim == 3
             and isinstance(self.norm2, FP32LayerNorm)
@@ -198,11 +199,11 @@ class _FewPassesBlock:
 
 
 class FewPassesWanBlock(_FewPassesBlock, WanTransformerBlock):
-    """Wan's."""
+    """Wan's block in fewer passes."""
 
 
 class FewPassesSkyReelsBlock(_FewPassesBlock, SkyReelsV2TransformerBlock):
-    """SkyReels-V2's."""
+    """SkyReels-V2's block in fewer passes."""
 
 
 PROCESSORS = {WanAttnProcessor: OneProductWanProcessor, SkyReelsV2AttnProcessor: OneProductSkyReelsProcessor}

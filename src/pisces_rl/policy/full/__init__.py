@@ -1,1 +1,1 @@
-"""Denoisers trained whole: their own weights in place of an adapter."""
+"""Full fine-tuning: train the denoisers' own weights instead of an adapter."""

@@ -1,4 +1,4 @@
-"""Trained denoisers on disk, as components that diffusers' `from_pretrained` loads."""
+"""Save trained denoisers as components that diffusers' `from_pretrained` loads, and load and check them."""
 
 import json
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model*.safetensors"
 
 
 def save_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> list[Path]:
-    """Write each denoiser to its subfolder, as it is (in fp32, where a run trains it); returns the files."""
+    """Save each denoiser to its subfolder in its current dtype (fp32 if a run trains it); return the files."""
     files = []
     for name in names:
         place = folder / name
         getattr(pipeline, name).save_pretrained(place)
         config = json.loads((place / _CONFIG).read_text(encoding="utf-8"))
-        config.pop("_name_or_path", None)  # a folder of this machine
+        config.pop("_name_or_path", None)  # may be a local path
         (place / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         files += [path for path in sorted(place.iterdir()) if path.is_file()]
     readable_by_others(files)
@@ -33,17 +33,17 @@ def save_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
 
 
 def load_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> None:
-    """Copy saved weights into the denoisers that the pipeline has (to resume training).
+    """Copy saved weights into the pipeline's denoisers, to resume training.
 
     Raises:
-        ValueError: a component is missing, or has other weights or shapes.
+        ValueError: a component is missing, or its weights have other names or shapes.
     """
     for name in names:
         own, state = getattr(pipeline, name).state_dict(), _saved(folder / name)
         wrong = sorted(set(own) ^ set(state)) or [key for key in own if own[key].shape != state[key].shape]
         if wrong:
             raise ValueError(
-                f"{folder / name} does not fit {name} of this model: {len(wrong)} tensors are missing, extra or of "
+                f"{folder / name} does not fit {name} of this model: {len(wrong)} tensors are missing, extra or have "
                 f"another shape, e.g. {wrong[0]!r}. Resume with the model and the peft_config of that run."
             )
         with torch.no_grad():
@@ -52,17 +52,17 @@ def load_components(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
 
 
 def gathered_component(denoiser: nn.Module, cls: type) -> nn.Module | None:
-    """A denoiser whose weights lie in parts on several ranks, whole in the host's memory, as one of its own class.
+    """Gather a sharded denoiser into host memory, as an instance of its original class.
 
-    All ranks must call; the tensors are gathered one at a time. Only the first process of each machine gets it, the
-    others None.
+    All ranks must call this; tensors are gathered one at a time. The first process of each machine gets the denoiser,
+    the others get None.
     """
     state = {key: gathered(held(tensor), tensor) for key, tensor in denoiser.state_dict().items()}
     if any(tensor is None for tensor in state.values()):
         return None
     with init_empty_weights(), torch.random.fork_rng(devices=[]):
         component = cls.from_config(denoiser.config)
-    component.load_state_dict({key: tensor.cpu() for key, tensor in state.items()}, assign=True)  # buffers, too
+    component.load_state_dict({key: tensor.cpu() for key, tensor in state.items()}, assign=True)  # also buffers
     return component.requires_grad_(False)
 
 
@@ -76,10 +76,10 @@ def _saved(folder: Path) -> dict[str, Tensor]:
 def check_components(
     pipeline: DiffusionPipeline, names: Sequence[str], folder: Path, call: dict, tolerance: float
 ) -> float:
-    """Load the saved components as plain diffusers does, compare them, sample with them, and compare the latents.
+    """Load the saved components as plain diffusers does, compare their weights, and compare latents sampled with them.
 
-    The trained denoisers wait in the host's memory meanwhile. Args, result and errors as of `check_saved_lora`; also
-    a RuntimeError where a weight differs in any bit.
+    The trained denoisers are in host memory meanwhile. Arguments, result and errors as in `check_saved_lora`; also a
+    RuntimeError if a weight is not bitwise equal.
     """
     trained = {name: getattr(pipeline, name) for name in names}
     devices = {name: device_of(denoiser) for name, denoiser in trained.items()}
@@ -98,8 +98,13 @@ def check_components(
 
 
 def check_read_back(pipeline: DiffusionPipeline, names: Sequence[str], folder: Path) -> None:
-    """A RuntimeError where a component that plain diffusers loads from the folder differs from the pipeline's, which
-    lies in the host's memory, in any bit; nothing is sampled."""
+    """Load the saved components as plain diffusers does, and compare their weights with the pipeline's in host memory.
+
+    Nothing is sampled.
+
+    Raises:
+        RuntimeError: a weight is missing, extra or not bitwise equal.
+    """
     for name in names:
         own = getattr(pipeline, name)
         loaded = type(own).from_pretrained(folder, subfolder=name, dtype=next(own.parameters()).dtype)
@@ -107,11 +112,13 @@ def check_read_back(pipeline: DiffusionPipeline, names: Sequence[str], folder: P
 
 
 def _check_equal(name: str, own: dict[str, Tensor], saved: dict[str, Tensor], folder: Path) -> None:
-    wrong = sorted(set(own) ^ set(saved)) or [  # loaded in the weights' dtype, which a buffer may exceed
+    wrong = sorted(
+        set(own) ^ set(saved)
+    ) or [  # loading casts to the weights' dtype, which may be narrower than a buffer's
         key for key in own if not torch.equal(own[key].to(saved[key].dtype), saved[key])
     ]
     if wrong:
         raise RuntimeError(
             f"the weights saved in {folder / name} are not those of {name}: {len(wrong)} tensors are missing, extra "
-            f"or differ, e.g. {wrong[0]!r}. Look at the disk; the checkpoints are whole."
+            f"or differ, e.g. {wrong[0]!r}. Check the disk; the checkpoints are intact."
         )

@@ -1,4 +1,4 @@
-"""Full fine-tuning: which denoisers train all their weights, in fp32, and their initial values set in their place."""
+"""Full fine-tuning: train all weights of chosen denoisers in fp32, and swap in other values, such as initial ones."""
 
 import contextlib
 import copy
@@ -16,27 +16,27 @@ from ..sharded.parts import held
 from ..sharded.sharding import is_sharded
 from .component_files import check_components, check_read_back, gathered_component, load_components, save_components
 
-#: The `peft_config` that asks for it.
+#: The `peft_config` that selects full fine-tuning.
 FULL = "full"
 
 
 class FullWeights:
-    """All weights of a pipeline's denoisers as what a run trains; the counterpart of `TrainedLoRA`.
+    """Trains all weights of a pipeline's denoisers; the counterpart of `TrainedLoRA`.
 
-    The weights themselves are in fp32, so that an optimizer's small steps are not rounded away; a run in bf16 computes
-    under autocast. No layers are added.
+    The weights are kept in fp32, so that an optimizer's small steps are not rounded away; a run in bf16 computes under
+    autocast. No layers are added.
 
     Args:
-        denoisers: {name: module} of a pipeline; the others are frozen.
-        only: names of those that are trained; None: all.
+        denoisers: {name: module} of a pipeline.
+        only: names of the denoisers to train; the others are frozen. None trains all.
 
     Attributes:
         modules: {denoiser: number of its modules with weights}.
         components: {denoiser: name of its class}.
 
     Raises:
-        ValueError: weights are quantised or stored in 8 bits, a denoiser has an adapter, or `only` names none or
-            something else than denoisers.
+        ValueError: weights are quantised or stored in 8 bits, a denoiser has an adapter, or `only` is empty or names
+            something other than a denoiser.
     """
 
     def __init__(self, denoisers: dict[str, nn.Module], only: Sequence[str] | None = None):
@@ -44,7 +44,7 @@ class FullWeights:
         check_no_adapters(denoisers)
         for denoiser in denoisers.values():
             denoiser.requires_grad_(False)
-        self.classes = {name: type(denoisers[name]) for name in names}  # which sharding changes
+        self.classes = {name: type(denoisers[name]) for name in names}  # sharding changes the class
         self.components = {name: cls.__name__ for name, cls in self.classes.items()}
         self.modules, self.dtypes = {}, Counter()
         for name in names:
@@ -58,7 +58,7 @@ class FullWeights:
             ):
                 raise ValueError(
                     f"peft_config={FULL!r}: {key} of {name} is a {type(tensor).__name__} of {tensor.dtype}, quantised "
-                    "or stored in 8 bits, which cannot be trained. Load the model in bfloat16 or float32, or train a "
+                    "or stored in 8 bits, so it cannot be trained. Load the model in bfloat16 or float32, or train a "
                     "LoRA (peft_config=default_lora_config())."
                 )
             if trained:
@@ -73,13 +73,13 @@ class FullWeights:
         return f"all weights of {' and '.join(self.modules)}"
 
     def base_dtype(self, denoisers: dict[str, nn.Module]) -> torch.dtype:
-        """In which the pipeline was loaded."""
+        """Return the dtype in which most of the weights were loaded."""
         return self.dtypes.most_common(1)[0][0]
 
     def gathered(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        """The pipeline, with whole denoisers in the host's memory where they lie in parts: what `save` writes.
+        """Return the pipeline to pass to `save`: sharded denoisers are gathered into host memory.
 
-        Then all ranks must call, and only the first process of each machine gets them.
+        If a denoiser is sharded, all ranks must call this, and only the first process of each machine gets it whole.
         """
         whole = copy.copy(pipeline)
         for name, cls in self.classes.items():
@@ -106,10 +106,13 @@ class FullWeights:
 
 @contextlib.contextmanager
 def exchanged(parameters: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, parameters and values have changed places: no third copy. No graph may wait for the parameters.
+    """Swap parameters and values while the context is open, without a third copy.
+
+    No pending backward may need the parameters.
 
     Args:
-        values: of what this process holds of each parameter, see `held`.
+        parameters: {name: parameter}.
+        values: {name: value} of the part of each parameter that this process holds, see `held`.
     """
     _exchange(parameters, values)
     try:

@@ -1,1 +1,1 @@
-"""LoRA adapters on a pipeline: added, checked, saved and read."""
+"""Add, check, save and read LoRA adapters on a pipeline."""

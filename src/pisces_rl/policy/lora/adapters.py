@@ -1,4 +1,4 @@
-"""LoRA adapters on a pipeline's denoisers: which modules get one, and switching them off."""
+"""Add LoRA adapters to a pipeline's denoisers, choose their modules, and set or disable them."""
 
 import contextlib
 import copy
@@ -26,22 +26,29 @@ ATTENTION = (
 # Sana-Video's are convolutions of size 1.
 FEED_FORWARD = r"(net\.0\.proj|net\.2|feed_forward\.(in_layer|out_layer)|conv_inverted|conv_point)"
 BLOCKS = r"(blocks|(single_|temporal_|visual_)?transformer_blocks|down_blocks|mid_block|up_blocks)"
-NOT_AUDIO = r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see the video: audio stays the base's
+NOT_AUDIO = (
+    r"(?!.*\.(audio_attn\d|audio_ff|video_to_audio_attn)\.)"  # rewards see only the video: audio is not trained
+)
 PROJECTIONS = rf"{BLOCKS}\..*({ATTENTION}|{FEED_FORWARD})"
 DEFAULT_TARGETS = NOT_AUDIO + PROJECTIONS
-# And those of blocks of one stream, whose attention and feed-forward share their output projection.
+# These, and those of single-stream blocks, whose attention and feed-forward share an output projection.
 PRODUCTS = rf"{PROJECTIONS}|{BLOCKS}\..*(proj_mlp|proj_out)"
-# What a block of two streams computes for the text stream alone.
+# Modules of a two-stream block that only affect the text stream.
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
 
 
 def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
-    """LoRA on every attention and feed-forward projection of the denoising blocks; alpha = r, no dropout.
+    """Return a LoRA config for every attention and feed-forward projection of the denoising blocks; no dropout.
 
     The pattern is anchored to the blocks, so that token refiners and pooled-text attention stay untouched (a suffix
-    such as `to_q` matches those too).
+    such as `to_q` would match those too).
+
+    Args:
+        r: rank.
+        lora_alpha: None means r.
+        target_modules: modules to adapt instead, as in `LoraConfig`.
     """
-    if target_modules == ["all-linear"]:  # as a command line gives it
+    if target_modules == ["all-linear"]:  # from a command line
         target_modules = "all-linear"
     return LoraConfig(
         r=r,
@@ -53,8 +60,8 @@ def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modul
 
 
 def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
-    """Names of the linear and convolutional modules that the config's `target_modules` selects, without those of its
-    `exclude_modules`; without `target_modules` those of `default_lora_config`."""
+    """Return the linear and convolutional modules that a config selects: those in `target_modules` (None: those of
+    `default_lora_config`) and not in `exclude_modules`."""
     targets = DEFAULT_TARGETS if config.target_modules is None else config.target_modules
     candidates = [
         name
@@ -71,9 +78,11 @@ def matched_modules(denoiser: nn.Module, config: LoraConfig) -> list[str]:
 
 
 def _discarded(denoiser: nn.Module, name: str) -> bool:
-    """Text outputs that are thrown away, where an adapter never learns: of attention without a text output (the last
-    block of Mochi), or of the last block where no single-stream block follows that reads the text (HunyuanVideo 1.5,
-    EasyAnimate, Qwen-Image)."""
+    """Return whether a module's output is a text output that is never used, so that an adapter there never learns.
+
+    That is so in attention without a text output (Mochi's last block), and in the last block if no single-stream block
+    follows that reads the text (HunyuanVideo 1.5, EasyAnimate, Qwen-Image).
+    """
     parent, _, child = name.rpartition(".")
     if child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None:
         return True
@@ -93,18 +102,18 @@ def add_lora(
 
     Args:
         denoisers: {name: module}.
-        config: LoRA rank, targets and scale; None: those of `start`, else of `default_lora_config`.
+        config: LoRA rank, targets and scale; None means those of `start`, else those of `default_lora_config`.
         only: names of the denoisers that get an adapter, e.g. ["transformer_2"] for the low-noise expert of Wan 2.2;
-            None: all. An adapter gets gradients only from trained steps at which the pipeline calls its denoiser.
-        start: a saved adapter whose rank, scale, modules and values these adapters have; None: zero ones.
+            None means all. An adapter gets gradients only from trained steps at which the pipeline calls its denoiser.
+        start: a saved adapter whose rank, scale, modules and values to use; None starts at the base model.
 
     Returns:
         {denoiser: number of adapted modules}.
 
     Raises:
-        ValueError: a target matches nothing, the config asks for what cannot be kept (see `check_lora_config`) or
-            contradicts `start`, `start` does not fit, a denoiser has an adapter, or `only` names none or something
-            else than denoisers.
+        ValueError: a target matches nothing, the config has an unsupported option (see `check_lora_config`) or
+            contradicts `start`, `start` does not fit, a denoiser has an adapter, or `only` is empty or names
+            something other than a denoiser.
     """
     names = chosen_denoisers(denoisers, only)
     check_no_adapters(denoisers)
@@ -135,7 +144,7 @@ def add_lora(
 
 
 def chosen_denoisers(denoisers: dict[str, nn.Module], only: Sequence[str] | None) -> list[str]:
-    """The names of the denoisers that `lora_denoisers` chooses; a ValueError where it names none or something else."""
+    """Return the names of the denoisers in `lora_denoisers`; a ValueError if it is empty or names anything else."""
     if only is not None and (isinstance(only, str) or not only or set(only) - set(denoisers)):
         raise ValueError(
             f"lora_denoisers={only!r}: name one or more of this pipeline's denoisers, {sorted(denoisers)}, in a list; "
@@ -145,23 +154,23 @@ def chosen_denoisers(denoisers: dict[str, nn.Module], only: Sequence[str] | None
 
 
 def check_no_adapters(components: dict[str, nn.Module]) -> None:
-    """A ValueError where a component of a pipeline carries adapters already, in use or not, or lies in parts."""
+    """Raise a ValueError if a component of a pipeline already has adapters, active or not, or is sharded."""
     for name, component in components.items():
         layers = [m for m in component.modules() if isinstance(m, BaseTunerLayer)]
         if layers or isinstance(component, PeftModel):
             names = sorted({adapter for layer in layers for adapter in layer._all_available_adapter_names()})
             carried = (
-                f"carries the adapter {', '.join(map(repr, names))} already"
+                f"already has the adapter {', '.join(map(repr, names))}"
                 if names
-                else ("is a PeftModel" if isinstance(component, PeftModel) else "has LoRA layers, if empty ones")
+                else ("is a PeftModel" if isinstance(component, PeftModel) else "has LoRA layers, though empty ones")
             )
             fix = "load the pipeline again"
             if isinstance(component, PeftModel):
-                fix = f"merge it into the base first, by `pipe.{name} = pipe.{name}.merge_and_unload()`; or {fix}"
+                fix = f"merge it into the base first with `pipe.{name} = pipe.{name}.merge_and_unload()`; or {fix}"
             elif isinstance(component, PeftAdapterMixin):  # pipe.fuse_lora() takes one expert, pipe.unload_... both
                 fix = (
-                    f"merge it into the base first, by `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
-                    f"drop it, only the second); or {fix}"
+                    f"merge it into the base first with `pipe.{name}.fuse_lora(); pipe.{name}.unload_lora()` (to "
+                    f"drop it, only call the second); or {fix}"
                 )
             raise ValueError(
                 f"{name} {carried}, which this run would neither train nor save: {fix}. To train a saved adapter "
@@ -169,13 +178,12 @@ def check_no_adapters(components: dict[str, nn.Module]) -> None:
             )
         if isinstance(component, FSDPModule):
             raise ValueError(
-                f"{name} lies in parts on several ranks, as an earlier run left it: load the pipeline "
-                "again for this one."
+                f"{name} is still sharded over several ranks by an earlier run: load the pipeline again for this one."
             )
 
 
 def check_fits(start: SavedAdapter, name: str, denoiser: nn.Module) -> None:
-    """A ValueError where a denoiser lacks a layer that a saved adapter adapts, or has it in another size."""
+    """Raise a ValueError if a denoiser lacks a layer that a saved adapter adapts, or has it in another size."""
     modules = dict(denoiser.named_modules())
     for module in sorted(start.configs[name].target_modules):
         a, b = (start.states[name][f"{module}.lora_{part}.weight"] for part in "AB")
@@ -184,13 +192,13 @@ def check_fits(start: SavedAdapter, name: str, denoiser: nn.Module) -> None:
             there = "has no such layer" if sizes is None else f"has one from {sizes[0]} to {sizes[1]} features"
             raise ValueError(
                 f"{start.argument}={start.source!r} does not fit {name} of this model: it adapts {module!r} from "
-                f"{a.shape[1]} to {b.shape[0]} features, and {type(denoiser).__name__} {there}. Give the model that "
+                f"{a.shape[1]} to {b.shape[0]} features, but {type(denoiser).__name__} {there}. Use the model that "
                 "it was trained on."
             )
 
 
 def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraConfig | None) -> LoraConfig:
-    """A saved adapter's config; a ValueError where it does not fit the denoiser, or other modules are asked for."""
+    """Return a saved adapter's config; a ValueError if it does not fit the denoiser, or `asked` has other modules."""
     check_fits(start, name, denoiser)
     own = copy.copy(start.configs[name])
     saved = sorted(own.target_modules)
@@ -208,7 +216,7 @@ def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraCon
 
 
 def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
-    """Features that a linear or convolutional layer takes and gives, with or without an adapter."""
+    """Return the input and output features of a linear or convolutional layer, with or without an adapter."""
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -218,7 +226,7 @@ def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
 
 
 def _on(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
-    """The config with the full names of the modules that it selects in a denoiser."""
+    """Return the config with the full names of the modules that it selects in a denoiser."""
     chosen = matched_modules(denoiser, config)
     targets = config.target_modules
     unmatched = [] if chosen else [targets]
@@ -227,14 +235,14 @@ def _on(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
     if unmatched:
         raise ValueError(
             f"LoRA target {unmatched} matches no module of {name} ({type(denoiser).__name__}). Its projections "
-            f"are named like {_examples(denoiser)}; choose target_modules among them, or leave the default."
+            f"are named like {_examples(denoiser)}; choose target_modules from them, or leave the default."
         )
     for option in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(config, option) or {}:
             if not any(re.match(rf"(.*\.)?({pattern})$", module) for module in chosen):
                 raise ValueError(
-                    f"peft_config: {option} has {pattern!r}, which matches none of the {len(chosen)} modules that "
-                    f"are adapted in {name}, for instance {chosen[0]!r}."
+                    f"peft_config: {option} has {pattern!r}, which matches none of the {len(chosen)} adapted modules "
+                    f"of {name}; one of these is {chosen[0]!r}."
                 )
     own = copy.copy(config)
     own.target_modules, own.exclude_modules = _exactly(denoiser, chosen), None
@@ -242,7 +250,7 @@ def _on(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
 
 
 def _exactly(denoiser: nn.Module, modules: Sequence[str]) -> set[str] | str:
-    """What peft takes for these modules and no others: it takes a name for the end of a longer one, too."""
+    """Return a `target_modules` that selects exactly these modules; peft also matches names that end with a target."""
     ends = {
         name
         for name, _ in denoiser.named_modules()
@@ -252,7 +260,7 @@ def _exactly(denoiser: nn.Module, modules: Sequence[str]) -> set[str] | str:
 
 
 def _excluded(config: LoraConfig, name: str) -> bool:
-    """Whether `exclude_modules` names a module: by its full name or the end of it, or by a pattern."""
+    """Return whether `exclude_modules` names a module: by its full name, its suffix, or a pattern."""
     excluded = config.exclude_modules
     if isinstance(excluded, str):
         return re.fullmatch(excluded, name) is not None
@@ -268,7 +276,7 @@ def _examples(denoiser: nn.Module) -> list[str]:
 
 
 def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The trainable adapter parameters, named `denoiser.module...`, in a fixed order."""
+    """Return the trainable parameters, named `denoiser.module...`, in a fixed order."""
     return {
         f"{name}.{key}": parameter
         for name, denoiser in denoisers.items()
@@ -279,7 +287,10 @@ def lora_parameters(denoisers: dict[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 @contextlib.contextmanager
 def adapter_values(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the adapter has other values, for instance those that it began with; no graph may wait for its own."""
+    """Give the adapter other values, such as its initial ones, while the context is open.
+
+    No pending backward may need the adapter's own values.
+    """
     own = held_values(adapter)
     try:
         set_adapter(adapter, values)
@@ -290,14 +301,14 @@ def adapter_values(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) 
 
 @torch.no_grad()
 def set_adapter(adapter: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
-    """Set an adapter's parameters, or what this process holds of trained ones, to the values of the same names."""
+    """Set an adapter's parameters, or the parts of them that this process holds, to the values of the same names."""
     for name, parameter in adapter.items():
         held(parameter).copy_(values[name])
 
 
 @contextlib.contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Inside, the adapters are off: the reference policy, without a second model."""
+    """Disable the adapters while the context is open: the reference policy, without a second model."""
     layers = [m for m in module.modules() if isinstance(m, BaseTunerLayer)]
     for layer in layers:
         layer.enable_adapters(False)
@@ -309,7 +320,7 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def adapted_denoisers(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The components that hold adapters, by name."""
+    """Return the components that have adapters, by name."""
     return {
         name: component
         for name, component in pipeline.components.items()

@@ -1,4 +1,4 @@
-"""Adapters on disk, in the layout that plain diffusers loads, or in peft's."""
+"""Save and load adapters in the layout that plain diffusers loads, or in peft's."""
 
 import inspect
 import json
@@ -16,7 +16,7 @@ from .saved_adapter import LORA_FILE, PEFT_PREFIX
 
 
 def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
-    """Whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
+    """Return whether plain diffusers can load LoRA adapters into this pipeline's denoisers."""
     return hasattr(pipeline, "save_lora_weights") and all(
         name in pipeline._lora_loadable_modules and hasattr(component, "load_lora_adapter")
         for name, component in adapted_denoisers(pipeline).items()
@@ -24,23 +24,23 @@ def has_lora_loader(pipeline: DiffusionPipeline) -> bool:
 
 
 def _has_own_layers(pipeline: DiffusionPipeline, name: str) -> bool:
-    """Whether `save_lora_weights` writes this denoiser's layers under its own name.
+    """Return whether `save_lora_weights` writes this denoiser's layers under its own name.
 
-    It does not for the second expert of Wan 2.2, which `load_lora_weights(..., load_into_transformer_2=True)` loads
-    from a file of its own, written as if for the first.
+    It does not for Wan 2.2's second expert, which `load_lora_weights(..., load_into_transformer_2=True)` loads from a
+    separate file that is written as if for the first expert.
     """
     return f"{name}_lora_layers" in inspect.signature(pipeline.save_lora_weights).parameters
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:
-    """Write the adapters of a pipeline.
+    """Save the adapters of a pipeline.
 
     Pipelines with a LoRA loader get diffusers' layout, `pytorch_lora_weights.safetensors` with the adapter's
-    metadata, which `pipe.load_lora_weights(folder)` reads; a second expert (Wan 2.2) gets a file of the same name in
+    metadata, which `pipe.load_lora_weights(folder)` reads. A second expert (Wan 2.2) gets a file of the same name in
     the subfolder `transformer_2`, which `pipe.load_lora_weights(folder, load_into_transformer_2=True,
-    weight_name="transformer_2/pytorch_lora_weights.safetensors")` reads (not with `subfolder=`: a file of that name
-    beside it would win). The others get peft's layout in one subfolder a denoiser
-    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` here and
+    weight_name="transformer_2/pytorch_lora_weights.safetensors")` reads (do not use `subfolder=`: diffusers prefers a
+    file of that name in the folder itself). Other pipelines get peft's layout in one subfolder per denoiser
+    (`adapter_model.safetensors`, `adapter_config.json`), which `load_lora` and
     `PeftModel.from_pretrained(pipe.transformer, folder, subfolder="transformer")` read.
 
     Returns:
@@ -75,7 +75,7 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
 
 
 def write_peft_layout(folder: Path, state: dict[str, Tensor], config: dict) -> list[Path]:
-    """Write one denoiser's adapter as peft's `save_pretrained` does; returns the files."""
+    """Save one denoiser's adapter as peft's `save_pretrained` does; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     weights, options = folder / "adapter_model.safetensors", folder / "adapter_config.json"
     save_file({f"{PEFT_PREFIX}{key}": tensor for key, tensor in state.items()}, weights)
@@ -85,29 +85,29 @@ def write_peft_layout(folder: Path, state: dict[str, Tensor], config: dict) -> l
 
 
 def config_dict(config: LoraConfig) -> dict:
-    """A config as JSON holds it."""
+    """Return a config as a JSON-compatible dict."""
     return json.loads(json.dumps(config.to_dict(), default=_plain))
 
 
 def _class_note(denoiser: nn.Module) -> dict[str, str]:
-    """Which of diffusers' classes is adapted, as peft's `auto_mapping` notes it."""
-    cls = next(c for c in type(denoiser).__mro__ if c.__module__.startswith("diffusers."))  # FSDP2 makes a subclass
+    """Return peft's `auto_mapping` entry for the diffusers class that is adapted."""
+    cls = next(c for c in type(denoiser).__mro__ if c.__module__.startswith("diffusers."))  # FSDP2 subclasses it
     return {"base_model_class": cls.__name__, "parent_library": cls.__module__}
 
 
 def readable_by_others(files: list[Path]) -> None:
-    """Let those read a file who may read its folder: safetensors writes for the owner alone, whatever the umask."""
+    """Give files the read and write permissions of their folder: safetensors writes them for the owner alone."""
     for path in files:
         path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def _plain(value):
-    """JSON for what peft configs hold: sets as sorted lists, everything else by its value or name."""
+    """Convert a value of a peft config for JSON: a set to a sorted list, anything else to its value or name."""
     return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
 
 
 def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Load what `save_lora` wrote into a pipeline without adapters."""
+    """Load adapters that `save_lora` wrote into a pipeline without adapters."""
     folder = Path(folder)
     beside = [name for name in pipeline.components if (folder / name / LORA_FILE).exists()]
     for name in beside:
@@ -121,7 +121,7 @@ def load_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
 def _load_peft_layout(pipeline: DiffusionPipeline, folder: Path) -> None:
     found = [folder / name for name in pipeline.components if (folder / name / "adapter_config.json").exists()]
     if not found:
-        raise ValueError(f"{folder} holds no adapter: no {LORA_FILE}, no */adapter_config.json.")
+        raise ValueError(f"{folder} holds no adapter: no {LORA_FILE} and no */adapter_config.json.")
     for path in found:
         denoiser = getattr(pipeline, path.name)
         config = LoraConfig(**json.loads((path / "adapter_config.json").read_text(encoding="utf-8")))
@@ -130,7 +130,7 @@ def _load_peft_layout(pipeline: DiffusionPipeline, folder: Path) -> None:
 
 
 def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Copy a saved adapter's weights into the adapters the pipeline already has (to resume training).
+    """Copy a saved adapter's weights into the pipeline's adapters, to resume training.
 
     Raises:
         ValueError: the saved adapter has other modules or shapes, so it belongs to another model or LoRA config.
@@ -143,13 +143,13 @@ def load_lora_state(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> N
         if wrong:
             raise ValueError(
                 f"the adapter in {folder} does not fit {name} of this model: {len(wrong)} tensors are missing, extra "
-                f"or of another shape, e.g. {wrong[0]!r}. Resume with the model and the LoRA settings of that run."
+                f"or have another shape, e.g. {wrong[0]!r}. Resume with the model and the LoRA settings of that run."
             )
         _strict(set_peft_model_state_dict(denoiser, state), folder)
 
 
 def saved_state(pipeline: DiffusionPipeline, folder: Path, name: str) -> dict[str, Tensor]:
-    """A denoiser's saved adapter, named as peft names it; empty where only others were adapted."""
+    """Return a denoiser's saved adapter with peft's tensor names; empty if that run adapted only other denoisers."""
     if not has_lora_loader(pipeline):
         return _peft_state(folder / name)
     file, prefix = folder / LORA_FILE, f"{name}."
@@ -166,4 +166,4 @@ def _peft_state(folder: Path) -> dict[str, Tensor]:
 
 def _strict(result, folder: Path) -> None:
     if result is not None and result.unexpected_keys:
-        raise ValueError(f"{folder} holds weights the model has no place for: {result.unexpected_keys[:3]}.")
+        raise ValueError(f"{folder} holds weights that the model does not have: {result.unexpected_keys[:3]}.")

@@ -1,10 +1,10 @@
-"""Which options of `peft.LoraConfig` a run trains, saves and reloads; the others are refused, with what to use."""
+"""The options of `peft.LoraConfig` that a run supports; all others are refused, with advice on what to use instead."""
 
 import dataclasses
 
 from peft import LoraConfig, PeftType
 
-#: Trained, saved, reloaded equal and resumed.
+#: Supported in training, saving, reloading and resuming.
 KEPT = frozenset(
     {
         "r",
@@ -17,16 +17,16 @@ KEPT = frozenset(
         "init_lora_weights",
     }
 )
-#: What peft notes about where a config comes from; nothing depends on it.
+#: peft's notes on a config's origin; nothing depends on them.
 NOTES = frozenset(
     {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 )
 _MODULES = "name those modules in target_modules"
-_LAYERS = r"name the layers in target_modules by a pattern, for instance r'blocks\.(0|1)\..*\.to_q'"
+_LAYERS = r"select the layers with a pattern in target_modules, for instance r'blocks\.(0|1)\..*\.to_q'"
 _PLAIN = "leave it out for a plain LoRA"
-_START = "leave init_lora_weights at True or 'gaussian', which start at the base model, and leave it out"
+_START = "leave it out, with init_lora_weights at True or 'gaussian', which start at the base model"
 _LANGUAGE = "it is for language models; leave it out"
-#: What to use in the place of each option that reaches outside lora_A and lora_B, changes the base, or does nothing.
+#: Advice for each option that is stored outside lora_A and lora_B, changes the base, or does nothing here.
 REFUSED = {
     "task_type": _LANGUAGE,
     "lora_dropout": "dropout makes log-probs irreproducible; set it to 0",
@@ -35,14 +35,14 @@ REFUSED = {
     "modules_to_save": f"these modules of the base would be trained and not saved; {_MODULES}",
     "layers_to_transform": _LAYERS,
     "layers_pattern": _LAYERS,
-    "megatron_config": "no denoiser is made of Megatron's layers; leave it out",
-    "megatron_core": "no denoiser is made of Megatron's layers; leave it out",
+    "megatron_config": "no denoiser has Megatron layers; leave it out",
+    "megatron_core": "no denoiser has Megatron layers; leave it out",
     "trainable_token_indices": _LANGUAGE,
     "loftq_config": _START,
     "eva_config": _START,
     "corda_config": _START,
     "lora_ga_config": _START,
-    "use_dora": f"its magnitudes are no part of lora_A and lora_B; {_PLAIN}",
+    "use_dora": f"its magnitudes are not part of lora_A and lora_B; {_PLAIN}",
     "velora_config": _PLAIN,
     "alora_invocation_tokens": _LANGUAGE,
     "use_qalora": _PLAIN,
@@ -50,7 +50,7 @@ REFUSED = {
     "monteclora_config": f"it samples weights, which makes log-probs irreproducible; {_PLAIN}",
     "layer_replication": "it would change the base model's depth; leave it out",
     "runtime_config": "leave it out; the config's `offload` moves idle weights",
-    "lora_bias": f"biases are no part of lora_A and lora_B; {_PLAIN}",
+    "lora_bias": f"biases are not part of lora_A and lora_B; {_PLAIN}",
     "target_parameters": _MODULES,
     "use_bdlora": _PLAIN,
     "arrow_config": _PLAIN,
@@ -60,21 +60,21 @@ REFUSED = {
 
 
 def check_lora_config(config: LoraConfig) -> None:
-    """Whether a run can train this config; needs no model.
+    """Check that a run can train this config; needs no model.
 
     Raises:
-        ValueError: it is no `LoraConfig`, rank or scale is not positive, or an option cannot be kept; says which, and
-            what to use.
+        ValueError: it is not a `LoraConfig`, a rank or scale is not positive, or an option is unsupported; the message
+            names the option and what to use instead.
     """
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         shown = f"{config!r:.60}" if isinstance(config, (str, dict)) else f"a {type(config).__name__}"
         fix = {
-            dict: "write peft.LoraConfig(**that)",
+            dict: "pass peft.LoraConfig(**peft_config)",
             str: "set continue_from to start from a saved adapter, or write 'full' to train all weights instead",
         }
         raise ValueError(
             f"peft_config is {shown}, but must be a peft.LoraConfig, for instance default_lora_config(r=16); "
-            f"{fix.get(type(config), 'other kinds of adapters are not trained')}."
+            f"{fix.get(type(config), 'other kinds of adapters are not supported')}."
         )
     plain = LoraConfig()
     for field in dataclasses.fields(config):
@@ -87,7 +87,7 @@ def check_lora_config(config: LoraConfig) -> None:
     if start is not True and str(start).lower() != "gaussian":
         raise ValueError(
             f"peft_config: init_lora_weights={start!r} changes the base weights or does not start at the base model, "
-            "so that the saved adapter would be that of another model; use True or 'gaussian'."
+            "so the saved adapter would belong to another model; use True or 'gaussian'."
         )
     if config.target_modules is not None and not config.target_modules:
         raise ValueError(

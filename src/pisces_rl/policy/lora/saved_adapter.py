@@ -1,4 +1,4 @@
-"""A saved adapter to start from: of ours, of diffusers' layout or of peft's, read and judged before any model is."""
+"""Read and check a saved adapter to start from, in diffusers' or peft's layout, before any model is loaded."""
 
 import dataclasses
 import hashlib
@@ -36,10 +36,10 @@ class SavedAdapter:
 
     Attributes:
         source: the folder, file or Hub id it was read from.
-        configs: {denoiser: its `LoraConfig`, with the full names of the adapted modules}. The name is "" where a file
-            of peft does not say which denoiser it adapts.
-        states: {denoiser: fp32 tensors as peft names them}.
-        argument: that named the source, for messages.
+        configs: {denoiser: its `LoraConfig`, with the full names of the adapted modules}. The name is "" if a peft
+            file does not say which denoiser it adapts.
+        states: {denoiser: fp32 tensors with peft's names}.
+        argument: name of the argument that gave the source, for messages.
     """
 
     source: str
@@ -48,20 +48,20 @@ class SavedAdapter:
     argument: str = "continue_from"
 
     def scale(self, name: str, module: str) -> float:
-        """What multiplies B A of a denoiser's module: alpha / r, or alpha / sqrt(r) of a rank-stabilised LoRA."""
+        """Return the scale of B A for a denoiser's module: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
         config = self.configs[name]
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         rank = self.states[name][f"{module}.lora_A.weight"].shape[0]
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def delta(self, name: str, module: str) -> Tensor:
-        """What the adapter adds to a module's weight, in fp32 and of its shape: scale B A."""
+        """Return what the adapter adds to a module's weight, scale B A, in fp32 and in the weight's shape."""
         a, b = (self.states[name][f"{module}.lora_{part}.weight"] for part in "AB")
         return self.scale(name, module) * (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
 
     @property
     def digest(self) -> str:
-        """Of scales and weights."""
+        """SHA-256 of the scales and weights."""
         content = hashlib.sha256()
         for name, state in sorted(self.states.items()):
             config = self.configs[name]
@@ -72,7 +72,7 @@ class SavedAdapter:
         return content.hexdigest()
 
     def check_asked(self, config: LoraConfig | None) -> None:
-        """A ValueError where a `peft_config` beside the saved adapter says another rank or scale than its file."""
+        """Raise a ValueError if a `peft_config` contradicts the saved adapter's rank or scale."""
         if config is None:
             return
         for name, saved in self.configs.items():
@@ -81,20 +81,21 @@ class SavedAdapter:
                 if asked != kept:
                     raise ValueError(
                         f"peft_config: {option}={asked!r}, but {self.argument}={self.source!r} was saved with "
-                        f"{option}={kept!r}{f' on {name}' if name else ''}. Leave peft_config out, "
+                        f"{option}={kept!r}{f' for {name}' if name else ''}. Leave peft_config out, "
                         "since rank, alpha and modules come from the file."
                     )
 
     def on(self, denoisers: list[str], only: list[str] | None) -> "SavedAdapter":
-        """The same, by names of a pipeline's denoisers; a ValueError where they are others, or not `only`."""
+        """Return this adapter under the names of a pipeline's denoisers; a ValueError if they do not match, or if they
+        are not `only`."""
         names = list(self.states)
         if names == [""] and len(denoisers) == 1:
             names = denoisers
         if set(names) - set(denoisers):
             raise ValueError(
                 f"{self.argument}={self.source!r} adapts {sorted(names) if names != [''] else 'one unnamed model'}, "
-                f"but this pipeline's denoisers are {sorted(denoisers)}. A folder of peft's layout has one subfolder "
-                "a denoiser, by its name."
+                f"but this pipeline's denoisers are {sorted(denoisers)}. A folder in peft's layout has one subfolder "
+                "per denoiser, with its name."
             )
         if only is not None and set(only) != set(names):
             raise ValueError(
@@ -107,15 +108,15 @@ class SavedAdapter:
 
 
 def read_adapter(source: str | os.PathLike, argument: str = "continue_from") -> SavedAdapter:
-    """Read a saved adapter, all of it, in fp32.
+    """Read a whole saved adapter, in fp32.
 
     Args:
         source: a folder that a trainer, `pipe.save_lora_weights` or peft's `save_pretrained` wrote, a safetensors
-            file of diffusers' layout, or a Hub id.
-        argument: that named the source, for messages.
+            file in diffusers' layout, or a Hub id.
+        argument: name of the argument that gave the source, for messages.
 
     Raises:
-        ValueError: there is none, it could not be fetched, or it holds something else than a plain LoRA of denoisers.
+        ValueError: there is no adapter, it could not be fetched, or it is not a plain LoRA of denoisers.
     """
     source = os.fspath(source)
     path = Path(source).expanduser()
@@ -149,11 +150,11 @@ def _fetched(source: str, argument: str) -> Path:
             )
         )
     except HFValidationError:
-        raise ValueError(f"{argument}={source!r} is neither a folder or file that exists, nor a Hub id.") from None
+        raise ValueError(f"{argument}={source!r} is neither an existing folder or file, nor a Hub id.") from None
     except Exception as error:  # the Hub's client has no common base class
         said = " ".join(str(error).split())
         raise ValueError(
-            f"{argument}={source!r} is no folder or file here, and could not be fetched from the Hub; check the "
+            f"{argument}={source!r} is not a local folder or file, and could not be fetched from the Hub; check the "
             "name, the network (HF_HUB_OFFLINE) and the token, or give a local folder. The Hub's client said: "
             f"{type(error).__name__}: {said}"
         ) from error
@@ -172,16 +173,16 @@ def _parts(label: str, path: Path) -> dict[str, tuple[LoraConfig, dict[str, Tens
         parts[file.parent.name if file.parent != path else ""] = _peft_folder(label, file.parent)
     if not parts:
         others = sorted(file.name for file in path.glob("*.safetensors"))
-        hint = f" It holds {others}: name the file itself if it is one of diffusers' layout." if others else ""
+        hint = f" It holds {others}: if one of them is in diffusers' layout, name that file." if others else ""
         raise ValueError(
-            f"{label} holds no adapter: no {LORA_FILE}, no {_PEFT_CONFIG}, in it or in a subfolder "
+            f"{label} holds no adapter: no {LORA_FILE} and no {_PEFT_CONFIG}, in it or in a subfolder "
             f"with a denoiser's name.{hint}"
         )
     return parts
 
 
 def _diffusers_file(label: str, file: Path) -> dict[str, tuple[LoraConfig, dict[str, Tensor]]]:
-    """Tensors DENOISER.MODULE.lora_A.weight, with the options of each denoiser's config in the file's metadata."""
+    """Read tensors DENOISER.MODULE.lora_A.weight, and the options of each denoiser's config from the metadata."""
     tensors, metadata = _tensors(label, file)
     options = json.loads(metadata.get(_METADATA, "{}"))
     states: dict[str, dict[str, Tensor]] = {}
@@ -191,9 +192,9 @@ def _diffusers_file(label: str, file: Path) -> dict[str, tuple[LoraConfig, dict[
     foreign = [name for name in states if kind_of(name) != "denoiser"]
     if foreign:
         raise ValueError(
-            f"{label} has tensors of {foreign[0]!r}, such as {next(iter(states[foreign[0]]))!r}: no "
-            f"denoiser's name (transformer, unet, ...), so it adapts something else or is another tool's layout. "
-            f"{_CONVERT}"
+            f"{label} has tensors of {foreign[0]!r}, such as {next(iter(states[foreign[0]]))!r}. That is not a "
+            f"denoiser's name (transformer, unet, ...), so the file adapts something else or has another tool's "
+            f"layout. {_CONVERT}"
         )
     return {
         name: (
@@ -233,19 +234,19 @@ def _reason(wrong: list[str]) -> str:
     name = wrong[0]
     if any("lora_magnitude_vector" in n for n in wrong):
         return (
-            "it is a DoRA (lora_magnitude_vector); only plain LoRA, of lora_A and lora_B, is read. Merge it "
-            "into the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
+            "it is a DoRA (lora_magnitude_vector); only plain LoRA (lora_A and lora_B) is supported. Merge it into "
+            "the base: pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
         )
     if any(mark in n for n in wrong for mark in ("lora_down", "lora_up", ".alpha", "lora.down", "lora.up")):
-        return f"{name!r} is the layout of kohya or ComfyUI. {_CONVERT}"
+        return f"{name!r} is in the layout of kohya or ComfyUI. {_CONVERT}"
     return (
-        f"{name!r} is no weight of lora_A or lora_B; only plain LoRA is read. Merge it into the base: "
+        f"{name!r} is not a weight of lora_A or lora_B; only plain LoRA is supported. Merge it into the base: "
         "pipe.load_lora_weights(...), then fuse_lora() and unload_lora() of each denoiser."
     )
 
 
 def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
-    """Of a saved adapter: options as saved, modules and ranks as its tensors are."""
+    """Return a saved adapter's config: options as saved, modules and ranks from its tensors."""
     modules = {_WEIGHT.fullmatch(key)["module"] for key in state}
     ranks = {}
     for module in sorted(modules):
@@ -253,22 +254,22 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
         if None in [None if t is None else t.ndim for t in pair] or pair[0].shape[0] != pair[1].shape[1]:
             raise ValueError(f"{label}: lora_A and lora_B of {module!r} do not belong together.")
         ranks[module] = pair[0].shape[0]
-    if not options:  # alpha is the rank: so diffusers loads such a file
+    if not options:  # alpha is the rank, as when diffusers loads such a file
         most = max(set(ranks.values()), key=list(ranks.values()).count)
         others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != most}
         return LoraConfig(
             r=most, lora_alpha=most, target_modules=modules, rank_pattern=others, alpha_pattern=dict(others)
         )
     if options.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"{label} is a {options['peft_type']} of peft; only LoRA is trained.")
+        raise ValueError(f"{label} is a {options['peft_type']} adapter of peft; only LoRA is supported.")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     unknown = [name for name, value in options.items() if name not in known and value]
     if unknown:
         raise ValueError(
-            f"{label} was saved with {unknown[0]}={options[unknown[0]]!r}, which this peft does not "
-            "know; install the peft that wrote it."
+            f"{label} was saved with {unknown[0]}={options[unknown[0]]!r}, which the installed peft does not "
+            "know; install the version that wrote it."
         )
-    # how it was trained is no part of what it is; its modules are those of its tensors
+    # drop options that only concern how it was trained; its modules are those of its tensors
     plain = {
         "lora_dropout": 0.0,
         "task_type": None,
@@ -284,9 +285,9 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
         config = LoraConfig(**{name: value for name, value in options.items() if name in known} | plain)
         check_lora_config(config)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{label} is no LoRA that can be trained on: {error}") from error
+        raise ValueError(f"{label} is a LoRA that cannot be trained further: {error}") from error
     for module, rank in ranks.items():
         said = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
         if rank != said:
-            raise ValueError(f"{label} says rank {said} for {module!r}, whose tensors have {rank}.")
+            raise ValueError(f"{label} says rank {said} for {module!r}, whose tensors have rank {rank}.")
     return config

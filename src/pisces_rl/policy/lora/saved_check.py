@@ -1,4 +1,4 @@
-"""Whether a saved adapter is the trained one: read back, or loaded into a fresh pipeline as plain diffusers does."""
+"""Check that a saved adapter is the trained one: read it back, or reload it as plain diffusers does."""
 
 import contextlib
 import copy
@@ -21,10 +21,10 @@ from .lora_files import load_lora, saved_state
 
 
 def check_saved_weights(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> None:
-    """Read a saved adapter back and compare it with the pipeline's own: a check that runs no model.
+    """Read a saved adapter back and compare it with the pipeline's, without running a model.
 
     Raises:
-        RuntimeError: a tensor is missing, extra, or not equal to the bit.
+        RuntimeError: a tensor is missing, extra, or not bitwise equal.
     """
     folder = Path(folder)
     for name, denoiser in adapted_denoisers(pipeline).items():
@@ -33,13 +33,13 @@ def check_saved_weights(pipeline: DiffusionPipeline, folder: str | os.PathLike) 
         if wrong:
             raise RuntimeError(
                 f"the adapter saved in {folder} is not that of {name}: {len(wrong)} tensors are missing, extra or "
-                f"differ, e.g. {wrong[0]!r}. Look at the disk; the checkpoints are whole."
+                f"differ, e.g. {wrong[0]!r}. Check the disk; the checkpoints are intact."
             )
 
 
 def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A fresh pipeline of the same class on the same base weights (shared, not copied), with no adapter."""
-    fresh = copy.copy(pipeline)  # with the attributes that users set, such as prompt templates
+    """Return a fresh pipeline of the same class on the same base weights (shared, not copied), without adapters."""
+    fresh = copy.copy(pipeline)  # keeps attributes that users set, such as prompt templates
     for name, component in adapted_denoisers(pipeline).items():
         shared = {id(t): t for t in [*component.parameters(), *component.buffers()]}
         component = copy.deepcopy(component, shared)
@@ -68,14 +68,14 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
         The measured difference.
 
     Raises:
-        RuntimeError: the reloaded adapter gives other videos.
+        RuntimeError: the difference exceeds `tolerance`.
     """
     fresh = without_adapters(pipeline)
     load_lora(fresh, folder)
-    rounded = {}  # diffusers loads an adapter in the dtype of the base: that rounding is no difference of the file
+    rounded = {}  # diffusers loads an adapter in the base's dtype; round the trained one alike before comparing
     for key, denoiser in adapted_denoisers(fresh).items():
         for name, parameter in denoiser.named_parameters():
-            if "lora_" in name:  # beside a weight that is offloaded they were made on the CPU
+            if "lora_" in name:  # if the base is offloaded, these were created on the CPU
                 parameter.data = parameter.data.to(device_of(denoiser))
                 rounded[key] = parameter.dtype
     trained = {
@@ -98,10 +98,16 @@ def check_saved_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike, cal
 
 
 def compare_latents(latents: list[Tensor], tolerance: float, what: str, folder: str | os.PathLike) -> float:
-    """The largest difference of the trained model's latents and a reloaded one's, relative to the largest value.
+    """Return the largest difference between latents of a trained and a reloaded model, relative to the largest value.
+
+    Args:
+        latents: of the trained model and of the reloaded one.
+        tolerance: largest allowed difference.
+        what: what was saved, for the message.
+        folder: where it was saved, for the message.
 
     Raises:
-        RuntimeError: it is above `tolerance`; `what` was saved in `folder` is said.
+        RuntimeError: the difference exceeds `tolerance`.
     """
     difference = float((latents[0] - latents[1]).abs().max() / latents[0].abs().max().clamp(min=1e-8))
     if not difference <= tolerance:
@@ -113,8 +119,8 @@ def compare_latents(latents: list[Tensor], tolerance: float, what: str, folder: 
 
 
 def latents_of(pipe: DiffusionPipeline, denoisers: Iterable[nn.Module], call: dict) -> Tensor:
-    """Of one call of a pipeline, its trained denoisers without compiler and fused products, whose rounding is no
-    difference of weights."""
+    """Return the latents of one call of a pipeline, with its trained denoisers neither compiled nor fused, since that
+    would change the rounding."""
     bar = vars(pipe).get("_progress_bar_config")
     pipe.set_progress_bar_config(**(bar or {}) | {"disable": True})
     with contextlib.ExitStack() as plainly, guided(pipe, call) as arguments:

@@ -1,4 +1,4 @@
-"""LoRA adapters as what a run trains."""
+"""Train LoRA adapters."""
 
 import os
 from collections import Counter
@@ -17,11 +17,11 @@ from .saved_check import check_saved_lora, check_saved_weights
 
 
 class TrainedLoRA:
-    """An adapter on each of a pipeline's denoisers; arguments and errors are those of `add_lora`.
+    """Trains an adapter on each of a pipeline's denoisers; arguments and errors as in `add_lora`.
 
     Attributes:
         modules: {denoiser: number of adapted modules}.
-        components: {}, as no denoiser is saved whole.
+        components: {}, since no denoiser is saved whole.
     """
 
     def __init__(
@@ -39,12 +39,12 @@ class TrainedLoRA:
         return f"LoRA on {self.modules} modules"
 
     def base_dtype(self, denoisers: dict[str, nn.Module]) -> torch.dtype:
-        """Of most of the base's weights."""
+        """Return the dtype of most of the base weights."""
         dtypes = Counter(p.dtype for module in denoisers.values() for p in module.parameters() if not p.requires_grad)
         return dtypes.most_common(1)[0][0]
 
     def gathered(self, pipeline: DiffusionPipeline) -> DiffusionPipeline:
-        """What `save` writes: adapters are whole on every rank."""
+        """Return the pipeline to pass to `save`: this one, since adapters are whole on every rank."""
         return pipeline
 
     def save(self, pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Path]:

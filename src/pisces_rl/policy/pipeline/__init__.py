@@ -1,1 +1,1 @@
-"""What is asked of an unmodified pipeline: its rules, prompts, conditions, latents, decoder, and where it lies."""
+"""The interface to an unmodified pipeline: its rules, prompts, conditions, latents, decoder, and placement."""

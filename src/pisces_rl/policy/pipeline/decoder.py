@@ -1,4 +1,4 @@
-"""How a pipeline's VAE decodes: its dtype, slices and tiles; and where a run of the pipeline does it."""
+"""Set how a pipeline's VAE decodes (dtype, slices, tiles), and record when it does."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -24,21 +24,22 @@ def set_decoder(
     chunk_frames: int | None = None,
     compiled: bool = False,
 ) -> None:
-    """Set what a pipeline's VAE computes in, and in how many parts.
+    """Set the dtype of a pipeline's VAE and the parts in which it decodes.
 
     Args:
-        dtype: name in `VAE_DTYPES`; None leaves it as it was loaded.
-        slicing: one video at a time, for memory.
-        tiling: parts of a frame at a time, blended where they overlap: for frames above the VAE's tile size the videos
-            change a little.
-        chunk_frames: latent frames at a time of a causal VAE (Wan's), for speed and more memory, without gradients.
-        compiled: with chunk_frames, compiled: the first videos of each batch size wait for it.
+        pipeline: whose VAE to set.
+        dtype: name in `VAE_DTYPES`; None leaves it as loaded.
+        slicing: decode one video at a time, to save memory.
+        tiling: decode each frame in tiles, blended where they overlap; this changes videos slightly if frames exceed
+            the VAE's tile size.
+        chunk_frames: latent frames per call of a causal VAE (Wan's): faster, but uses more memory; without gradients.
+        compiled: with chunk_frames, compile the decoder; it compiles anew at the first videos of each batch size.
 
     Raises:
-        PolicyError: there is no VAE, it cannot do so, or a dtype of another name.
+        PolicyError: there is no VAE, it does not support a setting, settings conflict, or the dtype is unknown.
     """
     if dtype not in (None, *VAE_DTYPES):
-        raise PolicyError(f"vae_dtype={dtype!r} must be one of {list(VAE_DTYPES)}, or unset: as it was loaded.")
+        raise PolicyError(f"vae_dtype={dtype!r} must be one of {list(VAE_DTYPES)}, or unset to keep it as loaded.")
     wanted = [
         name
         for name, value in (
@@ -53,31 +54,31 @@ def set_decoder(
     vae = getattr(pipeline, "vae", None)
     if wanted and vae is None:
         name = type(pipeline).__name__
-        raise PolicyError(f"vae_{wanted[0]} is set, but {name} has no component vae; leave it unset.")
+        raise PolicyError(f"vae_{wanted[0]} is set, but {name} has no vae component; leave it unset.")
     if dtype is not None:
         vae.to(VAE_DTYPES[dtype])
     if (tiling or chunk_frames is None) and compiled or (tiling and chunk_frames is not None):
-        raise PolicyError("vae_compile needs vae_chunk_frames, and neither goes with vae_tiling.")
+        raise PolicyError("vae_compile needs vae_chunk_frames, and neither works with vae_tiling.")
     if chunk_frames is not None and chunk_frames < 1:
         raise PolicyError(f"vae_chunk_frames={chunk_frames} must be at least 1 latent frame.")
     if not decode_in_chunks(vae, chunk_frames, compiled):
         raise PolicyError(
-            f"vae_chunk_frames={chunk_frames}, but {type(vae).__name__} of {type(pipeline).__name__} cannot do so, "
-            f"only {', '.join(CAUSAL_CHUNKS)}; leave it unset."
+            f"vae_chunk_frames={chunk_frames}, but {type(vae).__name__} of {type(pipeline).__name__} does not support "
+            f"it, only {', '.join(CAUSAL_CHUNKS)}; leave it unset."
         )
     for name, value in (("slicing", slicing), ("tiling", tiling)):
         if value and not _enabled(vae, name):
             raise PolicyError(
-                f"vae_{name}=True, but {type(vae).__name__} of {type(pipeline).__name__} cannot do so; leave it False"
-                ", and lower rollout_batch_size (and per_device_eval_batch_size) to save memory."
+                f"vae_{name}=True, but {type(vae).__name__} of {type(pipeline).__name__} does not support it; leave "
+                "it False, and lower rollout_batch_size (and per_device_eval_batch_size) to save memory."
             )
 
 
 def _enabled(vae: nn.Module, name: str) -> bool:
-    """Switches "slicing" or "tiling" on; False where the VAE cannot do so."""
+    """Enable "slicing" or "tiling"; return False if the VAE does not support it."""
     if name == "slicing" and type(vae).__name__ in WITHOUT_SLICES:
         return False
-    if not (hasattr(vae, f"enable_{name}") and hasattr(vae, f"use_{name}")):  # by the second diffusers itself tells
+    if not (hasattr(vae, f"enable_{name}") and hasattr(vae, f"use_{name}")):  # diffusers' own check is the second
         return False
     getattr(vae, f"enable_{name}")()
     return True
@@ -85,8 +86,7 @@ def _enabled(vae: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def recorded_decoding(pipeline: DiffusionPipeline, record: Callable, dtype: str | None = None) -> Iterator[None]:
-    """Inside, the VAE decodes within record("decode"), and takes what it decodes and encodes in `dtype`: not every
-    pipeline converts it."""
+    """Make the VAE decode within record("decode"), and cast its inputs to `dtype`, since not every pipeline does."""
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         yield

@@ -1,4 +1,4 @@
-"""Guidance that a pipeline keeps in a guider object (HunyuanVideo 1.5) and not in an argument of its call."""
+"""Guidance of pipelines that take it from a guider object (HunyuanVideo 1.5) instead of an argument of their call."""
 
 import contextlib
 import inspect
@@ -10,14 +10,14 @@ from ..schedule.scheduler import PolicyError
 
 
 def has_guider(pipeline: DiffusionPipeline) -> bool:
-    """Whether `guidance_scale` is the guider's and no argument of the pipeline's call."""
+    """Return whether `guidance_scale` belongs to a guider and is not an argument of the pipeline's call."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     return "guider" in pipeline.components and "guidance_scale" not in known
 
 
 @contextlib.contextmanager
 def guided(pipeline: DiffusionPipeline, call: dict) -> Iterator[dict]:
-    """Inside, a pipeline's guider has the call's guidance_scale; yields the arguments that the call itself takes.
+    """Set a pipeline's guider to the call's guidance_scale; yield the arguments that the call itself takes.
 
     Raises:
         PolicyError: the guider has no guidance_scale.
@@ -28,8 +28,8 @@ def guided(pipeline: DiffusionPipeline, call: dict) -> Iterator[dict]:
     guider, scale = pipeline.guider, call["guidance_scale"]
     if "guidance_scale" not in guider.config:
         raise PolicyError(
-            f"guidance_scale={scale}: the guider of this pipeline, {type(guider).__name__}, has none. Leave "
-            "guidance_scale out, or set pipe.guider to ClassifierFreeGuidance."
+            f"guidance_scale={scale}: this pipeline's guider, {type(guider).__name__}, has no guidance_scale. Leave "
+            "it out, or set pipe.guider to ClassifierFreeGuidance."
         )
     own = guider.guidance_scale
     guider.guidance_scale = scale

@@ -1,4 +1,4 @@
-"""What users switch on for inference that training cannot live with: refused in one sentence, with what to do."""
+"""Refuse pipelines with inference-only features that break training, and say what to do."""
 
 import torch
 from accelerate.hooks import ModelHook
@@ -12,17 +12,17 @@ from ..schedule.scheduler import PolicyError
 from .offload import Part
 
 OFFLOAD = (
-    "load the pipeline without offloading (and without device_map), and name what is to wait in the host's memory in "
+    "load the pipeline without offloading (and without device_map), and list the components to keep in host memory in "
     'the trainer\'s offload=["text_encoder", "vae"].'
 )
 
 
 def check_trainable(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]) -> None:
-    """A PolicyError for a pipeline that was prepared for inference only.
+    """Raise a PolicyError if a pipeline was prepared for inference only.
 
-    Offloading moves weights behind the trainer's back; caches hand one call's activations to another, in sampling and
-    update not the same ones; an adapter on projections that are fused is never called; and a compiled denoiser gives
-    other bits with gradients than without, where `compile_blocks` sees to it that it does not.
+    Offloading moves weights without the trainer's knowledge. Caches reuse activations of earlier calls, which differ
+    between sampling and update. An adapter on fused projections is never called. A compiled denoiser computes
+    different bits with and without gradients, which `compile_blocks` avoids.
     """
     components = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
     for name, module in components.items():
@@ -33,7 +33,7 @@ def check_trainable(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]
             raise PolicyError(f"{name} is offloaded in groups: {OFFLOAD}")
         if any(parameter.is_inference() for parameter in module.parameters()):
             raise PolicyError(
-                f"{name} was made inside torch.inference_mode(), so that nothing can be trained through it; load the "
+                f"{name} was created inside torch.inference_mode(), so gradients cannot pass through it; load the "
                 "pipeline outside."
             )
     for name, module in denoisers.items():
@@ -41,7 +41,7 @@ def check_trainable(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]
             part._compiled_call_impl is not None for part in module.modules()
         ):
             raise PolicyError(
-                f"{name} is compiled already; pass the pipeline as it was loaded, and set torch_compile=True in the "
+                f"{name} is already compiled; pass the pipeline as loaded, and set torch_compile=True in the "
                 "trainer's args."
             )
         if isinstance(module, CacheMixin) and module.is_cache_enabled:
@@ -53,6 +53,6 @@ def check_trainable(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module]
             isinstance(part, Attention | AttentionModuleMixin) and part.fused_projections for part in module.modules()
         ):
             raise PolicyError(
-                f"{name} has fused projections, beside which an adapter on to_q, to_k or to_v is never called; call "
+                f"{name} has fused projections, so an adapter on to_q, to_k or to_v would never be called; call "
                 f"pipeline.{name}.unfuse_qkv_projections() first."
             )

@@ -1,8 +1,8 @@
-"""From videos to the latents of a pipeline's scheduler, learned from the pipeline itself.
+"""Encode videos as the latents of a pipeline's scheduler, with a map measured on the pipeline itself.
 
-After the last step a pipeline maps its latents to what its VAE decodes: it unpacks, reorders and rescales, each in its
-own way. That map is affine with one input an output, z_k = a_k x_{p(k)} + b_k, so a few probes through the pipeline's
-own code give a, b and p, and its inverse turns encoded videos into latents. No code here knows a model.
+After the last step each pipeline unpacks, reorders and rescales its latents in its own way before its VAE decodes
+them. That map is affine with one input per output, z_k = a_k x_{p(k)} + b_k, so a few probes through the pipeline's
+own code give a, b and p, and the inverse turns encoded videos into latents. No code here is specific to a model.
 """
 
 from dataclasses import dataclass
@@ -16,19 +16,24 @@ from ..sessions.pipeline_call import run_until_left
 from ..sessions.session import LeavePipeline, Session, replaced_method
 from .offload import device_of
 
-BASE = 8  # of the digits by which positions are sent through the pipeline; exact in bf16, too
-PROBE = 64.0  # by which the scale is found: in bf16 the rounding of the offset is small beside it
+BASE = 8  # of the digits that send positions through the pipeline; exact also in bf16
+PROBE = 64.0  # input that finds the scale; large, so that in bf16 the offset's rounding hardly matters
 
 
 @dataclass
 class LatentCodec:
-    """For one video: z[free] = scale * x[source] + offset of flattened latents x and what the VAE decodes, z.
+    """The map from a video's flattened latents x to the VAE's input z: z[free] = scale * x[source] + offset.
 
     Attributes:
-        shape: of a video's latents, its rows first. encoded: of z, without the batch where clips are decoded whole.
-        by_frame: frames are decoded one by one: z is (F, C, h, w); else (C, T, h, w).
-        video: (F, 3, H, W) that the pipeline makes.
-        free: (z.numel(),) bool, what the latents decide: not what an image fixes, for instance a first frame.
+        shape: shape of a video's latents; its rows are the first dimension.
+        encoded: shape of z; without the batch dimension if the VAE decodes whole clips.
+        by_frame: whether frames are decoded one by one: z is (F, C, h, w), otherwise (C, T, h, w).
+        video: shape (F, 3, H, W) of the pipeline's videos.
+        free: (z.numel(),) bool, the elements of z that the latents determine; False where a condition fixes them, for
+            instance the first frame.
+        source: (x.numel(),) index into x of each free element.
+        scale: (x.numel(),).
+        offset: (x.numel(),).
     """
 
     shape: torch.Size
@@ -43,9 +48,10 @@ class LatentCodec:
     @staticmethod
     @torch.no_grad()
     def of(policy, prompt: str = "", conditions: dict | None = None) -> "LatentCodec":
-        """Probe a policy's pipeline at its own size, with the conditions of one video where it needs them.
+        """Probe a policy's pipeline at its own size, with the conditions of one video if it needs them.
 
-        Raises PolicyError where the map is not one-to-one and affine: then videos cannot be turned into latents.
+        Raises:
+            PolicyError: the map is not one-to-one and affine, so videos cannot be turned into latents.
         """
         shape = _Probe.run(policy, prompt, None, conditions).shape_of_latents
         count = shape.numel()
@@ -59,7 +65,7 @@ class LatentCodec:
         free = scale != 0
         if int(free.sum()) != count or not bool(scale.isfinite().all()):
             raise PolicyError(
-                f"{type(policy.pipeline).__name__} decodes {int(free.sum())} numbers of {count} latents, so videos "
+                f"{type(policy.pipeline).__name__} decodes {int(free.sum())} numbers from {count} latents, so videos "
                 "cannot be turned into its latents; train without videos."
             )
         source, power, index = torch.zeros(count, dtype=torch.long), 1, torch.arange(count)
@@ -79,19 +85,19 @@ class LatentCodec:
         return LatentCodec(shape, encoded, by_frame, video, free, source, scale[free], offset[free])
 
     def fitted(self, video: Tensor) -> Tensor:
-        """A video (F', 3, H', W') in [0, 1] at the pipeline's size: frames taken evenly, the middle, resized."""
+        """Fit a video (F', 3, H', W') in [0, 1] to the pipeline's size: evenly spaced frames, cropped and resized."""
         frames, _, height, width = self.video
         take = torch.linspace(0, len(video) - 1, frames).round().long()
         return resized(video.float()[take], (height, width))
 
     @torch.no_grad()
     def encode(self, pipeline, videos: Tensor) -> Tensor:
-        """Latents (B * rows, ...) fp32, in the scheduler's layout, of videos (B, F, 3, H, W) in [0, 1]."""
+        """Return latents (B * rows, ...), fp32 in the scheduler's layout, of videos (B, F, 3, H, W) in [0, 1]."""
         if videos.shape[1:] != self.video:
             expected = ", ".join(map(str, self.video))
             raise ValueError(
-                f"videos: expected (B, {expected}), what {type(pipeline).__name__} makes here, got "
-                f"{tuple(videos.shape)}; `fitted` makes them so."
+                f"videos: expected (B, {expected}), the size that {type(pipeline).__name__} makes here, got "
+                f"{tuple(videos.shape)}; `fitted` converts a video to it."
             )
         vae = pipeline.vae
         x = (videos * 2 - 1).to(device_of(vae), next(vae.parameters()).dtype)
@@ -107,7 +113,7 @@ class LatentCodec:
 
 
 def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """The middle of frames (F, 3, H, W) at the aspect of `size`, resized to it, in [0, 1]."""
+    """Centre-crop frames (F, 3, H, W) to the aspect ratio of `size` and resize them to it, in [0, 1]."""
     height, width = frames.shape[-2:]
     rows, columns = min(height, round(width * size[0] / size[1])), min(width, round(height * size[1] / size[0]))
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -118,7 +124,7 @@ def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 class _Probe(Session):
-    """A run whose final latents are given, and whose VAE only looks at what it is to decode."""
+    """A run with given final latents that records what the VAE would decode."""
 
     needs_prediction = False
 

@@ -1,11 +1,11 @@
-"""What waits in the host's memory while it is idle: text encoders, autoencoder, denoisers.
+"""Keep idle components in host memory: text encoders, autoencoder, denoisers.
 
-Frozen weights never change, so their copy in the host's memory stays: bringing a part in copies it to the device, and
-taking it away drops the device's copy, without a copy back. Of the parts that are offloaded one is on the device at a
-time, and those that a graph still needs. What is trained (adapters) and buffers stay on the device.
+Frozen weights never change, so their copy in host memory stays: loading a part copies it to the device, and unloading
+drops the device's copy, without a copy back. Only one offloaded part is on the device at a time, plus those that a
+graph still needs. Trained weights (adapters) and buffers stay on the device.
 
-How: each such component carries a hook of accelerate, from which diffusers' pipelines read the device they work on,
-wherever the weights lie; so the pipeline works as before, outside a policy, too.
+How: each such component has an accelerate hook, from which diffusers' pipelines read the device they work on, wherever
+the weights are; so the pipeline also works as before outside a policy.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from ..schedule.scheduler import PolicyError
 from ..sharded.sharding import is_sharded
 
 OFFLOADED = ("text_encoder", "vae", "denoiser")  # kinds of components
-BUCKET = 2**30  # bytes; torch rounds pinned memory up to a power of two, so that one allocation a tensor wastes much
+BUCKET = 2**30  # bytes; torch rounds pinned memory up to a power of two, so one allocation per tensor would waste much
 ALIGNMENT = 64
 
 
 def kind_of(name: str) -> str | None:
-    """The kind of a pipeline's component by its name: text_encoder (an image encoder, too), vae, denoiser, or None."""
+    """Return the kind of a component by its name: text_encoder (also image encoders), vae, denoiser, or None."""
     if name.startswith("text_encoder") or name == "image_encoder":
         return "text_encoder"
     if name == "vae" or name.endswith("_vae"):
@@ -39,11 +39,13 @@ def kind_of(name: str) -> str | None:
 def place(pipeline: DiffusionPipeline, device: torch.device | str, offload: Sequence[str] = ()) -> None:
     """Move a pipeline to a device; components of the kinds in `offload` are there only while they are used.
 
-    A text encoder or an autoencoder leaves when its call ends; a denoiser when another offloaded part is used, or by
-    `leave_idle`. One whose output carries gradients stays until they have come. An earlier `place` is undone.
+    A text encoder or an autoencoder leaves the device when its call ends; a denoiser leaves when another offloaded
+    part is used, or by `leave_idle`. A part whose output requires gradients stays until they have been computed. An
+    earlier `place` is undone.
 
     Raises:
-        PolicyError: a kind that the pipeline has not, or weights that are quantised or not frozen.
+        PolicyError: the pipeline has no component of a kind, or a component's weights are quantised, sharded or all
+            trained.
     """
     device = torch.device(device)
     modules = {name: c for name, c in pipeline.components.items() if isinstance(c, nn.Module)}
@@ -59,19 +61,19 @@ def place(pipeline: DiffusionPipeline, device: torch.device | str, offload: Sequ
             _check_plain(name, module)
             together.append(Part(module, kind_of(name), device, together))
     for module in modules.values():
-        if _part(module) is None and not is_sharded(module):  # parts of a sharded one are where they belong
+        if _part(module) is None and not is_sharded(module):  # a sharded one is already in place
             module.to(device)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a component of a pipeline works, wherever its weights lie now."""
+    """Return the device that a component works on, wherever its weights are now."""
     part = _part(module)
     return next(module.parameters()).device if part is None else part.execution_device
 
 
 @contextlib.contextmanager
 def resident(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, the weights of these components are on the device, all at once."""
+    """Keep the weights of all these components on the device while the context is open."""
     parts = [part for part in map(_part, modules) if part is not None]
     for part in parts:
         part.held += 1
@@ -88,7 +90,7 @@ def resident(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def leave_idle(pipeline: DiffusionPipeline) -> None:
-    """Offloaded components leave the device, but for those that a graph still needs."""
+    """Move offloaded components off the device, except those that a graph still needs."""
     for component in pipeline.components.values():
         part = _part(component)
         if part is not None:
@@ -96,16 +98,19 @@ def leave_idle(pipeline: DiffusionPipeline) -> None:
 
 
 class Part(ModelHook):
-    """One component's frozen weights, which come and go.
+    """The offloading hook of one component, which moves its frozen weights.
 
     Args:
-        module: the component. kind: one of `OFFLOADED`. device: where it works. together: all parts of the pipeline.
+        module: the component.
+        kind: one of `OFFLOADED`.
+        device: the device it works on.
+        together: all parts of the pipeline.
     """
 
     def __init__(self, module: nn.Module, kind: str, device: torch.device, together: list["Part"]):
         self.execution_device, self.together = device, together
-        self.lingers = kind == "denoiser"  # a denoiser is called many times: it stays until another part comes
-        self.methods = ("decode", "encode") if kind == "vae" else ()  # called in the place of its forward
+        self.lingers = kind == "denoiser"  # a denoiser is called many times: it stays until another part is used
+        self.methods = ("decode", "encode") if kind == "vae" else ()  # called instead of its forward
         self.is_resident, self.held = False, 0
         self.waiting: weakref.WeakSet[_Graph] = weakref.WeakSet()
         for tensor in [*module.buffers(), *(p for p in module.parameters() if p.requires_grad)]:
@@ -118,7 +123,7 @@ class Part(ModelHook):
             setattr(module, name, functools.wraps(own)(functools.partial(self._call, own)))
 
     def __deepcopy__(self, memo) -> "Part":
-        return self  # a copy of the component that shares its weights shares their coming and going
+        return self  # a copy of the component that shares its weights also shares this hook
 
     def pre_forward(self, module, *args, **kwargs):
         self.enter()
@@ -142,13 +147,13 @@ class Part(ModelHook):
             self.leave()
 
     def _wait_for(self, output: Tensor) -> None:
-        """Until its gradient has come, or its graph is gone, backward needs the weights."""
+        """Keep the weights until the output's gradient is computed or its graph is freed: backward needs them."""
         graph = _Graph()
         self.waiting.add(graph)
         output.register_hook(lambda gradient: self.waiting.discard(graph))
 
     def enter(self) -> None:
-        """The weights to the device; other parts leave it first."""
+        """Move the weights to the device, after moving other parts off it."""
         for part in self.together:
             if part is not self:
                 part.leave()
@@ -158,7 +163,7 @@ class Part(ModelHook):
                 parameter.data = host.to(self.execution_device, non_blocking=True, copy=True)
 
     def leave(self) -> None:
-        """The weights from the device, unless somebody holds them or a graph needs them."""
+        """Move the weights off the device, unless `resident` holds them or a graph needs them."""
         if self.is_resident and not self.held and not self.waiting:
             self.is_resident = False
             for parameter, host in zip(self.frozen, self.host):
@@ -166,7 +171,7 @@ class Part(ModelHook):
 
 
 class _Graph:
-    """Lives as long as the graph of an output, whose hook holds it."""
+    """A marker that lives as long as an output's graph, whose hook holds it."""
 
 
 def _part(component) -> Part | None:
@@ -187,17 +192,17 @@ def _bring_back(module: nn.Module) -> None:
 
 def _check_plain(name: str, module: nn.Module) -> None:
     if all(parameter.requires_grad for parameter in module.parameters()):
-        raise PolicyError(f"offload: {name} has no frozen weights; call its requires_grad_(False) before.")
+        raise PolicyError(f"offload: {name} has no frozen weights; call its requires_grad_(False) first.")
     for key, parameter in module.named_parameters():
         if type(parameter) is not nn.Parameter or type(parameter.data) is not Tensor or hasattr(parameter, "ds_id"):
             raise PolicyError(
                 f"offload: {key} of {name} is a {type(parameter).__name__} of {type(parameter.data).__name__} "
-                f"(quantised or sharded weights), which cannot come and go; leave {kind_of(name)!r} out of offload."
+                f"(quantised or sharded weights), which cannot be offloaded; leave {kind_of(name)!r} out of offload."
             )
 
 
 def _packed(parameters: list[nn.Parameter], pin: bool) -> Iterator[Tensor]:
-    """Each parameter's values, moved to the host's memory, in few allocations; pinned, they are read at full speed."""
+    """Move each parameter to host memory, in few allocations; pinned memory is read at full speed."""
     sizes = [-(-p.numel() * p.element_size() // ALIGNMENT) * ALIGNMENT for p in parameters]
     left, used, bucket = sum(sizes), 0, torch.empty(0, dtype=torch.uint8)
     for parameter, size in zip(parameters, sizes):

@@ -1,4 +1,4 @@
-"""Prompt embeddings, computed once per prompt."""
+"""Compute prompt embeddings once per prompt."""
 
 import contextlib
 import hashlib
@@ -17,22 +17,23 @@ from ..schedule.scheduler import PolicyError
 
 
 class PromptMemo:
-    """Stands in for a pipeline's `encode_prompt` and remembers what it returned for each prompt.
+    """Replaces a pipeline's `encode_prompt` and caches what it returned for each prompt.
 
     Prompts are encoded one at a time, so that an embedding depends on its prompt alone: not on the batch it first
-    appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already carry embeddings,
-    or whose outputs do not stack (different lengths), go to the pipeline as they are; but without a mask its padding
-    would count, and a video would change with its batch-mates (Latte cuts a prompt alone and pads prompts together).
+    appeared in, nor on whether the run was resumed. The rows are then stacked. Calls that already have embeddings go
+    to the pipeline unchanged, as do calls whose outputs do not stack (different lengths). If these return no mask, a
+    PolicyError is raised: padding would count, so a video would change with its batch-mates (Latte cuts a prompt
+    encoded alone and pads prompts encoded together).
 
-    What is remembered belongs to the contents of all arguments, pixels of images included (see `content_key`); a call
-    with an argument whose contents have no key is made anew each time.
+    The cache key covers the contents of all arguments, including pixels of images (see `content_key`); a call with an
+    argument that has no key is never cached.
 
     Args:
         encode_prompt: the pipeline's bound method; any signature with a `prompt` argument.
-        size: number of prompts to remember, least recently used first out.
-        pad: embeddings (1, L, D) of different lengths are padded with zeros, and `padded` is set: for denoisers that
-            take no mask, see `text_lengths`.
-        during: gives a context that is entered while prompts are encoded, once a call that meets new ones.
+        size: number of prompts to cache; the least recently used is dropped first.
+        pad: pad embeddings (1, L, D) of different lengths with zeros and set `padded`; for denoisers that take no
+            mask, see `text_lengths`.
+        during: returns a context that is entered once per call, while new prompts are encoded.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class PromptMemo:
                 bound |= bound.pop(name, {})
         prompt = bound.get("prompt")
         has_embeddings = any(isinstance(value, torch.Tensor) for name, value in bound.items() if "prompt" in name)
-        if prompt is None and "batch_size" in bound:  # as many empty prompts
+        if prompt is None and "batch_size" in bound:  # this many empty prompts
             prompt = [None] * bound["batch_size"]
         if not isinstance(prompt, list) or has_embeddings:
             return self.encode_prompt(*args, **kwargs)
         if len(prompt) > 1 and any(_several_images(value) for name, value in bound.items() if "prompt" not in name):
             with self.record("text"):
-                return self._encode(*args, **kwargs)  # which image goes with which prompt, the pipeline knows
+                return self._encode(*args, **kwargs)  # only the pipeline knows which image belongs to which prompt
         texts = {name: value for name, value in bound.items() if "prompt" in name and isinstance(value, list)}
         for name, values in texts.items():
             if len(values) != len(prompt):
-                raise PolicyError(f"{name} has {len(values)} values for {len(prompt)} prompts; give one string.")
+                raise PolicyError(f"{name} has {len(values)} values for {len(prompt)} prompts; give a single string.")
         outputs = []
         for row, text in enumerate(prompt):
             one = bound | {name: values[row : row + 1] for name, values in texts.items()}
@@ -98,14 +99,14 @@ class PromptMemo:
             together = self._encode(*args, **kwargs)
         if not _masked(together):
             raise PolicyError(
-                f"{self.encode_prompt.__qualname__} gives prompts embeddings of different lengths and no mask, so "
-                "that a video would depend on the other prompts of its batch. Set what makes the length fixed in "
+                f"{self.encode_prompt.__qualname__} returns embeddings of different lengths without a mask, so a "
+                "video would depend on the other prompts of its batch. Set the option that fixes the length in "
                 "pipeline_kwargs (Latte: mask_feature=False)."
             )
         return together
 
     def _pair(self, bound: dict):
-        """The first prompt twice: shows which outputs grow with the batch."""
+        """Encode the first prompt twice in one call, to find which outputs grow with the batch."""
         lists = (name for name, value in bound.items() if "prompt" in name and isinstance(value, list))
         return self._encode_one(bound | {name: bound[name][:1] * 2 for name in lists})
 
@@ -124,9 +125,9 @@ class PromptMemo:
 
 
 def content_key(value):
-    """A hashable key of a value's contents, different for different contents; None where it has none.
+    """Return a hashable key of a value's contents, different for different contents; None for unsupported types.
 
-    Text, numbers, dtypes and devices, images, arrays and tensors have one, and lists, tuples and dicts of these.
+    Supported are text, numbers, dtypes, devices, images, arrays and tensors, and lists, tuples and dicts of these.
     """
     kind = type(value).__name__
     if value is None or isinstance(value, (str, bytes, int, float, np.generic, torch.dtype, torch.device)):
@@ -151,7 +152,7 @@ def _digest(data) -> bytes:
 
 
 def _several_images(value) -> bool:
-    """Whether a value may hold an image for each prompt."""
+    """Return whether a value may hold one image per prompt."""
     if isinstance(value, (list, tuple)):
         return any(isinstance(leaf, (Image, torch.Tensor, np.ndarray)) for leaf in tree_leaves(value))
     return isinstance(value, (torch.Tensor, np.ndarray))
@@ -166,7 +167,7 @@ def _lengths_differ(outputs: list[tuple]) -> bool:
 
 
 def _padded(outputs: list[tuple]) -> list[tuple]:
-    """Embeddings (1, L, D) with zeros to the longest L of the batch."""
+    """Pad embeddings (1, L, D) with zeros to the longest L of the batch."""
     columns = []
     for column in zip(*outputs):
         if _is_text(column[0]):
@@ -177,24 +178,25 @@ def _padded(outputs: list[tuple]) -> list[tuple]:
 
 
 def _masked(output) -> bool:
-    """Whether a mask may be among the outputs: anything but embeddings of (batch, ..., length, width)."""
+    """Return whether the outputs may include a mask: anything but embeddings of (batch, ..., length, width)."""
     leaves = [leaf for leaf in tree_leaves(output) if leaf is not None]
     return not all(isinstance(leaf, torch.Tensor) and leaf.ndim >= 3 for leaf in leaves)
 
 
 def _batched(output) -> bool:
-    """Whether every tensor of a one-prompt output has one row."""
+    """Return whether every tensor of a one-prompt output has one row."""
     if isinstance(output, tuple):
         return all(_batched(part) for part in output)
     return not isinstance(output, torch.Tensor) or (output.ndim > 0 and output.shape[0] == 1)
 
 
 def _stack(outputs: list, pair=None):
-    """Join one-prompt outputs (a tensor or None, or a tuple of them) along the batch; None where they do not fit.
+    """Join one-prompt outputs (a tensor, None, or a tuple of these) along the batch; None if they do not fit.
 
     Args:
-        pair: the output for the first prompt twice, where some tensor has not one row a prompt: such a one may be
-            common to the batch, as Flux's ids of text positions are.
+        outputs: one per prompt.
+        pair: the output for the first prompt twice; needed if some tensor does not have one row per prompt, because it
+            may be common to the batch, like Flux's ids of text positions.
     """
     first = outputs[0]
     if first is None:

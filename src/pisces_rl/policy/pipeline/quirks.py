@@ -1,8 +1,8 @@
-"""All that this package knows of a model by its name; what else differs between pipelines is found by asking."""
+"""All special cases by model name; every other difference between pipelines is detected at run time."""
 
-#: Autoencoders whose attention mask broadcasts against a batch of one only (diffusers 0.42): they fail on any other.
+#: Autoencoders whose attention mask only broadcasts to a batch of one (diffusers 0.42), so larger batches fail.
 ONE_VIDEO_AT_A_TIME = ("AutoencoderKLHunyuanVideo15",)
-#: Autoencoders whose decoder keeps what the next latent frames need, so that these may come in chunks of any length.
+#: Autoencoders whose decoder keeps the state for the next latent frames, so it can decode chunks of any length.
 CAUSAL_CHUNKS = ("AutoencoderKLWan",)
-#: Autoencoders whose slices share what one leaves for the next (diffusers 0.42): the second fails.
+#: Autoencoders whose slices share one cache (diffusers 0.42), so the second slice fails.
 WITHOUT_SLICES = ("AutoencoderKLMagvit",)

@@ -1,4 +1,4 @@
-"""What a pipeline and a policy's settings must keep; a PolicyError says which rule is broken."""
+"""Rules for pipelines and policy settings; a PolicyError says which rule is broken."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from .offload import kind_of
 
 
 def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
-    """The denoisers of a pipeline by name; a PolicyError where it has none, or lacks what else a policy needs."""
+    """Return a pipeline's denoisers by name; a PolicyError if it has none, or lacks a scheduler or `encode_prompt`."""
     found = {
         name: component
         for name, component in pipeline.components.items()
@@ -32,21 +32,22 @@ def denoisers_of(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
 
 
 def scheduler_of(pipeline: DiffusionPipeline) -> SchedulerMixin:
-    """By which a pipeline is sampled; a PolicyError where its model predicts a flow and its scheduler expects none."""
+    """Return the scheduler that samples the policy; a PolicyError if the model predicts a flow but its scheduler is
+    not set up for one."""
     scheduler = training_scheduler(pipeline.scheduler)
     declared = inspect.signature(type(pipeline).__init__).parameters.get("scheduler")
     flows = declared is not None and declared.annotation is FlowMatchEulerDiscreteScheduler
     if flows and not issubclass(schedule_class(scheduler), FlowSchedule):
         name = type(pipeline.scheduler).__name__
         raise PolicyError(
-            f"{type(pipeline).__name__} is a flow-matching pipeline, and its {name} is not set for one: it has "
+            f"{type(pipeline).__name__} is a flow-matching pipeline, but its {name} is not set up for one: it has "
             f"prediction_type={pipeline.scheduler.config.get('prediction_type')!r}. {flow_config(name)}"
         )
     return scheduler
 
 
 def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
-    """The user's pipeline arguments, refused where the pipeline does not know them or they change latents."""
+    """Check the user's pipeline arguments; a PolicyError if one is unknown, or would change latents or noise."""
     known = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
     check_call(kwargs)
     for name, value in kwargs.items():
@@ -57,7 +58,7 @@ def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
         if name in ("callback_on_step_end", "callback", "latents", "generator") and value is not None:
             raise PolicyError(f"pipeline argument {name!r} would change the policy's latents or noise; leave it out.")
         if name.startswith("num_") and name.endswith("_per_prompt") and value != 1:
-            raise PolicyError(f"{name}={value}: repeat the prompt instead, one row a video.")
+            raise PolicyError(f"{name}={value}: repeat the prompt instead, once per video.")
     for name in ("prompt", "generator", "output_type", "num_inference_steps"):
         if name not in known:
             raise PolicyError(f"{type(pipeline).__name__}.__call__ has no argument {name!r}; a policy needs it.")
@@ -65,10 +66,10 @@ def checked_kwargs(pipeline: DiffusionPipeline, kwargs: dict) -> dict:
 
 
 def check_call(kwargs: Mapping) -> None:
-    """What can be said of a pipeline's arguments before there is a pipeline.
+    """Check pipeline arguments as far as possible without a pipeline.
 
     Raises:
-        PolicyError: a size is no whole number of at least 1, or there is a list of texts, one for each video.
+        PolicyError: a size is not a whole number of at least 1, or a prompt argument is a list.
     """
     for name in ("height", "width", "num_frames"):
         value = kwargs.get(name)
@@ -84,20 +85,20 @@ def check_call(kwargs: Mapping) -> None:
 
 
 def check_video(pipeline: DiffusionPipeline, kwargs: Mapping, shape: Sequence[int]) -> None:
-    """A PolicyError where the videos (B, F, 3, H, W) are not of the size that was asked for: some pipelines round."""
+    """Raise a PolicyError if videos (B, F, 3, H, W) do not have the requested size: some pipelines round it."""
     made = {"num_frames": shape[1], "height": shape[3], "width": shape[4]}
     for name, value in made.items():
         if kwargs.get(name) not in (None, value):
             raise PolicyError(
                 f"{name}={kwargs[name]}, but {type(pipeline).__name__} rounds it and made {value}. Set {name}={value} "
-                "or another value that it takes as it is."
+                "or another value that it does not round."
             )
 
 
 def checked_window(size: int | None, window: Sequence[int] | None, num_steps: int) -> tuple[int, int]:
-    """[low, high) of the steps that may be trained; the last step is never stochastic."""
+    """Return the range [low, high) of steps that may be trained; the last step is never stochastic."""
     if num_steps == 1 and size is None and window is None:
-        return 0, 0  # it samples, and carries gradients, but has no step to draw
+        return 0, 0  # can sample and backpropagate, but has no stochastic step
     low, high = (0, num_steps - 1) if window is None else (int(window[0]), int(window[1]))
     if not 0 <= low < high <= num_steps - 1:
         raise PolicyError(

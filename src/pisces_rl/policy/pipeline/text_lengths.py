@@ -1,7 +1,7 @@
-"""Text of unequal lengths for denoisers that take no text mask (Kandinsky 5): a forward for each length.
+"""Texts of unequal lengths for denoisers that take no text mask (Kandinsky 5): one forward per length.
 
-Such a denoiser attends to padding, so in a batch a video would depend on the prompts beside it, and the replay of a
-slice would score other numbers than were sampled. Here each row gets the text of its own length, as if alone.
+Such a denoiser attends to padding, so a video would depend on the other prompts of its batch, and replaying some rows
+would give different numbers than sampling did. Here each row gets its text without padding, as if it were alone.
 """
 
 import inspect
@@ -15,16 +15,18 @@ TEXT, POSITIONS = "encoder_hidden_states", "text_rope_pos"
 
 
 def takes_mask(denoiser: nn.Module) -> bool:
-    """Whether the denoiser can be told which text tokens are padding."""
+    """Return whether the denoiser takes a mask of the text tokens that are padding."""
     return any("mask" in name for name in inspect.signature(type(denoiser).forward).parameters)
 
 
 def by_length(forward: Callable, agree: Callable[[int], int] = int, **kwargs):
-    """`forward(**kwargs)` for each length of text; zeros that end a row of `encoder_hidden_states` are padding.
+    """Call `forward(**kwargs)` once per text length; trailing zeros in a row of `encoder_hidden_states` are padding.
 
     Args:
-        agree: takes the number of forwards that this batch needs, and gives the number that there shall be, at least
-            as many; where ranks share a sharded denoiser, that of the rank that needs most.
+        forward: the denoiser's forward.
+        agree: maps the number of forwards that this batch needs to the number to make, at least as many; if ranks
+            share a sharded denoiser, that of the rank that needs most.
+        kwargs: arguments of `forward`.
     """
     text = kwargs[TEXT]
     lengths = (text != 0).any(-1).sum(1).tolist()

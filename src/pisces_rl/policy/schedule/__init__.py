@@ -1,1 +1,1 @@
-"""Noise schedules: the scheduler of a policy, its grid, and the numbers of each step."""
+"""Noise schedules: a policy's scheduler, its grid, and the numbers of each step."""

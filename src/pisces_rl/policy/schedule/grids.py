@@ -1,8 +1,8 @@
 """First-order steps on the grid of a pipeline's own scheduler.
 
-A solver of higher order has no single-step density, but its grid of noise levels is the pipeline's: `on_own_grid`
-keeps the class, with its `set_timesteps` and all that a pipeline asks of it, and steps along the ODE from one level to
-the next.
+A higher-order solver has no single-step density, but the pipeline expects its grid of noise levels. `on_own_grid`
+keeps the class, with its `set_timesteps` and everything else the pipeline uses, and steps along the ODE from one level
+to the next.
 """
 
 import copy
@@ -16,7 +16,7 @@ from ...transitions import TRANSITIONS
 
 
 class _OwnGrid:
-    """What both kinds share. Latents are (1 - s) x0 + s e or sqrt(a) x0 + sqrt(1 - a) e, never scaled by sigma."""
+    """Base of both grids. Latents are (1 - s) x0 + s e or sqrt(a) x0 + sqrt(1 - a) e, never scaled by sigma."""
 
     init_noise_sigma = 1.0
 
@@ -35,11 +35,11 @@ class _OwnGrid:
 
 
 class FlowGrid(_OwnGrid):
-    """sigmas (N + 1,) of the scheduler; timesteps (N,) are 1000 sigma with their fraction, which UniPC and DPM cut."""
+    """The scheduler's sigmas (N + 1,); timesteps (N,) are 1000 sigma with the fraction that UniPC and DPM drop."""
 
     def keep_grid(self) -> None:
         device = self.timesteps.device
-        steps = self.sigmas[:-1][:: self.order]  # of two evaluations a step, as Heun makes, the first
+        steps = self.sigmas[:-1][:: self.order]  # the first evaluation of each step (Heun makes two)
         self.sigmas = torch.cat([steps, self.sigmas[-1:]]).float()
         self.timesteps = (steps * self.config.num_train_timesteps).float().to(device)
 
@@ -49,7 +49,7 @@ class FlowGrid(_OwnGrid):
 
 
 class AlphaGrid(_OwnGrid):
-    """grid_alphas (N + 1,): the cumulative alphas of the scheduler's times, 1 / (1 + sigma^2) where it has sigmas."""
+    """grid_alphas (N + 1,): cumulative alphas at the scheduler's timesteps, 1 / (1 + sigma^2) if it has sigmas."""
 
     def keep_grid(self) -> None:
         state, kept = vars(self), slice(None, None, self.order)
@@ -58,7 +58,7 @@ class AlphaGrid(_OwnGrid):
             count = len(self.timesteps)
             self.grid_alphas = 1 / (1 + torch.cat([sigmas[kept][:count], sigmas[-1:]]).square())
             return
-        self.timesteps = self.timesteps.unique_consecutive()  # PNDM evaluates its second time twice
+        self.timesteps = self.timesteps.unique_consecutive()  # PNDM evaluates its second timestep twice
         final = torch.as_tensor(state.get("final_alpha_cumprod", 1.0)).double().reshape(1)
         self.grid_alphas = torch.cat([self.alphas_cumprod.double().cpu()[self.timesteps.cpu().long()], final])
 
@@ -70,11 +70,11 @@ class AlphaGrid(_OwnGrid):
 
 
 def on_own_grid(scheduler: SchedulerMixin, kind: type) -> SchedulerMixin:
-    """A copy of a scheduler that makes first-order steps; `kind` is `FlowGrid` or `AlphaGrid`."""
+    """Return a copy of a scheduler that makes first-order steps; `kind` is `FlowGrid` or `AlphaGrid`."""
     base = type(scheduler)
 
     class OnGrid(kind, base):
-        @functools.wraps(base.set_timesteps)  # pipelines inspect both for what they may pass
+        @functools.wraps(base.set_timesteps)  # pipelines inspect both signatures
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
 
@@ -87,7 +87,7 @@ def on_own_grid(scheduler: SchedulerMixin, kind: type) -> SchedulerMixin:
 
 
 def as_class(scheduler: SchedulerMixin, cls: type) -> SchedulerMixin:
-    """A copy of a scheduler, its state included (a shift that was set on it is in no config), as a subclass of it."""
+    """Return a copy of a scheduler as `cls`, a subclass, with its state (a shift set later is not in its config)."""
     made = cls.__new__(cls)
     vars(made).update(copy.deepcopy(vars(scheduler)))
     return made

@@ -1,4 +1,4 @@
-"""A stochastic step inside any pipeline: the pipeline's scheduler, with `step` handed to a session."""
+"""Make any pipeline's steps stochastic: its scheduler, with `step` delegated to a session."""
 
 import copy
 import functools
@@ -19,31 +19,31 @@ from ...transitions import TRANSITIONS, Transition
 from .grids import AlphaGrid, FlowGrid, as_class, on_own_grid
 from .schedules import FlowSchedule, schedule_class, schedule_of
 
-#: Schedulers of flow matching, besides Euler's, whose config does not say so.
+#: Flow-matching schedulers, besides Euler's, whose config does not say that they are.
 OTHER_FLOW = FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
 
 
 class PolicyError(ValueError):
-    """A pipeline cannot be a policy, or a setting does not fit it; the message names the rule and the mend."""
+    """A pipeline cannot be a policy, or a setting does not fit it; the message names the rule and the fix."""
 
 
 def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler by which a pipeline is sampled as a policy: first order, on the grid of the pipeline's own.
+    """Return the scheduler that samples a pipeline as a policy: first order, on the grid of the pipeline's scheduler.
 
-    A multistep or ancestral solver has no single-step density, so it steps by first order from one of its noise
-    levels to the next (see `grids`). CogVideoX's DPM, whose pipeline calls it otherwise, and EDM's solvers give way to
-    the first-order scheduler of the same grid.
+    A multistep or ancestral solver has no single-step density, so first-order steps go from one of its noise levels to
+    the next (see `grids`). CogVideoX's DPM, which its pipeline calls differently, and EDM's solvers are replaced by
+    the first-order scheduler with the same grid.
 
     Raises:
         PolicyError: no transition fits the scheduler, it clips its prediction, or its settings contradict each other.
     """
     config = dict(scheduler.config)
     name = type(scheduler).__name__
-    clips = config.get("clip_sample") and not name.startswith("CogVideoX")  # which ignore the flag
+    clips = config.get("clip_sample") and not name.startswith("CogVideoX")  # these ignore the flag
     if clips or config.get("thresholding"):
         raise PolicyError(
             f"{name} has clip_sample={config.get('clip_sample')} and thresholding={config.get('thresholding')}: a "
-            "clipped prediction has no Gaussian density. Load the pipeline with a scheduler that clips nothing, for "
+            "clipped prediction has no Gaussian density. Load the pipeline with a scheduler that does not clip, for "
             "instance DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False, thresholding=False)."
         )
     if config.get("stochastic_sampling"):
@@ -59,11 +59,11 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
     if sigmas != (prediction == "flow_prediction"):
         raise PolicyError(
             f"{name} has use_flow_sigmas={sigmas} and prediction_type={prediction!r}. A flow-matching pipeline needs "
-            f"use_flow_sigmas=True with 'flow_prediction', any other pipeline neither. {flow_config(name)}"
+            f"use_flow_sigmas=True and 'flow_prediction'; other pipelines need neither. {flow_config(name)}"
         )
     if sigmas:
         if config.get("flow_shift") is None and not config.get("use_dynamic_shifting"):
-            raise PolicyError(f"{name} has flow_shift=None, from which it makes no schedule. {flow_config(name)}")
+            raise PolicyError(f"{name} has flow_shift=None, so it cannot make a schedule. {flow_config(name)}")
         return on_own_grid(scheduler, FlowGrid)
     if name.startswith("CogVideoX"):
         return CogVideoXDDIMScheduler.from_config(scheduler.config)
@@ -76,18 +76,18 @@ def training_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
 
 
 def flow_config(name: str) -> str:
-    """What to do about a scheduler of that class whose settings do not fit flow matching."""
+    """Return the advice for a scheduler of this class whose settings do not fit flow matching."""
     if name not in ("UniPCMultistepScheduler", "DPMSolverMultistepScheduler"):
         name = "FlowMatchEulerDiscreteScheduler"
-        return f"Set pipe.scheduler = {name}(shift=...), with the shift of the model's card."
+        return f"Set pipe.scheduler = {name}(shift=...), with the shift from the model card."
     return (
         f"Set pipe.scheduler = {name}.from_config(pipe.scheduler.config, use_flow_sigmas=True, "
-        "prediction_type='flow_prediction', flow_shift=...), with the shift of the model's card."
+        "prediction_type='flow_prediction', flow_shift=...), with the shift from the model card."
     )
 
 
 def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
-    """The named transition, or the family's default; a PolicyError where it does not fit the scheduler."""
+    """Return the named transition, or the family's default; a PolicyError if it does not fit the scheduler."""
     family = schedule_class(scheduler).family
     fitting = [key for key, value in TRANSITIONS.items() if value.family == family]
     if name is None:
@@ -100,14 +100,15 @@ def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
 
 
 def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
-    """A scheduler of the same class whose `step` is `session.step(index, prediction, x)`.
+    """Return a scheduler of the same class whose `step` calls `session.step(prediction, x)`.
 
-    The index counts the calls since `set_timesteps`. Signatures stay those of the class: pipelines inspect them for
-    `eta`, `generator`, `timesteps` and `sigmas`. A copy that the pipeline makes of it is no part of the policy: it is
-    a scheduler of the plain class, and what it moves follows its ODE (`Session.follow`).
+    Signatures stay those of the class: pipelines inspect them for `eta`, `generator`, `timesteps` and `sigmas`. A copy
+    that the pipeline makes of it is not part of the policy: it steps as the plain class does, along its ODE, and tells
+    the session of each step (`Session.follow`).
 
-    Two rules for EDM: a call of `step` without `pred_original_sample` only asks for x0^ (Cosmos mixes its guidance
-    there), so it is the class's own and no step; the call that gives it is the step, and x0^ its prediction.
+    EDM has two special rules. A call of `step` without `pred_original_sample` only computes x0^ (Cosmos applies
+    guidance to it), so it goes to the class and is not a step. The call with `pred_original_sample` is the step, and
+    x0^ is its prediction.
     """
     base = type(scheduler)
     asks_first = schedule_class(scheduler).predicts_clean
@@ -116,7 +117,9 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
         @functools.wraps(base.set_timesteps)
         def set_timesteps(self, *args, **kwargs):
             super().set_timesteps(*args, **kwargs)
-            if not asks_first and hasattr(self, "sigmas"):  # some pipelines read one each step, which would wait
+            if not asks_first and hasattr(
+                self, "sigmas"
+            ):  # some pipelines read one at each step, which would wait for the device
                 self.sigmas = self.sigmas.cpu()
             _check_grid(self, session)
             session.begin(self)
@@ -124,11 +127,11 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
         def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
             if asks_first and kwargs.get("pred_original_sample") is None:
                 return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
-            if session.index == 0:  # not before: a pipeline may change its sigmas after set_timesteps
+            if session.index == 0:  # not earlier: a pipeline may change its sigmas after set_timesteps
                 session.schedule = schedule_of(self, session.policy.transition)
             x_next = session.step(kwargs["pred_original_sample"] if asks_first else model_output, sample)
             if asks_first:
-                self._step_index = session.index  # from which it scales the model's input
+                self._step_index = session.index  # it scales the model's input by this index
             return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
         def __deepcopy__(self, memo):
@@ -140,7 +143,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
 
 
 def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> SchedulerMixin:
-    """A copy of a stochastic scheduler that steps as the class does and tells the session of each step."""
+    """Return a copy of a stochastic scheduler that steps as its class does and tells the session of each step."""
     session.followers += 1
     number = session.followers
 
@@ -148,7 +151,7 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
         def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
             try:
                 own = super().step(model_output, timestep, sample, *args, return_dict=False, **kwargs)[0]
-            except ValueError as error:  # a time of a schedule that the pipeline made for its own solver
+            except ValueError as error:  # a timestep of a schedule that the pipeline made for its own solver
                 raise session.fails_with_copies() or error from error
             x_next = session.follow(number, self.steps_taken, sample, own)
             self.steps_taken += 1
@@ -162,8 +165,10 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
 
 
 def _check_grid(scheduler: SchedulerMixin, session) -> None:
-    """x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts the sigmas of EDM, up to 80, into a flow scheduler.
-    A solver's own grid must have one time a step, with less noise at each."""
+    """Check that a flow grid lies in [0, 1] and that a solver's grid has one timestep per step, with falling noise.
+
+    x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts EDM's sigmas, up to 80, into a flow scheduler.
+    """
     pipeline, name = type(session.policy.pipeline).__name__, type(scheduler).__name__
     schedule = schedule_class(scheduler)
     if issubclass(schedule, FlowSchedule) and float(scheduler.sigmas.max()) > 1:
@@ -177,15 +182,15 @@ def _check_grid(scheduler: SchedulerMixin, session) -> None:
     falls = bool((noise[1:-1] < noise[:-2]).all()) and noise[-1] <= noise[-2]
     if not falls or len(scheduler.timesteps) != scheduler.num_inference_steps:
         raise PolicyError(
-            f"{pipeline} runs {name}, whose times for {scheduler.num_inference_steps} steps, "
-            f"{[round(t, 1) for t in scheduler.timesteps.tolist()]}, are not one for each step with less noise at "
-            "each, so first-order steps do not fit them. Set the pipeline's scheduler to DDIMScheduler or, for flow "
-            "matching, FlowMatchEulerDiscreteScheduler first."
+            f"{pipeline} runs {name}, whose timesteps for {scheduler.num_inference_steps} steps, "
+            f"{[round(t, 1) for t in scheduler.timesteps.tolist()]}, are not one per step with falling noise, so "
+            "first-order steps do not fit them. Set the pipeline's scheduler to DDIMScheduler or, for flow matching, "
+            "FlowMatchEulerDiscreteScheduler first."
         )
 
 
 def sampler_of(scheduler: SchedulerMixin, num_inference_steps: int) -> str:
-    """In words, how a scheduler of `training_scheduler` samples."""
+    """Describe how a scheduler from `training_scheduler` samples."""
     name = type(scheduler).__name__
     grid = f"the grid of {name}" if isinstance(scheduler, FlowGrid | AlphaGrid) else f"{name}'s grid"
     return f"first-order {schedule_class(scheduler).solver}, {num_inference_steps} steps on {grid}"

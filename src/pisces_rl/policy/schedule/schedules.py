@@ -1,10 +1,10 @@
 """A run's noise schedule: one class per family, with the numbers of each step.
 
-What: `schedule_of(scheduler, transition)` gives the object that a session asks for every number of a step. Why: a
+What: `schedule_of(scheduler, transition)` returns the object that holds all numbers of a session's steps. Why: a
 scheduler's family, its coordinates and the sign of its prediction are decided here and nowhere else. How: a session
-makes one at its first step, because a pipeline may change its sigmas after `set_timesteps`. Gotcha: every scalar is
+creates one at its first step, because a pipeline may change its sigmas after `set_timesteps`. Gotcha: every scalar is
 fp32 on the CPU, so that no step waits for the device; sigma comes from the step's index, never from the integer
-timestep, which loses its fraction.
+timestep, which drops the fraction.
 """
 
 from abc import ABC, abstractmethod
@@ -24,12 +24,12 @@ class Schedule(ABC):
 
     Args:
         scheduler: what `training_scheduler` returned, after its `set_timesteps`.
-        transition: one that fits it, see `find_transition`.
+        transition: one that fits the scheduler, see `find_transition`.
 
     Attributes:
-        family: of the transitions that fit.
+        family: family of the transitions that fit.
         solver: name of the deterministic first-order step.
-        predicts_clean: whether the pipeline itself turns the model's output into x0^, which is then the prediction.
+        predicts_clean: whether the pipeline itself converts the model's output to x0^, which is then the prediction.
         num_steps: N.
     """
 
@@ -43,31 +43,31 @@ class Schedule(ABC):
 
     @abstractmethod
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-        """(mean, std) of the transition from x at step `index`, fp32; noise level 0 is the ODE step."""
+        """Return (mean, std) of the transition from x at step `index`, fp32; noise level 0 is the ODE step."""
 
     @abstractmethod
     def level(self, index: int) -> Tensor:
-        """Sigma of a flow or EDM schedule, the cumulative alpha of an alpha-bar schedule; a scalar."""
+        """Return sigma of a flow or EDM schedule, the cumulative alpha of an alpha-bar schedule; a scalar."""
 
     @abstractmethod
     def scales(self, index: int) -> tuple[Tensor, Tensor]:
-        """(signal, noise), the scalars by which x = signal x0 + noise e."""
+        """Return the scalars (signal, noise) in x = signal x0 + noise e."""
 
     @abstractmethod
     def denoised(self, index: int, prediction: Tensor, x: Tensor) -> Tensor:
-        """x0^, the clean sample that the prediction at step `index` implies, fp32."""
+        """Return x0^, the clean sample that the prediction at step `index` implies, fp32."""
 
     def noised(self, index: int, x0: Tensor, noise: Tensor) -> Tensor:
-        """The clean x0 at the noise level of step `index`, signal x0 + noise e, fp32."""
+        """Return clean x0 with noise at the level of step `index`, signal x0 + noise e, fp32."""
         signal, scale = self.scales(index)
         return signal * x0.float() + scale * noise.float()
 
     def step_size(self, index: int) -> Tensor:
-        """|s' - s| of a flow schedule, 1 / N of any other; a scalar."""
+        """Return |s' - s| for a flow schedule, 1 / N for any other; a scalar."""
         return torch.ones(()) / self.num_steps
 
     def time(self, index: int) -> Tensor:
-        """t in [0, 1], the share of noise in the coordinates of flow matching; a scalar.
+        """Return t in [0, 1], the share of noise in flow-matching coordinates; a scalar.
 
         In these coordinates every family is a flow: with t = noise / (signal + noise),
 
@@ -92,12 +92,12 @@ class FlowSchedule(Schedule):
 
     @staticmethod
     def noise_grid(scheduler: SchedulerMixin) -> Tensor:
-        """(N + 1,) sigma at every time of a scheduler; 1 is noise."""
+        """Return sigma (N + 1,) at every timestep of a scheduler; 1 is pure noise."""
         return scheduler.sigmas.float().cpu()
 
     @staticmethod
     def velocity(prediction: Tensor) -> Tensor:
-        """e - x0 of a model's output, fp32."""
+        """Return e - x0 from a model's output, fp32."""
         return prediction.float()
 
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class FlowSchedule(Schedule):
         return 1 - self.sigmas[index], self.sigmas[index]
 
     def denoised(self, index: int, prediction: Tensor, x: Tensor) -> Tensor:
-        """x - s v."""
+        """Return x - s v."""
         return x.float() - self.sigmas[index] * self.velocity(prediction)
 
     def step_size(self, index: int) -> Tensor:
@@ -130,7 +130,7 @@ class FlowSchedule(Schedule):
 
 
 class InvertedFlowSchedule(FlowSchedule):
-    """Mochi's: the scheduler's time runs from 0 (noise) to 1 (clean), and the model predicts x0 - e."""
+    """Mochi's schedule: time runs from 0 (noise) to 1 (clean), and the model predicts x0 - e."""
 
     @staticmethod
     def noise_grid(scheduler: SchedulerMixin) -> Tensor:
@@ -153,7 +153,7 @@ class AlphaBarSchedule(Schedule):
 
     @staticmethod
     def noise_grid(scheduler: AlphaGrid) -> Tensor:
-        """(N + 1,) 1 - a at every time of a scheduler on its own grid, fp64; 1 is noise."""
+        """Return 1 - a (N + 1,) at every timestep of a scheduler on its own grid, fp64; 1 is pure noise."""
         return 1 - scheduler.grid_alphas
 
     def moments(self, index: int, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -173,7 +173,7 @@ class AlphaBarSchedule(Schedule):
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def denoised(self, index: int, prediction: Tensor, x: Tensor) -> Tensor:
-        """The kernel's step to a = 1, for instance (x - sqrt(1 - a) e) / sqrt(a)."""
+        """Return the kernel's step to a = 1, for instance (x - sqrt(1 - a) e) / sqrt(a)."""
         alpha = self.level(index)
         return self.kernel(
             x.float(),
@@ -207,12 +207,12 @@ class EDMSchedule(Schedule):
         return torch.ones(()), self.sigmas[index]
 
     def denoised(self, index: int, prediction: Tensor, x: Tensor) -> Tensor:
-        """The prediction itself."""
+        """Return the prediction itself."""
         return prediction.float()
 
 
 def schedule_class(scheduler: SchedulerMixin) -> type[Schedule]:
-    """The schedule's class of a scheduler that `training_scheduler` returned."""
+    """Return the schedule class for a scheduler that `training_scheduler` returned."""
     if isinstance(scheduler, EDMEulerScheduler):
         return EDMSchedule
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler | FlowGrid):
@@ -221,16 +221,16 @@ def schedule_class(scheduler: SchedulerMixin) -> type[Schedule]:
 
 
 def schedule_of(scheduler: SchedulerMixin, transition: Transition) -> Schedule:
-    """The schedule of a scheduler whose timesteps are set."""
+    """Return the schedule of a scheduler whose timesteps are set."""
     return schedule_class(scheduler)(scheduler, transition)
 
 
 def _alphas(scheduler: SchedulerMixin) -> list[tuple[Tensor, Tensor]]:
-    """The cumulative alphas between which each step goes, fp32."""
+    """Return the cumulative alphas (from, to) of each step, fp32."""
     if isinstance(scheduler, AlphaGrid):
         alphas = scheduler.grid_alphas.float()
         return list(zip(alphas[:-1], alphas[1:]))
     alphas, stride = scheduler.alphas_cumprod.float().cpu(), scheduler.config.num_train_timesteps
-    stride //= scheduler.num_inference_steps  # by which DDIM steps, whatever the spacing of its timesteps
+    stride //= scheduler.num_inference_steps  # DDIM steps by this, whatever the spacing of its timesteps
     final = torch.as_tensor(scheduler.final_alpha_cumprod).to(alphas)
     return [(alphas[t], alphas[t - stride] if t >= stride else final) for t in scheduler.timesteps.tolist()]

@@ -1,1 +1,1 @@
-"""What may run around a call of the pipeline: sampling, replay, one step, gradients through the sampler."""
+"""The kinds of runs of a pipeline: sampling, replay, a single step, and gradients through the sampler."""

@@ -1,4 +1,4 @@
-"""Sampling whose last part carries gradients: the same entry into the pipeline, grad on from one step to the video."""
+"""Sample with gradients from a given step to the decoded video, by the same call of the pipeline."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -17,10 +17,14 @@ from .session import LeavePipeline, Session, replaced_method, starts_without_fol
 
 @dataclass(frozen=True)
 class DecodedPart:
-    """Which latent frames are decoded with a graph: `count` neighbouring ones from a random one on.
+    """The latent frames to decode with a graph: `count` consecutive ones from a random start.
 
-    A decoder of clips (latents (B, C, T, h, w)) decodes only these, as a clip of its own: the video is that short. A
-    decoder of frames (latents (B T, C, h, w)) decodes all, and these carry gradients.
+    A decoder of clips (latents (B, C, T, h, w)) decodes only these, as a shorter clip. A decoder of single frames
+    (latents (B T, C, h, w)) decodes all frames, and only these carry gradients.
+
+    Args:
+        count: number of latent frames.
+        seed: seed of the start.
     """
 
     count: int
@@ -36,13 +40,16 @@ class DifferentiableSampling(Session):
     """The pipeline's ODE with gradients from step `start` to the decoded video.
 
     Args:
+        policy: the policy.
+        prompts: one per video.
         start: the first step with gradients.
-        jump: leave the schedule at `start` by the one-step prediction x0^; the steps after it are skipped.
-        renoise: (clean latents, a seed for each prompt): step `start` begins from these latents with fresh noise, and
-            the steps before it are skipped.
-        decode: False: leave after the last step.
+        jump: at `start`, jump to the prediction x0^ and skip the later steps.
+        renoise: (clean latents, one seed per prompt): start step `start` from these latents with fresh noise, and skip
+            the earlier steps.
+        decode: False leaves the pipeline after the last step.
 
-    `final` holds the latents after the last step.
+    Attributes:
+        final: the latents after the last step.
     """
 
     def __init__(
@@ -65,7 +72,7 @@ class DifferentiableSampling(Session):
 
     @property
     def frames(self) -> int:
-        """Latent frames of a video, where frames are decoded one by one."""
+        """Number of latent frames of a video, if frames are decoded one by one."""
         return self.final.shape[2] if self.final.ndim == 5 else self.final.shape[0] // len(self.prompts)
 
     def begin(self, scheduler) -> None:
@@ -101,23 +108,23 @@ class DifferentiableSampling(Session):
         if self.final is None:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps; a policy needs exactly one "
-                "for each timestep."
+                "per timestep."
             )
 
 
 @contextlib.contextmanager
 def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpointed: bool) -> Iterator[None]:
-    """The pipeline's VAE with its `decode` checkpointed and cut to a part; as it was on leaving."""
+    """Checkpoint the VAE's `decode` and restrict it to a part while the context is open."""
     pipeline = session.policy.pipeline
     vae = getattr(pipeline, "vae", None)
     if vae is None:
-        raise PolicyError(f"{type(pipeline).__name__} has no vae; reward backpropagation needs one to decode with.")
+        raise PolicyError(f"{type(pipeline).__name__} has no vae; reward backpropagation needs one to decode.")
     decode = vae.decode
-    done = 0  # frames decoded so far, where they are decoded one by one
+    done = 0  # frames decoded so far, if they are decoded one by one
 
     def clip(z: Tensor, *args, **kwargs) -> Tensor:
         if checkpointed and z.requires_grad:
-            with set_checkpoint_early_stop(False):  # EasyAnimate's decoder empties its cache of frames at its very end
+            with set_checkpoint_early_stop(False):  # EasyAnimate's decoder clears its frame cache at the very end
                 return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
         return decode(z, *args, return_dict=False, **kwargs)[0]
 
@@ -149,7 +156,7 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
 def decoded_videos(
     session: DifferentiableSampling, noise_seeds: Sequence[int], part: DecodedPart | None, checkpointed: bool
 ) -> Tensor:
-    """(B, F, 3, H, W) fp32 videos of one call with gradients; a PolicyError where the pipeline cuts the graph."""
+    """Return one call's videos (B, F, 3, H, W), fp32 with gradients; a PolicyError if the pipeline cuts the graph."""
     name = type(session.policy.pipeline).__name__
     try:
         with decoding(session, part, checkpointed):
@@ -158,26 +165,26 @@ def decoded_videos(
         if "numpy() on Tensor that requires grad" not in str(error):
             raise
         raise PolicyError(
-            f"{name} turns its videos into numpy before it returns them (Cosmos: for its guardrail), which "
+            f"{name} converts its videos to numpy before it returns them (Cosmos: for its guardrail), which "
             "cuts the graph, so rewards cannot be back-propagated. Use GRPO."
         ) from error
     if session.final is not None and not session.final.requires_grad:
         raise PolicyError(
-            f"the denoising steps that carry the gradient call only denoisers of {name} that are not trained. Train "
-            "the one that they call (lora_denoisers), or carry the gradient through more steps (backprop_steps)."
+            f"the denoising steps with gradients call only denoisers of {name} that are not trained. Train the "
+            "denoiser that they call (lora_denoisers), or backpropagate through more steps (backprop_steps)."
         )
     videos = output[0]
     if not isinstance(videos, Tensor) or not videos.requires_grad:
-        mend = (
+        fix = (
             "Use GRPO."
             if part is None
             else (
                 "Decode all frames (decode_frames unset), or more than "
-                f"{part.count}: decoders of fixed clips return nothing for fewer (Allegro: 6); or use GRPO."
+                f"{part.count}: decoders of fixed-length clips return nothing for fewer (Allegro: 6); or use GRPO."
             )
         )
         raise PolicyError(
             f"{name} returned no video tensor with gradients (a {type(videos).__name__}): its decoding or "
-            f"post-processing cuts the graph, so rewards cannot be back-propagated. {mend}"
+            f"post-processing cuts the graph, so rewards cannot be back-propagated. {fix}"
         )
     return videos_of(session.policy, output, whole=part is None).float()

@@ -1,4 +1,4 @@
-"""What a pipeline's model predicts at one step from any state, by the same entry as a whole sample."""
+"""Predict at one step from any state, by the same call of the pipeline as for a whole sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,8 +12,14 @@ from .session import LeavePipeline, Session, starts_without_followed
 
 @dataclass
 class Prediction:
-    """state: the latents that entered the step. clean: x0^. following: the state after the ODE's step. All fp32, in
-    the scheduler's layout. time: the step's share of noise t in [0, 1], a scalar, see `schedules`."""
+    """A prediction at one step; latents are fp32, in the scheduler's layout.
+
+    Attributes:
+        state: the latents that entered the step.
+        clean: x0^.
+        following: the state after the ODE step.
+        time: the step's share of noise t in [0, 1], a scalar, see `Schedule.time`.
+    """
 
     state: Tensor
     clean: Tensor
@@ -22,17 +28,22 @@ class Prediction:
 
     @staticmethod
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
-        """Those of all videos, in order."""
+        """Join the predictions of all videos, in order."""
         latents = [f.name for f in fields(Prediction) if f.name != "time"]
         return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in latents), parts[0].time)
 
 
 class OneStep(Session):
-    """Skips to a step, puts in latents, and leaves with the prediction.
+    """Skips to a step, inserts latents there, and leaves with the prediction.
 
     Args:
-        latents: clean ones, or with seeds=None those that enter the step; of no use at step 0.
-        seeds: of the noise by which clean latents are brought to the step's level.
+        policy: the policy.
+        prompts: one per video.
+        at: index of the step.
+        latents: clean latents, or with seeds=None those that enter the step; unused at step 0.
+        seeds: seeds of the noise that brings clean latents to the step's level.
+        grad: build a graph at the step.
+        overrides: arguments of the pipeline's call for this run.
     """
 
     def __init__(
@@ -56,7 +67,7 @@ class OneStep(Session):
     def begin(self, scheduler) -> None:
         super().begin(scheduler)
         if not 0 <= self.at < len(scheduler.timesteps):
-            raise ValueError(f"step={self.at} is not a step of a schedule of {len(scheduler.timesteps)}.")
+            raise ValueError(f"step={self.at} must be from 0 to {len(scheduler.timesteps) - 1}, the schedule's last.")
         torch.set_grad_enabled(self.grad and self.at == 0)
 
     def step(self, prediction: Tensor, x: Tensor) -> Tensor:
@@ -86,7 +97,7 @@ class OneStep(Session):
 
 
 def seeded_noise(latents: Tensor, seeds: Sequence[int]) -> Tensor:
-    """Normal noise like latents (B * rows, ...), each video's from its own seed."""
+    """Return normal noise shaped like latents (B * rows, ...), drawn from one seed per video."""
     shape = latents.shape[0] // len(seeds), *latents.shape[1:]
     noise = torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
     return noise.to(latents.device)

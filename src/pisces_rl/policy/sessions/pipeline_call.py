@@ -1,4 +1,4 @@
-"""One call of the pipeline under a session: with the policy's scheduler, prompt memo and entry to the denoisers."""
+"""Call the pipeline under a session, with the policy's scheduler, prompt memo and denoiser entry."""
 
 import contextlib
 import functools
@@ -20,7 +20,7 @@ from .session import LeavePipeline, Session
 
 
 def run(session: Session, noise_seeds: Sequence[int], output_type: str):
-    """What the pipeline returns for a session's prompts, its start noise drawn from a seed for each."""
+    """Return the pipeline's output for a session's prompts, with start noise from one seed per prompt."""
     policy = session.policy
     pipeline, prompts = policy.pipeline, session.prompts
     generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
@@ -31,7 +31,7 @@ def run(session: Session, noise_seeds: Sequence[int], output_type: str):
         **session.conditions,
         **session.overrides,
     }
-    if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats it
+    if isinstance(arguments.get("negative_prompt"), str):  # not every pipeline repeats a single one
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     decoding = recorded_decoding(pipeline, policy.record, policy.vae_dtype)
     with _swapped(session), decoding, guided(pipeline, arguments) as arguments:
@@ -39,7 +39,7 @@ def run(session: Session, noise_seeds: Sequence[int], output_type: str):
 
 
 def run_until_left(session: Session, noise_seeds: Sequence[int], output_type: str):
-    """Run the pipeline without gradients, but where the session turns them on; None where it leaves early."""
+    """Run the pipeline without gradients, except where the session enables them; None if it leaves early."""
     grad_mode = torch.is_grad_enabled()
     output = None
     try:
@@ -54,7 +54,13 @@ def run_until_left(session: Session, noise_seeds: Sequence[int], output_type: st
 
 
 def videos_of(policy, output, whole: bool = True) -> Tensor:
-    """(B, F, 3, H, W) of a pipeline's output; an image is a video of one frame. `whole`: all frames are decoded."""
+    """Return the videos (B, F, 3, H, W) of a pipeline's output; an image is a video of one frame.
+
+    Args:
+        policy: the policy.
+        output: what the pipeline returned.
+        whole: whether all frames are decoded, so that the size can be checked.
+    """
     found = output[0]  # frames, or images
     if isinstance(found, Tensor) and found.ndim == 4:
         policy.makes_images, found = True, found[:, None]
@@ -70,7 +76,7 @@ def videos_of(policy, output, whole: bool = True) -> Tensor:
 
 @contextlib.contextmanager
 def _swapped(session: Session) -> Iterator[None]:
-    """The pipeline with our scheduler, prompt memo and denoiser entry; as it was on leaving."""
+    """Give the pipeline our scheduler, prompt memo and denoiser entry while the context is open."""
     policy, pipeline = session.policy, session.policy.pipeline
     scheduler = pipeline.scheduler
     own_encoder, own_bar = vars(pipeline).get("encode_prompt"), vars(pipeline).get("_progress_bar_config")
@@ -93,13 +99,13 @@ def _swapped(session: Session) -> Iterator[None]:
 
 
 def _entry(session: Session, name: str, forward: Callable) -> Callable:
-    """The denoiser's forward, skipped where the session has no use for its output."""
+    """Return the denoiser's forward, skipped if the session does not need its output."""
     policy = session.policy
 
     def entry(*args, **kwargs):
         rows = next(t.shape[0] for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim > 1)
         plain = {k: v for k, v in session.conditions.items() if isinstance(v, (bool, int, float, str))}
-        # Guidance changes how many rows there are, from run to run and (LTX-2) from call to call.
+        # Guidance changes the number of rows, between runs and (LTX-2) between calls.
         key = name, repr(sorted((plain | session.overrides).items())), rows / len(session.prompts)
         known = key in policy.skipped_outputs
         if plain and not session.needs_prediction:  # other ranks' videos may have other conditions
@@ -108,18 +114,18 @@ def _entry(session: Session, name: str, forward: Callable) -> Callable:
             meta, videos = policy.skipped_outputs[key]
             return tree_map(lambda t: _zeros(t, len(session.prompts), videos, policy.device), meta)
         if policy.mesh is not None and policy.prompt_memo.pad and not session.lengths_agreed:
-            # Unequal prompts on one rank: all of them run by length from here on.
+            # If prompts differ in length on one rank, all ranks run by length from here on.
             policy.prompt_memo.padded = bool(policy.agreed(int(policy.prompt_memo.padded)))
             session.lengths_agreed = True
         own = functools.partial(by_length, forward, policy.agreed) if policy.prompt_memo.padded else forward
-        # A call uses each weight once: a cache would only keep the casts of all trained ones until it ends.
+        # A call uses each weight once, so a cache would only keep all trained weights' casts until the call ends.
         cast = torch.autocast(
             policy.device.type, policy.autocast_dtype, enabled=policy.autocast_dtype is not None, cache_enabled=False
         )
         divided = tokens_divide() if policy.shares_tokens else contextlib.nullcontext()
         with attention_kernel(policy.attention_kernel), cast, divided:
             output = own(*args, **kwargs)
-        if policy.mesh is not None:  # gathering for backward hangs on the output, which must not be a view
+        if policy.mesh is not None:  # the hook that gathers for backward needs an output that is not a view
             output = tree_map(lambda t: t.clone() if isinstance(t, Tensor) else t, output)
         if key not in policy.skipped_outputs:
             to_meta = tree_map(lambda t: t.detach().to("meta") if isinstance(t, Tensor) else t, output)
@@ -130,7 +136,7 @@ def _entry(session: Session, name: str, forward: Callable) -> Callable:
 
 
 def _zeros(template, videos: int, recorded_videos: int, device: torch.device):
-    """Zeros in the place of a skipped denoiser output, with as many rows as the batch asks for."""
+    """Return zeros instead of a skipped denoiser output, with as many rows as the batch needs."""
     if not isinstance(template, Tensor):
         return template
     rows = template.shape[0] * videos // recorded_videos

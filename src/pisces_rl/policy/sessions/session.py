@@ -1,4 +1,4 @@
-"""One run of a pipeline as a policy sees it: what happens at each step of the scheduler."""
+"""One run of a policy's pipeline: what happens at each step of the scheduler."""
 
 import contextlib
 import functools
@@ -21,12 +21,12 @@ class ReplayStep:
     Attributes:
         index: the step's index in the schedule.
         log_prob: (B,) fp32 log p(x' | x) under the current weights; carries gradients.
-        prediction: the denoiser's output after guidance, fp32, latents' layout; carries gradients.
+        prediction: the denoiser's output after guidance, fp32, in the latents' layout; carries gradients.
         mean: mean of the transition, fp32; carries gradients.
         std: scalar standard deviation of the transition.
-        gain: |d mean / d prediction|, a scalar: by how much the step amplifies the prediction.
-        step_size: |s' - s| of a flow schedule, 1 / N of an alpha-bar schedule; a scalar.
-        rows: the B videos of the rollout that are scored; not all at once where videos are conditioned.
+        gain: |d mean / d prediction|, a scalar: the factor by which the step amplifies the prediction.
+        step_size: |s' - s| for a flow schedule, 1 / N for any other; a scalar.
+        rows: the B videos of the rollout that are scored; if videos are conditioned, one at a time.
     """
 
     index: int
@@ -45,7 +45,7 @@ class LeavePipeline(BaseException):
 
 @contextlib.contextmanager
 def replaced_method(owner, name: str, method: Callable) -> Iterator[None]:
-    """`owner.name` calls method(own method, ...) inside, and is as it was afterwards."""
+    """Make `owner.name(...)` call method(original method, ...) while the context is open."""
     own, before = getattr(owner, name), vars(owner).get(name)
     setattr(owner, name, functools.wraps(own)(functools.partial(method, own)))
     try:
@@ -60,11 +60,13 @@ class Session:
     def __init__(self, policy, prompts: Sequence[str]):
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
-        self.conditions: dict = {}  # and those of its one video, where videos are conditioned
-        self.schedule: Schedule | None = None  # from the first step on
+        self.conditions: dict = {}  # arguments for this run's one video, if videos are conditioned
+        self.schedule: Schedule | None = None  # set at the first step
         self.index = 0
         self.followers = 0  # copies of its scheduler that the pipeline made
-        self.lengths_agreed = False  # whether ranks that share weights have agreed how they treat unequal texts
+        self.lengths_agreed = (
+            False  # whether ranks that share weights have agreed how to handle texts of unequal length
+        )
 
     needs_prediction = True
 
@@ -72,15 +74,15 @@ class Session:
         if self.index:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
-                "(it may make a video in sections); a policy needs one schedule, with one step for each of its times."
+                "(it may make a video in sections); a policy needs one schedule, with one step per timestep."
             )
 
     def fails_with_copies(self) -> PolicyError | None:
-        """What to say where a copy of the scheduler cannot step and the scheduler itself has not."""
+        """Return the error if a copy of the scheduler cannot step and the scheduler itself has not stepped."""
         return None if self.index else steps_with_copies(self)
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
-        """What the `number`-th copy of the scheduler gives for x of its step `index`; x_next is its own ODE step."""
+        """Return the `number`-th scheduler copy's next state after x at its step `index`; x_next is its ODE step."""
         return x_next
 
     def moments(self, prediction: Tensor, x: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
@@ -90,12 +92,12 @@ class Session:
         if self.index >= self.schedule.num_steps:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} calls scheduler.step more than once per timestep; a policy "
-                "needs one step per denoising step. Use a pipeline or scheduler of first order."
+                "needs one step per denoising step. Use a first-order pipeline or scheduler."
             )
 
 
 class Sampling(Session):
-    """Draws x' at the stochastic steps and records them; ODE steps elsewhere."""
+    """Draws and records x' at the stochastic steps; the other steps are ODE steps."""
 
     def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None, steps: Sequence[int]):
         super().__init__(policy, prompts)
@@ -106,7 +108,7 @@ class Sampling(Session):
         self.stds: dict[int, Tensor] = {}
         self.rows_per_video = 1
         self.returned: Tensor | None = None
-        self.version = 0  # of `returned`, which counts the changes in place
+        self.version = 0  # version counter of `returned`, to detect changes in place
         self.passed_on: dict[int, Tensor] = {}  # whether x' of a step reached the next one; read at the end
 
     def begin(self, scheduler) -> None:
@@ -132,7 +134,7 @@ class Sampling(Session):
             if x.shape[0] % len(self.prompts):
                 raise PolicyError(
                     f"the pipeline's latents have {x.shape[0]} rows for {len(self.prompts)} prompts; a policy needs "
-                    "a whole number of rows a video (num_videos_per_prompt must be 1)."
+                    "a whole number of rows per video (num_videos_per_prompt must be 1)."
                 )
             self.rows_per_video = x.shape[0] // len(self.prompts)
             noise = _on_device(
@@ -147,9 +149,9 @@ class Sampling(Session):
         return self.returned
 
     def _receive(self, x: Tensor) -> None:
-        """x' as the pipeline hands it on, which is what was sampled: it may have been rounded (Mochi in bf16).
+        """Record x' as the pipeline passes it on, which is the sample: it may have been rounded (Mochi in bf16).
 
-        Whether it was changed otherwise is asked on the device and answered at the end (`check_finished`).
+        Any other change is detected on the device and reported at the end (`check_finished`), to avoid a wait.
         """
         if x is not self.returned or x._version != self.version:
             roundings = (self.returned, *(self.returned.to(d).to(x.dtype) for d in (torch.bfloat16, torch.float16)))
@@ -167,13 +169,13 @@ class Sampling(Session):
             raise steps_with_copies(self)
         if self.index == 0:
             raise PolicyError(
-                f"{type(self.policy.pipeline).__name__} never called its scheduler's set_timesteps and step (it may "
-                "work on a copy); a policy needs pipeline.scheduler.step once per denoising step."
+                f"{type(self.policy.pipeline).__name__} never called set_timesteps and step of its scheduler (it may "
+                "use a copy); a policy needs one call of pipeline.scheduler.step per denoising step."
             )
         if self.index != self.schedule.num_steps:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} took {self.index} scheduler steps for "
-                f"{self.schedule.num_steps} timesteps; a policy needs exactly one each."
+                f"{self.schedule.num_steps} timesteps; a policy needs exactly one per timestep."
             )
         self._record(self.returned)
         if not self.passed_on:
@@ -210,7 +212,7 @@ class Sampling(Session):
 
 
 class Replay(Session):
-    """Scores the recorded x' of the trained steps, and leaves after the last."""
+    """Scores the recorded x' of the trained steps, and leaves the pipeline after the last."""
 
     def __init__(self, policy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
         super().__init__(policy, [rollout.prompts[r] for r in rows])
@@ -245,10 +247,12 @@ class Replay(Session):
         return self._recorded(self.index, x).to(x.dtype) if self.index in recorded.states else x.detach()
 
     def _recorded(self, i: int, x: Tensor) -> Tensor:
-        """The recorded states that enter step i, of this replay's videos, fp32."""
+        """Return the recorded states of this replay's videos that enter step i, fp32."""
         states = self.recorded.states[i]
         first, count = self.rows[0], len(self.rows)
-        if self.rows == list(range(first, first + count)):  # a view, where an index would be copied to the device
+        if self.rows == list(
+            range(first, first + count)
+        ):  # a view, since an index would have to be copied to the device
             return states[first : first + count].to(x.device)
         return states[_on_device(torch.tensor(self.rows), states.device)].to(x.device)
 
@@ -256,7 +260,7 @@ class Replay(Session):
         self.reached.append((index, (recorded - x.detach().float()).abs().max()))
 
     def follow(self, number: int, index: int, x: Tensor, x_next: Tensor) -> Tensor:
-        """The recorded state that enters the next step: it depends on the video and on steps that are skipped here."""
+        """Return the recorded state for the next step, which depends on the video and on steps skipped here."""
         if index in self.steps:
             self._compare(index, self.recorded.followed_rows((number, index), self.videos).to(x.device), x)
         if index + 1 not in self.steps:
@@ -274,7 +278,8 @@ class Replay(Session):
 
 
 class Comparison:
-    """By how much the states that a replay reached differ from the recorded ones; nobody waits until it is checked."""
+    """The differences between a replay's states and the recorded ones, copied to the CPU without waiting for the
+    device before `check`."""
 
     def __init__(self, pipeline: str, indices: Sequence[int], differences: Tensor):
         self.pipeline, self.indices = pipeline, indices
@@ -282,7 +287,7 @@ class Comparison:
         self.copied = torch.cuda.current_stream(differences.device).record_event() if differences.is_cuda else None
 
     def check(self) -> None:
-        """Raises PolicyError if any does."""
+        """Raise a PolicyError if any difference is not zero."""
         if self.copied is not None:
             self.copied.synchronize()
         for index, difference in zip(self.indices, self.differences.tolist()):
@@ -295,23 +300,23 @@ class Comparison:
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the CPU on a device; a CUDA device copies them when it gets there, and nobody waits."""
+    """Copy values from the CPU to a device, on CUDA without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def steps_with_copies(session: Session) -> PolicyError:
-    """For pipelines whose own scheduler makes no step."""
+    """Return the error for pipelines whose own scheduler makes no step."""
     return PolicyError(
-        f"{type(session.policy.pipeline).__name__} steps with copies of its scheduler (one a frame, as diffusion "
-        "forcing does); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use a "
-        "pipeline that denoises all frames together."
+        f"{type(session.policy.pipeline).__name__} steps with copies of its scheduler (one per frame, as in diffusion "
+        "forcing); a policy needs one step of pipeline.scheduler per denoising step for all latents. Use a pipeline "
+        "that denoises all frames together."
     )
 
 
 def starts_without_followed(session: Session) -> PolicyError:
-    """For sessions that put a video's state in at a later step."""
+    """Return the error for sessions that insert a video's state at a later step."""
     return PolicyError(
-        f"{type(session.policy.pipeline).__name__} denoises something else (audio) beside the video, with a copy of "
-        "its scheduler; a run cannot start from the video's latents alone at a later step, because the other's state "
-        "there is not given. Use GRPO, or backpropagation through 'last_steps', 'random_steps' or 'one_step'."
+        f"{type(session.policy.pipeline).__name__} also denoises something other than the video (audio), with a copy "
+        "of its scheduler; a run cannot start at a later step from the video's latents alone, because the state of "
+        "the audio there is unknown. Use GRPO, or backpropagation through 'last_steps', 'random_steps' or 'one_step'."
     )

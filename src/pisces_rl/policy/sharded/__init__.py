@@ -1,1 +1,1 @@
-"""Weights in parts on several ranks: FSDP2 and ZeRO-3."""
+"""Weights sharded over several ranks: FSDP2 and ZeRO-3."""

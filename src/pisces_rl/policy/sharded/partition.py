@@ -1,7 +1,8 @@
-"""Denoisers' frozen weights in parts by DeepSpeed's ZeRO-3 (arXiv 1910.02054): each block gathered when it runs.
+"""Shard denoisers' frozen weights with DeepSpeed's ZeRO-3 (arXiv 1910.02054): each block is gathered when it runs.
 
-The pipeline calls its denoisers itself, so nothing is wrapped: hooks of the submodules gather and free. Adapters are
-gathered once and stay whole on every rank. Gathering is a collective: every rank must call as often as every other.
+The pipeline calls its denoisers itself, so nothing is wrapped: hooks of the submodules gather and free weights.
+Adapters are gathered once and stay whole on every rank. Gathering is a collective: all ranks must call the denoisers
+equally often.
 """
 
 from torch.distributed import init_device_mesh
@@ -9,9 +10,9 @@ from torch.distributed import init_device_mesh
 from ..fast.execution import repeated_blocks
 from ..video_policy import VideoPolicy
 
-# One video and one step, because it asks for numbers; nothing of it is used. Weights are gathered when they are needed
-# and not before: what comes next differs between sampling and update. memory_efficient_linear would replace
-# torch.nn.functional.linear in the whole process.
+# DeepSpeed requires a batch size, which is not used. Weights are gathered when needed and not prefetched: the order of
+# modules differs between sampling and update. memory_efficient_linear would replace torch.nn.functional.linear in the
+# whole process.
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "steps_per_print": None,
@@ -26,9 +27,9 @@ CONFIG = {
 
 
 def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
-    """Share the denoisers' frozen weights among all ranks; after adapters were added.
+    """Shard the denoisers' frozen weights over all ranks; call this after adding adapters.
 
-    From then on all ranks must make the same calls of this policy at the same time, with as many videos each.
+    From then on all ranks must make the same calls to this policy at the same time, with equal numbers of videos.
     """
     import deepspeed
     from deepspeed.utils import set_z3_leaf_module
@@ -45,10 +46,10 @@ def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
     adapter[0].all_gather(param_list=adapter)
     _free_after_each_call(engine.optimizer)
     for parameter in adapter:
-        parameter.ds_active_sub_modules.add("adapter")  # what a module uses is not freed
+        parameter.ds_active_sub_modules.add("adapter")  # weights that a module uses are not freed
 
     def start(module, inputs):
-        engine.optimizer.release_backward_leftovers()  # of modules whose inputs have no gradient; and keeps the engine
+        engine.optimizer.release_backward_leftovers()  # of modules whose inputs have no gradient; keeps engine alive
 
     for denoiser in denoisers.values():
         denoiser.register_forward_pre_hook(start, prepend=True)
@@ -56,10 +57,11 @@ def partition(policy: VideoPolicy, device_type: str, ranks: int) -> None:
 
 
 def _free_after_each_call(offload) -> None:
-    """A module is freed in backward when gradients of its inputs have come; DeepSpeed counts those of its last call.
+    """Free a module's weights in backward after each of its calls.
 
-    Guidance calls a denoiser twice before backward, so the count starts again for the call before. Else all weights
-    would be gathered by the end of backward.
+    DeepSpeed frees them when the gradients of the module's inputs are computed, and counts those of the last call.
+    Guidance calls a denoiser twice before backward, so the count is reset for the earlier call. Otherwise all weights
+    would still be gathered at the end of backward.
     """
     end_forward, end_backward = offload.post_sub_module_forward_function, offload.post_sub_module_backward_function
 

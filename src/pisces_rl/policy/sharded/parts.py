@@ -1,7 +1,7 @@
-"""Trained weights in parts on several ranks: what this process holds of them, and whole tensors.
+"""Convert between whole tensors and the parts of sharded trained weights that a process holds.
 
-Averages, copies and the reference are kept part by part, as plain tensors; files hold whole ones. A parameter that is
-no DTensor is held whole, and these functions change nothing.
+Averages, copies and the reference are kept as parts, in plain tensors; files hold whole tensors. A parameter that is
+not a DTensor is its own part, and these functions change nothing.
 """
 
 import torch
@@ -12,31 +12,31 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 @torch.no_grad()
 def held(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor, sharing its memory and without a graph: a DTensor's part, or the whole."""
+    """Return the part of a tensor that this process holds, sharing memory, detached; all of it if not a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def held_values(parameters: dict[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """Copies of what this process holds of each, on a device or where it is."""
+    """Return copies of the parts that this process holds, on `device` or each on its own."""
     return {name: held(p).to(p.device if device is None else device, copy=True) for name, p in parameters.items()}
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds of `like`, on its device; a plain tensor."""
+    """Return the part of a whole tensor that matches this process's part of `like`, on its device; a plain tensor."""
     return held(distribute(whole, like)) if isinstance(like, DTensor) else whole.to(like.device)
 
 
 def distribute(whole: Tensor, like: DTensor) -> DTensor:
-    """A whole tensor, which every rank has, in parts like those of `like`."""
+    """Shard a whole tensor, which every rank has, like `like`."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def gathered(part: Tensor, like: Tensor) -> Tensor | None:
-    """The whole tensor of the parts of `like`'s ranks, of which this is one: a copy in the host's memory.
+    """Gather a whole tensor from the parts of `like`'s ranks, as a copy in host memory.
 
-    It is a collective. Only the first process of each machine, which writes files, gets it; the others None. A part
-    that is the whole is returned as it is.
+    This is a collective. The first process of each machine, which writes files, gets the tensor; the others get None.
+    If `like` is not sharded, `part` is returned as it is.
     """
     if not isinstance(like, DTensor):
         return part
@@ -52,18 +52,18 @@ def gathered(part: Tensor, like: Tensor) -> Tensor | None:
 
 
 def gathered_values(values: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor | None]:
-    """`gathered` of each, one at a time."""
+    """Gather each value with `gathered`, one at a time."""
     return {name: gathered(value, like[name]) for name, value in values.items()}
 
 
 def parts_of_values(values: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`part_of` each."""
+    """Return `part_of` each value."""
     return {name: part_of(values[name], parameter) for name, parameter in like.items()}
 
 
 @torch.no_grad()
 def norm(tensors: list[Tensor]) -> Tensor:
-    """sqrt(sum_i |t_i|^2), a scalar; a collective where they are DTensors, which then lie on one mesh."""
+    """Return sqrt(sum_i |t_i|^2), a scalar; a collective if the tensors are DTensors, which must share one mesh."""
     own = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([held(t) for t in tensors])))
     if isinstance(tensors[0], DTensor):
         own = own.square()

@@ -1,9 +1,9 @@
-"""A denoiser on several ranks: its frozen weights in parts, each block gathered when it runs, or its tokens in parts.
+"""Run a denoiser on several ranks: shard its weights, with each block gathered when it runs, or split its tokens.
 
-All but an adapter is sharded, by torch's `fully_shard` (FSDP2): frozen weights, and those of full fine-tuning, whose
-gradients backward averages over the ranks, leaving each its part. An adapter is small and stays whole everywhere, so
-that its gradients, its file and its average are what they are without sharding. Gathering is a collective: every rank
-must call the denoiser, and backward, as often as every other.
+torch's `fully_shard` (FSDP2) shards everything except adapters: frozen weights, and those of full fine-tuning, whose
+gradients backward averages over the ranks, leaving each its part. An adapter is small and stays whole on every rank,
+so its gradients, its file and its average are the same as without sharding. Gathering is a collective: all ranks must
+call the denoiser, and backward, equally often.
 """
 
 import contextlib
@@ -22,15 +22,16 @@ from ..schedule.scheduler import PolicyError
 def shard(
     denoiser: nn.Module, mesh: DeviceMesh, *, reshard_after_forward: bool = True, cpu_offload: bool = False
 ) -> None:
-    """Shard the parameters of a denoiser over a mesh of one dimension; those of an adapter are left alone.
+    """Shard the parameters of a denoiser, except adapters, over a one-dimensional mesh.
 
-    Sharded parameters are replaced by DTensors: what is to hold trained ones must ask for them afterwards.
+    Sharded parameters are replaced by DTensors, so collect trained parameters (for an optimizer) afterwards.
 
     Args:
-        mesh: of the ranks. Parts lie on its device, wherever the weights were before; one block moves at a time.
+        denoiser: the denoiser.
+        mesh: mesh of the ranks. Parts are placed on its device, wherever the weights were; one block moves at a time.
         reshard_after_forward: free a block's gathered weights after its forward and gather them again for backward;
-            False keeps them, which is faster and needs the memory of the whole.
-        cpu_offload: keep the parts in the memory of the CPU.
+            False keeps them, which is faster but needs memory for all weights.
+        cpu_offload: keep the parts in CPU memory.
     """
     adapter = {p for name, p in denoiser.named_parameters() if "lora_" in name}
     offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
@@ -49,11 +50,12 @@ def shard(
 def share_tokens(denoiser: nn.Module, mesh: DeviceMesh) -> None:
     """Split each video's tokens over the ranks of the mesh's dimension "ulysses", by diffusers' context parallelism.
 
-    Attention changes to a split by heads and back (DeepSpeed-Ulysses, arXiv 2309.14509). Each of these ranks then has
-    the gradient of its own tokens: the sum over them is that of the video.
+    Attention switches to a split by heads and back (DeepSpeed-Ulysses, arXiv 2309.14509). Each of these ranks then has
+    the gradient from its own tokens; their sum is the video's gradient.
 
     Args:
-        mesh: with dimensions "ring", of size 1, and "ulysses".
+        denoiser: the denoiser.
+        mesh: has the dimensions "ring", of size 1, and "ulysses".
 
     Raises:
         PolicyError: diffusers has no plan for the class, or its heads cannot be divided.
@@ -61,7 +63,7 @@ def share_tokens(denoiser: nn.Module, mesh: DeviceMesh) -> None:
     name, degree = type(denoiser).__name__, mesh["ulysses"].size()
     if denoiser._cp_plan is None:
         raise PolicyError(
-            f"context_parallel={degree}: diffusers has no plan (_cp_plan) to split the tokens of {name}; leave it 1."
+            f"context_parallel={degree}: diffusers has no plan (_cp_plan) to split tokens of {name}; leave it at 1."
         )
     heads = denoiser.config.num_attention_heads
     if heads % degree:
@@ -71,25 +73,25 @@ def share_tokens(denoiser: nn.Module, mesh: DeviceMesh) -> None:
 
 @contextlib.contextmanager
 def tokens_divide() -> Iterator[None]:
-    """Says in a PolicyError what diffusers means by a tensor that cannot be divided."""
+    """Translate diffusers' error about a tensor that cannot be divided into a PolicyError."""
     try:
         yield
     except AssertionError as error:
         if "divisible by mesh size" not in str(error):
             raise
         raise PolicyError(
-            "context_parallel: the tokens of a video cannot be divided among its ranks; choose height, width and "
-            "num_frames whose number of latent patches is a multiple of it."
+            "context_parallel: a video's tokens cannot be divided equally among its ranks; choose height, width and "
+            "num_frames so that the number of latent patches is a multiple of context_parallel."
         ) from error
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether a module's weights lie in parts, by FSDP2 or by DeepSpeed."""
+    """Return whether a module's weights are sharded, by FSDP2 or DeepSpeed."""
     return isinstance(module, FSDPModule) or any(hasattr(p, "ds_id") for p in module.parameters())
 
 
 def largest_over_ranks(number: int, mesh: DeviceMesh) -> int:
-    """The largest of the ranks' numbers."""
+    """Return the largest of the ranks' numbers."""
     value = torch.tensor(number, device=mesh.device_type)
     all_reduce(value, ReduceOp.MAX, group=mesh.get_group())
     return int(value)

@@ -1,8 +1,8 @@
-"""Video-text models behind one small protocol, `VideoTextEncoder`: one file a model.
+"""Video-text models behind one small protocol, `VideoTextEncoder`: one file per model.
 
 | file | model | matches |
 |---|---|---|
-| tiny_vtm.py | tiny-vtm, shipped, of ShapeMotion | yes |
+| tiny_vtm.py | tiny-vtm, shipped, for ShapeMotion | yes |
 | internvideo2.py | InternVideo2 stage 2, the paper's | yes |
 | blip.py | BLIP over frames | yes |
 | frames.py | CLIP, SigLIP over frames | no |

@@ -1,4 +1,4 @@
-"""A BERT text tower whose last layers attend to the tokens of a video: tiny-vtm's and InternVideo2's."""
+"""A BERT text tower whose last layers attend to video tokens, for tiny-vtm and InternVideo2."""
 
 import copy
 
@@ -11,12 +11,12 @@ from pisces_rl.rewards.encoders.encoder import Fusion, additive
 
 
 class CrossAttendingBert(nn.Module):
-    """Layers 0 .. fusion_layer - 1 read the text alone; the others also attend to the video's tokens.
+    """BERT whose layers 0 .. fusion_layer - 1 read the text alone, while the others also attend to video tokens.
 
     Args:
-        config: of the tower; its dropouts are as given.
+        config: of the tower; its dropout rates are kept.
         fusion_layer: the first layer that sees the video.
-        video_width: size of the video's tokens.
+        video_width: width of the video tokens.
     """
 
     def __init__(self, config: BertConfig, fusion_layer: int, video_width: int):
@@ -43,7 +43,7 @@ class CrossAttendingBert(nn.Module):
         return self.encoder.layer[self.fusion_layer :]
 
     def read(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Token numbers (B, N) and their mask to hidden states (B, N, d), before any video."""
+        """Map token ids (B, N) and their mask to hidden states (B, N, d), before any video."""
         hidden = self.embeddings(tokens)
         attention_mask = additive(mask, hidden.dtype)
         for layer in self.encoder.layer[: self.fusion_layer]:
@@ -51,7 +51,7 @@ class CrossAttendingBert(nn.Module):
         return hidden
 
     def cross(self, hidden: Tensor, mask: Tensor, video: Tensor, fusion: Fusion | None = None) -> Tensor:
-        """Hidden states (B, N, d) after all layers, with the video's tokens (B, M, video_width)."""
+        """Return hidden states (B, N, d) after all layers, given video tokens (B, M, video_width)."""
         attention_mask = additive(mask, hidden.dtype)
         for layer in self.crossing:
             hidden = layer(hidden, attention_mask, encoder_hidden_states=video, fusion=fusion)

@@ -19,11 +19,16 @@ from pisces_rl.rewards.encoders.frames import CLIP_MEAN, CLIP_STD, _positions
 
 
 class BlipEncoder(VideoTextEncoder):
-    """pooled: as `FrameEncoder`. Matching: the text tower attends to the tokens of all frames side by side, as BLIP
-    does without training on videos (arXiv 2201.12086, section 5.6). Every text layer attends to the video.
+    """BLIP. `pooled` is as in `FrameEncoder`. To match, the text tower attends to the tokens of all frames at once, as
+    BLIP does without training on videos (arXiv 2201.12086, section 5.6). Every text layer attends to the video.
 
     Args:
-        model, tokenizer, name, num_frames, mean, std: as `FrameEncoder`.
+        model: a BlipForImageTextRetrieval.
+        tokenizer: the model's.
+        name: what maps are bound to.
+        num_frames: number of frames it sees.
+        mean: of its pixels.
+        std: of its pixels.
     """
 
     def __init__(
@@ -50,7 +55,7 @@ class BlipEncoder(VideoTextEncoder):
         tokens, mask, words, pieces = tokenize(self.tokenizer, prompts, self.max_text_tokens, self.device)
         hidden = self.model.text_encoder(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
         pooled = self.unit(self.model.text_proj(hidden[:, 0]))
-        # the matching pass reads the text again from its embeddings, with the video in view
+        # the matching pass reads the text again from its embeddings, now attending to the video
         return TextFeatures(pooled, self.model.text_encoder.embeddings(input_ids=tokens), mask, words, pieces)
 
     def encode_video(self, videos: Tensor) -> VideoFeatures:
@@ -70,7 +75,7 @@ class BlipEncoder(VideoTextEncoder):
 
 
 class _CrossAttention(nn.Module):
-    """BLIP's cross-attention, which does not use transformers' attention interface, through ours."""
+    """BLIP's cross-attention, which does not use transformers' attention interface, through `fused_attention`."""
 
     def __init__(self, own: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a video-text model gives to the rewards, and what all of them share: frames, sizes, tokens."""
+"""The protocol of video-text encoders, with their shared frame sampling, resizing and tokenising."""
 
 import hashlib
 import warnings
@@ -17,8 +17,8 @@ from pisces_rl.rewards.contract import check_pixels
 
 @dataclass
 class TextFeatures:
-    """pooled (B, D); tokens (B, N, d); mask (B, N) bool, False is padding; words (B, N) bool, True where the token is
-    part of the prompt, not padding and not special; pieces: the tokens as text, B lists of N."""
+    """pooled (B, D); tokens (B, N, d); mask (B, N) bool, False for padding; words (B, N) bool, True if the token is
+    part of the prompt (neither padding nor special); pieces: the tokens as text, B lists of N."""
 
     pooled: Tensor
     tokens: Tensor
@@ -33,7 +33,7 @@ class TextFeatures:
 @dataclass
 class VideoFeatures:
     """pooled (B, D); tokens (B, M, d); positions (M, 3): frame, row and column of each token, in units of tokens; NaN
-    for a token without a place (a class token)."""
+    for a token without a position (a class token)."""
 
     pooled: Tensor
     tokens: Tensor
@@ -48,18 +48,18 @@ class VideoTextEncoder(nn.Module, ABC):
 
     Attributes:
         name: what maps and caches are bound to, "base@hash options"; two encoders of equal name have equal weights
-            and, if they were loaded from a folder of transformers, equal sizes, tokenizers and pixels, too.
+            and, if they were loaded from a transformers folder, equal sizes, tokenizers and pixel statistics too.
         resolution: (height, width) of the frames it sees.
-        num_frames: how many of them.
+        num_frames: number of frames it sees.
         mean: of its pixels.
         std: of its pixels.
-        crop: cut the middle to the model's aspect ratio (as published for CLIP's kin) instead of stretching.
+        crop: crop the centre to the model's aspect ratio (as published for CLIP-like models) instead of stretching.
         dimension: of pooled features.
         max_text_tokens: special tokens included.
         cross_layers: numbers of the text layers that attend to the video, for models that match; else empty.
-        cross_heads: how many heads these layers have.
-        offload: the device it works on while its weights lie on the CPU between uses; None: it stays where it is. Set
-            here it moves nothing before the next use; a reward's `offload` does.
+        cross_heads: number of heads in these layers.
+        offload: the device it computes on while its weights stay on the CPU between uses; None: it stays where it is.
+            Setting it here moves nothing before the next use; setting a reward's `offload` does.
     """
 
     name: str
@@ -80,11 +80,11 @@ class VideoTextEncoder(nn.Module, ABC):
 
     @property
     def precision(self) -> torch.dtype:
-        """Of pixels and pooled features: fp32, or fp64 for a model in fp64."""
+        """dtype of pixels and pooled features: fp32, or fp64 for a model in fp64."""
         return torch.float64 if next(self.parameters()).dtype == torch.float64 else torch.float32
 
     def unit(self, x: Tensor) -> Tensor:
-        """To length 1, in `precision`."""
+        """Scale to length 1, in `precision`."""
         return F.normalize(x.to(self.precision), dim=-1)
 
     @property
@@ -93,39 +93,39 @@ class VideoTextEncoder(nn.Module, ABC):
 
     @property
     def fused_layers(self) -> Sequence[int]:
-        """Those of `cross_layers` where what a word attends to can still reach the match. The head reads the class
-        token, which reads words in the layers that follow: none does after the last."""
+        """The part of `cross_layers` where a word's attention can still reach the match. The head reads the class
+        token, which reads words only in later layers, so the last layer is excluded."""
         return self.cross_layers[:-1]
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
-        """An empty prompt has no words, and the features of the special tokens alone. A prompt longer than the text
-        tower is cut, with a warning."""
+        """Encode texts. An empty prompt has no words, only the features of the special tokens. A prompt longer than
+        the text tower's limit is cut, with a warning."""
 
     @abstractmethod
     def encode_video(self, videos: Tensor) -> VideoFeatures:
-        """Videos (B, F, 3, H, W) in [0, 1], of any size and number of frames; differentiable."""
+        """Encode videos (B, F, 3, H, W) in [0, 1], of any size and number of frames; differentiable."""
 
     def match(self, text: TextFeatures, video: VideoFeatures, fusion: Fusion | None = None) -> Tensor:
-        """(B, 2) logits of "differs" and "matches". `fusion`: see `pisces_rl.rewards.attention`."""
+        """Return (B, 2) logits for "differs" and "matches". `fusion`: see `pisces_rl.rewards.attention`."""
         raise ValueError(f"{self.name} has no matching head; the semantic reward needs an encoder that has one.")
 
     def sample(self, videos: Tensor) -> Tensor:
-        """`num_frames` of the frames (B, F, ...), taken evenly, first and last included; of fewer, some repeatedly."""
+        """Return `num_frames` evenly spaced frames of (B, F, ...), with first and last; repeat some if F is less."""
         frames = torch.linspace(0, videos.shape[1] - 1, self.num_frames, device=videos.device).round().long()
         return videos[:, frames]
 
     def padded(self, videos: Tensor) -> Tensor:
-        """Sampled frames (B, num_frames, ...), and those that are added before tokens are cut: none."""
+        """Add the frames that the model needs before tokenising to sampled frames (B, num_frames, ...); here none."""
         return videos
 
     def prepare(self, videos: Tensor) -> Tensor:
-        """(B, num_frames, 3, *resolution), normalised, on the model's device and in its `precision`.
+        """Return frames (B, num_frames, 3, *resolution), normalised, on the model's device and in its `precision`.
 
-        Frames are those of `sample`. Resizing is bicubic with antialiasing. Pixels up to 0.1 beyond [0, 1] are
+        Frames are those of `sample`. Resizing is bicubic with antialiasing. Pixels up to 0.1 outside [0, 1] are
         clamped.
 
-        Raises ValueError for other shapes, for values further out and for those that are NaN, naming the video.
+        Raises ValueError for other shapes, and for pixels further outside or NaN, naming the video.
         """
         if not isinstance(videos, Tensor) or videos.ndim != 5 or videos.shape[2] != 3 or 0 in videos.shape:
             found = tuple(videos.shape) if isinstance(videos, Tensor) else type(videos).__name__
@@ -135,7 +135,7 @@ class VideoTextEncoder(nn.Module, ABC):
         count, size = len(videos), self.resolution
         videos = self.sample(videos).clamp(0, 1).flatten(0, 1)
         if self.crop:
-            videos = _cut(videos, size[0] / size[1])
+            videos = _center_crop(videos, size[0] / size[1])
         if videos.shape[-2:] != size:
             videos = F.interpolate(videos, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         mean, std = (videos.new_tensor(x)[:, None, None] for x in (self.mean, self.std))
@@ -143,7 +143,7 @@ class VideoTextEncoder(nn.Module, ABC):
 
 
 def digest(*files: Path) -> str:
-    """12 digits of the SHA-256 of files, one after the other; about 1.4 s a GB on a core."""
+    """Return 12 digits of the SHA-256 of concatenated files; takes about 1.4 s per GB on one core."""
     found = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -152,8 +152,8 @@ def digest(*files: Path) -> str:
     return found.hexdigest()[:12]
 
 
-def _cut(frames: Tensor, aspect: float) -> Tensor:
-    """The middle of frames (n, 3, H, W) that has an aspect H / W."""
+def _center_crop(frames: Tensor, aspect: float) -> Tensor:
+    """Crop the centre of frames (n, 3, H, W) to an aspect ratio H / W."""
     height, width = frames.shape[-2:]
     rows, columns = min(height, round(width * aspect)), min(width, round(height / aspect))
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -161,16 +161,16 @@ def _cut(frames: Tensor, aspect: float) -> Tensor:
 
 
 def grid(frames: int, rows: int, columns: int, class_tokens: int = 0) -> Tensor:
-    """(class_tokens + frames rows columns, 3) positions, frame by frame and row by row, after tokens without place."""
+    """Return positions (class_tokens + frames rows columns, 3): first tokens without a position, then row-major."""
     axes = [torch.arange(n, dtype=torch.float32) for n in (frames, rows, columns)]
     places = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).flatten(0, 2)
     return torch.cat([torch.full((class_tokens, 3), torch.nan), places])
 
 
 def tokenize(tokenizer, prompts: Sequence[str], max_length: int, device, fixed: bool = False) -> tuple:
-    """Token numbers (B, N), attention mask (B, N) bool, words (B, N) bool, and the pieces as text.
+    """Return token ids (B, N), attention mask (B, N) bool, words (B, N) bool, and the tokens as text.
 
-    Padding is to the longest prompt, or with `fixed` to `max_length`.
+    Pads to the longest prompt, or with `fixed` to `max_length`.
     """
     if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts: expected a list of strings, got {prompts!r}.")
@@ -198,7 +198,7 @@ def tokenize(tokenizer, prompts: Sequence[str], max_length: int, device, fixed: 
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1, 1, N): 0 where the mask is True, the smallest number elsewhere."""
+    """Return an additive mask (B, 1, 1, N): 0 where the mask is True, the lowest number elsewhere."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)[
         :, None, None
     ]

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP over frames: image-text models, a video's feature is the mean of its frames'."""
+"""CLIP and SigLIP over frames: image-text models whose video feature is the mean over frames."""
 
 from collections.abc import Sequence
 
@@ -13,14 +13,16 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 
 class FrameEncoder(VideoTextEncoder):
-    """pooled: the mean over frames of the image features, each of length 1, brought to length 1. It cannot see motion.
+    """CLIP or SigLIP. `pooled` is the mean over frames of unit-length image features, scaled to length 1. It cannot
+    see motion.
 
     Args:
         model: a CLIPModel or SiglipModel.
-        tokenizer: its own.
+        tokenizer: the model's.
         name: what maps are bound to.
-        num_frames: how many frames it looks at.
-        mean, std: of its pixels, from its image processor; None: CLIP's own, SigLIP's 0.5.
+        num_frames: number of frames it sees.
+        mean: of its pixels, from its image processor; None: CLIP's, or 0.5 for SigLIP.
+        std: of its pixels, from its image processor; None: CLIP's, or 0.5 for SigLIP.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class FrameEncoder(VideoTextEncoder):
         self.dimension = model.config.projection_dim if self.crop else text.projection_size
 
     def encode_text(self, prompts: Sequence[str]) -> TextFeatures:
-        # SigLIP reads padding: it was trained on texts of one length
+        # SigLIP attends to padding: it was trained on texts of one length
         fixed = isinstance(self.model, SiglipModel)
         tokens, mask, words, pieces = tokenize(self.tokenizer, prompts, self.max_text_tokens, self.device, fixed)
         out = self.model.get_text_features(input_ids=tokens, attention_mask=None if fixed else mask.long())
@@ -59,7 +61,7 @@ class FrameEncoder(VideoTextEncoder):
 
 
 def _positions(encoder: VideoTextEncoder, tokens_of_frame: int) -> Tensor:
-    """Positions where each frame brings its own class tokens."""
+    """Return token positions if each frame has its own class tokens."""
     own = grid(1, encoder.side, encoder.side, class_tokens=tokens_of_frame - encoder.side**2)
     frames = own.repeat(encoder.num_frames, 1, 1)
     frames[..., 0] += torch.arange(encoder.num_frames)[:, None]

@@ -1,7 +1,7 @@
-"""InternVideo2, stage 2: the video-text model of the PISCES paper, written so that its official weights load by name.
+"""InternVideo2 stage 2, the video-text model of the PISCES paper, written so that its official weights load by name.
 
-Architecture and names of the weights are those of the public code (arXiv 2403.15377, OpenGVLab/InternVideo): a vision
-transformer with one token for each patch of each frame, and a BERT-large whose layers from 19 on attend to them.
+Architecture and weight names follow the public code (arXiv 2403.15377, OpenGVLab/InternVideo): a vision transformer
+with one token per patch and frame, and a BERT-large whose layers from 19 on attend to these tokens.
 """
 
 import json
@@ -28,7 +28,7 @@ from pisces_rl.rewards.encoders.encoder import (
 )
 
 CARD, WEIGHTS = "config.json", "model.safetensors"
-#: Weights of pre-training that nothing here reads: teachers' decoders, the word-prediction head, image positions.
+#: Pre-training weights that are not used here: teachers' decoders, the word-prediction head, image positions.
 UNUSED = (
     "vision_encoder.clip_decoder.",
     "vision_encoder.final_clip_decoder.",
@@ -43,7 +43,7 @@ UNUSED = (
 
 @dataclass
 class InternVideo2Config:
-    """The 1B model's sizes; `num_frames` may differ from the checkpoint's: positions in time are interpolated."""
+    """Sizes of the 1B model. `num_frames` may differ from the checkpoint's: temporal positions are interpolated."""
 
     width: int = 1408
     depth: int = 40
@@ -64,11 +64,11 @@ class InternVideo2Config:
 
 
 class InternVideo2(VideoTextEncoder):
-    """Texts and videos are compared by the cosine of their projections, and by the matching head on the text's [CLS].
+    """A model that compares texts and videos by the cosine of projections, and by a matching head on the text's [CLS].
 
     Args:
         config: sizes.
-        tokenizer: of BERT (uncased).
+        tokenizer: BERT's (uncased).
         name: what maps are bound to.
     """
 
@@ -116,7 +116,7 @@ class InternVideo2(VideoTextEncoder):
         return self.itm_head(hidden[:, 0]).to(self.precision)
 
     def load_official(self, state: dict[str, Tensor]) -> None:
-        """Weights under their official names; every weight of this model must be there, and every other be known.
+        """Load weights under their official names. All weights of this model must be there, and no unknown ones.
 
         Raises ValueError naming what is missing, unknown or of another shape.
         """
@@ -138,18 +138,18 @@ class InternVideo2(VideoTextEncoder):
         self.load_state_dict(state)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16) -> None:
-        """config.json, model.safetensors and the tokenizer."""
+        """Write config.json, model.safetensors and the tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by the owner only
         self.tokenizer.save_pretrained(folder)
         card = {"model_type": "internvideo2", "name": self.name.split("@")[0], **asdict(self.config)}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, tokenizer: PreTrainedTokenizerBase, dtype=torch.float32) -> "InternVideo2":
-        """From a folder that `save` wrote, frozen. Its name carries the hash of its weights."""
+        """Load from a folder that `save` wrote, frozen. The model's name carries the hash of its weights."""
         folder = Path(folder)
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         config = InternVideo2Config(**{k: card[k] for k in InternVideo2Config.__dataclass_fields__})
@@ -164,7 +164,7 @@ class InternVideo2(VideoTextEncoder):
 
 
 def _positions_for(positions: Tensor, count: int, patches: int) -> Tensor:
-    """Positions (1, 1 + t patches, D) for `count` tokens, linearly interpolated in time."""
+    """Return positions (1, 1 + t patches, D) for `count` tokens, linearly interpolated in time."""
     if positions.shape[1] == count or (positions.shape[1] - 1) % patches or (count - 1) % patches:
         return positions
     first, rest = positions[:, :1], positions[0, 1:].unflatten(0, (-1, patches))
@@ -173,7 +173,7 @@ def _positions_for(positions: Tensor, count: int, patches: int) -> Tensor:
 
 
 class _Vision(nn.Module):
-    """(B, F, 3, H, W) to tokens (B, 1 + F patches, width) and their pooling (B, pooled_width)."""
+    """Map (B, F, 3, H, W) to tokens (B, 1 + F patches, width) and their pooling (B, pooled_width)."""
 
     def __init__(self, config: InternVideo2Config):
         super().__init__()
@@ -195,7 +195,7 @@ class _Vision(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm attention and perceptron with a learned scale of each channel, queries and keys normalised."""
+    """Pre-norm attention and MLP with a learned scale per channel, queries and keys normalised."""
 
     def __init__(self, config: InternVideo2Config):
         super().__init__()
@@ -233,7 +233,7 @@ class _Attention(nn.Module):
 
 
 class _Pooling(nn.Module):
-    """Attention of the tokens' mean over the tokens."""
+    """Attention pooling with the tokens' mean as the query."""
 
     def __init__(self, config: InternVideo2Config):
         super().__init__()

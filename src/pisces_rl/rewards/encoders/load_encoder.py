@@ -1,4 +1,4 @@
-"""Encoders by name."""
+"""Load encoders by name."""
 
 import functools
 import inspect
@@ -15,7 +15,7 @@ from pisces_rl.rewards.encoders.tiny_vtm import CARD, TinyVTM
 
 KINDS = ("blip", "clip", "internvideo2", "pe_video", "siglip", "tiny_vtm", "videoprism", "xclip")
 PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
-#: What an encoder reads of a folder besides its weights.
+#: Files that an encoder reads from a folder besides its weights.
 DESCRIPTIONS = (
     "config.json",
     *PROCESSORS,
@@ -36,28 +36,29 @@ def load_encoder(
     dtype: torch.dtype | None = None,
     **options,
 ) -> VideoTextEncoder:
-    """A frozen encoder, from the name of an embedded one ("tiny-vtm"), a folder, or a Hub id.
+    """Load a frozen encoder from the name of an embedded one ("tiny-vtm"), a folder, or a Hub id.
 
-    Its own name, to which maps are bound, is that name, "@" and the commit of a Hub model or else the hash of what it
-    reads of the folder (of tiny-vtm's and InternVideo2's: of the weights), and options that are not the usual ones.
+    The encoder's `name`, to which maps are bound, is the given name, "@", and the commit of a Hub model or else the
+    hash of the files it reads (for tiny-vtm and InternVideo2: of the weights), plus options that differ from the
+    defaults.
 
     Args:
-        name: or an encoder, which is only moved and cast.
-        device: None: CUDA if there is one.
+        name: as above; or an encoder, which is only moved and cast.
+        device: None: CUDA if available.
         dtype: of its weights; None: fp32.
-        options: of its class, such as `num_frames`.
+        options: for its class, such as `num_frames`.
 
-    Raises ValueError for a model of a kind that is none of the known, and for options that its class does not take.
+    Raises ValueError for an unknown kind of model, and for options that its class does not accept.
     """
     if isinstance(name, VideoTextEncoder):
-        _take(name.name, options, {})
+        _check_options(name.name, options, {})
         return name.to(device, dtype)
     device, dtype = device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype or torch.float32
     kind = "tiny_vtm" if name in available(CARD) else _kind(name)
     if kind not in KINDS:
         raise ValueError(f"encoder {name!r} is a {kind!r}; expected one of {', '.join(KINDS)}.")
     if kind in ("tiny_vtm", "internvideo2"):
-        _take(name, options, {})
+        _check_options(name, options, {})
     if kind == "tiny_vtm":
         return TinyVTM.load(asset_path(name, CARD) if name in available(CARD) else name).to(device, dtype)
     tokenizer = AutoTokenizer.from_pretrained(name)
@@ -74,8 +75,9 @@ def shared_encoder(
     offload: str | torch.device | None = None,
     device: str | torch.device | None = None,
 ) -> VideoTextEncoder:
-    """`load_encoder`, but the same encoder each time, as long as the files of its folder are the same; an encoder is
-    returned as it is. With `offload` one that works on that device and lies on the CPU between uses."""
+    """Call `load_encoder`, but return the same encoder each time while the files in its folder are unchanged. An
+    encoder object is returned as it is. With `offload`, the encoder computes on that device and its weights stay on
+    the CPU between uses."""
     if isinstance(encoder, VideoTextEncoder):
         return encoder
     if not isinstance(encoder, (str, Path)):
@@ -95,8 +97,8 @@ def _shared(
     return encoder
 
 
-def _take(name: str, options: dict, known: dict) -> None:
-    """A ValueError for options that are not among the known."""
+def _check_options(name: str, options: dict, known: dict) -> None:
+    """Raise a ValueError for options that are not among the known ones."""
     if unknown := [option for option in options if option not in known]:
         raise ValueError(f"{', '.join(unknown)}: encoder {name!r} takes {', '.join(known) or 'no options'}.")
 
@@ -126,15 +128,15 @@ def _pretrained(kind: str, name: str, tokenizer, dtype: torch.dtype, options: di
         "xclip": (XCLIPEncoder, transformers.XCLIPModel),
     }[kind]
     usual = {p.name: p.default for p in inspect.signature(encoder).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    _take(name, options, usual)
+    _check_options(name, options, usual)
     if "mean" in usual:
         usual |= _pixels(name)
     own = "".join(f" {k}={v}" for k, v in sorted(options.items()) if v != usual[k])
-    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, _bound(name) + own, **usual | options)
+    return encoder(model.from_pretrained(name, dtype=dtype), tokenizer, _versioned_name(name) + own, **usual | options)
 
 
-def _bound(name: str) -> str:
-    """A name with the Hub's commit, or the hash of a folder's weights, sizes, tokenizer and pixels."""
+def _versioned_name(name: str) -> str:
+    """Return a name with the Hub's commit, or the hash of a folder's weights, sizes, tokenizer and processor."""
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{Path(hf_hub_download(name, 'config.json')).parent.name[:12]}"  # .../snapshots/commit/
@@ -142,13 +144,13 @@ def _bound(name: str) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Those that an encoder reads; none where there is no such folder."""
+    """Return the files that an encoder reads; none if the folder does not exist."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return [*weights, *(folder / file for file in DESCRIPTIONS if (folder / file).is_file())]
 
 
 def _pixels(name: str) -> dict:
-    """mean and std from a processor's file; empty where it has none."""
+    """Read mean and std from a processor's file; return {} if there is none."""
     for file in PROCESSORS:
         path = Path(name) / file
         try:

@@ -10,14 +10,17 @@ from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, Vide
 
 
 class PEVideoEncoder(VideoTextEncoder):
-    """Its video tokens are whole frames, so they have a time and no place within the frame (row and column 0).
+    """PE-Video. Its video tokens are whole frames, so they have a time but no place in the frame (row and column 0).
 
     Args:
-        model, tokenizer, name: as `FrameEncoder`.
-        num_frames: how many frames it looks at.
-        resolution: of a frame.
+        model: a PeVideoModel.
+        tokenizer: the model's.
+        name: what maps are bound to.
+        num_frames: number of frames it sees.
+        resolution: side of a frame.
         max_text_tokens: longer prompts are cut.
-        mean, std: of its pixels, from its processor.
+        mean: of its pixels, from its processor.
+        std: of its pixels, from its processor.
     """
 
     def __init__(

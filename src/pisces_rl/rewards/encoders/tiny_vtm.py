@@ -1,4 +1,4 @@
-"""tiny-vtm: the embedded video-text model of ShapeMotion, small enough for a CPU; shaped like InternVideo2 stage 2."""
+"""tiny-vtm: the embedded video-text model for ShapeMotion, small enough for a CPU; structured like InternVideo2."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ CARD, WEIGHTS = "config.json", "model.safetensors"
 
 @dataclass
 class TinyVTMConfig:
-    """Widths and depths. video_patch: (frames, rows, columns) of a token; resolution: of a square frame."""
+    """Widths and depths. video_patch: (frames, rows, columns) of a token; resolution: side of a square frame."""
 
     width: int = 192
     heads: int = 6
@@ -92,11 +92,11 @@ class TinyVTM(VideoTextEncoder):
         return self.encode_prepared(self.padded(self.prepare(videos)))
 
     def padded(self, videos: Tensor) -> Tensor:
-        """The first frame again until whole tubelets fill the clip."""
+        """Repeat the first frame until whole tubelets fill the clip."""
         return torch.cat([videos[:, :1].expand(-1, self.lead, -1, -1, -1), videos], 1)
 
     def encode_prepared(self, videos: Tensor) -> VideoFeatures:
-        """Videos (B, F, 3, H, W) in [-1, 1] whose frames fill the tubelets."""
+        """Encode videos (B, F, 3, H, W) in [-1, 1] whose frames fill the tubelets."""
         frames, rows, columns = self.config.video_patch
         t, h, w = self.grid
         x = videos.reshape(len(videos), t, frames, 3, h, rows, w, columns).permute(0, 1, 4, 6, 2, 3, 5, 7)
@@ -121,18 +121,18 @@ class TinyVTM(VideoTextEncoder):
         return self.matching_head(hidden[:, 0]).to(self.precision)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.float16, **card) -> None:
-        """config.json (with `card`), model.safetensors and the tokenizer."""
+        """Write config.json (with `card`), model.safetensors and the tokenizer."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_file({k: v.to(dtype).contiguous().cpu() for k, v in self.state_dict().items()}, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
+        (folder / WEIGHTS).chmod(folder.stat().st_mode & 0o666)  # safetensors makes it readable by the owner only
         self.tokenizer.save_pretrained(folder)
         card = {"model_type": "tiny_vtm", **asdict(self.config), **card}
         (folder / CARD).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: str | Path, name: str | None = None) -> "TinyVTM":
-        """From a folder that `save` wrote, in fp32, frozen. Its name carries the hash of its weights."""
+        """Load from a folder that `save` wrote, in fp32, frozen. The model's name carries the hash of its weights."""
         folder = Path(folder)
         card = json.loads((folder / CARD).read_text(encoding="utf-8"))
         known = {k: card[k] for k in TinyVTMConfig.__dataclass_fields__}

@@ -1,4 +1,4 @@
-"""VideoPrism, its text-video model."""
+"""VideoPrism's text-video model."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,13 @@ from pisces_rl.rewards.encoders.encoder import TextFeatures, VideoFeatures, Vide
 
 
 class VideoPrismEncoder(VideoTextEncoder):
-    """Frames at 288 x 288 in [0, 1], as published. Args: model, tokenizer, name: as `FrameEncoder`."""
+    """VideoPrism. Frames are 288 x 288 in [0, 1], as published.
+
+    Args:
+        model: a VideoPrismClipModel.
+        tokenizer: the model's.
+        name: what maps are bound to.
+    """
 
     def __init__(self, model: VideoPrismClipModel, tokenizer: PreTrainedTokenizerBase, name: str):
         super().__init__()

@@ -10,12 +10,15 @@ from pisces_rl.rewards.encoders.frames import _positions
 
 
 class XCLIPEncoder(VideoTextEncoder):
-    """pooled: the two towers' projections. X-CLIP's own score also lets the video rewrite the text's feature (its
-    prompt generator); a map between the two spaces needs them apart, so that part is left out.
+    """X-CLIP. `pooled` is the projection of each tower. X-CLIP's score also lets the video modify the text's feature
+    (its prompt generator); that part is left out, since a map between the two spaces needs them independent.
 
     Args:
-        model, tokenizer, name: as `FrameEncoder`.
-        mean, std: of its pixels.
+        model: an XCLIPModel.
+        tokenizer: the model's.
+        name: what maps are bound to.
+        mean: of its pixels.
+        std: of its pixels.
     """
 
     crop = True

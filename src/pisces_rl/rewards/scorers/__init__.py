@@ -1,4 +1,4 @@
-"""Scorers that others trained on people's judgements, as rewards, loaded by name with `load_reward`: one file a model.
+"""Published scorers trained on human judgements, as rewards; load them by name with `load_reward`. One file per model.
 
 | name | file | model |
 |---|---|---|
@@ -12,6 +12,6 @@
 | video_score2 | video_score2.py | Qwen2.5-VL-7B |
 | motion_flow | motion_flow.py | none: OpenCV's optical flow |
 
-`frame_scorer`, `qwen2_vl_reward` and `generative_judge` hold what several share; `published_weights` checks names
-before weights are read.
+Shared code is in `frame_scorer`, `qwen2_vl_reward` and `generative_judge`; `published_weights` checks the names of
+weights before reading them.
 """

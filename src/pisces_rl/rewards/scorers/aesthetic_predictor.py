@@ -22,7 +22,7 @@ from pisces_rl.rewards.scorers.published_weights import (
 
 CLIP = "openai/clip-vit-large-patch14"
 HEAD = Path("~/.cache/pisces_rl/sac+logos+ava1-l14-linearMSE.safetensors")
-#: By which a CLIP-L/14 is told from its kin.
+#: Sizes that identify CLIP-L/14 among CLIP models.
 SIZES = {
     "projection_dim": 768,
     "vision_config.hidden_size": 1024,
@@ -36,7 +36,7 @@ UNUSED = ("text_model.", "text_projection.", "logit_scale", "embeddings.position
 class AestheticHead(nn.Module):
     """Five linear layers, dropout between the first four, no other nonlinearity: (n, width) -> (n,).
 
-    The names are those of the checkpoint: layers.0, 2, 4, 6 and 7.
+    Layer names follow the checkpoint: layers.0, 2, 4, 6 and 7.
     """
 
     def __init__(self, width: int = 768):
@@ -61,22 +61,22 @@ class AestheticPredictor(FrameScorer):
 
         s = head(f / |f|),   f the image features of CLIP-L/14, after its projection
 
-    on the scale of its training data, 1 to 10; it does not read the prompt. In training some divide it by 10.
+    on the scale of its training data, 1 to 10; it ignores the prompt. Some trainers divide it by 10.
 
     Args:
         clip: the Hub id or folder of CLIP-L/14, or a CLIPVisionModelWithProjection.
-        head: the file that `pisces-rl convert` wrote, or an AestheticHead.
-        frames: scored per video.
-        micro_batch: at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        head: the file written by `pisces-rl convert`, or an AestheticHead.
+        frames: frames to score per video.
+        micro_batch: frames per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `FrameScorer`.
         name: see `FrameScorer`.
 
-    A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied, as by OpenAI's CLIP.
+    A frame is scaled so that its shorter side is 224, cropped at the centre and normalised as in OpenAI's CLIP.
     Source: simple_inference.py of github.com/christophschuhmann/improved-aesthetic-predictor.
 
-    Raises ValueError for weights that are not here, and for those of another model.
+    Raises ValueError if the weights are missing or belong to another model.
     """
 
     crop_rounds = True
@@ -101,13 +101,13 @@ class AestheticPredictor(FrameScorer):
             clip = CLIPVisionModelWithProjection.from_pretrained(folder, dtype=dtype).to(device)
         width, needs = clip.config.projection_dim, head.layers[0].in_features
         if width != needs:
-            raise ValueError(f"clip: its features have {width} numbers, the head reads {needs}.")
+            raise ValueError(f"clip: its features have {width} numbers, but the head expects {needs}.")
         size = clip.config.image_size
         model = nn.ModuleDict({"clip": clip, "head": head.to(clip.device)})
         super().__init__(model, size=size, frames=frames, micro_batch=micro_batch, name=name, offload=offload)
 
     def read(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 0): nothing."""
+        """Return an empty (B, 0): the prompt is ignored."""
         return torch.empty(len(prompts), 0)
 
     def look(self, pixels: Tensor, texts: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class AestheticPredictor(FrameScorer):
 
 
 def load_head(path: str | Path) -> AestheticHead:
-    """From a file that `pisces-rl convert` wrote, in fp32."""
+    """Load the head from a file written by `pisces-rl convert`, in fp32."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(
@@ -127,14 +127,14 @@ def load_head(path: str | Path) -> AestheticHead:
 
 
 def read_head(path: Path) -> dict[str, Tensor]:
-    """The weights of the head's file, of the pickle, too; names and shapes checked."""
+    """Read the head's weights from safetensors or the pickle, and check names and shapes."""
     state = read_weights(path)
     head_of(state, path)
     return state
 
 
 def head_of(state: dict[str, Tensor], source: str | Path) -> AestheticHead:
-    """A head with these weights; a ValueError where they are not its own, name for name."""
+    """Build a head with these weights; raise a ValueError if names or shapes differ."""
     head = AestheticHead()
     check_names(shapes_of(state), shapes_of(head.state_dict()), source, "the aesthetic predictor's head")
     head.load_state_dict(state)
@@ -142,7 +142,7 @@ def head_of(state: dict[str, Tensor], source: str | Path) -> AestheticHead:
 
 
 def check_vision_tower(folder: Path) -> None:
-    """A ValueError unless a folder holds CLIP-L/14's vision tower, all its weights under their published names."""
+    """Raise a ValueError unless a folder holds all weights of CLIP-L/14's vision tower under their published names."""
     check_config(folder, "the aesthetic predictor's CLIP-L/14", "clip", SIZES)
     with torch.device("meta"):
         config = CLIPVisionConfig.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What scorers of single images share: which frames they see, at which size, and how they wait on the CPU."""
+"""Common part of scorers of single images: frame selection, preprocessing, batching and offloading."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from pisces_rl.rewards.offloaded_model import OffloadedModel
 
 
 def spread(count: int, frames: int) -> Tensor:
-    """(min(count, frames),) numbers of frames, evenly spread, first and last included."""
+    """Return (min(count, frames),) indices of evenly spaced frames, first and last included."""
     return torch.linspace(0, count - 1, min(frames, count)).round().long()
 
 
 def at_least_float(x: Tensor) -> Tensor:
-    """In fp32, or fp64 where it is."""
+    """Convert to fp32; fp64 stays fp64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def scale(frames: Tensor, size: tuple[int, int], *, passes: bool = True) -> Tensor:
-    """Frames (n, 3, H, W) at another size, bicubic with antialiasing, clamped to [0, 1]; with `passes` clamped between
-    columns and rows, too, as PIL does; torchvision does not."""
+    """Resize frames (n, 3, H, W), bicubic with antialiasing, and clamp to [0, 1]. With `passes`, also clamp between
+    the passes over columns and rows, as PIL does but torchvision does not."""
     for now in ((frames.shape[-2], size[1]), size) if passes else (size,):
         if frames.shape[-2:] != now:
             frames = F.interpolate(frames, now, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
@@ -32,14 +32,16 @@ def scale(frames: Tensor, size: tuple[int, int], *, passes: bool = True) -> Tens
 
 
 def clip_pixels(frames: Tensor, size: int, *, crop_rounds: bool = False) -> Tensor:
-    """CLIP's preprocessing of frames (n, 3, H, W) in [0, 1], as a differentiable function: (n, 3, size, size).
+    """Apply CLIP's preprocessing to frames (n, 3, H, W) in [0, 1], differentiably: (n, 3, size, size).
 
-    The shorter side is scaled to `size` (bicubic with antialiasing, the longer side rounded down), the middle cut out,
-    and normalised by CLIP's mean and standard deviation. The processors do the same on 8-bit images and round after
-    each of the two passes of the scaling, so they differ by up to about two 255ths a pixel.
+    The shorter side is scaled to `size` (bicubic with antialiasing, the longer side rounded down), the centre cropped,
+    and pixels normalised by CLIP's mean and standard deviation. The processors do the same on 8-bit images and round
+    after each of the two passes of the scaling, so they differ by up to about 2/255 per pixel.
 
     Args:
-        crop_rounds: where the margin is odd, round half of it to the even number (torchvision, the original CLIP)
+        frames: (n, 3, H, W) in [0, 1].
+        size: side of the result.
+        crop_rounds: if the margin is odd, round half of it to the nearest even number (torchvision, the original CLIP)
             instead of down (transformers).
     """
     height, width = frames.shape[-2:]
@@ -56,15 +58,16 @@ def clip_pixels(frames: Tensor, size: int, *, crop_rounds: bool = False) -> Tens
 class FrameScorer(OffloadedModel, ABC):
     """A video's score is the mean of its frames' scores; differentiable.
 
-    A video of one frame has the authors' score of that image; they say nothing of videos.
+    A video of one frame has the authors' score of that image; the authors define no score for videos.
 
     Args:
         model: frozen by this class.
-        frames: how many are scored, evenly spread, first and last included.
-        micro_batch: frames scored at once.
+        size: side of the preprocessed frames.
+        frames: frames to score, evenly spaced, first and last included.
+        micro_batch: frames per forward pass.
         name: under which it is logged.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls. A
-            call that leaves a graph leaves them on the device, for a panel until its backward pass.
+        offload: the device, such as "cuda", on which the model computes while its weights stay on the CPU between
+            calls. A call that leaves a graph leaves them on the device; in a panel, until its backward pass.
     """
 
     differentiable = True
@@ -89,14 +92,14 @@ class FrameScorer(OffloadedModel, ABC):
 
     @abstractmethod
     def read(self, prompts: Sequence[str]) -> Tensor:
-        """(B, ...): what is known of the prompts."""
+        """Return what the scorer needs of the prompts, (B, ...)."""
 
     @abstractmethod
     def look(self, pixels: Tensor, texts: Tensor) -> Tensor:
-        """(n,): scores of preprocessed frames (n, 3, size, size), each with its row of `read`."""
+        """Return (n,) scores of preprocessed frames (n, 3, size, size), each with its row of `read`."""
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
-        """(B,) scores of videos (B, F, 3, H, W) in [0, 1], on their device.
+        """Return (B,) scores of videos (B, F, 3, H, W) in [0, 1], on their device.
 
         Raises TypeError and ValueError as `check_inputs` and `check_pixels` do.
         """

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL that writes an answer with scores in it, shared by UnifiedReward and VideoScore2."""
+"""Qwen2.5-VL writing an answer that contains scores, shared by UnifiedReward and VideoScore2."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ from pisces_rl.rewards.scorers.published_weights import (
 from pisces_rl.rewards.scorers.qwen2_vl_reward import flat_name, qwen_inputs
 from pisces_rl.rewards.vlm_judge import digit_tokens, expected_digit
 
-#: By which the sizes of Qwen2.5-VL are told apart, from the published config.json.
+#: Entries of the published config.json that identify the sizes of Qwen2.5-VL.
 SIZES = {
     "3B": {"hidden_size": 2048, "num_hidden_layers": 36},
     "7B": {"hidden_size": 3584, "num_hidden_layers": 28},
@@ -40,32 +40,34 @@ SIZES = {
 
 
 class GenerativeJudge(OffloadedModel, ABC):
-    """A model writes an answer to the authors' question, and its scores are expectations over the digits in it.
+    """A model answers the authors' question, and the scores are expectations over the digits in its answer.
 
         r = sum_k weights_k s_k,   s_k = sum_j 10^-j sum_d d p_kj(d)
 
-    s_k is a number of the answer, k in `dimensions`, j = 0, 1, ... its digits and p_kj(d) the model's probability of
-    the digit d at that place, given all that it wrote before, among 1 to 5 for the first digit and 0 to 9 for those
-    after the point. The answer is the most probable one, token by token, without sampling, temperature or a penalty of
-    repetitions, so a video's score is always the same. Each s_k is recorded as `<name>_<dimension>`. No gradients.
+    s_k is a number in the answer, k in `dimensions`, and j = 0, 1, ... are its digits. p_kj(d) is the model's
+    probability of digit d at that place given everything it wrote before, among 1 to 5 for the first digit and 0 to 9
+    for those after the point. The answer is decoded greedily, without sampling, temperature or repetition penalty, so
+    a video's score is always the same. Each s_k is recorded as `<name>_<dimension>`. No gradients.
 
     Args:
-        model: frozen by this class; how it generates is set by this class.
+        model: frozen by this class, which also replaces its generation settings.
         tokenizer: Qwen2.5-VL's.
-        template: the authors' question, which holds `placeholder` for the prompt.
+        template: the authors' question, which contains `placeholder` for the prompt.
         weights: of `dimensions`.
-        batch_size: videos at once.
-        max_new_tokens: the longest answer.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls.
+        batch_size: videos per forward pass.
+        max_new_tokens: limit for the answer.
+        name: under which it is logged.
+        offload: the device, such as "cuda", on which the model computes while its weights stay on the CPU between
+            calls.
 
     Raises RewardError, naming the prompt and quoting the answer, for an answer without the scores.
     """
 
     dimensions: Sequence[str]
-    answer: re.Pattern  # finds the scores: a group a dimension, in order
+    answer: re.Pattern  # finds the scores: one group per dimension, in order
     placeholder: str
-    media: str  # "image" or "video", as the chat template names it
-    tokens: tuple[int, int]  # merged patches of a frame, least and most
+    media: str  # "image" or "video", as the chat template calls it
+    tokens: tuple[int, int]  # smallest and largest number of merged patches per frame
 
     def __init__(
         self,
@@ -80,7 +82,7 @@ class GenerativeJudge(OffloadedModel, ABC):
         offload: str | torch.device | None,
     ):
         if self.placeholder not in template:
-            raise ValueError(f"template: it must hold {self.placeholder}, in whose place the prompt is put.")
+            raise ValueError(f"template: it must contain {self.placeholder}, the placeholder for the prompt.")
         if len(weights) != len(self.dimensions) or batch_size < 1 or max_new_tokens < 1:
             raise ValueError(
                 f"weights={tuple(weights)}, batch_size={batch_size}, max_new_tokens={max_new_tokens}: expected "
@@ -88,7 +90,7 @@ class GenerativeJudge(OffloadedModel, ABC):
             )
         self.model, self.tokenizer, self.template = model.eval().requires_grad_(False), tokenizer, template
         self.digits = digit_tokens(tokenizer, range(10))
-        ends = model.generation_config.eos_token_id  # of Qwen2.5-VL <|im_end|> and <|endoftext|>
+        ends = model.generation_config.eos_token_id  # for Qwen2.5-VL <|im_end|> and <|endoftext|>
         self.ends = [ends] if isinstance(ends, int) else list(ends or [tokenizer.eos_token_id])
         self.model.generation_config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=self.ends, pad_token_id=tokenizer.pad_token_id
@@ -99,10 +101,10 @@ class GenerativeJudge(OffloadedModel, ABC):
 
     @abstractmethod
     def frames_of(self, videos: Tensor) -> Tensor:
-        """(B, n, 3, H, W): the frames that the authors show."""
+        """Return the frames that the authors show, (B, n, 3, H, W)."""
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
-        """(B,) rewards of videos (B, F, 3, H, W) in [0, 1], on their device.
+        """Return (B,) rewards of videos (B, F, 3, H, W) in [0, 1], on their device.
 
         Raises ValueError for other shapes, pixels outside [0, 1] and a prompt with one of the model's special tokens.
         """
@@ -120,7 +122,7 @@ class GenerativeJudge(OffloadedModel, ABC):
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[str], clips: Tensor) -> Tensor:
-        """(B, K) scores, on the CPU, of clips (B, n, 3, H, W) of the frames that are shown."""
+        """Return (B, K) scores, on the CPU, for clips (B, n, 3, H, W) of the frames to show."""
         texts = [self.template.replace(self.placeholder, prompt) for prompt in prompts]
         inputs = qwen_inputs(
             self.tokenizer,
@@ -139,7 +141,7 @@ class GenerativeJudge(OffloadedModel, ABC):
         return torch.stack([self.read(*row) for row in zip(prompts, answers, logits)])
 
     def read(self, prompt: str, answer: Sequence[int], logits: Tensor) -> Tensor:
-        """(K,) scores in an answer of n tokens, by the logits (n, 10) of the digits at its places."""
+        """Return the (K,) scores in an answer of n tokens, given the digits' logits (n, 10) at each place."""
         answer = list(itertools.takewhile(lambda token: token not in self.ends, answer))
         pieces = self.tokenizer.batch_decode([[token] for token in answer], clean_up_tokenization_spaces=False)
         places = self._digits_of(pieces)
@@ -149,12 +151,12 @@ class GenerativeJudge(OffloadedModel, ABC):
             raise RewardError(
                 f"reward {self.__name__!r}: the answer for prompt {prompt!r} does not give "
                 f"{', '.join(self.dimensions)} from 1 to 5; it ends{cut} with {''.join(pieces)[-500:]!r}. Raise "
-                "max_new_tokens where it was cut, and look whether model and template belong together."
+                "max_new_tokens if it was cut, and check that the template belongs to the model."
             )
         return torch.stack([expected_number(logits[number]) for number in places])
 
     def _digits_of(self, pieces: Sequence[str]) -> list[list[int]] | None:
-        """For each score which tokens are its digits; None where the answer does not give all of them."""
+        """Return, for each score, which tokens are its digits; None if the answer does not give all scores."""
         text, ends = "".join(pieces), list(itertools.accumulate(map(len, pieces)))
         if (found := self.answer.search(text)) is None:
             return None
@@ -164,13 +166,13 @@ class GenerativeJudge(OffloadedModel, ABC):
 
 
 def expected_number(logits: Tensor) -> Tensor:
-    """sum_j 10^-j sum_d d p_j(d) by logits (n, 10) of the digits at n places, the first of them 1 to 5."""
+    """Return sum_j 10^-j sum_d d p_j(d) for the digits' logits (n, 10) at n places; the first digit is 1 to 5."""
     first = expected_digit(logits[0, 1:6], torch.arange(1, 6))
     return first + expected_digit(logits[1:], torch.arange(10)) @ 0.1 ** torch.arange(1, len(logits)).to(logits)
 
 
 class DigitLogits(LogitsProcessor):
-    """Changes nothing, and keeps the logits (B, 10) of the digits at each step, in fp32."""
+    """A processor that records the digits' logits (B, 10) at each step, in fp32, and changes nothing."""
 
     def __init__(self, digits: Sequence[int]):
         self.digits, self.steps = list(digits), []
@@ -183,13 +185,16 @@ class DigitLogits(LogitsProcessor):
 def load_judge(
     name: str | Path, judge: str, sizes: Sequence[str], dtype: torch.dtype, device: str | torch.device
 ) -> tuple[Qwen2_5_VLForConditionalGeneration, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a Hub id or folder. Names and shapes of all weights are checked before any is read.
+    """Load model and tokenizer from a Hub id or folder, after checking names and shapes of all weights.
 
     Args:
-        judge: for messages.
-        sizes: those of `SIZES` that the authors published.
+        name: the Hub id or folder.
+        judge: its name, for messages.
+        sizes: the entries of `SIZES` that the authors published.
+        dtype: of the model.
+        device: of the model.
 
-    Raises ValueError for weights that are not here and for those of another model.
+    Raises ValueError if the weights are missing or belong to another model.
     """
     folder = published_folder(name, judge, ("*.json", "*.txt", "*.jinja", "*.safetensors"))
     config = (
@@ -202,7 +207,7 @@ def load_judge(
     check_weights(folder, judge)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "chat_template.json").is_file():  # the processor's, in folders of transformers before 5
+    if (folder / "chat_template.json").is_file():  # the processor's template, as saved by transformers before 5
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text(encoding="utf-8"))[
             "chat_template"
         ]
@@ -210,15 +215,15 @@ def load_judge(
 
 
 def check_weights(folder: Path, judge: str) -> None:
-    """A ValueError unless a folder holds all weights of its configuration under their names: `visual.` and `model.` on
-    the top, as transformers writes them before 5, or `model.visual.` and `model.language_model.`"""
+    """Raise a ValueError unless a folder holds all weights of its configuration under their names: `visual.` and
+    `model.` at the top level, as transformers before 5 writes them, or `model.visual.` and `model.language_model.`"""
     found, config = stored_shapes(folder, judge), Qwen2_5_VLConfig.from_pretrained(folder)
     expected = official_shapes(config, flat=any(name.startswith("visual.") for name in found))
     check_names(found, expected, folder, judge, ("lm_head.",) if config.tie_word_embeddings else ())
 
 
 def official_shapes(config: Qwen2_5_VLConfig, flat: bool) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights in a published file; without the head of words where it is the embedding."""
+    """Return names and shapes of the weights in a published file; no lm_head if it is tied to the embedding."""
     with torch.device("meta"):
         shapes = shapes_of(Qwen2_5_VLForConditionalGeneration(config).state_dict())
     if config.tie_word_embeddings:

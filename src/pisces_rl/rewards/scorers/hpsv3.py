@@ -1,4 +1,4 @@
-"""HPSv3: which image people prefer for a prompt, by Qwen2-VL-7B with an uncertain score."""
+"""HPSv3: human preference between images for a prompt, by Qwen2-VL-7B, as a score with uncertainty."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,29 +39,29 @@ SIZES = {
 
 
 class HPSv3(QwenScorer):
-    """The mean over frames of mu, where (mu, sigma) = head(h) is the score of an image as a normal distribution.
+    """The mean over frames of mu, where (mu, sigma) = head(h) describes an image's score as a normal distribution.
 
-    h is the last hidden state at <|Reward|> in the authors' prompt. Their score is mu; the means over frames of both
-    are recorded as `<name>_mu` and `<name>_sigma`, sigma as the head gives it. They score images: a video of one frame
-    has the score of that image.
+    h is the last hidden state at <|Reward|> in the authors' prompt. The authors' score is mu; the means of both over
+    frames are recorded as `<name>_mu` and `<name>_sigma`, with sigma as the head outputs it. The authors score images:
+    a one-frame video has the score of that image.
 
-    A frame is scaled to about 256 merged patches of 28 x 28 pixels, its aspect kept. Source: arXiv 2508.03789,
-    inference.py, train.py and config/HPSv3_7B.yaml of github.com/MizzenAI/HPSv3.
+    A frame is scaled to about 256 merged patches of 28 x 28 pixels, keeping its aspect ratio. Source: arXiv
+    2508.03789, inference.py, train.py and config/HPSv3_7B.yaml of github.com/MizzenAI/HPSv3.
 
     Args:
         model: the Hub id or folder of HPSv3, with HPSv3.safetensors; or a Qwen2VLReward.
         base: the Hub id or folder of Qwen2-VL-7B-Instruct, of which only configuration and tokenizer are read; or a
             tokenizer.
-        template: the authors' data_collator_qwen.py, which is read and never run; or the text itself.
-        frames: scored per video, evenly spread, first and last included.
-        batch_size: frames at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        template: the authors' data_collator_qwen.py, which is parsed and never run; or the text itself.
+        frames: frames to score per video, evenly spaced, first and last included.
+        batch_size: frames per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `QwenScorer`.
         name: see `QwenScorer`.
 
-    Raises ValueError for weights or a template that are not here, for another model's, and for a prompt with one of
-    the model's special tokens.
+    Raises ValueError if weights or template are missing, if the weights belong to another model, and for a prompt with
+    one of the model's special tokens.
     """
 
     special, tokens, media = ("<|Reward|>",), (256, 256), "image"
@@ -94,7 +94,7 @@ class HPSv3(QwenScorer):
         self.frames = frames
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
-        """(B,) rewards of videos (B, F, 3, H, W) in [0, 1], on their device."""
+        """Return (B,) rewards of videos (B, F, 3, H, W) in [0, 1], on their device."""
         self.check(prompts, videos)
         frames = videos[:, spread(videos.shape[1], self.frames)]
         repeated = [prompt for prompt in prompts for _ in range(frames.shape[1])]
@@ -106,25 +106,25 @@ class HPSv3(QwenScorer):
 
 
 def head(width: int) -> nn.Module:
-    """Three linear layers, rm_head.0, 3 and 5 of the checkpoint."""
+    """Return three linear layers, rm_head.0, 3 and 5 of the checkpoint."""
     return nn.Sequential(
         nn.Linear(width, 1024), nn.ReLU(), nn.Dropout(0.05), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
     )
 
 
 def official_names(config: Qwen2VLConfig, flat: bool) -> dict[str, str]:
-    """The published name of each weight; `flat`: in the layout of transformers before 4.52."""
+    """Return the published name of each weight; `flat`: in the layout of transformers before 4.52."""
     own = empty_shapes(config, lambda: head(config.text_config.hidden_size))
     return {name: flat_name(name) if flat else name for name in own}
 
 
 def load_hpsv3(folder: Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2VLReward:
-    """The model of a folder's HPSv3.safetensors, in either layout. Names and shapes are checked first."""
+    """Load the model from a folder's HPSv3.safetensors, in either layout, after checking names and shapes."""
     found = stored_shapes(folder, "HPSv3", WEIGHTS)
     flat = any(name.startswith("visual.") for name in found)
     names = official_names(config, flat)
     words = names["model.language_model.embed_tokens.weight"]
-    if words in found:  # its tokenizer's size, not the base model's
+    if words in found:  # the checkpoint's vocabulary size, not the base model's
         config.text_config.vocab_size = found[words][0]
     shapes = empty_shapes(config, lambda: head(config.text_config.hidden_size))
     expected = {names[name]: shape for name, shape in shapes.items()}

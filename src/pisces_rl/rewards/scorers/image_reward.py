@@ -1,4 +1,4 @@
-"""ImageReward: which image people prefer for a prompt, by BLIP with a head on its text tower."""
+"""ImageReward: human preference between images for a prompt, by BLIP with a head on its text tower."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ from pisces_rl.rewards.scorers.published_weights import (
 
 MODEL, TOKENIZER, WEIGHTS = "THUDM/ImageReward", "google-bert/bert-base-uncased", "ImageReward.pt"
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the authors' normalisation
-LONGEST = 35  # tokens of a prompt
+LONGEST = 35  # tokens in a prompt
 UNUSED = ("blip.vision_proj.", "blip.text_proj.", "embeddings.position_ids")
 VISION = BlipVisionConfig(
     hidden_size=1024,
@@ -43,7 +43,7 @@ TEXT = BlipTextConfig(
     num_attention_heads=12,
     max_position_embeddings=512,
 )
-#: Names of the published vision tower, after `blip.visual_encoder.`, for those of transformers.
+#: transformers' names of the vision tower, and the published names after `blip.visual_encoder.`
 RENAMED = {
     "embeddings.class_embedding": "cls_token",
     "embeddings.position_embedding": "pos_embed",
@@ -58,7 +58,7 @@ RENAMED = {
 
 
 class BlipReward(nn.Module):
-    """BLIP's vision tower, its text tower that attends to it, and the head on the first token: (n,) raw scores."""
+    """BLIP's vision tower, its text tower attending to it, and the head on the first token: (n,) raw scores."""
 
     def __init__(self, vision: BlipVisionConfig = VISION, text: BlipTextConfig = TEXT):
         super().__init__()
@@ -77,25 +77,25 @@ class BlipReward(nn.Module):
 
 
 class ImageReward(FrameScorer):
-    """The mean over frames of (head(h) - mean) / std, about standard normal over the authors' data.
+    """The mean over frames of (head(h) - mean) / std, roughly standard normal over the authors' data.
 
     h is the first token of BLIP's text tower, which reads the prompt and attends to the image; mean and std are the
-    authors' constants. A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied;
-    prompts are padded to 35 tokens, and cut there with a warning. Source: arXiv 2304.05977, ImageReward.py of
+    authors' constants. A frame is scaled so that its shorter side is 224, cropped at the centre and normalised as for
+    CLIP. Prompts are padded to 35 tokens, and cut there with a warning. Source: arXiv 2304.05977, ImageReward.py of
     github.com/THUDM/ImageReward.
 
     Args:
         model: the Hub id, a folder or the file of the weights: ImageReward.pt, which is read with `weights_only`, or
-            ImageReward.safetensors, which `pisces-rl convert` wrote and which is preferred; or a BlipReward.
+            ImageReward.safetensors, written by `pisces-rl convert` and preferred; or a BlipReward.
         tokenizer: BERT's (uncased), or its Hub id or folder.
-        frames: scored per video.
-        micro_batch: at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        frames: frames to score per video.
+        micro_batch: frames per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `FrameScorer`.
         name: see `FrameScorer`.
 
-    Raises ValueError for weights that are not here, and for those of another model.
+    Raises ValueError if the weights are missing or belong to another model.
     """
 
     crop_rounds = True
@@ -122,7 +122,7 @@ class ImageReward(FrameScorer):
         super().__init__(model, size=size, frames=frames, micro_batch=micro_batch, name=name, offload=offload)
 
     def read(self, prompts: Sequence[str]) -> Tensor:
-        """(B, 2, 35): token numbers and mask."""
+        """Return token numbers and mask, (B, 2, 35)."""
         device = next(self.model.parameters()).device
         tokens, mask, _, _ = tokenize(self.tokenizer, prompts, LONGEST, device, fixed=True)
         return torch.stack([tokens, mask.long()], 1)
@@ -132,7 +132,7 @@ class ImageReward(FrameScorer):
 
 
 def official_names(names: Sequence[str]) -> dict[str, str]:
-    """The published name of each weight of a `BlipReward`."""
+    """Return the published name of each weight of a `BlipReward`."""
     found = {}
     for name in names:
         official = name if name.startswith("mlp.") else f"blip.{name}"
@@ -144,7 +144,7 @@ def official_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def read_image_reward(path: Path, vision: BlipVisionConfig, text: BlipTextConfig) -> dict[str, Tensor]:
-    """The weights of a file by their published names, names and shapes checked."""
+    """Read the weights of a file under their published names and check names and shapes."""
     state = read_weights(path)
     with torch.device("meta"):
         own = shapes_of(BlipReward(vision, text).state_dict())
@@ -156,7 +156,7 @@ def read_image_reward(path: Path, vision: BlipVisionConfig, text: BlipTextConfig
 def load_image_reward(
     source: str | Path, vision: BlipVisionConfig, text: BlipTextConfig, dtype: torch.dtype
 ) -> BlipReward:
-    """The model of ImageReward's weights: a file, a folder or a Hub id. Names and shapes are checked first."""
+    """Load the model from a file, folder or Hub id of ImageReward's weights, after checking names and shapes."""
     state = read_image_reward(weights_file(source, "ImageReward", WEIGHTS), vision, text)
     with init_empty_weights(include_buffers=False):
         model = BlipReward(vision, text)

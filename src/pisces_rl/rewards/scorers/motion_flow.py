@@ -1,4 +1,4 @@
-"""Optical flow up to a threshold: a guard against videos that freeze."""
+"""Optical flow up to a threshold: a guard against frozen videos."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,42 +9,43 @@ from torch import Tensor
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.scorers.frame_scorer import scale
 
-SHORT_SIDE = 256  # pixels of the frames in which the threshold is given
-RATE = 8.0  # frames a second between which the flow is taken
-WINDOW, UNEXPLAINED = (9, 9), 0.25  # pixels; the share of the change in them that the flow may leave
+SHORT_SIDE = 256  # shorter side, in pixels, of the frames for which the threshold is given
+RATE = 8.0  # frames per second between which the flow is computed
+WINDOW, UNEXPLAINED = (9, 9), 0.25  # pixels; largest share of the change within them that the flow may leave
 LUMA = (0.299, 0.587, 0.114)
 
 
 class MotionFlow:
-    """How much a video moves, in [0, 1]: 0 where it is frozen, 1 where it moves enough all the time.
+    """How much a video moves, in [0, 1]: 0 if it is frozen, 1 if it moves enough all the time.
 
         r = mean over t of min(m_t / T, 1),   T = threshold max(1, 8 / video_fps)
 
     m_t is the mean of the largest 5 % of the flow's magnitudes between frame t and the next one, in pixels of a frame
-    whose shorter side has 256, with frames about 8 a second. More than T gains nothing, so the reward does not ask for
-    shaking, and a video that freezes halfway has half. m, averaged over t, is recorded as `<name>_pixels`.
+    whose shorter side is 256, at about 8 frames per second. Motion beyond T gains nothing, so the reward does not
+    encourage shaking, and a video that freezes halfway scores half. The mean of m over t is recorded as
+    `<name>_pixels`.
 
-    Flow counts where it explains the change: where, over 9 x 9 pixels, the squared difference to the next frame falls
-    to less than a quarter once that frame is moved back along the flow; elsewhere it is 0. So noise, flicker and fades
-    are no motion, even on a plain picture, where flow alone takes noise for fast motion.
+    Flow counts only where it explains the change: where moving the next frame back along the flow reduces the squared
+    difference, over 9 x 9 pixels, to less than a quarter. Elsewhere it is 0. So noise, flicker and fades do not count
+    as motion, even in plain areas, where flow alone mistakes noise for fast motion.
 
-    The 5 %, the rate and the threshold of 6 are those of VBench's dynamic degree (arXiv 2311.17982, vbench/
-    dynamic_degree.py of github.com/Vchitect/VBench), which takes the flow of RAFT, all of it, and says of a video only
-    whether a quarter of its m_t lie above T. The flow here is classical, without weights: OpenCV's dense inverse
+    The 5 %, the rate and the threshold of 6 come from VBench's dynamic degree (arXiv 2311.17982, vbench/
+    dynamic_degree.py of github.com/Vchitect/VBench). VBench uses the flow of RAFT without this test, and reports only
+    whether a quarter of a video's m_t exceed T. The flow here is classical, without weights: OpenCV's dense inverse
     search (Kroeger et al., arXiv 1603.03590) on grey frames, on the CPU. Larger frames are scaled down to a shorter
-    side of 256; it takes about .06 s a pair of them on one core.
+    side of 256; it takes about .06 s per pair of frames on one core.
 
-    Motion beyond about a fifth of the shorter side between two frames, and motion of plain surfaces inside their
-    edges, is not found. A cut reads as fast motion where the pictures can be bent into each other. No gradients.
+    It misses motion beyond about a fifth of the shorter side between two frames, and motion inside plain surfaces. A
+    cut counts as fast motion if one picture can be warped into the other. No gradients.
     Install it with `pip install 'pisces_rl[motion]'`.
 
     Args:
-        video_fps: frames a second of the videos.
-        threshold: of m at 8 frames a second.
+        video_fps: frames per second of the videos.
+        threshold: for m at 8 frames per second.
         name: under which it is logged.
 
-    Raises ImportError with that command where the package is missing, ValueError for videos of one frame, and what
-    `check_inputs` and `check_pixels` do.
+    Raises ImportError with that command if the package is missing, ValueError for videos of one frame, and whatever
+    `check_inputs` and `check_pixels` raise.
     """
 
     def __init__(self, *, video_fps: float = 16.0, threshold: float = 6.0, name: str = "motion_flow"):
@@ -56,7 +57,7 @@ class MotionFlow:
             raise ImportError(
                 f"reward {name!r} takes its flow from OpenCV; install it: pip install 'pisces_rl[motion]' ({error})."
             ) from error
-        cv2.setNumThreads(torch.get_num_threads())  # by default it would take all cores in each process
+        cv2.setNumThreads(torch.get_num_threads())  # by default it would use all cores in each process
         self._flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
         self._cv2 = cv2
         self.step, self.threshold = max(1, round(video_fps / RATE)), threshold * max(1.0, RATE / video_fps)
@@ -65,7 +66,7 @@ class MotionFlow:
     def __call__(
         self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns
     ) -> list[float]:
-        """B rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2."""
+        """Return B rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2."""
         check_inputs(prompts, videos)
         check_pixels(videos)
         if videos.shape[1] < 2:
@@ -76,7 +77,7 @@ class MotionFlow:
         return [float(np.minimum(m / self.threshold, 1).mean()) for m in motion]
 
     def magnitudes(self, video: Tensor) -> np.ndarray:
-        """m_t of a video (F, 3, H, W)."""
+        """Return m_t of a video (F, 3, H, W)."""
         frames = video.detach()[:: min(self.step, len(video) - 1)].float().cpu().clamp(0, 1)
         if min(frames.shape[-2:]) > SHORT_SIDE:
             size = [round(side * SHORT_SIDE / min(frames.shape[-2:])) for side in frames.shape[-2:]]

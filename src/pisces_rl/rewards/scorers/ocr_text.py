@@ -11,11 +11,11 @@ from torch import Tensor
 from pisces_rl.rewards.contract import check_inputs, check_pixels
 from pisces_rl.rewards.scorers.frame_scorer import spread
 
-#: Between double quotation marks of any kind; between single ones only where they cannot be apostrophes.
+#: Double quotation marks of any kind; single ones only where they cannot be apostrophes.
 QUOTED = re.compile(r"""["“„]([^"“”„]*)["”“]|«([^«»]*)»|「([^「」]*)」|(?<!\w)['‘]([^'‘’]+)['’](?!\w)""")
 
 LONGEST_SIDE = (
-    960  # pixels, PaddleOCR's; RapidOCR's own default enlarges small frames to 736: two to seven times the work
+    960  # pixels, as in PaddleOCR; RapidOCR's default enlarges small frames to 736: two to seven times the work
 )
 
 
@@ -25,21 +25,21 @@ class OCRText:
         r = mean over quoted texts and frames of max(0, 1 - d / n)
 
     n is the length of a quoted text, d the smallest edit distance (insertions, deletions, substitutions) between it
-    and any stretch of what is read in the frame: other text in the picture costs nothing, and gains only what letters
-    it shares. Both are compared without case and spaces, lines joined in reading order. Flow-GRPO (arXiv 2505.05470,
-    section 4.1) takes the distance to the whole text that is read, and like this reward 1 where that contains the
-    quoted text. A prompt without quoted text gets None.
+    and any substring of the text read in the frame: other text in the picture costs nothing, and gains only by the
+    letters it shares. Both are compared without case and spaces, with lines joined in reading order. Flow-GRPO (arXiv
+    2505.05470, section 4.1) uses the distance to the whole text that is read, and like this reward gives 1 if that
+    contains the quoted text. A prompt without quoted text gets None.
 
-    The text is read by RapidOCR on the CPU (PP-OCRv6, small, Chinese and Latin letters; the models are part of its
-    package), upright, each line that it is at least half sure of; frames longer than 960 pixels are made smaller. It
-    takes about a quarter of a second for a frame of 480 x 832 on one core. Install it with
-    `pip install 'pisces_rl[ocr]'`.
+    RapidOCR reads upright text on the CPU (PP-OCRv6 small, Chinese and Latin letters; the models are part of its
+    package) and keeps each line of at least 50 % confidence. Frames longer than 960 pixels are scaled down. It takes
+    about a quarter of a second for a frame of 480 x 832 on one core. Install it with `pip install 'pisces_rl[ocr]'`.
 
     Args:
-        frames: read per video, evenly spread, first and last included.
+        frames: frames to read per video, evenly spaced, first and last included.
         name: under which it is logged.
 
-    Raises ImportError with that command where the package is missing, and what `check_inputs` and `check_pixels` do.
+    Raises ImportError with that command if the package is missing, and whatever `check_inputs` and `check_pixels`
+    raise.
     """
 
     def __init__(self, *, frames: int = 4, name: str = "ocr"):
@@ -52,7 +52,7 @@ class OCRText:
             raise ImportError(
                 f"reward {name!r} reads text with RapidOCR; install it: pip install 'pisces_rl[ocr]' ({error})."
             ) from error
-        threads = torch.get_num_threads()  # by default ONNX Runtime would take all cores in each process
+        threads = torch.get_num_threads()  # by default ONNX Runtime would use all cores in each process
         settings = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         settings = {f"EngineConfig.onnxruntime.{key}": value for key, value in settings.items()}
         settings |= {"Det.limit_type": "max", "Det.limit_side_len": LONGEST_SIDE}
@@ -60,7 +60,7 @@ class OCRText:
         self.frames, self.__name__ = frames, name
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float | None]:
-        """B shares for B prompts and videos (B, F, 3, H, W) in [0, 1]; None for a prompt without quoted text."""
+        """Return B shares for B prompts and videos (B, F, 3, H, W) in [0, 1]; None if a prompt has no quoted text."""
         check_inputs(prompts, videos)
         check_pixels(videos)
         wanted = [quoted_texts(prompt) for prompt in prompts]
@@ -73,27 +73,27 @@ class OCRText:
         return sum(shares) / len(shares)
 
     def read(self, image: np.ndarray) -> str:
-        """All text of an image (H, W, 3) in bytes, line after line, in the form in which it is compared."""
-        lines = self._ocr(np.ascontiguousarray(image[..., ::-1])).txts  # it expects blue, green, red
+        """Read all text of an image (H, W, 3), bytes, line by line, normalised by `comparable`."""
+        lines = self._ocr(np.ascontiguousarray(image[..., ::-1])).txts  # it expects BGR
         return comparable("".join(lines or ()))
 
 
 def quoted_texts(prompt: str) -> list[str]:
-    """The texts between quotation marks, in the form in which they are compared; empty ones are left out."""
+    """Return the texts between quotation marks, normalised by `comparable`, without empty ones."""
     found = [comparable("".join(groups)) for groups in QUOTED.findall(prompt)]
     return [text for text in found if text]
 
 
 def comparable(text: str) -> str:
-    """Unicode's compatibility form, without case and white space."""
+    """Normalise text for comparison: Unicode's compatibility form, without case and white space."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def readable_share(wanted: str, read: str) -> float:
-    """max(0, 1 - d / n) of a text of n letters, d its smallest edit distance to a stretch of what was read.
+    """Return max(0, 1 - d / n) for a text of n letters, d its smallest edit distance to a substring of what was read.
 
-    Sellers' recurrence: D[i, j] is the distance of the first i letters to a stretch that ends at j, so D[0, j] = 0 and
-    d = min over j of D[n, j].
+    Sellers' recurrence: D[i, j] is the distance of the first i letters to a substring that ends at j, so D[0, j] = 0
+    and d = min over j of D[n, j].
     """
     distances = np.arange(len(wanted) + 1)
     best = distances[-1]

@@ -1,4 +1,4 @@
-"""PickScore: a CLIP-H that was trained on people's choices between two images of one prompt."""
+"""PickScore: a CLIP-H trained on human choices between two images for a prompt."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ from pisces_rl.rewards.scorers.published_weights import (
 
 MODEL = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-#: By which a CLIP-H is told from its smaller kin.
+#: Sizes that identify CLIP-H among CLIP models.
 SIZES = {
     "projection_dim": 1024,
     "vision_config.hidden_size": 1280,
@@ -43,18 +43,19 @@ class PickScore(FrameScorer):
 
     Args:
         model: the Hub id or folder of PickScore_v1, or a CLIPModel.
-        tokenizer: CLIP's, or its Hub id or folder; the authors take that of the CLIP-H they started from.
-        frames: scored per video.
-        micro_batch: at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        tokenizer: CLIP's, or its Hub id or folder; the authors use that of the CLIP-H they started from.
+        frames: frames to score per video.
+        micro_batch: frames per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `FrameScorer`.
         name: see `FrameScorer`.
 
-    A frame's shorter side is scaled to 224, its middle cut out and CLIP's normalisation applied; texts are padded, and
-    cut at 77 tokens with a warning. Source: arXiv 2305.01569, and the README of github.com/yuvalkirstain/PickScore.
+    A frame is scaled so that its shorter side is 224, cropped at the centre and normalised as for CLIP. Texts are
+    padded, and cut at 77 tokens with a warning. Source: arXiv 2305.01569, and the README of
+    github.com/yuvalkirstain/PickScore.
 
-    Raises ValueError for weights that are not here, and for those of another model.
+    Raises ValueError if the weights are missing or belong to another model.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class PickScore(FrameScorer):
         super().__init__(model, size=size, frames=frames, micro_batch=micro_batch, name=name, offload=offload)
 
     def read(self, prompts: Sequence[str]) -> Tensor:
-        """(B, D) text features of length 1."""
+        """Return (B, D) text features of length 1."""
         distinct = list(dict.fromkeys(prompts))
         tokens, mask, _, _ = tokenize(self.tokenizer, distinct, self.longest, self.model.device)
         texts = self.model.get_text_features(input_ids=tokens, attention_mask=mask.long()).pooler_output
@@ -94,7 +95,7 @@ class PickScore(FrameScorer):
 
 
 def check_pickscore(folder: Path) -> None:
-    """A ValueError unless a folder holds a CLIP-H with all weights under their published names."""
+    """Raise a ValueError unless a folder holds a CLIP-H with all weights under their published names."""
     check_config(folder, "PickScore (CLIP-H)", "clip", SIZES)
     with torch.device("meta"):
         expected = shapes_of(CLIPModel(CLIPConfig.from_pretrained(folder)).state_dict())

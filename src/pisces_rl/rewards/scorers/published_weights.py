@@ -1,4 +1,4 @@
-"""Published weights: where they lie, and that they are those of the model they are said to be, before any is read."""
+"""Published weights: find them, and check that they belong to the expected model before reading any."""
 
 import json
 import zipfile
@@ -17,9 +17,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 def published_folder(
     name: str | Path, scorer: str, patterns: Sequence[str] = ("*.json", "*.txt", "*.safetensors")
 ) -> Path:
-    """A folder, or the Hub's snapshot of a model id.
+    """Return a folder, or the Hub's snapshot of a model id.
 
-    Raises ValueError with the command that fetches it, where it is neither here nor to be had.
+    Raises ValueError with the command that fetches it, if it is neither local nor can be downloaded.
     """
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
@@ -27,21 +27,22 @@ def published_folder(
         return Path(snapshot_download(str(name), allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model: {scorer} needs {str(name)!r}, which is no folder and could not be fetched; run "
-            f"`hf download {name}` where there is a network, or pass the folder that holds it."
+            f"model: {scorer} needs {str(name)!r}, which is not a folder and could not be downloaded; run "
+            f"`hf download {name}` on a machine with a network, or pass the folder that holds it."
         ) from error
 
 
 def weights_file(name: str | Path, scorer: str, pickle: str) -> Path:
-    """The file of a scorer's weights that are published as a pickle: the safetensors file that `pisces-rl convert`
-    wrote from it where there is one, else the pickle.
+    """Return the weights file of a scorer that is published as a pickle: the safetensors file that `pisces-rl convert`
+    wrote from it if present, else the pickle.
 
     Args:
         name: that file, a folder, or a Hub id.
-        pickle: where a published folder has it, "checkpoint-*/model.pth" say; the last counts. The converted file is
-            looked for beside it and in the folder itself.
+        scorer: its name, for messages.
+        pickle: its path in a published folder, such as "checkpoint-*/model.pth"; the last match counts. The converted
+            file is looked for beside it and in the folder itself.
 
-    Raises ValueError where the folder is neither here nor to be had, or holds neither file.
+    Raises ValueError if the folder is neither local nor can be downloaded, or holds neither file.
     """
     if Path(name).expanduser().is_file():
         return Path(name).expanduser()
@@ -50,16 +51,16 @@ def weights_file(name: str | Path, scorer: str, pickle: str) -> Path:
     found = [file for pattern in (pickle, str(converted), converted.name) for file in folder.glob(pattern)]
     if not found:
         raise ValueError(
-            f"model: {folder} holds no {pickle}, and no {converted.name} converted from it, so it does not hold the "
+            f"model: {folder} holds neither {pickle} nor {converted.name} converted from it, so it does not hold the "
             f"weights of {scorer}."
         )
     return max(found, key=lambda file: (file.parent, file.suffix == converted.suffix))
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, or of a pickle, which is read with `weights_only` and can run no code.
+    """Read the tensors of a safetensors file, or of a pickle with `weights_only`, which can run no code.
 
-    Raises ValueError for a file that is no pickle of tensors by name.
+    Raises ValueError for a file that is not a pickle of tensors by name.
     """
     if path.suffix == ".safetensors":
         return load_file(path)
@@ -67,17 +68,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except OSError:
         raise
-    except Exception as error:  # torch raises many kinds; each means the same to the user
+    except Exception as error:  # torch raises many kinds, which all mean the same to the user
         raise ValueError(f"model: {path} is not a pickle of tensors alone, and nothing else is read.") from error
     if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"model: {path} is a pickle, but not of tensors by name.")
+        raise ValueError(f"model: {path} is a pickle, but does not hold tensors by name.")
     return dict(state)
 
 
 def stored_shapes(folder: Path, scorer: str, files: str = "*.safetensors") -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all tensors in a folder's safetensors files, read from their headers alone.
+    """Return names and shapes of all tensors in a folder's safetensors files, reading only their headers.
 
-    Raises ValueError where there is no such file.
+    Raises ValueError if there is no such file.
     """
     found = {}
     for file in sorted(folder.glob(files)):
@@ -89,8 +90,8 @@ def stored_shapes(folder: Path, scorer: str, files: str = "*.safetensors") -> di
 
 
 def check_names(found: Shapes, expected: Shapes, source: str | Path, scorer: str, unused: Sequence[str] = ()) -> None:
-    """That weights are the expected ones, name for name and shape for shape, but for those that `unused` names: a
-    name that ends with one of them or begins with one of them that ends with a dot.
+    """Check that weights are exactly the expected ones by name and shape, ignoring those that `unused` names: an entry
+    that ends with a dot is a prefix of names, any other a suffix.
 
     Raises ValueError naming up to five that are missing, unknown or of another shape.
     """
@@ -108,8 +109,8 @@ def check_names(found: Shapes, expected: Shapes, source: str | Path, scorer: str
 
 
 def check_config(folder: Path, scorer: str, kind: str, sizes: Mapping[str, int]) -> dict:
-    """A folder's config.json, whose `model_type` is `kind` and whose entries, "vision_config.hidden_size" say, are
-    `sizes`. An entry that the file leaves out is not looked at: it has the default of its class.
+    """Return a folder's config.json after checking that its `model_type` is `kind` and that its entries, such as
+    "vision_config.hidden_size", are `sizes`. An entry that the file omits is not checked: it has its class's default.
 
     Raises ValueError that says which model it is instead.
     """
@@ -124,10 +125,10 @@ def check_config(folder: Path, scorer: str, kind: str, sizes: Mapping[str, int])
         for part in name.split("."):
             entry = (entry or {}).get(part)
         if entry is not None and entry != size:
-            raise ValueError(f"model: {folder} is another {kind!r}: its {name} is {entry}, that of {scorer} {size}.")
+            raise ValueError(f"model: {folder} is a different {kind!r}: its {name} is {entry}, {scorer} has {size}.")
     return config
 
 
 def shapes_of(state: Mapping) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a state dict."""
+    """Return names and shapes of a state dict."""
     return {name: tuple(tensor.shape) for name, tensor in state.items()}

@@ -1,5 +1,5 @@
-"""Qwen2-VL with a reward head on special tokens, shared by VideoAlign and HPSv3; sizes, patches, chats and templates,
-which the generative judges share, too."""
+"""Qwen2-VL with a reward head on special tokens, shared by VideoAlign and HPSv3. Its frame sizes, patches, chats and
+templates are also used by the generative judges."""
 
 import ast
 import math
@@ -18,11 +18,11 @@ from pisces_rl.rewards.offloaded_model import OffloadedModel
 from pisces_rl.rewards.scorers.frame_scorer import at_least_float, scale
 
 UNUSED = ("lm_head.",)
-PROMPT = "{text_prompt}"  # where the authors' templates take the prompt
+PROMPT = "{text_prompt}"  # placeholder for the prompt in the authors' templates
 
 
 class Qwen2VLReward(nn.Module):
-    """Qwen2-VL without its word head, and a head that reads the hidden states of special tokens.
+    """Qwen2-VL without its language-model head, plus a head that reads the hidden states of special tokens.
 
     Args:
         config: Qwen2-VL's.
@@ -34,31 +34,32 @@ class Qwen2VLReward(nn.Module):
         self.model, self.rm_head = Qwen2VLModel(config), head
 
     def forward(self, read: Tensor, **inputs: Tensor) -> Tensor:
-        """(B, n, outputs): of the n tokens of each row that `read` (B, L) marks, in order."""
+        """Return (B, n, outputs) for the n tokens of each row that `read` (B, L) marks, in order."""
         hidden = self.model(**inputs, use_cache=False).last_hidden_state[read].unflatten(0, (len(read), -1))
         return self.rm_head(at_least_float(hidden))
 
 
 class QwenScorer(OffloadedModel, ABC):
-    """What scorers on a `Qwen2VLReward` share: how a clip and a prompt are laid out. Differentiable.
+    """Base of scorers on a `Qwen2VLReward`: how a clip and a prompt are laid out. Differentiable.
 
-    Each clip of `clips` is scaled to sides divisible by 28 pixels (a merged patch), with `tokens[0]` to `tokens[1]` of
-    them a frame, bicubic with antialiasing, and normalised as by CLIP. Then it follows the chat template: the clip
-    and the authors' template with the prompt in it. Padding is on the right.
+    Each clip is scaled to sides divisible by 28 pixels (a merged patch), with `tokens[0]` to `tokens[1]` merged
+    patches per frame, bicubic with antialiasing, and normalised as for CLIP. The chat template then gets the clip and
+    the authors' template with the prompt in it. Padding is on the right.
 
     Args:
         model: frozen by this class.
         tokenizer: Qwen2-VL's, to which `special` are added.
-        template: holds `{text_prompt}` and each special token once, in order.
-        batch_size: clips at once.
-        offload: the device, such as "cuda", on which the model works while its weights lie on the CPU between calls. A
-            call that leaves a graph leaves them on the device, for a panel until its backward pass.
+        template: contains `{text_prompt}` and each special token once, in order.
+        batch_size: clips per forward pass.
+        name: under which it is logged.
+        offload: the device, such as "cuda", on which the model computes while its weights stay on the CPU between
+            calls. A call that leaves a graph leaves them on the device; in a panel, until its backward pass.
     """
 
     differentiable = True
     special: Sequence[str]
     tokens: tuple[int, int]
-    media: str  # "image" or "video", as the chat template names it
+    media: str  # "image" or "video", as the chat template calls it
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class QwenScorer(OffloadedModel, ABC):
     ):
         places = [template.find(word) for word in (*self.special, PROMPT)]
         if -1 in places or places[:-1] != sorted(places[:-1]) or any(template.count(w) > 1 for w in self.special):
-            raise ValueError(f"template: it must hold {PROMPT} and, once each, in order, {', '.join(self.special)}.")
+            raise ValueError(f"template: it must contain {PROMPT} and once each, in order, {', '.join(self.special)}.")
         tokenizer.add_tokens(list(self.special), special_tokens=True)
         rows = model.model.get_input_embeddings().num_embeddings
         if len(tokenizer) > rows:
@@ -84,13 +85,13 @@ class QwenScorer(OffloadedModel, ABC):
             self.offload = offload
 
     def check(self, prompts: Sequence[str], videos: Tensor) -> None:
-        """A ValueError for shapes and pixels as of every reward, and for a prompt with one of the model's tokens."""
+        """Raise a ValueError for wrong shapes or pixels, and for a prompt with one of the model's special tokens."""
         check_inputs(prompts, videos)
         check_pixels(videos)
         check_prompts(prompts, self.tokenizer.all_special_tokens + list(self.special), self.__name__)
 
     def outputs(self, prompts: Sequence[str], clips: Tensor) -> Tensor:
-        """(B, specials, outputs) of the head, for clips (B, F, 3, H, W) of an even number of frames, or of one."""
+        """Return the head's (B, specials, outputs) for clips (B, F, 3, H, W) with an even number of frames, or one."""
         graph = torch.is_grad_enabled() and clips.requires_grad
         rows = range(0, len(prompts), self.batch_size)
         with self.working(graph), torch.set_grad_enabled(graph):
@@ -117,16 +118,17 @@ def qwen_inputs(
     tokens: tuple[int, int],
     padding_side: str = "right",
 ) -> dict[str, Tensor]:
-    """What Qwen2-VL and Qwen2.5-VL take: for each row the chat template with its clip and then its text.
+    """Build the inputs of Qwen2-VL and Qwen2.5-VL: for each row the chat template with its clip, then its text.
 
     Args:
         tokenizer: with a chat template.
         texts: B of them.
         clips: (B, F, 3, H, W) in [0, 1].
         config: the model's.
-        parameter: of its device and dtype.
-        media: "video", or "image" for F images one after the other, each of which the model reads alone.
-        tokens: least and most merged patches of a frame.
+        parameter: one of the model's, for device and dtype.
+        media: "video", or "image" for F separate images in a row.
+        tokens: smallest and largest number of merged patches per frame.
+        padding_side: "right" or "left".
     """
     vision, rows = config.vision_config, len(clips)
     factor = vision.patch_size * vision.spatial_merge_size
@@ -165,17 +167,20 @@ def frames_seen(
     least: int = 4,
     most: int = 768,
 ) -> int:
-    """How many frames `smart_nframes` of qwen-vl-utils takes: `fps` a second within bounds, an even number, which
-    `whole` finds: `round` in the copy that VideoAlign has, `math.floor` in later releases."""
+    """Return how many frames `smart_nframes` of qwen-vl-utils samples: `fps` per second within bounds, made even by
+    `whole`: `round` in VideoAlign's copy, `math.floor` in later releases."""
     if frames < 2:
         raise ValueError(f"videos: the model needs at least 2 frames, got {frames}.")
     return whole(min(max(frames / video_fps * fps, least), min(most, frames) // 2 * 2) / 2) * 2
 
 
 def qwen_size(height: int, width: int, lowest: int, highest: int, factor: int = 28) -> tuple[int, int]:
-    """A frame's size, sides divisible by `factor` and the aspect kept as far as that allows: each side rounded to the
-    nearest multiple; if the frame then has more than `highest` pixels, scaled down to them, sides rounded down; if
-    fewer than `lowest`, scaled up, sides rounded up. Source: qwen-vl-utils, as VideoAlign and HPSv3 use it."""
+    """Return a frame's size with sides divisible by `factor`, keeping the aspect ratio as far as possible.
+
+    Each side is rounded to the nearest multiple. A frame with more than `highest` pixels is scaled down to them, with
+    sides rounded down; one with fewer than `lowest` is scaled up, with sides rounded up. Source: qwen-vl-utils, as
+    VideoAlign and HPSv3 use it.
+    """
     rounded = [max(factor, round(side / factor) * factor) for side in (height, width)]
     pixels = math.prod(rounded)
     if lowest <= pixels <= highest:
@@ -189,11 +194,11 @@ def qwen_size(height: int, width: int, lowest: int, highest: int, factor: int = 
 def qwen_patches(
     clips: Tensor, size: tuple[int, int], vision, *, passes: bool = True
 ) -> tuple[Tensor, tuple[int, int, int]]:
-    """Patches (B, t h w, numbers) as Qwen2-VL reads them, and their grid (t, h, w).
+    """Return patches (B, t h w, numbers) as Qwen2-VL reads them, and their grid (t, h, w).
 
-    Of clips (B, F, 3, H, W) in [0, 1], scaled as by PIL or, without `passes`, by torchvision. A patch is
-    `temporal_patch_size` frames of `patch_size` pixels, channel first; patches that are merged later lie together. A
-    single frame, and the last one of an odd number, is repeated.
+    Clips (B, F, 3, H, W) in [0, 1] are scaled as in PIL or, without `passes`, as in torchvision. A patch is
+    `temporal_patch_size` frames of `patch_size` pixels, channel first; patches that are merged later are adjacent. A
+    single frame, and the last of an odd number, is repeated.
     """
     clips, patch, merge = clips.clamp(0, 1), vision.patch_size, vision.spatial_merge_size
     clips = scale(clips.flatten(0, 1), size, passes=passes).unflatten(0, clips.shape[:2])
@@ -216,7 +221,7 @@ def load_weights(
     head: Callable[[], nn.Module],
     dtype: torch.dtype,
 ) -> Qwen2VLReward:
-    """A model with the weights `state[names[name]]` for each of its names; the head in fp32, the rest in `dtype`."""
+    """Build a model with weights `state[names[name]]` for each of its names; the head in fp32, the rest in `dtype`."""
     with init_empty_weights(include_buffers=False):
         model = Qwen2VLReward(config, head())
     own = {name: state[names[name]] for name in model.state_dict()}
@@ -226,24 +231,24 @@ def load_weights(
 
 
 def empty_shapes(config: Qwen2VLConfig, head: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a model's weights, without memory for them."""
+    """Return names and shapes of a model's weights without allocating them."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in Qwen2VLReward(config, head()).state_dict().items()}
 
 
 def flat_name(name: str) -> str:
-    """The published name of a weight, in the layout of transformers before 4.52: `visual.` and `model.` on the top."""
+    """Return a weight's name in the layout of transformers before 4.52: `visual.` and `model.` at the top level."""
     return name.replace("model.visual.", "visual.", 1).replace("model.language_model.", "model.", 1)
 
 
 def read_constants(path: str | Path, names: Sequence[str], fetch: str) -> list[str]:
-    """Strings that a Python file of the authors assigns to names, read without running it.
+    """Return the strings that a Python file of the authors assigns to names, without running the file.
 
-    Raises ValueError with the command `fetch` where there is no such file, or naming what it does not assign.
+    Raises ValueError with the command `fetch` if there is no such file, or naming what it does not assign.
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise ValueError(f"template: there is no {path}; the authors' file is fetched with `{fetch}`.")
+        raise ValueError(f"template: there is no {path}; fetch the authors' file with `{fetch}`.")
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))):
         if isinstance(node, ast.Assign) and (text := _constant(node.value)) is not None:
@@ -254,7 +259,7 @@ def read_constants(path: str | Path, names: Sequence[str], fetch: str) -> list[s
 
 
 def _constant(node: ast.expr) -> str | None:
-    """The text of a string, of an f-string with what it inserts left in braces, or of `Template(string)`."""
+    """Return the text of a string, of an f-string with its insertions left in braces, or of `Template(string)`."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else None
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Template":

@@ -22,31 +22,31 @@ SCORE = r" Score \(1-5\):\s*([1-5](?:\.[0-9]+)?)(?![0-9])"
 
 
 class UnifiedReward(GenerativeJudge):
-    """The weighted sum of three scores, which the model writes as numbers from 1 to 5 with decimals; here the
-    expectation over each digit: see `GenerativeJudge` for the formula.
+    """The weighted sum of three scores that the model writes as decimal numbers from 1 to 5, here as expectations over
+    each digit: see `GenerativeJudge` for the formula.
 
-    The authors take the written number of the most probable answer.
+    The authors use the number written in the most probable answer.
 
     Frames: floor(i F / n), i = 0 ... n - 1, each shown as an image at its own size, sides rounded to multiples of 28
     pixels, within 4 to 16,384 merged patches; the authors send them as JPEG of quality 95. Source: arXiv 2503.05236
     and inference_qwen/UnifiedReward-2.0-inference of github.com/CodeGoat24/UnifiedReward (an earlier version of it
-    reads 16 frames); sizes and normalisation of Qwen2.5-VL's processor.
+    reads 16 frames); sizes and normalisation from Qwen2.5-VL's processor.
 
     Args:
         model: the Hub id or folder of UnifiedReward-2.0-qwen-7b or -3b, or a Qwen2_5_VLForConditionalGeneration.
-        tokenizer: of a model object; unset for a name.
-        template: the authors' point_score_APS_video_generation.py, which is read and never run; or the text itself.
-        frames: n, shown of a video.
+        tokenizer: for a model object; not needed for a name.
+        template: the authors' point_score_APS_video_generation.py, which is parsed and never run; or the text itself.
+        frames: n, frames shown per video.
         weights: of alignment, physics and style.
-        batch_size: videos at once.
-        max_new_tokens: the longest answer, of three lines.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        batch_size: videos per forward pass.
+        max_new_tokens: limit for the answer, which has three lines.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `GenerativeJudge`.
         name: see `GenerativeJudge`.
 
-    Raises ValueError for weights or a template that are not here, for another model's, and for a prompt with one of
-    the model's special tokens; RewardError for an answer without the three scores.
+    Raises ValueError if weights or template are missing, if the weights belong to another model, and for a prompt with
+    one of the model's special tokens; RewardError for an answer without the three scores.
     """
 
     dimensions = ("alignment", "physics", "style")

@@ -46,40 +46,39 @@ SIZES = {
     "vision_config.embed_dim": 1280,
     "vision_config.depth": 32,
 }
-#: LoRA of the checkpoint: on all linear layers of the language model; the update is RANK_SCALE B A.
+#: The checkpoint's LoRA: on all linear layers of the language model; the update is RANK_SCALE B A.
 ADAPTED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK, RANK_SCALE = 64, 128 / 64
 
 
 class VideoAlign(QwenScorer):
-    """The sum of three normalised scores, each read at a special token of the authors' prompt:
+    """The weighted sum of three normalised scores, each read at a special token of the authors' prompt:
 
         r = sum_k weights_k (w h_k - mean_k) / std_k,   k in VQ, MQ, TA
 
     h_k is the last hidden state at <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|>, w one bias-free linear layer, mean and
     std the authors' constants. Each dimension is recorded as `<name>_VQ` and so on.
 
-    Frames: two a second, at least four and an even number, evenly spread with first and last, scaled to 128 to 256
+    Frames: two per second, at least four and an even number, evenly spaced with first and last, scaled to 128 to 256
     merged patches of 28 x 28 pixels. Source: arXiv 2501.13918, inference.py, vision_process.py and
     prompt_template.py of github.com/KwaiVGI/VideoAlign.
 
     Args:
         model: the Hub id, a folder or the file of VideoReward's weights: checkpoint-*/model.pth, which is read with
-            `weights_only`, or model.safetensors, which `pisces-rl convert` wrote and which is preferred; or a
-            Qwen2VLReward.
+            `weights_only`, or model.safetensors, written by `pisces-rl convert` and preferred; or a Qwen2VLReward.
         base: the Hub id or folder of Qwen2-VL-2B-Instruct, of which only configuration and tokenizer are read; or a
             tokenizer.
-        template: the authors' prompt_template.py, which is read and never run; or the text itself.
-        video_fps: frames a second of the videos that are scored.
+        template: the authors' prompt_template.py, which is parsed and never run; or the text itself.
+        video_fps: frames per second of the scored videos.
         weights: of VQ, MQ and TA.
-        batch_size: videos at once.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        batch_size: videos per forward pass.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `QwenScorer`.
         name: see `QwenScorer`.
 
-    Raises ValueError for weights or a template that are not here, for another model's, for a video of one frame, and
-    for a prompt with one of the model's special tokens.
+    Raises ValueError if weights or template are missing, if the weights belong to another model, for a video of one
+    frame, and for a prompt with one of the model's special tokens.
     """
 
     special, tokens, media = tuple(f"<|{name}_reward|>" for name in DIMENSIONS), (128, 256), "video"
@@ -99,7 +98,7 @@ class VideoAlign(QwenScorer):
         offload: str | torch.device | None = None,
     ):
         if video_fps <= 0 or len(weights) != len(DIMENSIONS):
-            raise ValueError(f"video_fps={video_fps}, weights={weights}: expected frames a second, and 3 weights.")
+            raise ValueError(f"video_fps={video_fps}, weights={weights}: expected a number > 0, and 3 weights.")
         if "{text_prompt}" not in str(template):
             (template,) = read_constants(template, ["DETAILED_PROMPT_WITH_SPECIAL_TOKEN"], FETCH)
         if not isinstance(model, Qwen2VLReward):
@@ -112,7 +111,7 @@ class VideoAlign(QwenScorer):
         self.video_fps, self.weights = video_fps, torch.tensor(weights)
 
     def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
-        """(B,) rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2, on their device."""
+        """Return (B,) rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2, on their device."""
         self.check(prompts, videos)
         scores = self.scores(prompts, videos)
         if log_extra is not None:
@@ -121,7 +120,7 @@ class VideoAlign(QwenScorer):
         return scores @ self.weights.to(scores)
 
     def scores(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
-        """(B, 3) normalised scores: VQ, MQ, TA."""
+        """Return (B, 3) normalised scores: VQ, MQ, TA."""
         clips = videos[:, spread(videos.shape[1], frames_seen(videos.shape[1], self.video_fps))]
         outputs = self.outputs(prompts, clips)[..., 0]
         return (outputs - outputs.new_tensor(MEAN)) / outputs.new_tensor(STD)
@@ -132,13 +131,13 @@ def head(width: int) -> nn.Module:
 
 
 def video_align_config(folder: Path) -> Qwen2VLConfig:
-    """Qwen2-VL-2B's configuration; a ValueError for another model's folder."""
+    """Read Qwen2-VL-2B's configuration; raise a ValueError for another model's folder."""
     check_config(folder, "VideoAlign's base (Qwen2-VL-2B)", "qwen2_vl", SIZES)
     return Qwen2VLConfig.from_pretrained(folder)
 
 
 def official_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the published file: a whole PEFT model, base layers beside LoRA's two matrices."""
+    """Return names and shapes in the published file: a whole PEFT model, base layers beside LoRA's two matrices."""
     shapes = {}
     for name, shape in empty_shapes(config, lambda: head(config.text_config.hidden_size)).items():
         module, _, kind = f"base_model.model.{flat_name(name)}".rpartition(".")
@@ -153,11 +152,11 @@ def official_shapes(config: Qwen2VLConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_video_align(path: Path, config: Qwen2VLConfig) -> dict[str, Tensor]:
-    """The weights of a file by their published names, names and shapes checked; `config` gets the file's number of
-    tokens."""
+    """Read the weights of a file under their published names and check names and shapes. Sets the vocabulary size in
+    `config` to the file's."""
     state = read_weights(path)
     words = "base_model.model.model.embed_tokens.weight"
-    if words in state:  # its tokenizer's size, not the base model's
+    if words in state:  # the checkpoint's vocabulary size, not the base model's
         config.text_config.vocab_size = len(state[words])
     unused = tuple(f"base_model.model.{name}" for name in UNUSED)
     check_names(shapes_of(state), official_shapes(config), path, "VideoAlign", unused)
@@ -165,8 +164,8 @@ def read_video_align(path: Path, config: Qwen2VLConfig) -> dict[str, Tensor]:
 
 
 def load_video_align(source: str | Path, config: Qwen2VLConfig, dtype: torch.dtype) -> Qwen2VLReward:
-    """The model of VideoReward's weights: a file, a folder or a Hub id; LoRA added to the layers. Names and shapes are
-    checked first."""
+    """Load the model from a file, folder or Hub id of VideoReward's weights, after checking names and shapes. LoRA is
+    merged into the layers."""
     state = read_video_align(weights_file(source, "VideoAlign", WEIGHTS), config)
     merged, names = {}, {}
     for name in empty_shapes(config, lambda: head(config.text_config.hidden_size)):

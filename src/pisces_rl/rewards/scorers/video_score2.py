@@ -26,30 +26,31 @@ class VideoScore2(GenerativeJudge):
     """The weighted sum of three scores from 1 to 5, each an expectation over the digit that follows its name in the
     answer: see `GenerativeJudge` for the formula.
 
-    The authors sample the answer at temperature .7 and give the most probable digit times its probability among the
-    five; the answer here is the most probable one, and the score the expectation, which their evaluation has, too. The
-    model explains its scores before it gives them, so answers are long.
+    The authors sample the answer at temperature .7 and return the most probable digit times its probability among the
+    five. Here the answer is greedy and the score is the expectation, which their evaluation also uses. The model
+    explains its scores before giving them, so answers are long.
 
-    Frames: two a second, at least four and an even number, evenly spread with first and last, scaled to 128 to 768
-    merged patches of 28 x 28 pixels. To the model two frames are a second apart, whatever `video_fps` is, as the
-    authors' call has it. Their bound on the pixels of videos of minutes is not applied. Source: arXiv 2509.22799 and
-    vs2_inference.py of github.com/TIGER-AI-Lab/VideoScore2; sizes of qwen-vl-utils, normalisation of CLIP.
+    Frames: two per second, at least four and an even number, evenly spaced with first and last, scaled to 128 to 768
+    merged patches of 28 x 28 pixels. As in the authors' call, the model is told that two frames are a second apart,
+    whatever `video_fps` is. Their limit on total pixels for videos of several minutes is not applied. Source: arXiv
+    2509.22799 and vs2_inference.py of github.com/TIGER-AI-Lab/VideoScore2; sizes from qwen-vl-utils, normalisation
+    from CLIP.
 
     Args:
         model: the Hub id or folder of VideoScore2, or a Qwen2_5_VLForConditionalGeneration.
-        tokenizer: of a model object; unset for a name.
-        template: the authors' vs2_inference.py, which is read and never run; or the text itself.
-        video_fps: frames a second of the videos that are scored.
+        tokenizer: for a model object; not needed for a name.
+        template: the authors' vs2_inference.py, which is parsed and never run; or the text itself.
+        video_fps: frames per second of the scored videos.
         weights: of the three scores.
-        batch_size: videos at once.
-        max_new_tokens: the longest answer, the authors' 1024.
-        dtype: of a model given by name.
-        device: of a model given by name.
+        batch_size: videos per forward pass.
+        max_new_tokens: limit for the answer, the authors' 1024.
+        dtype: for a model given by name.
+        device: for a model given by name.
         offload: see `GenerativeJudge`.
         name: see `GenerativeJudge`.
 
-    Raises ValueError for weights or a template that are not here, for another model's, for a video of one frame, and
-    for a prompt with one of the model's special tokens; RewardError for an answer without the three scores.
+    Raises ValueError if weights or template are missing, if the weights belong to another model, for a video of one
+    frame, and for a prompt with one of the model's special tokens; RewardError for an answer without the three scores.
     """
 
     dimensions = ("visual_quality", "text_alignment", "physical_consistency")
@@ -76,7 +77,7 @@ class VideoScore2(GenerativeJudge):
         offload: str | torch.device | None = None,
     ):
         if video_fps <= 0:
-            raise ValueError(f"video_fps={video_fps}: expected frames a second.")
+            raise ValueError(f"video_fps={video_fps}: expected frames per second, a number > 0.")
         if self.placeholder not in str(template):
             (template,) = read_constants(template, ["VS2_QUERY_TEMPLATE"], FETCH)
         if not isinstance(model, Qwen2_5_VLForConditionalGeneration):

@@ -22,17 +22,19 @@ from .scoring_queue import ScoringQueue, Stopping
 from .wire import PROTOCOL, TooLarge, pack_answer, too_large, unpack_request
 
 RETRY_AFTER = 1  # seconds
-LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which its client is taken to be gone
-PROGRESS = 30.0  # seconds between two lines on stderr, while requests come
+LONGEST_PAUSE = 60.0  # seconds between two parts of a body, after which the client counts as gone
+PROGRESS = 30.0  # seconds between two progress lines on stderr while requests come in
 
 
 class RewardApplication:
-    """`asgi` answers for the rewards of a panel.
+    """The server for the rewards of a panel; `asgi` is its ASGI application.
 
     Args:
-        panel: the rewards, under their names. queue: that scores.
-        limit: of requests in the server at once, the one that is scored included. max_bytes: of a request's body.
-        token: which every request must carry; None: none.
+        panel: the rewards, with their names.
+        queue: does the scoring.
+        limit: largest number of requests in the server at once, including the one being scored.
+        max_bytes: limit on a request's body.
+        token: required in every request; None: no token.
     """
 
     def __init__(self, panel: RewardPanel, queue: ScoringQueue, *, limit: int, max_bytes: int, token: str | None):
@@ -47,7 +49,7 @@ class RewardApplication:
         }
         self.asgi = Starlette(
             routes=[Route("/health", self.health), Route("/score/{name:path}", self.score, methods=["POST"])],
-            exception_handlers={HTTPException: _say},
+            exception_handlers={HTTPException: _error_response},
         )
 
     async def health(self, request: Request) -> Response:
@@ -69,16 +71,16 @@ class RewardApplication:
         name = request.path_params["name"]
         try:
             if name not in self.panels:
-                await self._refuse(request, 404, f"no reward {name!r} here; there are: {', '.join(self.panels)}.")
+                await self._refuse(request, 404, f"no reward {name!r} here; available: {', '.join(self.panels)}.")
             if self.queue.stopped or self.inside >= self.limit:
-                why = "the server stops" if self.queue.stopped else f"the queue of {self.limit} requests is full"
+                why = "the server is stopping" if self.queue.stopped else f"the queue of {self.limit} requests is full"
                 await self._refuse(request, 503, f"{why}; try again.")
-            return await self._answered(request, name)
+            return await self._scored_response(request, name)
         except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
+            return Response(status_code=499)  # the client is gone
 
-    async def _answered(self, request: Request, name: str) -> Response:
-        if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # the pause has no part in videos a second
+    async def _scored_response(self, request: Request, name: str) -> Response:
+        if not self.inside and time.monotonic() - self._latest >= PROGRESS:  # do not count idle time in the rate
             self._line_from, self._scored_then = time.monotonic(), self.scored
         self.inside += 1
         try:
@@ -90,24 +92,24 @@ class RewardApplication:
             except ValueError as error:
                 raise HTTPException(400, str(error)) from error
             del body
-            answer = await self._unless_gone(request, self.queue.put(self.panels[name], asked))
-            self._tell_progress(len(asked.prompts))
+            answer = await self._result_unless_disconnected(request, self.queue.put(self.panels[name], asked))
+            self._print_progress(len(asked.prompts))
             return Response(pack_answer(name, self.about[name]["identity"], answer), media_type="application/json")
         except Stopping as error:
-            raise _busy("the server stops; try again.") from error
+            raise _busy("the server is stopping; try again.") from error
         except (RewardError, ValueError) as error:
             raise HTTPException(500, str(error)) from error
         finally:
             self.inside -= 1
             self._latest = time.monotonic()
 
-    def _tell_progress(self, videos: int) -> None:
+    def _print_progress(self, videos: int) -> None:
         self.scored += videos
         seconds = time.monotonic() - self._line_from
         if seconds >= PROGRESS:
             rate = (self.scored - self._scored_then) / seconds
             print(
-                f"{self.scored} videos scored, {rate:.3g} a second; requests inside: {self.inside}",
+                f"{self.scored} videos scored, {rate:.3g} per second; requests in the server: {self.inside}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -121,7 +123,7 @@ class RewardApplication:
             raise HTTPException(401, "the token is missing or wrong.")
 
     async def _body(self, request: Request) -> bytes:
-        """All of it is read, and kept unless it is too large: see `_refuse`."""
+        """Read the whole body, even if it is too large: see `_refuse`."""
         parts, size = [], 0
         async for part in _pieces(request):
             size += len(part)
@@ -134,14 +136,14 @@ class RewardApplication:
         return b"".join(parts)
 
     async def _refuse(self, request: Request, status: int, why: str) -> None:
-        """Answers once the body is read, and dropped: a client that is cut off while it sends reads no answer."""
+        """Read and drop the body, then answer: a client that is cut off while sending would not read the answer."""
         async for _ in _pieces(request):
             pass
         raise _busy(why) if status == 503 else HTTPException(status, why)
 
-    async def _unless_gone(self, request: Request, future: Future):
-        """The future's result; where the client goes away before its turn, it has none."""
-        scored, gone = asyncio.wrap_future(future), asyncio.create_task(request.receive())  # after the body: its end
+    async def _result_unless_disconnected(self, request: Request, future: Future):
+        """Return the future's result, or cancel it if the client disconnects before its turn."""
+        scored, gone = asyncio.wrap_future(future), asyncio.create_task(request.receive())  # returns on disconnect
         try:
             await asyncio.wait((scored, gone), return_when=asyncio.FIRST_COMPLETED)
             if not scored.done():
@@ -153,7 +155,7 @@ class RewardApplication:
 
 
 async def _pieces(request: Request) -> AsyncIterator[bytes]:
-    """A body as it comes. Raises ClientDisconnect after `LONGEST_PAUSE` without a piece."""
+    """Yield a body as it arrives. Raises ClientDisconnect after `LONGEST_PAUSE` without a piece."""
     stream = request.stream()
     while True:
         try:
@@ -169,5 +171,5 @@ def _busy(why: str) -> HTTPException:
     return HTTPException(503, why, headers={"Retry-After": str(RETRY_AFTER)})
 
 
-async def _say(request: Request, error: HTTPException) -> Response:
+async def _error_response(request: Request, error: HTTPException) -> Response:
     return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)

@@ -1,4 +1,4 @@
-"""Which reward a server has: its code, settings and weights as a hash, and the columns that it takes."""
+"""Identify a served reward: hash its code, settings and weights, and list the columns it takes."""
 
 import functools
 import hashlib
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 from pisces_rl.rewards.contract import reward_name
 from pisces_rl.rewards.signature import OFFERED, held_by, layers, parameters_of
 
-#: Settings that change how fast or where a reward works, and secrets.
+#: Secrets, and settings that change only how fast or where a reward is computed.
 LEFT_OUT = ("api_key", "batch_size", "device", "headers", "micro_batch", "offload", "token", "training")
-#: Strings in which the name of an encoder's folder may be.
+#: Strings that may hold the name of an encoder's folder.
 NAMES = ("encoder", "name")
 
 
 def identity(func: Callable) -> str:
-    """16 hexadecimal digits of a reward's name, the source of its function or class, its settings, and the weights of
-    the modules that it holds: in its closure, its attributes, and the globals that its function names.
+    """Return 16 hexadecimal digits: a hash of a reward's name, the source of its function or class, its settings, and
+    the weights of the modules that it holds in its closure, its attributes, and the globals that its function names.
 
-    Settings are strings, numbers (of floats six digits), tensors, arrays, and lists and dicts of them: a partial's
-    arguments, what a function's closure holds and the globals that it names, and attributes, but for `LEFT_OUT`,
-    `NAMES` and those that begin with an underscore. They are those of the reward and of objects that it holds of
-    classes of this package or of its own; a class says which by a tuple `identifying` of names where not all are
-    meant. Models that are loaded at the first call have no part in it.
+    Settings are strings, numbers (floats to six digits), tensors, arrays, and lists and dicts of them. They come from
+    a partial's arguments, a function's closure and the globals it names, and attributes, except for `LEFT_OUT`,
+    `NAMES` and names that begin with an underscore. They are collected from the reward and from objects it holds whose
+    class belongs to this package or to the reward's. A class can restrict them with a tuple `identifying` of names.
+    Models loaded on the first call are not included.
     """
     digest = hashlib.sha256(reward_name(func).encode())
     seen: set[int] = set()
@@ -34,7 +34,7 @@ def identity(func: Callable) -> str:
         code = layer if inspect.isroutine(layer) else type(layer)
         try:
             digest.update(inspect.getsource(code).encode())
-        except (OSError, TypeError):  # a partial, a class of a notebook
+        except (OSError, TypeError):  # no source: a partial, or a class defined in a notebook
             digest.update(f"{code.__module__}.{code.__qualname__}".encode())
         own = {"pisces_rl", _package(code)} - {"builtins", "functools", "torch"}
         for line in _lines("", _settings(layer), own, seen):
@@ -48,7 +48,7 @@ def identity(func: Callable) -> str:
 
 
 def columns_of(func: Callable) -> list[str] | None:
-    """The columns that a reward names; None where it takes all."""
+    """Return the columns that a reward names; None if it takes all."""
     parameters = parameters_of(func).values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return None
@@ -56,7 +56,7 @@ def columns_of(func: Callable) -> list[str] | None:
 
 
 def _settings(holder: object) -> dict[str, object]:
-    """What a layer of a reward or a part of it holds, by name."""
+    """Return what a layer of a reward, or a part of it, holds, by name."""
     if isinstance(holder, functools.partial):
         return dict(enumerate(holder.args)) | holder.keywords
     if inspect.isfunction(holder):
@@ -68,7 +68,7 @@ def _settings(holder: object) -> dict[str, object]:
 
 
 def _lines(path: str, value: object, packages: set[str], seen: set[int]) -> Iterator[bytes]:
-    """A value and what it holds, each setting with its path."""
+    """Yield a value and what it holds, each setting with its path."""
     if isinstance(value, Tensor) or isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         yield _bits(path, torch.as_tensor(value))
     elif value is None or isinstance(value, (str, bytes, bool, int, torch.dtype)):

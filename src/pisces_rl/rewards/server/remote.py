@@ -1,4 +1,4 @@
-"""A reward that a server computes."""
+"""A reward that is computed by a server."""
 
 import asyncio
 import difflib
@@ -34,25 +34,25 @@ class RemoteReward:
 
         reward = RemoteReward("http://gpu7:8000", "video_align")
 
-    Of several servers each gets a part of the batch, at the same time, and a part over a server's --max_mb goes in
-    several requests, unless the reward compares videos: then one gets all in one. A try that failed is made again,
-    with the next server, if: the connection was refused, reset or broken off within the answer; no answer came within
-    the time limit; the status is 502, 503 or 504 (`RetryingClient`). Anything else, and the last of them, is a
-    RewardError with rank, url, first prompt and the last error. A failure is never a value: None comes from the reward
-    alone.
+    With several servers, each scores a part of the batch at the same time. A part larger than a server's --max_mb is
+    split into several requests. A reward that compares videos is never split: one server gets the whole batch in one
+    request. A failed try is repeated with the next server if: the connection was refused, reset or broken off within
+    the answer; no answer came within the time limit; the status is 502, 503 or 504 (`RetryingClient`). Any other
+    failure, and the last of these, is a RewardError with rank, url, first prompt and the last error. A failure never
+    becomes a value: only the reward itself returns None.
 
     Args:
         url: of a server, http://host:port, or a list of them. Proxies of the environment are not used.
-        name: of the reward there.
-        token: what the server's --token_file holds; unset: the environment variable PISCES_REWARD_TOKEN, if any.
-        time_limit: seconds of one try, from connecting to the whole answer.
+        name: of the reward on the server.
+        token: the content of the server's --token_file; default: the environment variable PISCES_REWARD_TOKEN, if set.
+        time_limit: seconds for one try, from connecting to the end of the answer.
         retries: tries after the first one.
-        frames: "lossless" sends the fp32 pixels, 12 F H W bytes a video; "mp4" sends H.264 (`mp4_bytes`), which
+        frames: "lossless" sends the fp32 pixels, 12 F H W bytes per video; "mp4" sends H.264 (`mp4_bytes`), which
             changes pixels, and so values.
 
     Raises:
-        ValueError: an argument is wrong; a server does not answer, is of another version of the protocol, refuses the
-            token, or has no such reward; servers disagree on the reward's hash.
+        ValueError: an argument is wrong; a server does not answer, speaks another version of the protocol, refuses the
+            token, or lacks the reward; or servers disagree on the reward's hash.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class RemoteReward:
     ):
         urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
         if not urls or not all(urlsplit(one).scheme in ("http", "https") and urlsplit(one).hostname for one in urls):
-            raise ValueError(f"url={masked(repr(url))}: expected http://host:port, or a list of such.")
+            raise ValueError(f"url={masked(repr(url))}: expected http://host:port, or a list of such urls.")
         if frames not in FRAMES:
             raise ValueError(f"frames={frames!r} must be one of {', '.join(map(repr, FRAMES))}.")
         self.__name__, self.frames = name, frames
@@ -85,7 +85,7 @@ class RemoteReward:
         self.identity, self.columns = about[0]["identity"], about[0]["columns"]
         self.compares_videos = about[0]["compares_videos"]
         self.max_bytes = min(one["max_bytes"] for one in health)
-        self._first = int(os.environ.get("RANK", 0)) % len(self.urls)  # processes begin at different servers
+        self._first = int(os.environ.get("RANK", 0)) % len(self.urls)  # ranks start at different servers
 
     async def __call__(
         self,
@@ -96,7 +96,7 @@ class RemoteReward:
         log_metric: Callable | None = None,
         **columns: list,
     ) -> list[float | None]:
-        videos = videos.detach().cpu()  # here, on the stream of this thread
+        videos = videos.detach().cpu()  # in this thread, to stay on its CUDA stream
         if self.columns is None:
             columns = {column: values for column, values in columns.items() if is_plain(list(values))}
         else:
@@ -130,7 +130,7 @@ class RemoteReward:
     # --- one part of a batch, at one server after another ---
 
     async def _part(self, place: int, request: ScoreRequest) -> list[ScoreAnswer]:
-        """In several requests, one after another, where one would be too large and the reward compares no videos."""
+        """Score a part of a batch, in consecutive requests if it is too large; not if the reward compares videos."""
         count = len(request.prompts)
         asked = f"{count} videos, the first of prompt {request.prompts[0]!r}"
         urls = [self.urls[(place + k) % len(self.urls)] for k in range(len(self.urls))]
@@ -171,33 +171,33 @@ class RemoteReward:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ValueError(
                 f"reward {name!r}: no server answers at {url} ({type(error).__name__}: {error}); start "
-                "one with `pisces-rl serve`, and take the url that it prints."
+                "one with `pisces-rl serve`, and use the url that it prints."
             ) from error
         if response.status_code == 401:
             raise ValueError(
                 f"reward {name!r}: {url} refuses the token: {self._client.error_in(response)} Set token, "
-                f"or the environment variable {TOKEN}, to what its --token_file holds."
+                f"or the environment variable {TOKEN}, to the content of its --token_file."
             )
         try:
             health = response.raise_for_status().json()
             protocol, rewards = health["protocol"], dict(health["rewards"])
         except (httpx2.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"reward {name!r}: {url} is no reward server of pisces_rl ({error!r}).") from error
+            raise ValueError(f"reward {name!r}: {url} is not a reward server of pisces_rl ({error!r}).") from error
         if protocol != PROTOCOL:
             there = f"{url}, pisces_rl {health.get('version')},"
             raise ValueError(other_protocol(there, protocol, f"this pisces_rl {pisces_rl.__version__}"))
         if name not in rewards:
             near = difflib.get_close_matches(name, rewards, n=3)
             advice = f"; did you mean {' or '.join(map(repr, near))}?" if near else "."
-            raise ValueError(f"reward {name!r}: {url} has none of that name{advice} There: {', '.join(rewards)}.")
+            raise ValueError(f"reward {name!r}: {url} has no such reward{advice} Available: {', '.join(rewards)}.")
         return health
 
 
 def remote_reward(urls: str) -> RemoteReward:
-    """The reward "http://a:1/NAME", or of several servers "http://a:1/NAME,http://b:2/NAME". Settings follow as a
-    query: "http://a:1/NAME?frames=mp4&time_limit=900&retries=20".
+    """Create the reward "http://a:1/NAME", or with several servers "http://a:1/NAME,http://b:2/NAME". Settings follow
+    as a query: "http://a:1/NAME?frames=mp4&time_limit=900&retries=20".
 
-    Raises ValueError: see `RemoteReward`; the urls name different rewards, or another setting.
+    Raises ValueError as `RemoteReward` does, and if the urls name different rewards or a setting is unknown.
     """
     known = {"frames": str, "time_limit": float, "retries": int}
     servers, names, settings = [], [], {}
@@ -208,5 +208,5 @@ def remote_reward(urls: str) -> RemoteReward:
         names.append(unquote(name))
         settings |= read_settings(urls, query, known)
     if len(set(names)) > 1 or not all(urlsplit(server).hostname for server in servers):
-        raise ValueError(f"reward {masked(urls)!r}: expected http://host:port/NAME, of several servers with one NAME.")
+        raise ValueError(f"reward {masked(urls)!r}: expected http://host:port/NAME, with one NAME for all servers.")
     return RemoteReward(servers, names[0], **settings)

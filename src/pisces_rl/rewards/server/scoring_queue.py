@@ -1,4 +1,4 @@
-"""Requests in line for the rewards of this process: scored in one thread, several in one call where they fit."""
+"""A queue of requests for the rewards of this process: one thread scores them, merging requests where possible."""
 
 import threading
 from collections import deque
@@ -16,7 +16,7 @@ from .wire import ScoreAnswer, ScoreRequest
 
 
 class Stopping(Exception):
-    """The server stops before it has begun with a request."""
+    """The server stopped before starting this request."""
 
 
 @dataclass(eq=False)
@@ -26,7 +26,7 @@ class _Job:
     future: Future = field(default_factory=Future)
 
     def fits(self, other: "_Job") -> bool:
-        """Whether both may be scored in one call."""
+        """Return whether both may be scored in one call."""
         mine, theirs = self.request, other.request
         return (
             self.panel is other.panel
@@ -38,14 +38,14 @@ class _Job:
 
 
 class ScoringQueue:
-    """One thread that scores what is put; rewards of a process share encoders, so they never run at the same time.
+    """One thread that scores all requests; rewards of a process share encoders, so they must not run concurrently.
 
-    Requests of one reward that wait together are scored in one call, up to `max_batch` videos, unless the reward
-    compares videos; each gets its rows, and the metrics of the call. A single request is never split. Where such a
-    call fails, each request is scored alone, so that an error is that of its own videos.
+    Waiting requests for the same reward are scored in one call, up to `max_batch` videos, unless the reward compares
+    videos. Each request gets its rows, and the metrics of the whole call. A single request is never split. If a merged
+    call fails, each request is scored alone, so that an error concerns only its videos.
 
     Args:
-        max_batch: videos of several requests in one call.
+        max_batch: largest number of videos in a merged call.
     """
 
     def __init__(self, max_batch: int):
@@ -56,9 +56,10 @@ class ScoringQueue:
         self.thread.start()
 
     def put(self, panel: RewardPanel, request: ScoreRequest) -> Future:
-        """The `ScoreAnswer` of the panel's one reward. A future that is cancelled before its turn is left out.
+        """Queue a request and return a future of the `ScoreAnswer` of the panel's one reward. A future cancelled
+        before its turn is skipped.
 
-        The future raises RewardError of the reward, or `Stopping`.
+        The future raises the reward's RewardError, or `Stopping`.
         """
         job = _Job(panel, request)
         with self.changed:
@@ -70,7 +71,7 @@ class ScoringQueue:
         return job.future
 
     def stop(self) -> None:
-        """Finish the call that runs; what waits gets `Stopping`."""
+        """Let the running call finish; waiting requests get `Stopping`."""
         with self.changed:
             self.stopped = True
             for job in self.jobs:
@@ -84,7 +85,7 @@ class ScoringQueue:
             self._score(jobs)
 
     def _next(self) -> list[_Job]:
-        """The first job, and those behind it that fit; none where the queue has stopped."""
+        """Return the first job and those behind it that can be merged with it; none once the queue has stopped."""
         with self.changed:
             while True:
                 self.changed.wait_for(lambda: self.jobs or self.stopped)
@@ -105,20 +106,20 @@ class ScoringQueue:
         table = failure = None
         try:
             table = self._table(jobs[0].panel, [job.request for job in jobs])
-        except BaseException as error:  # also a reward's sys.exit: the thread serves others
+        except BaseException as error:  # even sys.exit in a reward must not end the thread, which serves others
             failure = error if isinstance(error, RewardError) else RewardError(f"{type(error).__name__}: {error}")
         if failure is not None:
             if len(jobs) == 1:
                 jobs[0].future.set_exception(failure)
                 return
-            del failure  # with the frames that hold the batch of all
+            del failure  # its traceback holds the merged batch
             for job in jobs:
                 self._score([job])
             return
         start = 0
         for job in jobs:
             own = table.rows(range(start, start := start + len(job.request.prompts)))
-            values = [None if value != value else value for value in own.values[:, 0].tolist()]  # NaN does not apply
+            values = [None if value != value else value for value in own.values[:, 0].tolist()]  # NaN: does not apply
             job.future.set_result(ScoreAnswer(values, own.extras, own.metrics))
 
     def _table(self, panel: RewardPanel, requests: list[ScoreRequest]) -> RewardTable:

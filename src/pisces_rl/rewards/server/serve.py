@@ -1,4 +1,4 @@
-"""`pisces-rl serve`: rewards of this machine for trainers elsewhere."""
+"""`pisces-rl serve`: serve rewards on this machine to trainers elsewhere."""
 
 import argparse
 import ipaddress
@@ -18,34 +18,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="NAME",
-        help="Known names (an unknown one prints them), file.py:function or package.module:function.",
+        help="Known names (an unknown one lists them), file.py:function or package.module:function.",
     )
-    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; other than loopback needs a token.")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one, which is printed.")
-    parser.add_argument("--token_file", "--token-file", type=Path, help="File whose text every request must carry.")
-    parser.add_argument("--device", help="Where rewards work; unset: cuda where there is one, else cpu.")
+    parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; non-loopback needs a token.")
+    parser.add_argument("--port", type=int, default=0, help="0 picks a free port and prints it.")
+    parser.add_argument("--token_file", "--token-file", type=Path, help="File with the token that requests must send.")
+    parser.add_argument("--device", help="Where rewards compute; default: cuda if available, else cpu.")
     parser.add_argument(
         "--max_batch",
         type=int,
         default=16,
-        help="Videos that requests which wait together are scored in at once; a request is not split.",
+        help="Largest number of videos when waiting requests are merged; a request is never split.",
     )
-    parser.add_argument("--queue", type=int, default=16, help="Requests in the server at once; more get 503.")
-    parser.add_argument("--max_mb", type=int, default=2048, help="Megabytes (2^20 bytes) of a request; more get 413.")
+    parser.add_argument("--queue", type=int, default=16, help="Requests in the server at once; further ones get 503.")
+    parser.add_argument("--max_mb", type=int, default=2048, help="Limit in MiB per request; larger ones get 413.")
 
 
 def main(args: argparse.Namespace) -> None:
-    """Serve until SIGTERM or SIGINT. Prints one line, `serving URL URL ...`, with the URL of each reward, once it is
-    ready. Raises ValueError for what is wrong with an argument, before any reward is loaded."""
+    """Serve until SIGTERM or SIGINT. When ready, print one line, `serving URL URL ...`, with the URL of each reward.
+    Raises ValueError for a wrong argument before any reward is loaded."""
     for name in ("max_batch", "queue", "max_mb"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if not 0 <= args.port <= 65535:  # getaddrinfo takes it modulo 2^16
+    if not 0 <= args.port <= 65535:  # getaddrinfo would take it modulo 2^16
         raise ValueError(f"--port {args.port} must be 0 to 65535.")
     token = None if args.token_file is None else _token(args.token_file)
     if token is None and not _is_loopback(args.host):
         raise ValueError(
-            f"--host {args.host} can be reached from other machines: give a --token_file, or leave the "
+            f"--host {args.host} can be reached from other machines: pass a --token_file, or leave the "
             "host at 127.0.0.1."
         )
     try:
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
         import uvicorn
     except ImportError as error:
         raise ValueError(f"{INSTALL} ({error})") from error
-    listener = _bound(args.host, args.port)  # before minutes of loading; nobody can connect yet
+    listener = _listener(args.host, args.port)  # fail before minutes of loading; clients cannot connect yet
 
     import torch
 
@@ -67,15 +67,15 @@ def main(args: argparse.Namespace) -> None:
     queue = ScoringQueue(args.max_batch)
     panel = RewardPanel(
         [
-            load_function(name) if ":" in name and "://" not in name else name  # without transformers
+            load_function(name) if ":" in name and "://" not in name else name  # avoids importing transformers
             for name in args.rewards
         ],
         device=device,
     )
     if slashed := [name for name in panel.names if "/" in name]:
         raise ValueError(
-            f"reward {slashed[0]!r}: a name that is served stands in a url and may hold no '/'; give the "
-            "reward another (__name__)."
+            f"reward {slashed[0]!r}: the name of a served reward is part of a url and may not contain '/'; give the "
+            "reward another name (__name__)."
         )
     application = RewardApplication(panel, queue, limit=args.queue, max_bytes=args.max_mb << 20, token=token)
     host, port = listener.getsockname()[:2]
@@ -89,11 +89,11 @@ def main(args: argparse.Namespace) -> None:
 
         def handle_exit(self, sig, frame) -> None:
             super().handle_exit(sig, frame)
-            threading.Thread(target=queue.stop).start()  # this one may hold the queue's lock
+            threading.Thread(target=queue.stop).start()  # the main thread may hold the queue's lock
 
-    for kind in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises it again once it has stopped
+    for kind in (signal.SIGTERM, signal.SIGINT):  # uvicorn re-raises the signal once it has stopped
         signal.signal(kind, lambda *_: None)
-    # Clients keep connections for a minute.
+    # Clients keep connections for a minute, so keep them longer here.
     config = uvicorn.Config(
         application.asgi, lifespan="off", log_level="warning", access_log=False, ws="none", timeout_keep_alive=75
     )
@@ -106,7 +106,7 @@ def _token(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--token_file {path} cannot be read: {error}") from error
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError(f"--token_file {path} must hold one word of printable ASCII.")
+        raise ValueError(f"--token_file {path} must contain one word of printable ASCII.")
     return token
 
 
@@ -117,7 +117,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def _listener(host: str, port: int) -> socket.socket:
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)

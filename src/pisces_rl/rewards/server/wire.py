@@ -1,18 +1,19 @@
-"""What a reward server and its clients say to each other, version `PROTOCOL`.
+"""The protocol between a reward server and its clients, version `PROTOCOL`.
 
-GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue" (requests inside), "scored" (videos so
-far), "max_bytes", "rewards": {name: {"identity", "compares_videos", "columns"}}}, where `columns` are those that the
-reward names, or null for all that JSON carries.
+GET /health answers JSON: {"protocol", "version" of pisces_rl, "state", "queue" (requests in the server), "scored"
+(videos so far), "max_bytes", "rewards": {name: {"identity", "compares_videos", "columns"}}}, where `columns` are those
+that the reward names, or null for all that JSON can carry.
 
 POST /score/NAME takes a safetensors file. Its tensor `request` holds the UTF-8 bytes of JSON: {"protocol", "prompts":
 B strings, "columns": {name: B values}, "state": a few numbers of the trainer's state, or null, "size": [F, H, W]}. The
 videos are one tensor `videos` (B, F, 3, H, W), fp32 in [0, 1] or uint8 in 0..255, or the bytes of B mp4 files as uint8
-tensors `video_0`, `video_1`, ... of "size"; `max_bytes` bounds the body, and the frames of mp4 files in fp32. The
-answer is JSON: {"protocol", "reward": NAME, "identity", "values": B numbers or nulls, "extras": {name: B values},
+tensors `video_0`, `video_1`, ... of "size". `max_bytes` limits the body, and the decoded frames of mp4 files in fp32.
+The answer is JSON: {"protocol", "reward": NAME, "identity", "values": B numbers or nulls, "extras": {name: B values},
 "metrics": {name: numbers}}.
 
-An error is JSON {"error": a sentence} under its HTTP status: 400 the request is wrong, 401 the token, 404 the name,
-413 too large, 500 the reward failed, 503 the queue is full or the server stops (with Retry-After).
+An error is JSON {"error": a sentence} with an HTTP status: 400 the request is wrong, 401 the token is wrong, 404 there
+is no such reward, 413 too large, 500 the reward failed, 503 the queue is full or the server is stopping (with
+Retry-After).
 """
 
 import json
@@ -29,17 +30,17 @@ from pisces_rl.media import load_video, mp4_bytes
 from pisces_rl.rewards.contract import check_inputs
 
 PROTOCOL = 1
-STATE = ("global_step", "max_steps", "epoch")  # of the trainer's state, which a reward may schedule by
+STATE = ("global_step", "max_steps", "epoch")  # the trainer state sent along, for rewards that follow a schedule
 FRAMES = ("lossless", "mp4")
 
 
 class TooLarge(ValueError):
-    """A request over the size limit."""
+    """A request exceeds the size limit."""
 
 
 @dataclass
 class ScoreRequest:
-    """Videos (B, F, 3, H, W) in fp32, their prompts and columns, and what is sent of the trainer's state."""
+    """Videos (B, F, 3, H, W) in fp32, with their prompts and columns, and the part of the trainer's state to send."""
 
     prompts: list[str]
     videos: Tensor
@@ -61,18 +62,18 @@ class ScoreAnswer:
 
 
 def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
-    """The body of a request.
+    """Pack a request into a body.
 
     Raises:
-        ValueError: a column holds what JSON cannot carry unchanged; frames is not one of `FRAMES`.
+        ValueError: a column holds values that JSON cannot carry unchanged, or `frames` is not one of `FRAMES`.
     """
     if frames not in FRAMES:
         raise ValueError(f"frames={frames!r} must be one of {', '.join(map(repr, FRAMES))}.")
     for name, values in request.columns.items():
         if not is_plain(list(values)):
             raise ValueError(
-                f"column {name!r}, which the reward names, holds what JSON does not carry unchanged (images, arrays, "
-                "tuples, bytes). Leave it out of the reward's arguments, or use the reward inside the run."
+                f"column {name!r}, which the reward names, holds values that JSON cannot carry unchanged (images, "
+                "arrays, tuples, bytes). Remove it from the reward's arguments, or use the reward inside the run."
             )
     head = {
         "protocol": PROTOCOL,
@@ -91,18 +92,18 @@ def pack_request(request: ScoreRequest, frames: str = "lossless") -> bytes:
 
 
 def unpack_request(body: bytes, max_bytes: float = math.inf) -> ScoreRequest:
-    """The request in a body.
+    """Unpack a request from a body.
 
     Raises:
-        TooLarge: mp4 files of more than `max_bytes` as fp32 frames by what the request says; they are not decoded.
-        ValueError: it is none, is of another protocol, or does not hold together; the message says what is wrong.
+        TooLarge: the mp4 files would exceed `max_bytes` as fp32 frames, judging by the request; they are not decoded.
+        ValueError: it is not a request, has another protocol, or is inconsistent; the message says what is wrong.
     """
     try:
         tensors = load(body)
         head = json.loads(tensors.pop("request").numpy().tobytes())
         protocol = head["protocol"]
     except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the body is no safetensors file with a JSON tensor 'request' ({error!r}).") from error
+        raise ValueError(f"the body is not a safetensors file with a JSON tensor 'request' ({error!r}).") from error
     if protocol != PROTOCOL:
         raise ValueError(other_protocol("the client", protocol, "this server"))
     try:
@@ -114,7 +115,7 @@ def unpack_request(body: bytes, max_bytes: float = math.inf) -> ScoreRequest:
             if videos.dtype not in (torch.float32, torch.uint8):
                 raise ValueError(f"videos: expected float32 or uint8, got {videos.dtype}.")
             videos = videos.float().div_(255) if videos.dtype == torch.uint8 else videos
-        else:  # an odd side has got one more row or column
+        else:  # mp4_bytes added a row or column to odd sides
             size = decoded_bytes((len(prompts), count, 3, height, width))
             if size > max_bytes:
                 raise TooLarge(too_large(size, max_bytes))
@@ -128,20 +129,20 @@ def unpack_request(body: bytes, max_bytes: float = math.inf) -> ScoreRequest:
         if state is not None and not set(state) <= set(STATE):
             raise ValueError(f"state: expected some of {', '.join(STATE)}, got {state}.")
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"the request does not hold together: {error}") from error
+        raise ValueError(f"the request is inconsistent: {error}") from error
     return ScoreRequest(prompts, videos, columns, state)
 
 
 def pack_answer(name: str, identity: str, answer: ScoreAnswer) -> bytes:
-    """The body of an answer.
+    """Pack an answer into a body.
 
     Raises:
-        ValueError: an extra holds what JSON cannot carry unchanged.
+        ValueError: an extra holds values that JSON cannot carry unchanged.
     """
     for extra, values in answer.extras.items():
         if not is_plain(values):
             raise ValueError(
-                f"log_extra({extra!r}) got values that JSON does not carry unchanged; record numbers, "
+                f"log_extra({extra!r}) got values that JSON cannot carry unchanged; record numbers, "
                 "strings, or lists of them."
             )
     return json.dumps(
@@ -157,11 +158,11 @@ def pack_answer(name: str, identity: str, answer: ScoreAnswer) -> bytes:
 
 
 def unpack_answer(body: bytes, name: str, identity: str, prompts: Sequence[str]) -> ScoreAnswer:
-    """The answer in a body, checked.
+    """Unpack and check an answer.
 
     Raises:
-        ValueError: it is none, or of another protocol, reward or weights; not B values, each a finite number or null;
-            extras or metrics of another form.
+        ValueError: it is not an answer, or belongs to another protocol, reward or weights; there are not B values,
+            each a finite number or null; extras or metrics are malformed.
     """
     try:
         answer = json.loads(body)
@@ -172,17 +173,17 @@ def unpack_answer(body: bytes, name: str, identity: str, prompts: Sequence[str])
         raise ValueError(other_protocol("the server", protocol, "this client"))
     if (answer.get("reward"), answer.get("identity")) != (name, identity):
         raise ValueError(
-            f"the answer is of reward {answer.get('reward')!r}, identity {answer.get('identity')}; "
-            f"expected {name!r}, {identity}: another reward, or other weights, than at the start."
+            f"the answer is from reward {answer.get('reward')!r}, identity {answer.get('identity')}; "
+            f"expected {name!r}, {identity}: the reward or its weights have changed since the start."
         )
     values, extras, metrics = (answer.get(key) for key in ("values", "extras", "metrics"))
     if not isinstance(values, list) or len(values) != len(prompts):
         got = len(values) if isinstance(values, list) else repr(values)
-        raise ValueError(f"the answer holds {got} values for {len(prompts)} videos.")
+        raise ValueError(f"the answer has {got} values for {len(prompts)} videos.")
     for row, value in enumerate(values):
         if value is not None and not (_is_number(value) and math.isfinite(value)):
             raise ValueError(
-                f"the answer holds {value!r} for video {row}, prompt {prompts[row]!r}; expected a finite "
+                f"the answer has {value!r} for video {row}, prompt {prompts[row]!r}; expected a finite "
                 "number, or null where the reward does not apply."
             )
     if not isinstance(extras, dict) or any(
@@ -202,18 +203,18 @@ def other_protocol(who: str, protocol: object, here: str) -> str:
 
 def too_large(size: int, max_bytes: int) -> str:
     return (
-        f"the request has {size} bytes, and this server takes {max_bytes}; raise its --max_mb, or send fewer "
+        f"the request has {size} bytes, but this server accepts {max_bytes}; raise its --max_mb, or send fewer "
         "videos at once."
     )
 
 
 def decoded_bytes(shape: Sequence[int]) -> int:
-    """Of videos of this shape, in fp32."""
+    """Return the bytes of videos of this shape in fp32."""
     return 4 * math.prod(shape)
 
 
 def is_plain(value: object) -> bool:
-    """Whether JSON gives back what it is given: None, bool, int, float, str, and lists and dicts of them."""
+    """Return whether JSON preserves the value: None, bool, int, float, str, and lists and dicts of them."""
     if isinstance(value, dict):
         return type(value) is dict and all(type(k) is str and is_plain(v) for k, v in value.items())
     if isinstance(value, list):
