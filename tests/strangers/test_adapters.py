@@ -294,7 +294,7 @@ def test_initial_values_that_change_the_base(start):
 @pytest.mark.parametrize(
     "asked, message",
     [
-        ({"r": 8}, r"peft_config is \{'r': 8\}, but must be a peft.LoraConfig.*LoraConfig\(\*\*that\)"),
+        ({"r": 8}, r"peft_config is \{'r': 8\}, but must be a peft.LoraConfig.*LoraConfig\(\*\*peft_config\)"),
         ("you/adapter", "peft_config is 'you/adapter'.*continue_from"),
         (LoHaConfig(target_modules=["to_q"]), "peft_config is a LoHaConfig"),
         (IA3Config(target_modules=["to_q"], feedforward_modules=[]), "peft_config is a IA3Config"),
