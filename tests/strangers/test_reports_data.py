@@ -28,7 +28,7 @@ def test_a_format_that_leaves_the_prompt_out(tmp_path):
     """datasets #822, set_format('torch', columns) with text: a bare KeyError."""
     data = prompts(3, n=[1, 2, 3])
     data.set_format("torch", columns=["n"])
-    with pytest.raises(ValueError, match=r"format 'torch' of the columns \['n'\], which leaves out `prompt`"):
+    with pytest.raises(ValueError, match=r"format 'torch' with the columns \['n'\], which leaves out `prompt`"):
         trainer(tmp_path, data=data, model="no such model")
     data.set_format("torch", columns=["n"], output_all_columns=True)
     check_dataset("train_dataset", data)
