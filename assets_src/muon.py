@@ -1,4 +1,4 @@
-"""Muon: momentum whose matrices are orthogonalised before the step."""
+"""Muon: SGD with momentum whose update matrices are orthogonalized."""
 
 import math
 
@@ -10,12 +10,14 @@ class Muon(torch.optim.Optimizer):
     r"""M <- momentum M + G;  W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, columns)) orth(G + momentum M).
 
     orth(X) = U V^T of X = U S V^T, approximated by five Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns))
-    gives the update the root mean square that AdamW's has, so learning rates are of its kind. Kernels of convolutions
-    are matrices of (out channels, everything else). Matrices of one shape are orthogonalised together.
+    gives the update AdamW's root mean square, so that AdamW's learning rates apply. Convolution kernels are treated as
+    matrices (out channels, everything else). Matrices of the same shape are orthogonalized together.
 
     Args:
-        params: tensors of two dimensions or more.
-        lr: learning rate. momentum: Nesterov's. weight_decay: decoupled.
+        params: tensors with at least two dimensions.
+        lr: learning rate.
+        momentum: Nesterov momentum.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):

@@ -8,22 +8,22 @@ from pisces_rl.shapemotion.layout import DURATION
 from pisces_rl.shapemotion.splits import SPLITS, split_index
 
 ATTRIBUTES = ("shape", "color", "size", "motion", "speed", "count", "relation", "scene", "binding")
-WEIGHTS = (1.0, 1.0, 1.5, 1.5, 2.0, 1.5, 3.0, 0.7, 2.0)  # how often each is swapped, where it can be
+WEIGHTS = (1.0, 1.0, 1.5, 1.5, 2.0, 1.5, 3.0, 0.7, 2.0)  # relative frequency of each swap among the possible ones
 _OPPOSITE_RELATION = (0, 2, 1, 4, 3)
 
 
 def swap(
     specs: SceneSpecs, generator: torch.Generator, attribute: str | None = None, split: str | None = None
 ) -> tuple[SceneSpecs, Tensor, Tensor]:
-    """N captions that each differ from the given ones in one attribute, so that no clip of the first fits the second.
+    """Return N captions that each differ from the given one in one attribute, so that no clip fits both.
 
     Args:
         attribute: one of `ATTRIBUTES`; None draws one for each caption among those that it names.
-        split: that the new captions must be of, too. Were captions of other splits among the wrong ones of training,
-            a model could learn that those are never true.
+        split: the split that the new captions must belong to as well. If wrong captions in training came from other
+            splits, a model could learn that such captions are never true.
 
     Returns:
-        The captions, (N,) index into `ATTRIBUTES`, and (N,) bool, whether there was anything to swap.
+        The captions, (N,) index into `ATTRIBUTES`, and (N,) bool, whether a swap was possible.
     """
     device, n = specs.shape.device, len(specs)
     rows = torch.arange(n, device=device)
@@ -68,7 +68,7 @@ def swap(
         color = torch.where((color == other) | (color == own["color"]), (color + 1) % 6, color)
     put("color", color)
     put("size", 1 - own["size"])
-    directions = (own["motion"] + draw(3)) % 4 + 1  # another of the four
+    directions = (own["motion"] + draw(3)) % 4 + 1  # a different one of the four
     put("motion", torch.where(own["speed"] >= 0, directions, (own["motion"] + 1 + draw(6)) % 7))
     put("speed", 1 - own["speed"])
     put("count", specs.count[rows, g] % 3 + 1)
@@ -85,9 +85,9 @@ def swap(
 
 
 def may_describe(specs: SceneSpecs, layout: Layout, captions: SceneSpecs) -> Tensor:
-    """(clips, captions) bool: nothing in the clip contradicts the caption, so it is no negative of it.
+    """Return (clips, captions) bool: whether a caption is true of a clip and so not a negative.
 
-    specs, layout: of the clips; a caption's groups are compared with the clip's in both orders.
+    A caption's groups are compared with the clip's in both orders; `specs` and `layout` are those of the clips.
     """
     rows = torch.arange(len(specs), device=specs.shape.device)
     slots = torch.stack([torch.zeros_like(rows), specs.count[:, 0].clamp(max=layout.present.shape[1] - 1)], 1)
@@ -101,7 +101,7 @@ def may_describe(specs: SceneSpecs, layout: Layout, captions: SceneSpecs) -> Ten
     x, y = shown(middle[..., 0]), shown(middle[..., 1])
 
     def fits(i: int, j: int) -> Tensor:
-        """Group i of the clips against group j of the captions."""
+        """Compare group i of the clips with group j of the captions."""
         asked = {name: getattr(captions, name)[None, :, j] for name in ("shape", "color", "motion", "size", "speed")}
         ok = (specs.count[:, None, i] == captions.count[None, :, j]) & (specs.shape[:, None, i] == asked["shape"])
         for name in ("color", "motion"):

@@ -1,4 +1,4 @@
-"""The parts of tiny-wan, untrained: the classes of Wan 2.1, only small. About 5.0 million parameters together."""
+"""Build the untrained parts of tiny-wan: small versions of Wan 2.1's classes, about 5.0 M parameters in total."""
 
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -12,7 +12,7 @@ SHIFT = 3.0
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of ShapeMotion, lower case, `</s>` at the end; at most 24 tokens."""
+    """Return a tokenizer with one token per ShapeMotion word, lower case, `</s>` at the end; at most 24 tokens."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()

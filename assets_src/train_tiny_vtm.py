@@ -1,18 +1,18 @@
-"""Train tiny-vtm, the embedded video-text model, from scratch on ShapeMotion.
+"""Train tiny-vtm, the built-in video-text model, from scratch on ShapeMotion.
 
     python assets_src/train_tiny_vtm.py --output outputs/tiny-vtm --seed 2     # one GPU, about three minutes
     python assets_src/train_tiny_vtm.py --output outputs/judge --seed 100 --width 160 --heads 5
     python assets_src/train_tiny_vtm.py --output /tmp/x --smoke                # the same path on a CPU in seconds
 
-1. bank: clips of the train split, with their captions and captions that are wrong in one attribute.
-2. training: contrastive loss over the batch and one hard negative each, plus matching of the true caption against the
-   hard negative and against another clip's caption, drawn by similarity. Captions that happen to be true of another
-   clip of the batch are no negatives. Clips are blurred, shaded and made noisy, as a policy's are.
-3. The moving average is saved in fp16 with settings.json and scores.json; with --keep also as it was after so many
-   steps. `validation` in scores.json is the contrastive loss on clips of the train split that were not trained on: the
-   number by which a seed is chosen. Seeds 0 to 4 with --keep 300 1000, and their hashes: tiny_vtm_seeds*.json.
+1. bank: clips of the train split, with true captions and captions that are wrong in one attribute.
+2. training: contrastive loss over the batch and one hard negative per clip, plus matching of the true caption against
+   the hard negative and against another clip's caption, drawn by similarity. Captions that are true of another clip in
+   the batch are not negatives. Clips get blur, shading and noise, as in a policy's samples.
+3. The moving average is saved in fp16 with settings.json and scores.json; --keep also saves it after the given steps.
+   `validation` in scores.json is the contrastive loss on held-out clips of the train split, by which a seed is chosen.
+   Seeds 0 to 4 with --keep 300 1000, and their hashes: tiny_vtm_seeds*.json.
 
-Only prompts and layouts of the train split are drawn.
+Only prompts and layouts of the train split are used.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from pisces_rl.rewards.encoders import TinyVTM, TinyVTMConfig
 from pisces_rl.shapemotion import VOCABULARY, Layout, SceneSpecs, render_layout, sample_layouts
 
 MAX_FILE = 10 * 2**20
-SWAPS = 4  # wrong captions for each clip of the bank
+SWAPS = 4  # wrong captions per clip of the bank
 SMOKE = {
     "bank_clips": 64,
     "steps": 3,
@@ -54,24 +54,29 @@ SCORED_SPLITS = ("test_seen", "test_color_shape", "test_shape_motion")
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder of the trained model")
-    add("--seed", type=int, default=0, help="of data, weights and batches")
+    add("--output", type=Path, required=True, help="folder for the trained model")
+    add("--seed", type=int, default=0, help="seed of data, weights and batches")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    add("--smoke", action="store_true", help="a few steps of a few clips: shows that the script runs, trains nothing")
+    add("--smoke", action="store_true", help="run a few steps on a few clips to test the script")
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
     add("--bank_clips", type=int, default=100_000)
     add("--steps", type=int, default=3000)
-    add("--seconds", type=float, default=math.inf, help="stop after so long; the rate still follows --steps")
+    add(
+        "--seconds",
+        type=float,
+        default=math.inf,
+        help="stop after this time; the learning-rate schedule still follows --steps",
+    )
     add("--batch", type=int, default=768)
     add("--muon_lr", type=float, default=6e-3, help="matrices")
-    add("--lr", type=float, default=1.5e-3, help="everything else, by AdamW")
+    add("--lr", type=float, default=1.5e-3, help="AdamW's learning rate, for parameters without Muon")
     add("--warmup", type=int, default=200)
     add("--ema", type=float, default=0.998)
-    add("--keep", type=int, nargs="*", default=[], help="steps after which the average is also saved")
+    add("--keep", type=int, nargs="*", default=[], help="steps after which to save the average as well")
     add("--validation_clips", type=int, default=2048)
-    add("--score_clips", type=int, default=1024, help="clips a split for scores.json")
+    add("--score_clips", type=int, default=1024, help="clips per split for scores.json")
     add("--log_every", type=int, default=100)
     args = parser.parse_args(arguments)
     if args.smoke:
@@ -80,7 +85,7 @@ def parse_arguments(arguments=None) -> argparse.Namespace:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word of ShapeMotion, lower case, between `<cls>` and `</s>`."""
+    """Return a tokenizer with one token per ShapeMotion word, lower case, between `<cls>` and `</s>`."""
     vocabulary = {word: i for i, word in enumerate((*VOCABULARY, "<cls>"))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -99,7 +104,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Bank:
-    """Clips (n, 17, 3, 32, 32) in bytes, with token numbers of their captions (n, L) and wrong ones (n, SWAPS, L)."""
+    """Clips (n, 17, 3, 32, 32) as bytes, with token ids of their captions (n, L) and wrong captions (n, SWAPS, L)."""
 
     def __init__(self, count: int, tokenizer, device: torch.device, seed: int, split: str = "train"):
         generator = torch.Generator(device).manual_seed(seed)
@@ -130,7 +135,7 @@ def tokenise(tokenizer, specs: SceneSpecs) -> Tensor:
 
 
 def augment(videos: Tensor) -> Tensor:
-    """Blur, noise, brightness and tint, each of a random strength for each clip; (B, F, 3, H, W) in [0, 1]."""
+    """Add blur, noise, brightness and tint of random strength per clip; (B, F, 3, H, W) in [0, 1]."""
     shape = (len(videos), 1, 1, 1, 1)
 
     def uniform(low: float, high: float, *of: int) -> Tensor:
@@ -145,7 +150,7 @@ def augment(videos: Tensor) -> Tensor:
 
 
 class Batch:
-    """Rows of a bank, with one wrong caption for each."""
+    """Rows of a bank with one wrong caption each."""
 
     def __init__(self, bank: Bank, rows: Tensor, augmented: bool):
         videos = bank.videos[rows].float() / 255
@@ -158,7 +163,7 @@ class Batch:
 
 
 class Losses(nn.Module):
-    """Contrastive and matching losses of a model; a module, so that both towers compile as one graph each."""
+    """Contrastive and matching losses of a model; a module, so that each tower compiles to one graph."""
 
     def __init__(self, model: TinyVTM, compiled: bool):
         super().__init__()
@@ -175,7 +180,7 @@ class Losses(nn.Module):
         return self.model.matching_head(self.model.text.cross(hidden, mask, video)[:, 0]).float()
 
     def towers(self, batch: Batch) -> tuple[Tensor, ...]:
-        """Video tokens and features, hidden states and masks of true and wrong captions, and their features."""
+        """Return video tokens and features, hidden states and masks of true and wrong captions, and their features."""
         video, z = self.see(batch.videos)
         tokens = torch.cat([batch.tokens, batch.wrong])
         mask = tokens != self.model.tokenizer.pad_token_id
@@ -184,7 +189,7 @@ class Losses(nn.Module):
         return video, z, hidden, mask, *pooled.chunk(2)
 
     def contrast(self, batch: Batch, z: Tensor, own: Tensor, wrong: Tensor) -> tuple[Tensor, Tensor]:
-        """The contrastive loss, and the similarities (B, B) without false negatives."""
+        """Return the contrastive loss, and the similarities (B, B) without false negatives."""
         scale = self.scale.exp().clamp(max=50)
         others = ~torch.eye(len(z), dtype=torch.bool, device=z.device)
         similar = (scale * z @ own.T).masked_fill(batch.true & others, -1e4)
@@ -194,7 +199,7 @@ class Losses(nn.Module):
         return (of_videos + F.cross_entropy(similar.T, target)) / 2, similar
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The sum of both losses, and for the log (4,): each loss, pairs ranked right, captions found."""
+        """Return the sum of both losses and, for the log, (4,): each loss, pairs ranked right, captions found."""
         n = len(batch.videos)
         with autocast(batch.videos.device):
             video, z, hidden, mask, own, wrong = self.towers(batch)
@@ -216,7 +221,7 @@ class Losses(nn.Module):
 
 
 def train(args: argparse.Namespace, bank: Bank, tokenizer, device: torch.device) -> tuple[TinyVTM, dict]:
-    """The average of the weights, and averages that were kept by step."""
+    """Train; return the average of the weights, and the averages kept by step."""
     torch.manual_seed(args.seed)
     config = TinyVTMConfig(width=args.width, heads=args.heads, vocabulary=len(tokenizer))
     losses = Losses(TinyVTM(config, tokenizer).to(device), args.compile).to(device)
@@ -260,7 +265,7 @@ def train(args: argparse.Namespace, bank: Bank, tokenizer, device: torch.device)
 
 @torch.no_grad()
 def validation(model: TinyVTM, args: argparse.Namespace, tokenizer, device: torch.device) -> float:
-    """The contrastive loss at scale 20 on unseen clips of the train split, in batches of 256."""
+    """Return the contrastive loss at scale 20 on unseen clips of the train split, in batches of 256."""
     bank = Bank(args.validation_clips, tokenizer, device, 10_000)
     losses = Losses(model, compiled=False).to(device)
     losses.scale.data.fill_(math.log(20))
@@ -275,7 +280,7 @@ def validation(model: TinyVTM, args: argparse.Namespace, tokenizer, device: torc
 
 @torch.no_grad()
 def scores(model: TinyVTM, args: argparse.Namespace, tokenizer, device: torch.device) -> dict:
-    """For each split and attribute: how often the true caption scores above one that is wrong in it."""
+    """Return, per split and attribute, how often the true caption scores above one with that attribute wrong."""
     losses = Losses(model, compiled=False).to(device)
     table = {}
     for split in SCORED_SPLITS:

@@ -1,17 +1,17 @@
-"""Train tiny-wan, the embedded text-to-video model, from scratch on ShapeMotion.
+"""Train tiny-wan, the built-in text-to-video model, from scratch on ShapeMotion.
 
     python assets_src/train_tiny_wan.py --output outputs/tiny-wan      # one GPU, about ten minutes
     python assets_src/train_tiny_wan.py --output /tmp/x --smoke        # the same path on a CPU in seconds
 
-1. vae: AutoencoderKLWan on rendered clips. The decoder sees latents with noise, so that the transformer's small errors
-   cost little; the loss weighs objects nine times the background.
-2. bank: clips of the train split, encoded once and normalised by their own mean and deviation.
+1. vae: AutoencoderKLWan on rendered clips. The decoder is trained on noisy latents, so that it tolerates small errors
+   of the transformer; the loss weights objects nine times as much as the background.
+2. bank: clips of the train split, encoded once and normalized by their mean and standard deviation.
 3. transformer: flow matching, v = noise - x0, on the bank; a tenth of the captions is dropped for guidance.
 4. The moving averages are saved in fp16 as a plain `WanPipeline` folder, with settings.json and, by
    benchmarks/tiny_wan_scores.py, scores.json.
 
-Only prompts and layouts of the train split are drawn. The same seed and settings on the same machine draw the same
-data and the same initial weights; GPU kernels leave the last digits open.
+Only prompts and layouts of the train split are used. The same seed and settings on the same machine give the same data
+and initial weights; results differ in the last digits, since GPU kernels are not deterministic.
 """
 
 import argparse
@@ -65,30 +65,35 @@ SMOKE = {
 def parse_arguments(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--output", type=Path, required=True, help="folder of the trained pipeline; replaced if it is one")
-    add("--vae", type=Path, help="folder of a trained AutoencoderKLWan, to skip the first stage")
-    add("--seed", type=int, default=1, help="of data, weights and noise")
+    add("--output", type=Path, required=True, help="folder for the trained pipeline; an existing pipeline is replaced")
+    add("--vae", type=Path, help="folder of a trained AutoencoderKLWan; skips the first stage")
+    add("--seed", type=int, default=1, help="seed of data, weights and noise")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
     add("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="compile blocks")
-    add("--smoke", action="store_true", help="a few steps of a few clips: shows that the script runs, trains nothing")
+    add("--smoke", action="store_true", help="run a few steps on a few clips to test the script")
     add("--layouts", type=int, default=4096, help="layouts drawn at once")
     add("--log_every", type=int, default=250, help="steps between lines")
-    add("--score_clips", type=int, default=256, help="prompts a split for scores.json; 0 skips it")
+    add("--score_clips", type=int, default=256, help="prompts per split for scores.json; 0 skips it")
     vae = parser.add_argument_group("vae").add_argument
     vae("--vae_steps", type=int, default=1589)
     vae("--vae_batch", type=int, default=128)
     vae("--vae_muon_lr", type=float, default=6e-3, help="kernels")
     vae("--vae_lr", type=float, default=3e-3, help="biases, by AdamW")
-    vae("--vae_noise", type=float, default=0.15, help="noise the decoder sees, in deviations of the latents")
+    vae(
+        "--vae_noise",
+        type=float,
+        default=0.15,
+        help="noise on the decoder's input, in standard deviations of the latents",
+    )
     vae("--vae_kl", type=float, default=1e-3, help="weight of the latents' mean square")
     vae("--vae_ema", type=float, default=0.998)
-    vae("--stat_clips", type=int, default=4096, help="clips that the latents' mean and deviation are measured on")
+    vae("--stat_clips", type=int, default=4096, help="clips to measure the latents' mean and standard deviation on")
     dit = parser.add_argument_group("transformer and text encoder").add_argument
     dit("--bank_clips", type=int, default=220_000)
     dit("--steps", type=int, default=5614)
     dit("--batch", type=int, default=1024)
     dit("--muon_lr", type=float, default=7e-3, help="matrices")
-    dit("--lr", type=float, default=2e-3, help="everything else, by AdamW")
+    dit("--lr", type=float, default=2e-3, help="AdamW's learning rate, for parameters without Muon")
     dit("--warmup", type=int, default=200)
     dit("--ema", type=float, default=0.9995)
     dit("--caption_dropout", type=float, default=0.1)
@@ -102,7 +107,9 @@ class Clips:
     """An endless, seeded stream of rendered training clips.
 
     Args:
-        device: where to draw. seed: of the stream. layouts: drawn at once, of which batches are then rendered.
+        device: the device to render on.
+        seed: seed of the stream.
+        layouts: number of layouts drawn at once, from which batches are rendered.
     """
 
     def __init__(self, device: torch.device, seed: int, layouts: int):
@@ -110,7 +117,7 @@ class Clips:
         self.layouts, self.at = layouts, layouts
 
     def draw(self, n: int) -> tuple[Tensor, Tensor, object]:
-        """(n, 3, 17, 64, 64) in [-1, 1], (n, 3) colors of the backgrounds likewise, and the scenes' specs."""
+        """Return clips (n, 3, 17, 64, 64) and background colors (n, 3), both in [-1, 1], and the scenes' specs."""
         if self.at + n > self.layouts:
             self.specs, self.layout = sample_layouts(max(n, self.layouts), "train", generator=self.generator)
             self.at = 0
@@ -123,12 +130,12 @@ class Clips:
 
 
 def autocast(device: torch.device):
-    """bf16 on CUDA, nothing on a CPU."""
+    """Return autocast to bf16 on CUDA, and no autocast on a CPU."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Average:
-    """Exponential moving average of some modules; the first n steps average over about n / 10."""
+    """Exponential moving average of modules; after n early steps, it averages over about n / 10 steps."""
 
     def __init__(self, modules: list[nn.Module], decay: float):
         self.modules = [copy.deepcopy(module).requires_grad_(False) for module in modules]
@@ -143,7 +150,7 @@ class Average:
 
 
 def set_lr(optimizers: list, peaks: list[float], step: int, steps: int, warmup: int, decay: float) -> None:
-    """Linear warm-up, constant, then linear to 2 % over the last `decay` of the steps."""
+    """Learning-rate schedule: linear warm-up, constant, then linear to 2 % over the last `decay` of the steps."""
     factor = min(1, (step + 1) / warmup) * (0.02 + 0.98 * min(1.0, (1 - step / steps) / decay))
     for optimizer, peak in zip(optimizers, peaks, strict=True):
         for group in optimizer.param_groups:
@@ -156,7 +163,7 @@ def set_lr(optimizers: list, peaks: list[float], step: int, steps: int, warmup: 
 def vae_loss(
     vae: AutoencoderKLWan, videos: Tensor, background: Tensor, noise: float, kl: float
 ) -> tuple[Tensor, Tensor]:
-    """Weighted L1 + L2 of the reconstruction, plus kl * mean(mu^2). Returns (loss, L2)."""
+    """Return (loss, L2): the loss is the weighted L1 + L2 of the reconstruction plus kl * mean(mu^2)."""
     with torch.no_grad():
         object_ = ((videos - background[:, :, None, None, None]).abs().amax(1, keepdim=True) > 0.04).float()
         weight = 1 + 8 * F.max_pool3d(object_, (1, 5, 5), 1, (0, 2, 2))
@@ -171,7 +178,7 @@ def vae_loss(
 
 
 def train_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWan:
-    """Returns the average, with the latents' statistics in its config and a fixed small posterior variance."""
+    """Train the VAE; return its average, with the latents' statistics in its config and a small fixed variance."""
     torch.manual_seed(args.seed)
     vae = whole_clip_vae.channels_last(build_vae().to(device))
     kernels = [p for p in vae.parameters() if p.ndim > 1]
@@ -204,7 +211,7 @@ def train_vae(args: argparse.Namespace, device: torch.device) -> AutoencoderKLWa
 
 @torch.no_grad()
 def encode_clips(vae: AutoencoderKLWan, clips: Clips, n: int) -> tuple[Tensor, object]:
-    """(n, 16, 5, 8, 8) fp32 latents of fresh clips before scaling, and their specs."""
+    """Return (n, 16, 5, 8, 8) unscaled fp32 latents of fresh clips, and their specs."""
     videos, _, specs = clips.draw(n)
     with autocast(videos.device):
         return whole_clip_vae.encode(vae, videos)[:, :LATENT_CHANNELS].float(), specs
@@ -220,7 +227,7 @@ def chunks(total: int, size: int) -> list[int]:
 def make_bank(
     args: argparse.Namespace, vae: AutoencoderKLWan, tokenizer, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(n, 16, 5, 8, 8) normalised latents, in bf16 on CUDA, and (n, 24) token ids."""
+    """Return (n, 16, 5, 8, 8) normalized latents, in bf16 on CUDA, and (n, 24) token ids."""
     start = time.time()
     shape = (1, LATENT_CHANNELS, 1, 1, 1)
     mean = torch.tensor(vae.config.latents_mean, device=device).view(shape)
@@ -237,7 +244,7 @@ def make_bank(
 
 
 def tokenise(tokenizer, prompts: list[str]) -> Tensor:
-    """(n, 24) token ids, as WanPipeline makes them."""
+    """Return (n, 24) token ids, as WanPipeline creates them."""
     padded = tokenizer(prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return padded.input_ids
 
@@ -246,26 +253,26 @@ def tokenise(tokenizer, prompts: list[str]) -> Tensor:
 
 
 def sample_sigma(n: int, device: torch.device) -> Tensor:
-    """(n,) in (0, 1): half uniform, half logit-normal, then shifted as the scheduler shifts."""
+    """Draw (n,) sigmas in (0, 1): half uniform, half logit-normal, then shifted as by the scheduler."""
     uniform, normal = torch.rand(n, device=device), torch.randn(n, device=device).sigmoid()
     u = torch.where(torch.rand(n, device=device) < 0.5, uniform, normal)
     return SHIFT * u / (1 + (SHIFT - 1) * u)
 
 
 def flow_loss(transformer: nn.Module, text_encoder: nn.Module, latents: Tensor, tokens: Tensor) -> Tensor:
-    """mean |v - (noise - x0)|^2 at x = (1 - sigma) x0 + sigma noise."""
+    """Return mean |v - (noise - x0)|^2 at x = (1 - sigma) x0 + sigma noise."""
     sigma = sample_sigma(len(latents), latents.device)
     s, noise = sigma.view(-1, 1, 1, 1, 1), torch.randn_like(latents)
     mask = (tokens > 0).long()
     with autocast(latents.device):
-        # the pipeline, too, blanks what the encoder says of padding
+        # zero the encoder's output at padding, as the pipeline does
         text = text_encoder(tokens, mask).last_hidden_state * mask[..., None]
         v = transformer((1 - s) * latents + s * noise, sigma * 1000, text, return_dict=False)[0]
     return (v.float() - (noise - latents)).square().mean()
 
 
 def train_transformer(args: argparse.Namespace, bank: tuple[Tensor, Tensor], tokenizer) -> tuple[nn.Module, nn.Module]:
-    """Returns the averages of transformer and text encoder."""
+    """Train; return the averages of the transformer and the text encoder."""
     latents, tokens = bank
     device = latents.device
     torch.manual_seed(args.seed + 2)
@@ -309,7 +316,7 @@ def train_transformer(args: argparse.Namespace, bank: tuple[Tensor, Tensor], tok
 
 
 def save(args: argparse.Namespace, text_encoder, vae, transformer, seconds: float) -> None:
-    """A plain fp16 pipeline folder; files that are too large or values that are not finite are an error."""
+    """Save a plain fp16 pipeline folder; raise an error for files that are too large or values that are not finite."""
     parts = [module.cpu().half().eval() for module in (text_encoder, vae, transformer)]
     for module in parts:
         for parameter in module.parameters():
@@ -318,12 +325,12 @@ def save(args: argparse.Namespace, text_encoder, vae, transformer, seconds: floa
     shutil.rmtree(staging, ignore_errors=True)
     build_pipeline(build_tokenizer(), *parts).save_pretrained(staging, safe_serialization=True)
     for path in (staging / "model_index.json", staging / "tokenizer" / "tokenizer_config.json"):
-        # the name that every transformers 5 knows this class by
+        # the class name that all versions of transformers 5 know
         text = path.read_text(encoding="utf-8").replace("TokenizersBackend", "PreTrainedTokenizerFast")
         path.write_text(text, encoding="utf-8")
     for path in staging.rglob("*.safetensors"):
         if path.stat().st_size >= MAX_FILE:
-            raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes; files of assets stay under {MAX_FILE}.")
+            raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes; the limit is {MAX_FILE}.")
         with safe_open(str(path), "pt") as file:
             if not all(torch.isfinite(file.get_tensor(key).float()).all() for key in file.keys()):
                 raise RuntimeError(f"{path.name} holds values that are not finite in fp16.")
@@ -334,7 +341,7 @@ def save(args: argparse.Namespace, text_encoder, vae, transformer, seconds: floa
     (staging / "settings.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if args.output.exists():
         if not (args.output / "model_index.json").exists():
-            raise RuntimeError(f"--output {args.output} exists and is no pipeline; the result lies in {staging}.")
+            raise RuntimeError(f"--output {args.output} exists and is not a pipeline; the result is in {staging}.")
         shutil.rmtree(args.output)
     staging.rename(args.output)
     print(f"saved {args.output}", flush=True)

@@ -1,11 +1,11 @@
 """AutoencoderKLWan's encoder and decoder on a whole clip at once, for training.
 
-diffusers runs a clip in chunks of four frames and hands each causal convolution the last frames it saw. Over all
-frames at once, zero-padded in front, the same convolutions give the same numbers (1e-5 in fp32; a test holds it) in
-half the time: forward and backward 512 against 973 ms a clip on one core. Only the order of computation is new:
-weights, modules and their file are diffusers' own, and sampling uses them unmodified.
+diffusers processes a clip in chunks of four frames and passes each causal convolution the last frames it saw. Applied
+to all frames at once, zero-padded in front, the same convolutions give the same numbers (1e-5 in fp32, tested) in half
+the time: forward and backward take 512 instead of 973 ms per clip on one core. Only the order of computation changes:
+weights, modules and their file are those of diffusers, and sampling uses them unmodified.
 
-It covers what tiny-wan is: a residual VAE without attention in its levels.
+It supports only tiny-wan's architecture: a residual VAE without attention in its levels.
 """
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def encode(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
-    """(B, 3, F, H, W) in [-1, 1] -> (B, 2 * channels, f, h, w), the mean and log-variance before scaling."""
+    """Encode (B, 3, F, H, W) in [-1, 1] to (B, 2 * channels, f, h, w), the unscaled mean and log-variance."""
     encoder = vae.encoder
     x = _conv(encoder.conv_in, patchify(videos, vae.config.patch_size))
     for level in encoder.down_blocks:
@@ -31,7 +31,7 @@ def encode(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
 
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
-    """(B, channels, f, h, w) before scaling -> (B, 3, F, H, W), not clamped."""
+    """Decode unscaled latents (B, channels, f, h, w) to (B, 3, F, H, W), not clamped."""
     decoder = vae.decoder
     x = _middle(decoder.mid_block, _conv(decoder.conv_in, _conv(vae.post_quant_conv, latents)))
     for level in decoder.up_blocks:
@@ -45,7 +45,7 @@ def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
 
 
 def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
-    """Lay the weights out as convolutions read them fastest; their values stay."""
+    """Store the weights in the memory format that convolutions read fastest; values do not change."""
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             module.weight.data = module.weight.data.to(memory_format=torch.channels_last_3d)
@@ -55,7 +55,7 @@ def channels_last(vae: AutoencoderKLWan) -> AutoencoderKLWan:
 
 
 def _conv(conv, x: Tensor) -> Tensor:
-    """A causal convolution over all frames: padded in front of time, symmetric in space."""
+    """Causal convolution over all frames: padded before the first frame, and symmetrically in space."""
     left, right, top, bottom, front, back = conv._padding
     assert left == right and top == bottom and back == 0
     if front:
@@ -88,7 +88,7 @@ def _in_space(resample, x: Tensor) -> Tensor:
 
 
 def _downsample(resample, x: Tensor) -> Tensor:
-    """The first frame stands alone; the others are halved in time."""
+    """Downsample time by 2, except for the first frame."""
     x = _in_space(resample, x)
     if resample.mode == "downsample3d" and x.shape[2] > 1:
         x = torch.cat([x[:, :, :1], _conv(resample.time_conv, x)], 2)
@@ -96,7 +96,7 @@ def _downsample(resample, x: Tensor) -> Tensor:
 
 
 def _upsample(resample, x: Tensor) -> Tensor:
-    """The first frame stands alone; each of the others becomes two."""
+    """Upsample time by 2, except for the first frame."""
     if resample.mode == "upsample3d" and x.shape[2] > 1:
         pairs = _conv(resample.time_conv, x[:, :, 1:]).unflatten(1, (2, -1))
         x = torch.cat([x[:, :, :1], pairs.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)], 2)

@@ -38,7 +38,7 @@ def gradient(args, device: str, precision: str | None) -> dict[str, Tensor]:
 
 
 def exact_backward(grad: Tensor, rounded, x, u, weight: Tensor, a, b, dtype: torch.dtype) -> tuple:
-    """`fp8._backward` from the gradient itself; what was folded into its rounded form is taken out of the weight."""
+    """`fp8._backward` with the unrounded gradient; the scale that rounding folds into it is applied to the weight."""
     grad_x = grad @ (weight.view(fp8.E4M3).float() * SCALES[-1].float()[:, None]).to(dtype)
     if a is None:
         return grad_x, None, None

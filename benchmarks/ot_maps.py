@@ -68,7 +68,7 @@ class Problem:
         return y
 
 
-PROBE = 30  # steps that are timed
+PROBE = 30  # timed steps
 PLAIN = "entropic, plain"
 CLOSED = {
     "identity": IdentityMap,

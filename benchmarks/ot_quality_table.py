@@ -1,13 +1,13 @@
-"""What maps are worth to the quality reward: the text's image beside its video, and its cosine as a reward.
+"""Compare maps for the quality reward: alignment of mapped text with video features, and the cosine as a reward.
 
     python benchmarks/ot_quality_table.py outputs/vtm/vtm-0 ... outputs/vtm/vtm-4 [--neural]
 
-For each encoder, maps from text to video features are fitted on clips of the train split and measured on unseen
-ones of it: mutual-kNN (k = 10) and Spearman of pairwise distances between images and videos, and recall@1. `reward` is
-Spearman's correlation of cos(T(text), video) with the verifier's alignment on tiny-wan's samples of test splits, all
-samples; `within`, the mean within the samples of one prompt. The last rows are the divergence's credit alone, with a
-bank of real clips and with a random one. Means over encoders (seeds), 95 % t-intervals.
-    shuffled    the linear map, its output's coordinates permuted: as far from the videos as a map can be
+For each encoder, maps from text to video features are fitted on clips of the train split and evaluated on unseen clips
+of that split: mutual-kNN (k = 10) and Spearman of pairwise distances between mapped texts and videos, and recall@1.
+`reward` is Spearman's correlation of cos(T(text), video) with the verifier's alignment over all of tiny-wan's samples
+of the test splits; `within` is its mean within the samples of one prompt. The last rows are only the divergence's
+credit, with a bank of real clips and with a random bank. Means over encoders (seeds), 95 % t-intervals.
+    shuffled    the linear map with its output coordinates permuted: unaligned with the videos
     neural      at the published settings for --steps steps, and on top of the linear map
 """
 
@@ -45,7 +45,7 @@ GROUP = 8
 
 
 def clips(count: int, seed: int, size: int = 512):
-    """Batches of rendered clips of the train split with their captions."""
+    """Yield batches of rendered clips of the train split with their captions."""
     for first in range(0, count, size):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + first)
         specs, layout = sample_layouts(min(size, count - first), "train", generator=generator)
@@ -65,7 +65,7 @@ def rankings(scores: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
 
 @torch.no_grad()
 def cached_features(name: str, count: int) -> dict[str, torch.Tensor]:
-    """What one encoder says of the clips to fit on, of unseen ones, and of samples; kept in outputs/."""
+    """Return one encoder's features of the clips to fit on, of unseen clips and of samples; cached in outputs/."""
     cache = Path(f"outputs/ot_quality/{Path(name).name}-{count}.safetensors")
     if not cache.is_file():
         encoder = load_encoder(name)
@@ -118,9 +118,9 @@ def measure(name: str, args) -> dict[str, tuple[float, ...]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoders", nargs="+", help="folders of tiny-vtm, or its name")
+    parser.add_argument("encoders", nargs="+", help="tiny-vtm, or folders of such models")
     parser.add_argument("--clips", type=int, default=4096, help="to fit on")
-    parser.add_argument("--neural", action="store_true", help="the neural maps, too: for a GPU")
+    parser.add_argument("--neural", action="store_true", help="also fit the neural maps; needs a GPU")
     parser.add_argument("--steps", type=int, default=5000, help="of the neural maps")
     parser.add_argument("--jobs", type=int, default=1, help="encoders at a time")
     args = parser.parse_args()

@@ -1,16 +1,16 @@
-"""What the semantic reward's transport plans are worth: matching accuracy on pairs whose order is known.
+"""Evaluate the semantic reward's transport plans by matching accuracy on pairs with a known order.
 
     python benchmarks/ot_semantic_table.py outputs/vtm/vtm-0 ... outputs/vtm/vtm-4            # the table: test splits
     python benchmarks/ot_semantic_table.py outputs/vtm/vtm-? --sweep                          # the sweep: train split
 
-15 and 5 minutes an encoder on one CPU core. With --json what has been measured is kept, and not measured again.
+These take 15 and 5 minutes per encoder on one CPU core. --json keeps measured results and skips them the next time.
 
 A pair is right if the model's margin (log-odds of "matches") is higher for the better of two; ties count half.
-    relation, binding   rendered clips, the true caption against one that swaps a relation, or two objects' colors
-    unseen              rendered clips of compositions that the encoder never saw, one wrong attribute of any kind
-    samples             tiny-wan's own samples, two of one prompt whose alignment, by the verifier, differs by 0.2
-Mean over encoders (seeds). The cut is 1 - error / error of vanilla, over all pairs of the four sets alike, with a 95 %
-t-interval over seeds.
+    relation, binding   rendered clips; the true caption against one with a swapped relation, or two swapped colors
+    unseen              rendered clips of compositions that the encoder never saw; one wrong attribute of any kind
+    samples             two of tiny-wan's samples of one prompt whose alignment, by the verifier, differs by 0.2
+Values are means over encoders (seeds). The cut is 1 - error / error of vanilla, over all pairs of the four sets, with
+a 95 % t-interval over seeds.
 """
 
 import argparse
@@ -83,7 +83,7 @@ SWEEP = {"vanilla": None} | {
 
 
 def swaps(splits: tuple[str, ...], attribute: str | None, count: int, seed: int) -> tuple:
-    """Clips, their captions and wrong ones, `count` a split at most."""
+    """Return clips, their captions and wrong captions, at most `count` per split."""
     videos, right, wrong = [], [], []
     for split in splits:
         generator = torch.Generator().manual_seed(seed)
@@ -97,7 +97,7 @@ def swaps(splits: tuple[str, ...], attribute: str | None, count: int, seed: int)
 
 
 def sampled(splits: tuple[str, ...], prompts: int, group: int = 8, most: int = 4, seed: int = 0) -> tuple:
-    """Samples, their prompts, and (pairs, 2) rows, the better one first."""
+    """Return samples, their prompts, and (pairs, 2) rows with the better one first."""
     texts, videos, pairs = [], [], []
     for split in splits:
         some, clips = draw(split, prompts, group, 4, seed)
@@ -126,7 +126,7 @@ def problems(validation: bool, count: int) -> tuple[dict, tuple]:
 
 @torch.no_grad()
 def measure(encoder, attention: OTAttention | None, sets: dict, samples: tuple) -> dict[str, float]:
-    """Accuracy on each set."""
+    """Return the accuracy on each set."""
     reward, result = OTSemanticReward(encoder, attention, micro_batch=256), {}
     for name, (videos, right, wrong) in sets.items():
         result[name] = accuracy(margins(reward, right, videos) - margins(reward, wrong, videos))
@@ -147,11 +147,11 @@ def accuracy(gap: torch.Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("encoders", nargs="+", help="folders of tiny-vtm, or its name")
-    parser.add_argument("--sweep", action="store_true", help="many settings, on the train split")
-    parser.add_argument("--count", type=int, default=150, help="swaps a set and split, at most")
-    parser.add_argument("--variants", nargs="+", help="rows of the table whose label contains one of these")
-    parser.add_argument("--json", type=Path, help="keep all accuracies there")
+    parser.add_argument("encoders", nargs="+", help="tiny-vtm, or folders of such models")
+    parser.add_argument("--sweep", action="store_true", help="test many settings, on the train split")
+    parser.add_argument("--count", type=int, default=150, help="maximum number of swaps per set and split")
+    parser.add_argument("--variants", nargs="+", help="only rows whose label contains one of these")
+    parser.add_argument("--json", type=Path, help="file to keep all accuracies in")
     args = parser.parse_args()
     variants = SWEEP if args.sweep else TABLE
     if args.variants:

@@ -1,16 +1,16 @@
-"""Milliseconds of a batch of balanced plans at equal marginal error, ours and others': tables of docs/results/ot.md.
+"""Time batches of balanced plans at equal marginal error with this package and others: tables of docs/results/ot.md.
 
     python benchmarks/ot_speed.py                    # on the GPU if there is one
     python benchmarks/ot_speed.py --shapes 8x32x513 --device cpu --threads 1 --solvers ours POT
     python benchmarks/ot_speed.py --table solvers    # solver="native" and "geomloss", plans of the semantic reward
-    python benchmarks/ot_speed.py --table banks      # the same two, BankDivergence
+    python benchmarks/ot_speed.py --table banks      # the same two solvers, BankDivergence
 
-Costs are 1 - cos of random 64-dimensional points, brought to [0, 1] in each problem; "with build" counts that, too.
-Every solver runs at the fewest iterations with which its L1 marginal error, both sides together, is at most the
-tolerance for every problem; "native" and "geomloss", through this package, stop by themselves. Times are medians of
-repeats after a warm-up, with --threads 1 on a CPU of the thread's own time, so that a busy machine does not count;
-errors are L1 distances of the plan from an fp64 solution to 1e-11; memory is the peak above the cost. A bank that does
-not fit, or would take longer than --seconds, is left out with its reason; on a CPU it is timed once.
+Costs are 1 - cos of random 64-dimensional points, scaled to [0, 1] per problem; "with build" includes computing them.
+Every solver runs with the fewest iterations for which its L1 marginal error, summed over both sides, is at most the
+tolerance in every problem; this package's "native" and "geomloss" solvers stop by themselves. Times are medians of
+repeats after a warm-up; with --threads 1 on a CPU, the thread's CPU time, so that other load does not count. Errors
+are L1 distances of the plan from an fp64 solution to 1e-11; memory is the peak above the cost. A bank that does not
+fit in memory, or would take longer than --seconds, is skipped with its reason; on a CPU it is timed once.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def marginal_error(plan: Tensor) -> float:
 
 
 def fewest(solve: Callable[[int], Tensor], tolerance: float, limit: int = 4096) -> int | None:
-    """The fewest iterations, to about a tenth, that meet the tolerance."""
+    """Return the fewest iterations, to about 10 %, that meet the tolerance."""
     count = 1
     while marginal_error(solve(count)) > tolerance:
         count *= 2
@@ -73,7 +73,7 @@ def fewest(solve: Callable[[int], Tensor], tolerance: float, limit: int = 4096) 
 
 
 def clock(run: Callable, device: torch.device, repeats: int, warmup: int = 2) -> float:
-    """Median milliseconds."""
+    """Return the median in milliseconds."""
     times = []
     now = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     for i in range(repeats + warmup):
@@ -89,7 +89,7 @@ def clock(run: Callable, device: torch.device, repeats: int, warmup: int = 2) ->
 
 
 def solvers(reg: float, tolerance: float, step: Callable) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """Name to a function of cost and number of iterations."""
+    """Return {name: function of cost and number of iterations}."""
 
     def geomloss(cost: Tensor, count: int) -> Tensor:
         a, b = weights(cost)
@@ -105,7 +105,7 @@ def solvers(reg: float, tolerance: float, step: Callable) -> dict[str, Callable[
 
 
 def measure(solve: Callable, x: Tensor, y: Tensor, count: int, exact: Tensor, repeats: int) -> str:
-    """The row's figures for a solver at its number of iterations."""
+    """Return a table row's numbers for a solver at its number of iterations."""
     cost = build(x, y)
     plan = solve(cost, count)
     memory = peak(lambda: solve(cost, count), cost.device)
@@ -116,7 +116,7 @@ def measure(solve: Callable, x: Tensor, y: Tensor, count: int, exact: Tensor, re
 
 
 def compare_plans(args: argparse.Namespace, device: torch.device) -> None:
-    """Both solvers of this package, balanced and with the penalty that the semantic reward has by default."""
+    """Time both solvers of this package, balanced and with the semantic reward's default penalty."""
     headings = "B x N x M, eps, plan, tolerance, solver, iterations, ms, marginal error, plan error, MiB"
     print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
     for shape, reg, share, tolerance in itertools.product(args.shapes, args.reg, (None, 0.9), args.tolerance):
@@ -137,10 +137,10 @@ def compare_plans(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
-    """Both solvers on banks of unit vectors: the bank's own term, then four groups of eight with their gradient."""
+    """Time both solvers on banks of unit vectors: the bank's self term, then four groups of eight with gradients."""
     headings = "points, blur, solver, ms of the bank, its marginal error, ms of four groups, value, MiB"
     print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 8 + "|")
-    last = {}  # solver to points and ms of the largest bank before
+    last = {}  # solver -> points and ms of the largest bank so far
     for count, solver in itertools.product(args.banks, SOLVERS):
         generator = torch.Generator().manual_seed(0)
         draw = partial(torch.randn, generator=generator)
@@ -190,13 +190,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--table", default="others", choices=["others", "solvers", "banks"])
     parser.add_argument("--banks", nargs="+", type=int, default=[1000, 5000, 20_000, 50_000])
-    parser.add_argument("--seconds", type=float, default=120, help="leave out what would take longer for one bank")
+    parser.add_argument("--seconds", type=float, default=120, help="skip banks that would take longer")
     parser.add_argument("--shapes", nargs="+", default=["128x32x2049", "64x77x1568"], help="BxNxM")
     parser.add_argument("--reg", nargs="+", type=float, default=[0.05])
     parser.add_argument("--tolerance", nargs="+", type=float, default=[1e-3])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=None, help="of the CPU")
-    parser.add_argument("--solvers", nargs="+", default=[""], help="only those whose names begin so")
+    parser.add_argument("--solvers", nargs="+", default=[""], help="only solvers whose names start with these")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -1,4 +1,4 @@
-"""The table of docs/results/demo.md from finished runs of the quick-start.
+"""Make the table of docs/results/demo.md from finished runs of the quick start.
 
 for s in 0 1 2; do make demo ARGS="--seed $s --output_dir outputs/seed_$s"; done
 python benchmarks/quickstart_seeds.py outputs/seed_0 outputs/seed_1 outputs/seed_2

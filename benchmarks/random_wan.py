@@ -1,7 +1,7 @@
-"""Wan 2.1 at its real sizes with random weights, made where they are used: nothing is downloaded or converted.
+"""Build Wan 2.1 at its real sizes with random weights, directly on the device, without downloads.
 
-python benchmarks/random_wan.py                             # how large its parts are, in bf16; computes nothing
-python benchmarks/random_wan.py --save /tmp/wan             # Wan 2.1 1.3B as a folder, with a small text encoder
+python benchmarks/random_wan.py                             # print the sizes of its parts in bf16
+python benchmarks/random_wan.py --save /tmp/wan             # save Wan 2.1 1.3B with a small text encoder
 """
 
 import argparse
@@ -34,10 +34,10 @@ def random_wan(
     text_encoder: str = "small",
     vae_dtype: torch.dtype = torch.float32,
 ) -> WanPipeline:
-    """A Wan 2.1 with matrices N(0, 0.02), norms 1 and biases 0; `tiny` shrinks every part.
+    """Build a Wan 2.1 with matrices N(0, 0.02), norms 1 and biases 0; `tiny` shrinks every part.
 
-    The denoiser and the autoencoder are made on `device`. The text encoder is filled there, matrix by matrix, and lies
-    on the CPU. The tokenizer's tokens are bytes.
+    The denoiser and the autoencoder are created on `device`. The text encoder is filled there, matrix by matrix, and
+    kept on the CPU. The tokenizer's tokens are bytes.
     """
     vocabulary = {t: i for i, t in enumerate(["<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -52,7 +52,7 @@ def random_wan(
                 | TEXT_ENCODERS["small" if tiny else text_encoder]
             )
         )
-    with torch.device(device), init_empty_weights():  # buffers, such as rotary angles, are real
+    with torch.device(device), init_empty_weights():  # buffers, such as rotary angles, are not on the meta device
         transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
             in_channels=16,
@@ -82,9 +82,10 @@ def random_wan(
 
 @torch.no_grad()
 def fill(module: nn.Module, dtype: torch.dtype, device: str, place: str, keep: Sequence[str] = ()) -> None:
-    """Random weights for a module without any, drawn on a device, then moved; tied ones stay tied.
+    """Fill a module without weights with random ones, drawn on a device and then moved; tied weights stay tied.
 
-    Args: keep: parts of the names of those that are fp32 whatever the dtype.
+    Args:
+        keep: name parts of the weights that are always fp32.
     """
     made: dict[nn.Parameter, nn.Parameter] = {}
     for name, parameter in list(module.named_parameters(remove_duplicate=False)):
@@ -102,7 +103,7 @@ def fill(module: nn.Module, dtype: torch.dtype, device: str, place: str, keep: S
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", default=None, help="a folder for the pipeline")
+    parser.add_argument("--save", default=None, help="folder to save the pipeline to")
     parser.add_argument("--model", choices=list(SIZES), default="wan21_1.3b")
     arguments = parser.parse_args()
     if arguments.save:

@@ -1,10 +1,10 @@
-"""One short GRPO run of Wan 2.1 from its recipe: replay error, seconds and peak memory by stage, adapter reload.
+"""Run GRPO on Wan 2.1 briefly from its recipe; print replay error, time and peak memory by stage, adapter reload.
 
     python benchmarks/real_check.py                    # weights from the Hub, one GPU
     python benchmarks/real_check.py --random_weights   # the same sizes with random weights, no Hub
     python benchmarks/real_check.py --tiny             # the same code path on a CPU in seconds
 
-Other options replace settings of the recipe. 81 frames of 480 x 832 in 24 GB, and the 14B model on one 80 GB GPU:
+Other options override the recipe's settings. 81 frames of 480 x 832 in 24 GB, and the 14B model on one 80 GB GPU:
 
     python benchmarks/real_check.py --random_weights --text_encoder full --offload text_encoder vae rewards \\
         --short --height 480 --width 832 --num_frames 81 --recompute everything --memory_limit 23
@@ -65,7 +65,7 @@ SHORT = dict(
 
 
 class Stages:
-    """Seconds and the device's peak memory by stage; what an inner stage takes is not the outer one's."""
+    """Seconds and the device's peak memory by stage; an inner stage is not counted in its outer one."""
 
     def __init__(self, cuda: bool):
         self.cuda, self.now, self.since = cuda, "building", time.perf_counter()
@@ -92,7 +92,7 @@ class Stages:
             self.now = before
 
     def around(self, name: str | None, manager):
-        """A function that gives a context, inside a stage; None: of its argument's name."""
+        """Wrap a function that returns a context in a stage; None names the stage by the function's argument."""
 
         @contextlib.contextmanager
         def both(*args):
@@ -102,7 +102,7 @@ class Stages:
         return both
 
     def watch(self, trainer: VideoGRPOTrainer) -> None:
-        """The trainer's own stages, and in its rollouts text and decoding."""
+        """Time the trainer's stages and, within its rollouts, text encoding and decoding."""
         trainer.stage = self.around(None, trainer.stage)
         memo, vae = trainer.policy.prompt_memo, trainer.pipeline.vae
         memo.during = self.around("text", memo.during)
@@ -116,7 +116,7 @@ class Stages:
         vae.decode = decode_watched
 
     def table(self, steps: int) -> str:
-        """Seconds a step; building and the check are done once."""
+        """Return a table with seconds per step; building and the check run once."""
         order = ["building", "text", "rollout", "decode", "rewards", "update", "other", "adapter check"]
         rows = [f"{'stage':<16}{'seconds':>9}{'peak GiB':>10}"]
         for name in order:
@@ -134,13 +134,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
     parser.add_argument("--model", choices=list(HUB), default="wan21_1.3b")
     parser.add_argument("--text_encoder", choices=list(TEXT_ENCODERS), default="small", help="of random weights")
-    parser.add_argument("--offload", nargs="*", choices=OFFLOAD, default=None, help="the setting of that name")
-    parser.add_argument("--short", action="store_true", help=f"settings that take little time: {SHORT}")
-    parser.add_argument("--memory_limit", type=float, default=None, help="GiB that torch may take; more is an error")
+    parser.add_argument(
+        "--offload", nargs="*", choices=OFFLOAD, default=None, help="the recipe setting of the same name"
+    )
+    parser.add_argument("--short", action="store_true", help=f"use settings for a short run: {SHORT}")
+    parser.add_argument(
+        "--memory_limit", type=float, default=None, help="GiB that torch may allocate; more is an error"
+    )
     parser.add_argument("--tiling", action="store_true", help="decode tile by tile")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="a YAML file of settings")
     parser.add_argument("--max_steps", type=int, default=2, help="optimizer steps")
-    parser.add_argument("--output_dir", default=None, help="kept if given; a temporary folder otherwise")
+    parser.add_argument("--output_dir", default=None, help="folder to keep; default: a temporary folder")
     for name, kind in REPLACES.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
     arguments = parser.parse_args()
@@ -150,11 +154,11 @@ def parsed() -> argparse.Namespace:
 
 
 def settings_of(arguments: argparse.Namespace) -> dict:
-    """The recipe's settings, and what replaces them."""
+    """Return the recipe's settings with their overrides."""
     recipe = yaml.safe_load(arguments.recipe.read_text(encoding="utf-8"))
     settings = {key: value for key, value in recipe.items() if key not in SCRIPT_KEYS}
     settings |= dict(max_steps=arguments.max_steps, save_strategy="no", report_to="none", offload=arguments.offload)
-    settings["replay_tolerance"] = 1.0  # the difference is printed, not judged
+    settings["replay_tolerance"] = 1.0  # print the difference instead of failing
     if arguments.tiny:
         settings |= dict(
             height=16,

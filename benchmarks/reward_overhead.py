@@ -1,12 +1,12 @@
-"""What transport costs in a reward call: milliseconds a video, split into encoding, plans and matching.
+"""Measure the cost of optimal transport in a reward call: ms per video for encoding, plans and matching.
 
     python benchmarks/reward_overhead.py                          # both models of the table, on a GPU
     python benchmarks/reward_overhead.py --models tiny-vtm --device cpu
 
 tiny-vtm on 8 videos of 17 x 64 x 64 in fp32, and a model of InternVideo2's size with random weights on 8 videos of
 8 x 224 x 224 in bf16, with ShapeMotion's prompts (at most 26 tokens), and again with prompts that fill its 40 tokens.
-`matching` is the plain matching head on encoded features, `plans` what fusing its attention with transport plans adds,
-`map` the quality reward's map and cosine. Median of 20 calls after 5.
+`matching` is the plain matching head on encoded features, `plans` the extra time to fuse its attention with transport
+plans, `map` the quality reward's map and cosine. Times are medians of 20 calls after 5.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def build(name: str, device: str):
 
 
 def medians(device: str, *calls) -> list[float]:
-    """Milliseconds a video of each call; they take turns, so that what slows the machine slows all alike."""
+    """Return ms per video of each call; calls alternate, so that other load slows all of them equally."""
     seconds = [[] for _ in calls]
     for _ in range(25):
         for call, own in zip(calls, seconds):
@@ -64,13 +64,13 @@ def main() -> None:
         report(name, encoder, prompts, *SIZES[name], args.device)
         if name in LONG:
             words = [(prompt.replace(",", "") + " ") * LONG[name] for prompt in prompts]
-            long = [" ".join(text.split()[: LONG[name] - 2]) for text in words]  # and the two special tokens
+            long = [" ".join(text.split()[: LONG[name] - 2]) for text in words]  # plus the two special tokens
             assert encoder.encode_text(long).words.sum(1).tolist() == [LONG[name] - 2] * VIDEOS
             report(f"{name}, {LONG[name]} tokens", encoder, long, *SIZES[name], args.device)
 
 
 def report(label: str, encoder: VideoTextEncoder, prompts: list[str], frames: int, size: int, device: str) -> None:
-    """A row of the table."""
+    """Print a row of the table."""
     videos = torch.rand(VIDEOS, frames, 3, size, size, device=device)
     text, video = encoder.encode_text(prompts), encoder.encode_video(videos)
     points = torch.randn(2048, encoder.dimension)

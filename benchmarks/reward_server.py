@@ -1,9 +1,10 @@
-"""What asking a server costs beside the same reward inside: milliseconds a video on loopback.
+"""Measure the overhead of a reward server over the same reward in-process: ms per video on loopback.
 
     python benchmarks/reward_server.py                         # 4 videos of 33 x 240 x 416, lossless and as mp4
 
-The reward returns 1 at once. The clips are smooth (noise of an eighth of the size, enlarged), as mp4 likes them. The
-server is a process of its own on this machine. Median of `--calls` calls after one, with the fastest.
+The reward returns 1 immediately. The clips are smooth (upsampled noise of an eighth of the size), which mp4 compresses
+well. The server is a separate process on this machine. Times are the median of `--calls` calls after one, and the
+fastest.
 """
 
 import argparse
@@ -22,7 +23,7 @@ def one(prompts):
 
 
 def milliseconds(panel: RewardPanel, videos: torch.Tensor, calls: int) -> list[float]:
-    """Of each call, a video's share, in ascending order; the first call opens connections and is left out."""
+    """Return the time per video of each call, sorted; the first call, which opens connections, is excluded."""
     seconds = []
     for _ in range(calls + 1):
         start = time.perf_counter()

@@ -1,8 +1,8 @@
-"""What tiny-wan reaches by UniPC's grid, and by the grid that shifts twice: the policy's first-order steps on each.
+"""Score tiny-wan with the policy's first-order steps on UniPC's sigma grid and on the grid that shifts twice.
 
     python benchmarks/sampling_grids.py
 
-`FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(N)` begins from a shifted sigma_min and shifts again; UniPC and
+`FlowMatchEulerDiscreteScheduler(shift=3).set_timesteps(N)` starts from a shifted sigma_min and shifts again; UniPC and
 DPM-Solver shift once. 96 prompts of the seen split, no guidance, fixed noise; intervals are 95 %.
 """
 

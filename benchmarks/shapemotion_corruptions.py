@@ -1,4 +1,4 @@
-"""Print what the verifier says of clips with one thing wrong, as a markdown table.
+"""Print the verifier's scores of clips with a single corruption, as a Markdown table.
 
 python benchmarks/shapemotion_corruptions.py [--num_scenes 300] [--seed 5]
 """
@@ -21,7 +21,9 @@ from pisces_rl.shapemotion import (
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_scenes", type=int, default=300, help="Scenes of the split train, all families alike.")
+    parser.add_argument(
+        "--num_scenes", type=int, default=300, help="Scenes of the train split, drawn uniformly from all families."
+    )
     parser.add_argument("--seed", type=int, default=5)
     args = parser.parse_args()
 

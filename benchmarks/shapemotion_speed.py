@@ -1,4 +1,4 @@
-"""Print how many clips a second ShapeMotion lays out, draws and verifies (17 frames, 64 x 64).
+"""Print how many clips per second ShapeMotion lays out, renders and verifies (17 frames, 64 x 64).
 
 python benchmarks/shapemotion_speed.py [--device cuda] [--num_clips 512] [--threads 2]
 """
@@ -14,7 +14,9 @@ from pisces_rl.shapemotion import render_layout, sample_layouts, verify
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="Where to lay out and draw; verification is on the CPU.")
+    parser.add_argument(
+        "--device", default="cpu", help="Device for layout and rendering; verification runs on the CPU."
+    )
     parser.add_argument("--num_clips", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

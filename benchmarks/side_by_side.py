@@ -1,22 +1,22 @@
-"""Flow-GRPO's own code for Wan beside this package, interleaved in one process: the same work, the same machine.
+"""Time Flow-GRPO's code for Wan against this package, interleaved in one process, with the same work.
 
     git clone https://github.com/yifan123/flow_grpo
     python benchmarks/side_by_side.py flow_grpo                 # table A of docs/results/speed.md, on a GPU
     python benchmarks/side_by_side.py flow_grpo --tiny          # the same code path on a CPU
 
-CHECKOUT's files are run as they are; none of its code is here. Rollout is `wan_pipeline_with_logprob` of
-flow_grpo/diffusers_patch/wan_pipeline_with_logprob.py. Update is `compute_log_prob` of scripts/train_wan2_1.py (the
+CHECKOUT's files run unmodified; none of its code is copied here. Rollout is `wan_pipeline_with_logprob` from
+flow_grpo/diffusers_patch/wan_pipeline_with_logprob.py. Update is `compute_log_prob` from scripts/train_wan2_1.py (the
 transformer with and without the prompt, then `sde_step_with_logprob`) and backward, for each trained step. That
-script imports wandb, rewards and more, so `compute_log_prob` alone is compiled from it, in the names of the former
-file. As in that script the scheduler is UniPC and accelerate's mixed precision wraps the transformer. For all sides
-alike: weights, adapter and work of benchmarks/speed.py, gradient checkpointing, micro-batches, no decoding, loss the
-mean log-prob, one step untrained (the last). Flow-GRPO's text is encoded before its clock starts, this package's is
-kept from the warm-up runs. `allow_tf32` stays at torch's default, since under autocast products are bf16.
+script imports wandb, rewards and more, so only `compute_log_prob` is compiled from it, with the names of the former
+file. As in that script, the scheduler is UniPC and accelerate's mixed precision wraps the transformer. All sides share
+the weights, adapter and work of benchmarks/speed.py, gradient checkpointing, micro-batches, no decoding, the mean
+log-prob as the loss, and one untrained step (the last). Flow-GRPO's text is encoded before its clock starts; this
+package's is cached in the warm-up runs. `allow_tf32` keeps torch's default, since products under autocast are bf16.
 
-Each side runs twice unmeasured; then every round runs a rollout and an update of each side in turn, and the table has
-medians over rounds. `error` is max |log p(update) - log p(sampling)| of the first update. GiB are a side's peaks with
-its own weights, gradients and rollout, without the other sides'. Nothing is adapted: the functions of
-November 2025 run with diffusers 0.42 as they are.
+Each side first runs twice unmeasured; then every round runs a rollout and an update of each side in turn, and the
+table has medians over rounds. `error` is max |log p(update) - log p(sampling)| of the first update. GiB are a side's
+peaks with only its own weights, gradients and rollout. The functions of November 2025 run with diffusers 0.42
+unchanged.
 """
 
 import argparse
@@ -47,16 +47,15 @@ Phases = tuple[Callable[[], None], Callable[[], None], list[torch.Tensor]]
 
 
 def flow_grpo(checkout: Path) -> tuple[FunctionType, FunctionType]:
-    """Its `wan_pipeline_with_logprob` and `compute_log_prob`.
+    """Return the checkout's `wan_pipeline_with_logprob` and `compute_log_prob`.
 
     Raises:
-        ValueError: the checkout lacks a file or a function, or the file of the first imports what is not installed.
+        ValueError: the checkout lacks a file or a function, or the pipeline's file imports a missing package.
     """
     for file in (SAMPLING, TRAINING):
         if not (checkout / file).is_file():
             raise ValueError(
-                f"CHECKOUT={str(checkout)!r} has no file {file}: give the folder into which "
-                "github.com/yifan123/flow_grpo was cloned."
+                f"CHECKOUT={str(checkout)!r} has no file {file}: give a clone of github.com/yifan123/flow_grpo."
             )
     sys.path.insert(0, str(checkout.resolve()))
     try:
@@ -76,7 +75,7 @@ def flow_grpo(checkout: Path) -> tuple[FunctionType, FunctionType]:
 
 
 def theirs(functions: tuple[FunctionType, FunctionType], dtype: torch.dtype, args, device: str) -> Phases:
-    """`speed.phases` of Flow-GRPO, with its base in a dtype."""
+    """Return `speed.phases` for Flow-GRPO, with its base in the given dtype."""
     sample, compute_log_prob = functions
     pipe = speed.adapted_wan(args, dtype, device)
     pipe.scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
@@ -124,7 +123,7 @@ def theirs(functions: tuple[FunctionType, FunctionType], dtype: torch.dtype, arg
 
 
 def warmed_up(sides: dict[str, Callable[[], Phases]], device: str) -> tuple[dict[str, Phases], dict[str, list[float]]]:
-    """Each side built and run twice; its error and its peaks of GiB, apart from those built before."""
+    """Build each side and run it twice; return its error and its peak GiB, without the sides built before."""
     built, found = {}, {}
     for name, build in sides.items():
         gc.collect()

@@ -1,4 +1,4 @@
-"""Milliseconds a sample and denoising step of rollout and update: Wan 2.1 1.3B at full size with random weights.
+"""Time rollout and update in ms per sample and denoising step: Wan 2.1 1.3B at full size with random weights.
 
     python benchmarks/speed.py                               # the rows of table A, on a GPU
     python benchmarks/speed.py --variants compiled fused     # some of them
@@ -39,7 +39,7 @@ VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused pro
 
 
 def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
-    """Wan with random weights and an adapter whose B is not zero."""
+    """Build Wan with random weights and an adapter whose B is not zero."""
     pipe = random_wan(args.tiny, dtype, device).to(device)
     pipe.vae.requires_grad_(False)
     denoisers = {"transformer": pipe.transformer}
@@ -52,24 +52,24 @@ def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
 
 
 def work_options(parser: argparse.ArgumentParser) -> None:
-    """The options of the work that is timed."""
+    """Add the options of the timed work."""
     parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro_batch", type=int, default=4, help="samples of an update at a time")
+    parser.add_argument("--micro_batch", type=int, default=4, help="samples per micro-batch of the update")
     parser.add_argument("--steps", type=int, default=4)
     for name, full in SIZE.items():
         parser.add_argument(f"--{name}", type=int, default=None, help=f"{full}; {TINY_SIZE[name]} of --tiny")
 
 
 def size_of(args) -> dict[str, int]:
-    """Height, width and num_frames of the pipeline's call."""
+    """Return height, width and num_frames of the pipeline's call."""
     known = TINY_SIZE if args.tiny else SIZE
     size = {name: getattr(args, name) or default for name, default in known.items()}
     return dict(height=size["height"], width=size["width"], num_frames=size["frames"])
 
 
 def build(name: str, args, device: str, recompute: str | None = None, offload: Sequence[str] = ()) -> VideoPolicy:
-    """A variant as a policy; `recompute` replaces the variant's, `offload` is of `VideoPolicy.place`."""
+    """Build a variant's policy; `recompute` overrides the variant's, `offload` goes to `VideoPolicy.place`."""
     compiled, variants_recompute, kernel, fused, precision = VARIANTS[name]
     pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device)
     policy = VideoPolicy(
@@ -97,7 +97,7 @@ def build(name: str, args, device: str, recompute: str | None = None, offload: S
 
 
 def once(call: Callable[[], None], device: str) -> tuple[float, float]:
-    """Seconds of a call, and the peak of allocated GiB."""
+    """Return seconds of a call and the peak of allocated GiB."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -110,13 +110,13 @@ def once(call: Callable[[], None], device: str) -> tuple[float, float]:
 
 
 def timed(call: Callable[[], None], repeats: int, device: str, warm_up: int = 2) -> tuple[float, float]:
-    """Median seconds after the warm-up runs, and the peak of allocated GiB."""
+    """Return median seconds after the warm-up runs and the peak of allocated GiB."""
     runs = [once(call, device) for _ in range(warm_up + repeats)]
     return median(seconds for seconds, _ in runs[warm_up:]), runs[-1][1]
 
 
 def phases(policy: VideoPolicy, args) -> tuple[Callable[[], None], Callable[[], None], list[torch.Tensor]]:
-    """A rollout, an update of it, and |log p(update) - log p(sampling)| of every step updated so far."""
+    """Return a rollout, its update, and |log p(update) - log p(sampling)| of every step updated so far."""
     prompts = [f"prompt {i}" for i in range(args.batch)]
     seeds, trained = list(range(args.batch)), list(range(args.steps - 1))
     found, errors = {}, []
@@ -143,7 +143,7 @@ def phases(policy: VideoPolicy, args) -> tuple[Callable[[], None], Callable[[], 
 
 
 def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
-    """Rollout ms, update ms, error, rollout GiB, update GiB; seconds until the first rollout and update were done."""
+    """Return rollout ms, update ms, error, rollout GiB, update GiB, and seconds until the first of both finished."""
     roll, update, errors = phases(policy, args)
     start = time.perf_counter()
     roll()
@@ -167,7 +167,7 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
 
 
 def profiled(label: str, call, device: str, shown: int) -> None:
-    """The kernels that take the time of one call, and where the device had none."""
+    """Print the kernels that take the most time in one call, and the device's idle gaps."""
     activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Do tiny-vtm's scores rank a policy's own samples as the verifier does?
+"""Test whether tiny-vtm's scores rank a policy's samples as the verifier does.
 
     python benchmarks/tiny_vtm_ranking.py                                  # the shipped models, on tiny-wan's samples
-    python benchmarks/tiny_vtm_ranking.py --encoders outputs/vtm/vtm-0     # others, from folders
+    python benchmarks/tiny_vtm_ranking.py --encoders outputs/vtm/vtm-0     # other models, from folders
 
-Samples of tiny-wan, several a prompt, as GRPO would draw them. Spearman's correlation with the verifier's alignment
-over all samples, and its mean within the groups of one prompt in which alignment varies, which is what an advantage
-sees; 95 % intervals by bootstrap over prompts.
+tiny-wan samples several videos per prompt, as GRPO does. The table has Spearman's correlation with the verifier's
+alignment over all samples, and its mean within the groups of one prompt in which alignment varies, which is what
+advantages depend on; 95 % intervals by bootstrap over prompts.
 """
 
 import argparse
@@ -28,7 +28,7 @@ RESAMPLES = 1000
 
 
 def draw(split: str, prompts: int, group: int, steps: int, seed: int = 0) -> tuple[list[str], torch.Tensor]:
-    """Prompts, each `group` times, and their samples (n, 17, 3, 64, 64); kept in outputs/."""
+    """Return prompts, each `group` times, and their samples (n, 17, 3, 64, 64); cached in outputs/."""
     texts = [p for p in load_prompts(split, prompts, seed=seed)["prompt"] for _ in range(group)]
     cache = Path(f"outputs/samples/{split}-{prompts}x{group}-{steps}-{seed}.pt")
     if not cache.is_file():
@@ -36,14 +36,14 @@ def draw(split: str, prompts: int, group: int, steps: int, seed: int = 0) -> tup
         pipe.set_progress_bar_config(disable=True)
         videos = sample(pipe, texts, steps, 1.0, seed, 32)
         cache.parent.mkdir(parents=True, exist_ok=True)
-        own = cache.with_suffix(f".{os.getpid()}")  # several of these scripts may run at once
+        own = cache.with_suffix(f".{os.getpid()}")  # several of these scripts may run in parallel
         torch.save((videos * 255).round().byte(), own)
         own.replace(cache)
     return texts, torch.load(cache).float() / 255
 
 
 def correlations(scores: np.ndarray, truth: np.ndarray, generator: np.random.Generator) -> list[str]:
-    """Over all, and the mean within rows, each with its interval; (prompts, group) each."""
+    """Return the correlation over all (prompts, group) scores and its mean within rows, each with its interval."""
     pairs = list(zip(scores, truth))
     within = np.array([spearmanr(s, t).statistic if np.ptp(t) > 0 and np.ptp(s) > 0 else np.nan for s, t in pairs])
     draws = generator.integers(len(scores), size=(RESAMPLES, len(scores)))

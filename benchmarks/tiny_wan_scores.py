@@ -1,10 +1,10 @@
-"""The scores of tiny-wan, or of an adapter on it, by the unmodified WanPipeline and ShapeMotion's verifier.
+"""Score tiny-wan, or an adapter on it, with the unmodified WanPipeline and ShapeMotion's verifier.
 
     python benchmarks/tiny_wan_scores.py                                # the shipped model: the table of its README
     python benchmarks/tiny_wan_scores.py --lora outputs/shapemotion_grpo --splits test_seen --steps 8 --guidance 1
 
-Deterministic flow-Euler sampling. Prompt i of a split always has the same noise, whatever the batch size, so that two
-models are compared on paired samples. Intervals are 95 %: 1.96 standard errors of a mean over prompts.
+Sampling is deterministic flow-Euler. Prompt i of a split always gets the same noise at any batch size, so that models
+are compared on paired samples. Intervals are 95 %: 1.96 standard errors of a mean over prompts.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SPLITS = ("test_seen", "test_color_shape", "test_shape_motion", "test_both")
 
 @torch.no_grad()
 def sample(pipe: WanPipeline, prompts: list[str], steps: int, guidance: float, seed: int, batch: int) -> torch.Tensor:
-    """(n, 17, 3, 64, 64) float in [0, 1] on the CPU; noise i comes from seed and i alone."""
+    """Return (n, 17, 3, 64, 64) float in [0, 1] on the CPU; noise i depends only on the seed and i."""
     videos = []
     for first in range(0, len(prompts), batch):
         chosen = prompts[first : first + batch]
@@ -47,7 +47,7 @@ def sample(pipe: WanPipeline, prompts: list[str], steps: int, guidance: float, s
 
 
 def row_of(result: Verification) -> dict:
-    """Means and half-widths of the intervals of the three headline scores, and the means of the dimensions."""
+    """Return means and interval half-widths of the three headline scores, and means of the dimensions."""
     row = {"n": len(result), "dimensions": {}}
     for name in ("correct", "alignment", "quality"):
         values = np.asarray(getattr(result, name), dtype=float)
@@ -60,17 +60,17 @@ def row_of(result: Verification) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-wan", help="an embedded name, or a folder")
+    parser.add_argument("--model", default="tiny-wan", help="a built-in model's name, or a folder")
     parser.add_argument("--lora", help="folder of an adapter for it")
     parser.add_argument("--splits", nargs="+", default=list(SPLITS[:3]), choices=SPLITS)
     parser.add_argument("--steps", nargs="+", type=int, default=[8, 16])
     parser.add_argument("--guidance", nargs="+", type=float, default=[1.0, 3.0])
-    parser.add_argument("--n", type=int, default=256, help="prompts a split, at least 2")
+    parser.add_argument("--n", type=int, default=256, help="prompts per split, at least 2")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0, help="of prompts and noise")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--per_dimension", action="store_true", help="a second table")
-    parser.add_argument("--json", type=Path, help="write the rows there, too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     args = parser.parse_args()
     path = asset_path(args.model) if args.model in available() else args.model
     pipe = WanPipeline.from_pretrained(path, dtype=torch.float32).to(args.device)

@@ -89,7 +89,7 @@ def test_vbench2_has_folders_and_short_names(tmp_path):
     [
         ([{"prompt_en": "a/b", "dimension": ["color"]}], "no file system can hold"),
         ([{"prompt_en": "é" * 130, "dimension": ["color"]}], "no file system can hold"),
-        ([{"prompt_en": "a", "dimension": ["colour"]}], r"dimensions \['colour'\] are not VBench's"),
+        ([{"prompt_en": "a", "dimension": ["colour"]}], r"VBench has no dimensions \['colour'\]"),
         ([{"prompt_en": "a", "dimension": ["color", "Diversity"]}], "not of both"),
         ([{"prompt_en": " ", "dimension": ["color"]}], "entry 0 must be an object"),
         ([{"prompt": "a"}], "entry 0 must be an object"),
@@ -390,10 +390,10 @@ def test_a_total_without_a_dimension_is_left_out(tmp_path):
     "content, message",
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "no result file"),
+        ("[]", "not a VBench result file"),
         ('{"color": 1}', "must be"),
         ('{"color": [NaN, []]}', "the mean of 'color' is nan"),
-        ('{"colour": [1, []]}', "are not VBench's"),
+        ('{"colour": [1, []]}', "VBench has no dimensions"),
         ('{"color": [1, [{"video_path": "a-0.mp4", "video_results": [1, 2]}]]}', "must be"),
     ],
 )

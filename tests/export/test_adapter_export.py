@@ -420,7 +420,7 @@ def test_unknown_words_are_refused_with_those_known(tmp_path):
         ValueError, match="model='flux' is not a known family; known families are wan, hunyuan_video, ltx, ltx2"
     ):
         export_adapter(tmp_path, tmp_path / "out", "comfyui", model="flux")
-    with pytest.raises(ValueError, match="output='.*' is a file, but must be a folder"):
+    with pytest.raises(ValueError, match="output='.*' is a file; give a folder"):
         export_adapter(tmp_path, tmp_path / "lora.safetensors", "comfyui")
     assert not (tmp_path / "out").exists()
 

@@ -151,14 +151,14 @@ def test_a_set_does_not_lead_out_of_the_folder(tmp_path):
 def test_a_page_that_is_not_ours_stays(tmp_path):
     folder = folder_of_run(tmp_path / "run")
     (folder / "report.html").write_text("<p>mine</p>")
-    with pytest.raises(ValueError, match="it stays"):
+    with pytest.raises(ValueError, match="it is kept"):
         write_page([folder])
     assert (folder / "report.html").read_text() == "<p>mine</p>"
     (folder / "report.html").unlink()
     assert write_page([folder]) == write_page([folder]) and "report.html" in described(folder)
     with pytest.raises(ValueError, match="is a folder"):
         write_page([folder], tmp_path)
-    with pytest.raises(ValueError, match="no output"):
+    with pytest.raises(ValueError, match="output is not set"):
         write_page([folder, folder])
 
 
