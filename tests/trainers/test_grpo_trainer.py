@@ -418,6 +418,9 @@ def test_noise_is_new_in_every_rollout_and_never_the_evaluations(tmp_path):
     made.train()
     assert len(set(seen)) == 12
     assert not set(seen) & {made.evaluator.noise(row) for row in range(100)}
+    noise = made.evaluator.noise(0)
+    made.args.eval_seed = 7
+    assert made.evaluator.noise(0) != noise
     kinds = [sample_seed(*parts) for parts in ((1,), (1, 0), (1, 0, 0), (0, 1), (1, 1), (1, 2), (2, 1))]
     assert len(set(kinds)) == len(kinds)
 
