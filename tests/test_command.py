@@ -96,6 +96,8 @@ def test_every_subcommand_has_a_help(capsys, name):
         (["trian"], "invalid choice: 'trian'; did you mean train"),
         (["--tracebak", "train"], "did you mean --traceback"),
         (["vbench", "reed"], "invalid choice: 'reed'; did you mean read"),
+        (["serve", "--rewards", "exposure", "--port", "99999"], "argument --port: 99999 must be 0 to 65535"),
+        (["serve", "--rewards", "exposure", "--max_batch", "0"], "argument --max_batch: 0 must be at least 1"),
         (["serve", "--rewards", "exposure", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port"),
         (["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"], "did you mean 'learning_rate'"),
         (["evaluate", "--reward", "exposure"], "did you mean 'rewards'"),

@@ -5,7 +5,7 @@ Any diffusers text-to-video pipeline is a policy, any callable is a reward, and 
 
 import importlib
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 _HOME = {
     "PolicyError": "policy",

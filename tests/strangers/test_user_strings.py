@@ -155,7 +155,7 @@ def test_brackets_are_no_markup_in_tables(own, capsys):
     parts = {"rewards/len[/word]": 1.0, "idle": 1.0, "beside/rewards/acc[top1]": 1.0}
     (console or run_console()).print(timeline_table(parts, 1, "steps [/b]"))
     said = capsys.readouterr().out
-    wanted = ("run[lr=1e-4]: [red]set[/red]", " acc[top1] ", " len[/word] ", "steps [/b]", "beside it: rewards/acc[t")
+    wanted = ("run[lr=1e-4]: [red]set[/red]", " acc[top1] ", " len[/word] ", "steps [/b]", "in parallel: rewards/acc[")
     for text in wanted:
         assert text in said
 

@@ -168,7 +168,10 @@ def test_the_table_has_shares_of_the_step():
     }
     assert rows["rollout"] == ["2.000", "40.0 %"] and rows["rewards"] == ["0.500", "10.0 %"]
     assert rows["bright"] == ["0.250", "5.0 %"] and rows["step"] == ["5.000", "100.0 %"]
-    assert rows["beside it: rewards/red"] == ["1.000", ""] and rows["apart: saving"] == ["3.000 in all", ""]
+    assert rows["in parallel: rewards/red"] == ["1.000", ""] and rows["outside the steps: saving"] == [
+        "3.000 in total",
+        "",
+    ]
     assert list(rows)[:5] == ["rollout", "rewards", "bright", "update", "idle"]
 
 
@@ -233,7 +236,7 @@ def test_a_run_logs_parts_that_sum_to_its_steps(tmp_path, capsys):
     assert total["rewards/slow"] >= 0.3 and total["evaluation"] > 0.3 and sum(total.values()) <= passed
     assert sum(sum(row.values()) for row in logged_parts(made)) <= sum(total.values()) + 1e-6
     printed = capsys.readouterr().out
-    assert "time line: mean of 3 steps, 1 x cpu" in printed and "apart: evaluation" in printed
+    assert "time line: mean of 3 steps, 1 x cpu" in printed and "outside the steps: evaluation" in printed
     assert not list(tmp_path.glob("trace*"))
 
 

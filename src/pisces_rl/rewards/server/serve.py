@@ -6,10 +6,25 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
 
 INSTALL = "pisces-rl serve needs starlette and uvicorn: pip install 'pisces_rl[server]'"
+
+
+def _number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """Return an argparse type: an integer from `low` to `high`. (getaddrinfo would take a port modulo 2^16.)"""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(
+                f"{value} must be at least {low}" if high is None else f"{value} must be {low} to {high}"
+            )
+        return value
+
+    return number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,27 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Known names (an unknown one lists them), file.py:function or package.module:function.",
     )
     parser.add_argument("--host", default="127.0.0.1", help="Address to listen on; non-loopback needs a token.")
-    parser.add_argument("--port", type=int, default=0, help="0 picks a free port and prints it.")
+    parser.add_argument("--port", type=_number(0, 65535), default=0, help="0 picks a free port and prints it.")
     parser.add_argument("--token_file", "--token-file", type=Path, help="File with the token that requests must send.")
     parser.add_argument("--device", help="Where rewards compute; default: cuda if available, else cpu.")
     parser.add_argument(
         "--max_batch",
-        type=int,
+        type=_number(1),
         default=16,
         help="Largest number of videos when waiting requests are merged; a request is never split.",
     )
-    parser.add_argument("--queue", type=int, default=16, help="Requests in the server at once; further ones get 503.")
-    parser.add_argument("--max_mb", type=int, default=2048, help="Limit in MiB per request; larger ones get 413.")
+    parser.add_argument("--queue", type=_number(1), default=16, help="Requests in the server at once; others get 503.")
+    parser.add_argument(
+        "--max_mb", type=_number(1), default=2048, help="Limit in MiB per request; larger ones get 413."
+    )
 
 
 def main(args: argparse.Namespace) -> None:
     """Serve until SIGTERM or SIGINT. When ready, print one line, `serving URL URL ...`, with the URL of each reward.
     Raises ValueError for a wrong argument before any reward is loaded."""
-    for name in ("max_batch", "queue", "max_mb"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if not 0 <= args.port <= 65535:  # getaddrinfo would take it modulo 2^16
-        raise ValueError(f"--port {args.port} must be 0 to 65535.")
     token = None if args.token_file is None else _token(args.token_file)
     if token is None and not _is_loopback(args.host):
         raise ValueError(

@@ -244,7 +244,7 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     table = Table(
         title=Text(title), title_justify="left", caption_justify="left", caption="idle: data, logging, other processes"
     )
-    for column in ("part", "seconds a step", "share"):
+    for column in ("part", "seconds per step", "share"):
         table.add_column(column, justify="left" if column == "part" else "right", no_wrap=True)
 
     def row(name: str, seconds: float) -> None:
@@ -260,9 +260,9 @@ def timeline_table(parts: dict[str, float], steps: int, title: str) -> Table:
     row("step", total)
     table.add_section()
     for name in [name for name in parts if name.startswith("beside/")]:
-        table.add_row(Text(f"beside it: {name.partition('/')[2]}"), f"{parts[name] / steps:.3f}", "")
+        table.add_row(Text(f"in parallel: {name.partition('/')[2]}"), f"{parts[name] / steps:.3f}", "")
     for name in [name for name in APART if name in parts]:
-        table.add_row(f"apart: {name}", f"{parts[name]:.3f} in all", "")
+        table.add_row(f"outside the steps: {name}", f"{parts[name]:.3f} in total", "")
     return table
 
 
