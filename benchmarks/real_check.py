@@ -53,6 +53,8 @@ REPLACES = {  # settings of the recipe
     "gradient_accumulation_steps": int,
     "rollout_batch_size": int,
     "recompute": str,
+    "base_precision": str,
+    "vae_chunk_frames": int,
 }
 SHORT = dict(
     num_inference_steps=4,
@@ -147,6 +149,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--output_dir", default=None, help="folder to keep; default: a temporary folder")
     for name, kind in REPLACES.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
+    parser.add_argument("--vae_compile", action="store_true", help="compile the decoder's chunks")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.error("no GPU was found; --tiny runs the same code on a CPU")
@@ -171,6 +174,7 @@ def settings_of(arguments: argparse.Namespace) -> dict:
         )
     settings |= SHORT if arguments.short else {}
     settings["vae_tiling"] = arguments.tiling
+    settings["vae_compile"] = arguments.vae_compile
     settings |= {name: getattr(arguments, name) for name in REPLACES if getattr(arguments, name) is not None}
     low, high = settings["sde_window_range"]
     settings["sde_window_range"] = [low, min(high, settings["num_inference_steps"] - 1)]
