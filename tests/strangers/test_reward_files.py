@@ -142,11 +142,11 @@ def test_a_file_that_raises_shows_where(tmp_path):
 @pytest.mark.parametrize(
     "ending, message",
     [
-        (":scores", "has no function 'scores'; did you mean 'score'[?] There are: made, score."),
-        ("", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
-        (":", "name a function, .*rewards.py:FUNCTION. There are: made, score."),
-        (":_hidden_", "has no function '_hidden_'. There are: made, score."),
-        (":VALUE", "has no function 'VALUE'. There are: made, score."),
+        (":scores", "has no function 'scores'; did you mean 'score'[?] Available: made, score."),
+        ("", "name a function, .*rewards.py:FUNCTION. Available: made, score."),
+        (":", "name a function, .*rewards.py:FUNCTION. Available: made, score."),
+        (":_hidden_", "has no function '_hidden_'. Available: made, score."),
+        (":VALUE", "has no function 'VALUE'. Available: made, score."),
     ],
 )
 def test_a_missing_function_lists_those_there_are(tmp_path, ending, message):
