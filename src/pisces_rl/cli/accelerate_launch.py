@@ -26,7 +26,8 @@ def launch(name: str, arguments: Sequence[str]) -> None:
             `--num_processes N`.
 
     Raises:
-        SystemExit: the file does not exist or N is not positive (status 2), or a process failed after it printed its error (status 1).
+        SystemExit: the file does not exist or N is not positive (status 2), or a process failed after it printed its
+            error (status 1).
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
