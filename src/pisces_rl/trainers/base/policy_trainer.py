@@ -326,7 +326,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             metric_key_prefix: prefix of the returned names.
 
         Returns:
-            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
+            The means `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
             per-sample values that rewards recorded, and `eval_{metric}` for their scalars (averaged over calls,
             weighted by their videos); with several datasets, `eval_{set}_...`.
         """
