@@ -27,7 +27,7 @@ INTRODUCTION = """\
 # Models
 
 This page lists the text-to-video pipelines of diffusers that can be trained. No trainer is written for one model: a
-pipeline works if it keeps the rules of [how it works](../README.md#how-it-works), and otherwise the error says which
+pipeline works if it keeps [these rules](grpo.md#what-a-pipeline-must-keep-to-be-a-policy), and otherwise the error says which
 rule it breaks. Each row was measured on the pipeline's real classes with tiny random weights, on a CPU in fp32: add a
 LoRA, sample videos, and compute the log-probs again with gradients, for the whole batch and for a part of it, with
 guidance and without, with activation checkpointing and without, by every transition listed.
@@ -40,7 +40,7 @@ guidance and without, with activation checkpointing and without, by every transi
 GRPO, Flash-GRPO and Flow-DPPO need these log-probs ([methods.md](methods.md)). `nft`, `awm`, `rvm` and `flow_dpo`
 start the pipeline at any noise level instead, which every family of the table but `ltx2` allows:
 `tests/trainers/test_nft_families.py` takes an optimizer step of NFT on each. AWM, RVM and Flow-DPO make the same calls
-of the policy and were not run on each family. LTX-2 is refused once its pipeline is loaded: it denoises audio beside
+of the policy and were not run on each family. LTX-2 is rejected once its pipeline is loaded: it denoises audio besides
 the video, and the audio's state at a later step is unknown.
 """
 
@@ -96,7 +96,7 @@ def table(rows: list[dict], families: list[str], notes: dict) -> str:
             note,
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["\n## Refused\n", "| pipeline | the rule it breaks |", "|---|---|"]
+    lines += ["\n## Rejected\n", "| pipeline | the rule it breaks |", "|---|---|"]
     lines += [f"| `{name}` | {why.strip()} |" for name, why in sorted(notes["refused"].items())]
     lines.append("\nWritten by `python benchmarks/models_table.py --run`.")
     return "\n".join(lines) + "\n"

@@ -4,8 +4,8 @@
     accelerate launch examples/fit_ot_map.py --encoder ./internvideo2 --dataset clips.jsonl --output_dir outputs/map \
         --maps entropic neural
 
-A data set needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
-the file; in other data sets, it holds the videos. Rows with only one of the two make the data set unpaired. Features
+A dataset needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
+the file; in other datasets, it holds the videos. Rows with only one of the two make the dataset unpaired. Features
 are cached in output_dir/features: an interrupted call resumes there, and a larger max_samples adds to them. Each GPU
 decodes and encodes its share. Every map is scored on held-out pairs. The best map, or the kind that --save names, is
 saved in output_dir with a bank of real-video features for the divergence:

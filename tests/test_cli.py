@@ -375,7 +375,7 @@ def test_image_paths_are_looked_up_next_to_the_file(tmp_path):
         ("head.csv", "prompt\n", "holds no prompt"),
         ("other.csv", "text\na circle\n", "none named 'prompt'"),
         ("broken.jsonl", '{"prompt": "a"\n[oops', "could not be read"),
-        ("folder", None, "a data set that could be loaded"),
+        ("folder", None, "a dataset that could be loaded"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, message):

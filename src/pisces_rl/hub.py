@@ -84,7 +84,7 @@ def model_card(
         trainer: name of the method, for instance "Video GRPO".
         pipeline_class: name of the diffusers class, for instance "WanPipeline".
         settings: training settings, shown as a table in this order.
-        comparison: {data set: {score: {"n", "before", "after", "difference", "low", "high"}}}, as in report.json;
+        comparison: {dataset: {score: {"n", "before", "after", "difference", "low", "high"}}}, as in report.json;
             None leaves the table out.
         folder: where the run was saved. Pictures and videos under its `samples/` are shown by relative path, and its
             layout decides how the snippet loads the adapter. None shows none.

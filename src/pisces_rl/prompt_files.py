@@ -113,7 +113,7 @@ def _json(source: str, text: str, column: str) -> Dataset:
 
 
 def _table(source: str, column: str, columns: dict[str, list]) -> Dataset:
-    """Return the columns as a data set; every row of `column` must hold text."""
+    """Return the columns as a dataset; every row of `column` must hold text."""
     for row, prompt in enumerate(columns.get(column, ())):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(

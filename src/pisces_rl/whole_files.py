@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def atomically(path: str | Path, write: Callable) -> Path:
-    """Write to a temporary file beside `path`, then move it to `path`; a failure leaves nothing behind."""
+    """Write to a temporary file next to `path`, then move it to `path`; a failure leaves nothing behind."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

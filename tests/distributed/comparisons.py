@@ -57,7 +57,7 @@ def assert_resumed(folder: Path) -> None:
 
 
 def assert_evaluated_as_one(folder: Path) -> None:
-    """Five prompts, then one, so that a process has none: scores in the data set's order, and a run's files."""
+    """Five prompts, then one, so that a process has none: scores in the dataset's order, and a run's files."""
     one = one_process("evaluated")
     for rank in (0, 1):
         result = numbers(folder, "evaluated", rank)

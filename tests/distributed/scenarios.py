@@ -334,7 +334,7 @@ def flow_dpo(folder) -> dict:
 
 
 def flow_dpo_pairs(folder) -> dict:
-    """Four pairs of videos of a data set: two a process."""
+    """Four pairs of videos of a dataset: two a process."""
     files = folder / f"clips_{RANK}"
     files.mkdir(parents=True)
     return trained(

@@ -55,7 +55,7 @@ def test_nft_holds_the_old_policy_clean_latents_and_two_predictions():
 def test_flow_dpo_trains_on_two_videos_of_each_group():
     settings = SHORT | dict(num_generations=8, per_device_train_batch_size=16, gradient_accumulation_steps=1)
     pairs, all_ = estimated("flow_dpo", **settings), estimated("rvm", **settings)
-    assert pairs.details["videos with a graph"] == 4 and all_.details["videos with a graph"] == 16
+    assert pairs.details["videos per micro-batch"] == 4 and all_.details["videos per micro-batch"] == 16
     key = "activations and gradients"
     assert pairs.phases["update"][key] < 0.4 * all_.phases["update"][key]
     assert pairs.peaks["decoding"] == all_.peaks["decoding"]

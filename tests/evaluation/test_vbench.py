@@ -425,7 +425,7 @@ def run_folder(folder: Path) -> Path:
     folder.mkdir()
     files.begin()
     files.claim("report.md", "README.md")
-    (folder / "report.md").write_text("| data set | score |\n", encoding="utf-8")
+    (folder / "report.md").write_text("| dataset | score |\n", encoding="utf-8")
     card = f"# A LoRA\n\ntrained {CARD_MARK}.\n\n## Training\n\n| setting | value |\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
     return folder

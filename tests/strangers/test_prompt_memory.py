@@ -40,7 +40,7 @@ def test_another_picture_has_another_embedding():
 
 
 def test_the_same_pixels_are_encoded_once():
-    """A data set opens its picture anew for each epoch."""
+    """A dataset opens its picture anew for each epoch."""
     memo = PromptMemo(encoder := Encoder())
     assert embedding(memo, ["a"], image=picture(1)) == embedding(memo, ["a"], image=picture(1))
     assert encoder.calls == 1

@@ -1,4 +1,4 @@
-"""Public reports on data sets and video files."""
+"""Public reports on datasets and video files."""
 
 import threading
 import time
@@ -13,7 +13,7 @@ from pisces_rl.trainers.base.setup.checks import check_dataset
 
 
 def columns_of(folder, data) -> dict:
-    """What a reward gets of a data set."""
+    """What a reward gets of a dataset."""
     got = {}
 
     def reward(prompts, videos, trainer_state, log_extra, log_metric, **columns):

@@ -95,7 +95,7 @@ def test_a_neighbour_that_is_another_folders(tmp_path):
         write(tmp_path / folder / "helpers_of_mine.py", f"VALUE = {number}\n")
         write(tmp_path / folder / "rewards.py", "from helpers_of_mine import VALUE\ndef score(p): return [VALUE]\n")
     assert load_reward(f"{tmp_path}/a/rewards.py:score")([0]) == [0]
-    with pytest.raises(ValueError, match="imports 'helpers_of_mine', which lies beside it as .*, but Python"):
+    with pytest.raises(ValueError, match="imports 'helpers_of_mine', which is next to it as .*, but Python"):
         load_reward(f"{tmp_path}/b/rewards.py:score")
 
 

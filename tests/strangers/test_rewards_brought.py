@@ -341,7 +341,7 @@ def test_names_work_as_on_the_command_line(tmp_path):
 
 @pytest.mark.parametrize("column", ["prompts", "videos", "trainer_state", "log_extra", "log_metric"])
 def test_columns_that_would_never_reach_a_reward(column):
-    """A data set has a column `videos`; the reward was given the sampled ones, without a word."""
+    """A dataset has a column `videos`; the reward was given the sampled ones, without a word."""
     data = prompts(8, **{column: ["x"] * 8})
     for kind in (VideoGRPOTrainer, RewardBackpropTrainer):
         with pytest.raises(ValueError, match=rf"train_dataset has columns \['{column}'\], but the trainer passes"):

@@ -81,7 +81,7 @@ def test_text_stays_text_in_markdown(text):
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_stays_text_in_a_table(text):
-    """Whatever a reward or a data set is called."""
+    """Whatever a reward or a dataset is called."""
     cells = inline(f"| a | b |\n|---|---|\n| x{escape(text)}x | end |")
     assert [shown(cell) for cell in cells] == ["a", "b", f"x{one_line(text)}x", "end"]
 

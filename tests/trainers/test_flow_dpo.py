@@ -1,4 +1,4 @@
-"""Flow-DPO from pairs of videos in a data set, and what is wrong with them."""
+"""Flow-DPO from pairs of videos in a dataset, and what is wrong with them."""
 
 import warnings
 from pathlib import Path

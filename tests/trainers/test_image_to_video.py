@@ -1,4 +1,4 @@
-"""Runs whose videos begin with an image of the data set, and runs on images alone."""
+"""Runs whose videos begin with an image of the dataset, and runs on images alone."""
 
 import json
 import re

@@ -26,7 +26,8 @@ def launch(name: str, arguments: Sequence[str]) -> None:
             `--num_processes N`.
 
     Raises:
-        SystemExit: the file does not exist (status 2), or a process failed after it printed its error (status 1).
+        SystemExit: the file does not exist or N is not positive (status 2), or a process failed after it printed its
+            error (status 1).
     """
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -36,6 +37,9 @@ def launch(name: str, arguments: Sequence[str]) -> None:
     for option in _OPTIONS:
         parser.add_argument(f"--{option}")
     given, rest = parser.parse_known_args(arguments)
+    count = given.num_processes
+    if count is not None and not (count.isdecimal() and int(count)):
+        usage_error(f"--num_processes {count}: give a positive integer.", parser.prog)
     options = [f"--{option}={value}" for option in _OPTIONS if (value := getattr(given, option)) is not None]
     if given.accelerate_config is not None:
         options.insert(0, f"--config_file={config_file(given.accelerate_config, parser.prog)}")

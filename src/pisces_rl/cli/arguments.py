@@ -99,7 +99,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def load_prompt_dataset(
     source: str, split: str = "train", column: str = "prompt", images: Sequence[str] = ("image",)
 ) -> Dataset:
-    """Load prompts from a .txt (one per line), .csv, .json or .jsonl file, or from a data set's Hub id or folder.
+    """Load prompts from a .txt (one per line), .csv, .json or .jsonl file, or from a dataset's Hub id or folder.
 
     Files are UTF-8, or UTF-16 with a byte order mark. In a .txt, blank lines and surrounding spaces are dropped. A
     .csv is separated by commas, semicolons or tabs. A .json or .jsonl holds a sequence or list of objects, an object
@@ -107,7 +107,7 @@ def load_prompt_dataset(
 
     Args:
         source: a path or a Hub id.
-        split: the split of a Hub data set.
+        split: the split of a Hub dataset.
         column: the column that holds the text; it is renamed to `prompt`.
         images: columns that may hold image paths; relative paths are resolved against the file's folder.
 
@@ -121,7 +121,7 @@ def load_prompt_dataset(
             dataset = load_dataset(source, split=split)
         except Exception as error:  # datasets raises many types; all mean the same to the user
             raise ValueError(
-                f"dataset={source!r} is neither a .txt, .csv, .json or .jsonl file nor a data set that could be "
+                f"dataset={source!r} is neither a .txt, .csv, .json or .jsonl file nor a dataset that could be "
                 f"loaded (split {split!r}): {error}"
             ) from error
     if len(dataset) == 0:

@@ -1,6 +1,6 @@
 """`pisces-rl evaluate`: test what rewards measure: whether they detect single corruptions, and how strongly.
 
-Without a data set, it uses ShapeMotion, where each attribute can be corrupted alone. A data set needs the columns
+Without a dataset, it uses ShapeMotion, where each attribute can be corrupted alone. A dataset needs the columns
 `video` (a path) and `caption`; its corruptions are another video of the set and changes to pixels and time. Videos are
 scored as they are if all have the same size; otherwise they are scaled and cropped to the encoder's resolution.
 Writes rewards.md, reward against corruption strength (strength.png) and transport plans by word (plans.png).

@@ -1,7 +1,7 @@
 """`pisces-rl fit-map`: fit a transport map from text embeddings to embeddings of real videos, for the quality reward.
 
-A data set needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
-the file; in other data sets, it holds the videos. Rows with only one of the two make the data set unpaired. Features
+A dataset needs the columns `video` and `caption`. In a .csv or .json file, `video` is a path, absolute or relative to
+the file; in other datasets, it holds the videos. Rows with only one of the two make the dataset unpaired. Features
 are cached in output_dir/features: an interrupted call resumes there, and a larger max_samples adds to them. Each GPU
 decodes and encodes its share. Every map is scored on held-out pairs, which also tell whether transport pays or
 the raw cosine is as good. The map that --save names is saved in output_dir with a bank of real-video features.
@@ -47,9 +47,9 @@ class FitArguments:
     encoder: str = field(default="tiny-vtm", metadata={"help": "Built-in encoder, folder or Hub id."})
     dataset: str = field(
         default="shapemotion",
-        metadata={"help": "shapemotion, a Hub data set, a folder, or a .csv, .json or .jsonl file."},
+        metadata={"help": "shapemotion, a Hub dataset, a folder, or a .csv, .json or .jsonl file."},
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of the data set or of shapemotion."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset or of shapemotion."})
     video_column: str = field(default="video", metadata={"help": "Column with the videos or their paths."})
     caption_column: str = field(default="caption", metadata={"help": "Column with the captions."})
     max_samples: int = field(default=8192, metadata={"help": "Maximum number of samples to read."})
@@ -106,7 +106,7 @@ def samples(args: FitArguments, frames: int) -> Iterator[tuple[Video | None, str
 
 
 def read_video(video: str | dict, folder: Path, frames: int) -> Tensor:
-    """Read a video from a path relative to `folder`, or a data set's `Video`: its bytes, or a local or Hub path."""
+    """Read a video from a path relative to `folder`, or a dataset's `Video`: its bytes, or a local or Hub path."""
     if isinstance(video, str):
         return load_video(folder / video, frames)
     if video["bytes"] is not None:

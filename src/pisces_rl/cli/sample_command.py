@@ -11,7 +11,7 @@ SHEET_VIDEOS = 24  # a sheet of more is too large to view
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompt", action="append", metavar="TEXT", help="A prompt; may be repeated.")
-    prompts.add_argument("--prompts", metavar="FILE", help="A .txt, .csv, .json or .jsonl file, or a Hub data set.")
+    prompts.add_argument("--prompts", metavar="FILE", help="A .txt, .csv, .json or .jsonl file, or a Hub dataset.")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="Folder for the videos.")
     add_sampling_arguments(parser)
 

@@ -20,9 +20,9 @@ from .arguments import load_prompt_dataset, load_reward_function
 class ScriptArguments:
     model: str = field(default="tiny-wan", metadata={"help": "Hub id or folder of a pipeline, or tiny-wan."})
     dataset: str = field(
-        default="shapemotion", metadata={"help": "shapemotion, a Hub data set, or a .txt, .csv, .json, .jsonl file."}
+        default="shapemotion", metadata={"help": "shapemotion, a Hub dataset, or a .txt, .csv, .json, .jsonl file."}
     )
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
     dataset_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts per set; 0 turns evaluation off."})
     rewards: list[str] = field(

@@ -67,7 +67,7 @@ class MemoryEstimate:
         phases: {"sampling", "decoding", "update": {what: bytes}} held in addition at each phase's peak; also "text" if
             text encoders are offloaded. Reward backpropagation decodes in its update.
         blocks: {denoiser: bytes of each repeated block}.
-        details: numbers behind the estimate: videos at a time, rows of a denoiser's call, trainable parameters.
+        details: numbers behind the estimate: videos at a time, rows per denoiser call, trainable parameters.
     """
 
     resident: dict[str, int]
@@ -191,12 +191,12 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
         sampling[name] = update[name] = size
     rows = [t.shape[0] for call in trained.steps[0] for t in tensors(call) if t.ndim > 2]
     details = {
-        "videos of a rollout": held.rollout,
+        "videos per rollout": held.rollout,
         "videos sampled at once": held.sampled,
-        "videos with a graph": held.trained,
-        "rows of a denoiser's call in the update": max(rows),
-        "calls of a denoising step": len(trained.steps[0]),
-        "latents kept of a video": held.latents,
+        "videos per micro-batch": held.trained,
+        "rows per denoiser call in the update": max(rows),
+        "denoiser calls per step": len(trained.steps[0]),
+        "latents recorded per video": held.latents,
         "trainable parameters": weights // 4,
     }
     return MemoryEstimate(resident, phases, networks.blocks, details)

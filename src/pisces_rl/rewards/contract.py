@@ -4,7 +4,7 @@
         return [float(...) for video in videos]
 
 `prompts` is a list of B strings and `videos` a float32 tensor (B, F, 3, H, W) in [0, 1]. Every other column of the
-data set arrives as a list of B values. The callable returns B numbers (list, NumPy array or tensor), with None for
+dataset arrives as a list of B values. The callable returns B numbers (list, NumPy array or tensor), with None for
 samples to which the reward does not apply. It may be `async def`. `log_extra(name, values)` records B per-sample
 values, `log_metric(name, value)` one scalar.
 

@@ -98,7 +98,7 @@ class _SourceLoader(SourceFileLoader):
 
 
 def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes) -> None:
-    """Raise a ValueError if the file imports a module that lies beside it, but Python would find another one."""
+    """Raise a ValueError if the file imports a module that is next to it, but Python would find another one."""
     tree = ast.parse(content, filename=str(path))
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -110,8 +110,8 @@ def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes
                 continue
             if (taken := _file_of(top)) not in [str(p.resolve()) for p in beside]:
                 raise ValueError(
-                    f"reward {name!r}: it imports {top!r}, which lies beside it as {beside[0]}, but Python would "
-                    f"import {taken}; rename the one beside it."
+                    f"reward {name!r}: it imports {top!r}, which is next to it as {beside[0]}, but Python would "
+                    f"import {taken}; rename the one next to it."
                 )
 
 

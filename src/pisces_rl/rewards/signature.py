@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import nn
 
-#: Arguments offered to every reward besides the columns of the data set; no column may have one of these names.
+#: Arguments offered to every reward besides the columns of the dataset; no column may have one of these names.
 OFFERED = ("prompts", "videos", "trainer_state", "log_extra", "log_metric")
 Parameters = Mapping[str, inspect.Parameter]
 

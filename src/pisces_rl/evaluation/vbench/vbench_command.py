@@ -7,7 +7,7 @@ from ..sampling_arguments import add_sampling_arguments, sampling_call
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="vbench_command", required=True)
+    commands = parser.add_subparsers(dest="vbench_command", metavar="{export,read}", required=True)
     style = {"allow_abbrev": False, "formatter_class": argparse.ArgumentDefaultsHelpFormatter}
 
     own = commands.add_parser("export", help="sample the videos of a prompt suite", **style)

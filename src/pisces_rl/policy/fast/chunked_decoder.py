@@ -21,7 +21,7 @@ class ChunkedDecoder:
     Args:
         vae: the VAE.
         frames: latent frames per call, at least 1.
-        compiled: whether `torch.compile` fuses the operations between convolutions; it compiles anew at the first
+        compiled: whether `torch.compile` fuses the operations between convolutions; it compiles again at the first
             videos of each batch size.
     """
 

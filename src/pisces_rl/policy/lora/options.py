@@ -1,4 +1,4 @@
-"""The options of `peft.LoraConfig` that a run supports; all others are refused, with advice on what to use instead."""
+"""The options of `peft.LoraConfig` that a run supports; others are rejected, with advice on what to use instead."""
 
 import dataclasses
 

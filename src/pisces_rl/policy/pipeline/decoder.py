@@ -33,7 +33,7 @@ def set_decoder(
         tiling: decode each frame in tiles, blended where they overlap; this changes videos slightly if frames exceed
             the VAE's tile size.
         chunk_frames: latent frames per call of a causal VAE (Wan's): faster, but uses more memory; without gradients.
-        compiled: with chunk_frames, compile the decoder; it compiles anew at the first videos of each batch size.
+        compiled: with chunk_frames, compile the decoder; it compiles again at the first videos of each batch size.
 
     Raises:
         PolicyError: there is no VAE, it does not support a setting, settings conflict, or the dtype is unknown.

@@ -54,7 +54,7 @@ class AuxiliaryLoss(TrainerCallback):
             policy: the policy that is trained.
             adapter: its trained parameters.
             seed: seed of the run.
-            image_columns: data set columns that condition the pipeline.
+            image_columns: dataset columns that condition the pipeline.
             reference: returns a context in which the policy is the reference, for instance without its adapter.
         """
 

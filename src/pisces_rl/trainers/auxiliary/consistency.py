@@ -45,7 +45,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
         huber_c: c, where the loss turns from quadratic to linear.
 
     Raises:
-        ValueError: a setting is out of range, or the data set has no length or lacks a column.
+        ValueError: a setting is out of range, or the dataset has no length or lacks a column.
     """
 
     name = "consistency"

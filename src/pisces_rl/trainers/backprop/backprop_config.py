@@ -10,7 +10,7 @@ THROUGH = ("last_steps", "random_steps", "low_variance", "one_step")
 
 @dataclass
 class RewardBackpropConfig(VideoPolicyConfig):
-    r"""Settings of [`RewardBackpropTrainer`], in addition to `transformers.TrainingArguments`.
+    r"""Settings of `RewardBackpropTrainer`, in addition to `transformers.TrainingArguments`.
 
     Names and defaults match `VideoGRPOConfig` if they mean the same. Each optimizer step uses
     `gradient_accumulation_steps` micro-batches of `per_device_train_batch_size` videos on each process.

@@ -124,13 +124,13 @@ class VideoPolicyConfig(_BaseConfig):
     image_columns: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Data set columns with one image per row (PIL images, paths or tensors), passed to the pipeline "
+            "help": "Dataset columns with one image per row (PIL images, paths or tensors), passed to the pipeline "
             "as arguments of the same names. Unset: `image`, if the pipeline's call has that argument."
         },
     )
     shuffle_dataset: bool = field(
         default=True,
-        metadata={"help": "Shuffle the training prompts in each epoch. Set False to keep the data set's order."},
+        metadata={"help": "Shuffle the training prompts in each epoch. Set False to keep the dataset's order."},
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the rewards in their sum, one per reward. Unset: 1 each."}
@@ -222,7 +222,7 @@ class VideoPolicyConfig(_BaseConfig):
         default=1e-4, metadata={"help": "Initial learning rate of the trained weights (the adapter, by default)."}
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay False: every column of the data set reaches the rewards."}
+        default=False, metadata={"help": "Must stay False: every column of the dataset reaches the rewards."}
     )
     logging_steps: float = field(
         default=1, metadata={"help": "Optimizer steps between logs; below 1, a share of all steps."}

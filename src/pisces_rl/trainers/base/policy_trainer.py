@@ -66,9 +66,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         model: a diffusers text-to-video pipeline without adapters, a Hub id, a folder, or an embedded model's name.
         reward_funcs: reward callables to train on, see `pisces_rl.rewards.contract`.
         args: a config.
-        train_dataset: a data set with a column `prompt`. The rewards get all other columns (a `datasets.Video` column
+        train_dataset: a dataset with a column `prompt`. The rewards get all other columns (a `datasets.Video` column
             as its file, {"path", "bytes"}), and the pipeline gets those in args.image_columns.
-        eval_dataset: a data set for evaluation, or {name: data set}. Its noise is the same in every evaluation.
+        eval_dataset: a dataset for evaluation, or {name: dataset}. Its noise is the same in every evaluation.
         judge_funcs: reward callables that are only measured, on the evaluation set.
         peft_config: a `peft.LoraConfig`. None: rank 16 on attention and feed-forward projections or, with
             args.continue_from, the saved configuration. "full": train all weights of the denoisers (of those in
@@ -320,15 +320,15 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         """Sample every evaluation prompt deterministically from fixed noise; score with rewards and judges.
 
         Args:
-            eval_dataset: a data set other than the trainer's, or {name: data set}. Its samples go to
+            eval_dataset: a dataset other than the trainer's, or {name: dataset}. Its samples go to
                 samples/other_STEP, which the model card does not show. None: the trainer's eval_dataset.
             ignore_keys: has no effect; transformers passes it.
             metric_key_prefix: prefix of the returned names.
 
         Returns:
-            Means: `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
+            The means `eval_reward`, `eval_rewards/{name}/mean`, `eval_judges/{name}/mean`, `eval_{extra}/mean` for
             per-sample values that rewards recorded, and `eval_{metric}` for their scalars (averaged over calls,
-            weighted by their videos); with several data sets, `eval_{set}_...`.
+            weighted by their videos); with several datasets, `eval_{set}_...`.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         check_dataset("eval_dataset", dataset, several=True)
@@ -340,7 +340,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     @property
     def first_evaluation(self) -> dict | None:
-        """Results of this object's first evaluation, {data set: {"prompts", "scores"}}."""
+        """Results of this object's first evaluation, {dataset: {"prompts", "scores"}}."""
         return self.report.first
 
     @property

@@ -16,7 +16,7 @@ from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 @dataclass
 class AWMConfig(ForwardProcessConfig):
-    """Settings of [`AWMTrainer`]."""
+    """Settings of `AWMTrainer`."""
 
     beta: float = field(default=3e-3, metadata=ForwardProcessConfig.__dataclass_fields__["beta"].metadata)
     power: float = field(

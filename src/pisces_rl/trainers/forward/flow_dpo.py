@@ -21,7 +21,7 @@ from ..rollouts.scored import ScoredRollout
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 VIDEO = 40  # purpose of seeds
-#: Settings of rollouts and rewards, which have no effect with pairs from a data set.
+#: Settings of rollouts and rewards, which have no effect with pairs from a dataset.
 OF_ROLLOUTS = (
     "overlap_rewards",
     "log_completions",
@@ -34,9 +34,9 @@ OF_ROLLOUTS = (
 
 @dataclass
 class FlowDPOConfig(ForwardProcessConfig):
-    """Settings of [`FlowDPOTrainer`]. A micro-batch holds whole groups, and two videos of each are trained on.
+    """Settings of `FlowDPOTrainer`. A micro-batch holds whole groups, and two videos of each are trained on.
 
-    With pairs from a data set, each group is a pair, so `num_generations` must be 2. `scale_rewards` and
+    With pairs from a dataset, each group is a pair, so `num_generations` must be 2. `scale_rewards` and
     `advantage_clip` cannot be set, because only the order of a group's rewards counts.
     """
 
@@ -166,7 +166,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         """Give both videos of a pair the same noise, that of their group."""
         return row // self.args.num_generations
 
-    # --- pairs of a data set -----------------------------------------------------------------------------------------
+    # --- pairs of a dataset -----------------------------------------------------------------------------------------
 
     def _generate_and_score(self, inputs: list[dict]) -> None:
         if not self.offline:

@@ -15,7 +15,7 @@ from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 @dataclass
 class NFTConfig(ForwardProcessConfig):
-    """Settings of [`NFTTrainer`]."""
+    """Settings of `NFTTrainer`."""
 
     mixture: float = field(
         default=1.0,

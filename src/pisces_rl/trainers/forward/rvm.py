@@ -11,7 +11,7 @@ from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
 
 @dataclass
 class RVMConfig(ForwardProcessConfig):
-    """Settings of [`RVMTrainer`]. Advantages are divided by the batch's standard deviation, as the paper does."""
+    """Settings of `RVMTrainer`. Advantages are divided by the batch's standard deviation, as the paper does."""
 
     beta: float = field(
         default=0.01,

@@ -11,7 +11,7 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlashGRPOConfig(VideoGRPOConfig):
-    """Settings of [`FlashGRPOTrainer`]: those of GRPO with other defaults.
+    """Settings of `FlashGRPOTrainer`: those of GRPO with other defaults.
 
     The window has one step, and step weights cancel its sensitivity to the prediction.
     """

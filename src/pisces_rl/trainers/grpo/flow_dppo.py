@@ -15,7 +15,7 @@ from .grpo_trainer import VideoGRPOTrainer
 
 @dataclass
 class FlowDPPOConfig(VideoGRPOConfig):
-    """Settings of [`FlowDPPOTrainer`]: those of GRPO, without `epsilon` and `epsilon_high`."""
+    """Settings of `FlowDPPOTrainer`: those of GRPO, without `epsilon` and `epsilon_high`."""
 
     without_effect: ClassVar[dict[str, str]] = dict.fromkeys(
         ("epsilon", "epsilon_high"), "Flow-DPPO does not clip the ratio; set divergence_limit."

@@ -9,7 +9,7 @@ from ..rollouts.rollout_config import RolloutConfig
 
 @dataclass
 class VideoGRPOConfig(RolloutConfig):
-    r"""Settings of [`VideoGRPOTrainer`], in addition to `transformers.TrainingArguments`.
+    r"""Settings of `VideoGRPOTrainer`, in addition to `transformers.TrainingArguments`.
 
     Names and defaults match `trl.GRPOConfig` if they mean the same. Deliberate differences: `epsilon` (per-step
     Gaussian log-ratios are much smaller than those of tokens), `learning_rate` (trains an adapter, not a language

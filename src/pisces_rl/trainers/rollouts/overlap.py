@@ -82,7 +82,7 @@ class OverlappedRewards:
         Args:
             prompts: prompts of the whole rollout.
             videos: its videos.
-            columns: its data set columns.
+            columns: its dataset columns.
             trainer_state: passed to the rewards.
             places: position of each video in the order of submission; None: the order is the same.
         """

@@ -1,4 +1,4 @@
-"""Condition images of image-to-video: data set columns as arguments of the pipeline's call."""
+"""Condition images of image-to-video: dataset columns as arguments of the pipeline's call."""
 
 import hashlib
 import inspect
@@ -30,7 +30,7 @@ def image_columns(pipeline: DiffusionPipeline, chosen: Sequence[str] | None) -> 
 
 
 def check_images(name: str, dataset, columns: Sequence[str]) -> None:
-    """Raise a ValueError if a data set (or one of a dict of them) lacks an image column, or a row its image.
+    """Raise a ValueError if a dataset (or one of a dict of them) lacks an image column, or a row its image.
 
     Checks that files exist and opens the first image. Other images are opened when they are needed.
     """
@@ -76,7 +76,7 @@ def images_of(rows: Mapping[str, Sequence], columns: Sequence[str]) -> dict[str,
     prompts = rows["prompt"]
     for column in columns:
         if column not in rows:
-            raise ValueError(f"the data set has columns {sorted(rows)} but none named {column!r} with an image.")
+            raise ValueError(f"the dataset has columns {sorted(rows)} but none named {column!r} with an image.")
     return {
         column: [_loaded(f"{column} of prompt {prompts[i]!r}", value) for i, value in enumerate(rows[column])]
         for column in columns

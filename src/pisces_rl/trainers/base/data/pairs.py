@@ -1,4 +1,4 @@
-"""Data sets of preferences: rows with `prompt`, `chosen` and `rejected`."""
+"""Datasets of preferences: rows with `prompt`, `chosen` and `rejected`."""
 
 import os
 

@@ -13,7 +13,7 @@ FORMS = "a path, the bytes of a file, {'path', 'bytes'} of datasets.Video(decode
 
 
 def undecoded(dataset):
-    """Return a data set (or dict of them) whose `datasets.Video` columns yield files, so torchcodec is not needed."""
+    """Return a dataset (or dict of them) whose `datasets.Video` columns yield files, so torchcodec is not needed."""
     if isinstance(dataset, dict):
         return {name: undecoded(part) for name, part in dataset.items()}
     if isinstance(dataset, Dataset):

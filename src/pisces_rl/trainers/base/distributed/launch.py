@@ -101,7 +101,7 @@ def shard_policy(policy: VideoPolicy, accelerator: Accelerator, plugin: FullySha
 
 
 def share_tokens_of_policy(policy: VideoPolicy, accelerator: Accelerator, degree: int) -> None:
-    """Let groups of `degree` consecutive processes share the tokens of each video and read the same data set rows."""
+    """Let groups of `degree` consecutive processes share the tokens of each video and read the same dataset rows."""
     parts = accelerator.num_processes // degree
     policy.share_tokens(
         init_device_mesh(accelerator.device.type, (parts, 1, degree), mesh_dim_names=("data", "ring", "ulysses"))

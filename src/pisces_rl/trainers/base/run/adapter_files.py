@@ -92,7 +92,7 @@ def write_card(
         trained: its trained weights.
         args: the run's config.
         samples_of: the step whose samples are shown.
-        images: data set columns that condition the pipeline.
+        images: dataset columns that condition the pipeline.
 
     The other arguments are those of `hub.model_card`. Returns the path of the card.
     """

@@ -20,7 +20,7 @@ from ..watch.training_metrics import check_recorded
 
 
 class Scored(NamedTuple):
-    """Results of evaluating a data set of n prompts.
+    """Results of evaluating a dataset of n prompts.
 
     Attributes:
         prompts: the prompts, in order.
@@ -45,14 +45,14 @@ class Scored(NamedTuple):
 
 
 class Evaluator:
-    """Samples data sets from noise that depends only on `args.eval_seed` and the row, and scores the videos.
+    """Samples datasets from noise that depends only on `args.eval_seed` and the row, and scores the videos.
 
     Args:
         policy: the policy to sample.
         rewards: rewards that score the videos.
         judges: judges that score them.
         reward_weights: (R,) weights of the rewards.
-        image_columns: data set columns that condition the pipeline.
+        image_columns: dataset columns that condition the pipeline.
         ranks: the processes; each takes a consecutive share of the rows.
         progress: called with a text that shows the progress.
         args: a config.
@@ -76,13 +76,13 @@ class Evaluator:
         return sample_seed(self.args.eval_seed, row)
 
     def sample(self, rows: list[int], part: dict[str, list]) -> Tensor:
-        """Sample the videos of some rows of a data set, whose columns are `part`."""
+        """Sample the videos of some rows of a dataset, whose columns are `part`."""
         images = images_of(part, self.image_columns)
         noise = [self.noise(row) for row in rows]
         return self.policy.sample(list(part["prompt"]), noise_seeds=noise, conditions=images).videos
 
     def evaluate(self, name: str, dataset: Dataset, state: TrainerState) -> Scored:
-        """Sample and score a data set on all processes; `state` is passed to the rewards."""
+        """Sample and score a dataset on all processes; `state` is passed to the rewards."""
         args, process = self.args, self.ranks.accelerator.process_index
         rank = process // args.context_parallel
         share = -(-len(dataset) // args.data_parts)

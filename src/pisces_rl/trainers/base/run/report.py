@@ -48,10 +48,10 @@ def paired_bootstrap(before, after, resamples: int = 5000, confidence: float = 0
 
 
 def compare(before: dict, after: dict) -> dict[str, dict[str, dict]]:
-    """Compare two evaluations pair by pair: {data set: {score: paired_bootstrap(...)}}.
+    """Compare two evaluations pair by pair: {dataset: {score: paired_bootstrap(...)}}.
 
     Args:
-        before: {data set: {"prompts": [...], "scores": {name: values}}}, as the trainer writes it.
+        before: {dataset: {"prompts": [...], "scores": {name: values}}}, as the trainer writes it.
         after: the same of the later evaluation.
 
     Raises:
@@ -93,7 +93,7 @@ def print_comparison(comparison: dict[str, dict[str, dict]], title: str, console
 
 def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
     """Return the same table as Markdown."""
-    lines = ["| data set | score | n | before | after | difference (95 %) |", "|---|---|---|---|---|---|"]
+    lines = ["| dataset | score | n | before | after | difference (95 %) |", "|---|---|---|---|---|---|"]
     for name, scores in comparison.items():
         lines += [
             f"| {escape(name)} | {escape(score)} | {r['n']} | {r['before']:.3f} | {r['after']:.3f} | "
@@ -105,7 +105,7 @@ def markdown_comparison(comparison: dict[str, dict[str, dict]]) -> str:
 
 
 def read_evaluation(path: str | Path) -> dict:
-    """Read an evaluation that the trainer wrote, {data set: {"prompts", "scores"}}."""
+    """Read an evaluation that the trainer wrote, {dataset: {"prompts", "scores"}}."""
     return json.loads(Path(path).read_text(encoding="utf-8"))["sets"]
 
 

@@ -36,9 +36,9 @@ def evaluation_file(step: int) -> str:
 
 
 def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int, dict]:
-    """Return the step of a run's first evaluation, and its data sets that `last` also has with the same prompts.
+    """Return the step of a run's first evaluation, and its datasets that `last` also has with the same prompts.
 
-    The data sets are empty unless the first evaluation was before `before_step`.
+    The datasets are empty unless the first evaluation was before `before_step`.
     """
     paths = sorted((path for path in files.current() if path.startswith("evaluations/")), key=lambda p: (len(p), p))
     if not paths:
@@ -48,7 +48,7 @@ def first_evaluation(files: RunFiles, last: dict, before_step: int) -> tuple[int
         return first["step"], {}
     return first["step"], {
         name: part
-        for name, part in first["sets"].items()  # the run may have been resumed with other data sets
+        for name, part in first["sets"].items()  # the run may have been resumed with other datasets
         if name in last and part["prompts"] == last[name]["prompts"]
     }
 
@@ -63,7 +63,7 @@ def write_report(
         steps: optimizer steps of the evaluations `before` and `after`.
         before: the first evaluation, as in `compare`.
         after: the last evaluation.
-        videos: {data set: (videos before training, videos after training)}.
+        videos: {dataset: (videos before training, videos after training)}.
     """
     folder, comparison = files.folder, compare(before, after)
     files.claim(

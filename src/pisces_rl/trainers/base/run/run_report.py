@@ -27,7 +27,7 @@ class RunReport:
     """The evaluations of a run and the files about them.
 
     Args:
-        evaluator: samples and scores data sets.
+        evaluator: samples and scores datasets.
         files: files of the run's folder.
         timeline: counts the seconds of evaluations.
         callbacks: the trainer's callbacks, including those of trackers; `RunPage` is added to them.
@@ -36,7 +36,7 @@ class RunReport:
         identity: identity of the run, see `run_identity`.
 
     Attributes:
-        first: the first evaluation, {data set: {"prompts", "scores"}}.
+        first: the first evaluation, {dataset: {"prompts", "scores"}}.
         last: the last evaluation, likewise.
         comparison: the comparison of both, after training.
         best_step: step of the best model, if it has replaced the last one.
@@ -72,10 +72,10 @@ class RunReport:
         return state.global_step if self.best_step is None else self.best_step
 
     def evaluate(self, dataset, state: TrainerState, prefix: str, own: bool) -> dict[str, float]:
-        """Sample and score a data set, or {name: data set}; return the metrics.
+        """Sample and score a dataset, or {name: dataset}; return the metrics.
 
         Args:
-            dataset: the data set or data sets.
+            dataset: the dataset or datasets.
             state: the trainer's state.
             prefix: prefix of the metric names.
             own: whether this is the trainer's eval_dataset, whose results are kept.

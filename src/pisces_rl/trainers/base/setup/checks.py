@@ -1,4 +1,4 @@
-"""Checks before a model is loaded: data sets of prompts, rewards, and combinations of settings."""
+"""Checks before a model is loaded: datasets of prompts, rewards, and combinations of settings."""
 
 import os
 import re
@@ -16,7 +16,7 @@ from ..distributed.sharded_optimizer import OPTIMIZERS
 
 
 def check_dataset(name: str, dataset, several: bool = False) -> None:
-    """Raise a ValueError unless this is a data set of prompts or, with `several`, a dict of them."""
+    """Raise a ValueError unless this is a dataset of prompts or, with `several`, a dict of them."""
     if several and isinstance(dataset, dict):
         check_set_names(name, list(dataset))
         for key, part in dataset.items():
@@ -58,7 +58,7 @@ def check_set_names(name: str, keys: list) -> None:
                 "'held_out' or 'new prompts'."
             )
     if not keys:
-        raise ValueError(f"{name} is an empty dict; it needs at least one data set, or pass None.")
+        raise ValueError(f"{name} is an empty dict; it needs at least one dataset, or pass None.")
 
 
 def _not_a_file_name(key) -> str | None:

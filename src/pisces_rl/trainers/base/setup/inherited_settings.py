@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 WITHOUT_EFFECT = {
     # language models
     "label_smoothing_factor": "there are no labels to smooth; leave it 0.",
-    "label_names": "there are no labels; every column of the data set reaches the rewards.",
+    "label_names": "there are no labels; every column of the dataset reaches the rewards.",
     "neftune_noise_alpha": "there is no embedding layer to add noise to; noise_level sets GRPO's exploration noise.",
     "average_tokens_across_devices": "there are no tokens to count: every video has the same weight in the loss.",
     "include_num_input_tokens_seen": "there are no tokens to count; the log has the epoch and the step.",
@@ -21,15 +21,15 @@ WITHOUT_EFFECT = {
     "use_liger_kernel": "Liger's kernels are for language models; set torch_compile=True or attention_kernel.",
     "liger_kernel_config": "Liger's kernels are for language models; set torch_compile=True or attention_kernel.",
     # data
-    "remove_unused_columns": "it would hide the columns from the rewards; remove them from the data set instead.",
-    "train_sampling_strategy": "prompts are shuffled or, with shuffle_dataset=False, kept in the data set's order.",
+    "remove_unused_columns": "it would hide the columns from the rewards; remove them from the dataset instead.",
+    "train_sampling_strategy": "prompts are shuffled or, with shuffle_dataset=False, kept in the dataset's order.",
     "length_column_name": "all videos have the same length, num_frames.",
-    "data_seed": "seed also sets the data order; set seed, or shuffle the data set with another seed.",
+    "data_seed": "seed also sets the data order; set seed, or shuffle the dataset with another seed.",
     "dataloader_in_order": "batches out of order would split the groups of a prompt.",
     "accelerator_config": "the trainer divides the batches among processes itself; leave it unset.",
     # evaluation
     "prediction_loss_only": "an evaluation samples videos and scores them; it has no loss.",
-    "eval_accumulation_steps": "scores are gathered once per data set; lower per_device_eval_batch_size.",
+    "eval_accumulation_steps": "scores are gathered once per dataset; lower per_device_eval_batch_size.",
     "eval_do_concat_batches": "there are no predictions to join; evaluations/ holds the scores of each prompt.",
     "eval_use_gather_object": "scores are always gathered as objects.",
     "include_for_metrics": "metrics come from rewards and judges, which get the prompts, the videos and all columns.",
