@@ -28,7 +28,9 @@ INTRODUCTION = """\
 
 This page lists the text-to-video pipelines of diffusers that can be trained. No trainer is written for one model: a
 pipeline works if it keeps [these rules](grpo.md#what-a-pipeline-must-keep-to-be-a-policy), and otherwise the error
-says which rule it breaks. Each row was measured on the pipeline's real classes with tiny random weights, on a CPU in fp32: add a
+says which rule it breaks.
+
+Each row was measured on the pipeline's real classes with tiny random weights, on a CPU in fp32: add a
 LoRA, sample videos, and compute the log-probs again with gradients, for the whole batch and for a part of it, with
 guidance and without, with activation checkpointing and without, by every transition listed.
 
