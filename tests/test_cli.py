@@ -123,12 +123,22 @@ def test_empty_lists_and_a_bare_no(recipe, tmp_path):
     assert settings.rewards == [] and config.save_strategy == "no" and config.eval_strategy == "no" and config.use_cpu
 
 
+def test_help_lists_each_option_once(capsys):
+    """HfArgumentParser also accepts every name with hyphens."""
+    with pytest.raises(SystemExit):
+        parse_arguments(VideoGRPOConfig, arguments=["--help"])
+    printed = capsys.readouterr().out
+    assert "  --num_generations NUM_GENERATIONS" in printed and "--num-generations" not in printed
+    (config,) = parse_arguments(VideoGRPOConfig, arguments=["--num-generations", "4", "--use_cpu"])
+    assert config.num_generations == 4
+
+
 @pytest.mark.parametrize(
     "arguments, wrong, near",
     [
-        (["--rewrds", "a"], "--rewrds", "rewards"),
-        (["--rank=3", "--scal=2"], "--scal=2", "scale"),
-        (["--qiet"], "--qiet", "quiet"),
+        (["--rewrds", "a"], "--rewrds", "--rewards"),
+        (["--rank=3", "--scal=2"], "--scal=2", "--scale"),
+        (["--qiet"], "--qiet", "--quiet"),
         (["--no-such-thing", "1"], "--no-such-thing", None),
     ],
 )

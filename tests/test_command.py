@@ -99,8 +99,11 @@ def test_every_subcommand_has_a_help(capsys, name):
         (["serve", "--rewards", "exposure", "--port", "99999"], "argument --port: 99999 must be 0 to 65535"),
         (["serve", "--rewards", "exposure", "--max_batch", "0"], "argument --max_batch: 0 must be at least 1"),
         (["serve", "--rewards", "exposure", "--prot", "1"], "unrecognized arguments: --prot 1; did you mean --port"),
-        (["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"], "did you mean 'learning_rate'"),
-        (["evaluate", "--reward", "exposure"], "did you mean 'rewards'"),
+        (
+            ["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"],
+            "did you mean '--learning_rate'",
+        ),
+        (["evaluate", "--reward", "exposure"], "did you mean '--rewards'"),
         (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
         (["sample", "--model", "a", "--output", "b", "--prompt", "c", "--batch_size", "0"], "0 must be at least 1"),
         (["train", "--method", "ntf"], "pisces-rl train: error: --method 'ntf' must be one of grpo"),

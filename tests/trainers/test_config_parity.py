@@ -95,6 +95,13 @@ def test_scale_rewards_takes_booleans_as_trl_does(tmp_path):
     assert tiny_runs.config(tmp_path, scale_rewards=False).scale_rewards == "none"
 
 
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "max_grad_norm"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_rate_out_of_range_is_named_before_a_model_loads(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value} must be a finite number of at least 0"):
+        VideoGRPOConfig(str(tmp_path), **{name: value})
+
+
 def test_batches_as_in_trl(tmp_path):
     config = tiny_runs.config(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     assert (config.generation_batch_size, config.steps_per_generation) == (8, 4)

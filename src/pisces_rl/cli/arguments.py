@@ -1,5 +1,7 @@
 """Code that the commands share: arguments from YAML and the command line, prompts and rewards by name."""
 
+import argparse
+import copy
 import difflib
 import json
 import os
@@ -13,6 +15,18 @@ from datasets import Dataset, Value, load_dataset
 from transformers import HfArgumentParser
 
 from ..prompt_files import PROMPT_FILES, read_prompt_file
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show each option once: HfArgumentParser also accepts --learning-rate for --learning_rate."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        others = {name for name in action.option_strings if "_" in name}
+        shown.option_strings = [
+            name for name in action.option_strings if name in others or f"--{name[2:].replace('-', '_')}" not in others
+        ]
+        return super()._format_action_invocation(shown)
 
 
 def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, prog: str | None = None) -> tuple:
@@ -31,7 +45,13 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     usage = "%(prog)s [--config FILE] [OPTIONS]"  # not hundreds of options before each error
-    parser = HfArgumentParser(dataclasses, prog=prog, usage=usage, allow_abbrev=False)  # do not train with a typo
+    parser = HfArgumentParser(
+        dataclasses,
+        prog=prog,
+        usage=usage,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,  # do not train with a typo
+    )
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
     known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
     path = _config_path(arguments)
@@ -44,7 +64,7 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
     *instances, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
-        parser.error(f"unknown argument {argument!r}{nearest(name, known)}")
+        parser.error(f"unknown argument {argument!r}{nearest(f'--{name}', [f'--{k}' for k in known])}")
     return tuple(instances[: len(dataclasses)])
 
 

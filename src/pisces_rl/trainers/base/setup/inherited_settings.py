@@ -76,7 +76,7 @@ _AS_FILLED_IN = {
 
 
 def check_inherited(config) -> None:
-    """Raise a ValueError if a config sets a field that has no effect.
+    """Raise a ValueError if a config sets a field that has no effect, or an inherited one out of range.
 
     Call it after transformers' checks. A method's config lists fields of our base classes that it does not use in
     `without_effect`.
@@ -90,6 +90,10 @@ def check_inherited(config) -> None:
             continue
         if instead and value not in (default, _AS_FILLED_IN.get(name, default), *allowed, *HARMLESS.get(name, ())):
             raise ValueError(f"{name}={value!r} is not supported: {instead}")
+    for name in ("learning_rate", "weight_decay", "max_grad_norm"):
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value} must be a finite number of at least 0.")
     if config.optim.startswith(OPTIMIZERS_WITHOUT_STEP):
         raise ValueError(
             f"optim={str(config.optim.value)!r} needs transformers' training step, which is not used here: use "
