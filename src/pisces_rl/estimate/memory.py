@@ -5,6 +5,7 @@ import copy
 import inspect
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -111,7 +112,9 @@ class MemoryEstimate:
         return MemoryEstimate(resident, phases, self.blocks, self.details)
 
 
-def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None = None) -> MemoryEstimate:
+def estimate_memory(
+    pipeline: DiffusionPipeline, args: Any, peft_config: LoraConfig | str | None = None
+) -> MemoryEstimate:
     """Estimate the memory per GPU of the trainer of `args`, with this model and peft_config.
 
     Networks, guidance, recomputation, offloading and the adapter are those of the run; their operators run on fake
@@ -202,7 +205,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     return MemoryEstimate(resident, phases, networks.blocks, details)
 
 
-def remembered_prompts(args) -> int:
+def remembered_prompts(args: Any) -> int:
     """Return how many prompts a process caches by the end of a run, or the maximum if max_steps is not set."""
     if args.max_steps < 1:
         return REMEMBERED_PROMPTS

@@ -13,7 +13,7 @@ _HOME = {
 __all__ = ["FAMILIES", "FORMATS", "Family", *_HOME]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     """Load what needs torch on first use: `pisces-rl export --help` imports this package."""
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

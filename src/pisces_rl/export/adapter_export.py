@@ -105,7 +105,7 @@ def export_adapter(
     return written
 
 
-def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Module]]:
+def fitting(adapter: SavedAdapter, model: DiffusionPipeline | nn.Module) -> tuple[SavedAdapter, dict[str, nn.Module]]:
     """Return the adapter keyed by denoiser name, and the matching denoisers of `model`, a pipeline or a denoiser;
     raise a ValueError if they do not fit."""
     if isinstance(model, DiffusionPipeline):

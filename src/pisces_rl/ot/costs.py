@@ -1,6 +1,7 @@
 """Costs between two batches of points, differentiable, in fp32 (fp64 inputs stay fp64)."""
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class _InDoublePrecision(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def exact_products(device: torch.device):
+def exact_products(device: torch.device) -> Iterator[None]:
     """Disable autocast and avoid TF32 and bf16 in matrix products.
 
     Torch's precision setting applies to all threads, so changing it here would change what the denoiser computes at

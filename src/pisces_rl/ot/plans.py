@@ -7,6 +7,7 @@ padding: its row or column of the cost may hold anything and changes nothing. KL
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,13 @@ class _DualValue(torch.autograd.Function):
     """A value computed from the cost, with the plan as its gradient (envelope theorem)."""
 
     @staticmethod
-    def forward(ctx, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
+    def forward(ctx: Any, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
         ctx.save_for_backward(plan)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (plan,) = ctx.saved_tensors
         return gradient[:, None, None] * plan, None, None
 

@@ -12,6 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -111,7 +112,7 @@ class VideoPolicy(nn.Module):
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
         self.skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows per video -> output on meta, its videos
         self._codec: LatentCodec | None = None
-        self.record = contextlib.nullcontext
+        self.record: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.vae_dtype = vae_dtype
         set_decoder(
             pipeline,
@@ -143,7 +144,7 @@ class VideoPolicy(nn.Module):
         are used, see `offload.place`. Call this after adding adapters."""
         place(self.pipeline, device, offload)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "VideoPolicy":
         """Stay in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
@@ -240,7 +241,7 @@ class VideoPolicy(nn.Module):
         """Return the largest `number` of the ranks that share weights, so that all call denoisers equally often."""
         return number if self.mesh is None else largest_over_ranks(number, self.mesh)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Call `activation_checkpointing_enable`; transformers before 5.18 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
@@ -422,7 +423,7 @@ class VideoPolicy(nn.Module):
         step: int,
         state: Tensor | None = None,
         grad: bool = False,
-        **overrides,
+        **overrides: Any,
     ) -> Prediction:
         """Return the model's prediction from noised videos at one step of the schedule.
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 
 def load_function(name: str, known: Sequence[str] = ()) -> Callable:
@@ -93,7 +93,7 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
 class _SourceLoader(SourceFileLoader):
     """A loader without bytecode, which would count as current after an edit within a second at equal size."""
 
-    def get_code(self, fullname: str):
+    def get_code(self, fullname: str) -> CodeType | None:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 

@@ -7,14 +7,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
+import torch
 from safetensors.torch import load_file
 
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.ot.plans import check_solver
-from pisces_rl.rewards.contract import move
+from pisces_rl.rewards.contract import RewardFunc, move
 from pisces_rl.rewards.encoders import VideoTextEncoder
 from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
@@ -72,9 +74,9 @@ def load_reward(
     ot_map: str | Path | None = None,
     attention: OTAttention | dict | None = None,
     offload: str | None = None,
-    device: str | None = None,
-    **options,
-) -> Callable:
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> RewardFunc:
     """Load a reward by name. Rewards that name the same encoder share it.
 
     Args:
@@ -181,7 +183,7 @@ def _read(text: str):
     return [_read(part) for part in text.split(",")] if "," in text else text
 
 
-def _moved(reward: Callable, device: str | None) -> Callable:
+def _moved(reward: Callable, device: str | None) -> RewardFunc:
     if device is not None:
         move(reward, device)
     return reward

@@ -85,7 +85,7 @@ class OTAttention:
     tolerance: float = 1e-3
     drawings: list[Drawing] | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, allowed in (("plan", self.plan, PLANS), ("fusion", self.fusion, FUSIONS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")

@@ -79,7 +79,7 @@ class OTQualityReward(EncoderReward):
             self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur, **chosen)
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> Tensor:
         check_inputs(prompts, videos)
         with shared_encodings():
             x = video_features(self.encoder, videos, self.micro_batch).pooled

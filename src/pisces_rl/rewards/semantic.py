@@ -69,7 +69,7 @@ class OTSemanticReward(EncoderReward):
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> Tensor:
         return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)
 
     def logits(self, prompts: Sequence[str], videos: Tensor) -> Tensor:

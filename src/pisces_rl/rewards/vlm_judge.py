@@ -71,7 +71,7 @@ class VLMJudge(OffloadedModel):
             self.offload = offload
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> list[float]:
         check_inputs(prompts, videos)
         check_pixels(videos)
         check_prompts(prompts, self.processor.tokenizer.all_special_tokens, "the judge's model")

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -82,7 +83,7 @@ class NeuralMap(TransportMap):
         patience: int = 20,
         seed: int = 0,
         device: str | torch.device | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if skip not in SKIPS:

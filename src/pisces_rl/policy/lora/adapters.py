@@ -37,7 +37,9 @@ PRODUCTS = rf"{PROJECTIONS}|{BLOCKS}\..*(proj_mlp|proj_out)"
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
 
 
-def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
+def default_lora_config(
+    r: int = 16, lora_alpha: int | None = None, target_modules: list[str] | str | None = None
+) -> LoraConfig:
     """Return a LoRA config for every attention and feed-forward projection of the denoising blocks; no dropout.
 
     The pattern is anchored to the blocks, so that token refiners and pooled-text attention stay untouched (a suffix

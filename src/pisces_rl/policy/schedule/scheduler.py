@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from typing import TYPE_CHECKING
 
 from diffusers import (
     CogVideoXDDIMScheduler,
@@ -18,6 +19,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from ...transitions import TRANSITIONS, Transition
 from .grids import AlphaGrid, FlowGrid, as_class, on_own_grid
 from .schedules import FlowSchedule, schedule_class, schedule_of
+
+if TYPE_CHECKING:
+    from ..sessions.session import Session
 
 #: Flow-matching schedulers, besides Euler's, whose config does not say that they are.
 OTHER_FLOW = FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
@@ -99,7 +103,7 @@ def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
     return TRANSITIONS[name]
 
 
-def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
+def stochastic(scheduler: SchedulerMixin, session: "Session") -> SchedulerMixin:
     """Return a scheduler of the same class whose `step` calls `session.step(prediction, x)`.
 
     Signatures stay those of the class: pipelines inspect them for `eta`, `generator`, `timesteps` and `sigmas`. A copy
@@ -142,7 +146,7 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
     return as_class(scheduler, Stochastic)
 
 
-def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> SchedulerMixin:
+def _follower(scheduler: SchedulerMixin, base: type, session: "Session", memo: dict) -> SchedulerMixin:
     """Return a copy of a stochastic scheduler that steps as its class does and tells the session of each step."""
     session.followers += 1
     number = session.followers
@@ -164,7 +168,7 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
     return follower
 
 
-def _check_grid(scheduler: SchedulerMixin, session) -> None:
+def _check_grid(scheduler: SchedulerMixin, session: "Session") -> None:
     """Check that a flow grid lies in [0, 1] and that a solver's grid has one timestep per step, with falling noise.
 
     x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts EDM's sigmas, up to 80, into a flow scheduler.

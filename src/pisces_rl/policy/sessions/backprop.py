@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -13,6 +15,9 @@ from ..schedule.scheduler import PolicyError
 from .one_step import seeded_noise
 from .pipeline_call import run_until_left, videos_of
 from .session import LeavePipeline, Session, replaced_method, starts_without_followed
+
+if TYPE_CHECKING:
+    from ..video_policy import VideoPolicy
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class DifferentiableSampling(Session):
 
     def __init__(
         self,
-        policy,
+        policy: "VideoPolicy",
         prompts: Sequence[str],
         start: int,
         jump: bool = False,
@@ -75,7 +80,7 @@ class DifferentiableSampling(Session):
         """Number of latent frames of a video, if frames are decoded one by one."""
         return self.final.shape[2] if self.final.ndim == 5 else self.final.shape[0] // len(self.prompts)
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         super().begin(scheduler)
         torch.set_grad_enabled(self.start == 0 and self.decode)
 

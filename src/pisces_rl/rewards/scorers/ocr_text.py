@@ -59,7 +59,7 @@ class OCRText:
         self._ocr = RapidOCR(params=settings | {"Global.use_cls": False, "Global.log_level": "error"})
         self.frames, self.__name__ = frames, name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> list[float | None]:
         """Return B shares for B prompts and videos (B, F, 3, H, W) in [0, 1]; None if a prompt has no quoted text."""
         check_inputs(prompts, videos)
         check_pixels(videos)

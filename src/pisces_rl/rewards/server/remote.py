@@ -4,6 +4,7 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
@@ -91,7 +92,7 @@ class RemoteReward:
         self,
         prompts: Sequence[str],
         videos: Tensor,
-        trainer_state=None,
+        trainer_state: Any = None,
         log_extra: Callable | None = None,
         log_metric: Callable | None = None,
         **columns: list,

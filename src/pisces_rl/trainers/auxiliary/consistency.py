@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ...policy import Rollout, VideoPolicy
 from ...transitions import Paper
@@ -56,7 +59,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        video_dataset,
+        video_dataset: Dataset | Sequence[dict],
         weight: float = 1.0,
         *,
         steps: int = 16,
@@ -87,7 +90,9 @@ class ConsistencyDistillation(AuxiliaryLoss):
         self.policy, self.seed, self.image_columns, self.reference = policy, seed, image_columns, reference
         self.average = AdapterEMA(adapter, self.decay)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.average.update()
 
     def state_dict(self) -> dict:

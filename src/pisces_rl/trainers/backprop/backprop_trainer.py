@@ -1,17 +1,27 @@
 """Reward backpropagation: follow the gradient of differentiable rewards through VAE decoder and denoiser."""
 
 import itertools
+import os
 import time
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from ...policy import DecodedPart
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base._trl import EpochRepeatSampler
 from ..base.data.images import images_of
 from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
 from ..base.policy_trainer import VideoPolicyTrainer
 from ..base.setup.checks import check_dataset
 from ..base.watch.training_metrics import add_recorded
@@ -58,6 +68,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         ValueError: a reward lacks the attribute `differentiable = True`.
     """
 
+    args: RewardBackpropConfig
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
     _name = "Reward Backpropagation"
     papers = (
@@ -70,19 +81,20 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        auxiliary_losses=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: RewardBackpropConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         args = RewardBackpropConfig() if args is None else args
         self._rewards_optional = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
+        train_dataset = undecoded(train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:
             raise ValueError(
@@ -108,7 +120,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
             self.train_dataset,
             "Training",
@@ -131,7 +143,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         start = time.perf_counter()
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}

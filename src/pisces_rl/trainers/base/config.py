@@ -241,7 +241,7 @@ class VideoPolicyConfig(_BaseConfig):
         default=True, metadata={"help": "Evaluate once before training, if there is an eval_dataset."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Hide these from accelerate, which would compile the policy as a whole. policy/fast/execution.py compiles its

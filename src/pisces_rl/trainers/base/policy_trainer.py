@@ -5,13 +5,19 @@ import copy
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ... import assets, hub, media
 from ...policy import (
@@ -26,10 +32,12 @@ from ...policy import (
     set_adapter,
 )
 from ...rewards import RewardPanel
+from ...rewards.contract import RewardFuncs
 from ...run_files import RunFiles
 from ...transitions import Paper
 from ..auxiliary.auxiliary_loss import AuxiliaryLoss, check_auxiliary_losses
 from ._trl import LoopOnlyTrainer, identity
+from .config import VideoPolicyConfig
 from .data.images import check_images, image_columns, images_of
 from .data.video_data import undecoded
 from .distributed.gradients import ExpertGradients, average_gradients
@@ -78,6 +86,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             [ConsistencyDistillation(videos, weight=0.1)].
     """
 
+    args: VideoPolicyConfig
     loss_is_scaled_for_ga = True
     papers: tuple[Paper, ...] = ()  # the method's papers, cited in the model card
     _rewards_optional = False  # whether the trainer can run without rewards
@@ -86,14 +95,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs,
+        args: VideoPolicyConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
         peft_config: LoraConfig | str | None = None,
-        callbacks: list | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         args = copy.copy(args)  # the caller may pass the same object to another trainer
@@ -240,7 +249,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             remove_incomplete(args.output_dir)
 
     @contextlib.contextmanager
-    def stage(self, name: str, whole: bool = False):
+    def stage(self, name: str, whole: bool = False) -> Iterator[None]:
         """Show the stage on the progress bar and count its seconds on the time line.
 
         A `whole` stage includes the seconds of stages inside it.
@@ -316,7 +325,12 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Sample every evaluation prompt deterministically from fixed noise; score with rewards and judges.
 
         Args:
@@ -377,7 +391,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     # --- train, save, resume -----------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # nothing would be trained inside a caller's inference_mode
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self.report.begin()
         checkpoint = self.checkpoints.begin(resume_from_checkpoint)
@@ -526,7 +540,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             else elsewhere.setdefault(folder, RunFiles(folder, self.pipeline.components))
         )
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        output_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write the model card with this run's results to a folder, output_dir by default.
 
         The file is README.md, or model_card.md if the folder has a README.md that the user wrote.
@@ -568,8 +589,12 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return settings | self.initial.card_settings(self._uses_reference)
 
     def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None, **kwargs
-    ):
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        output_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Upload adapter, model card and sample videos from a folder, output_dir by default.
 
         Returns:

@@ -112,7 +112,7 @@ class RolloutConfig(VideoPolicyConfig):
         metadata={"help": "Also write the first num_sample_videos videos of a training rollout at each log."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
         self.check_choice("scale_rewards", ("group", "batch", "none"))

@@ -11,25 +11,37 @@ Each iteration has two stages.
 import contextlib
 import hashlib
 import itertools
+import os
 import time
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ...policy import Rollout, adapter_values, gathered_values, held_values, norm, parts_of_values
 from ...policy.fast.execution import attention_kernel
+from ...rewards.contract import RewardFuncs
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base._trl import EpochRepeatSampler
 from ..base.data.images import group_keys, images_of
 from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
 from ..base.policy_trainer import VideoPolicyTrainer
 from ..base.setup.checks import check_dataset
 from ..base.watch.callbacks import AdapterEMA
 from ..base.watch.training_metrics import add_recorded
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .overlap import OverlappedRewards
+from .rollout_config import RolloutConfig
 from .scored import ScoredRollout
 
 NOISE, STEP, WINDOW, SHUFFLE = range(4)  # purposes of seeds
@@ -49,6 +61,7 @@ class RolloutTrainer(VideoPolicyTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is a `RolloutConfig`.
     """
 
+    args: RolloutConfig
     _position_settings = (
         "generation_batch_size",
         "num_generations",
@@ -59,17 +72,18 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        auxiliary_losses=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs,
+        args: RolloutConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         check_dataset("train_dataset", train_dataset)
+        train_dataset = undecoded(train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
         if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
@@ -144,7 +158,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- data: each prompt G times, each rollout's prompts once per micro-batch that uses them -----------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         self.scored = self._resumed_rollout = None
         if not self._step:
             for follower in self.followers.values():  # the user may have set the weights after __init__
@@ -152,7 +166,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._step += -self._step % self._uses_per_rollout  # a second train() starts with a new rollout
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
             self.train_dataset,
             "Training",
@@ -392,7 +406,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- stage 2: update ---------------------------------------------------------------------------------------------
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         start = time.perf_counter()
         use = self._step % self._uses_per_rollout
         if self.scored is None and use and self._resumed_rollout is not None:
@@ -416,7 +430,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         return loss
 
     @contextlib.contextmanager
-    def logged_gradient(self, index: int):
+    def logged_gradient(self, index: int) -> Iterator[None]:
         """Log the norm of the gradient that one denoising step adds inside this context."""
         parameters = list(self.adapter.values())
         before = [p.grad for p in parameters]
