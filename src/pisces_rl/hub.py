@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -127,7 +128,7 @@ def model_card(
         components or {},
     )
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
-    front = {
+    front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": task,
         "tags": list(dict.fromkeys([*([] if components else ["lora"]), "pisces_rl", task, *tags])),
@@ -295,7 +296,7 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: object) -> bool:
     """Return whether the value's repr is Python code."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))

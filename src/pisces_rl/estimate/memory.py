@@ -152,7 +152,7 @@ def estimate_memory(
             ) from error
 
 
-def _estimate(networks: Networks, args) -> MemoryEstimate:
+def _estimate(networks: Networks, args: Any) -> MemoryEstimate:
     held, weights = args.held(), bytes_of(networks.adapter.values())
     sampled, trained = Recording(networks, held.sampled), Recording(networks, held.trained)
 
@@ -227,8 +227,9 @@ def update_peak(networks: Networks, trained: Recording, step: list[Call], held: 
     A step of a denoiser without an adapter has no backward. If all weights are trained, each gradient is added to
     those of earlier steps, which are not counted here, and freed before the next one is computed.
     """
-    calls, decoder = step * held.graphs, contextlib.nullcontext()
-    if held.decoder is not None:
+    calls = step * held.graphs
+    decoder: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if held.decoder is not None and trained.vae is not None:
         name, (z, *further), kwargs = trained.vae
         with networks.mode:
             frames = held.decode_frames and held.decode_frames * (1 if z.ndim == 5 else held.trained)

@@ -26,7 +26,7 @@ from pisces_rl.shapemotion.grammar import COLORS, PLURALS, SHAPES
 from pisces_rl.shapemotion.specs import SceneSpecs
 
 if TYPE_CHECKING:
-    from pisces_rl.rewards import OTSemanticReward
+    from pisces_rl.rewards.semantic import OTSemanticReward
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OF_ANY_SIZE = ("flicker", "frozen", "time_reversed", "shuffled_frames", "noise", "blur", "uniform_noise")

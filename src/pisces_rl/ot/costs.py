@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.bad
 class _InDoublePrecision(TorchDispatchMode):
     """A mode, for this thread only, that computes products of fp32 tensors in fp64 and rounds the result."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         if func not in _PRODUCTS or args[0].dtype != torch.float32:
             return func(*args, **kwargs or {})
         args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]

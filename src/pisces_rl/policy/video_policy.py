@@ -155,7 +155,7 @@ class VideoPolicy(nn.Module):
 
         A denoiser class without support for it (UNet3DConditionModel) only warns.
         """
-        as_it_is = None, {}, {"use_reentrant": False}
+        as_it_is: tuple = None, {}, {"use_reentrant": False}
         if activation_checkpointing_kwargs not in as_it_is or every_n_layers != 1 or offload:
             raise ValueError(
                 f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "

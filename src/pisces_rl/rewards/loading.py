@@ -110,6 +110,7 @@ def load_reward(
             options.setdefault("device", device)
         return kind(name=name, **options)
     if name not in REWARDS:
+        function: RewardFunc
         if name.startswith(("http://", "https://")):
             function = remote_reward(name)
         elif name.startswith(("vlm+http://", "vlm+https://")):
@@ -172,7 +173,7 @@ def _split_options(name: str) -> tuple[str, dict]:
     return name, options
 
 
-def _read(text: str):
+def _read(text: str) -> Any:
     """Parse a number, a JSON object (arguments of `OTAttention`) or a comma-separated list, else return the text."""
     for read in (json.loads if text.startswith("{") else int, float):
         try:
@@ -199,7 +200,7 @@ def _scorer(name: str) -> type:
     return getattr(importlib.import_module(f"pisces_rl.rewards.scorers.{module}"), kind)
 
 
-def _check_used(name: str, kind: type, given: list[str], left_out: set[str | None]) -> None:
+def _check_used(name: str, kind: type, given: list[str], left_out: set[str]) -> None:
     """Raise a ValueError if the reward does not use one of the given options."""
     takes = [option for option in inspect.signature(kind).parameters if option not in left_out]
     unused = sorted(set(given) - set(takes))

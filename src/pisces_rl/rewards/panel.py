@@ -82,7 +82,7 @@ class RewardPanel:
         self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state: Any = None
     ) -> RewardTable:
         videos = videos.to(self.device)
-        tables: list[RewardTable] = [None] * len(self)
+        tables: dict[int, RewardTable] = {}
         pending, guard = {}, Untouched(videos)
         order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # async first: they run meanwhile
         with Coroutines() as coroutines:
@@ -108,7 +108,7 @@ class RewardPanel:
                 guard.check(*(self.names[i] for i in pending))
         if not tables:
             return RewardTable(torch.full((len(prompts), 0), torch.nan, device="cpu"))
-        return RewardTable.side_by_side(tables, [[i] for i in range(len(self))])
+        return RewardTable.side_by_side([tables[i] for i in range(len(self))], [[i] for i in range(len(self))])
 
     def offload(self, device: torch.device | str) -> None:
         """Set `offload` on rewards that hold weights (`contract.offload`): they compute on `device`, or on the panel's
@@ -244,7 +244,7 @@ class RewardPanel:
                 raise RewardError(f"{self._timeout_message(name)} {unanswered(func)}".rstrip()) from error
 
 
-def _as_list(funcs) -> list:
+def _as_list(funcs: Any) -> list:
     """Return a list of rewards from one or several; a `torch.nn.ModuleList` counts as several."""
     if isinstance(funcs, (Mapping, Set, nn.ModuleDict)):
         raise ValueError(

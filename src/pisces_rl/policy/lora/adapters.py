@@ -270,7 +270,7 @@ def _excluded(config: LoraConfig, name: str) -> bool:
 
 
 def _examples(denoiser: nn.Module) -> list[str]:
-    suffixes = {}
+    suffixes: dict[str, None] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear):
             suffixes.setdefault(re.sub(r"\.\d+\.", ".N.", name), None)

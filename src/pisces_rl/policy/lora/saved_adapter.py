@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class SavedAdapter:
                         "since rank, alpha and modules come from the file."
                     )
 
-    def on(self, denoisers: list[str], only: list[str] | None) -> "SavedAdapter":
+    def on(self, denoisers: list[str], only: Sequence[str] | None) -> "SavedAdapter":
         """Return this adapter under the names of a pipeline's denoisers; a ValueError if they do not match, or if they
         are not `only`."""
         names = list(self.states)

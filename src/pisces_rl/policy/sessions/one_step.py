@@ -35,7 +35,8 @@ class Prediction:
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
         """Join the predictions of all videos, in order."""
         latents = [f.name for f in fields(Prediction) if f.name != "time"]
-        return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in latents), parts[0].time)
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in latents}
+        return Prediction(**joined, time=parts[0].time)
 
 
 class OneStep(Session):

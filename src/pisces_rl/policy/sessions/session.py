@@ -73,7 +73,9 @@ class Session:
             False  # whether ranks that share weights have agreed how to handle texts of unequal length
         )
 
-    needs_prediction = True
+    @property
+    def needs_prediction(self) -> bool:
+        return True
 
     def begin(self, scheduler: SchedulerMixin) -> None:
         if self.index:

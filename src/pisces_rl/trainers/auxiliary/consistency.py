@@ -76,7 +76,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
             )
         check_videos(video_dataset)
         self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
-        self.guidance = {} if guidance is None else {"guidance_scale": guidance}
+        self.guidance: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
 
     def begin(
         self,
@@ -121,7 +121,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
         clips, every = Rollout(prompts, seeds, None, [], conditions=images, clean=clean), range(count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
-        drawn = {"noise_seeds": seeds, "num_inference_steps": self.steps}
+        drawn: dict[str, Any] = {"noise_seeds": seeds, "num_inference_steps": self.steps}
 
         with self.reference():
             teacher = self.policy.predict(clips, every, step=step, **drawn, **self.guidance)

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from ...policy import DecodedPart
+from ...rewards import RewardTable
 from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -129,7 +130,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
             self.train_dataset if dataset is None else dataset,
@@ -228,7 +229,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                 self._metrics["train"][f"rewards/{name}/std"].append(std)
             self._metrics["train"]["reward_std"].append(nanstd(aggregate_rewards(values, self.reward_weights)).item())
 
-    def _log_rewards(self, table, gradients: list[Tensor]) -> None:
+    def _log_rewards(self, table: RewardTable, gradients: list[Tensor]) -> None:
         metrics, values = self._metrics["train"], table.values
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())

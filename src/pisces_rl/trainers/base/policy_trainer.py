@@ -14,7 +14,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from datasets import Dataset
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
@@ -180,7 +180,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.timeline = Timeline(args.device, args.process_index, args.trace_steps)
         self.policy.record_with(self.timeline.span)
         self.rewards.record = self.judges.record = self.timeline.span
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics: dict[str, dict[str, list]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
         self.files = RunFiles(args.output_dir, self.pipeline.components)
         self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
@@ -218,7 +218,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.adapter = lora_parameters(denoisers)  # only now: sharding replaces the parameters of full fine-tuning
         if full:
             compares = eval_dataset is not None and args.num_sample_videos > 0
-            self.initial = InitialWeights(
+            self.initial: InitialWeights | InitialPolicy = InitialWeights(
                 self.adapter,
                 self.trained,
                 kept=self._uses_reference or (compares and (self._calls_together or args.process_index == 0)),
@@ -430,7 +430,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         print_timeline(self.timeline, self.accelerator, self.console)
         return output
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_equal_weights()
         with self.stage("saving", whole=True):
             self.checkpoints.save(self.state, self._write_checkpoint)
@@ -477,7 +477,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _averages(self) -> dict[str, AdapterEMA]:
         return {} if self.ema is None else {"ema": self.ema}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.trained.load(self.pipeline, resume_from_checkpoint)
         self._load_extra_state(load_tree(Path(resume_from_checkpoint) / "trainer"))
 
@@ -491,7 +491,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if checkpoint is not None:
             self.checkpoints.read_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
 
-    def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
         if checkpoint is not None:
             self.checkpoints.find_best(checkpoint, self.state)
@@ -531,7 +533,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(output_dir=folder)
 
-    def _files_of(self, folder: Path) -> RunFiles:
+    def _files_of(self, folder: str | os.PathLike) -> RunFiles:
         folder, output = Path(folder).resolve(), self.files.folder.resolve()
         elsewhere = self._files_elsewhere
         return (

@@ -100,7 +100,7 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
         side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)
     ]
     plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
-    return contrast / mixture * (r * plus + (1 - r) * minus), *weights
+    return contrast / mixture * (r * plus + (1 - r) * minus), weights[0], weights[1]
 
 
 class NFTTrainer(ForwardProcessTrainer):

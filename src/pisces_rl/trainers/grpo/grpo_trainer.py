@@ -219,8 +219,8 @@ class VideoGRPOTrainer(RolloutTrainer):
             errors: pairs of a denoising step and its largest |log p - log p_old|.
             metrics: the errors are logged here.
         """
-        for index, error in errors:
-            error = error.item()
+        for index, largest in errors:
+            error = largest.item()
             metrics["replay/max_log_prob_error"].append(error)
             if not error <= self.args.replay_tolerance:
                 raise RuntimeError(

@@ -14,7 +14,7 @@ import itertools
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from transformers.trainer_utils import TrainOutput
 
 from ...policy import Rollout, adapter_values, gathered_values, held_values, norm, parts_of_values
 from ...policy.fast.execution import attention_kernel
+from ...rewards import RewardTable
 from ...rewards.contract import RewardFuncs
 from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base._trl import EpochRepeatSampler
@@ -175,7 +176,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
             self.train_dataset if dataset is None else dataset,
@@ -197,10 +198,10 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _generate_and_score(self, inputs: list[dict]) -> None:
         args, number = self.args, self._step // self._uses_per_rollout
         prompts, columns, images = self._columns(inputs)
-        videos, drawn_rows = [], []
+        clips, drawn_rows = [], []
 
         def each(rows: list[int], drawn: Tensor) -> None:
-            videos.append(drawn)
+            clips.append(drawn)
             drawn_rows.extend(rows)
             if self.overlapped is not None:
                 own = {name: [values[r] for r in rows] for name, values in columns.items()}
@@ -210,7 +211,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             with self.sampling_policy():
                 parts = self._sample(prompts, images, each)
                 drawn_by = self._weights_in_use()
-            videos = torch.cat(videos)
+            videos = torch.cat(clips)
             places = sorted(range(len(prompts)), key=drawn_rows.__getitem__)  # row r was drawn as number places[r]
             if places != list(range(len(places))):
                 videos = videos[places]
@@ -261,7 +262,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
         if len(self.rewards) and self.is_world_process_zero():
-            self._warn_of_rewards(keys, values.isnan().all(1), state["spread"])
+            self._warn_of_rewards(keys, values.isnan().all(1), spread)
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
@@ -270,7 +271,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
         return prompts, columns, images_of(columns | {"prompt": prompts}, self.image_columns)
 
-    def _sample(self, prompts: list[str], images: dict[str, list], each) -> list[tuple[list[int], Rollout]]:
+    def _sample(self, prompts: list[str], images: dict[str, list], each: Callable) -> list[tuple[list[int], Rollout]]:
         """Sample this process's share of the current rollout and return it as `ScoredRollout.parts`, without videos.
 
         each(rows, videos) is called after each pipeline call, in the order of `_calls`.
@@ -389,7 +390,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             self._warned_of_rewards.add(reason)
             warnings.warn(warning[reason], stacklevel=2)
 
-    def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
+    def _log_rollout(self, table: RewardTable, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
         metrics = self._metrics["train"]
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
