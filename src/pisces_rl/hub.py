@@ -6,6 +6,7 @@ TRL's card describes text generation and loads a language model, so this package
 import fnmatch
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -191,7 +192,7 @@ def _exports(files: Sequence[str]) -> str:
 
 
 def push_adapter(
-    folder: str | Path,
+    folder: str | os.PathLike,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -385,7 +386,7 @@ def _videos(folder: Path | None, files: Sequence[str]) -> list[tuple[str, str]]:
     videos = sorted(fnmatch.filter(files, "samples/step_*/*.mp4"))
     shown = []
     for path in [path for path in videos if path.split("/")[1] == videos[-1].split("/")[1]][:_SHOWN_VIDEOS]:
-        stem, listed = PurePosixPath(path).stem, (folder / path).parent / "rewards.json"
+        stem, listed = PurePosixPath(path).stem, (Path(folder or "") / path).parent / "rewards.json"
         prompts = json.loads(listed.read_text(encoding="utf-8"))["prompts"] if listed.exists() else []
         row = int(stem) if stem.isdecimal() else len(prompts)
         shown.append((path, str(prompts[row]) if row < len(prompts) else stem))

@@ -259,7 +259,7 @@ def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
 def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
     """Return masks (B, F, groups, H, W) of the pixels of each group of objects."""
 
-    layout = clips.layout[rows]
+    layout = clips.layout[rows]  # type: ignore[index]  # clips with objects have one
     first = torch.tensor([clips.scenes[i].groups[0].count for i in rows])[:, None]
     slot = torch.arange(layout.present.shape[1])
     empty = replace(layout, present=torch.zeros_like(layout.present))

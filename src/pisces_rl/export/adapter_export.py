@@ -159,7 +159,7 @@ def _family(adapter: SavedAdapter, name: str, model: Any, denoiser: nn.Module | 
     noted = (adapter.configs[name].auto_mapping or {}).get("base_model_class")
     if denoiser is not None:
         classes = [cls.__name__ for cls in type(denoiser).__mro__]
-        given = next((cls for cls in classes if cls in by_class), classes[0])
+        given: Any = next((cls for cls in classes if cls in by_class), classes[0])
     else:
         given = model if model is not None else noted
     family = given if given in FAMILIES else by_class.get(given)

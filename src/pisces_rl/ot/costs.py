@@ -30,8 +30,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
     Torch's precision setting applies to all threads, so changing it here would change what the denoiser computes at
     the same time. If the setting is reduced, products run in fp64 instead.
     """
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    reduced = backend.fp32_precision in ("tf32", "bf16")
+    settings: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    reduced = settings.matmul.fp32_precision in ("tf32", "bf16")
     with torch.autocast(device.type, enabled=False), _InDoublePrecision() if reduced else contextlib.nullcontext():
         yield
 

@@ -188,7 +188,7 @@ class _Problems:
     def finish(self, fields: Sequence[Tensor], tolerance: float) -> TransportPlan:
         plan, value, *rest = fields
         fields = (plan, _DualValue.apply(self.cost, value, plan), *rest)
-        return TransportPlan(*(x if self.batched else x[0] for x in fields), tolerance=tolerance)
+        return TransportPlan(*(x if self.batched else x[0] for x in fields), tolerance)  # type: ignore[arg-type, call-arg]
 
 
 @dataclass
@@ -225,7 +225,7 @@ class Masked:
 
     def __getitem__(self, rows: Tensor) -> "Masked":
         parts = (x[rows] for x in (self.cost, self.a, self.b, self.alpha, self.beta, self.empty))
-        return Masked(*parts, full=self.full, flags={}, slack=self.slack)
+        return Masked(*parts, self.full, {}, self.slack)  # type: ignore[arg-type, call-arg]
 
     def check(self, *extra: Tensor) -> list[float]:
         """Raise the first flagged error; return the values of the `extra` scalars, read in the same wait."""

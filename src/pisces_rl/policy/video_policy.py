@@ -350,7 +350,7 @@ class VideoPolicy(nn.Module):
     ) -> Tensor:
         """Return deterministic samples' latents before decoding, in the scheduler's layout, without gradients."""
 
-        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
+        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor | None:
             run_until_left(session, seeds, "latent")
             return session.final
 
@@ -442,7 +442,7 @@ class VideoPolicy(nn.Module):
         rows = list(rows)
         given = rollout.clean_rows(rows) if state is None and step else state
 
-        def one_call(session: OneStep, seeds: list[int]) -> Prediction:
+        def one_call(session: OneStep, seeds: list[int]) -> Prediction | None:
             run_until_left(session, seeds, "latent")
             return session.found
 

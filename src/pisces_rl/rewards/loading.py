@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -184,7 +183,7 @@ def _read(text: str) -> Any:
     return [_read(part) for part in text.split(",")] if "," in text else text
 
 
-def _moved(reward: Callable, device: str | None) -> RewardFunc:
+def _moved(reward: RewardFunc, device: torch.device | str | None) -> RewardFunc:
     if device is not None:
         move(reward, device)
     return reward

@@ -45,4 +45,4 @@ def exposure(videos: Tensor, **kwargs: object) -> Tensor:
 
 
 for _reward in (temporal_smoothness, motion_amount, exposure):
-    _reward.differentiable = True
+    _reward.differentiable = True  # type: ignore[attr-defined]

@@ -56,13 +56,14 @@ class VLMJudge(OffloadedModel):
         name: str = "vlm_judge",
         offload: str | torch.device | None = None,
     ):
+        network: Any = model
         if isinstance(model, str):
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
-            loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-            model = loaded.to(first_device(device, offload))
+            network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+            network = network.to(first_device(device, offload))
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
-        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.model, self.processor = network.eval().requires_grad_(False), processor
         self.question = read_question(question)
         self.tokens = digit_tokens(processor.tokenizer, scores)
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size

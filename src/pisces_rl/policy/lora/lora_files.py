@@ -55,7 +55,8 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
         for name, d in adapted.items()
     }
     configs = {
-        name: config_dict(d.peft_config["default"]) | {"auto_mapping": _class_note(d)} for name, d in adapted.items()
+        name: config_dict(vars(d)["peft_config"]["default"]) | {"auto_mapping": _class_note(d)}
+        for name, d in adapted.items()
     }
     files = []
     if has_lora_loader(pipeline):

@@ -62,6 +62,8 @@ def replaced_method(owner: object, name: str, method: Callable) -> Iterator[None
 class Session:
     """One run of the pipeline: what happens at each scheduler step."""
 
+    step: Callable[[Tensor, Tensor], Tensor]  # a method of each kind of session: (prediction, x) -> x'
+
     def __init__(self, policy: "VideoPolicy", prompts: Sequence[str]):
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run

@@ -133,13 +133,13 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
+            self.train_dataset if dataset is None else dataset,  # type: ignore[arg-type]
             mini_repeat_count=1,
             shuffle=args.shuffle_dataset,
             batch_size=self._train_batch_size * args.data_parts * args.gradient_accumulation_steps,
             seed=args.seed,
         )
-        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)  # type: ignore[method-assign]
         return sampler
 
     # --- a step ------------------------------------------------------------------------------------------------------

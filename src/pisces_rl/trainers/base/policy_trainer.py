@@ -87,7 +87,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     """
 
     args: VideoPolicyConfig
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares None
     papers: tuple[Paper, ...] = ()  # the method's papers, cited in the model card
     _rewards_optional = False  # whether the trainer can run without rewards
     _warned_of_frozen = False
@@ -155,7 +155,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.trained = (
             FullWeights(denoisers, args.lora_denoisers)
             if full
-            else TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued)
+            else TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued)  # type: ignore[arg-type]
         )
         self.adapted_modules = self.trained.modules
         self.policy.set_base_precision(args.base_precision)
@@ -220,7 +220,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             compares = eval_dataset is not None and args.num_sample_videos > 0
             self.initial: InitialWeights | InitialPolicy = InitialWeights(
                 self.adapter,
-                self.trained,
+                self.trained,  # type: ignore[arg-type]
                 kept=self._uses_reference or (compares and (self._calls_together or args.process_index == 0)),
             )
         else:
@@ -465,10 +465,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if state.get("ema") is not None:  # the adapter's file holds the average, not the trained weights
             set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
         auxiliary = state.get("auxiliary_losses", state)  # older checkpoints store the consistency term beside "ema"
-        for one, saved in [
+        states: list[tuple[AuxiliaryLoss | AdapterEMA, dict | None]] = [
             *((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
             *((average, state.get(name)) for name, average in self._averages().items()),
-        ]:
+        ]
+        for one, saved in states:
             if saved is None:
                 one.restart()
             else:
@@ -483,7 +484,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     def _load_best_model(self) -> None:
         self.trained.load(self.pipeline, self.state.best_model_checkpoint)
-        for one in (*self.auxiliary_losses, *self._averages().values()):
+        restarted: list[AuxiliaryLoss | AdapterEMA] = [*self.auxiliary_losses, *self._averages().values()]
+        for one in restarted:
             one.restart()  # from here on, the loaded weights are evaluated and saved
         self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 

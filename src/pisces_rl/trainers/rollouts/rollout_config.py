@@ -113,7 +113,8 @@ class RolloutConfig(VideoPolicyConfig):
     )
 
     def __post_init__(self) -> None:
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+        names: dict[str | bool, str] = {True: "group", False: "none"}
+        self.scale_rewards = names.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
         self.check_choice("scale_rewards", ("group", "batch", "none"))
         self.check_choice("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))

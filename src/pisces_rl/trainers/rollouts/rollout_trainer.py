@@ -179,14 +179,14 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
+            self.train_dataset if dataset is None else dataset,  # type: ignore[arg-type]
             mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // args.num_generations,
             repeat_count=args.num_iterations * args.steps_per_generation,
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
-        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)  # type: ignore[method-assign]
         return sampler
 
     @property
