@@ -1,9 +1,16 @@
 """Evaluation of rewards and policies."""
 
 import importlib
+from typing import TYPE_CHECKING
 
 _HOME = dict.fromkeys(("CleanClips", "RewardReport", "evaluate_reward", "plan_inside_objects"), "reward_checks")
 __all__ = list(_HOME)
+
+if TYPE_CHECKING:  # for type checkers, which do not see `__getattr__`
+    from .reward_checks import CleanClips as CleanClips
+    from .reward_checks import RewardReport as RewardReport
+    from .reward_checks import evaluate_reward as evaluate_reward
+    from .reward_checks import plan_inside_objects as plan_inside_objects
 
 
 def __getattr__(name: str) -> object:
