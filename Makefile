@@ -45,9 +45,10 @@ test: $(STAMP)  ## run the tests
 test-slow: $(STAMP)  ## run all tests, including the slow ones
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
-lint: $(STAMP)  ## check style and format
+lint: $(STAMP)  ## check style, format and the types of the public modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The site needs only the extra `docs`: it reads the sources without importing them, so torch is not needed.
 DOCS = $$($(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \
@@ -65,5 +66,5 @@ real-check: $(STAMP)  ## run a short GRPO run of Wan 2.1 1.3B and print its meas
 	$(BIN)/python benchmarks/real_check.py $(ARGS)
 
 clean:  ## remove caches and build files; .venv and outputs/ stay
-	rm -rf build dist site .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(STAMP) $(VENV)/.docs
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis src/*.egg-info $(STAMP) $(VENV)/.docs
 	find src tests examples benchmarks assets_src -name __pycache__ -type d -exec rm -rf {} + 2>/dev/null || true

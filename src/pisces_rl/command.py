@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any, NoReturn
 
 from . import __version__
 
@@ -62,10 +63,10 @@ LAUNCHED = ("train", "fit-map", "vbench")  # can use several processes: --accele
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors suggest the nearest known words."""
 
-    def __init__(self, *args, **options):
+    def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"allow_abbrev": False} | options)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '([^']*)'|unrecognized arguments: (\S+)", message)
         if wrong:
             choice, option = wrong.groups()
@@ -78,7 +79,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _words(parser: argparse.ArgumentParser, options: bool) -> list[str]:
     """Return the options of a parser and its subparsers, or else their choices."""
-    words = []
+    words: list[str] = []
     for action in parser._actions:
         words += action.option_strings if options else [str(choice) for choice in action.choices or ()]
         if isinstance(action, argparse._SubParsersAction):

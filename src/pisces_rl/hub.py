@@ -6,9 +6,11 @@ TRL's card describes text generation and loads a language model, so this package
 import fnmatch
 import json
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -127,7 +129,7 @@ def model_card(
         components or {},
     )
     task = f"{'image' if images else 'text'}-to-{'image' if still else 'video'}"
-    front = {
+    front: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": task,
         "tags": list(dict.fromkeys([*([] if components else ["lora"]), "pisces_rl", task, *tags])),
@@ -190,7 +192,7 @@ def _exports(files: Sequence[str]) -> str:
 
 
 def push_adapter(
-    folder: str | Path,
+    folder: str | os.PathLike,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -295,7 +297,7 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def _is_plain(value) -> bool:
+def _is_plain(value: object) -> bool:
     """Return whether the value's repr is Python code."""
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
@@ -384,7 +386,7 @@ def _videos(folder: Path | None, files: Sequence[str]) -> list[tuple[str, str]]:
     videos = sorted(fnmatch.filter(files, "samples/step_*/*.mp4"))
     shown = []
     for path in [path for path in videos if path.split("/")[1] == videos[-1].split("/")[1]][:_SHOWN_VIDEOS]:
-        stem, listed = PurePosixPath(path).stem, (folder / path).parent / "rewards.json"
+        stem, listed = PurePosixPath(path).stem, (Path(folder or "") / path).parent / "rewards.json"
         prompts = json.loads(listed.read_text(encoding="utf-8"))["prompts"] if listed.exists() else []
         row = int(stem) if stem.isdecimal() else len(prompts)
         shown.append((path, str(prompts[row]) if row < len(prompts) else stem))

@@ -5,6 +5,7 @@ import copy
 import inspect
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -111,7 +112,9 @@ class MemoryEstimate:
         return MemoryEstimate(resident, phases, self.blocks, self.details)
 
 
-def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None = None) -> MemoryEstimate:
+def estimate_memory(
+    pipeline: DiffusionPipeline, args: Any, peft_config: LoraConfig | str | None = None
+) -> MemoryEstimate:
     """Estimate the memory per GPU of the trainer of `args`, with this model and peft_config.
 
     Networks, guidance, recomputation, offloading and the adapter are those of the run; their operators run on fake
@@ -149,7 +152,7 @@ def estimate_memory(pipeline: DiffusionPipeline, args, peft_config: LoraConfig |
             ) from error
 
 
-def _estimate(networks: Networks, args) -> MemoryEstimate:
+def _estimate(networks: Networks, args: Any) -> MemoryEstimate:
     held, weights = args.held(), bytes_of(networks.adapter.values())
     sampled, trained = Recording(networks, held.sampled), Recording(networks, held.trained)
 
@@ -202,7 +205,7 @@ def _estimate(networks: Networks, args) -> MemoryEstimate:
     return MemoryEstimate(resident, phases, networks.blocks, details)
 
 
-def remembered_prompts(args) -> int:
+def remembered_prompts(args: Any) -> int:
     """Return how many prompts a process caches by the end of a run, or the maximum if max_steps is not set."""
     if args.max_steps < 1:
         return REMEMBERED_PROMPTS
@@ -224,8 +227,9 @@ def update_peak(networks: Networks, trained: Recording, step: list[Call], held: 
     A step of a denoiser without an adapter has no backward. If all weights are trained, each gradient is added to
     those of earlier steps, which are not counted here, and freed before the next one is computed.
     """
-    calls, decoder = step * held.graphs, contextlib.nullcontext()
-    if held.decoder is not None:
+    calls = step * held.graphs
+    decoder: contextlib.AbstractContextManager = contextlib.nullcontext()
+    if held.decoder is not None and trained.vae is not None:
         name, (z, *further), kwargs = trained.vae
         with networks.mode:
             frames = held.decode_frames and held.decode_frames * (1 if z.ndim == 5 else held.trained)

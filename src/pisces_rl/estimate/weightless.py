@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import diffusers
 import torch
@@ -77,24 +78,24 @@ def _from_index(path: str, index: dict, dtype: torch.dtype) -> DiffusionPipeline
     return getattr(diffusers, index["_class_name"])(**made)
 
 
-def _component(cls: str, settings, dtype: torch.dtype):
-    if "Tokenizer" in cls:
-        return byte_tokenizer(77 if "CLIP" in cls else 512)
-    if hasattr(diffusers, cls) and issubclass(getattr(diffusers, cls), ConfigMixin):
-        cls = getattr(diffusers, cls)
+def _component(name: str, settings: Any, dtype: torch.dtype) -> Any:
+    if "Tokenizer" in name:
+        return byte_tokenizer(77 if "CLIP" in name else 512)
+    if hasattr(diffusers, name) and issubclass(getattr(diffusers, name), ConfigMixin):
+        cls = getattr(diffusers, name)
         if not issubclass(cls, nn.Module):
             return cls.from_config(settings)
         with torch.device("meta"):
             module = cls.from_config(settings)
         keep = cls._keep_in_fp32_modules or ()
     else:
-        cls = getattr(transformers, cls)
+        cls = getattr(transformers, name)
         config = settings if not isinstance(settings, dict) else cls.config_class(**settings)
         with torch.device("meta"):
             module = cls(config)
         keep = ()  # in bf16, transformers keeps only its "strict" modules; no video text encoder has any
-    for name, parameter in module.named_parameters():
-        if not any(part in name.split(".") for part in keep):
+    for key, parameter in module.named_parameters():
+        if not any(part in key.split(".") for part in keep):
             parameter.data = parameter.data.to(dtype)
     return module.requires_grad_(False).eval()
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,9 @@ from pisces_rl.shapemotion import (
 )
 from pisces_rl.shapemotion.grammar import COLORS, PLURALS, SHAPES
 from pisces_rl.shapemotion.specs import SceneSpecs
+
+if TYPE_CHECKING:
+    from pisces_rl.rewards.semantic import OTSemanticReward
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OF_ANY_SIZE = ("flicker", "frozen", "time_reversed", "shuffled_frames", "noise", "blur", "uniform_noise")
@@ -190,7 +194,7 @@ def _alignment(reward: Callable, clips: CleanClips) -> dict[str, Estimate]:
 
 
 @torch.no_grad()
-def plan_inside_objects(reward, clips: CleanClips) -> dict[str, dict[str, Estimate]]:
+def plan_inside_objects(reward: "OTSemanticReward", clips: CleanClips) -> dict[str, dict[str, Estimate]]:
     """Measure where an object's color and noun attend: the share of their weight on video tokens that show the object.
 
     Shares are computed for the plan, for the attention before and after fusion, and for the tokens themselves (the
@@ -255,7 +259,7 @@ def _naming_words(pieces: list[str], groups: int) -> list[list[bool]]:
 def _shown(clips: CleanClips, rows: Tensor, groups: int) -> Tensor:
     """Return masks (B, F, groups, H, W) of the pixels of each group of objects."""
 
-    layout = clips.layout[rows]
+    layout = clips.layout[rows]  # type: ignore[index]  # clips with objects have one
     first = torch.tensor([clips.scenes[i].groups[0].count for i in rows])[:, None]
     slot = torch.arange(layout.present.shape[1])
     empty = replace(layout, present=torch.zeros_like(layout.present))

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -105,7 +106,7 @@ def export_adapter(
     return written
 
 
-def fitting(adapter: SavedAdapter, model) -> tuple[SavedAdapter, dict[str, nn.Module]]:
+def fitting(adapter: SavedAdapter, model: DiffusionPipeline | nn.Module) -> tuple[SavedAdapter, dict[str, nn.Module]]:
     """Return the adapter keyed by denoiser name, and the matching denoisers of `model`, a pipeline or a denoiser;
     raise a ValueError if they do not fit."""
     if isinstance(model, DiffusionPipeline):
@@ -141,7 +142,7 @@ def _layout_files(adapter: SavedAdapter, format: str) -> dict[str, tuple[dict[st
     return files
 
 
-def _original_files(adapter: SavedAdapter, format: str, model, denoisers: dict[str, nn.Module]) -> dict:
+def _original_files(adapter: SavedAdapter, format: str, model: Any, denoisers: dict[str, nn.Module]) -> dict:
     """Return {path: (tensors, None)} with the names of the original or of ComfyUI."""
     experts = "transformer_2" in adapter.states or getattr(model, "transformer_2", None) is not None
     files = {}
@@ -152,13 +153,13 @@ def _original_files(adapter: SavedAdapter, format: str, model, denoisers: dict[s
     return files
 
 
-def _family(adapter: SavedAdapter, name: str, model, denoiser: nn.Module | None) -> str:
+def _family(adapter: SavedAdapter, name: str, model: Any, denoiser: nn.Module | None) -> str:
     """Return a denoiser's family name; raise a ValueError if it is unknown or the file records another."""
     by_class = {cls: family for family, content in FAMILIES.items() for cls in content.classes}
     noted = (adapter.configs[name].auto_mapping or {}).get("base_model_class")
     if denoiser is not None:
         classes = [cls.__name__ for cls in type(denoiser).__mro__]
-        given = next((cls for cls in classes if cls in by_class), classes[0])
+        given: Any = next((cls for cls in classes if cls in by_class), classes[0])
     else:
         given = model if model is not None else noted
     family = given if given in FAMILIES else by_class.get(given)

@@ -4,6 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -67,7 +68,7 @@ def merge_adapter(
             )
     for name, denoiser in denoisers.items():
         for module in adapter.configs[name].target_modules:
-            weight = denoiser.get_submodule(module).weight
+            weight: Any = denoiser.get_submodule(module).weight
             if not weight.is_floating_point() or weight.dtype.itemsize == 1 or type(weight) is not nn.Parameter:
                 raise ValueError(
                     f"{module} of {name} is a {type(weight).__name__} of {weight.dtype}, which cannot be merged "

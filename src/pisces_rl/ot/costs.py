@@ -1,6 +1,8 @@
 """Costs between two batches of points, differentiable, in fp32 (fp64 inputs stay fp64)."""
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ _PRODUCTS = {_aten.mm.default, _aten.bmm.default, _aten.addmm.default, _aten.bad
 class _InDoublePrecision(TorchDispatchMode):
     """A mode, for this thread only, that computes products of fp32 tensors in fp64 and rounds the result."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict | None = None) -> Any:
         if func not in _PRODUCTS or args[0].dtype != torch.float32:
             return func(*args, **kwargs or {})
         args = [arg.double() if isinstance(arg, Tensor) else arg for arg in args]
@@ -22,14 +24,14 @@ class _InDoublePrecision(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def exact_products(device: torch.device):
+def exact_products(device: torch.device) -> Iterator[None]:
     """Disable autocast and avoid TF32 and bf16 in matrix products.
 
     Torch's precision setting applies to all threads, so changing it here would change what the denoiser computes at
     the same time. If the setting is reduced, products run in fp64 instead.
     """
-    backend = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
-    reduced = backend.fp32_precision in ("tf32", "bf16")
+    settings: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    reduced = settings.matmul.fp32_precision in ("tf32", "bf16")
     with torch.autocast(device.type, enabled=False), _InDoublePrecision() if reduced else contextlib.nullcontext():
         yield
 

@@ -1,6 +1,7 @@
 """Debiased Sinkhorn divergence between groups of points and a fixed bank, with each point's share of it."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class BankDivergence:
                 f"weights: expected ({len(bank)},) finite numbers >= 0, not all 0, got {tuple(self.weights.shape)}."
             )
         self.weights = self.weights / self.weights.sum()
-        self.settings = dict(
+        self.settings: dict[str, Any] = dict(
             reg=blur**2,
             reach=None if reach is None else reach**2,
             tolerance=tolerance,

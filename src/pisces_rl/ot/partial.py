@@ -4,6 +4,7 @@ The three differ at any finite reg, and none approximates another; docs/ot.md me
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +81,14 @@ def partial_transport_plan(
     whole = masked.empty | (mass >= most * (1 - WHOLE))
     some, others = masked.check(whole.any(), (~whole).any())
 
-    def fields(rows: Tensor, bounded: bool) -> list[Tensor]:
+    def fields(rows: Tensor, bounded: bool) -> Sequence[Tensor]:
         constraint = Bounded(mass[rows]) if bounded else Balanced()
         if reference == "product":
             part = _Problems(problems.cost.detach()[rows], problems.a[rows], problems.b[rows], True, problems.slack)
             return part.fields(float(reg), constraint, tolerance, max_iterations, solver)
-        part = masked[rows]
-        part.alpha, part.beta = (part.a > 0).to(part.a), (part.b > 0).to(part.b)
-        return solve_checked(part, float(reg), constraint, tolerance, max_iterations, solver, stacklevel=4)
+        cells = masked[rows]
+        cells.alpha, cells.beta = (cells.a > 0).to(cells.a), (cells.b > 0).to(cells.b)
+        return solve_checked(cells, float(reg), constraint, tolerance, max_iterations, solver, stacklevel=4)
 
     parts = [
         (rows.nonzero()[:, 0], bounded)
@@ -98,7 +99,7 @@ def partial_transport_plan(
     for rows, bounded in parts:
         solved.append(fields(rows, bounded))
     order = torch.cat([rows for rows, _ in parts]).argsort()
-    return problems.finish(*(torch.cat(columns)[order] for columns in zip(*solved)), tolerance)
+    return problems.finish([torch.cat(columns)[order] for columns in zip(*solved)], tolerance)
 
 
 def dummy_point_transport_plan(
@@ -142,7 +143,7 @@ def dummy_point_transport_plan(
         extended, float(reg), Balanced(), tolerance, max_iterations, solver, stacklevel=3
     )
     plan, f, g = plan[:, :rows, :columns], f[:, :rows], g[:, :columns]
-    return problems.finish(plan, value, error, iterations, f, g, tolerance)
+    return problems.finish((plan, value, error, iterations, f, g), tolerance)
 
 
 def pisces_plan(

@@ -6,7 +6,9 @@ padding: its row or column of the cost may hold anything and changes nothing. KL
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +62,13 @@ class _DualValue(torch.autograd.Function):
     """A value computed from the cost, with the plan as its gradient (envelope theorem)."""
 
     @staticmethod
-    def forward(ctx, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
+    def forward(ctx: Any, cost: Tensor, value: Tensor, plan: Tensor) -> Tensor:
         ctx.save_for_backward(plan)
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient: Tensor):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (plan,) = ctx.saved_tensors
         return gradient[:, None, None] * plan, None, None
 
@@ -156,17 +158,17 @@ class _Problems:
         self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
     ) -> TransportPlan:
         """Solve with product reference: the fused kernel where it applies, the general solver for the rest."""
-        return self.finish(*self.fields(reg, constraint, tolerance, max_iterations, solver), tolerance)
+        return self.finish(self.fields(reg, constraint, tolerance, max_iterations, solver), tolerance)
 
     def fields(
         self, reg: float, constraint: Constraint, tolerance: float, max_iterations: int, solver: str
-    ) -> list[Tensor]:
+    ) -> Sequence[Tensor]:
         """Return the fields of `TransportPlan`."""
         if solver != "native" or not fused.serves(self.cost, tolerance):
             return solve_checked(self.masked(), reg, constraint, tolerance, max_iterations, solver, stacklevel=5)
         with full_precision(self.cost.device):
             cost = self.cost.detach()
-            fields = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
+            fields: Sequence[Tensor] = fused.solve(cost, self.a, self.b, reg, constraint, tolerance, max_iterations)
             left = ~(fields[2].cpu() <= tolerance)  # the only synchronisation
             if left.any():
                 left = left.nonzero()[:, 0].to(cost.device)
@@ -183,10 +185,10 @@ class _Problems:
             return Masked(self.cost.detach(), self.a, self.b, self.a, self.b, nothing, True, {}, self.slack)
         return Masked.of(self.cost.detach(), self.a, self.b, self.slack)
 
-    def finish(self, plan: Tensor, value: Tensor, *rest: Tensor) -> TransportPlan:
-        *rest, tolerance = rest
+    def finish(self, fields: Sequence[Tensor], tolerance: float) -> TransportPlan:
+        plan, value, *rest = fields
         fields = (plan, _DualValue.apply(self.cost, value, plan), *rest)
-        return TransportPlan(*(x if self.batched else x[0] for x in fields), tolerance)
+        return TransportPlan(*(x if self.batched else x[0] for x in fields), tolerance)  # type: ignore[arg-type, call-arg]
 
 
 @dataclass
@@ -223,7 +225,7 @@ class Masked:
 
     def __getitem__(self, rows: Tensor) -> "Masked":
         parts = (x[rows] for x in (self.cost, self.a, self.b, self.alpha, self.beta, self.empty))
-        return Masked(*parts, self.full, {}, self.slack)
+        return Masked(*parts, self.full, {}, self.slack)  # type: ignore[arg-type, call-arg]
 
     def check(self, *extra: Tensor) -> list[float]:
         """Raise the first flagged error; return the values of the `extra` scalars, read in the same wait."""
@@ -242,7 +244,7 @@ def solve_checked(
     max_iterations: int,
     solver: str,
     stacklevel: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Return the fields of `TransportPlan` from one of `SOLVERS`, for any reference and any pattern of cells.
 
     `stacklevel` makes the warning point at the user's call.

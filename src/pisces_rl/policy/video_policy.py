@@ -12,6 +12,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -111,7 +112,7 @@ class VideoPolicy(nn.Module):
         self.prompt_memo = PromptMemo(pipeline.encode_prompt, pad=unmasked, during=lambda: resident(encoders))
         self.skipped_outputs: dict[tuple, tuple] = {}  # denoiser, call, rows per video -> output on meta, its videos
         self._codec: LatentCodec | None = None
-        self.record = contextlib.nullcontext
+        self.record: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.vae_dtype = vae_dtype
         set_decoder(
             pipeline,
@@ -143,7 +144,7 @@ class VideoPolicy(nn.Module):
         are used, see `offload.place`. Call this after adding adapters."""
         place(self.pipeline, device, offload)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "VideoPolicy":
         """Stay in eval mode: dropout would make the replay differ from the sampling pass."""
         return super().train(False)
 
@@ -154,7 +155,7 @@ class VideoPolicy(nn.Module):
 
         A denoiser class without support for it (UNet3DConditionModel) only warns.
         """
-        as_it_is = None, {}, {"use_reentrant": False}
+        as_it_is: tuple = None, {}, {"use_reentrant": False}
         if activation_checkpointing_kwargs not in as_it_is or every_n_layers != 1 or offload:
             raise ValueError(
                 f"activation checkpointing of denoisers takes no options: got {activation_checkpointing_kwargs}, "
@@ -240,7 +241,7 @@ class VideoPolicy(nn.Module):
         """Return the largest `number` of the ranks that share weights, so that all call denoisers equally often."""
         return number if self.mesh is None else largest_over_ranks(number, self.mesh)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
         """Call `activation_checkpointing_enable`; transformers before 5.18 uses this name."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
@@ -349,7 +350,7 @@ class VideoPolicy(nn.Module):
     ) -> Tensor:
         """Return deterministic samples' latents before decoding, in the scheduler's layout, without gradients."""
 
-        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor:
+        def one_call(session: DifferentiableSampling, seeds: list[int]) -> Tensor | None:
             run_until_left(session, seeds, "latent")
             return session.final
 
@@ -422,7 +423,7 @@ class VideoPolicy(nn.Module):
         step: int,
         state: Tensor | None = None,
         grad: bool = False,
-        **overrides,
+        **overrides: Any,
     ) -> Prediction:
         """Return the model's prediction from noised videos at one step of the schedule.
 
@@ -441,7 +442,7 @@ class VideoPolicy(nn.Module):
         rows = list(rows)
         given = rollout.clean_rows(rows) if state is None and step else state
 
-        def one_call(session: OneStep, seeds: list[int]) -> Prediction:
+        def one_call(session: OneStep, seeds: list[int]) -> Prediction | None:
             run_until_left(session, seeds, "latent")
             return session.found
 

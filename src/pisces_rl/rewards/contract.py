@@ -26,7 +26,8 @@ NAME_x is stored as NAME_i_x.
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,10 @@ from .signature import layers, parameters_of
 
 OVERSHOOT = 0.1  # tolerance outside [0, 1]: decoders overshoot slightly, while 0..255 or -1..1 must be rejected
 
-RewardFunc = Callable[..., Sequence[float | None] | Tensor]
+Values = Sequence[float | None] | np.ndarray | Tensor
+RewardFunc = Callable[..., Values | Awaitable[Values]]
+#: What a panel and the trainers take: a reward, its name for `load_reward`, or several of them.
+RewardFuncs = RewardFunc | str | Sequence[RewardFunc | str] | nn.ModuleList | None
 
 
 class RewardError(RuntimeError):
@@ -97,7 +101,7 @@ def reward_name(func: RewardFunc) -> str:
     return name
 
 
-def _attribute(func: RewardFunc, attribute: str, default: object) -> object:
+def _attribute(func: RewardFunc, attribute: str, default: object) -> Any:
     """Return an attribute from the outermost layer (wrapper, partial or wrapped function) that has it."""
     return next((getattr(layer, attribute) for layer in layers(func) if hasattr(layer, attribute)), default)
 
@@ -165,7 +169,7 @@ def check_prompts(prompts: Sequence[str], special: Sequence[str], owner: str) ->
             raise ValueError(f"prompts: {prompt!r} contains {held[0]!r}, a special token of {owner}; remove it.")
 
 
-def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
+def checked_values(name: str, values: Any, prompts: Sequence[str]) -> Tensor:
     """Return a reward's values as (B,) fp32 on the CPU, NaN for None.
 
     Raises:
@@ -190,8 +194,8 @@ def checked_values(name: str, values, prompts: Sequence[str]) -> Tensor:
             f"reward {name!r} returned {len(values)} values for {len(prompts)} videos; return one float (or None) "
             "per video, in order."
         )
-    numbers = [math.nan if value is None else value for value in values]
-    numbers = torch.tensor(numbers, dtype=torch.float32, device="cpu")
+    known = [math.nan if value is None else value for value in values]
+    numbers = torch.tensor(known, dtype=torch.float32, device="cpu")
     for row, value in enumerate(values):
         if value is not None and not numbers[row].isfinite():
             raise RewardError(

@@ -96,7 +96,7 @@ def load_features(folder: str | Path, samples: float = math.inf) -> Features:
     processes = json.loads((folder / CARD).read_text(encoding="utf-8"))["processes"]
     files = [path for process in range(processes) for path in sorted(folder.glob(f"{process}-*.safetensors"))]
     shards = [load_file(path) for path in files]
-    found = {}
+    found: dict[str, Tensor] = {}
     for name in ("text", "video"):
         if not any((shard[f"{name}_rows"] < samples).any() for shard in shards):
             raise ValueError(f"samples: {folder} holds no {name} features.")
@@ -132,8 +132,11 @@ def _chunks(samples: Iterable, size: int) -> Iterator[list]:
 def _encode(encoder: VideoTextEncoder, shard: list, batch_size: int, hidden: bool) -> dict[str, Tensor]:
     """Encode a shard; return features of texts and videos, and the rows that they belong to."""
     texts = [(row, text) for row, _, text in shard if text is not None]
-    encode = {"text": encoder.encode_text, "video": lambda videos: encoder.encode_video(torch.stack(videos))}
-    out = {}
+    encode: dict[str, Callable] = {
+        "text": encoder.encode_text,
+        "video": lambda videos: encoder.encode_video(torch.stack(videos)),
+    }
+    out: dict[str, Tensor] = {}
     for name, batches in (("text", _chunks(texts, batch_size)), ("video", _videos(shard, batch_size, hidden))):
         rows, features = [], [torch.zeros(0, encoder.dimension)]
         for batch in batches:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 
 
 def load_function(name: str, known: Sequence[str] = ()) -> Callable:
@@ -80,10 +80,11 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
     sys.path += [str(folder) for folder in folders if str(folder) not in sys.path]
     importlib.invalidate_caches()  # neighbouring files may be newer than the import caches
     _check_neighbours(name, path, folders, content)
-    spec = importlib.util.spec_from_file_location(own, path, loader=_SourceLoader(own, str(path)))
-    module = sys.modules[own] = importlib.util.module_from_spec(spec)
+    loader = _SourceLoader(own, str(path))
+    spec = importlib.util.spec_from_file_location(own, path, loader=loader)
+    module = sys.modules[own] = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]  # a loader is given
     try:
-        spec.loader.exec_module(module)
+        loader.exec_module(module)
     except BaseException:
         del sys.modules[own]
         raise
@@ -93,7 +94,7 @@ def _module_of_file(name: str, path: Path) -> ModuleType:
 class _SourceLoader(SourceFileLoader):
     """A loader without bytecode, which would count as current after an edit within a second at equal size."""
 
-    def get_code(self, fullname: str):
+    def get_code(self, fullname: str) -> CodeType | None:
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
@@ -102,7 +103,7 @@ def _check_neighbours(name: str, path: Path, folders: list[Path], content: bytes
     tree = ast.parse(content, filename=str(path))
     for node in ast.walk(tree):
         imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+        imported += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
         for top in {module.split(".")[0] for module in imported}:
             beside = [p for folder in folders for p in (folder / f"{top}.py", folder / top / "__init__.py")]
             beside = [p for p in beside if p.is_file()]

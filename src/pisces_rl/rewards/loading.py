@@ -5,16 +5,17 @@ import importlib
 import inspect
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
+import torch
 from safetensors.torch import load_file
 
 from pisces_rl.assets import asset_path
 from pisces_rl.ot.maps import TransportMap
 from pisces_rl.ot.plans import check_solver
-from pisces_rl.rewards.contract import move
+from pisces_rl.rewards.contract import RewardFunc, move
 from pisces_rl.rewards.encoders import VideoTextEncoder
 from pisces_rl.rewards.encoders.load_encoder import shared_encoder
 from pisces_rl.rewards.encoders.tiny_vtm import CARD
@@ -72,9 +73,9 @@ def load_reward(
     ot_map: str | Path | None = None,
     attention: OTAttention | dict | None = None,
     offload: str | None = None,
-    device: str | None = None,
-    **options,
-) -> Callable:
+    device: str | torch.device | None = None,
+    **options: Any,
+) -> RewardFunc:
     """Load a reward by name. Rewards that name the same encoder share it.
 
     Args:
@@ -108,6 +109,7 @@ def load_reward(
             options.setdefault("device", device)
         return kind(name=name, **options)
     if name not in REWARDS:
+        function: RewardFunc
         if name.startswith(("http://", "https://")):
             function = remote_reward(name)
         elif name.startswith(("vlm+http://", "vlm+https://")):
@@ -170,7 +172,7 @@ def _split_options(name: str) -> tuple[str, dict]:
     return name, options
 
 
-def _read(text: str):
+def _read(text: str) -> Any:
     """Parse a number, a JSON object (arguments of `OTAttention`) or a comma-separated list, else return the text."""
     for read in (json.loads if text.startswith("{") else int, float):
         try:
@@ -181,7 +183,7 @@ def _read(text: str):
     return [_read(part) for part in text.split(",")] if "," in text else text
 
 
-def _moved(reward: Callable, device: str | None) -> Callable:
+def _moved(reward: RewardFunc, device: torch.device | str | None) -> RewardFunc:
     if device is not None:
         move(reward, device)
     return reward
@@ -197,7 +199,7 @@ def _scorer(name: str) -> type:
     return getattr(importlib.import_module(f"pisces_rl.rewards.scorers.{module}"), kind)
 
 
-def _check_used(name: str, kind: type, given: list[str], left_out: set[str | None]) -> None:
+def _check_used(name: str, kind: type, given: list[str], left_out: set[str]) -> None:
     """Raise a ValueError if the reward does not use one of the given options."""
     takes = [option for option in inspect.signature(kind).parameters if option not in left_out]
     unused = sorted(set(given) - set(takes))

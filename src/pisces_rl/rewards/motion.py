@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def temporal_smoothness(videos: Tensor, **kwargs) -> Tensor:
+def temporal_smoothness(videos: Tensor, **kwargs: object) -> Tensor:
     """Return 1 - mean |x_{t+1} - 2 x_t + x_{t-1}|, 1 for a still or steadily fading clip.
 
     Args:
@@ -18,7 +18,7 @@ def temporal_smoothness(videos: Tensor, **kwargs) -> Tensor:
     return 1 - acceleration.abs().flatten(1).mean(1)
 
 
-def motion_amount(videos: Tensor, **kwargs) -> Tensor:
+def motion_amount(videos: Tensor, **kwargs: object) -> Tensor:
     """Return mean |x_{t+1} - x_t|: how much the pixels change between frames. 0 for a frozen clip.
 
     Args:
@@ -32,7 +32,7 @@ def motion_amount(videos: Tensor, **kwargs) -> Tensor:
     return (videos[:, 1:] - videos[:, :-1]).abs().flatten(1).mean(1)
 
 
-def exposure(videos: Tensor, **kwargs) -> Tensor:
+def exposure(videos: Tensor, **kwargs: object) -> Tensor:
     """Return 1 - 2 |mean brightness - 1/2|: 1 for a clip of medium brightness, 0 for black or white.
 
     Args:
@@ -45,4 +45,4 @@ def exposure(videos: Tensor, **kwargs) -> Tensor:
 
 
 for _reward in (temporal_smoothness, motion_amount, exposure):
-    _reward.differentiable = True
+    _reward.differentiable = True  # type: ignore[attr-defined]

@@ -85,7 +85,7 @@ class OTAttention:
     tolerance: float = 1e-3
     drawings: list[Drawing] | None = field(default=None, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value, allowed in (("plan", self.plan, PLANS), ("fusion", self.fusion, FUSIONS)):
             if value not in allowed:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(allowed)}.")
@@ -106,9 +106,11 @@ class OTAttention:
             raise ValueError(
                 f"floor={self.floor!r}: the arithmetic fusion has no floor; choose 'log' or 'gated', or 0."
             )
-        for name, value in (("layers", self.layers), ("heads", self.heads)):
-            if value is not None and not _is_list_of_numbers(value):
-                raise ValueError(f"{name}={value!r}: expected a list of numbers >= 0, at least one, or None for all.")
+        for name, numbers in (("layers", self.layers), ("heads", self.heads)):
+            if numbers is not None and not _is_list_of_numbers(numbers):
+                raise ValueError(
+                    f"{name}={numbers!r}: expected a list of numbers >= 0, at least one, or None for all."
+                )
 
     @property
     def reach(self) -> float | None:
@@ -176,9 +178,19 @@ class BoundOTAttention:
         if not s.normalise or s.solver != "native" or s.plan not in ("unbalanced", "balanced") or not served:
             return None
         heads = logits.shape[1] if s.temporal or s.spatial else 1
-        constraint = Balanced() if s.plan == "balanced" else Penalised(s.reach)
+        constraint = Balanced() if s.reach is None else Penalised(s.reach)
 
-        def weights(query, key, logits, words, columns, frame, place, a, b):
+        def weights(
+            query: Tensor,
+            key: Tensor,
+            logits: Tensor,
+            words: Tensor,
+            columns: Tensor,
+            frame: Tensor,
+            place: Tensor,
+            a: Tensor,
+            b: Tensor,
+        ) -> tuple[Tensor, Tensor]:
             cost = fused.costs(query, key, logits, scaling, words, columns, frame, place, s.temporal, s.spatial)
             plan, _, error, *_ = fused_plans.solve(
                 cost.flatten(0, 1), a, b, s.reg, constraint, s.tolerance, fused_plans.MAX_ITERATIONS
@@ -227,7 +239,8 @@ class BoundOTAttention:
     def weights_of(self, heads: int) -> tuple[Tensor, Tensor]:
         """Repeat the weights for each head, (B heads, N) and (B heads, M)."""
         if heads not in self.repeated:
-            self.repeated[heads] = tuple(weights.repeat_interleave(heads, 0) for weights in self.weights)
+            a, b = self.weights
+            self.repeated[heads] = a.repeat_interleave(heads, 0), b.repeat_interleave(heads, 0)
         return self.repeated[heads]
 
     def cost(self, query: Tensor, key: Tensor, logits: Tensor, scaling: float) -> Tensor:
@@ -308,7 +321,7 @@ class BoundOTAttention:
         return bias, torch.where(self.words[:, None], share, 1.0).expand(logits.shape[:3])
 
 
-def _is_list_of_numbers(value) -> bool:
+def _is_list_of_numbers(value: object) -> bool:
     if not isinstance(value, Sequence) or not value:
         return False
     return all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in value)

@@ -6,6 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.distributed import get_rank, is_available, is_initialized
 from .contract import (
     RewardError,
     RewardFunc,
+    RewardFuncs,
     check_reward,
     checked_values,
     is_async,
@@ -51,7 +53,7 @@ class RewardPanel:
 
     def __init__(
         self,
-        funcs: RewardFunc | Sequence[RewardFunc] | None,
+        funcs: RewardFuncs,
         timeout: float = 0.0,
         device: torch.device | str | None = None,
     ):
@@ -64,7 +66,7 @@ class RewardPanel:
         for module in [layer for func in self.funcs for layer in layers(func)]:
             if isinstance(module, nn.Module):
                 module.eval()
-        self.record = contextlib.nullcontext
+        self.record: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def __len__(self) -> int:
         return len(self.funcs)
@@ -77,10 +79,10 @@ class RewardPanel:
 
     @torch.no_grad()
     def __call__(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state: Any = None
     ) -> RewardTable:
         videos = videos.to(self.device)
-        tables: list[RewardTable] = [None] * len(self)
+        tables: dict[int, RewardTable] = {}
         pending, guard = {}, Untouched(videos)
         order = sorted(range(len(self)), key=lambda i: not is_async(self.funcs[i]))  # async first: they run meanwhile
         with Coroutines() as coroutines:
@@ -106,7 +108,7 @@ class RewardPanel:
                 guard.check(*(self.names[i] for i in pending))
         if not tables:
             return RewardTable(torch.full((len(prompts), 0), torch.nan, device="cpu"))
-        return RewardTable.side_by_side(tables, [[i] for i in range(len(self))])
+        return RewardTable.side_by_side([tables[i] for i in range(len(self))], [[i] for i in range(len(self))])
 
     def offload(self, device: torch.device | str) -> None:
         """Set `offload` on rewards that hold weights (`contract.offload`): they compute on `device`, or on the panel's
@@ -131,7 +133,7 @@ class RewardPanel:
 
     @torch.enable_grad()
     def with_gradients(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state=None
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state: Any = None
     ) -> tuple[RewardTable, list[Tensor]]:
         """Return the table and, per reward, the gradient of its sum over samples with respect to the videos.
 
@@ -171,7 +173,7 @@ class RewardPanel:
         return table, gradients
 
     def _offer(
-        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state, width: int
+        self, prompts: list[str], videos: Tensor, columns: dict[str, list], trainer_state: Any, width: int
     ) -> tuple[RewardTable, Callable[[str], dict]]:
         """Return an empty table of `width` rewards and a function that maps a reward's name to the arguments on offer;
         what the reward logs goes into the table."""
@@ -215,7 +217,7 @@ class RewardPanel:
 
         return table, offered
 
-    def _call(self, name: str, func: RewardFunc, offered: dict):
+    def _call(self, name: str, func: RewardFunc, offered: dict) -> Any:
         with _named(name), self._limited(name):
             positional, named = arguments(func, offered)
             return func(*positional, **named)
@@ -242,7 +244,7 @@ class RewardPanel:
                 raise RewardError(f"{self._timeout_message(name)} {unanswered(func)}".rstrip()) from error
 
 
-def _as_list(funcs) -> list:
+def _as_list(funcs: Any) -> list:
     """Return a list of rewards from one or several; a `torch.nn.ModuleList` counts as several."""
     if isinstance(funcs, (Mapping, Set, nn.ModuleDict)):
         raise ValueError(
@@ -277,10 +279,10 @@ class _named:
     def __init__(self, name: str):
         self.name = name
 
-    def __enter__(self):
+    def __enter__(self) -> "_named":
         return self
 
-    def __exit__(self, kind, error, traceback):
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> Literal[False]:
         if isinstance(error, Exception) and not isinstance(error, RewardError):
             advice = (
                 ""

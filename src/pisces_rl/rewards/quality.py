@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,16 +71,16 @@ class OTQualityReward(EncoderReward):
         self.encoder, self.ot_map, self.micro_batch = encoder, ot_map, micro_batch
         self.cosine_weight, self.divergence_weight = cosine_weight, divergence_weight
         self.compares_videos = bool(divergence_weight)
-        self.bank = bank
-        if divergence_weight and not isinstance(bank, BankDivergence):
+        self.bank: Any = bank  # a BankDivergence, if it is used
+        if bank is not None and not isinstance(bank, BankDivergence):
             from pisces_rl.ot.metrics import default_blur
 
             blur = default_blur(bank) if blur is None else blur
-            chosen = {} if solver is None else {"solver": solver}
+            chosen: dict[str, Any] = {} if solver is None else {"solver": solver}
             self.bank = BankDivergence(bank.to(encoder.offload or encoder.device), blur=blur, **chosen)
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> Tensor:
         check_inputs(prompts, videos)
         with shared_encodings():
             x = video_features(self.encoder, videos, self.micro_batch).pooled

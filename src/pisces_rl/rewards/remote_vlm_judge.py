@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import contextlib
 import difflib
 import io
 import json
@@ -11,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import torch
@@ -104,7 +104,7 @@ class RemoteVLMJudge:
         self.model, self.__name__ = model, name
         if not re.match(r"https?://[^/?]+[^?]*$", url):
             raise ValueError(f"url={masked(url)!r}: expected http://host:port/v1.")
-        files = question if isinstance(question, (list, tuple)) else [question]
+        files: Sequence[Any] = question if isinstance(question, (list, tuple)) else [question]
         self.questions = {Path(str(file)).stem: read_question(file) for file in files}
         if not files or len(self.questions) < len(files):
             raise ValueError(f"question={[str(file) for file in files]}: expected files with different names.")
@@ -299,9 +299,11 @@ class RemoteVLMJudge:
             lambda body: (_choice(body), (json.loads(body).get("usage") or {}).get("prompt_tokens")),
         )
 
-    def _answers_text(self, text: str) -> bool | None:
-        with contextlib.suppress(Failed):
+    def _answers_text(self, text: str) -> bool:
+        try:
             return bool(self._try([], text))
+        except Failed:
+            return False
 
     def _endpoint_error(self, why: str) -> ValueError:
         return ValueError(f"reward {self.__name__!r}, model {self.model!r} of {self.url}: {why}")
@@ -315,7 +317,7 @@ def remote_vlm_judge(name: str) -> RemoteVLMJudge:
     Raises ValueError as `RemoteVLMJudge` does, and for a missing model or an unknown setting. The key is not a
     setting, because names are logged.
     """
-    known = {
+    known: dict[str, Callable[[str], object]] = {
         "model": str,
         "question": str,
         "weights": _numbers,

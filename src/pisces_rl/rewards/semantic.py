@@ -69,7 +69,7 @@ class OTSemanticReward(EncoderReward):
         self.encoder, self.attention, self.micro_batch = matcher, attention, micro_batch
         self.__name__ = name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> Tensor:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> Tensor:
         return self.logits(prompts, videos).softmax(1)[:, 1].to(videos.device)
 
     def logits(self, prompts: Sequence[str], videos: Tensor) -> Tensor:
@@ -91,11 +91,12 @@ class OTSemanticReward(EncoderReward):
         check_inputs(prompts, videos)
         if self.attention is None:
             raise ValueError("attention: without it there are no plans to draw.")
-        attention = replace(self.attention, drawings=[])
+        drawings: list[Drawing] = []
+        attention = replace(self.attention, drawings=drawings)
         with shared_encodings():
             text, video = text_features(self.encoder, prompts), video_features(self.encoder, videos)
             self.encoder.match(text, video, self._fusion(attention, text, video))
-        return text.pieces, video.positions.cpu(), attention.drawings
+        return text.pieces, video.positions.cpu(), drawings
 
     def _fusion(
         self, attention: OTAttention | None, text: TextFeatures, video: VideoFeatures

@@ -4,6 +4,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -40,7 +41,7 @@ def parameters_of(func: Callable) -> Parameters:
     return _parameters(func) if held is None else parameters_of(held)
 
 
-def layers(func: Callable) -> Iterator[Callable]:
+def layers(func: Any) -> Iterator[Any]:
     """Yield a callable and what it wraps, from the outside in: partials, decorated functions, wrappers."""
     while func is not None:
         yield func

@@ -1,8 +1,8 @@
 """A reward for real videos: ask a vision-language model for a score, through transformers."""
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -13,7 +13,7 @@ from pisces_rl.rewards.contract import check_inputs, check_pixels, check_prompts
 from pisces_rl.rewards.offloaded_model import OffloadedModel, first_device
 from pisces_rl.rewards.scorers.frame_scorer import spread
 
-PROMPT = resources.files("pisces_rl.rewards") / "prompts" / "video_alignment.txt"
+PROMPT = Path(__file__).parent / "prompts" / "video_alignment.txt"
 
 
 class VLMJudge(OffloadedModel):
@@ -45,7 +45,7 @@ class VLMJudge(OffloadedModel):
     def __init__(
         self,
         model: str | nn.Module,
-        processor=None,
+        processor: Any = None,
         *,
         question: str | Path = PROMPT,
         scores: Sequence[int] = (1, 2, 3, 4, 5),
@@ -56,13 +56,14 @@ class VLMJudge(OffloadedModel):
         name: str = "vlm_judge",
         offload: str | torch.device | None = None,
     ):
+        network: Any = model
         if isinstance(model, str):
             processor = AutoProcessor.from_pretrained(model) if processor is None else processor
-            model = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
-            model = model.to(first_device(device, offload))
+            network = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype)
+            network = network.to(first_device(device, offload))
         if processor is None:
             raise ValueError("processor: a model object needs its processor.")
-        self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.model, self.processor = network.eval().requires_grad_(False), processor
         self.question = read_question(question)
         self.tokens = digit_tokens(processor.tokenizer, scores)
         self.scores, self.frames, self.batch_size = torch.tensor(scores, dtype=torch.float32), frames, batch_size
@@ -71,7 +72,7 @@ class VLMJudge(OffloadedModel):
             self.offload = offload
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float]:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> list[float]:
         check_inputs(prompts, videos)
         check_pixels(videos)
         check_prompts(prompts, self.processor.tokenizer.all_special_tokens, "the judge's model")
@@ -102,7 +103,7 @@ class VLMJudge(OffloadedModel):
 
 def read_question(file: str | Path) -> str:
     """Read the text of a question. Raises ValueError if it lacks {prompt}."""
-    text = (file if hasattr(file, "read_text") else Path(file)).read_text(encoding="utf-8")
+    text = Path(file).read_text(encoding="utf-8")
     if "{prompt}" not in text:
         raise ValueError(f"question: {file} does not contain {{prompt}}.")
     return text

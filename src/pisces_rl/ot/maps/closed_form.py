@@ -1,6 +1,8 @@
 """Closed-form maps: identity, mean shift, the linear map between Gaussians, and two controls for it: its output with
 shuffled coordinates, and least squares over pairs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -39,7 +41,7 @@ class LinearMap(TransportMap):
     kind = "linear"
     settings = ("shrinkage",)
 
-    def __init__(self, shrinkage: float | None = None, **kwargs):
+    def __init__(self, shrinkage: float | None = None, **kwargs: Any):
         super().__init__(**kwargs)
         if shrinkage is not None and not 0 <= shrinkage <= 1:
             raise ValueError(f"shrinkage={shrinkage}: expected a number in [0, 1], or None.")
@@ -81,7 +83,7 @@ class RegressedMap(TransportMap):
     kind = "regressed"
     settings = ("ridge",)
 
-    def __init__(self, ridge: float = 1e-3, **kwargs):
+    def __init__(self, ridge: float = 1e-3, **kwargs: Any):
         super().__init__(**kwargs)
         if not ridge >= 0:
             raise ValueError(f"ridge={ridge}: expected a number >= 0.")

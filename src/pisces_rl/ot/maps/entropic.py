@@ -1,5 +1,7 @@
 """The debiased entropic map, alone or on top of the linear one."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +43,7 @@ class EntropicMap(TransportMap):
         points_kept: int = 4096,
         seed: int = 0,
         tolerance: float = 1e-3,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if not reg > 0:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,7 +89,7 @@ def fit_best(
         raise ValueError(f"held_out={held_out}: expected a share in (0, 1).")
     if paired and len(source) != len(target):
         raise ValueError(f"paired: expected equally many points, got {len(source)} and {len(target)}.")
-    shared = dict(encoder=encoder, normalise=normalise)
+    shared: dict[str, Any] = dict(encoder=encoder, normalise=normalise)
     maps = [EntropicMap(**shared)] if maps is None else list(maps)
     for m in maps:
         if (m.encoder, m.normalise) != (encoder, normalise):

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as distributed
@@ -82,7 +83,7 @@ class NeuralMap(TransportMap):
         patience: int = 20,
         seed: int = 0,
         device: str | torch.device | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         if skip not in SKIPS:
@@ -136,7 +137,9 @@ class NeuralMap(TransportMap):
             pass
         return self
 
-    def _fit_by_steps(self, source, target, held_out=None, folder=None, progress=False) -> Iterator[int]:
+    def _fit_by_steps(
+        self, source: Any, target: Any, held_out: Any = None, folder: Any = None, progress: bool = False
+    ) -> Iterator[int]:
         """Run `fit`, yielding after each step."""
         rank, world = (
             (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
@@ -187,15 +190,15 @@ class NeuralMap(TransportMap):
                 raise ValueError(f"{name}: expected at least {2 * count} points, got {len(points)}.")
             order = torch.randperm(len(points), generator=torch.Generator().manual_seed(self.seed))
             return points[order[count:]], points[order[:count]]
-        held, count = [], 0
+        first, count = [], 0
         for batch in data:
-            held.append(checked_batch(name, batch))
+            first.append(checked_batch(name, batch))
             count += len(batch)
             if count >= HELD_OUT:
                 break
-        if not held:
+        if not first:
             raise ValueError(f"{name}: the iterable has no points.")
-        return WithoutFirst(data, len(held)), self.points(name, torch.cat(held)[:HELD_OUT])
+        return WithoutFirst(data, len(first)), self.points(name, torch.cat(first)[:HELD_OUT])
 
     def _map(self, x: Tensor) -> Tensor:
         network = body(x.shape[1], self.hidden, x.shape[1]).requires_grad_(False)

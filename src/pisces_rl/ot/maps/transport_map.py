@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ class TransportMap:
         self.tensors: dict[str, Tensor] = {}
         self.report: dict = {}
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         TransportMap._kinds[cls.kind] = cls
 

@@ -46,7 +46,8 @@ class FullWeights:
             denoiser.requires_grad_(False)
         self.classes = {name: type(denoisers[name]) for name in names}  # sharding changes the class
         self.components = {name: cls.__name__ for name, cls in self.classes.items()}
-        self.modules, self.dtypes = {}, Counter()
+        self.modules: dict[str, int] = {}
+        self.dtypes: Counter[torch.dtype] = Counter()
         for name in names:
             self.modules[name] = self._train(name, denoisers[name])
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -37,7 +38,9 @@ PRODUCTS = rf"{PROJECTIONS}|{BLOCKS}\..*(proj_mlp|proj_out)"
 TEXT_OUTPUT = r"(.*\.)?(add_q_proj|to_add_out|(ff_context|txt_ff|txt_mlp)\..*)"
 
 
-def default_lora_config(r: int = 16, lora_alpha: int | None = None, target_modules=None) -> LoraConfig:
+def default_lora_config(
+    r: int = 16, lora_alpha: int | None = None, target_modules: list[str] | str | None = None
+) -> LoraConfig:
     """Return a LoRA config for every attention and feed-forward projection of the denoising blocks; no dropout.
 
     The pattern is anchored to the blocks, so that token refiners and pooled-text attention stay untouched (a suffix
@@ -87,7 +90,7 @@ def _discarded(denoiser: nn.Module, name: str) -> bool:
     if child == "add_q_proj" and getattr(denoiser.get_submodule(parent), "to_add_out", None) is None:
         return True
     inside = re.fullmatch(rf"(\w*blocks)\.(\d+)\.{TEXT_OUTPUT}", name)
-    if inside is None or int(inside[2]) + 1 < len(denoiser.get_submodule(inside[1])):
+    if inside is None or int(inside[2]) + 1 < len([*denoiser.get_submodule(inside[1]).children()]):
         return False
     return not len(getattr(denoiser, "single_transformer_blocks", ()))
 
@@ -133,7 +136,7 @@ def add_lora(
             denoiser.add_adapter(own)
         else:
             inject_adapter_in_model(own, denoiser)
-            denoiser.peft_config = {"default": own}
+            denoiser.peft_config = {"default": own}  # type: ignore[assignment]
         for key, parameter in denoiser.named_parameters():
             if "lora_" in key:
                 parameter.data = parameter.data.float()
@@ -211,11 +214,11 @@ def _fitting(start: SavedAdapter, name: str, denoiser: nn.Module, asked: LoraCon
                 f"{start.source!r} adapts {len(saved)}, and they differ in {other!r}. Leave peft_config out, since "
                 "rank, alpha and modules come from the file."
             )
-    own.target_modules = _exactly(denoiser, saved)
+    own.target_modules = _exactly(denoiser, saved)  # type: ignore[assignment]  # peft stores lists as sets
     return own
 
 
-def _sizes(module: nn.Module | None) -> tuple[int, int] | None:
+def _sizes(module: Any) -> tuple[int, int] | None:
     """Return the input and output features of a linear or convolutional layer, with or without an adapter."""
     module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(module, nn.Linear):
@@ -245,7 +248,8 @@ def _on(name: str, denoiser: nn.Module, config: LoraConfig) -> LoraConfig:
                     f"of {name}; one of these is {chosen[0]!r}."
                 )
     own = copy.copy(config)
-    own.target_modules, own.exclude_modules = _exactly(denoiser, chosen), None
+    own.target_modules = _exactly(denoiser, chosen)  # type: ignore[assignment]
+    own.exclude_modules = None
     return own
 
 
@@ -268,7 +272,7 @@ def _excluded(config: LoraConfig, name: str) -> bool:
 
 
 def _examples(denoiser: nn.Module) -> list[str]:
-    suffixes = {}
+    suffixes: dict[str, None] = {}
     for name, module in denoiser.named_modules():
         if isinstance(module, nn.Linear):
             suffixes.setdefault(re.sub(r"\.\d+\.", ".N.", name), None)

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -54,7 +55,8 @@ def save_lora(pipeline: DiffusionPipeline, folder: str | os.PathLike) -> list[Pa
         for name, d in adapted.items()
     }
     configs = {
-        name: config_dict(d.peft_config["default"]) | {"auto_mapping": _class_note(d)} for name, d in adapted.items()
+        name: config_dict(vars(d)["peft_config"]["default"]) | {"auto_mapping": _class_note(d)}
+        for name, d in adapted.items()
     }
     files = []
     if has_lora_loader(pipeline):
@@ -101,7 +103,7 @@ def readable_by_others(files: list[Path]) -> None:
         path.chmod(path.parent.stat().st_mode & 0o666)
 
 
-def _plain(value):
+def _plain(value: Any) -> Any:
     """Convert a value of a peft config for JSON: a set to a sorted list, anything else to its value or name."""
     return sorted(value) if isinstance(value, (set, frozenset)) else getattr(value, "value", str(value))
 
@@ -164,6 +166,6 @@ def _peft_state(folder: Path) -> dict[str, Tensor]:
     return {k.removeprefix(PEFT_PREFIX): v for k, v in load_file(folder / "adapter_model.safetensors").items()}
 
 
-def _strict(result, folder: Path) -> None:
+def _strict(result: Any, folder: Path) -> None:
     if result is not None and result.unexpected_keys:
         raise ValueError(f"{folder} holds weights that the model does not have: {result.unexpected_keys[:3]}.")

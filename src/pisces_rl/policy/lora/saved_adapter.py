@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ class SavedAdapter:
     def scale(self, name: str, module: str) -> float:
         """Return the scale of B A for a denoiser's module: alpha / r, or alpha / sqrt(r) if rank-stabilised."""
         config = self.configs[name]
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        alpha = config.alpha_pattern.get(get_pattern_key([*config.alpha_pattern], module), config.lora_alpha)
         rank = self.states[name][f"{module}.lora_A.weight"].shape[0]
         return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
@@ -71,7 +72,7 @@ class SavedAdapter:
                 content.update(key.encode() + tensor.numpy().tobytes())
         return content.hexdigest()
 
-    def check_asked(self, config: LoraConfig | None) -> None:
+    def check_asked(self, config: LoraConfig | str | None) -> None:
         """Raise a ValueError if a `peft_config` contradicts the saved adapter's rank or scale."""
         if config is None:
             return
@@ -85,7 +86,7 @@ class SavedAdapter:
                         "since rank, alpha and modules come from the file."
                     )
 
-    def on(self, denoisers: list[str], only: list[str] | None) -> "SavedAdapter":
+    def on(self, denoisers: list[str], only: Sequence[str] | None) -> "SavedAdapter":
         """Return this adapter under the names of a pipeline's denoisers; a ValueError if they do not match, or if they
         are not `only`."""
         names = list(self.states)
@@ -258,7 +259,7 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
         most = max(set(ranks.values()), key=list(ranks.values()).count)
         others = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != most}
         return LoraConfig(
-            r=most, lora_alpha=most, target_modules=modules, rank_pattern=others, alpha_pattern=dict(others)
+            r=most, lora_alpha=most, target_modules=sorted(modules), rank_pattern=others, alpha_pattern=dict(others)
         )
     if options.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{label} is a {options['peft_type']} adapter of peft; only LoRA is supported.")
@@ -287,7 +288,7 @@ def _config(label: str, options: dict, state: dict[str, Tensor]) -> LoraConfig:
     except (TypeError, ValueError) as error:
         raise ValueError(f"{label} is a LoRA that cannot be trained further: {error}") from error
     for module, rank in ranks.items():
-        said = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        said = config.rank_pattern.get(get_pattern_key([*config.rank_pattern], module), config.r)
         if rank != said:
             raise ValueError(f"{label} says rank {said} for {module!r}, whose tensors have rank {rank}.")
     return config

@@ -50,7 +50,7 @@ def without_adapters(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         uncompile_blocks(component)
         unfuse_products(component)
         vars(component).pop("peft_config", None)
-        component._hf_peft_config_loaded = False
+        component._hf_peft_config_loaded = False  # type: ignore[assignment]
         setattr(fresh, name, component)
     return fresh
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..schedule.scheduler import PolicyError
 from ..sessions.pipeline_call import run_until_left
 from ..sessions.session import LeavePipeline, Session, replaced_method
+from .conditions import Conditions
 from .offload import device_of
 
 BASE = 8  # of the digits that send positions through the pipeline; exact also in bf16
@@ -47,7 +48,7 @@ class LatentCodec:
 
     @staticmethod
     @torch.no_grad()
-    def of(policy, prompt: str = "", conditions: dict | None = None) -> "LatentCodec":
+    def of(policy, prompt: str = "", conditions: Conditions | None = None) -> "LatentCodec":
         """Probe a policy's pipeline at its own size, with the conditions of one video if it needs them.
 
         Raises:

@@ -47,7 +47,8 @@ class PromptMemo:
         self.during = during
         self.signature = inspect.signature(encode_prompt)
         self.memory: OrderedDict[Any, Any] = OrderedDict()
-        self.record = contextlib.nullcontext  # see `VideoPolicy.record_with`
+        # see `VideoPolicy.record_with`
+        self.record: Callable[[str], contextlib.AbstractContextManager] = contextlib.nullcontext
 
     def __call__(self, *args, **kwargs):
         self.stack = None

@@ -19,6 +19,7 @@ class _OwnGrid:
     """Base of both grids. Latents are (1 - s) x0 + s e or sqrt(a) x0 + sqrt(1 - a) e, never scaled by sigma."""
 
     init_noise_sigma = 1.0
+    num_inference_steps: int  # of the scheduler's class, as all attributes
 
     def scale_model_input(self, sample: Tensor, timestep=None) -> Tensor:
         return sample

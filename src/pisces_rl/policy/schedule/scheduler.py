@@ -3,6 +3,7 @@
 import copy
 import functools
 import inspect
+from typing import TYPE_CHECKING, Any
 
 from diffusers import (
     CogVideoXDDIMScheduler,
@@ -14,10 +15,14 @@ from diffusers import (
     LTXEulerAncestralRFScheduler,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
 
 from ...transitions import TRANSITIONS, Transition
 from .grids import AlphaGrid, FlowGrid, as_class, on_own_grid
 from .schedules import FlowSchedule, schedule_class, schedule_of
+
+if TYPE_CHECKING:
+    from ..sessions.session import Session
 
 #: Flow-matching schedulers, besides Euler's, whose config does not say that they are.
 OTHER_FLOW = FlowMatchHeunDiscreteScheduler, FlowMatchLCMScheduler, LTXEulerAncestralRFScheduler
@@ -99,7 +104,7 @@ def find_transition(name: str | None, scheduler: SchedulerMixin) -> Transition:
     return TRANSITIONS[name]
 
 
-def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
+def stochastic(scheduler: SchedulerMixin, session: "Session") -> SchedulerMixin:
     """Return a scheduler of the same class whose `step` calls `session.step(prediction, x)`.
 
     Signatures stay those of the class: pipelines inspect them for `eta`, `generator`, `timesteps` and `sigmas`. A copy
@@ -110,21 +115,23 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
     guidance to it), so it goes to the class and is not a step. The call with `pred_original_sample` is the step, and
     x0^ is its prediction.
     """
-    base = type(scheduler)
+    base: Any = type(scheduler)
     asks_first = schedule_class(scheduler).predicts_clean
 
     class Stochastic(base):
         @functools.wraps(base.set_timesteps)
-        def set_timesteps(self, *args, **kwargs):
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             super().set_timesteps(*args, **kwargs)
             if not asks_first and hasattr(
                 self, "sigmas"
             ):  # some pipelines read one at each step, which would wait for the device
-                self.sigmas = self.sigmas.cpu()
+                self.sigmas: Tensor = self.sigmas.cpu()
             _check_grid(self, session)
             session.begin(self)
 
-        def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        def step(
+            self, model_output: Any, timestep: Any, sample: Any, *args: Any, return_dict: bool = True, **kwargs: Any
+        ) -> Any:
             if asks_first and kwargs.get("pred_original_sample") is None:
                 return super().step(model_output, timestep, sample, *args, return_dict=return_dict, **kwargs)
             if session.index == 0:  # not earlier: a pipeline may change its sigmas after set_timesteps
@@ -134,21 +141,23 @@ def stochastic(scheduler: SchedulerMixin, session) -> SchedulerMixin:
                 self._step_index = session.index  # it scales the model's input by this index
             return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
-        def __deepcopy__(self, memo):
+        def __deepcopy__(self, memo: dict) -> SchedulerMixin:
             return _follower(self, base, session, memo)
 
-    Stochastic.step.__signature__ = inspect.signature(base.step)
+    Stochastic.step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     Stochastic.__name__ = base.__name__
     return as_class(scheduler, Stochastic)
 
 
-def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> SchedulerMixin:
+def _follower(scheduler: SchedulerMixin, base: Any, session: "Session", memo: dict) -> SchedulerMixin:
     """Return a copy of a stochastic scheduler that steps as its class does and tells the session of each step."""
     session.followers += 1
     number = session.followers
 
     class Follower(base):
-        def step(self, model_output, timestep, sample, *args, return_dict=True, **kwargs):
+        def step(
+            self, model_output: Any, timestep: Any, sample: Any, *args: Any, return_dict: bool = True, **kwargs: Any
+        ) -> Any:
             try:
                 own = super().step(model_output, timestep, sample, *args, return_dict=False, **kwargs)[0]
             except ValueError as error:  # a timestep of a schedule that the pipeline made for its own solver
@@ -157,20 +166,20 @@ def _follower(scheduler: SchedulerMixin, base: type, session, memo: dict) -> Sch
             self.steps_taken += 1
             return SchedulerOutput(prev_sample=x_next) if return_dict else (x_next,)
 
-    Follower.step.__signature__ = inspect.signature(base.step)
+    Follower.step.__signature__ = inspect.signature(base.step)  # type: ignore[attr-defined]
     Follower.__name__ = base.__name__
     follower = as_class(scheduler, Follower)
     follower.steps_taken = 0
     return follower
 
 
-def _check_grid(scheduler: SchedulerMixin, session) -> None:
+def _check_grid(scheduler: SchedulerMixin, session: "Session") -> None:
     """Check that a flow grid lies in [0, 1] and that a solver's grid has one timestep per step, with falling noise.
 
     x_s = (1 - s) x0 + s e needs s in [0, 1]; Cosmos 2 puts EDM's sigmas, up to 80, into a flow scheduler.
     """
     pipeline, name = type(session.policy.pipeline).__name__, type(scheduler).__name__
-    schedule = schedule_class(scheduler)
+    schedule: Any = schedule_class(scheduler)
     if issubclass(schedule, FlowSchedule) and float(scheduler.sigmas.max()) > 1:
         raise PolicyError(
             f"{pipeline} runs {name} with sigmas up to {float(scheduler.sigmas.max()):g}: a flow-matching schedule "

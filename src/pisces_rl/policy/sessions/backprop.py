@@ -3,9 +3,11 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
@@ -13,6 +15,9 @@ from ..schedule.scheduler import PolicyError
 from .one_step import seeded_noise
 from .pipeline_call import run_until_left, videos_of
 from .session import LeavePipeline, Session, replaced_method, starts_without_followed
+
+if TYPE_CHECKING:
+    from ..video_policy import VideoPolicy
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class DifferentiableSampling(Session):
 
     def __init__(
         self,
-        policy,
+        policy: "VideoPolicy",
         prompts: Sequence[str],
         start: int,
         jump: bool = False,
@@ -75,7 +80,7 @@ class DifferentiableSampling(Session):
         """Number of latent frames of a video, if frames are decoded one by one."""
         return self.final.shape[2] if self.final.ndim == 5 else self.final.shape[0] // len(self.prompts)
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         super().begin(scheduler)
         torch.set_grad_enabled(self.start == 0 and self.decode)
 
@@ -122,13 +127,13 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
     decode = vae.decode
     done = 0  # frames decoded so far, if they are decoded one by one
 
-    def clip(z: Tensor, *args, **kwargs) -> Tensor:
+    def clip(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if checkpointed and z.requires_grad:
             with set_checkpoint_early_stop(False):  # EasyAnimate's decoder clears its frame cache at the very end
                 return checkpoint(lambda z: decode(z, *args, return_dict=False, **kwargs)[0], z, use_reentrant=False)
         return decode(z, *args, return_dict=False, **kwargs)[0]
 
-    def frames(z: Tensor, *args, **kwargs) -> Tensor:
+    def frames(z: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         nonlocal done
         of_video = torch.arange(done, done + len(z)) % session.frames
         done += len(z)
@@ -143,7 +148,7 @@ def decoding(session: DifferentiableSampling, part: DecodedPart | None, checkpoi
             return video
         return video.new_zeros(len(z), *video.shape[1:]).index_put((rows,), video).index_put((~rows,), rest)
 
-    def entry(_, z: Tensor, *args, return_dict: bool = True, **kwargs):
+    def entry(_: Any, z: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         if part is not None and z.ndim == 5:
             z = z[:, :, part.of(z.shape[2])]
         video = (clip if part is None or z.ndim == 5 else frames)(z, *args, **kwargs)

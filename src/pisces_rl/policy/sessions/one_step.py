@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ..schedule.scheduler import PolicyError
 from .session import LeavePipeline, Session, starts_without_followed
+
+if TYPE_CHECKING:
+    from ..video_policy import VideoPolicy
 
 
 @dataclass
@@ -30,7 +35,8 @@ class Prediction:
     def cat(parts: Sequence["Prediction"]) -> "Prediction":
         """Join the predictions of all videos, in order."""
         latents = [f.name for f in fields(Prediction) if f.name != "time"]
-        return Prediction(*(torch.cat([getattr(p, name) for p in parts]) for name in latents), parts[0].time)
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in latents}
+        return Prediction(**joined, time=parts[0].time)
 
 
 class OneStep(Session):
@@ -48,7 +54,7 @@ class OneStep(Session):
 
     def __init__(
         self,
-        policy,
+        policy: "VideoPolicy",
         prompts: Sequence[str],
         at: int,
         latents: Tensor | None,
@@ -64,7 +70,7 @@ class OneStep(Session):
     def needs_prediction(self) -> bool:
         return self.index == self.at
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         super().begin(scheduler)
         if not 0 <= self.at < len(scheduler.timesteps):
             raise ValueError(f"step={self.at} must be from 0 to {len(scheduler.timesteps) - 1}, the schedule's last.")

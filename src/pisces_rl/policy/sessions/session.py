@@ -4,14 +4,19 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from ...transitions import log_prob
 from ..rollout import Rollout
 from ..schedule.scheduler import PolicyError
 from ..schedule.schedules import Schedule
+
+if TYPE_CHECKING:
+    from ..video_policy import VideoPolicy
 
 
 @dataclass
@@ -44,7 +49,7 @@ class LeavePipeline(BaseException):
 
 
 @contextlib.contextmanager
-def replaced_method(owner, name: str, method: Callable) -> Iterator[None]:
+def replaced_method(owner: object, name: str, method: Callable) -> Iterator[None]:
     """Make `owner.name(...)` call method(original method, ...) while the context is open."""
     own, before = getattr(owner, name), vars(owner).get(name)
     setattr(owner, name, functools.wraps(own)(functools.partial(method, own)))
@@ -57,20 +62,24 @@ def replaced_method(owner, name: str, method: Callable) -> Iterator[None]:
 class Session:
     """One run of the pipeline: what happens at each scheduler step."""
 
-    def __init__(self, policy, prompts: Sequence[str]):
+    step: Callable[[Tensor, Tensor], Tensor]  # a method of each kind of session: (prediction, x) -> x'
+
+    def __init__(self, policy: "VideoPolicy", prompts: Sequence[str]):
         self.policy, self.prompts = policy, list(prompts)
         self.overrides: dict = {}  # arguments of the pipeline's call for this run
         self.conditions: dict = {}  # arguments for this run's one video, if videos are conditioned
-        self.schedule: Schedule | None = None  # set at the first step
+        self.schedule: Schedule  # set at the first step
         self.index = 0
         self.followers = 0  # copies of its scheduler that the pipeline made
         self.lengths_agreed = (
             False  # whether ranks that share weights have agreed how to handle texts of unequal length
         )
 
-    needs_prediction = True
+    @property
+    def needs_prediction(self) -> bool:
+        return True
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         if self.index:
             raise PolicyError(
                 f"{type(self.policy.pipeline).__name__} sets its timesteps again after {self.index} scheduler steps "
@@ -99,19 +108,23 @@ class Session:
 class Sampling(Session):
     """Draws and records x' at the stochastic steps; the other steps are ODE steps."""
 
-    def __init__(self, policy, prompts: Sequence[str], step_seeds: Sequence[int] | None, steps: Sequence[int]):
+    def __init__(
+        self, policy: "VideoPolicy", prompts: Sequence[str], step_seeds: Sequence[int] | None, steps: Sequence[int]
+    ):
         super().__init__(policy, prompts)
         self.steps = sorted(steps)
         self.generators = [torch.Generator().manual_seed(seed) for seed in step_seeds or ()]
-        self.states, self.means, self.log_probs = {}, {}, {}
-        self.followed: dict[tuple[int, int], Tensor] = {}
+        self.states: dict[int, Tensor] = {}
+        self.means: dict[int, Tensor] = {}
         self.stds: dict[int, Tensor] = {}
+        self.log_probs: dict[int, Tensor] = {}
+        self.followed: dict[tuple[int, int], Tensor] = {}
         self.rows_per_video = 1
         self.returned: Tensor | None = None
         self.version = 0  # version counter of `returned`, to detect changes in place
         self.passed_on: dict[int, Tensor] = {}  # whether x' of a step reached the next one; read at the end
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         super().begin(scheduler)
         if self.steps and self.steps[-1] >= len(scheduler.timesteps):
             raise ValueError(f"steps={self.steps} but the schedule has only {len(scheduler.timesteps)} steps.")
@@ -214,7 +227,7 @@ class Sampling(Session):
 class Replay(Session):
     """Scores the recorded x' of the trained steps, and leaves the pipeline after the last."""
 
-    def __init__(self, policy, rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
+    def __init__(self, policy: "VideoPolicy", rollout: Rollout, rows: list[int], visitor: Callable, grad: bool):
         super().__init__(policy, [rollout.prompts[r] for r in rows])
         self.recorded, self.visitor, self.grad = rollout, visitor, grad
         self.videos, self.rows = rows, rollout.state_rows(rows)
@@ -225,7 +238,7 @@ class Replay(Session):
     def needs_prediction(self) -> bool:
         return self.index in self.steps
 
-    def begin(self, scheduler) -> None:
+    def begin(self, scheduler: SchedulerMixin) -> None:
         super().begin(scheduler)
         torch.set_grad_enabled(self.grad and 0 in self.steps)
 

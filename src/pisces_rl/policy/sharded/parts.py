@@ -4,6 +4,8 @@ Averages, copies and the reference are kept as parts, in plain tensors; files ho
 not a DTensor is its own part, and these functions change nothing.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce, get_node_local_rank
@@ -16,7 +18,7 @@ def held(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def held_values(parameters: dict[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:
+def held_values(parameters: Mapping[str, Tensor], device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Return copies of the parts that this process holds, on `device` or each on its own."""
     return {name: held(p).to(p.device if device is None else device, copy=True) for name, p in parameters.items()}
 
@@ -51,12 +53,12 @@ def gathered(part: Tensor, like: Tensor) -> Tensor | None:
     return whole.to("cpu", copy=True) if get_node_local_rank(fallback_rank=0) == 0 else None
 
 
-def gathered_values(values: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def gathered_values(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Gather each value with `gathered`, one at a time."""
     return {name: gathered(value, like[name]) for name, value in values.items()}
 
 
-def parts_of_values(values: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+def parts_of_values(values: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `part_of` each value."""
     return {name: part_of(values[name], parameter) for name, parameter in like.items()}
 

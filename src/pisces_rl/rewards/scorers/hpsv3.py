@@ -93,7 +93,9 @@ class HPSv3(QwenScorer):
         super().__init__(model, base, str(template), batch_size=batch_size, name=name, offload=offload)
         self.frames = frames
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns: object
+    ) -> Tensor:
         """Return (B,) rewards of videos (B, F, 3, H, W) in [0, 1], on their device."""
         self.check(prompts, videos)
         frames = videos[:, spread(videos.shape[1], self.frames)]

@@ -64,7 +64,7 @@ class MotionFlow:
         self.__name__ = name
 
     def __call__(
-        self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns
+        self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns: object
     ) -> list[float]:
         """Return B rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2."""
         check_inputs(prompts, videos)

@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,13 +54,15 @@ class OCRText:
                 f"reward {name!r} reads text with RapidOCR; install it: pip install 'pisces_rl[ocr]' ({error})."
             ) from error
         threads = torch.get_num_threads()  # by default ONNX Runtime would use all cores in each process
-        settings = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-        settings = {f"EngineConfig.onnxruntime.{key}": value for key, value in settings.items()}
+        settings: dict[str, Any] = {
+            f"EngineConfig.onnxruntime.{kind}_op_num_threads": count
+            for kind, count in (("intra", threads), ("inter", 1))
+        }
         settings |= {"Det.limit_type": "max", "Det.limit_side_len": LONGEST_SIDE}
         self._ocr = RapidOCR(params=settings | {"Global.use_cls": False, "Global.log_level": "error"})
         self.frames, self.__name__ = frames, name
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns) -> list[float | None]:
+    def __call__(self, prompts: Sequence[str], videos: Tensor, **columns: object) -> list[float | None]:
         """Return B shares for B prompts and videos (B, F, 3, H, W) in [0, 1]; None if a prompt has no quoted text."""
         check_inputs(prompts, videos)
         check_pixels(videos)

@@ -110,7 +110,9 @@ class VideoAlign(QwenScorer):
         super().__init__(model, base, str(template), batch_size=batch_size, name=name, offload=offload)
         self.video_fps, self.weights = video_fps, torch.tensor(weights)
 
-    def __call__(self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns) -> Tensor:
+    def __call__(
+        self, prompts: Sequence[str], videos: Tensor, log_extra: Callable | None = None, **columns: object
+    ) -> Tensor:
         """Return (B,) rewards of videos (B, F, 3, H, W) in [0, 1], F at least 2, on their device."""
         self.check(prompts, videos)
         scores = self.scores(prompts, videos)

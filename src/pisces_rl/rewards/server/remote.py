@@ -4,6 +4,7 @@ import asyncio
 import difflib
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 import httpx2
@@ -91,7 +92,7 @@ class RemoteReward:
         self,
         prompts: Sequence[str],
         videos: Tensor,
-        trainer_state=None,
+        trainer_state: Any = None,
         log_extra: Callable | None = None,
         log_metric: Callable | None = None,
         **columns: list,
@@ -113,14 +114,15 @@ class RemoteReward:
             )
         )
         answers: list[ScoreAnswer] = [answer for part in parts for answer in part]
-        for extra in dict.fromkeys(extra for answer in answers for extra in answer.extras) if log_extra else ():
-            log_extra(
-                extra, [value for answer in answers for value in answer.extras.get(extra, [None] * len(answer.values))]
-            )
-        for answer in answers if log_metric else ():
-            for metric, values in answer.metrics.items():
-                for value in values:
-                    log_metric(metric, value)
+        if log_extra is not None:
+            for extra in dict.fromkeys(extra for answer in answers for extra in answer.extras):
+                parts_of = (answer.extras.get(extra, [None] * len(answer.values)) for answer in answers)
+                log_extra(extra, [value for values in parts_of for value in values])
+        if log_metric is not None:
+            for answer in answers:
+                for metric, values in answer.metrics.items():
+                    for value in values:
+                        log_metric(metric, value)
         return [value for answer in answers for value in answer.values]
 
     @property
@@ -200,7 +202,8 @@ def remote_reward(urls: str) -> RemoteReward:
     Raises ValueError as `RemoteReward` does, and if the urls name different rewards or a setting is unknown.
     """
     known = {"frames": str, "time_limit": float, "retries": int}
-    servers, names, settings = [], [], {}
+    settings: dict[str, Any] = {}
+    servers, names = [], []
     for url in urls.split(","):
         url, _, query = url.strip().partition("?")
         server, _, name = url.rstrip("/").rpartition("/")

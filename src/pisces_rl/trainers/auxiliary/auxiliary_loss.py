@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import TrainerCallback
@@ -83,7 +84,7 @@ class AuxiliaryLoss(TrainerCallback):
         return {f"auxiliary loss {self.name}": f"weight {self.weight}"}
 
 
-def check_auxiliary_losses(losses) -> None:
+def check_auxiliary_losses(losses: Any) -> None:
     """Raise a ValueError unless `losses` is a list of auxiliary losses with distinct names."""
     several = isinstance(losses, (list, tuple))
     if wrong := [

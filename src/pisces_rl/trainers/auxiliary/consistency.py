@@ -2,9 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ...policy import Rollout, VideoPolicy
 from ...transitions import Paper
@@ -56,7 +59,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
 
     def __init__(
         self,
-        video_dataset,
+        video_dataset: Dataset | Sequence[dict],
         weight: float = 1.0,
         *,
         steps: int = 16,
@@ -73,7 +76,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
             )
         check_videos(video_dataset)
         self.dataset, self.steps, self.decay, self.huber_c = undecoded(video_dataset), steps, decay, huber_c
-        self.guidance = {} if guidance is None else {"guidance_scale": guidance}
+        self.guidance: dict[str, Any] = {} if guidance is None else {"guidance_scale": guidance}
 
     def begin(
         self,
@@ -87,7 +90,9 @@ class ConsistencyDistillation(AuxiliaryLoss):
         self.policy, self.seed, self.image_columns, self.reference = policy, seed, image_columns, reference
         self.average = AdapterEMA(adapter, self.decay)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.average.update()
 
     def state_dict(self) -> dict:
@@ -116,7 +121,7 @@ class ConsistencyDistillation(AuxiliaryLoss):
         clips, every = Rollout(prompts, seeds, None, [], conditions=images, clean=clean), range(count)
         generator = torch.Generator().manual_seed(sample_seed(self.seed, STEP, number))
         step = int(torch.randint(self.steps, (1,), generator=generator))
-        drawn = {"noise_seeds": seeds, "num_inference_steps": self.steps}
+        drawn: dict[str, Any] = {"noise_seeds": seeds, "num_inference_steps": self.steps}
 
         with self.reference():
             teacher = self.policy.predict(clips, every, step=step, **drawn, **self.guidance)

@@ -69,7 +69,7 @@ class RewardBackpropConfig(VideoPolicyConfig):
         metadata={"help": "Decay per optimizer step of the running average that scale_rewards='std' uses, in [0, 1)."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name, allowed in (("backprop_through", THROUGH), ("scale_rewards", ("none", "std"))):
             if getattr(self, name) not in allowed:

@@ -1,17 +1,28 @@
 """Reward backpropagation: follow the gradient of differentiable rewards through VAE decoder and denoiser."""
 
 import itertools
+import os
 import time
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 
 from ...policy import DecodedPart
+from ...rewards import RewardTable
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base._trl import EpochRepeatSampler
 from ..base.data.images import images_of
 from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
 from ..base.policy_trainer import VideoPolicyTrainer
 from ..base.setup.checks import check_dataset
 from ..base.watch.training_metrics import add_recorded
@@ -58,6 +69,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
         ValueError: a reward lacks the attribute `differentiable = True`.
     """
 
+    args: RewardBackpropConfig
     _tag_names = ["trl", "reward-backpropagation", "text-to-video", "pisces_rl"]
     _name = "Reward Backpropagation"
     papers = (
@@ -70,19 +82,20 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        auxiliary_losses=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: RewardBackpropConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         args = RewardBackpropConfig() if args is None else args
         self._rewards_optional = bool(auxiliary_losses)
         check_dataset("train_dataset", train_dataset)
+        train_dataset = undecoded(train_dataset)
         needed = args.per_device_train_batch_size * args.data_parts * args.gradient_accumulation_steps
         if len(train_dataset) < needed:
             raise ValueError(
@@ -108,7 +121,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
 
     # --- data --------------------------------------------------------------------------------------------------------
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
             self.train_dataset,
             "Training",
@@ -117,21 +130,21 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
+            self.train_dataset if dataset is None else dataset,  # type: ignore[arg-type]
             mini_repeat_count=1,
             shuffle=args.shuffle_dataset,
             batch_size=self._train_batch_size * args.data_parts * args.gradient_accumulation_steps,
             seed=args.seed,
         )
-        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)  # type: ignore[method-assign]
         return sampler
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         start = time.perf_counter()
         prompts = [row["prompt"] for row in inputs]
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
@@ -216,7 +229,7 @@ class RewardBackpropTrainer(VideoPolicyTrainer):
                 self._metrics["train"][f"rewards/{name}/std"].append(std)
             self._metrics["train"]["reward_std"].append(nanstd(aggregate_rewards(values, self.reward_weights)).item())
 
-    def _log_rewards(self, table, gradients: list[Tensor]) -> None:
+    def _log_rewards(self, table: RewardTable, gradients: list[Tensor]) -> None:
         metrics, values = self._metrics["train"], table.values
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].mean().item())

@@ -4,7 +4,7 @@ import json
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -241,7 +241,7 @@ class VideoPolicyConfig(_BaseConfig):
         default=True, metadata={"help": "Evaluate once before training, if there is an eval_dataset."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.fp16 and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         # Hide these from accelerate, which would compile the policy as a whole. policy/fast/execution.py compiles its
@@ -358,7 +358,7 @@ class VideoPolicyConfig(_BaseConfig):
         Raises:
             ValueError: a setting does not fit the number of denoising steps.
         """
-        given = self.pipeline_kwargs or {}
+        given: Any = self.pipeline_kwargs or {}
         for name in CALL:
             if getattr(self, name) is None and name not in given:
                 setattr(self, name, defaults.get(name))
@@ -394,7 +394,8 @@ class VideoPolicyConfig(_BaseConfig):
 
     def policy_kwargs(self) -> dict:
         """Return the arguments of the pipeline's call that this config sets."""
-        call = dict(self.pipeline_kwargs or {})
+        given: Any = self.pipeline_kwargs or {}
+        call = dict(given)
         for name in CALL[1:]:
             if getattr(self, name) is not None:
                 call[name] = getattr(self, name)

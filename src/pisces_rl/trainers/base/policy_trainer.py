@@ -5,13 +5,19 @@ import copy
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, set_seed
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ... import assets, hub, media
 from ...policy import (
@@ -26,10 +32,12 @@ from ...policy import (
     set_adapter,
 )
 from ...rewards import RewardPanel
+from ...rewards.contract import RewardFuncs
 from ...run_files import RunFiles
 from ...transitions import Paper
 from ..auxiliary.auxiliary_loss import AuxiliaryLoss, check_auxiliary_losses
 from ._trl import LoopOnlyTrainer, identity
+from .config import VideoPolicyConfig
 from .data.images import check_images, image_columns, images_of
 from .data.video_data import undecoded
 from .distributed.gradients import ExpertGradients, average_gradients
@@ -78,7 +86,8 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             [ConsistencyDistillation(videos, weight=0.1)].
     """
 
-    loss_is_scaled_for_ga = True
+    args: VideoPolicyConfig
+    loss_is_scaled_for_ga = True  # type: ignore[assignment]  # TRL declares None
     papers: tuple[Paper, ...] = ()  # the method's papers, cited in the model card
     _rewards_optional = False  # whether the trainer can run without rewards
     _warned_of_frozen = False
@@ -86,14 +95,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs,
+        args: VideoPolicyConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
         peft_config: LoraConfig | str | None = None,
-        callbacks: list | None = None,
+        callbacks: list[TrainerCallback] | None = None,
         auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         args = copy.copy(args)  # the caller may pass the same object to another trainer
@@ -146,7 +155,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.trained = (
             FullWeights(denoisers, args.lora_denoisers)
             if full
-            else TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued)
+            else TrainedLoRA(denoisers, peft_config, args.lora_denoisers, continued)  # type: ignore[arg-type]
         )
         self.adapted_modules = self.trained.modules
         self.policy.set_base_precision(args.base_precision)
@@ -171,7 +180,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.timeline = Timeline(args.device, args.process_index, args.trace_steps)
         self.policy.record_with(self.timeline.span)
         self.rewards.record = self.judges.record = self.timeline.span
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self._metrics: dict[str, dict[str, list]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._step = 0  # micro-batches so far
         self.files = RunFiles(args.output_dir, self.pipeline.components)
         self.checkpoints = RunCheckpoints(self.files, self._identity, args.process_index, args)
@@ -209,9 +218,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         self.adapter = lora_parameters(denoisers)  # only now: sharding replaces the parameters of full fine-tuning
         if full:
             compares = eval_dataset is not None and args.num_sample_videos > 0
-            self.initial = InitialWeights(
+            self.initial: InitialWeights | InitialPolicy = InitialWeights(
                 self.adapter,
-                self.trained,
+                self.trained,  # type: ignore[arg-type]
                 kept=self._uses_reference or (compares and (self._calls_together or args.process_index == 0)),
             )
         else:
@@ -240,7 +249,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             remove_incomplete(args.output_dir)
 
     @contextlib.contextmanager
-    def stage(self, name: str, whole: bool = False):
+    def stage(self, name: str, whole: bool = False) -> Iterator[None]:
         """Show the stage on the progress bar and count its seconds on the time line.
 
         A `whole` stage includes the seconds of stages inside it.
@@ -316,7 +325,12 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """Sample every evaluation prompt deterministically from fixed noise; score with rewards and judges.
 
         Args:
@@ -377,7 +391,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     # --- train, save, resume -----------------------------------------------------------------------------------------
 
     @torch.inference_mode(False)  # nothing would be trained inside a caller's inference_mode
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train; `resume_from_checkpoint` is a checkpoint folder, or True for the last one in output_dir."""
         self.report.begin()
         checkpoint = self.checkpoints.begin(resume_from_checkpoint)
@@ -416,7 +430,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         print_timeline(self.timeline, self.accelerator, self.console)
         return output
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.check_equal_weights()
         with self.stage("saving", whole=True):
             self.checkpoints.save(self.state, self._write_checkpoint)
@@ -451,10 +465,11 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if state.get("ema") is not None:  # the adapter's file holds the average, not the trained weights
             set_adapter(self.adapter, parts_of_values(state["ema"]["weights"], self.adapter))
         auxiliary = state.get("auxiliary_losses", state)  # older checkpoints store the consistency term beside "ema"
-        for one, saved in [
+        states: list[tuple[AuxiliaryLoss | AdapterEMA, dict | None]] = [
             *((loss, auxiliary.get(loss.name)) for loss in self.auxiliary_losses),
             *((average, state.get(name)) for name, average in self._averages().items()),
-        ]:
+        ]
+        for one, saved in states:
             if saved is None:
                 one.restart()
             else:
@@ -463,13 +478,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
     def _averages(self) -> dict[str, AdapterEMA]:
         return {} if self.ema is None else {"ema": self.ema}
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.trained.load(self.pipeline, resume_from_checkpoint)
         self._load_extra_state(load_tree(Path(resume_from_checkpoint) / "trainer"))
 
     def _load_best_model(self) -> None:
         self.trained.load(self.pipeline, self.state.best_model_checkpoint)
-        for one in (*self.auxiliary_losses, *self._averages().values()):
+        restarted: list[AuxiliaryLoss | AdapterEMA] = [*self.auxiliary_losses, *self._averages().values()]
+        for one in restarted:
             one.restart()  # from here on, the loaded weights are evaluated and saved
         self.report.take_best(self.state.best_model_checkpoint, self.state.best_global_step)
 
@@ -477,7 +493,9 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if checkpoint is not None:
             self.checkpoints.read_optimizer(checkpoint, self.optimizer, self.lr_scheduler)
 
-    def _init_training_state(self, max_steps, updates, epochs, checkpoint, trial) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
         position = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
         if checkpoint is not None:
             self.checkpoints.find_best(checkpoint, self.state)
@@ -517,7 +535,7 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(output_dir=folder)
 
-    def _files_of(self, folder: Path) -> RunFiles:
+    def _files_of(self, folder: str | os.PathLike) -> RunFiles:
         folder, output = Path(folder).resolve(), self.files.folder.resolve()
         elsewhere = self._files_elsewhere
         return (
@@ -526,7 +544,14 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
             else elsewhere.setdefault(folder, RunFiles(folder, self.pipeline.components))
         )
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None, output_dir=None, **kwargs) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        output_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> None:
         """Write the model card with this run's results to a folder, output_dir by default.
 
         The file is README.md, or model_card.md if the folder has a README.md that the user wrote.
@@ -568,8 +593,12 @@ class VideoPolicyTrainer(LoopOnlyTrainer):
         return settings | self.initial.card_settings(self._uses_reference)
 
     def push_to_hub(
-        self, commit_message: str | None = "End of training", blocking: bool = True, output_dir=None, **kwargs
-    ):
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        output_dir: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> str:
         """Upload adapter, model card and sample videos from a folder, output_dir by default.
 
         Returns:

@@ -1,11 +1,15 @@
 """Advantage-weighted matching (AWM, arXiv 2509.25050): PPO's clip on a likelihood based on the regression error."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...estimate import Held
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.losses import clip_fractions, clipped_policy_loss
@@ -42,7 +46,7 @@ class AWMConfig(ForwardProcessConfig):
         default=0.3, metadata={"help": "Largest decay of the average per optimizer step, in [0, 1)."}
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.power > 0 or not self.epsilon > 0:
             raise ValueError(f"power={self.power} and epsilon={self.epsilon} must be positive.")
@@ -73,11 +77,19 @@ class AWMTrainer(ForwardProcessTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is an `AWMConfig`.
     """
 
+    args: AWMConfig
     _tag_names = ["trl", "awm", "text-to-video", "pisces_rl"]
     _name = "Advantage-Weighted Matching"
     papers = (Paper("2509.25050", "Advantage Weighted Matching: Aligning RL with Pretraining in Diffusion Models"),)
 
-    def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: AWMConfig | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         super().__init__(model, reward_funcs, AWMConfig() if args is None else args, *further, **keywords)
         if "average" in self.followers:
             self.add_callback(self.followers["average"])  # updated after each optimizer step

@@ -1,16 +1,20 @@
 """Flow-DPO: preferences between two videos of a prompt (arXiv 2501.13918, after Diffusion-DPO, arXiv 2311.12908)."""
 
 import math
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ...estimate import Held
 from ...policy import Rollout
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..base.data.pairs import SIDES, check_pairs, pair_of
 from ..base.data.seeds import sample_seed
@@ -68,7 +72,7 @@ class FlowDPOConfig(ForwardProcessConfig):
         metadata={"help": "Not supported: a clip could make the best and the second-best video equal."},
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta > 0:
             raise ValueError(f"beta={self.beta} must be positive: it scales the preference.")
@@ -116,6 +120,7 @@ class FlowDPOTrainer(ForwardProcessTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is a `FlowDPOConfig`.
     """
 
+    args: FlowDPOConfig
     _tag_names = ["trl", "dpo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPO"
     papers = (
@@ -123,7 +128,15 @@ class FlowDPOTrainer(ForwardProcessTrainer):
         Paper("2311.12908", "Diffusion Model Alignment Using Direct Preference Optimization"),
     )
 
-    def __init__(self, model, reward_funcs=None, args=None, train_dataset=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: FlowDPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         args = FlowDPOConfig() if args is None else args
         check_dataset("train_dataset", train_dataset)
         train_dataset = undecoded(train_dataset)

@@ -55,7 +55,7 @@ class ForwardProcessConfig(RolloutConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.beta >= 0:
             raise ValueError(f"beta={self.beta} must not be negative: it weights the distance to the reference.")
@@ -111,6 +111,8 @@ class Noised:
 
 class ForwardProcessTrainer(RolloutTrainer):
     """Base of the trainers that train on noised videos; a method overrides `loss` and `compared`."""
+
+    args: ForwardProcessConfig
 
     def __init__(self, *arguments, **keywords):
         super().__init__(*arguments, **keywords)

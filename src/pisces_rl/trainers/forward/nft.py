@@ -1,11 +1,15 @@
 """DiffusionNFT (arXiv 2509.16117): regression towards videos with high rewards and away from those with low ones."""
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...estimate import Held
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..base.watch.callbacks import AdapterEMA
 from ..rollouts.rollout_trainer import Metrics
@@ -48,7 +52,7 @@ class NFTConfig(ForwardProcessConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("mixture", "contrast"):
             if not getattr(self, name) > 0:
@@ -96,7 +100,7 @@ def nft_loss(noised: Noised, mixture: float, contrast: float) -> tuple[Tensor, T
         side.detach().abs().flatten(1).mean(1).view(-1, rows).mean(1).clamp(min=1e-5) for side in (towards, away)
     ]
     plus, minus = (noised.mean_square(side) / weight for side, weight in zip((towards, away), weights))
-    return contrast / mixture * (r * plus + (1 - r) * minus), *weights
+    return contrast / mixture * (r * plus + (1 - r) * minus), weights[0], weights[1]
 
 
 class NFTTrainer(ForwardProcessTrainer):
@@ -107,11 +111,19 @@ class NFTTrainer(ForwardProcessTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is an `NFTConfig`.
     """
 
+    args: NFTConfig
     _tag_names = ["trl", "nft", "text-to-video", "pisces_rl"]
     _name = "DiffusionNFT"
     papers = (Paper("2509.16117", "DiffusionNFT: Online Diffusion Reinforcement with Forward Process"),)
 
-    def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: NFTConfig | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         super().__init__(model, reward_funcs, NFTConfig() if args is None else args, *further, **keywords)
 
     def followed(self) -> dict[str, AdapterEMA]:

@@ -1,9 +1,13 @@
 """Reward-weighted velocity matching (RVM, arXiv 2608.23664): a bounded velocity step from reward and reference."""
 
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..rollouts.rollout_trainer import Metrics
 from .forward_process import ForwardProcessConfig, ForwardProcessTrainer, Noised
@@ -28,7 +32,7 @@ class RVMConfig(ForwardProcessConfig):
         default="batch", metadata=ForwardProcessConfig.__dataclass_fields__["scale_rewards"].metadata
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward_scale > 0:
             raise ValueError(f"reward_scale={self.reward_scale} must be positive: it scales the advantages.")
@@ -57,11 +61,19 @@ class RVMTrainer(ForwardProcessTrainer):
     `VideoPolicyTrainer`; `args` is an `RVMConfig`.
     """
 
+    args: RVMConfig
     _tag_names = ["trl", "rvm", "text-to-video", "pisces_rl"]
     _name = "Reward-Weighted Velocity Matching"
     papers = (Paper("2608.23664", "Reward-Weighted Velocity Matching"),)
 
-    def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: RVMConfig | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         super().__init__(model, reward_funcs, RVMConfig() if args is None else args, *further, **keywords)
 
     def loss(self, noised: Noised, metrics: Metrics) -> Tensor:

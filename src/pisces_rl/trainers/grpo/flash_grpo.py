@@ -1,7 +1,12 @@
 """Flash-GRPO (arXiv 2605.15980): GRPO with one stochastic step per prompt, drawn separately for each prompt."""
 
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from diffusers import DiffusionPipeline
+
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..base.data.seeds import sample_seed
 from ..rollouts.rollout_trainer import WINDOW
@@ -39,6 +44,7 @@ class FlashGRPOTrainer(VideoGRPOTrainer):
     the same window.
     """
 
+    args: FlashGRPOConfig
     _tag_names = ["trl", "grpo", "flash-grpo", "text-to-video", "pisces_rl"]
     _name = "Flash-GRPO"
     papers = (
@@ -46,7 +52,14 @@ class FlashGRPOTrainer(VideoGRPOTrainer):
         Paper("2605.15980", "Flash-GRPO: Efficient Alignment for Video Diffusion via One-Step Policy Optimization"),
     )
 
-    def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: FlashGRPOConfig | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         super().__init__(model, reward_funcs, FlashGRPOConfig() if args is None else args, *further, **keywords)
         args = self.args
         if self.policy.mesh is not None and (

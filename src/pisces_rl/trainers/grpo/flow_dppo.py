@@ -1,12 +1,15 @@
 """Flow-DPPO (arXiv 2606.11025): GRPO with a divergence mask instead of PPO's clip."""
 
+import os
 import warnings
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ...policy import ReplayStep, Rollout
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
 from ..rollouts.losses import kl_to_reference
 from .grpo_config import VideoGRPOConfig
@@ -28,7 +31,7 @@ class FlowDPPOConfig(VideoGRPOConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reuses_rollouts:
             warnings.warn(
@@ -55,6 +58,7 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
     is a `FlowDPPOConfig`.
     """
 
+    args: FlowDPPOConfig
     _tag_names = ["trl", "grpo", "flow-dppo", "text-to-video", "pisces_rl"]
     _name = "Flow-DPPO"
     papers = (
@@ -62,7 +66,14 @@ class FlowDPPOTrainer(VideoGRPOTrainer):
         Paper("2606.11025", "Flow-DPPO: Divergence Proximal Policy Optimization for Flow Matching Models"),
     )
 
-    def __init__(self, model, reward_funcs=None, args=None, *further, **keywords):
+    def __init__(
+        self,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: FlowDPPOConfig | None = None,
+        *further: Any,
+        **keywords: Any,
+    ):
         super().__init__(model, reward_funcs, FlowDPPOConfig() if args is None else args, *further, **keywords)
 
     def policy_loss(

@@ -104,7 +104,7 @@ class VideoGRPOConfig(RolloutConfig):
         },
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice("kl_space", ("x", "v"))
         self.check_choice("step_weighting", tuple(STEP_WEIGHTING_PAPERS))

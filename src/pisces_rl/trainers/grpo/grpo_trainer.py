@@ -8,13 +8,20 @@ The method is Flow-GRPO's (arXiv 2505.05470) and DanceGRPO's (arXiv 2505.07818);
 policy gradient (arXiv 2305.13301) with group advantages. The structure and names follow TRL's `GRPOTrainer`.
 """
 
+import os
 from collections import defaultdict
 
 import torch
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from torch import Tensor
+from transformers import TrainerCallback
 
 from ...policy import ReplayStep, Rollout
+from ...rewards.contract import RewardFuncs
 from ...transitions import Paper
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base.data.seeds import sample_seed
 from ..rollouts.losses import (
     STEP_WEIGHTING_PAPERS,
@@ -61,23 +68,24 @@ class VideoGRPOTrainer(RolloutTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is a `VideoGRPOConfig`.
     """
 
+    args: VideoGRPOConfig
     _tag_names = ["trl", "grpo", "text-to-video", "pisces_rl"]
     _name = "Video GRPO"
-    papers = (
+    papers: tuple[Paper, ...] = (
         Paper("2402.03300", "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models"),
     )
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        auxiliary_losses=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs = None,
+        args: VideoGRPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         args = VideoGRPOConfig() if args is None else args
         super().__init__(
@@ -211,8 +219,8 @@ class VideoGRPOTrainer(RolloutTrainer):
             errors: pairs of a denoising step and its largest |log p - log p_old|.
             metrics: the errors are logged here.
         """
-        for index, error in errors:
-            error = error.item()
+        for index, largest in errors:
+            error = largest.item()
             metrics["replay/max_log_prob_error"].append(error)
             if not error <= self.args.replay_tolerance:
                 raise RuntimeError(

@@ -112,8 +112,9 @@ class RolloutConfig(VideoPolicyConfig):
         metadata={"help": "Also write the first num_sample_videos videos of a training rollout at each log."},
     )
 
-    def __post_init__(self):
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)
+    def __post_init__(self) -> None:
+        names: dict[str | bool, str] = {True: "group", False: "none"}
+        self.scale_rewards = names.get(self.scale_rewards, self.scale_rewards)
         super().__post_init__()
         self.check_choice("scale_rewards", ("group", "batch", "none"))
         self.check_choice("multi_objective_aggregation", ("sum_then_normalize", "normalize_then_sum"))

@@ -11,25 +11,38 @@ Each iteration has two stages.
 import contextlib
 import hashlib
 import itertools
+import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch import Tensor
+from datasets import Dataset
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
 from ...policy import Rollout, adapter_values, gathered_values, held_values, norm, parts_of_values
 from ...policy.fast.execution import attention_kernel
+from ...rewards import RewardTable
+from ...rewards.contract import RewardFuncs
+from ..auxiliary.auxiliary_loss import AuxiliaryLoss
 from ..base._trl import EpochRepeatSampler
 from ..base.data.images import group_keys, images_of
 from ..base.data.seeds import sample_seed
+from ..base.data.video_data import undecoded
 from ..base.policy_trainer import VideoPolicyTrainer
 from ..base.setup.checks import check_dataset
 from ..base.watch.callbacks import AdapterEMA
 from ..base.watch.training_metrics import add_recorded
 from .advantages import PromptStatistics, group_advantages, group_correlation, nanstd
 from .overlap import OverlappedRewards
+from .rollout_config import RolloutConfig
 from .scored import ScoredRollout
 
 NOISE, STEP, WINDOW, SHUFFLE = range(4)  # purposes of seeds
@@ -49,6 +62,7 @@ class RolloutTrainer(VideoPolicyTrainer):
     Arguments are those of `VideoPolicyTrainer`; `args` is a `RolloutConfig`.
     """
 
+    args: RolloutConfig
     _position_settings = (
         "generation_batch_size",
         "num_generations",
@@ -59,17 +73,18 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     def __init__(
         self,
-        model,
-        reward_funcs=None,
-        args=None,
-        train_dataset=None,
-        eval_dataset=None,
-        judge_funcs=None,
-        peft_config=None,
-        callbacks=None,
-        auxiliary_losses=None,
+        model: DiffusionPipeline | str | os.PathLike,
+        reward_funcs: RewardFuncs,
+        args: RolloutConfig,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        judge_funcs: RewardFuncs = None,
+        peft_config: LoraConfig | str | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        auxiliary_losses: list[AuxiliaryLoss] | None = None,
     ):
         check_dataset("train_dataset", train_dataset)
+        train_dataset = undecoded(train_dataset)
         prompts_per_rollout = args.generation_batch_size // args.num_generations
         if len(train_dataset) < prompts_per_rollout:
             raise ValueError(
@@ -144,7 +159,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- data: each prompt G times, each rollout's prompts once per micro-batch that uses them -----------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         self.scored = self._resumed_rollout = None
         if not self._step:
             for follower in self.followers.values():  # the user may have set the weights after __init__
@@ -152,7 +167,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         self._step += -self._step % self._uses_per_rollout  # a second train() starts with a new rollout
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
             self.train_dataset,
             "Training",
@@ -161,17 +176,17 @@ class RolloutTrainer(VideoPolicyTrainer):
             is_training=True,
         )
 
-    def _get_train_sampler(self, dataset=None):
+    def _get_train_sampler(self, dataset: Any = None) -> EpochRepeatSampler:
         args = self.args
         sampler = EpochRepeatSampler(
-            self.train_dataset if dataset is None else dataset,
+            self.train_dataset if dataset is None else dataset,  # type: ignore[arg-type]
             mini_repeat_count=args.num_generations,
             batch_size=args.generation_batch_size // args.num_generations,
             repeat_count=args.num_iterations * args.steps_per_generation,
             shuffle=args.shuffle_dataset,
             seed=args.seed,
         )
-        sampler.current_epoch = lambda: int(self.state.epoch or 0)
+        sampler.current_epoch = lambda: int(self.state.epoch or 0)  # type: ignore[method-assign]
         return sampler
 
     @property
@@ -183,10 +198,10 @@ class RolloutTrainer(VideoPolicyTrainer):
     def _generate_and_score(self, inputs: list[dict]) -> None:
         args, number = self.args, self._step // self._uses_per_rollout
         prompts, columns, images = self._columns(inputs)
-        videos, drawn_rows = [], []
+        clips, drawn_rows = [], []
 
         def each(rows: list[int], drawn: Tensor) -> None:
-            videos.append(drawn)
+            clips.append(drawn)
             drawn_rows.extend(rows)
             if self.overlapped is not None:
                 own = {name: [values[r] for r in rows] for name, values in columns.items()}
@@ -196,7 +211,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             with self.sampling_policy():
                 parts = self._sample(prompts, images, each)
                 drawn_by = self._weights_in_use()
-            videos = torch.cat(videos)
+            videos = torch.cat(clips)
             places = sorted(range(len(prompts)), key=drawn_rows.__getitem__)  # row r was drawn as number places[r]
             if places != list(range(len(places))):
                 videos = videos[places]
@@ -247,7 +262,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         if drawn_by is not None:
             self._rollout_state |= {"weights": drawn_by, "drawn from": self._drawn_from(keys), "statistics": earlier}
         if len(self.rewards) and self.is_world_process_zero():
-            self._warn_of_rewards(keys, values.isnan().all(1), state["spread"])
+            self._warn_of_rewards(keys, values.isnan().all(1), spread)
         self._log_rollout(table, values, rewards, group_std)
 
     def _columns(self, inputs: list[dict]) -> tuple[list[str], dict[str, list], dict[str, list]]:
@@ -256,7 +271,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key != "prompt"}
         return prompts, columns, images_of(columns | {"prompt": prompts}, self.image_columns)
 
-    def _sample(self, prompts: list[str], images: dict[str, list], each) -> list[tuple[list[int], Rollout]]:
+    def _sample(self, prompts: list[str], images: dict[str, list], each: Callable) -> list[tuple[list[int], Rollout]]:
         """Sample this process's share of the current rollout and return it as `ScoredRollout.parts`, without videos.
 
         each(rows, videos) is called after each pipeline call, in the order of `_calls`.
@@ -375,7 +390,7 @@ class RolloutTrainer(VideoPolicyTrainer):
             self._warned_of_rewards.add(reason)
             warnings.warn(warning[reason], stacklevel=2)
 
-    def _log_rollout(self, table, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
+    def _log_rollout(self, table: RewardTable, values: Tensor, rewards: Tensor, group_std: Tensor) -> None:
         metrics = self._metrics["train"]
         for i, name in enumerate(self.rewards.names):
             metrics[f"rewards/{name}/mean"].append(values[:, i].nanmean().item())
@@ -392,7 +407,7 @@ class RolloutTrainer(VideoPolicyTrainer):
 
     # --- stage 2: update ---------------------------------------------------------------------------------------------
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         start = time.perf_counter()
         use = self._step % self._uses_per_rollout
         if self.scored is None and use and self._resumed_rollout is not None:
@@ -416,7 +431,7 @@ class RolloutTrainer(VideoPolicyTrainer):
         return loss
 
     @contextlib.contextmanager
-    def logged_gradient(self, index: int):
+    def logged_gradient(self, index: int) -> Iterator[None]:
         """Log the norm of the gradient that one denoising step adds inside this context."""
         parameters = list(self.adapter.values())
         before = [p.grad for p in parameters]

@@ -62,7 +62,7 @@ def check_unused(pipeline: DiffusionPipeline, base_precision: str | None) -> Non
                     "to 'fp8', or load the pipeline again."
                 )
             if module.is_gradient_checkpointing:
-                module.disable_gradient_checkpointing()
+                module.disable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def freeze(pipeline: DiffusionPipeline, device: torch.device) -> None:

@@ -34,7 +34,7 @@ def step_plan(policy: VideoPolicy, args) -> str:
     return f"{args.videos_a_step()}: {frames}{size}, {args.num_inference_steps} denoising steps"
 
 
-def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | None) -> str | None:
+def memory_plan(pipeline: DiffusionPipeline, args, peft_config: LoraConfig | str | None) -> str | None:
     """Describe the memory that a run will need; None for a pipeline smaller than `LARGE` bytes.
 
     It leaves the random state unchanged. Args as in `estimate_memory`; the pipeline must not have adapters yet.
