@@ -29,6 +29,12 @@ def on_files(files, config):
     return files
 
 
+def title(path: Path) -> str:
+    """Return the first heading of a page: a link that shows a file's name on GitHub shows the title on the site."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return next((line[2:] for line in lines if line.startswith("# ")), path.name)
+
+
 def on_page_markdown(markdown, page, config, files):
     source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
@@ -43,7 +49,8 @@ def on_page_markdown(markdown, page, config, files):
         anchor = f"#{anchor}" if anchor else ""
         if place and files.get_file_from_path(place):
             here = posixpath.dirname(page.file.src_uri) or "."
-            return f"{match['text']}({posixpath.relpath(place, here)}{anchor})"
+            text = f"[{title(ROOT / path)}]" if match["text"].endswith(".md]") else match["text"]
+            return f"{text}({posixpath.relpath(place, here)}{anchor})"
         if not (ROOT / path).exists():
             return match[0]
         if not config.repo_url:
