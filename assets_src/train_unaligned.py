@@ -4,8 +4,8 @@
     python assets_src/train_unaligned.py --output /tmp/x --smoke                       # the same path in seconds
 
 Each tower is first trained alone, through its pooled embedding: the video tower reconstructs its clip (5 frames of
-16 x 16 pixels), the text tower restores a caption of which 15 % of the words are masked. Captions and clips are sampled
-independently. Variants, all trained on the same captions and clips:
+16 x 16 pixels), the text tower restores a caption of which 15 % of the words are masked. Captions and clips are
+sampled independently. Variants, all trained on the same captions and clips:
     alone          no pair
     joint-N        the two losses, and a contrastive loss over N pairs (`all`: every caption with its clip)
     frozen-N       the towers of `alone`, frozen; linear heads trained by the contrastive loss over N pairs

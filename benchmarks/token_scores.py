@@ -4,9 +4,9 @@
     python benchmarks/token_scores.py tiny-vtm --smoke                         # the same path in seconds
 
 The encoder is frozen and has tiny-vtm's architecture. A small score on its word and video tokens is trained end to
-end, also through the solver, to distinguish a clip's caption from two captions that are wrong in one attribute and from
-another clip's caption (cross-entropy over the four). All scores get the same clips, captions, batches and steps. With
-cost C = 1 - cos of learned projections and word weights a, they are:
+end, also through the solver, to distinguish a clip's caption from two captions that are wrong in one attribute and
+from another clip's caption (cross-entropy over the four). All scores get the same clips, captions, batches and steps.
+With cost C = 1 - cos of learned projections and word weights a, they are:
 
     without transport
     matching          the encoder's matching head, not trained further
