@@ -1,4 +1,4 @@
-"""Captions that are wrong in one attribute, and which captions of a batch are true of which clips."""
+"""Make captions that are wrong in one attribute, and find which captions of a batch describe which clips."""
 
 import torch
 from torch import Tensor

@@ -6,8 +6,8 @@
 
 1. bank: clips of the train split, with true captions and captions that are wrong in one attribute.
 2. training: contrastive loss over the batch and one hard negative per clip, plus matching of the true caption against
-   the hard negative and against another clip's caption, drawn by similarity. Captions that are true of another clip in
-   the batch are not negatives. Clips get blur, shading and noise, as in a policy's samples.
+   the hard negative and against another clip's caption, sampled by similarity. Captions that are true of another clip
+   in the batch are not negatives. Clips get blur, shading and noise, as in a policy's samples.
 3. The moving average is saved in fp16 with settings.json and scores.json; --keep also saves it after the given steps.
    `validation` in scores.json is the contrastive loss on held-out clips of the train split, by which a seed is chosen.
    Seeds 0 to 4 with --keep 300 1000, and their hashes: tiny_vtm_seeds*.json.

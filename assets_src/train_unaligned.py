@@ -1,17 +1,17 @@
-"""Train variants of tiny-vtm whose text and video embeddings are aligned by few pairs, or by none.
+"""Train variants of tiny-vtm whose text and video embeddings are aligned on few pairs, or on none.
 
     python assets_src/train_unaligned.py --output outputs/unaligned --seed 0           # one GPU
     python assets_src/train_unaligned.py --output /tmp/x --smoke                       # the same path in seconds
 
-Each tower first learns alone, through its pooled embedding: the video tower reconstructs its clip (5 frames of 16 x 16
-pixels), the text tower restores a caption of which 15 % of the words are masked. Captions and clips are drawn
-independently. Variants, all trained on the same captions and clips:
+Each tower is first trained alone, through its pooled embedding: the video tower reconstructs its clip (5 frames of
+16 x 16 pixels), the text tower restores a caption of which 15 % of the words are masked. Captions and clips are
+sampled independently. Variants, all trained on the same captions and clips:
     alone          no pair
     joint-N        the two losses, and a contrastive loss over N pairs (`all`: every caption with its clip)
     frozen-N       the towers of `alone`, frozen; linear heads trained by the contrastive loss over N pairs
     few            the contrastive loss alone, over all pairs, without hard negatives, for a tenth of the steps
-A folder per variant holds the encoder, settings.json (arguments, final losses, SHA-256 of the weights), so that the
-hash is known before any map is fitted on it. Only prompts and layouts of the train split are drawn.
+Each variant's folder contains the encoder and settings.json (arguments, final losses, SHA-256 of the weights), so that
+the hash is known before any map is fitted on it. Only prompts and layouts of the train split are used.
 """
 
 import argparse

@@ -1,19 +1,19 @@
 """Measure how time and memory of rollout and update grow with the number of tokens, on one GPU, and fit the time.
 
     python benchmarks/cost.py --json outputs/cost.json                                  # all points, on a GPU
-    python benchmarks/cost.py --json outputs/cost.json --minutes 8                      # some; run again to continue
+    python benchmarks/cost.py --json outputs/cost.json --minutes 8                      # 8 minutes; repeat to continue
     python benchmarks/cost.py --from outputs/cost.json --figure docs/images/cost.png    # plot existing measurements
     python benchmarks/cost.py --tiny --json outputs/tiny_cost.json                      # the same code on a CPU
 
-Model and phases are those of benchmarks/speed.py, variant `fused`, with guidance (two forward passes per step) and the
-whole batch at once in the update. A point is a size, a number of frames, a batch size, what backward recomputes
+The model and phases are those of benchmarks/speed.py, variant `fused`, with guidance (two forward passes per step) and
+the whole batch at once in the update. A point is a size, a number of frames, a batch size, what backward recomputes
 (`recompute`) and whether the text encoder, VAE and denoiser are kept in host memory (`offload`):
     over frames          each of --frames at each of --sizes with the first of --batch, all but attention recomputed
     at the second of --frames, for each size: each other batch, `nothing` and `everything` recomputed, offload
-Order: a spread of the first kind, then the other points of the first size, then the rest. Times are ms per sample and
-denoising step, medians of --repeats runs after one that compiles; tokens are per video. The fit over the first kind is
-t = a + b n + c n^2 with n in 1,000 tokens, by least squares of relative errors: b is the part linear in tokens, c is
-attention. A phase that does not fit in memory is listed as "out of memory".
+Points run in this order: a spread of the first kind, then the other points of the first size, then the rest. Times are
+ms per sample and denoising step, medians of --repeats runs after one that compiles; tokens are per video. The fit over
+the first kind is t = a + b n + c n^2 with n in 1,000 tokens, by least squares of relative errors: b is the part linear
+in tokens, c is attention. A phase that does not fit in memory is listed as "out of memory".
 """
 
 import argparse

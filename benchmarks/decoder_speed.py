@@ -1,4 +1,4 @@
-"""Measure Wan's VAE in ms per video: as diffusers decodes and in chunks of latent frames, plain and compiled; one GPU.
+"""Time Wan's VAE decoder in ms per video: diffusers' loop and chunks of latent frames, plain and compiled; one GPU.
 
     python benchmarks/decoder_speed.py              # 33 x 240 x 416 in bf16, random weights
     python benchmarks/decoder_speed.py --tiny       # the same code path on a CPU

@@ -5,7 +5,7 @@
     python benchmarks/method_speed.py --methods grpo nft
 
 Each method runs recipes/wan21_1.3b_METHOD.yaml in a separate process, but samples 16 steps as GRPO does, so that only
-training differs: GRPO trains a window of two steps, the forward-process methods four noise levels, and each has its
+training differs: GRPO trains a window of two steps, the forward-process methods four noise levels, and each keeps its
 reference policies. Flow-DPPO uses each rollout twice. `backprop` is reward backpropagation through the last step, one
 video at a time, on `temporal_smoothness`, with two latent frames decoded. Times are seconds per optimizer step by
 part, means of the steps after the first two.

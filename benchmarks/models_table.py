@@ -2,12 +2,12 @@
 
     python benchmarks/models_table.py --run                        # runs the suite, then writes docs/models.md
     python benchmarks/models_table.py                              # from the results in outputs/replay_parity
-    python benchmarks/models_table.py --output outputs/models.md   # somewhere else
+    python benchmarks/models_table.py --output outputs/models.md   # to another file
 
 Each family of tests/tiny_pipelines is a real pipeline of diffusers with tiny random weights. The suite samples it with
 a LoRA, replays the rollout whole and in part, with and without guidance, with and without activation checkpointing,
-for every transition that fits, and compares the log-probs. This command fails if a family's result is missing,
-incomplete or breaks the rule. Text besides the numbers comes from models_notes.yaml.
+for every transition that fits, and compares the log-probs. This command fails if a family's result is missing or
+incomplete, or breaks the rule. Text besides the numbers comes from models_notes.yaml.
 """
 
 import argparse

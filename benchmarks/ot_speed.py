@@ -5,7 +5,7 @@
     python benchmarks/ot_speed.py --table solvers    # solver="native" and "geomloss", plans of the semantic reward
     python benchmarks/ot_speed.py --table banks      # the same two solvers, BankDivergence
 
-Costs are 1 - cos of random 64-dimensional points, scaled to [0, 1] per problem; "with build" includes computing them.
+Costs are 1 - cos of random 64-dimensional points, scaled to [0, 1] per problem; "with cost" includes computing them.
 Every solver runs with the fewest iterations for which its L1 marginal error, summed over both sides, is at most the
 tolerance in every problem; this package's "native" and "geomloss" solvers stop by themselves. Times are medians of
 repeats after a warm-up; with --threads 1 on a CPU, the thread's CPU time, so that other load does not count. Errors
@@ -150,7 +150,7 @@ def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
         size, ms = last.get(solver, (count, 0.0))
         expected = ms * (count / size) ** 2 / 1e3
         if expected > args.seconds:
-            print(f"{row} left out: some {expected:.0f} s, above --seconds | | | | |", flush=True)
+            print(f"{row} skipped: about {expected:.0f} s, more than --seconds | | | | |", flush=True)
             continue
         made = []
         solve = partial(
@@ -163,7 +163,7 @@ def compare_banks(args: argparse.Namespace, device: torch.device) -> None:
         try:
             took = clock(solve, device, 1, warmup=int(device.type == "cuda"))
         except (ValueError, torch.OutOfMemoryError) as error:
-            print(f"{row} left out: {error} | | | | |", flush=True)
+            print(f"{row} skipped: {error} | | | | |", flush=True)
             continue
         last[solver], divergence = (count, took), made[-1]
         both = partial(value_and_gradient, divergence, groups)
@@ -206,7 +206,7 @@ def main() -> None:
     print(f"{name}, torch {torch.__version__}\n")
     if args.table != "others":
         return {"solvers": compare_plans, "banks": compare_banks}[args.table](args, device)
-    headings = "B x N x M, eps, tolerance, solver, iterations, ms, ms with build, marginal error, plan error, MiB"
+    headings = "B x N x M, eps, tolerance, solver, iterations, ms, ms with cost, marginal error, plan error, MiB"
     print("| " + headings.replace(", ", " | ") + " |\n" + "|---" * 10 + "|")
     step = torch.compile(log_step, dynamic=False)
     for shape, reg, tolerance in itertools.product(args.shapes, args.reg, args.tolerance):

@@ -1,4 +1,4 @@
-"""Run GRPO on Wan 2.1 briefly from its recipe; print replay error, time and peak memory by stage, adapter reload.
+"""Run a few GRPO steps of Wan 2.1's recipe; print replay error, time and peak memory by stage, and adapter reload.
 
     python benchmarks/real_check.py                    # weights from the Hub, one GPU
     python benchmarks/real_check.py --random_weights   # the same sizes with random weights, no Hub

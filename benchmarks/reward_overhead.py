@@ -6,7 +6,7 @@
 tiny-vtm on 8 videos of 17 x 64 x 64 in fp32, and a model of InternVideo2's size with random weights on 8 videos of
 8 x 224 x 224 in bf16, with ShapeMotion's prompts (at most 26 tokens), and again with prompts that fill its 40 tokens.
 `matching` is the plain matching head on encoded features, `plans` the extra time to fuse its attention with transport
-plans, `map` the quality reward's map and cosine. Times are medians of 20 calls after 5.
+plans, `map` the quality reward's map and cosine. Times are medians of 20 calls after 5 warm-up calls.
 """
 
 import argparse

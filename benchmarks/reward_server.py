@@ -3,8 +3,8 @@
     python benchmarks/reward_server.py                         # 4 videos of 33 x 240 x 416, lossless and as mp4
 
 The reward returns 1 immediately. The clips are smooth (upsampled noise of an eighth of the size), which mp4 compresses
-well. The server is a separate process on this machine. Times are the median of `--calls` calls after one, and the
-fastest.
+well. The server is a separate process on this machine. Times are the median and the fastest of `--calls` calls after a
+warm-up call.
 """
 
 import argparse

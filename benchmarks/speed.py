@@ -5,10 +5,10 @@
     python benchmarks/speed.py --tiny                        # the same code on a CPU in seconds
 
 The work of table A in docs/results/speed.md: 33 frames of 240 x 416, batch 8, 512 text tokens, guidance on (two
-forward passes a step), LoRA of rank 32 on to_q, to_k, to_v, to_out.0 with B not zero, flow_sde. Both phases are timed
-as the trainer runs them, through the pipeline: rollout is `policy.sample` without decoding, update is `policy.replay`
-with a backward at each step, in micro-batches. Two warm-up runs, median of --repeats; each run ends in a
-synchronisation. `error` is max |log p(update) - log p(sampling)| of the first update.
+forward passes per step), LoRA of rank 32 on to_q, to_k, to_v, to_out.0 with B not zero, flow_sde. Both phases are
+timed as the trainer runs them, through the pipeline: rollout is `policy.sample` without decoding, update is
+`policy.replay` with a backward at each step, in micro-batches. Two warm-up runs, median of --repeats; each run ends in
+a synchronisation. `error` is max |log p(update) - log p(sampling)| of the first update.
 """
 
 import argparse

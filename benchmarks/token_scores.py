@@ -1,15 +1,15 @@
-"""Can a token score that solves a transport problem judge bindings and relations that other scores cannot?
+"""Test whether token scores with a transport solver judge bindings and relations better than scores without one.
 
     python benchmarks/token_scores.py outputs/vtm/vtm-0 ... outputs/vtm/vtm-4 --json outputs/token_scores.json
     python benchmarks/token_scores.py tiny-vtm --smoke                         # the same path in seconds
 
-An encoder of tiny-vtm's kind is frozen. On its word and video tokens a small score is trained end to end, also through
-the solver, to tell a clip's caption from two captions that are wrong in one attribute and from another clip's caption
-(cross-entropy over the four). All scores get the same clips, captions, batches and steps. With cost C = 1 - cos of
-learned projections and word weights a, they are:
+The encoder is frozen and has tiny-vtm's architecture. A small score on its word and video tokens is trained end to
+end, also through the solver, to distinguish a clip's caption from two captions that are wrong in one attribute and
+from another clip's caption (cross-entropy over the four). All scores get the same clips, captions, batches and steps.
+With cost C = 1 - cos of learned projections and word weights a, they are:
 
     without transport
-    matching          the encoder's own matching head, not trained further
+    matching          the encoder's matching head, not trained further
     pooled            cosine of learned projections of the class tokens
     max-sim           sum_i a_i max_j (1 - C_ij), late interaction (Khattab and Zaharia 2020)
     attention         each word attends to the tokens, A_ij = softmax_j(-C_ij / eps); an MLP on word and attended token
@@ -21,16 +21,16 @@ learned projections and word weights a, they are:
     fused GW          -(1 - t) <C, P> - t GW(P), structure: 0 between words of one group and 1 between groups, against
                       the distance of tokens in a frame
     fused GW, signs   the same, and the caption's relation: +1 along its axis from the first group to the second,
-                      against the signed displacement of tokens. Distances alone cannot tell left from right.
+                      against the signed displacement of tokens. Distances alone cannot distinguish left from right.
 
 GW(P) = sum_ijkl M_ik (S_ik - D_jl)^2 P_ij P_kl, M_ik = 1 if the caption says S_ik (Vayer et al. 2019); P is found by
 three linearisations, each solved by 20 scaling steps. Groups and relations are read from the caption's grammar.
 
 Sets of pairs and accuracy are those of ot_semantic_table.py (test splits); `within` is Spearman's correlation with the
-verifier's alignment within the samples of one prompt. The comparison, written down before it was run: on binding and
-on relation, the cut of the error of the best score without transport (by the mean over encoders and seeds on that set)
-by the best with transport, 95 % t-interval over encoders; and that of `fused GW, signs` over `attention, signs`, which
-differ by the solver alone.
+verifier's alignment within the samples of one prompt. The comparison was fixed before it was run: on binding and on
+relation, how much the best score with transport cuts the error of the best score without it (best by the mean over
+encoders and seeds on that set), with a 95 % t-interval over encoders; and the same for `fused GW, signs` against
+`attention, signs`, which differ only in the solver.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Does transport help an encoder whose texts and videos are not aligned? Maps fitted on few pairs, and none.
+"""Test whether transport helps an encoder with unaligned texts and videos: maps fitted on few pairs, or on none.
 
     python benchmarks/unaligned_maps.py --encoders outputs/unaligned --seeds 0 1 2 3 4 --output outputs/unaligned_maps
 
 The encoders are those of assets_src/train_unaligned.py. A cell is a variant and a number N of pairs; every map of a
-cell sees the same N pairs, the same 4,096 captions and 4,096 other clips without pairs, and nothing else. Measured on
+cell gets the same N pairs, the same 4,096 captions and 4,096 other clips without pairs, and nothing else. Measures on
 1,024 unseen clips of the train split: the gap |mean text - mean video|, mutual-kNN (k = 10), recall@1; and on
 tiny-wan's samples (64 prompts of each of three test splits, 8 each): Spearman's correlation of cos(T(text), video)
 with the verifier's alignment over all samples (`reward`), and its mean within a prompt (`within`).
@@ -14,9 +14,9 @@ its image; keypoints (Gu et al. 2022: the cost of a text and a clip is the squar
 similarities to the pairs) and fused Gromov-Wasserstein with that cost (Vayer et al. 2019, POT), each followed by ridge
 over the plan's barycentres and the pairs; with --neural the published neural map, raw and on ridge.
 
-The comparison, written down before it was run: variant `alone`, N = 256. The best map of each family is chosen by the
-mean of `reward` over the encoders on even prompts; on odd prompts, the paired difference transport - without, per
-encoder, 95 % t-interval. Table --compare prints it for every cell; only that of (alone, 256) is the claim.
+The comparison, fixed before it was run: variant `alone`, N = 256. The best map of each family is chosen by the mean of
+`reward` over the encoders on even prompts; on odd prompts, the paired difference transport - without, per encoder,
+95 % t-interval. --compare prints it for every cell; only that of (alone, 256) is the claim.
 """
 
 import argparse
@@ -279,7 +279,7 @@ def main() -> None:
     add("--unseen", type=int, default=1024, help="clips for the gap, mutual-kNN and recall")
     add("--prompts", type=int, default=64, help="a test split, for the samples")
     add("--gw_points", type=int, default=1024, help="a side, of fused Gromov-Wasserstein")
-    add("--neural", action="store_true", help="the published neural map, too: for a GPU")
+    add("--neural", action="store_true", help="also fit the published neural map; meant for a GPU")
     add("--steps", type=int, default=5000, help="of the neural map")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

@@ -1,8 +1,9 @@
-"""A hook of mkdocs: the pages at the repository's root, and links that hold on GitHub and in the site alike.
+"""mkdocs hooks: add the pages at the repository's root, and make links work both on GitHub and in the site.
 
-Pages link each other, and files of the repository, by relative paths, as GitHub reads them. Here a link to a page
-becomes the page's place in the site, and a link to any other file its place in the repository at `repo_url`; without
-`repo_url` only the link's text stays. A link to a file that does not exist stays as it is: `--strict` reports it.
+Pages link to each other and to files of the repository by relative paths, which GitHub resolves. For the site, a link
+to a page becomes the page's path in the site, and a link to any other file becomes its URL in the repository at
+`repo_url`; without `repo_url`, only the link's text is kept. A link to a missing file is unchanged, so that `--strict`
+reports it.
 """
 
 import posixpath
@@ -13,10 +14,10 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
 
-#: Pages of the site that lie outside docs/, by their place in the site.
+#: Pages of the site that are outside docs/, by their path in the site.
 OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
-#: A code block or span, which is left alone, or the target of a link or an image.
+#: A code block or span, which is not changed, or the target of a link or an image.
 LINK = re.compile(
     r"(?P<code>^```.*?^```|^( {4}|\t).*?$|`[^`\n]+`)|(?P<text>\[(?:[^\[\]]|`[^`]*`)*\])\((?P<target>[^)\s]+)\)",
     re.S | re.M,
@@ -38,7 +39,7 @@ def title(path: Path) -> str:
 def on_page_markdown(markdown, page, config, files):
     source = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
-    def mended(match):
+    def rewritten(match):
         target = match["target"]
         if match["code"] or re.match(r"[a-z+]+:|#|/", target):
             return match[0]
@@ -57,4 +58,4 @@ def on_page_markdown(markdown, page, config, files):
             return match["text"][1:-1]
         return f"{match['text']}({config.repo_url}/blob/main/{path}{anchor})"
 
-    return LINK.sub(mended, markdown)
+    return LINK.sub(rewritten, markdown)

@@ -1,10 +1,10 @@
-"""The maps that the cells map_* of the study put under the quality reward, fitted on tiny-vtm's own features.
+"""Fit the maps of the quality reward for the study's cells map_*, on tiny-vtm's features.
 
-    python benchmarks/study/maps.py                     # into outputs/study/maps/; the neural one wants a GPU
+    python benchmarks/study/maps.py                     # into outputs/study/maps/; the neural map is meant for a GPU
     python benchmarks/study/maps.py --only linear entropic
 
-Source: captions of ShapeMotion's train split; target: their clips. Prints the divergence and the paired recall@1 on
-unseen clips of the split. The neural map has the published network and settings.
+The source is the captions of ShapeMotion's train split, the target their clips. The script prints the divergence and
+the paired recall@1 on unseen clips of the split. The neural map has the published network and settings.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The cells of the study: their names, stages and settings, from recipes/study/."""
+"""Read the cells of the study (names, stages and settings) from recipes/study/."""
 
 import re
 from pathlib import Path

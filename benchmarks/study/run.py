@@ -1,17 +1,18 @@
-"""Cells of the study: recipes of recipes/study/ over seeds, and what the judges say of each run.
+"""Run cells of the study, the recipes of recipes/study/ over several seeds, and record the judges' scores of each run.
 
-    python benchmarks/study/run.py --cells grpo_both                # five seeds, one after the other
+    python benchmarks/study/run.py --cells grpo_both                # five seeds, one at a time
     python benchmarks/study/run.py --cells grpo_none grpo_both --seeds 0 1 --jobs 2
     python benchmarks/study/run.py --stage A --jobs 14              # every cell of stage A that is not yet recorded
     python benchmarks/study/run.py --all
 
-Each run leaves one JSON file in outputs/study/records/; a run that has one is skipped, and one that was broken off
-goes on from its last checkpoint. `table.py` beside this file reads them. Further options go to the trainer; a run of
-other settings or options than the one already there is an error, so a dry run needs a folder of its own:
+Each run writes one JSON file to outputs/study/records/, which `table.py` reads. A run with a record is skipped; an
+interrupted run resumes from its last checkpoint. Other options are passed to the trainer. If the folder already has
+the run with different settings or options, the command fails, so use a separate folder for a dry run:
 
     python benchmarks/study/run.py --cells grpo_both --seeds 0 --max_steps 2 --eval_prompts 8 --output_dir outputs/dry
 
-The cells map_* read outputs/study/maps/ in the working directory, whatever --output_dir is; fit them first:
+The cells map_* read their maps from outputs/study/maps/ in the working directory, regardless of --output_dir. Fit the
+maps first:
 
     python benchmarks/study/maps.py
 """
@@ -258,7 +259,7 @@ def main() -> None:
                     print(task.result(), flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise SystemExit("interrupted; the same command goes on from the last checkpoints.") from None
+            raise SystemExit("interrupted; run the same command again to resume from the last checkpoints.") from None
     if failed:
         raise SystemExit(f"{failed} of {len(tasks)} runs failed.")
 

@@ -1,13 +1,13 @@
-"""The study's tables and curves from what run.py recorded.
+"""Print the study's tables and plot its curves from the records of run.py.
 
     python benchmarks/study/table.py                                # outputs/study/records
     python benchmarks/study/table.py --stage A --figure outputs/study/curves.png
     python benchmarks/study/table.py RECORDS --cells backprop_both grpo_both --against grpo_none
 
-Mean over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated before the first
-step. `KL`: from the untrained sampler, per latent dimension (run.py). `guided`: `correct` on held_out in 20 steps with
-guidance 3. `stopped by ...`: the evaluation at which that score was highest on test_seen, and what `correct` was there
-on held_out.
+Values are means over seeds +- half of the 95 % t-interval; differences are paired by seed. `untrained`: evaluated
+before the first step. `KL`: from the untrained sampler, per latent dimension (run.py). `guided`: `correct` on held_out
+in 20 steps with guidance 3. `stopped by ...`: the evaluation at which that score was highest on test_seen, and the
+value of `correct` on held_out at that evaluation.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def figure(records: dict, path: Path) -> None:
         kl = np.mean([divergences(run)[:count] for run in runs], 0)
         for axis, x in zip(axes, (steps / max(steps[-1], 1), reward - reward[0], kl)):
             axis.plot(x, mean("correct"), marker=".", label=cell)
-    for axis, label in zip(axes, ("share of the run", "gain of its own reward", "KL from the untrained sampler")):
+    for axis, label in zip(axes, ("share of the run", "gain of the trained reward", "KL from the untrained sampler")):
         axis.set(xlabel=label)
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="correct, held-out compositions")
