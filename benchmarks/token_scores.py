@@ -27,10 +27,11 @@ GW(P) = sum_ijkl M_ik (S_ik - D_jl)^2 P_ij P_kl, M_ik = 1 if the caption says S_
 three linearisations, each solved by 20 scaling steps. Groups and relations are read from the caption's grammar.
 
 Sets of pairs and accuracy are those of ot_semantic_table.py (test splits); `within` is Spearman's correlation with the
-verifier's alignment within the samples of one prompt. The comparison was fixed before it was run: on binding and on
-relation, how much the best score with transport cuts the error of the best score without it (best by the mean over
-encoders and seeds on that set), with a 95 % t-interval over encoders; and the same for `fused GW, signs` against
-`attention, signs`, which differ only in the solver.
+verifier's alignment within the samples of one prompt. `control` is the accuracy on relation with the clip of another
+pair: above .5 it would show that a score reads the answer from the caption. The comparison was fixed before it was run:
+on binding and on relation, how much the best score with transport cuts the error of the best score without it (best by
+the mean over encoders and seeds on that set), with a 95 % t-interval over encoders; and the same for `fused GW, signs`
+against `attention, signs`, which differ only in the solver.
 """
 
 import argparse
@@ -293,15 +294,16 @@ class Judged:
         return self.frozen.text(found.input_ids)
 
     @torch.no_grad()
-    def scores(self, score: TokenScore | None, name: str, which: int) -> Tensor:
-        """Return the scores (n,) of the captions `which` of a set; None is the encoder's own matching head."""
+    def scores(self, score: TokenScore | None, name: str, which: int, shift: int = 0) -> Tensor:
+        """Return the scores (n,) of the captions `which` of a set with its clips, or with those `shift` rows away; the
+        score None is the encoder's own matching head."""
         if score is None:
-            videos, prompts = self.clips[name]
+            videos, prompts = self.clips[name][0].roll(shift, 0), self.clips[name][1]
             logits = OTSemanticReward(self.frozen.encoder, None, micro_batch=256).logits(
                 prompts[which], videos.to(self.frozen.device)
             )
             return (logits[:, 1] - logits[:, 0]).cpu()
-        text, video = self.text[name][which], self.video[name]
+        text, video = self.text[name][which], self.video[name].roll(shift, 0)
         parts = torch.arange(len(video), device=video.device).split(256)
         return torch.cat([score(pick(text, rows), video[rows]) for rows in parts]).cpu()
 
@@ -312,6 +314,8 @@ class Judged:
             for name in self.clips
             if name != "samples"
         }
+        control = [self.scores(score, "relation", which, shift=1) for which in (0, 1)]
+        found["control"] = accuracy(control[0] - control[1])
         values, pairs = self.scores(score, "samples", 0), self.samples[2]
         found["samples"] = accuracy(values[pairs[:, 0]] - values[pairs[:, 1]])
         rows = zip(values.view(-1, self.group).numpy(), self.truth)
@@ -326,14 +330,14 @@ def interval(values: np.ndarray) -> str:
 
 def tables(kept: dict, encoders: list[str], seeds: list[int]) -> None:
     """Print the accuracies, then the cuts of the error on binding and relation."""
-    columns = (*SETS, "within")
+    columns = (*SETS, "control", "within")
     values = {
         kind: np.array(
             [np.mean([[kept[f"{e} {kind} {s}"][c] for c in columns] for s in seeds], axis=0) for e in encoders]
         )
         for kind in (*WITHOUT, *WITH)
     }
-    print("| score | transport | " + " | ".join(SETS) + " | within |\n" + "|---" * 7 + "|")
+    print("| score | transport | " + " | ".join(columns) + " |\n" + "|---" * 8 + "|")
     for kind, found in values.items():
         cells = [f"{100 * value:.1f}" for value in found[:, :-1].mean(0)]
         print(

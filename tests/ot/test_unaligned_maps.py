@@ -88,7 +88,4 @@ def test_the_smallest_run(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert (
-        "| alone | 16 | fused GW |" in done.stdout
-        and len(json.loads((tmp_path / "maps/results.json").read_text())) == 7
-    )
+    assert "| alone | 16 | fused GW |" in done.stdout and len(list((tmp_path / "maps").glob("*.json"))) == 7
