@@ -15,6 +15,7 @@ the hash is known before any map is fitted on it. Only prompts and layouts of th
 """
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -219,10 +220,10 @@ def train_heads(alone: TinyVTM, pairs: Bank, args, device: torch.device) -> tupl
 
 
 def on(bank: Bank, device: torch.device, count: int | None = None) -> Bank:
-    """The bank's first clips and captions on a device."""
-    for name in ("videos", "tokens"):
-        setattr(bank, name, getattr(bank, name)[:count].to(device))
-    return bank
+    """Return the bank's first clips and captions on a device."""
+    found = copy.copy(bank)
+    found.videos, found.tokens = bank.videos[:count].to(device), bank.tokens[:count].to(device)
+    return found
 
 
 def main(arguments=None) -> None:
@@ -234,10 +235,11 @@ def main(arguments=None) -> None:
     if unknown := set(args.variants or ()) - set(variants):
         raise SystemExit(f"--variants {', '.join(sorted(unknown))}: expected some of {', '.join(variants)}.")
     bank = Bank(args.bank_clips, tokenizer, device, args.seed)
+    every_pair = pair_bank(max(args.pairs), args.seed, tokenizer)
     found = {}
     for variant in args.variants or variants:
         kind, _, count = variant.partition("-")
-        pairs = on(pair_bank(max(args.pairs), args.seed, tokenizer), device, int(count) if count.isdigit() else None)
+        pairs = on(every_pair, device, int(count) if count.isdigit() else None)
         if kind == "frozen":
             alone = found.get("alone") or TinyVTM.load(args.output / f"alone-{args.seed}").to(device)
             model, report = train_heads(alone, pairs, args, device)

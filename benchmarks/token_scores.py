@@ -28,7 +28,7 @@ three linearisations, each solved by 20 scaling steps. Groups and relations are 
 
 Sets of pairs and accuracy are those of ot_semantic_table.py (test splits); `within` is Spearman's correlation with the
 verifier's alignment within the samples of one prompt. `control` is the accuracy on relation with the clip of another
-pair: above .5 it would show that a score reads the answer from the caption. The comparison was fixed before it was run:
+pair: above .5 a score would read the answer from the caption. The comparison was fixed before it was run:
 on binding and on relation, how much the best score with transport cuts the error of the best score without it (best by
 the mean over encoders and seeds on that set), with a 95 % t-interval over encoders; and the same for `fused GW, signs`
 against `attention, signs`, which differ only in the solver.
