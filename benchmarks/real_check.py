@@ -150,6 +150,7 @@ def parsed() -> argparse.Namespace:
     for name, kind in REPLACES.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
     parser.add_argument("--vae_compile", action="store_true", help="compile the decoder's chunks")
+    parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN choose kernels by timing")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.error("no GPU was found; --tiny runs the same code on a CPU")
@@ -189,6 +190,7 @@ def main() -> None:
     if arguments.memory_limit is not None and cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory_limit * 2**30 / total))
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     stages = Stages(cuda)
     with tempfile.TemporaryDirectory() as temporary:
         config = VideoGRPOConfig(**settings | {"output_dir": arguments.output_dir or temporary})
