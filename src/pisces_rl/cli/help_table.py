@@ -110,7 +110,8 @@ def generate() -> str:
     options: dict[str, dict] = {}
 
     def name_of(action: argparse.Action, suffix: str) -> str:
-        option = {key: value for key in _SHOWN if (value := getattr(action, key)) not in (None, False)}
+        shown = {key: getattr(action, key) for key in _SHOWN}
+        option = {key: value for key, value in shown.items() if value is not None and value is not False}
         if action.default is not None:
             option["default"] = str(action.default)  # as help shows it
         if action.choices is not None:
