@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
 DEFAULT_METHOD = "rvm"
-#: Commands that estimate or train by this method if a recipe names none; the others need a name.
+#: The method, by command, if neither the command line nor its recipe names one; `train` rejects such a recipe.
 UNNAMED = {"estimate": "grpo"}
 
 
