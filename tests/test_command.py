@@ -123,6 +123,7 @@ def test_help_says_which_versions_its_inherited_settings_are_of(monkeypatch, cap
     _, printed = stopped(capsys, "train", "--help")
     found = f"trl 1.0.0 (installed: {help_table.installed('trl')}) and no_such_package 2.0 (installed: not installed)"
     assert printed.endswith(f"\n\nInherited settings are those of {found}; a few may differ.\n")
+    assert "Inherited" not in stopped(capsys, "evaluate", "--help")[1]
 
 
 def test_help_names_every_subcommand(capsys):
@@ -160,6 +161,7 @@ def test_every_subcommand_has_a_help(capsys, name):
             ["train", "--method", "nft", "--model", "tiny-wan", "--epsilon", "0.1"],
             "unknown argument '--epsilon': it is a setting of methods grpo, flash_grpo, flow_dppo, awm.",
         ),
+        (["train", "--model", "tiny-wan", "learning_rate", "0.1"], "did you mean '--learning_rate'"),
         (["evaluate", "--reward", "exposure"], "did you mean '--rewards'"),
         (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
         (["sample", "--model", "a", "--output", "b", "--prompt", "c", "--batch_size", "0"], "0 must be at least 1"),

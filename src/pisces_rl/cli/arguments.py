@@ -153,7 +153,7 @@ def _as_arguments(parser: argparse.ArgumentParser, path: str, settings: dict) ->
 
 def _advice(name: str, known: set[str], dashes: str = "") -> str:
     """Name the methods that have a setting, if the command can select another method, or else the nearest setting."""
-    others = methods_with(name) if "method" in known else []
+    others = methods_with(name) if "method" in known and name not in known else []
     if others:
         return f": it is a setting of {'method' if len(others) == 1 else 'methods'} {', '.join(others)}."
     return nearest(f"{dashes}{name}", [f"{dashes}{other}" for other in known])

@@ -71,7 +71,7 @@ def listed_parser(command: str, method: str | None = None, prog: str | None = No
     other = [
         f"{name} {made_with} (installed: {found})"
         for name, made_with in table["versions"].items()
-        if (found := installed(name)) != made_with
+        if method and (found := installed(name)) != made_with  # only methods inherit settings
     ]
     epilog = f"Inherited settings are those of {' and '.join(other)}; a few may differ." if other else None
     parser = argparse.ArgumentParser(prog=prog, formatter_class=HelpFormatter, epilog=epilog, **STYLE)
