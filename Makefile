@@ -18,7 +18,7 @@ LAUNCH = $(BIN)/accelerate launch --num_machines 1 --mixed_precision no --dynamo
 # Distribute by file, so that a file's shared fixtures (a launch of several processes, a trained run) are made once.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help install demo test test-slow lint docs real-check clean
+.PHONY: help install demo test test-slow lint help-table docs real-check clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -49,6 +49,9 @@ lint: $(STAMP)  ## check style, format and the types of the public modules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+help-table: $(STAMP)  ## write the table of options that --help prints, after a change to a setting
+	$(BIN)/python -m pisces_rl.cli.help_table
 
 # The site needs only the extra `docs`: it reads the sources without importing them, so torch is not needed.
 DOCS = $$($(BIN)/python -c "import configparser as c; p = c.ConfigParser(); p.read('setup.cfg'); \

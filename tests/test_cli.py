@@ -12,7 +12,8 @@ import yaml
 
 from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments, train_command
-from pisces_rl.cli.train_command import MethodArguments, method_of, with_recipe
+from pisces_rl.cli.arguments import method_of
+from pisces_rl.cli.train_command import TRAINERS, MethodArguments, with_recipe
 from pisces_rl.cli.training_inputs import ScriptArguments, load_rewards
 from pisces_rl.rewards import OTAttention, exposure, load_reward
 from pisces_rl.shapemotion import shapemotion_reward
@@ -196,7 +197,7 @@ def test_the_trainers_config(recipe, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_recipes_parse(path):
-    method = method_of(["--config", str(path)]) if "method:" in path.read_text() else None
+    method = method_of(["--config", str(path)], TRAINERS) if "method:" in path.read_text() else None
     kind = RewardBackpropConfig if "examples/backprop_t2v.py" in path.read_text() else VideoGRPOConfig
     kinds = (MethodArguments, METHODS[method][1]) if method else (ScriptArguments, kind)
     script, config = parsed(["--config", str(path), "--use_cpu"], *kinds)

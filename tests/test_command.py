@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pisces_rl import command
-from pisces_rl.cli import env_command
+from pisces_rl.cli import env_command, help_table
 from pisces_rl.cli.completion_command import script, words_of_help
 
 ROOT = Path(__file__).parents[1]
@@ -58,18 +58,72 @@ def stopped(capsys, *arguments: str) -> tuple[object, str]:
 # --- help and wrong command lines ---
 
 
-def test_help_imports_nothing_heavy():
-    """The program's own, and that of the subcommands whose options need no torch."""
-    light = ["sample", "export", "vbench", "report", "env", "completion"]
+def test_help_and_completion_import_nothing_heavy():
+    calls = [
+        [],
+        *([name, "--help"] for name in command.COMMANDS),
+        *(["train", "--method", name, "-h"] for name in help_table.methods("train")),
+        ["train", "--config", str(ROOT / "recipes" / "wan21_1.3b_nft.yaml"), "--num_processes", "2", "--help"],
+        ["completion", "bash"],
+    ]
     code = (
         "import sys\nfrom pisces_rl.command import main\n"
-        f"for arguments in ([], *([name] for name in {light})):\n"
-        "    try:\n        main([*arguments, '--help'])\n    except SystemExit as ended:\n"
-        "        assert not ended.code\nheavy = {'torch', 'numpy', 'diffusers', 'transformers', 'datasets', 'yaml'}\n"
+        f"for arguments in {calls}:\n"
+        "    try:\n        main(arguments)\n    except SystemExit as ended:\n        assert not ended.code\n"
+        "heavy = {'torch', 'numpy', 'pandas', 'diffusers', 'transformers', 'trl', 'peft', 'accelerate', 'datasets'}\n"
         "print('heavy:', sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "heavy: []" in done.stdout
+
+
+def pinned_versions() -> dict[str, str]:
+    """The versions in constraints.txt of the packages that define inherited settings."""
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    return {name: pins[name] for name in help_table.INHERITED}
+
+
+with_pinned_versions = pytest.mark.skipif(
+    any(help_table.installed(name) != pin for name, pin in pinned_versions().items()),
+    reason="other versions of transformers and trl have other settings",
+)
+
+
+@with_pinned_versions
+def test_the_table_of_options_is_current():
+    run = "run `make help-table`, or python -m pisces_rl.cli.help_table"
+    assert help_table.TABLE.read_text(encoding="utf-8") == help_table.generate(), f"the table is stale; {run}"
+
+
+@with_pinned_versions
+@pytest.mark.parametrize("width", ["60", "80", "200"])
+def test_help_is_that_of_the_real_parsers(monkeypatch, width):
+    """If this fails for all widths and the table is current, help depends on more than the table stores."""
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setitem(help_table._table(), "versions", {})  # without the line on other versions
+    for key, make in help_table.real_parsers().items():
+        real = make(prog=f"pisces-rl {key.split()[0]}")
+        assert help_table.listed_parser(*key.split(), prog=real.prog).format_help() == real.format_help(), key
+
+
+def test_help_follows_the_method_and_the_recipe(capsys, tmp_path):
+    (tmp_path / "nft.yaml").write_text("method: nft\nlearning_rate: null\n")
+    _, grpo = stopped(capsys, "train", "--method", "grpo", "--help")
+    _, nft = stopped(capsys, "train", "--config", str(tmp_path / "nft.yaml"), "--help")
+    assert "  --epsilon EPSILON" in grpo and "  --epsilon EPSILON" not in nft
+    assert nft.split("\n  --learning_rate ")[1].split("\n  --")[0].endswith("(default: None)")
+    (tmp_path / "nft.yaml").write_text("method: nft\nepsilon: 0.1\n")
+    status, printed = stopped(capsys, "train", "--config", str(tmp_path / "nft.yaml"), "--help")
+    assert status == 2 and "unknown key 'epsilon': it is a setting of methods grpo" in printed
+
+
+def test_help_says_which_versions_its_inherited_settings_are_of(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setitem(help_table._table(), "versions", {"trl": "1.0.0", "no_such_package": "2.0"})
+    _, printed = stopped(capsys, "train", "--help")
+    found = f"trl 1.0.0 (installed: {help_table.installed('trl')}) and no_such_package 2.0 (installed: not installed)"
+    assert printed.endswith(f"\n\nInherited settings are those of {found}; a few may differ.\n")
+    assert "Inherited" not in stopped(capsys, "evaluate", "--help")[1]
 
 
 def test_help_names_every_subcommand(capsys):
@@ -103,6 +157,11 @@ def test_every_subcommand_has_a_help(capsys, name):
             ["train", "--method", "grpo", "--model", "tiny-wan", "--learning_rat", "1"],
             "did you mean '--learning_rate'",
         ),
+        (
+            ["train", "--method", "nft", "--model", "tiny-wan", "--epsilon", "0.1"],
+            "unknown argument '--epsilon': it is a setting of methods grpo, flash_grpo, flow_dppo, awm.",
+        ),
+        (["train", "--model", "tiny-wan", "learning_rate", "0.1"], "did you mean '--learning_rate'"),
         (["evaluate", "--reward", "exposure"], "did you mean '--rewards'"),
         (["sample", "--model", "tiny-wan", "--output", "out"], "one of the arguments --prompt --prompts is required"),
         (["sample", "--model", "a", "--output", "b", "--prompt", "c", "--batch_size", "0"], "0 must be at least 1"),

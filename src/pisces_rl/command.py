@@ -135,13 +135,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(name: str, prog: str, arguments: list[str]) -> None:
     """Run a subcommand, in this process or in processes that accelerate starts."""
     purpose, module, read = COMMANDS[name]
-    if name in LAUNCHED:
+    help_asked = not {"-h", "--help"}.isdisjoint(arguments)
+    if help_asked and read is by_settings:
+        from .cli.arguments import show_help
+
+        show_help(name, arguments, prog)
+    if name in LAUNCHED and not help_asked:
         from .cli.accelerate_launch import launch, launched
 
         if launched(arguments):
             launch(name, arguments)
             return
-    if name not in ("convert", "env", "completion") and {"-h", "--help"}.isdisjoint(arguments):
+    if name not in ("convert", "env", "completion") and not help_asked:
         from .cli.quiet import quiet
 
         quiet()

@@ -1,32 +1,26 @@
 """Code that the commands share: arguments from YAML and the command line, prompts and rewards by name."""
 
 import argparse
-import copy
 import difflib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from datasets import Dataset, Value, load_dataset
-from transformers import HfArgumentParser
 
-from ..prompt_files import PROMPT_FILES, read_prompt_file
+from . import usage_error
+from .help_table import STYLE, HelpFormatter, listed_parser, methods, methods_with
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import HfArgumentParser
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show each option once: HfArgumentParser also accepts --learning-rate for --learning_rate."""
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)
-        others = {name for name in action.option_strings if "_" in name}
-        shown.option_strings = [
-            name for name in action.option_strings if name in others or f"--{name[2:].replace('-', '_')}" not in others
-        ]
-        return super()._format_action_invocation(shown)
+DEFAULT_METHOD = "rvm"
+#: The method, by command, if neither the command line nor its recipe names one; `train` rejects such a recipe.
+UNNAMED = {"estimate": "grpo"}
 
 
 def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, prog: str | None = None) -> tuple:
@@ -44,28 +38,74 @@ def parse_arguments(*dataclasses: type, arguments: Sequence[str] | None = None, 
         SystemExit: an argument or YAML key is invalid (status 2); if it is unknown, the message names the nearest one.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    usage = "%(prog)s [--config FILE] [OPTIONS]"  # not hundreds of options before each error
-    parser = HfArgumentParser(
-        dataclasses,
-        prog=prog,
-        usage=usage,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,  # do not train with a typo
-    )
-    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
-    known = {f.name for d in dataclasses for f in fields(d) if f.init} | {"config"}
-    path = _config_path(arguments)
-    if path is not None:
-        settings = _read_yaml(parser, path)
-        for key in settings:
-            if key not in known:
-                parser.error(f"{path}: unknown key {key!r}{nearest(str(key), known)}")
-        arguments = _as_arguments(parser, path, settings) + arguments
+    parser = settings_parser(*dataclasses, prog=prog)
+    arguments = _with_config(parser, arguments)
     *instances, rest = parser.parse_args_into_dataclasses(args=arguments, return_remaining_strings=True)
     for argument in rest:
         name = argument.lstrip("-").split("=")[0].replace("-", "_")
-        parser.error(f"unknown argument {argument!r}{nearest(f'--{name}', [f'--{k}' for k in known])}")
+        parser.error(f"unknown argument {argument!r}{_advice(name, _known(parser), '--')}")
     return tuple(instances[: len(dataclasses)])
+
+
+def settings_parser(*dataclasses: type, prog: str | None = None) -> "HfArgumentParser":
+    """Return the parser of dataclasses and --config."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(dataclasses, prog=prog, formatter_class=HelpFormatter, **STYLE)
+    parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    return parser
+
+
+def show_help(command: str, arguments: Sequence[str], prog: str) -> None:
+    """If the command line asks for help, print it from the table of options and end the program.
+
+    Raises:
+        SystemExit: help is printed (status 0), or an argument or YAML key before it is invalid (status 2).
+    """
+    named = methods(command)
+    method = method_of(arguments, named, UNNAMED.get(command), prog) if named else None
+    parser = listed_parser(command, method, prog)
+    parser.parse_known_args(_with_config(parser, list(arguments)))
+
+
+def method_of(argv: Sequence[str], methods: Iterable[str], unnamed: str | None = None, prog: str | None = None) -> str:
+    """Return the method that the command line or its recipe names; it selects the config class.
+
+    Args:
+        argv: the command line without the program's name.
+        methods: the names that are allowed.
+        unnamed: the method to use if the recipe names none; None makes a recipe without a method an error.
+        prog: the program's name in errors.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method")
+    parser.add_argument("--config", type=Path)
+    known = parser.parse_known_args(argv)[0]
+    method = known.method
+    if method is None and known.config is not None and known.config.is_file():
+        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
+        if method is None:
+            usage_error(f"{known.config} names no method; add --method, one of {', '.join(methods)}.", prog)
+    method = method or unnamed or DEFAULT_METHOD
+    if method not in methods:
+        usage_error(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}", prog)
+    return method
+
+
+def _known(parser: argparse.ArgumentParser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help"}
+
+
+def _with_config(parser: argparse.ArgumentParser, arguments: list[str]) -> list[str]:
+    """Return the command line after the settings of its --config file."""
+    path = _config_path(arguments)
+    if path is None:
+        return arguments
+    settings, known = _read_yaml(parser, path), _known(parser)
+    for key in settings:
+        if key not in known:
+            parser.error(f"{path}: unknown key {key!r}{_advice(str(key), known)}")
+    return _as_arguments(parser, path, settings) + arguments
 
 
 def _config_path(arguments: list[str]) -> str | None:
@@ -77,7 +117,7 @@ def _config_path(arguments: list[str]) -> str | None:
     return None
 
 
-def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
+def _read_yaml(parser: argparse.ArgumentParser, path: str) -> dict:
     if not os.path.isfile(path):
         parser.error(f"--config {path}: no such file; the recipes are in recipes/.")
     try:
@@ -89,7 +129,7 @@ def _read_yaml(parser: HfArgumentParser, path: str) -> dict:
     return settings
 
 
-def _as_arguments(parser: HfArgumentParser, path: str, settings: dict) -> list[str]:
+def _as_arguments(parser: argparse.ArgumentParser, path: str, settings: dict) -> list[str]:
     """Convert a file's settings to a command line, so that both are checked by the same code."""
     actions = {action.dest: action for action in parser._actions}
     arguments = []
@@ -111,6 +151,14 @@ def _as_arguments(parser: HfArgumentParser, path: str, settings: dict) -> list[s
     return arguments
 
 
+def _advice(name: str, known: set[str], dashes: str = "") -> str:
+    """Name the methods that have a setting, if the command can select another method, or else the nearest setting."""
+    others = methods_with(name) if "method" in known and name not in known else []
+    if others:
+        return f": it is a setting of {'method' if len(others) == 1 else 'methods'} {', '.join(others)}."
+    return nearest(f"{dashes}{name}", [f"{dashes}{other}" for other in known])
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     return f"; did you mean {match[0]!r}?" if match else "."
@@ -118,7 +166,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def load_prompt_dataset(
     source: str, split: str = "train", column: str = "prompt", images: Sequence[str] = ("image",)
-) -> Dataset:
+) -> "Dataset":
     """Load prompts from a .txt (one per line), .csv, .json or .jsonl file, or from a dataset's Hub id or folder.
 
     Files are UTF-8, or UTF-16 with a byte order mark. In a .txt, blank lines and surrounding spaces are dropped. A
@@ -134,6 +182,10 @@ def load_prompt_dataset(
     Raises:
         ValueError: the file is missing, empty or unreadable, lacks the column, or has a row without a prompt.
     """
+    from datasets import load_dataset
+
+    from ..prompt_files import PROMPT_FILES, read_prompt_file
+
     if Path(source).suffix.lower() in PROMPT_FILES:
         dataset = _beside(read_prompt_file(source, column), Path(source).parent, images)
     else:
@@ -160,8 +212,10 @@ def load_prompt_dataset(
     return dataset
 
 
-def _beside(dataset: Dataset, folder: Path, columns: Sequence[str]) -> Dataset:
+def _beside(dataset: "Dataset", folder: Path, columns: Sequence[str]) -> "Dataset":
     """Prefix relative paths of files in the folder with the folder; leave all other values as they are."""
+    from datasets import Value
+
     for name in columns:
         if name in dataset.column_names and dataset.features[name] == Value("string"):
             found = [str(folder / p) if p and (folder / p).is_file() else p for p in dataset[name]]

@@ -35,12 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    from pisces_rl.cli.train_command import TRAINERS
+    from pisces_rl.cli.help_table import methods
     from pisces_rl.command import COMMANDS
     from pisces_rl.command import main as program
     from pisces_rl.rewards import REWARDS
 
-    inner = {"train": [["--method", name] for name in TRAINERS], "vbench": [[], ["export"], ["read"]]}
+    inner = {"train": [["--method", name] for name in methods("train")], "vbench": [[], ["export"], ["read"]]}
     words = {}
     for name in COMMANDS:
         words[name] = {}

@@ -3,9 +3,10 @@
 import argparse
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 from pisces_rl import __version__
+
+from .help_table import installed
 
 PACKAGES = (
     "torch",
@@ -31,10 +32,7 @@ def environment() -> dict[str, str]:
 
     found = {"pisces_rl": __version__, "platform": platform.platform(), "python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
+        found[name] = installed(name)
     found["CUDA of torch"] = torch.version.cuda or "none"
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     found["GPUs"] = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in gpus) or "none"

@@ -17,8 +17,8 @@ from pisces_rl import assets
 from pisces_rl.estimate import MemoryEstimate, estimate_memory, weightless_pipeline
 
 from . import RECIPES, usage_error
-from .arguments import parse_arguments
-from .train_command import TRAINERS, MethodArguments, method_of
+from .arguments import UNNAMED, method_of, parse_arguments
+from .train_command import TRAINERS, MethodArguments
 from .training_inputs import lora_config
 
 ARCHITECTURES = RECIPES / "architectures.json"
@@ -58,7 +58,7 @@ def estimated(script: MethodArguments, config) -> MemoryEstimate:
 
 def parsed(arguments: Sequence[str], prog: str | None = None) -> tuple:
     """Parse (EstimateArguments, MethodArguments, config) for a run on a GPU, even on a machine without one."""
-    method = method_of(arguments, unnamed="grpo", prog=prog)
+    method = method_of(arguments, TRAINERS, UNNAMED["estimate"], prog)
     chosen = any(argument.split("=")[0] == "--bf16" for argument in arguments)
     return parse_arguments(
         EstimateArguments,

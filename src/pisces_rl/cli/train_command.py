@@ -6,12 +6,10 @@ the `.jsonl` file is {"prompt": ..., "chosen": a video file in the same folder, 
 recipe's rewards and rollout settings and refuses --rewards. Other methods ignore these columns.
 """
 
-import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from datasets import Dataset
 
 from pisces_rl.trainers import METHODS, RewardBackpropConfig, RewardBackpropTrainer, VideoPolicyTrainer
@@ -19,7 +17,7 @@ from pisces_rl.trainers.base.data.pairs import SIDES
 from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
 from . import RECIPES, usage_error
-from .arguments import nearest, parse_arguments
+from .arguments import DEFAULT_METHOD, method_of, parse_arguments
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
 #: Every trainer and its config class, by name: the methods that train on rollouts, and reward backpropagation.
@@ -29,34 +27,9 @@ TRAINERS = METHODS | {"backprop": (RewardBackpropTrainer, RewardBackpropConfig)}
 @dataclass
 class MethodArguments(ScriptArguments):
     method: str = field(
-        default="rvm", metadata={"choices": list(TRAINERS), "help": "Training method; it selects the other settings."}
+        default=DEFAULT_METHOD,
+        metadata={"choices": list(TRAINERS), "help": "Training method; it selects the other settings."},
     )
-
-
-def method_of(
-    argv: Sequence[str], methods: Iterable[str] = TRAINERS, unnamed: str | None = None, prog: str | None = None
-) -> str:
-    """Return the method that the command line or its recipe names; it selects the config class.
-
-    Args:
-        argv: the command line without the program's name.
-        methods: the names that are allowed.
-        unnamed: the method to use if the recipe names none; None makes a recipe without a method an error.
-        prog: the program's name in errors.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--method")
-    parser.add_argument("--config", type=Path)
-    known = parser.parse_known_args(argv)[0]
-    method = known.method
-    if method is None and known.config is not None and known.config.is_file():
-        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
-        if method is None:
-            usage_error(f"{known.config} names no method; add --method, one of {', '.join(methods)}.", prog)
-    method = method or unnamed or MethodArguments.method
-    if method not in methods:
-        usage_error(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}", prog)
-    return method
 
 
 def with_recipe(arguments: Sequence[str], recipe: Path, prog: str | None = None) -> list[str]:
@@ -114,7 +87,7 @@ def train_by(method: str, arguments: Sequence[str], recipe: Path) -> None:
 
 
 def main(arguments: Sequence[str], prog: str | None = None) -> None:
-    method = method_of(arguments, prog=prog)
+    method = method_of(arguments, TRAINERS, prog=prog)
     given = with_recipe(arguments, RECIPES / f"shapemotion_{method}.yaml", prog)
     script, config = parse_arguments(MethodArguments, TRAINERS[method][1], arguments=given, prog=prog)
     train(method, script, config, arguments)

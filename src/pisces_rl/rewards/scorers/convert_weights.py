@@ -4,11 +4,12 @@ import argparse
 import difflib
 from collections import Counter
 from pathlib import Path
-
-from safetensors.torch import save
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from pisces_rl.whole_files import atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Rewards whose weights are published as a pickle, and the argument of `load_reward` that takes the file.
 PICKLED = {"aesthetic": "head", "image_reward": "model", "video_align": "model"}
@@ -58,6 +59,8 @@ def convert_weights(
         raise ValueError(f"output: {output} must be a file that ends with .safetensors.")
     if output.exists():
         raise ValueError(f"output: {output} exists already; remove it, or choose another with --output.")
+    from safetensors.torch import save  # here, so that --help does not import torch
+
     state = _read(reward, file, base)
     data = save(_without_shared_memory(state), {"format": "pt"})
     return atomically(output, lambda target: target.write(data))
@@ -71,7 +74,7 @@ def _default_output(reward: str, file: Path) -> Path:
     return HEAD.expanduser()
 
 
-def _read(reward: str, file: Path, base: str | Path | None) -> dict[str, Tensor]:
+def _read(reward: str, file: Path, base: str | Path | None) -> dict[str, "Tensor"]:
     """Return the tensors of a pickle after the scorer has checked them."""
     if reward == "aesthetic":
         from pisces_rl.rewards.scorers.aesthetic_predictor import read_head
@@ -88,7 +91,7 @@ def _read(reward: str, file: Path, base: str | Path | None) -> dict[str, Tensor]
     return video_align.read_video_align(file, video_align.video_align_config(folder))
 
 
-def _without_shared_memory(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _without_shared_memory(state: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Return contiguous tensors that do not share memory, as safetensors requires."""
     owners = Counter(tensor.untyped_storage().data_ptr() for tensor in state.values())
     return {
