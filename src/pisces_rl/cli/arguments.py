@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from . import usage_error
-from .help_table import STYLE, HelpFormatter, listed_parser, methods, methods_with
+from .help_table import STYLE, HelpFormatter, list_options, listed_parser, methods, methods_with
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +53,17 @@ def settings_parser(*dataclasses: type, prog: str | None = None) -> "HfArgumentP
 
     parser = HfArgumentParser(dataclasses, prog=prog, formatter_class=HelpFormatter, **STYLE)
     parser.add_argument("--config", help="YAML file of settings; the command line overrides it.")
+    own, inherited = [], []
+    for action in parser._optionals._group_actions:
+        (inherited if _is_inherited(action.dest, dataclasses) else own).append(action)
+    list_options(parser, own, inherited)
     return parser
+
+
+def _is_inherited(name: str, dataclasses: Sequence[type]) -> bool:
+    """Return whether a setting comes from transformers or TRL and no class of this package overrides it."""
+    owners = [cls.__module__ for d in dataclasses for cls in d.__mro__ if name in vars(cls).get("__annotations__", {})]
+    return bool(owners) and not any(owner.startswith(__name__.partition(".")[0]) for owner in owners)
 
 
 def show_help(command: str, arguments: Sequence[str], prog: str) -> None:

@@ -8,12 +8,14 @@ import argparse
 import copy
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 TABLE = Path(__file__).with_suffix(".json")
 INHERITED = ("transformers", "trl")  # the packages that define the inherited settings
+INHERITED_TITLE = "options inherited from transformers.TrainingArguments"
+SECTION = "|"  # in a command's list of options: the inherited ones follow
 STYLE = {
     "usage": "%(prog)s [--config FILE] [OPTIONS]",  # not hundreds of options before each error
     "allow_abbrev": False,  # do not train with a typo
@@ -39,6 +41,15 @@ class _ListedOption(argparse.Action):
 
     def __call__(self, *_: object) -> None:
         pass
+
+
+def list_options(
+    parser: argparse.ArgumentParser, own: Sequence[argparse.Action], inherited: Sequence[argparse.Action]
+) -> None:
+    """Make help list a parser's own options first, then the inherited ones in a group."""
+    parser._optionals._group_actions[:] = own
+    if inherited:
+        parser.add_argument_group(INHERITED_TITLE)._group_actions += inherited
 
 
 @functools.cache
@@ -75,8 +86,9 @@ def listed_parser(command: str, method: str | None = None, prog: str | None = No
     ]
     epilog = f"Inherited settings are those of {' and '.join(other)}; a few may differ." if other else None
     parser = argparse.ArgumentParser(prog=prog, formatter_class=HelpFormatter, epilog=epilog, **STYLE)
-    for name in table["commands"][f"{command} {method}" if method else command].split():
-        parser._add_action(_ListedOption(**table["options"][name]))
+    sections = table["commands"][f"{command} {method}" if method else command].split(SECTION)
+    listed = [[parser._add_action(_ListedOption(**table["options"][name])) for name in x.split()] for x in sections]
+    list_options(parser, parser._optionals._group_actions[:1] + listed[0], listed[1] if listed[1:] else [])
     return parser
 
 
@@ -123,8 +135,9 @@ def generate() -> str:
         return same
 
     for key, make in real_parsers().items():
-        actions = [action for action in make()._actions if action.dest != "help"]
-        commands[key] = " ".join(name_of(action, key.replace(" ", "_")) for action in actions)
+        sections = [group._group_actions for group in make()._action_groups if group._group_actions]
+        names = [[name_of(a, key.replace(" ", "_")) for a in actions if a.dest != "help"] for actions in sections]
+        commands[key] = f" {SECTION} ".join(" ".join(section) for section in names)
     parts = {"versions": {name: version(name) for name in INHERITED}, "commands": commands, "options": options}
     lines = {
         part: ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in entries.items())
