@@ -379,6 +379,7 @@ def test_completion_reads_options_and_choices_from_the_help():
         ("train --method g", ["grpo"]),
         ("train --method = g", ["grpo"]),  # as bash splits --method=g
         ("train --method =", ["grpo", "nft"]),
+        ("train --method=g", ["--method=grpo"]),  # as zsh passes it
         ("train --config recipe.yaml --rewards cosine ot_", ["ot_quality"]),
         ("train --config ''", []),  # bash then offers files
         ("completion z", ["zsh"]),

@@ -7,22 +7,31 @@ import re
 from collections.abc import Callable, Mapping, Set
 
 SHELLS = ("bash", "zsh")
+ZSH = """\
+(( $+functions[compdef] )) || { autoload -U compinit && compinit; }
+autoload -U +X bashcompinit && bashcompinit
+"""
 #: Completes words that begin with a dash as options, and others as a value of the preceding option, or else as files.
+#: bash splits --option=value into three words, zsh does not.
 SCRIPT = """\
 _pisces_rl() {{
-    local word="${{COMP_WORDS[COMP_CWORD]}}" words="" at=$COMP_CWORD
+    local word="${{COMP_WORDS[COMP_CWORD]}}" words="" option="" prefix="" at=$COMP_CWORD
     [ "$word" = "=" ] && word=""
-    while [ "$at" -gt 1 ] && {{ [ "$at" -eq "$COMP_CWORD" ] || [[ "${{COMP_WORDS[at]}}" != -* ]]; }}; do
-        at=$((at - 1))
-    done
+    if [[ "$word" == -*=* ]]; then option="${{word%%=*}}"; prefix="$option="; word="${{word#*=}}"
+    else
+        while [ "$at" -gt 1 ] && {{ [ "$at" -eq "$COMP_CWORD" ] || [[ "${{COMP_WORDS[at]}}" != -* ]]; }}; do
+            at=$((at - 1))
+        done
+        option="${{COMP_WORDS[at]}}"
+    fi
     if [ "$COMP_CWORD" -eq 1 ]; then words="{names}"
     elif [[ "$word" == -* ]]; then case "${{COMP_WORDS[1]}}" in
 {options}
     esac
-    else case "${{COMP_WORDS[1]}} ${{COMP_WORDS[at]}}" in
+    else case "${{COMP_WORDS[1]}} $option" in
 {values}
     esac; fi
-    COMPREPLY=($(compgen -W "$words" -- "$word"))
+    COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$word"))
 }}
 complete -o default -F _pisces_rl pisces-rl
 """
@@ -48,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
             words[name] |= words_of_help(program, [name, *more])
         for option in {"--rewards", "--judges"} & words[name].keys():
             words[name][option] = set(REWARDS)
-    print({"bash": "", "zsh": "autoload -U +X bashcompinit && bashcompinit\n"}[args.shell] + script(words), end="")
+    print({"bash": "", "zsh": ZSH}[args.shell] + script(words), end="")
 
 
 def words_of_help(program: Callable, arguments: list[str]) -> dict[str, set[str]]:
