@@ -36,6 +36,25 @@ def run(*command: str, folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+def test_a_release_has_links_that_work_on_pypi(tmp_path):
+    """The repository's address is known to the workflow, so the files have none."""
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    (step,) = (x for x in workflow["jobs"]["build"]["steps"] if x.get("name") == "links that work on PyPI")
+    for name in ("README.md", "setup.cfg"):
+        shutil.copy(ROOT / name, tmp_path)
+    repository = dict(GITHUB_SERVER_URL="https://github.com", GITHUB_REPOSITORY="me/rl", GITHUB_REF_NAME="v0.1.0")
+    run("bash", "-ec", step["run"], folder=tmp_path, **repository)
+    before, after = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, tmp_path))
+    links = re.findall(r"\]\(([^)]+)\)", after)
+    assert len(links) == len(re.findall(r"\]\(", before)) and all(link.startswith("https://") for link in links)
+    assert "](https://github.com/me/rl/raw/v0.1.0/docs/images/before_after.webp)" in after
+    assert "](https://github.com/me/rl/blob/v0.1.0/docs/grpo.md#what-a-pipeline" in after
+    settings = configparser.ConfigParser()
+    settings.read(tmp_path / "setup.cfg")
+    assert "Repository = https://github.com/me/rl" in settings["metadata"]["project_urls"]
+    assert settings["metadata"]["license"] == "Apache-2.0"
+
+
 @pytest.mark.slow
 def test_the_wheel_trains_outside_the_checkout(tmp_path):
     """Built from the source distribution, so that neither lacks a file; tried by its own command."""
