@@ -20,11 +20,11 @@ def study(monkeypatch):
 
 def test_a_run_of_other_settings_is_not_taken_up(study, tmp_path):
     run = study("run")
-    settings = run.begin("grpo_both", 0, tmp_path, ["--max_steps", "2"])
+    settings = run.begin("grpo_semantic", 0, tmp_path, ["--max_steps", "2"])
     assert settings["seed"] == 0 and settings["trainer"] == "grpo"
-    assert run.begin("grpo_both", 0, tmp_path, ["--max_steps", "2"]) == settings  # resumes after an interruption
+    assert run.begin("grpo_semantic", 0, tmp_path, ["--max_steps", "2"]) == settings  # resumes after an interruption
     with pytest.raises(ValueError, match=r"is of a run with other options: \[\['--max_steps', '2'\]\], now \[\[\]\]"):
-        run.begin("grpo_both", 0, tmp_path, [])
+        run.begin("grpo_semantic", 0, tmp_path, [])
     (tmp_path / "grpo_none_0" / "checkpoint-2").mkdir(parents=True)
     (tmp_path / "grpo_none_0" / "checkpoint-2" / "policy.json").write_text("{}")  # as a trainer's has
     with pytest.raises(ValueError, match="no settings.json to know them by"):

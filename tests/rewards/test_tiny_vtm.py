@@ -56,7 +56,8 @@ def test_the_shipped_map_is_bound_to_the_shipped_encoder():
         load_reward("ot_quality", encoder="tiny-vtm-judge", ot_map=folder)
     with pytest.raises(ValueError, match="ot_map: no map is shipped"):
         load_reward("ot_quality", encoder="tiny-vtm-judge")
-    assert TransportMap.load(folder).report["held_out"]["divergence"][0] < 0.01
+    shipped = TransportMap.load(folder)
+    assert shipped.kind == "mean_shift" and shipped.report["held_out"]["divergence"][0] < 0.012
 
 
 def test_real_clips_are_nearer_to_the_bank_than_noise():
