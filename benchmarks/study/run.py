@@ -11,8 +11,8 @@ the run with different settings or options, the command fails, so use a separate
 
     python benchmarks/study/run.py --cells grpo_both --seeds 0 --max_steps 2 --eval_prompts 8 --output_dir outputs/dry
 
-The cells map_*, *_quality* and *_both* read their maps from outputs/study/maps/ in the working directory, regardless of
---output_dir. Fit the maps first:
+The cells map_*, *_quality and *_both read their maps from outputs/study/maps/ in the working directory, regardless
+of --output_dir. Fit the maps first:
 
     python benchmarks/study/maps.py
 """
