@@ -19,7 +19,7 @@ OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "chang
 
 #: A code block or span, which is not changed, or the target of a link or an image.
 LINK = re.compile(
-    r"(?P<code>^```.*?^```|^( {4}|\t).*?$|`[^`\n]+`)|(?P<text>\[(?:[^\[\]]|`[^`]*`)*\])\((?P<target>[^)\s]+)\)",
+    r"(?P<code>^```.*?^```|^( {4}|\t).*?$|`[^`\n]+`)|(?P<text>\[(?:[^\[\]`]|`[^`]*`)*\])\((?P<target>[^)\s]+)\)",
     re.S | re.M,
 )
 
