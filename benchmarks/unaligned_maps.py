@@ -281,9 +281,12 @@ def tables(kept: dict, which: list[tuple[str, int]], seeds: list[int]) -> None:
             names = [name for name in found[0] if (name not in WITHOUT) is family]
             best[family] = max(names, key=lambda name: np.mean([f[name]["even"] for f in found]))
         gain = interval(np.array([f[best[True]]["odd"] - f[best[False]]["odd"] for f in found]))
-        compared.append(f"| {variant} | {count} | {best[False]} | {best[True]} | {gain[0]:+.3f} +- {gain[1]:.3f} |")
-    print("\n| encoder | pairs | best without transport | best with | difference on odd prompts |")
-    print("|---|---|---|---|---|", *compared, sep="\n")
+        mean = {name: [np.mean([f[name][column] for f in found]) for column in COLUMNS] for name in found[0]}
+        chosen = [f"{name} {mean[name][COLUMNS.index('reward')]:.3f}" for name in ("raw", best[False], best[True])]
+        shown = [f"{value:.3f}" for value in mean["raw"][:3]] + chosen + [f"{gain[0]:+.3f} +- {gain[1]:.3f}"]
+        compared.append(f"| {variant} | {count} | {' | '.join(shown)} |")
+    heads = (*COLUMNS[:3], "raw", "best without transport", "best with", "with - without, odd prompts")
+    print(f"\n| encoder | pairs | {' | '.join(heads)} |\n" + "|---" * (len(heads) + 2) + "|", *compared, sep="\n")
 
 
 def main() -> None:
