@@ -258,10 +258,9 @@ def quantised_policy(family: str = "wan") -> tuple[VideoPolicy, dict]:
     "family",
     [
         "wan",
-        "ltx",
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("cogvideox", "mochi", "hunyuan15", "kandinsky5", "flux")
+            for name in ("ltx", "cogvideox", "mochi", "hunyuan15", "kandinsky5", "flux")
         ),
     ],
 )

@@ -502,6 +502,7 @@ def serve(local, tmp_path_factory):
     process.wait(20)
 
 
+@pytest.mark.slow
 def test_transformers_serve(serve, local, monkeypatch):
     """It reads image data URLs and answers greedily. Missing features are reported before a run."""
     monkeypatch.setattr(retrying_client, "LONGEST_WAIT", 0.5)  # uvicorn closes a connection shortly after a status 500
