@@ -304,14 +304,14 @@ def main() -> None:
     add("--variants", nargs="+", help="only these, for instance alone joint-256")
     add("--clips", type=int, default=4096, help="unpaired captions, and unpaired clips")
     add("--unseen", type=int, default=1024, help="clips for the gap, mutual-kNN and recall")
-    add("--prompts", type=int, default=64, help="a test split, for the samples")
-    add("--gw_points", type=int, default=1024, help="a side, of fused Gromov-Wasserstein")
+    add("--prompts", type=int, default=64, help="prompts per test split, for the samples")
+    add("--gw_points", type=int, default=1024, help="points per side for fused Gromov-Wasserstein")
     add(
         "--neural",
         action="store_true",
         help="in the cell of the comparison, also fit the published neural map; meant for a GPU",
     )
-    add("--steps", type=int, default=5000, help="of the neural map")
+    add("--steps", type=int, default=5000, help="steps of the neural map")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -77,6 +77,18 @@ def test_help_and_completion_import_nothing_heavy():
     assert "heavy: []" in done.stdout
 
 
+@pytest.mark.parametrize("asked", [["train", "--help"], ["estimate"]])
+@pytest.mark.parametrize(
+    "text, told",
+    [("- a\n", "must hold `name: value` lines"), ("a: [\n", "is not YAML"), ("method: 3\n", "--method '3' must")],
+)
+def test_a_recipe_that_names_no_method_readably_is_a_usage_error(tmp_path, capsys, text, told, asked):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        command.main([*asked, "--config", str(tmp_path / "r.yaml")])
+    assert ended.value.code == 2 and told in capsys.readouterr().err
+
+
 def pinned_versions() -> dict[str, str]:
     """The versions in constraints.txt of the packages that define inherited settings."""
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)

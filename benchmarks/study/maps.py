@@ -1,4 +1,4 @@
-"""Fit the maps of the quality reward for the study's cells map_*, on tiny-vtm's features.
+"""Fit the maps of the quality reward for the study's cells map_*, *_quality and *_both, on tiny-vtm's features.
 
     python benchmarks/study/maps.py                     # into outputs/study/maps/; the neural map is meant for a GPU
     python benchmarks/study/maps.py --only linear entropic

@@ -47,7 +47,7 @@ COMMANDS: dict[str, tuple[str, str, Callable]] = {
     "train": ("train by --method grpo, nft, awm, rvm, backprop, ...", "cli.train_command", by_settings),
     "sample": ("sample videos before and after training", "cli.sample_command", by_options),
     "evaluate": ("test what rewards measure", "cli.evaluate_command", by_settings),
-    "fit-map": ("fit the transport map of the reward ot_quality", "cli.fit_map_command", by_settings),
+    "fit-map": ("fit the map of the reward ot_quality", "cli.fit_map_command", by_settings),
     "estimate": ("estimate a run's memory, without weights or a GPU", "cli.estimate_command", by_settings),
     "export": ("export an adapter for ComfyUI or PEFT, or merge it", "cli.export_command", by_options),
     "serve": ("serve this machine's rewards to trainers elsewhere", "rewards.server.serve", by_options),

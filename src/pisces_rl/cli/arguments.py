@@ -70,7 +70,7 @@ def show_help(command: str, arguments: Sequence[str], prog: str) -> None:
     """If the command line asks for help, print it from the table of options and end the program.
 
     Raises:
-        SystemExit: help is printed (status 0), or an argument or YAML key before it is invalid (status 2).
+        SystemExit: help is printed (status 0), or a choice, a method or a recipe's key is invalid (status 2).
     """
     named = methods(command)
     method = method_of(arguments, named, UNNAMED.get(command), prog) if named else None
@@ -87,15 +87,16 @@ def method_of(argv: Sequence[str], methods: Iterable[str], unnamed: str | None =
         unnamed: the method to use if the recipe names none; None makes a recipe without a method an error.
         prog: the program's name in errors.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog=prog, add_help=False, **STYLE)
     parser.add_argument("--method")
-    parser.add_argument("--config", type=Path)
+    parser.add_argument("--config")
     known = parser.parse_known_args(argv)[0]
     method = known.method
-    if method is None and known.config is not None and known.config.is_file():
-        method = (yaml.safe_load(known.config.read_text(encoding="utf-8")) or {}).get("method", unnamed)
+    if method is None and known.config is not None and os.path.isfile(known.config):
+        method = _read_yaml(parser, known.config).get("method", unnamed)
         if method is None:
             usage_error(f"{known.config} names no method; add --method, one of {', '.join(methods)}.", prog)
+        method = str(method)
     method = method or unnamed or DEFAULT_METHOD
     if method not in methods:
         usage_error(f"--method {method!r} must be one of {', '.join(methods)}{nearest(method, methods)}", prog)

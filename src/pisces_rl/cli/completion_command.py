@@ -31,7 +31,8 @@ _pisces_rl() {{
     else case "${{COMP_WORDS[1]}} $option" in
 {values}
     esac; fi
-    COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$word"))
+    if [ -n "$prefix" ] && [ -z "$words" ]; then COMPREPLY=($(compgen -P "$prefix" -f -- "$word"))
+    else COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$word")); fi
 }}
 complete -o default -F _pisces_rl pisces-rl
 """

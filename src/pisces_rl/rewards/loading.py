@@ -65,8 +65,8 @@ def load_reward(
         name: one of `REWARDS`, optionally with options after a question mark, "video_align?video_fps=8&weights=1,0,1",
             which override the keyword arguments; or one of `FUNCTIONS`, file.py:function, package.module:function,
             http://host:port/NAME of a server (`server.remote.remote_reward`), or vlm+http://host:port/v1?model=ID of a
-            vision-language judge (`remote_vlm_judge`), none of which take options here. "ot_quality" is the published
-            cosine; `divergence_weight` adds the credit of the divergence to the bank stored with the map.
+            vision-language judge (`remote_vlm_judge`), none of which take options here. "ot_quality" is the cosine
+            under a map; `divergence_weight` adds the credit of the divergence to the bank stored with the map.
         encoder: the name of an embedded encoder, a folder, a Hub id, or an encoder; only for `ENCODER_REWARDS`.
         ot_map: for "ot_quality", a folder written by `examples/fit_ot_map.py`; default: the one shipped for tiny-vtm.
         attention: for "ot_semantic", an `OTAttention` or its arguments; default: `OTAttention()`.
