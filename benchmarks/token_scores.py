@@ -323,26 +323,28 @@ class Judged:
         return found | {"within": float(np.mean(within))}
 
 
-def interval(values: np.ndarray) -> str:
-    half = student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
-    return f"{values.mean():.1f} [{values.mean() - half:.1f}, {values.mean() + half:.1f}]"
+def half_interval(values: np.ndarray) -> float:
+    """Return half of the 95 % t-interval of the mean."""
+    return student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
 
 
 def tables(kept: dict, encoders: list[str], seeds: list[int]) -> None:
-    """Print the accuracies, then the cuts of the error on binding and relation."""
+    """Print the accuracies of the scores that every encoder has, then, if all were measured, the cuts of the error."""
     columns = (*SETS, "control", "within")
     values = {
         kind: np.array(
             [np.mean([[kept[f"{e} {kind} {s}"][c] for c in columns] for s in seeds], axis=0) for e in encoders]
         )
         for kind in (*WITHOUT, *WITH)
+        if all(f"{e} {kind} {s}" in kept for e in encoders for s in seeds)
     }
     print("| score | transport | " + " | ".join(columns) + " |\n" + "|---" * 8 + "|")
     for kind, found in values.items():
-        cells = [f"{100 * value:.1f}" for value in found[:, :-1].mean(0)]
-        print(
-            f"| {kind} | {'yes' if kind in WITH else 'no'} | " + " | ".join(cells) + f" | {found[:, -1].mean():.3f} |"
-        )
+        cells = [f"{100 * value.mean():.1f} +- {100 * half_interval(value):.1f}" for value in found.T[:-1]]
+        cells.append(f"{found[:, -1].mean():.3f} +- {half_interval(found[:, -1]):.3f}")
+        print(f"| {kind} | {'yes' if kind in WITH else 'no'} | {' | '.join(cells)} |")
+    if len(values) < len(WITHOUT) + len(WITH):
+        return
     print("\n| set | without | with | error cut % |\n|---|---|---|---|")
     for name in ("binding", "relation"):
         column = SETS.index(name)
@@ -350,7 +352,8 @@ def tables(kept: dict, encoders: list[str], seeds: list[int]) -> None:
         for plain, transport in (best, ("attention, signs", "fused GW, signs")):
             errors = [1 - values[kind][:, column] for kind in (plain, transport)]
             cut = 100 * (1 - errors[1] / errors[0].clip(min=1e-9))
-            print(f"| {name} | {plain} | {transport} | {interval(cut)} |")
+            mean, half = cut.mean(), half_interval(cut)
+            print(f"| {name} | {plain} | {transport} | {mean:.1f} [{mean - half:.1f}, {mean + half:.1f}] |")
 
 
 def main() -> None:
@@ -392,8 +395,7 @@ def main() -> None:
             if args.json:
                 args.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
             print(f"{name} {kind} {seed}  {found}  {time.time() - start:.0f} s", file=sys.stderr, flush=True)
-    if not args.kinds:
-        tables(kept, args.encoders, args.seeds)
+    tables(kept, args.encoders, args.seeds)
 
 
 if __name__ == "__main__":

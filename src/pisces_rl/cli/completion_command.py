@@ -12,7 +12,7 @@ ZSH = """\
 autoload -U +X bashcompinit && bashcompinit
 """
 #: Completes words that begin with a dash as options, and others as a value of the preceding option, or else as files.
-#: bash splits --option=value into three words, zsh does not.
+#: bash splits --option=value into three words, zsh does not; there, files are offered only after a space.
 SCRIPT = """\
 _pisces_rl() {{
     local word="${{COMP_WORDS[COMP_CWORD]}}" words="" option="" prefix="" at=$COMP_CWORD
@@ -31,8 +31,7 @@ _pisces_rl() {{
     else case "${{COMP_WORDS[1]}} $option" in
 {values}
     esac; fi
-    if [ -n "$prefix" ] && [ -z "$words" ]; then COMPREPLY=($(compgen -P "$prefix" -f -- "$word"))
-    else COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$word")); fi
+    COMPREPLY=($(compgen -P "$prefix" -W "$words" -- "$word"))
 }}
 complete -o default -F _pisces_rl pisces-rl
 """

@@ -1,7 +1,7 @@
 """The names of rewards, and what each measures. This file imports nothing, so that shell completion is fast."""
 
 ENCODER_REWARDS = {
-    "ot_quality": "cosine between the video's embedding and the text's, mapped by what fit-map recommends",
+    "ot_quality": "cosine between the video's embedding and the text's under a map of fit-map",
     "ot_semantic": "matching probability with attention fused with transport plans",
     "cosine": "ot_quality without a map",
     "matching": "ot_semantic without plans",
