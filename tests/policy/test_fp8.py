@@ -199,7 +199,8 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
         torch.manual_seed(0)
         dtype = torch.bfloat16
 
-        def compare(operator, *arguments):
+        def compare(operator, *arguments, error=0.0):
+            # `error`: of the values before they are rounded, in a row whose scale is 2^-7 or larger.
             found = []
             for served in (True, False):
                 kernels.serves = fp8_kernels.serves = lambda x, served=served: served
@@ -208,8 +209,9 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
                 if ours.dtype == fp8_kernels.E4M3:
                     difference = (ours.float() - plain.float()).abs()
                     if device == "cuda":
-                        assert bool((difference <= (plain.float().abs() / 8).clamp_min(2**-9)).all()), operator
-                        assert float((difference > 0).float().mean()) < 1e-3, operator
+                        allowed = (plain.float().abs() / 8).clamp_min(2**-9) + error * 2**7
+                        assert bool((difference <= allowed).all()), operator
+                        assert float((difference > 0).float().mean()) < (0.1 if error else 1e-3), operator
                     else:  # the interpreter loses a rounding's carry, and subnormal numbers
                         assert float((difference > plain.float().abs() / 4 + 2**-6).float().mean()) < 0.1, operator
                 else:
@@ -221,8 +223,8 @@ def test_the_kernels_are_the_plain_forms(tmp_path):
             compare(fp8_kernels.quantised, x, None)
             compare(fp8_kernels.quantised, x, factor)
             for kept in (True, False):
-                compare(fp8_kernels.quantised_gelu, x, kept)
-                compare(fp8_kernels.quantised_gelu_backward, grad, x, factor, kept)
+                compare(fp8_kernels.quantised_gelu, x, kept, error=1e-3)
+                compare(fp8_kernels.quantised_gelu_backward, grad, x, factor, kept, error=1e-2)
         x, y = (torch.randn(2, 5, 48, device=device).to(dtype) for _ in range(2))
         gate, scale, shift = (torch.randn(2, 48, device=device) for _ in range(3))
         compare(fp8_kernels.quantised_norm, x, y, gate, scale, shift, 1e-6, True, dtype)
