@@ -54,9 +54,6 @@ def main() -> None:
         "--plain", type=int, nargs="*", default=[2, 4, 8], help="also time these chunks without compilation"
     )
     parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN choose by timing")
-    parser.add_argument(
-        "--channels_last", action="store_true", help="use the channels_last memory format for the decoder"
-    )
     args = parser.parse_args()
     device, dtype = ("cpu", torch.float32) if args.tiny else ("cuda", torch.bfloat16)
     torch.manual_seed(0)
@@ -64,11 +61,6 @@ def main() -> None:
     whole = AutoencoderKLWan(**size).eval().requires_grad_(False).to(device)
     vae = copy.deepcopy(whole).to(dtype)
     torch.backends.cudnn.benchmark = args.cudnn_benchmark
-    if args.channels_last:
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        for weight in vae.decoder.parameters():
-            if weight.ndim in formats:
-                weight.data = weight.data.contiguous(memory_format=formats[weight.ndim])
     print("| videos | latent frames at a time | compiled | ms a video | GiB | dB to fp32 | dB to diffusers |")
     print("|---" * 7 + "|")
     for count in args.videos:

@@ -20,6 +20,7 @@ from pisces_rl.ot import (
     transport_cost,
     transport_plan,
 )
+from pisces_rl.ot.scaling import scale as scale_kernel
 
 
 def problem(batch, n, m, seed=0, dtype=torch.float64):
@@ -157,6 +158,13 @@ def test_an_empty_prompt_has_a_zero_plan_and_no_nan():
     result.value.sum().backward()
     assert cost.grad[1].abs().max() == 0 and cost.grad.isfinite().all()
     assert (result.plan[0] - transport_plan(cost[0].detach(), a[0], b[0], reg=0.05).plan).abs().max() < 1e-6
+
+
+def test_empty_problems_alone_need_no_iterations():
+    """They are a batch of their own if the others anneal; they once iterated to the limit."""
+    kernel, a, b = torch.ones(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 4)
+    scaled = scale_kernel(kernel, a, b, a + 1, b + 1, 1e-5, 5000)
+    assert scaled.done == 1 and not scaled.active.any() and scaled.error.abs().max() == 0
 
 
 @pytest.mark.parametrize("reg", [1.0, 0.1, 0.01, 0.001])

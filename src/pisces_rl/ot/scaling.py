@@ -78,7 +78,7 @@ def scale(
                 wrong += (q * sums).sub_(a).abs_().sum((1, 2))
             wrong /= total
             finished = active & (wrong <= tolerance)
-            if done == count or bool(finished.any()):
+            if done == count or bool(finished.any() | ~active.any()):
                 now = active[:, None, None]
                 kept = (q, w) if kept is None else tuple(torch.where(now, *pair) for pair in zip((q, w), kept))
                 left, iterations = torch.where(active, wrong, left), torch.where(active, done, iterations)

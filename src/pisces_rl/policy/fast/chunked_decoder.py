@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..pipeline.quirks import CAUSAL_CHUNKS
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 VARIANTS = 64  # graphs of one decoder: first, second, further and last chunk, for each batch size
 
 
@@ -22,12 +23,17 @@ class ChunkedDecoder:
         vae: the VAE.
         frames: latent frames per call, at least 1.
         compiled: whether `torch.compile` fuses the operations between convolutions; it compiles again at the first
-            videos of each batch size.
+            videos of each batch size. Convolutions then run in channels-last order, so that cuDNN does not reorder
+            what they read and write.
     """
 
     def __init__(self, vae: nn.Module, frames: int, compiled: bool):
         self.vae, self.frames, self.own = vae, frames, type(vae)._decode.__get__(vae)
         self.compiled = torch.compile(vae.decoder, dynamic=False) if compiled else None
+        if compiled:
+            for weight in vae.decoder.parameters():
+                if weight.ndim in CHANNELS_LAST:
+                    weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
 
     def __call__(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         if torch.is_grad_enabled():
