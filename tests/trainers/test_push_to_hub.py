@@ -1,16 +1,11 @@
 """`push_to_hub=True`: a real run and the real client, against a local stand-in for the Hub's API."""
 
 from fake_hub import TOKEN, running_hub
-from huggingface_hub import constants
 from tiny_runs import prompts, trainer
 
 
-def test_a_run_uploads_adapter_card_and_samples(tmp_path, monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+def test_a_run_uploads_adapter_card_and_samples(tmp_path):
     with running_hub() as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
         settings = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_token": TOKEN}
         made = trainer(tmp_path / "run", eval_dataset=prompts(2), **settings)
         made.train()
