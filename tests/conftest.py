@@ -11,20 +11,27 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
-import torch
-from diffusers.hooks import group_offloading
-
-from pisces_rl.policy.pipeline.offload import Part
 
 sys.path.insert(0, str(Path(__file__).parent))
-torch.set_num_threads(1)
 
 PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
+
+
+def pytest_configure(config):
+    """The process that distributes the tests over others (-n) runs none, so it imports neither torch nor diffusers:
+    the others start when it has begun."""
+    if not config.getoption("numprocesses", None):
+        import torch
+
+        torch.set_num_threads(1)
+        skip_search_for_group_offloading()
 
 
 def skip_search_for_group_offloading():
     """Pipelines ask every module for its group offloading each time that they need their device, which takes a
     tenth of a tiny run's time. Skip the search until a hook of that kind exists."""
+    from diffusers.hooks import group_offloading
+
     made, begin = [], group_offloading.GroupOffloadingHook.__init__
     look = group_offloading._get_top_level_group_offload_hook
 
@@ -34,9 +41,6 @@ def skip_search_for_group_offloading():
 
     group_offloading.GroupOffloadingHook.__init__ = begin_counted
     group_offloading._get_top_level_group_offload_hook = lambda module: look(module) if made else None
-
-
-skip_search_for_group_offloading()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -77,6 +81,10 @@ def parity_results():
 @pytest.fixture
 def absent_weights_are_nan(monkeypatch):
     """On a CPU host and device share memory: NaN in offloaded weights exposes every use that was not announced."""
+    import torch
+
+    from pisces_rl.policy.pipeline.offload import Part
+
     leave, begin = Part.leave, Part.__init__
 
     def leave_nan(part):

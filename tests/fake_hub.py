@@ -8,6 +8,10 @@ import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+
 TOKEN = "hf_" + "a" * 32
 
 
@@ -97,7 +101,7 @@ class FakeHub:
 
 @contextmanager
 def running_hub():
-    """A `FakeHub` that listens on 127.0.0.1 until the block ends."""
+    """A `FakeHub` that listens on 127.0.0.1 until the block ends, and that this process's Hub client talks to."""
     hub = FakeHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -128,25 +132,17 @@ def running_hub():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def client_environment(hub: FakeHub, environment: dict, home) -> dict:
-    """Environment of a process whose Hub client talks to the fake one, with an empty home for its caches."""
-    return {
-        **environment,
-        "HF_ENDPOINT": hub.url,
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_TOKEN": TOKEN,
-        "HF_HOME": str(home),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "no_proxy": "127.0.0.1",
-    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
+            patch.setenv(name, value)
+        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            patch.setattr(constants, name, value)
+        huggingface_hub.close_session()  # the next one reads NO_PROXY
+        try:
+            yield hub
+        finally:
+            huggingface_hub.close_session()
+            server.shutdown()
+            server.server_close()

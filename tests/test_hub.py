@@ -1,15 +1,12 @@
-"""Model card and upload. The upload runs the real client in its own process against a Hub on this machine."""
+"""Model card and upload. The upload runs the real client against a Hub on this machine."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from fake_hub import client_environment, running_hub
+from fake_hub import running_hub
 from safetensors.torch import save_file
 
 from pisces_rl import hub
@@ -171,34 +168,11 @@ def test_snippet_with_a_guider():
     assert 'pipe.guider = pipe.guider.new(guidance_scale=1.0)\nvideo = pipe("your prompt", height=64)' in code
 
 
-PUSH = """
-import json, sys
-from pisces_rl.hub import push_adapter
-try:
-    print("URL", push_adapter(**json.loads(sys.argv[1])))
-except Exception as error:
-    print("ERROR", type(error).__name__, error)
-"""
-
-
-def push(hub_server, home, **arguments) -> str:
-    environment = client_environment(hub_server, os.environ, home)
-    done = subprocess.run(
-        [sys.executable, "-c", PUSH, json.dumps(arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().splitlines()[-1]
-
-
-def test_push_sends_adapter_card_and_samples_in_one_commit(run_folder, tmp_path):
+def test_push_sends_adapter_card_and_samples_in_one_commit(run_folder):
     with running_hub() as server:
-        said = push(server, tmp_path, folder=str(run_folder), repo_id="me/mine", private=True, commit_message="done")
-        again = push(server, tmp_path, folder=str(run_folder), repo_id="mine", revision="v2")
-    assert said == f"URL {server.url}/me/mine" and again == said
+        url = hub.push_adapter(run_folder, "me/mine", private=True, commit_message="done")
+        again = hub.push_adapter(run_folder, "mine", revision="v2")
+    assert url == f"{server.url}/me/mine" and again == url
     assert server.repos["me/mine"].get("private") is True or server.repos["me/mine"].get("visibility") == "private"
     first, second = server.commits
     assert (first["repo"], first["revision"], first["message"]) == ("me/mine", "main", "done")
@@ -224,11 +198,13 @@ def test_push_sends_adapter_card_and_samples_in_one_commit(run_folder, tmp_path)
         ({}, "hf_wrong", "401: no valid token"),
     ],
 )
-def test_a_refusal_says_where_the_files_are(run_folder, tmp_path, refuse, token, wanted):
+def test_a_refusal_says_where_the_files_are(run_folder, refuse, token, wanted):
     with running_hub() as server:
         server.refuse = refuse
-        said = push(server, tmp_path, folder=str(run_folder), repo_id="me/mine", token=token)
-    assert said.startswith("ERROR RuntimeError") and wanted in said
+        with pytest.raises(RuntimeError) as error:
+            hub.push_adapter(run_folder, "me/mine", token=token)
+    said = str(error.value)
+    assert wanted in said
     assert "Nothing is lost" in said and str(run_folder) in said
     assert not server.commits
     assert (run_folder / "pytorch_lora_weights.safetensors").exists()

@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from distributed.processes import together
 from fake_hub import running_hub
-from test_hub import push
 from tiny_pipelines import BUILD, quiet
 from trainers.tiny_runs import StopAt, brightness, config, prompts, trainer
 from transformers import TrainerCallback
 
+from pisces_rl.hub import push_adapter
 from pisces_rl.run_files import RunFiles
 from pisces_rl.trainers.base.run.resume import last_checkpoint
 
@@ -136,7 +136,7 @@ def test_a_user_s_files_are_neither_overwritten_nor_pushed(tmp_path):
     card = (folder / "model_card.md").read_text(encoding="utf-8")
     assert "style" not in card and "step_one" not in card and "load_lora_weights" in card
     with running_hub() as server:
-        push(server, tmp_path, folder=str(folder), repo_id="me/mine")
+        push_adapter(folder, "me/mine")
     sent = server.commits[0]["files"]
     assert sent["README.md"].decode() == card and b"mine" not in sent.values()
     assert set(sent) == {
@@ -400,8 +400,8 @@ def test_a_user_s_model_card_is_not_pushed_as_ours(kept_a_list, tmp_path):
     if not kept_a_list:
         (folder / "run_files.json").unlink()
     with running_hub() as server:
-        push(server, tmp_path, folder=str(folder), repo_id="me/mine")
-        push(server, tmp_path, folder=str(folder), repo_id="me/all", allow_patterns=["*"])
+        push_adapter(folder, "me/mine")
+        push_adapter(folder, "me/all", allow_patterns=["*"])
     sent = [commit["files"] for commit in server.commits]
     assert sent[0].keys() == {"README.md", "pytorch_lora_weights.safetensors"} and sent[0]["README.md"] == b"ours"
     assert (sent[1]["README.md"], sent[1]["model_card.md"]) == (b"ours", b"mine")

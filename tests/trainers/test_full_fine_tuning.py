@@ -15,12 +15,12 @@ from fake_hub import running_hub
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from test_consistency import Videos
-from test_hub import push
 from tiny_pipelines import BUILD, CALLS, CONDITIONS, quiet
 from tiny_runs import largest_difference, logged, prompts, trainer, weights
 from torch import Tensor
 
 from pisces_rl import ConsistencyDistillation, RewardBackpropTrainer
+from pisces_rl.hub import push_adapter
 from pisces_rl.trainers.base.distributed import gradients
 
 SGD = {"optim": "sgd", "learning_rate": 0.01, "max_grad_norm": 0.0}
@@ -310,7 +310,7 @@ def test_the_best_model_is_loaded_and_compared(tmp_path):
 def test_a_run_uploads_components_and_card(tmp_path):
     full(tmp_path / "run", hub_model_id="me/mine").save_model()
     with running_hub() as server:
-        push(server, tmp_path, folder=str(tmp_path / "run"), repo_id="me/mine")
+        push_adapter(tmp_path / "run", "me/mine")
     files = server.commits[-1]["files"]
     assert {"README.md", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors"} <= set(files)
     card = files["README.md"].decode()
