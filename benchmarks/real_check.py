@@ -150,7 +150,7 @@ def parsed() -> argparse.Namespace:
     for name, kind in REPLACES.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
     parser.add_argument("--vae_compile", action="store_true", help="compile the decoder's chunks")
-    parser.add_argument("--cudnn_benchmark", action="store_true", help="let cuDNN choose kernels by timing")
+    parser.add_argument("--vae_cudnn_benchmark", action="store_true", help="let cuDNN time the decoder's kernels")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.error("no GPU was found; --tiny runs the same code on a CPU")
@@ -176,7 +176,7 @@ def settings_of(arguments: argparse.Namespace) -> dict:
         )
     settings |= SHORT if arguments.short else {}
     settings["vae_tiling"] = arguments.tiling
-    settings["vae_compile"] = arguments.vae_compile
+    settings |= {name: getattr(arguments, name) for name in ("vae_compile", "vae_cudnn_benchmark")}
     settings |= {name: getattr(arguments, name) for name in REPLACES if getattr(arguments, name) is not None}
     low, high = settings["sde_window_range"]
     settings["sde_window_range"] = [low, min(high, settings["num_inference_steps"] - 1)]
@@ -191,7 +191,6 @@ def main() -> None:
     if arguments.memory_limit is not None and cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory_limit * 2**30 / total))
-    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     stages = Stages(cuda)
     with tempfile.TemporaryDirectory() as temporary:
         config = VideoGRPOConfig(**settings | {"output_dir": arguments.output_dir or temporary})

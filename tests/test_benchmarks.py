@@ -1,4 +1,4 @@
-"""benchmarks/side_by_side.py, cost.py and families_speed.py: what they compute besides times, and their small runs."""
+"""Benchmarks: what side_by_side, cost, families_speed and local_attention compute besides times, and small runs."""
 
 import argparse
 import importlib
@@ -43,6 +43,25 @@ def test_a_checkout_that_lacks_something_is_named(load, tmp_path, monkeypatch):
     training.write_text("import not_installed\ndef compute_log_prob(a): return sde_step_with_logprob(a)\n", "utf-8")
     sample, compute_log_prob = side_by_side.flow_grpo(tmp_path)
     assert sample is len and compute_log_prob([1, 2]) == 2, "of its script one function, in the other file's names"
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+def test_local_attention_is_attention_under_a_mask(load, group):
+    local, frames, tokens = load("local_attention"), 7, 5
+    q, k, v = (torch.randn(2, frames * tokens, 3, 8, dtype=torch.float64) for _ in range(3))
+    text = torch.randn(2, 4, 3, 8, dtype=torch.float64)
+    own = torch.arange(frames).repeat_interleave(tokens) // group
+    mask = (own[:, None] - own).abs() <= 1
+
+    def attend(k, v, mask=None):
+        q_, k_, v_ = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask).transpose(1, 2)
+
+    with local.local_attention(frames, group):
+        found = [local.transformer_wan.dispatch_attention_fn(q, *kv) for kv in ((k, v), (text, text))]
+    torch.testing.assert_close(found, [attend(k, v, mask), attend(text, text)])
+    assert local.density(frames, group) == pytest.approx(float(mask.double().mean()))
+    torch.testing.assert_close(local.transformer_wan.dispatch_attention_fn(q, k, v), attend(k, v))
 
 
 def test_the_fit_finds_the_terms_of_a_curve(load):

@@ -71,6 +71,22 @@ def test_chunks_have_the_set_length_and_only_without_gradients():
     assert "_decode" not in vars(policy.pipeline.vae)  # another policy of the same pipeline
 
 
+def test_cudnn_times_its_kernels_only_while_the_vae_decodes():
+    how = dict(num_inference_steps=2, vae_chunk_frames=2, pipeline_kwargs=CALLS["wan"])
+    plain, timed = (VideoPolicy(quiet(BUILD["wan"]()), vae_cudnn_benchmark=on, **how) for on in (False, True))
+    while_decoding = []
+    for policy in (plain, timed):
+        policy.pipeline.vae.decoder.register_forward_pre_hook(
+            lambda *_: while_decoding.append(torch.backends.cudnn.benchmark)
+        )
+    videos = [policy.sample(PROMPTS, noise_seeds=[1, 2]).videos for policy in (plain, timed)]
+    half = len(while_decoding) // 2
+    assert while_decoding == [False] * half + [True] * half and half and not torch.backends.cudnn.benchmark
+    torch.testing.assert_close(*videos, atol=2e-6, rtol=0)
+    weight = timed.pipeline.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+
+
 @pytest.mark.slow
 def test_a_compiled_decoder_decodes_the_same(monkeypatch):
     """Two batch sizes, each of a first, a second, a further and a last, shorter chunk; without the compiler of C++,
@@ -96,8 +112,9 @@ def test_a_compiled_decoder_decodes_the_same(monkeypatch):
             "AutoencoderKLHunyuanVideo .* does not support it, only AutoencoderKLWan",
         ),
         ("wan", {"vae_chunk_frames": 0}, "vae_chunk_frames=0"),
-        ("wan", {"vae_compile": True}, "needs vae_chunk_frames"),
-        ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "neither works with vae_tiling"),
+        ("wan", {"vae_compile": True}, "vae_compile needs vae_chunk_frames"),
+        ("wan", {"vae_cudnn_benchmark": True, "vae_tiling": True}, "vae_cudnn_benchmark needs vae_chunk_frames"),
+        ("wan", {"vae_chunk_frames": 2, "vae_tiling": True}, "does not work with vae_tiling"),
     ],
 )
 def test_chunks_that_cannot_be(family, how, message):

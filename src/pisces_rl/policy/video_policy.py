@@ -64,6 +64,7 @@ class VideoPolicy(nn.Module):
         vae_tiling: decode each frame in tiles.
         vae_chunk_frames: number of latent frames that Wan's decoder takes per call.
         vae_compile: compile that decoder.
+        vae_cudnn_benchmark: let cuDNN time the kernels of that decoder and take the fastest.
 
     Raises:
         PolicyError: the pipeline breaks a rule for policies, or a setting does not fit it.
@@ -86,6 +87,7 @@ class VideoPolicy(nn.Module):
         vae_tiling: bool = False,
         vae_chunk_frames: int | None = None,
         vae_compile: bool = False,
+        vae_cudnn_benchmark: bool = False,
     ):
         super().__init__()
         self.pipeline = pipeline
@@ -121,6 +123,7 @@ class VideoPolicy(nn.Module):
             tiling=vae_tiling,
             chunk_frames=vae_chunk_frames,
             compiled=vae_compile,
+            cudnn_benchmark=vae_cudnn_benchmark,
         )
         self.makes_images = False  # videos of one frame; known from the first sample on
         if type(getattr(pipeline, "vae", None)).__name__ in ONE_VIDEO_AT_A_TIME:

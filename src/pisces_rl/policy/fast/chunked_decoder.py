@@ -1,5 +1,8 @@
 """Optional: decode several latent frames at a time with a causal VAE, compiled; see benchmarks/decoder_speed.py."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.models.autoencoders.vae import DecoderOutput
@@ -23,14 +26,16 @@ class ChunkedDecoder:
         vae: the VAE.
         frames: latent frames per call, at least 1.
         compiled: whether `torch.compile` fuses the operations between convolutions; it compiles again at the first
-            videos of each batch size. Convolutions then run in channels-last order, so that cuDNN does not reorder
-            what they read and write.
+            videos of each batch size.
+        timed: whether cuDNN times its kernels for each shape and takes the fastest, with weights in channels-last
+            order. It may choose others in the next process, which changes rounding.
     """
 
-    def __init__(self, vae: nn.Module, frames: int, compiled: bool):
+    def __init__(self, vae: nn.Module, frames: int, compiled: bool, timed: bool):
         self.vae, self.frames, self.own = vae, frames, type(vae)._decode.__get__(vae)
         self.compiled = torch.compile(vae.decoder, dynamic=False) if compiled else None
-        if compiled:
+        self.timed = timed
+        if timed:
             for weight in vae.decoder.parameters():
                 if weight.ndim in CHANNELS_LAST:
                     weight.data = weight.data.contiguous(memory_format=CHANNELS_LAST[weight.ndim])
@@ -42,7 +47,7 @@ class ChunkedDecoder:
         decoder = vae.decoder if self.compiled is None or isinstance(z, FakeTensor) else self.compiled
         vae.clear_cache()
         parts = []
-        with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+        with torch._dynamo.config.patch(recompile_limit=VARIANTS), _cudnn_benchmark(self.timed):
             for chunk in self._chunks(vae.post_quant_conv(z)):
                 parts.append(decoder(chunk, feat_cache=vae._feat_map, feat_idx=[0], first_chunk=not parts))
         vae.clear_cache()
@@ -57,7 +62,17 @@ class ChunkedDecoder:
         return [first, *(others.split(self.frames, 2) if others.shape[2] else ())]
 
 
-def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool) -> bool:
+@contextlib.contextmanager
+def _cudnn_benchmark(on: bool) -> Iterator[None]:
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or on
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool, timed: bool) -> bool:
     """Make a VAE decode `frames` latent frames at a time, None: as before; return whether it supports that."""
     if vae is not None:
         vars(vae).pop("_decode", None)
@@ -65,5 +80,5 @@ def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool) 
         return True
     if type(vae).__name__ not in CAUSAL_CHUNKS:
         return False
-    vae._decode = ChunkedDecoder(vae, frames, compiled)
+    vae._decode = ChunkedDecoder(vae, frames, compiled, timed)
     return True

@@ -23,6 +23,7 @@ def set_decoder(
     tiling: bool = False,
     chunk_frames: int | None = None,
     compiled: bool = False,
+    cudnn_benchmark: bool = False,
 ) -> None:
     """Set the dtype of a pipeline's VAE and the parts in which it decodes.
 
@@ -34,6 +35,7 @@ def set_decoder(
             the VAE's tile size.
         chunk_frames: latent frames per call of a causal VAE (Wan's): faster, but uses more memory; without gradients.
         compiled: with chunk_frames, compile the decoder; it compiles again at the first videos of each batch size.
+        cudnn_benchmark: with chunk_frames, let cuDNN time its kernels while it decodes, see `ChunkedDecoder`.
 
     Raises:
         PolicyError: there is no VAE, it does not support a setting, settings conflict, or the dtype is unknown.
@@ -48,6 +50,7 @@ def set_decoder(
             ("tiling", tiling),
             ("chunk_frames", chunk_frames),
             ("compile", compiled),
+            ("cudnn_benchmark", cudnn_benchmark),
         )
         if value
     ]
@@ -57,11 +60,13 @@ def set_decoder(
         raise PolicyError(f"vae_{wanted[0]} is set, but {name} has no vae component; leave it unset.")
     if dtype is not None:
         vae.to(VAE_DTYPES[dtype])
-    if (tiling or chunk_frames is None) and compiled or (tiling and chunk_frames is not None):
-        raise PolicyError("vae_compile needs vae_chunk_frames, and neither works with vae_tiling.")
+    if chunk_frames is None and (compiled or cudnn_benchmark):
+        raise PolicyError(f"vae_{wanted[-1]} needs vae_chunk_frames, for instance 8.")
+    if tiling and chunk_frames is not None:
+        raise PolicyError("vae_chunk_frames does not work with vae_tiling; set one of them.")
     if chunk_frames is not None and chunk_frames < 1:
         raise PolicyError(f"vae_chunk_frames={chunk_frames} must be at least 1 latent frame.")
-    if not decode_in_chunks(vae, chunk_frames, compiled):
+    if not decode_in_chunks(vae, chunk_frames, compiled, cudnn_benchmark):
         raise PolicyError(
             f"vae_chunk_frames={chunk_frames}, but {type(vae).__name__} of {type(pipeline).__name__} does not support "
             f"it, only {', '.join(CAUSAL_CHUNKS)}; leave it unset."

@@ -119,6 +119,13 @@ class VideoPolicyConfig(_BaseConfig):
         default=False,
         metadata={"help": "With vae_chunk_frames, compile the VAE's decoder. The first videos wait for compilation."},
     )
+    vae_cudnn_benchmark: bool = field(
+        default=False,
+        metadata={
+            "help": "With vae_chunk_frames, let cuDNN time its kernels while the VAE decodes, and take the fastest. "
+            "It uses more memory, and a resumed run may differ by rounding."
+        },
+    )
 
     # --- data, rewards, weights ---
     image_columns: list[str] | None = field(
@@ -413,4 +420,5 @@ class VideoPolicyConfig(_BaseConfig):
             "vae_tiling": self.vae_tiling,
             "vae_chunk_frames": self.vae_chunk_frames,
             "vae_compile": self.vae_compile,
+            "vae_cudnn_benchmark": self.vae_cudnn_benchmark,
         }
