@@ -21,12 +21,14 @@ import functools
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import yaml
 from datasets import Dataset
 from random_wan import TEXT_ENCODERS, random_wan
+from speed import profiled
 
 from pisces_rl import VideoGRPOConfig, VideoGRPOTrainer
 from pisces_rl.policy import default_lora_config
@@ -67,9 +69,13 @@ SHORT = dict(
 
 
 class Stages:
-    """Seconds and the device's peak memory by stage; an inner stage is not counted in its outer one."""
+    """Seconds and the device's peak memory by stage; an inner stage is not counted in its outer one.
 
-    def __init__(self, cuda: bool):
+    profile(name) returns a context to enter with a stage.
+    """
+
+    def __init__(self, cuda: bool, profile: Callable[[str], contextlib.AbstractContextManager]):
+        self.profile = profile
         self.cuda, self.now, self.since = cuda, "building", time.perf_counter()
         self.seconds, self.peaks, self.reserved = defaultdict(float), defaultdict(int), 0
 
@@ -98,7 +104,8 @@ class Stages:
 
         @contextlib.contextmanager
         def both(*args):
-            with self(name or args[0]), manager(*args):
+            stage = name or args[0]
+            with self(stage), self.profile(stage), manager(*args):
                 yield
 
         return both
@@ -146,6 +153,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tiling", action="store_true", help="decode tile by tile")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="a YAML file of settings")
     parser.add_argument("--max_steps", type=int, default=2, help="optimizer steps")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="ROWS", help="print the kernels of the last rollout and update"
+    )
     parser.add_argument("--output_dir", default=None, help="folder to keep; default: a temporary folder")
     for name, kind in REPLACES.items():
         parser.add_argument(f"--{name}", type=kind, default=None, help="instead of the recipe's")
@@ -191,7 +201,14 @@ def main() -> None:
     if arguments.memory_limit is not None and cuda:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory_limit * 2**30 / total))
-    stages = Stages(cuda)
+
+    def profile(name: str) -> contextlib.AbstractContextManager:
+        last = trainer.state.global_step == config.max_steps - 1
+        if not (arguments.profile and last and name in ("rollout", "update")):
+            return contextlib.nullcontext()
+        return profiled(name, "cuda" if cuda else "cpu", arguments.profile)
+
+    stages = Stages(cuda, profile)
     with tempfile.TemporaryDirectory() as temporary:
         config = VideoGRPOConfig(**settings | {"output_dir": arguments.output_dir or temporary})
         model = HUB[arguments.model]

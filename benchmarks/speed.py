@@ -12,8 +12,9 @@ a synchronisation. `error` is max |log p(update) - log p(sampling)| of the first
 """
 
 import argparse
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -154,7 +155,8 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
     update_seconds, update_peak = timed(update, args.repeats, device)
     if args.profile:
         for label, call in (("rollout", roll), ("update", update)):
-            profiled(label, call, device, args.profile)
+            with profiled(label, device, args.profile):
+                call()
     per = 1000 / args.batch
     return (
         per * rollout_seconds / args.steps,
@@ -166,12 +168,13 @@ def measure(policy: VideoPolicy, args, device: str) -> tuple[float, ...]:
     )
 
 
-def profiled(label: str, call, device: str, shown: int) -> None:
-    """Print the kernels that take the most time in one call, and the device's idle gaps."""
+@contextlib.contextmanager
+def profiled(label: str, device: str, shown: int) -> Iterator[None]:
+    """Print the kernels that take the most time while the context is open, and the device's idle gaps."""
     activity = torch.profiler.ProfilerActivity.CUDA if device == "cuda" else torch.profiler.ProfilerActivity.CPU
     with torch.profiler.profile(activities=[activity]) as profile:
         start = time.perf_counter()
-        call()
+        yield
         if device == "cuda":
             torch.cuda.synchronize()
         wall = 1000 * (time.perf_counter() - start)
