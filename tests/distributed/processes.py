@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import yaml
-from scenarios import tiny_runs
+from trainers import tiny_runs
 
 
 def environment() -> dict[str, str]:

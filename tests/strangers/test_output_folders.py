@@ -503,8 +503,8 @@ def test_two_machines_that_both_save(tmp_path):
     (tmp_path / "node.py").write_text(NODE, encoding="utf-8")
     done = together(str(tmp_path / "node.py"), str(Path(__file__).parents[1]), str(tmp_path), timeout=100)
     assert [process.returncode for process in done] == [0, 0], done[1].stdout[-3000:]
-    for node in (tmp_path / "node0", tmp_path / "node1"):
-        assert {path.name for path in node.iterdir()} == {"earlier-1", "checkpoint-2", "run_files.json"}
+    for node, page in ((tmp_path / "node0", {"report.html", "run.json"}), (tmp_path / "node1", set())):
+        assert {path.name for path in node.iterdir()} == {"earlier-1", "checkpoint-2", "run_files.json", *page}
         assert (node / "earlier-1" / "checkpoint-9" / "policy.json").is_file()
     assert [process.stdout.count("held an earlier run") for process in done] == [1, 0]
 
