@@ -97,7 +97,7 @@ def compare_samples(args) -> None:
         prompts = list(load_prompts(split, args.n, 0)["prompt"])
         for steps, guidance in SAMPLERS:
             full = None
-            for group in args.groups:
+            for group in (None, *filter(None, args.groups)):
                 with local_attention(5, group):
                     judged = verify(sample(pipe, prompts, steps, guidance, 0, 32), prompts)
                 found = {name: np.asarray(getattr(judged, name), dtype=float) for name in scores}

@@ -18,8 +18,8 @@ PARITY_FILE = Path(__file__).parents[1] / "outputs" / "replay_parity"
 
 
 def pytest_configure(config):
-    """The process that distributes the tests over others (-n) runs none, so it imports neither torch nor diffusers:
-    the others start when it has begun."""
+    """The process that distributes the tests over others (-n) runs none, so it imports neither torch nor diffusers,
+    for which the others would wait."""
     if not config.getoption("numprocesses", None):
         import torch
 

@@ -137,8 +137,10 @@ def running_hub():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"HF_TOKEN": TOKEN, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}.items():
             patch.setenv(name, value)
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        flags = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
+        for name, value in {"ENDPOINT": hub.url, **flags}.items():
             patch.setattr(constants, name, value)
+        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the library's functions
         huggingface_hub.close_session()  # the next one reads NO_PROXY
         try:
             yield hub

@@ -1,13 +1,10 @@
 """Starting processes that may hang: all of them are ended when time runs out, so that a hang is a failure."""
 
 import contextlib
-import multiprocessing
 import os
-import runpy
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -76,35 +73,20 @@ def torchrun(script: str, folder: Path, *names: str, timeout: float) -> subproce
 def run(module: str, *arguments: str, timeout: float) -> subprocess.CompletedProcess:
     """`python -m module arguments`, with what it and its children print as stdout.
 
-    It and the ranks are forks of this process and import nothing again; with GPUs, which do not survive a fork, new
-    interpreters. When time runs out, all of its descendants are killed: ranks may have sessions of their own.
+    When time runs out, all of its descendants are killed: ranks have sessions of their own.
     """
-    with tempfile.TemporaryFile("w+") as printed:
-        process = multiprocessing.get_context("fork").Process(target=_run, args=(module, arguments, printed.fileno()))
-        process.start()
-        process.join(timeout)
-        hangs = process.is_alive()
-        if hangs:
-            descendants = psutil.Process(process.pid).children(recursive=True)
-            process.kill()
-            for descendant in descendants:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    descendant.kill()
-            process.join()
-        printed.seek(0)
-        output = printed.read()
-    assert not hangs, f"{module} did not end within {timeout} s:\n{output[-3000:]}"
-    return subprocess.CompletedProcess([module, *arguments], process.exitcode, output)
-
-
-def _run(module: str, arguments: tuple[str, ...], printed: int) -> None:
-    os.setsid()
-    for stream in (1, 2):
-        os.dup2(printed, stream)
-    os.environ.update(environment())
-    if tiny_runs.on_gpus():
-        os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
-    os.environ.update({"PET_START_METHOD": "fork", "PET_RUN_PATH": "1"})  # torchrun's --start-method and --run-path
-    sys.stdout, sys.stderr = (open(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    command = [sys.executable, "-m", module, *arguments]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        for descendant in descendants:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                descendant.kill()
+        output = process.communicate()[0]
+        raise AssertionError(f"{module} did not end within {timeout} s:\n{output[-3000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output)

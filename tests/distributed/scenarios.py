@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from pathlib import Path
 
 import torch
@@ -831,9 +830,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     assert WORLD == 2, f"torchrun started {WORLD} processes, not 2"
     for scenario in sys.argv[2:]:
-        try:
-            run(scenario, Path(sys.argv[1]))
-        except Exception:
-            traceback.print_exc()  # of ranks that are forks, torchrun prints only that of the first to end
-            raise
+        run(scenario, Path(sys.argv[1]))
     torch.distributed.destroy_process_group()

@@ -161,7 +161,7 @@ def test_an_empty_prompt_has_a_zero_plan_and_no_nan():
 
 
 def test_empty_problems_alone_need_no_iterations():
-    """They are a batch of their own if the others anneal; they once iterated to the limit."""
+    """They are solved alone if the other problems anneal; they once iterated to the limit."""
     kernel, a, b = torch.ones(2, 3, 4), torch.zeros(2, 3), torch.zeros(2, 4)
     scaled = scale_kernel(kernel, a, b, a + 1, b + 1, 1e-5, 5000)
     assert scaled.done == 1 and not scaled.active.any() and scaled.error.abs().max() == 0

@@ -85,6 +85,8 @@ def test_cudnn_times_its_kernels_only_while_the_vae_decodes():
     torch.testing.assert_close(*videos, atol=2e-6, rtol=0)
     weight = timed.pipeline.vae.decoder.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last_3d) and not weight.is_contiguous()
+    VideoPolicy(timed.pipeline, **how)
+    assert weight.is_contiguous()
 
 
 @pytest.mark.slow

@@ -74,8 +74,10 @@ def _cudnn_benchmark(on: bool) -> Iterator[None]:
 
 def decode_in_chunks(vae: nn.Module | None, frames: int | None, compiled: bool, timed: bool) -> bool:
     """Make a VAE decode `frames` latent frames at a time, None: as before; return whether it supports that."""
-    if vae is not None:
-        vars(vae).pop("_decode", None)
+    before = None if vae is None else vars(vae).pop("_decode", None)
+    if isinstance(before, ChunkedDecoder) and before.timed:
+        for weight in vae.decoder.parameters():
+            weight.data = weight.data.contiguous()
     if frames is None:
         return True
     if type(vae).__name__ not in CAUSAL_CHUNKS:

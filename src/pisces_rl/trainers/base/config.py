@@ -271,6 +271,8 @@ class VideoPolicyConfig(_BaseConfig):
             raise ValueError(f"base_precision={self.base_precision!r} must be 'fp8', or unset.")
         if self.base_precision == "fp8":
             check_device(self.device)
+        if self.vae_cudnn_benchmark and self.full_determinism:
+            raise ValueError("vae_cudnn_benchmark chooses kernels by their time, which full_determinism excludes.")
         self._read_pipeline_kwargs()
         check_call(self.policy_kwargs())
         if isinstance(self.offload, str) or set(self.offload or ()) - set(OFFLOAD):
