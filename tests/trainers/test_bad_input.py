@@ -99,6 +99,7 @@ def test_an_empty_prompt_is_a_prompt(tmp_path):
         ({"kl_space": "y"}, "kl_space='y' must be one of"),
         ({"step_weighting": "dt"}, "step_weighting='dt' must be one of"),
         ({"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
+        ({"vae_cudnn_benchmark": True, "full_determinism": True}, "which full_determinism excludes"),
         ({"offload": "vae"}, "offload='vae' must be a list with any of"),
         ({"offload": ["vae", "optimizer"]}, r"offload=\['vae', 'optimizer'\] must be a list with any of \['text_enc"),
         ({"epsilon": 0.0}, "epsilon=0.0 .*must be positive"),
