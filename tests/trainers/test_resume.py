@@ -263,9 +263,9 @@ def test_the_same_model_in_another_folder(tmp_path):
 def run_and_be_killed(folder, file_name):
     """SIGKILL to itself while checkpoint-2 is written: after `file_name` is there, or before the rename."""
     made = trainer(folder, max_steps=3, save_strategy="steps", save_steps=1)
-    replace, write = os.replace, made._write_checkpoint
+    replace, write_state = os.replace, made.checkpoints.write_state
 
-    def kill(*_):
+    def kill():
         os.kill(os.getpid(), signal.SIGKILL)
 
     def dying_replace(source, target):
@@ -273,15 +273,15 @@ def run_and_be_killed(folder, file_name):
             kill()
         replace(source, target)
 
-    def dying_write(staging):
+    def dying_write_state(staging, *args):
         if staging.name.endswith("checkpoint-2"):
-            made._extra_state = kill  # adapter and optimizer are written, the rest is not
-        write(staging)
+            kill()  # adapter and optimizer are written, the rest is not
+        write_state(staging, *args)
 
     if file_name is None:
         os.replace = dying_replace
     else:
-        made._write_checkpoint = dying_write
+        made.checkpoints.write_state = dying_write_state
     made.train()
 
 
