@@ -99,9 +99,15 @@ class FakeHub:
         }
 
 
+def _keep_endpoint(api, endpoint):
+    api.__dict__["endpoint"] = endpoint
+
+
 @contextmanager
 def running_hub():
-    """A `FakeHub` that listens on 127.0.0.1 until the block ends, and that this process's Hub client talks to."""
+    """A `FakeHub` that listens on 127.0.0.1 until the block ends, and that all Hub clients of this process talk to.
+    Libraries keep clients of their own (transformers makes one at its first call), so their class is changed, not one
+    of them."""
     hub = FakeHub()
 
     class Handler(BaseHTTPRequestHandler):
@@ -140,7 +146,7 @@ def running_hub():
         flags = {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True, "HF_HUB_DISABLE_TELEMETRY": True}
         for name, value in {"ENDPOINT": hub.url, **flags}.items():
             patch.setattr(constants, name, value)
-        patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the library's functions
+        patch.setattr(huggingface_hub.HfApi, "endpoint", property(lambda _: hub.url, _keep_endpoint), raising=False)
         huggingface_hub.close_session()  # the next one reads NO_PROXY
         try:
             yield hub

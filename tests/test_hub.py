@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from fake_hub import running_hub
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from pisces_rl import hub
@@ -208,6 +209,14 @@ def test_a_refusal_says_where_the_files_are(run_folder, refuse, token, wanted):
     assert "Nothing is lost" in said and str(run_folder) in said
     assert not server.commits
     assert (run_folder / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_a_client_from_before_talks_to_the_running_hub():
+    """transformers keeps the client that its first upload of a process made."""
+    kept = HfApi(endpoint="http://127.0.0.1:9")
+    with running_hub() as server:
+        assert kept.create_repo("me/mine").repo_id == "me/mine"
+    assert "me/mine" in server.repos and kept.endpoint == "http://127.0.0.1:9"
 
 
 def test_offline_says_where_the_files_are(run_folder):
