@@ -6,7 +6,7 @@
         --decode_frames 2 --output_dir outputs/wan
 
 Rewards must be differentiable. Without --config and --model, the script uses recipes/shapemotion_backprop.yaml: the
-built-in tiny-wan on ShapeMotion with the optimal-transport rewards of the built-in tiny-vtm, offline, on a CPU or GPU.
+built-in tiny-wan on ShapeMotion with label-free rewards of the built-in tiny-vtm, offline, on a CPU or GPU.
 `pisces-rl train --method backprop` is equivalent.
 """
 

@@ -26,7 +26,7 @@ class ScriptArguments:
     dataset_column: str = field(default="prompt", metadata={"help": "Column that holds the prompts."})
     eval_prompts: int = field(default=128, metadata={"help": "Held-out prompts per set; 0 turns evaluation off."})
     rewards: list[str] = field(
-        default_factory=lambda: ["ot_quality", "ot_semantic"],
+        default_factory=lambda: ["ot_quality", "matching"],
         metadata={
             "help": "Rewards to train on: known names (those in pisces_rl.rewards.REWARDS accept options, as in "
             "motion_flow?video_fps=8), file.py:function, package.module:function, a server's "
