@@ -10,8 +10,8 @@
 The third command trains image-to-video: each line of captions.jsonl is {"prompt": ..., "image": a file in the same
 folder}. The last one continues from a saved adapter.
 Without --config and --model, the script uses recipes/shapemotion_labelfree.yaml: the built-in tiny-wan on ShapeMotion
-with label-free rewards of the built-in tiny-vtm, offline, on a CPU or GPU. `pisces-rl train --method grpo` is equivalent,
-except for the default recipe.
+with label-free rewards of the built-in tiny-vtm, offline, on a CPU or GPU. `pisces-rl train --method grpo` is
+equivalent, except for the default recipe.
 """
 
 import sys

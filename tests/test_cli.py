@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
-from pisces_rl.cli import load_prompt_dataset, load_reward_function, parse_arguments, train_command
-from pisces_rl.cli.arguments import method_of
+from pisces_rl.cli import evaluate_command, load_prompt_dataset, load_reward_function, parse_arguments, train_command
+from pisces_rl.cli.arguments import method_of, transport_options
+from pisces_rl.cli.evaluate_command import EvaluationArguments
 from pisces_rl.cli.train_command import TRAINERS, MethodArguments, with_recipe
 from pisces_rl.cli.training_inputs import ScriptArguments, load_rewards
 from pisces_rl.rewards import OTAttention, exposure, load_reward
@@ -320,6 +321,33 @@ def test_the_settings_of_rewards_reach_them():
     assert quality.bank.settings["solver"] == "geomloss"
     with pytest.raises(ValueError, match="solver='sinkhorn': expected one of native, geomloss"):
         load_rewards(ScriptArguments(ot_solver="sinkhorn"), ["cosine"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "names", "message"),
+    [
+        (
+            {"ot_attention": '{"plan": "partial"}'},
+            ["ot_quality", "matching"],
+            "--ot_attention: it is a setting of ot_sem",
+        ),
+        ({"ot_map": "outputs/map"}, ["cosine", "ot_semantic"], "--ot_map: it is a setting of ot_quality"),
+        ({"divergence_weight": 0.5}, ["cosine"], "--divergence_weight: it is a setting of ot_quality"),
+        (
+            {"ot_solver": "geomloss"},
+            ["ot_quality", "matching"],
+            "--ot_solver: .* or ot_quality with a divergence_weight",
+        ),
+    ],
+)
+def test_a_setting_of_a_reward_that_is_not_used_is_rejected(settings, names, message):
+    with pytest.raises(ValueError, match=message):
+        load_rewards(ScriptArguments(rewards=names, **settings), names)
+    judged = ScriptArguments(rewards=names, judges=["ot_quality?divergence_weight=1", "ot_semantic"], **settings)
+    assert transport_options(judged, names + judged.judges)[names[0]] == {}
+    if "divergence_weight" not in settings:
+        with pytest.raises(ValueError, match=message):
+            evaluate_command.load_rewards(EvaluationArguments(rewards=names, **settings))
 
 
 def test_rewards_by_name():

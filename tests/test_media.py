@@ -2,6 +2,7 @@
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -51,6 +52,19 @@ def test_mp4_holds_the_video(tmp_path):
     for t in range(9):
         assert np.abs(frames[t, 120, 4 * (15 + 3 * t)] - wanted[t, 120, 4 * (15 + 3 * t)]).max() < 12
     assert [p.name for p in path.parent.iterdir()] == ["clip.mp4"]
+
+
+def test_the_same_video_gives_the_same_bytes():
+    """Also while other threads decode and encode: libx264's mbtree reads memory that it never wrote."""
+    video = torch.rand(17, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first = media.mp4_bytes(video, min_size=0)
+
+    def again(_):
+        media.load_video(first)
+        return media.mp4_bytes(video, min_size=0)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set(pool.map(again, range(60))) == {first}
 
 
 @pytest.mark.parametrize(("height", "width", "wanted"), [(33, 47, (34, 48)), (64, 64, (64, 64)), (1, 1, (2, 2))])

@@ -20,7 +20,9 @@ from pisces_rl.rewards.scorers.image_reward import (
 )
 
 PROMPTS = ["a red circle moving left", "a blue square"]
-SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+SIZES = dict(
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.3
+)  # large enough for a gradient far above rounding
 TINY = (
     BlipVisionConfig(**SIZES, image_size=16, patch_size=8, layer_norm_eps=1e-6),
     BlipTextConfig(**SIZES, vocab_size=18, encoder_hidden_size=16, max_position_embeddings=40),
@@ -78,14 +80,14 @@ def test_the_score_is_the_normalised_head_of_the_first_token():
         ).last_hidden_state
         torch.testing.assert_close(score, ((model.mlp(read[:, 0]) - MEAN) / STD).mean(), rtol=1e-4, atol=1e-5)
     changed = reward(PROMPTS[::-1], clips)
-    assert (changed - reward(PROMPTS, clips)).abs().min() > 1e-7
+    assert (changed - reward(PROMPTS, clips)).abs().min() > 1e-4
 
 
 def test_later_words_reach_the_first_token():
     """The text tower reads both ways: a decoder's mask would hide the prompt from its first token."""
     reward, clip = ImageReward(tiny(), tokenizer(), frames=1), videos(1).expand(2, -1, -1, -1, -1)
     scores = reward(["a red circle", "a red square"], clip)
-    assert (scores[0] - scores[1]).abs() > 1e-7
+    assert (scores[0] - scores[1]).abs() > 1e-4
 
 
 def test_it_is_a_reward():

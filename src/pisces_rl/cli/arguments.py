@@ -234,6 +234,45 @@ def _beside(dataset: "Dataset", folder: Path, columns: Sequence[str]) -> "Datase
     return dataset
 
 
+# Settings of the optimal-transport rewards: the keyword of `load_reward`, and which rewards read it.
+_TRANSPORT = {
+    "ot_map": ("ot_map", "ot_quality"),
+    "divergence_weight": ("divergence_weight", "ot_quality"),
+    "ot_attention": ("attention", "ot_semantic"),
+    "ot_solver": ("solver", "ot_semantic, or ot_quality with a divergence_weight"),
+}
+
+
+def transport_options(settings: object, names: Iterable[str]) -> dict[str, dict]:
+    """Return {name: keywords of `load_reward`} from --ot_map, --divergence_weight, --ot_attention and --ot_solver.
+
+    Args:
+        settings: has these as attributes, or some of them.
+        names: all rewards and judges, as on the command line.
+
+    Raises:
+        ValueError: a setting is given that none of the rewards and judges reads.
+    """
+    given = {name: getattr(settings, name) for name in _TRANSPORT if getattr(settings, name, None)}
+    if "ot_attention" in given:
+        given["ot_attention"] = json.loads(given["ot_attention"])
+    options: dict[str, dict] = {}
+    unread = set(given)
+    for name in names:
+        kind, _, query = name.partition("?")
+        reads = {setting for setting, (_, reader) in _TRANSPORT.items() if kind == reader}
+        has_divergence = kind == "ot_quality" and ("divergence_weight" in given or "divergence_weight=" in query)
+        if kind == "ot_semantic" or has_divergence:
+            reads.add("ot_solver")
+        unread -= reads
+        options[name] = {_TRANSPORT[setting][0]: value for setting, value in given.items() if setting in reads}
+    for setting in sorted(unread):
+        raise ValueError(
+            f"--{setting}: it is a setting of {_TRANSPORT[setting][1]}, which is neither a reward nor a judge here."
+        )
+    return options
+
+
 def load_reward_function(name: str, **options) -> Callable:
     """Call `pisces_rl.rewards.load_reward` with the options that apply to the reward: functions take none of them,
     scorers have no encoder, and OCR and optical flow have nothing to offload."""

@@ -6,7 +6,6 @@ scored as they are if all have the same size; otherwise they are scaled and crop
 Writes rewards.md, reward against corruption strength (strength.png) and transport plans by word (plans.png).
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from pisces_rl.media import load_video
 from pisces_rl.ot.plans import SOLVERS
 from pisces_rl.rewards import ENCODER_REWARDS, OTSemanticReward
 
-from .arguments import load_reward_function, parse_arguments
+from .arguments import load_reward_function, parse_arguments, transport_options
 
 COLORS = ("#1b6ca8", "#b3261e", "#127a3a", "#8a5a00", "#6a3d9a", "#444444", "#c2185b", "#00838f", "#7a8b00")
 
@@ -80,16 +79,12 @@ def middle(video: Tensor, size: tuple[int, int]) -> Tensor:
 
 def load_rewards(args: EvaluationArguments) -> dict[str, Callable]:
     """Load the requested rewards, or else all that the encoder supports; print why the others are skipped."""
-    attention = None if args.ot_attention is None else json.loads(args.ot_attention)
-    semantic = {"attention": attention, "solver": args.ot_solver}
-    options = {"ot_quality": {"ot_map": args.ot_map}, "ot_semantic": semantic}
     rewards = {}
-    for name in args.rewards or ENCODER_REWARDS:
-        own = options.get(name.partition("?")[0], {})
+    for name, own in transport_options(args, args.rewards or ENCODER_REWARDS).items():
         try:
             rewards[name] = load_reward_function(name, encoder=args.encoder, **own)
         except ValueError as error:
-            if args.rewards or any(own.values()):
+            if args.rewards or own:
                 raise
             print(f"{name} is skipped: {error}")
     return rewards

@@ -1,7 +1,6 @@
 """Training's inputs from the command line: model, prompts, rewards, adapter and auxiliary losses."""
 
 import functools
-import json
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +12,7 @@ from pisces_rl.policy import FULL, default_lora_config
 from pisces_rl.shapemotion import Clips, load_prompts
 from pisces_rl.trainers import AuxiliaryLoss, ConsistencyDistillation
 
-from .arguments import load_prompt_dataset, load_reward_function
+from .arguments import load_prompt_dataset, load_reward_function, transport_options
 
 
 @dataclass
@@ -133,20 +132,13 @@ def shapemotion_prompts(split: str, count: int, seed: int, directed: bool = Fals
 
 
 def load_rewards(script: ScriptArguments, names: list[str], device: torch.device | None = None) -> list:
-    attention = None if script.ot_attention is None else json.loads(script.ot_attention)
-    quality = {"ot_map": script.ot_map, "divergence_weight": script.divergence_weight}
-    options = {"ot_quality": quality, "ot_semantic": {"attention": attention, "solver": script.ot_solver}}
     if script.ot_solver is not None:
         check_solver(script.ot_solver)
+    options = transport_options(script, [*names, *script.rewards, *script.judges])
     load = functools.partial(
         load_reward_function, encoder=script.reward_encoder, offload=script.reward_offload, device=device
     )
-    loaded = []
-    for name in names:
-        kind, _, given = name.partition("?")
-        divergence = kind == "ot_quality" and (script.divergence_weight or "divergence_weight=" in given)
-        loaded.append(load(name, **options.get(kind, {}) | ({"solver": script.ot_solver} if divergence else {})))
-    return loaded
+    return [load(name, **options[name]) for name in names]
 
 
 def lora_config(script: ScriptArguments, config) -> LoraConfig | str | None:
