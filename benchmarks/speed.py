@@ -44,7 +44,8 @@ def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
     pipe = random_wan(args.tiny, dtype, device).to(device)
     pipe.vae.requires_grad_(False)
     denoisers = {"transformer": pipe.transformer}
-    add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=ATTENTION))
+    targets = ATTENTION if args.lora == "attention" else None
+    add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=targets))
     torch.manual_seed(1)
     for key, parameter in lora_parameters(denoisers).items():
         if "lora_B" in key:
@@ -58,6 +59,12 @@ def work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=4, help="samples per micro-batch of the update")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument(
+        "--lora",
+        default="attention",
+        choices=["attention", "recipe"],
+        help="its modules: to_q, to_k, to_v, to_out.0, or the feed-forward layers, too, as the recipes have it",
+    )
     for name, full in SIZE.items():
         parser.add_argument(f"--{name}", type=int, default=None, help=f"{full}; {TINY_SIZE[name]} of --tiny")
 
