@@ -1,7 +1,11 @@
-"""Make the table of docs/results/demo.md from finished runs of the quick start.
+"""Make the tables of docs/results/demo.md and rewards.md from finished runs of the quick start.
 
 for s in 0 1 2; do make demo ARGS="--seed $s --output_dir outputs/seed_$s"; done
 python benchmarks/quickstart_seeds.py outputs/seed_0 outputs/seed_1 outputs/seed_2
+python benchmarks/quickstart_seeds.py outputs/this_? --against outputs/other_?
+
+--against also prints the gains of the first runs minus those of the others, paired in the given order, with half of
+the 95 % t-interval over the pairs.
 """
 
 import argparse
@@ -9,6 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 from pisces_rl.trainers.base.run.report import paired_bootstrap
 
@@ -18,27 +23,51 @@ SCORES = ("judges/shapemotion_correct", "judges/shapemotion_alignment", "judges/
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="output folders of runs on the same evaluation sets")
+    parser.add_argument("--against", nargs="+", type=Path, default=[], help="as many runs, in the same order of seeds")
     arguments = parser.parse_args()
-    evaluations = []
-    for run in arguments.runs:
-        files = sorted((run / "evaluations").glob("step_*.json"))
-        if len(files) < 2:
+    if arguments.against and len(arguments.against) != len(arguments.runs):
+        parser.error(f"--against has {len(arguments.against)} folders for {len(arguments.runs)} runs")
+    for run in (*arguments.runs, *arguments.against):
+        if len(evaluations(run)) < 2:
             parser.error(f"{run} has fewer than two evaluations")
-        evaluations.append([json.loads(path.read_text(encoding="utf-8"))["sets"] for path in (files[0], files[-1])])
     print("| set | score | n | base | " + " | ".join(run.name for run in arguments.runs) + " | mean |")
     print("|---" * (5 + len(arguments.runs)) + "|")
-    for name, first in evaluations[0][0].items():
-        for score in SCORES:
-            rows = [
-                paired_bootstrap(before[name]["scores"][score], after[name]["scores"][score])
-                for before, after in evaluations
-            ]
-            cells = [f"{r['difference']:+.3f} [{r['low']:+.3f}, {r['high']:+.3f}]" for r in rows]
-            mean = np.mean([r["difference"] for r in rows])
-            print(
-                f"| {name} | {score.removeprefix('judges/shapemotion_')} | {len(first['prompts'])} | "
-                f"{rows[0]['before']:.3f} | " + " | ".join(cells) + f" | {mean:+.3f} |"
-            )
+    gained, others = ({run: gains(run) for run in runs} for runs in (arguments.runs, arguments.against))
+    for (name, score), first in gained[arguments.runs[0]].items():
+        rows = [gain[name, score] for gain in gained.values()]
+        cells = [f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for row in rows]
+        mean = np.mean([row["difference"] for row in rows])
+        print(
+            f"| {name} | {score} | {first['n']} | {first['before']:.3f} | " + " | ".join(cells) + f" | {mean:+.3f} |"
+        )
+    if not others:
+        return
+    print("\n| set | score | difference |\n|---|---|---|")
+    for key in gained[arguments.runs[0]]:
+        pairs = zip(gained.values(), others.values(), strict=True)
+        values = np.array([ours[key]["difference"] - theirs[key]["difference"] for ours, theirs in pairs])
+        half = (
+            student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
+            if len(values) > 1
+            else np.nan
+        )
+        print(f"| {key[0]} | {key[1]} | {values.mean():+.3f} +- {half:.3f} |")
+
+
+def evaluations(run: Path) -> list[Path]:
+    return sorted((run / "evaluations").glob("step_*.json"))
+
+
+def gains(run: Path) -> dict[tuple[str, str], dict]:
+    """Return {(set, score): its last evaluation minus its first, from `paired_bootstrap`}."""
+    before, *_, after = (json.loads(path.read_text(encoding="utf-8"))["sets"] for path in evaluations(run))
+    return {
+        (name, score.removeprefix("judges/shapemotion_")): paired_bootstrap(
+            one["scores"][score], after[name]["scores"][score]
+        )
+        for name, one in before.items()
+        for score in SCORES
+    }
 
 
 if __name__ == "__main__":
