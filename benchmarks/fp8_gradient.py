@@ -66,7 +66,6 @@ def remember_scales() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="a few hundred parameters, for a CPU")
-    parser.set_defaults(lora="attention")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     found = {"bf16": gradient(args, device, None), "FP8": gradient(args, device, "fp8")}

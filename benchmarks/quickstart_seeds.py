@@ -30,6 +30,9 @@ def main() -> None:
     for run in (*arguments.runs, *arguments.against):
         if len(evaluations(run)) < 2:
             parser.error(f"{run} has fewer than two evaluations")
+    for run, other in zip(arguments.runs, arguments.against):
+        if prompts(run) != prompts(other):
+            parser.error(f"{run} and {other} were evaluated on other prompts")
     print("| set | score | n | base | " + " | ".join(run.name for run in arguments.runs) + " | mean |")
     print("|---" * (5 + len(arguments.runs)) + "|")
     gained, others = ({run: gains(run) for run in runs} for runs in (arguments.runs, arguments.against))
@@ -56,6 +59,12 @@ def main() -> None:
 
 def evaluations(run: Path) -> list[Path]:
     return sorted((run / "evaluations").glob("step_*.json"))
+
+
+def prompts(run: Path) -> dict[str, list[str]]:
+    """Return the prompts of each evaluation set."""
+    first = json.loads(evaluations(run)[0].read_text(encoding="utf-8"))
+    return {name: one["prompts"] for name, one in first["sets"].items()}
 
 
 def gains(run: Path) -> dict[tuple[str, str], dict]:

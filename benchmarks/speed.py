@@ -39,12 +39,11 @@ VARIANTS = {  # name: (compiled, what is recomputed, attention kernel, fused pro
 }
 
 
-def adapted_wan(args, dtype: torch.dtype, device: str) -> WanPipeline:
-    """Build Wan with random weights and an adapter whose B is not zero."""
+def adapted_wan(args, dtype: torch.dtype, device: str, targets: str | None = ATTENTION) -> WanPipeline:
+    """Build Wan with random weights and an adapter whose B is not zero; `targets` None: the recipes' modules."""
     pipe = random_wan(args.tiny, dtype, device).to(device)
     pipe.vae.requires_grad_(False)
     denoisers = {"transformer": pipe.transformer}
-    targets = ATTENTION if args.lora == "attention" else None
     add_lora(denoisers, default_lora_config(4 if args.tiny else 32, target_modules=targets))
     torch.manual_seed(1)
     for key, parameter in lora_parameters(denoisers).items():
@@ -59,12 +58,6 @@ def work_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro_batch", type=int, default=4, help="samples per micro-batch of the update")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument(
-        "--lora",
-        default="attention",
-        choices=["attention", "recipe"],
-        help="its modules: to_q, to_k, to_v, to_out.0, or the feed-forward layers, too, as the recipes have it",
-    )
     for name, full in SIZE.items():
         parser.add_argument(f"--{name}", type=int, default=None, help=f"{full}; {TINY_SIZE[name]} of --tiny")
 
@@ -76,10 +69,18 @@ def size_of(args) -> dict[str, int]:
     return dict(height=size["height"], width=size["width"], num_frames=size["frames"])
 
 
-def build(name: str, args, device: str, recompute: str | None = None, offload: Sequence[str] = ()) -> VideoPolicy:
-    """Build a variant's policy; `recompute` overrides the variant's, `offload` goes to `VideoPolicy.place`."""
+def build(
+    name: str,
+    args,
+    device: str,
+    recompute: str | None = None,
+    offload: Sequence[str] = (),
+    targets: str | None = ATTENTION,
+) -> VideoPolicy:
+    """Build a variant's policy; `recompute` overrides the variant's, `offload` goes to `VideoPolicy.place`, `targets` to
+    `adapted_wan`."""
     compiled, variants_recompute, kernel, fused, precision = VARIANTS[name]
-    pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device)
+    pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device, targets)
     policy = VideoPolicy(
         pipe,
         transition="flow_sde",
@@ -214,12 +215,19 @@ def main() -> None:
         help="print the kernels of one rollout and one update",
     )
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--lora",
+        default="attention",
+        choices=["attention", "recipe"],
+        help="attention: to_q, to_k, to_v, to_out.0; recipe: the feed-forward layers, too, as in the recipes",
+    )
     args = parser.parse_args()
+    targets = ATTENTION if args.lora == "attention" else None
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
     print("| variant | rollout ms | update ms | error | rollout GiB | update GiB | s to begin |")
     print("|---|---|---|---|---|---|---|")
     for name in args.variants:
-        policy = build(name, args, device)
+        policy = build(name, args, device, targets=targets)
         cells = "{:.1f} | {:.1f} | {:.1e} | {:.2f} | {:.2f} | {:.0f}".format(*measure(policy, args, device))
         print(f"| {name} | {cells} |", flush=True)
         del policy

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
-from pisces_rl import METHODS, RewardBackpropConfig, VideoGRPOConfig
+from pisces_rl import METHODS, FlowDPOConfig, RewardBackpropConfig, VideoGRPOConfig
 from pisces_rl.cli import evaluate_command, load_prompt_dataset, load_reward_function, parse_arguments, train_command
 from pisces_rl.cli.arguments import method_of, transport_options
 from pisces_rl.cli.evaluate_command import EvaluationArguments
@@ -324,30 +325,39 @@ def test_the_settings_of_rewards_reach_them():
 
 
 @pytest.mark.parametrize(
-    ("settings", "names", "message"),
+    ("settings", "names", "refused"),
     [
-        (
-            {"ot_attention": '{"plan": "partial"}'},
-            ["ot_quality", "matching"],
-            "--ot_attention: it is a setting of ot_sem",
-        ),
-        ({"ot_map": "outputs/map"}, ["cosine", "ot_semantic"], "--ot_map: it is a setting of ot_quality"),
-        ({"divergence_weight": 0.5}, ["cosine"], "--divergence_weight: it is a setting of ot_quality"),
-        (
-            {"ot_solver": "geomloss"},
-            ["ot_quality", "matching"],
-            "--ot_solver: .* or ot_quality with a divergence_weight",
-        ),
+        ({"ot_attention": '{"plan": "partial"}'}, ["ot_quality", "matching"], "--ot_attention:"),
+        ({"ot_map": "outputs/map"}, ["cosine", "ot_semantic"], "--ot_map:"),
+        ({"ot_map": "outputs/map"}, ["ot_quality?ot_map=outputs/other"], "--ot_map:"),
+        ({"ot_map": ""}, ["cosine"], "--ot_map:"),
+        ({"divergence_weight": 0.5, "ot_map": "map"}, ["cosine"], "--ot_map, --divergence_weight:"),
+        ({"ot_solver": "geomloss"}, ["ot_quality", "matching"], "--ot_solver:"),
+        ({"ot_solver": "geomloss"}, ["ot_quality?divergence_weight=0"], "--ot_solver:"),
+        ({"ot_solver": "geomloss"}, ["ot_semantic?solver=native"], "--ot_solver:"),
     ],
 )
-def test_a_setting_of_a_reward_that_is_not_used_is_rejected(settings, names, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_setting_that_no_reward_reads_is_rejected(settings, names, refused):
+    with pytest.raises(ValueError, match=f"{refused} no reward or judge reads this"):
         load_rewards(ScriptArguments(rewards=names, **settings), names)
-    judged = ScriptArguments(rewards=names, judges=["ot_quality?divergence_weight=1", "ot_semantic"], **settings)
-    assert transport_options(judged, names + judged.judges)[names[0]] == {}
+    judged = ScriptArguments(rewards=names, judges=["ot_quality", "ot_semantic"], **settings)
+    assert set(transport_options(judged, names + judged.judges)[names[0]]) <= {"divergence_weight"}
     if "divergence_weight" not in settings:
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"{refused} no reward or judge reads this"):
             evaluate_command.load_rewards(EvaluationArguments(rewards=names, **settings))
+
+
+@pytest.mark.parametrize("text", ["{bad", "[1]", "null", ""])
+def test_attention_that_is_no_object_is_named(text):
+    with pytest.raises(ValueError, match="--ot_attention: "):
+        load_rewards(ScriptArguments(ot_attention=text), ["ot_semantic"])
+
+
+def test_pairs_drop_what_only_a_recipes_rewards_read():
+    script = ScriptArguments(rewards=["ot_semantic"], judges=["ot_quality"], ot_map="map", ot_attention="{}")
+    pairs = Dataset.from_dict({"prompt": ["a circle"], "chosen": ["a.mp4"], "rejected": ["b.mp4"]})
+    train_command.fit_pairs("flow_dpo", script, FlowDPOConfig(output_dir="unused", use_cpu=True), pairs, [])
+    assert (script.rewards, script.ot_map, script.ot_attention) == ([], "map", None)
 
 
 def test_rewards_by_name():

@@ -234,43 +234,71 @@ def _beside(dataset: "Dataset", folder: Path, columns: Sequence[str]) -> "Datase
     return dataset
 
 
-# Settings of the optimal-transport rewards: the keyword of `load_reward`, and which rewards read it.
-_TRANSPORT = {
-    "ot_map": ("ot_map", "ot_quality"),
-    "divergence_weight": ("divergence_weight", "ot_quality"),
-    "ot_attention": ("attention", "ot_semantic"),
-    "ot_solver": ("solver", "ot_semantic, or ot_quality with a divergence_weight"),
+# {reward: {a setting that it reads: its keyword in `load_reward`}}
+TRANSPORT_SETTINGS = {
+    "ot_quality": {"ot_map": "ot_map", "divergence_weight": "divergence_weight", "ot_solver": "solver"},
+    "ot_semantic": {"ot_attention": "attention", "ot_solver": "solver"},
 }
+
+
+def unread_settings(settings: object, names: Iterable[str]) -> list[str]:
+    """Return those of --ot_map, --divergence_weight, --ot_attention and --ot_solver that are given but that no reward
+    reads; arguments as in `transport_options`."""
+    read = {setting for name in names for setting in _read_by(name, settings)}
+    return [setting for setting in _given(settings) if setting not in read]
 
 
 def transport_options(settings: object, names: Iterable[str]) -> dict[str, dict]:
     """Return {name: keywords of `load_reward`} from --ot_map, --divergence_weight, --ot_attention and --ot_solver.
 
     Args:
-        settings: has these as attributes, or some of them.
-        names: all rewards and judges, as on the command line.
+        settings: a dataclass of settings; `pisces-rl evaluate` has no divergence_weight.
+        names: all rewards and judges, as on the command line. An option in a name (ot_quality?ot_map=FOLDER) replaces
+            the setting.
 
     Raises:
-        ValueError: a setting is given that none of the rewards and judges reads.
+        ValueError: a setting is given that none of the rewards and judges reads, or --ot_attention is no JSON object.
     """
-    given = {name: getattr(settings, name) for name in _TRANSPORT if getattr(settings, name, None)}
-    if "ot_attention" in given:
-        given["ot_attention"] = json.loads(given["ot_attention"])
-    options: dict[str, dict] = {}
-    unread = set(given)
-    for name in names:
-        kind, _, query = name.partition("?")
-        reads = {setting for setting, (_, reader) in _TRANSPORT.items() if kind == reader}
-        has_divergence = kind == "ot_quality" and ("divergence_weight" in given or "divergence_weight=" in query)
-        if kind == "ot_semantic" or has_divergence:
-            reads.add("ot_solver")
-        unread -= reads
-        options[name] = {_TRANSPORT[setting][0]: value for setting, value in given.items() if setting in reads}
-    for setting in sorted(unread):
+    names = list(names)
+    if unread := unread_settings(settings, names):
         raise ValueError(
-            f"--{setting}: it is a setting of {_TRANSPORT[setting][1]}, which is neither a reward nor a judge here."
+            f"{', '.join(f'--{setting}' for setting in unread)}: no reward or judge reads this. ot_map and "
+            "divergence_weight are for ot_quality, ot_attention is for ot_semantic, and ot_solver is for ot_semantic "
+            "and for ot_quality with a divergence_weight. Add such a reward, or leave the setting out."
         )
-    return options
+    given = _given(settings)
+    if "ot_attention" in given:
+        given["ot_attention"] = _json_object("--ot_attention", given["ot_attention"])
+    return {name: {keyword: given[setting] for setting, keyword in _read_by(name, settings).items()} for name in names}
+
+
+def _given(settings: object) -> dict[str, object]:
+    names = {setting: None for own in TRANSPORT_SETTINGS.values() for setting in own}
+    return {name: value for name in names if (value := getattr(settings, name, None)) not in (None, 0)}
+
+
+def _read_by(name: str, settings: object) -> dict[str, str]:
+    """Return {setting: keyword of `load_reward`} of the given settings that a reward reads."""
+    from pisces_rl.rewards.loading import split_options
+
+    kind = name.partition("?")[0]
+    if kind not in TRANSPORT_SETTINGS:
+        return {}
+    given, own = _given(settings), split_options(name)[1] if "?" in name else {}
+    reads = {s: word for s, word in TRANSPORT_SETTINGS[kind].items() if s in given and word not in own}
+    if kind == "ot_quality" and not own.get("divergence_weight", given.get("divergence_weight")):
+        reads.pop("ot_solver", None)
+    return reads
+
+
+def _json_object(name: str, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}: {text!r} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f'{name}: expected a JSON object, for instance {{"plan": "partial"}}, got {text}.')
+    return value
 
 
 def load_reward_function(name: str, **options) -> Callable:

@@ -36,13 +36,14 @@ class EvaluationArguments:
         },
     )
     encoder: str = field(default="tiny-vtm", metadata={"help": "Built-in encoder, folder or Hub id."})
-    ot_map: str | None = field(default=None, metadata={"help": "Folder written by pisces-rl fit-map."})
+    ot_map: str | None = field(default=None, metadata={"help": "Folder written by pisces-rl fit-map, for ot_quality."})
     ot_attention: str | None = field(
         default=None,
         metadata={"help": 'OTAttention settings for ot_semantic as JSON, for example {"plan": "partial"}.'},
     )
     ot_solver: str | None = field(
-        default=None, metadata={"choices": list(SOLVERS), "help": "Solver of the plans of ot_semantic. Unset: native."}
+        default=None,
+        metadata={"choices": list(SOLVERS), "help": "Solver of plans and of the divergence. Unset: native."},
     )
     dataset: str = field(default="shapemotion", metadata={"help": "shapemotion, or a .csv, .json or .jsonl file."})
     split: str = field(default="test_seen", metadata={"help": "ShapeMotion split."})

@@ -17,7 +17,7 @@ from pisces_rl.trainers.base.data.pairs import SIDES
 from pisces_rl.trainers.forward.flow_dpo import OF_ROLLOUTS
 
 from . import RECIPES, usage_error
-from .arguments import DEFAULT_METHOD, method_of, parse_arguments
+from .arguments import DEFAULT_METHOD, method_of, parse_arguments, unread_settings
 from .training_inputs import ScriptArguments, load_auxiliary_losses, load_datasets, load_rewards, lora_config
 
 #: Every trainer and its config class, by name: the methods that train on rollouts, and reward backpropagation.
@@ -49,6 +49,8 @@ def fit_pairs(method: str, script: ScriptArguments, config, dataset: Dataset, ar
     asked = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
     if "rewards" not in asked:
         script.rewards = []
+        for name in set(unread_settings(script, script.judges)) - asked:
+            setattr(script, name, type(script).__dataclass_fields__[name].default)
     for name in set(OF_ROLLOUTS) - asked:
         setattr(config, name, type(config).__dataclass_fields__[name].default)
 

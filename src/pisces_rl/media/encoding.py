@@ -16,7 +16,7 @@ from ..whole_files import atomically
 from .pixels import enlarge, pixels
 
 # software encoders only: "h264" may need a GPU that is missing. With mbtree, libx264's output also depends on memory
-# that it never wrote, so the same video gives other bytes from call to call; without it, files are 10 to 20 % larger.
+# that it never wrote, so the same video gives other bytes from call to call. Without it, crf 14 makes larger files.
 _CODECS = (
     ("libx264", {"crf": "15", "preset": "veryfast", "mbtree": "0"}),
     ("libopenh264", {}),

@@ -81,7 +81,7 @@ def load_reward(
     """
     if is_known(name) and "?" in name:
         given = {"encoder": encoder, "ot_map": ot_map, "attention": attention, "offload": offload, "device": device}
-        name, behind = _split_options(name)
+        name, behind = split_options(name)
         return load_reward(name, **given | options | behind)
     if name in SCORERS:
         given = {"encoder": None if encoder == DEFAULT_ENCODER else encoder, "ot_map": ot_map, "attention": attention}
@@ -131,7 +131,7 @@ def is_known(name: str) -> bool:
     return name.partition("?")[0] in REWARDS
 
 
-def _split_options(name: str) -> tuple[str, dict]:
+def split_options(name: str) -> tuple[str, dict]:
     """Split a name into the reward and its options. An option gets the type of its default; if the default is None,
     text that reads as a number becomes one. Commas make lists."""
     name, _, query = name.partition("?")
