@@ -77,8 +77,8 @@ def build(
     offload: Sequence[str] = (),
     targets: str | None = ATTENTION,
 ) -> VideoPolicy:
-    """Build a variant's policy; `recompute` overrides the variant's, `offload` goes to `VideoPolicy.place`, `targets` to
-    `adapted_wan`."""
+    """Build a variant's policy; `recompute` overrides the variant's, `offload` goes to `VideoPolicy.place`, `targets`
+    to `adapted_wan`."""
     compiled, variants_recompute, kernel, fused, precision = VARIANTS[name]
     pipe = adapted_wan(args, torch.bfloat16 if device == "cuda" else torch.float32, device, targets)
     policy = VideoPolicy(
