@@ -88,7 +88,8 @@ def test_gradients_are_the_finite_differences(name):
 
     videos.requires_grad_()
     (gradient,) = torch.autograd.grad(value(videos), videos)
-    step, tolerance = (1e-3, 1e-2) if name == "videoprism" else (1e-5, 1e-4)  # its softmax is in fp32
+    # parts of these two compute in fp32
+    step, tolerance = {"videoprism": (1e-3, 1e-2), "pe_video": (1e-4, 2e-3)}.get(name, (1e-5, 1e-4))
     with torch.no_grad():
         slope = (value(videos + step * direction) - value(videos - step * direction)) / (2 * step)
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=tolerance, abs=1e-9)
