@@ -4,8 +4,8 @@ for s in 0 1 2; do make demo ARGS="--seed $s --output_dir outputs/seed_$s"; done
 python benchmarks/quickstart_seeds.py outputs/seed_0 outputs/seed_1 outputs/seed_2
 python benchmarks/quickstart_seeds.py outputs/this_? --against outputs/other_?
 
---against also prints the gains of the first runs minus those of the others, paired in the given order, with half of
-the 95 % t-interval over the pairs.
+--against also prints the gains of the first runs minus those of the others, paired in the given order, +- half of
+the width of the 95 % t-interval over the pairs.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import t as student
+from fp8_learning import interval
 
 from pisces_rl.trainers.base.run.report import paired_bootstrap
 
@@ -49,12 +49,7 @@ def main() -> None:
     for key in gained[arguments.runs[0]]:
         pairs = zip(gained.values(), others.values(), strict=True)
         values = np.array([ours[key]["difference"] - theirs[key]["difference"] for ours, theirs in pairs])
-        half = (
-            student.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5
-            if len(values) > 1
-            else np.nan
-        )
-        print(f"| {key[0]} | {key[1]} | {values.mean():+.3f} +- {half:.3f} |")
+        print(f"| {key[0]} | {key[1]} | {interval(values)} |")
 
 
 def evaluations(run: Path) -> list[Path]:

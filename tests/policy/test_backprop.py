@@ -128,7 +128,7 @@ def test_the_gradient_in_a_random_direction_is_the_finite_difference(family, las
             policy.activation_checkpointing_enable()
         gradient = gradients(parameters, (videos(checkpointed=checkpointed) * moved / moved.norm()).sum())
         slope = sum((g.double() * d).sum() for g, d in zip(gradient, direction, strict=True)) / norm
-        assert slope.item() == pytest.approx(moved.norm().item() / (2 * size), rel=3e-3)
+        assert slope.item() == pytest.approx(moved.norm().item() / (2 * size), rel=1.5e-3)
 
 
 def trained_wan() -> tuple[VideoPolicy, dict]:

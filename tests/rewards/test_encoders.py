@@ -88,10 +88,13 @@ def test_gradients_are_the_finite_differences(name):
 
     videos.requires_grad_()
     (gradient,) = torch.autograd.grad(value(videos), videos)
-    # parts of these two compute in fp32
-    step, tolerance = {"videoprism": (1e-3, 1e-2), "pe_video": (1e-4, 2e-3)}.get(name, (1e-5, 1e-4))
-    with torch.no_grad():
-        slope = (value(videos + step * direction) - value(videos - step * direction)) / (2 * step)
+    tolerance = 1e-2 if name == "videoprism" else 1e-4  # its softmax is in fp32
+
+    def difference(step):
+        return (value(videos + step * direction) - value(videos - step * direction)) / (2 * step)
+
+    with torch.no_grad():  # extrapolated to step 0, so the steps can be far above the rounding of parts in fp32
+        slope = (4 * difference(1e-3) - difference(2e-3)) / 3
     assert float((gradient * direction).sum()) == pytest.approx(float(slope), rel=tolerance, abs=1e-9)
     assert gradient.abs().sum() > 0
 

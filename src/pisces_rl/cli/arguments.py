@@ -235,7 +235,7 @@ def _beside(dataset: "Dataset", folder: Path, columns: Sequence[str]) -> "Datase
 
 
 # {reward: {a setting that it reads: its keyword in `load_reward`}}
-TRANSPORT_SETTINGS = {
+_TRANSPORT_SETTINGS = {
     "ot_quality": {"ot_map": "ot_map", "divergence_weight": "divergence_weight", "ot_solver": "solver"},
     "ot_semantic": {"ot_attention": "attention", "ot_solver": "solver"},
 }
@@ -273,7 +273,7 @@ def transport_options(settings: object, names: Iterable[str]) -> dict[str, dict]
 
 
 def _given(settings: object) -> dict[str, object]:
-    names = {setting: None for own in TRANSPORT_SETTINGS.values() for setting in own}
+    names = {setting: None for own in _TRANSPORT_SETTINGS.values() for setting in own}
     return {name: value for name in names if (value := getattr(settings, name, None)) not in (None, 0)}
 
 
@@ -282,10 +282,10 @@ def _read_by(name: str, settings: object) -> dict[str, str]:
     from pisces_rl.rewards.loading import split_options
 
     kind = name.partition("?")[0]
-    if kind not in TRANSPORT_SETTINGS:
+    if kind not in _TRANSPORT_SETTINGS:
         return {}
     given, own = _given(settings), split_options(name)[1] if "?" in name else {}
-    reads = {s: word for s, word in TRANSPORT_SETTINGS[kind].items() if s in given and word not in own}
+    reads = {s: word for s, word in _TRANSPORT_SETTINGS[kind].items() if s in given and word not in own}
     if kind == "ot_quality" and not own.get("divergence_weight", given.get("divergence_weight")):
         reads.pop("ot_solver", None)
     return reads
